@@ -1,0 +1,1 @@
+//! ublkup: one backend, two doors.

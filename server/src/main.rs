@@ -1,0 +1,3 @@
+//! The `ublkup` command.
+
+fn main() {}
