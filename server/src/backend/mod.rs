@@ -1,0 +1,51 @@
+//! Where the data lives. A backend knows nothing of doors.
+//!
+//! A [`Backend`] is the disk as a whole, shared by all threads. Each queue thread makes a
+//! [`BackendQueue`] of its own from it and then needs no lock: a queue puts its work on the
+//! thread's ring.
+
+mod memory;
+mod null;
+
+pub use memory::Memory;
+pub use null::Null;
+
+use std::io;
+
+use crate::io::{Ring, Slot};
+use crate::request::{Limits, Progress, Request};
+
+/// A disk.
+pub trait Backend: Send + Sync + 'static {
+    /// The part of the disk that one queue thread works with.
+    type Queue: BackendQueue;
+
+    /// What the disk is and what it takes.
+    fn limits(&self) -> &Limits;
+
+    /// A queue for requests in slots 0 to `slots` - 1, to be used with `ring` only.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses what the queue needs.
+    fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<Self::Queue>;
+}
+
+/// One thread's access to a disk.
+///
+/// Completions of what a queue puts on the ring must carry the slot of the request as their
+/// token's index and [`crate::io::Owner::Backend`] as owner.
+pub trait BackendQueue {
+    /// Begins a request, or goes on with one for which the queue last said [`Progress::Full`].
+    fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress;
+
+    /// Goes on after a completion for the request in `slot`.
+    fn advance(
+        &mut self,
+        ring: &mut Ring,
+        slot: Slot,
+        request: &mut Request,
+        kind: u16,
+        result: i32,
+    ) -> Progress;
+}

@@ -1,0 +1,14 @@
+//! io_uring and what goes with it. Knows nothing of disks.
+//!
+//! A [`Ring`] belongs to one thread. What is put on it carries a [`Token`] that says who gets the
+//! completion. A [`SlotTable`] holds what is under way. A [`Mailbox`](mailbox::Mailbox) brings
+//! messages from other threads and wakes the ring.
+
+pub mod mailbox;
+mod ring;
+mod slots;
+mod token;
+
+pub use ring::{Completion, Full, Ring};
+pub use slots::{FreeSlots, Slot, SlotTable};
+pub use token::{Owner, Token};

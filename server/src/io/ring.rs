@@ -1,0 +1,307 @@
+//! One io_uring, used by one thread.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use super::{Owner, Token};
+
+/// The ring has as much under way as it can take completions for; try again after the next reap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// One completion.
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    /// Who gets it.
+    pub token: Token,
+    /// The result: what the system call would have returned, errors as negative errno.
+    pub result: i32,
+    /// `IORING_CQE_F_*`.
+    pub flags: u32,
+}
+
+/// An io_uring that never loses a completion: it refuses work beyond what its completion queue
+/// can hold.
+pub struct Ring {
+    uring: IoUring,
+    in_flight: usize,
+    /// Counted for `stat`: `io_uring_enter` calls.
+    enters: u64,
+}
+
+impl Ring {
+    /// A ring for at most `in_flight` operations at once.
+    ///
+    /// Asks for `SINGLE_ISSUER` and `DEFER_TASKRUN` (Linux 6.1), then `COOP_TASKRUN` (5.19), then
+    /// for nothing special. Must be called by the thread that will use the ring.
+    ///
+    /// # Errors
+    ///
+    /// What `io_uring_setup` answers when even the plain ring cannot be had.
+    pub fn new(in_flight: u32) -> io::Result<Self> {
+        let submissions = in_flight.min(256);
+        let base = || {
+            let mut builder = IoUring::builder();
+            builder.setup_clamp().setup_cqsize(in_flight.max(2));
+            builder
+        };
+        let uring = base()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .build(submissions)
+            .or_else(|_| {
+                base()
+                    .setup_coop_taskrun()
+                    .setup_taskrun_flag()
+                    .build(submissions)
+            })
+            .or_else(|_| base().build(submissions))?;
+        Ok(Self {
+            uring,
+            in_flight: 0,
+            enters: 0,
+        })
+    }
+
+    /// Queues one operation. Nothing happens before [`Ring::submit_and_wait`], unless the
+    /// submission queue is full, in which case what it holds is submitted first.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] when the completion queue could not take the completion.
+    ///
+    /// # Safety
+    ///
+    /// What the operation points to must stay valid until its completion was reaped.
+    pub unsafe fn push(&mut self, sqe: squeue::Entry, token: Token) -> Result<(), Full> {
+        if self.in_flight >= self.uring.params().cq_entries() as usize {
+            return Err(Full);
+        }
+        let sqe = sqe.user_data(token.encode());
+        // SAFETY: the caller keeps what the entry points to valid.
+        if unsafe { self.uring.submission().push(&sqe) }.is_err() {
+            self.enters += 1;
+            self.uring.submit().map_err(|_| Full)?;
+            // SAFETY: as above.
+            unsafe { self.uring.submission().push(&sqe) }.map_err(|_| Full)?;
+        }
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Asks the kernel to cancel the operation with this token. Both then complete.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] as for [`Ring::push`].
+    pub fn cancel(&mut self, token: Token) -> Result<(), Full> {
+        let sqe = opcode::AsyncCancel::new(token.encode()).build();
+        let nobody = Token {
+            owner: Owner::Nobody,
+            kind: 0,
+            index: 0,
+        };
+        // SAFETY: a cancellation points to nothing.
+        unsafe { self.push(sqe, nobody) }
+    }
+
+    /// Submits what was queued and waits until at least `want` completions are there.
+    ///
+    /// With nothing to submit, nothing to wait for and no completion held back by the kernel this
+    /// makes no system call.
+    ///
+    /// Returns early, without an error, on a signal and when the kernel is short of memory for
+    /// now; the caller reaps and calls again.
+    ///
+    /// # Errors
+    ///
+    /// What `io_uring_enter` answers beyond that: the ring is broken.
+    pub fn submit_and_wait(&mut self, want: usize) -> io::Result<()> {
+        let submissions = self.uring.submission();
+        let queued = submissions.len();
+        let held_back = submissions.taskrun() || submissions.cq_overflow();
+        drop(submissions);
+        if queued == 0 && want == 0 && !held_back {
+            return Ok(());
+        }
+        self.enters += 1;
+        // GETEVENTS even when there is nothing to wait for: with DEFER_TASKRUN completions are
+        // made only then, and a busy thread must still hear of kicks and mail.
+        const GETEVENTS: u32 = 1;
+        let (queued, want) = (as_u32(queued), as_u32(want));
+        // SAFETY: the submission queue holds only entries that came through `push`.
+        let result = unsafe {
+            self.uring
+                .submitter()
+                .enter::<libc::sigset_t>(queued, want, GETEVENTS, None)
+        };
+        ignore_passing(result)
+    }
+
+    /// As [`Ring::submit_and_wait`], but waits for one completion until `limit` at the longest.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Ring::submit_and_wait`].
+    pub fn submit_and_wait_for(&mut self, limit: Duration) -> io::Result<()> {
+        self.enters += 1;
+        let limit = types::Timespec::from(limit);
+        let args = types::SubmitArgs::new().timespec(&limit);
+        match self.uring.submitter().submit_with_args(1, &args) {
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => Ok(()),
+            other => ignore_passing(other),
+        }
+    }
+
+    /// Moves completions to `out` until either is exhausted; never grows `out` beyond its capacity.
+    pub fn reap(&mut self, out: &mut Vec<Completion>) {
+        let room = out.capacity() - out.len();
+        for cqe in self.uring.completion().take(room) {
+            if !cqueue::more(cqe.flags()) {
+                self.in_flight -= 1;
+            }
+            out.push(Completion {
+                token: Token::decode(cqe.user_data()),
+                result: cqe.result(),
+                flags: cqe.flags(),
+            });
+        }
+    }
+
+    /// Operations queued or under way.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// `io_uring_enter` calls so far.
+    #[must_use]
+    pub fn enters(&self) -> u64 {
+        self.enters
+    }
+
+    /// Cancels everything and reaps until nothing is under way, or until `limit`.
+    ///
+    /// Returns whether the ring is empty. If it is not, memory that operations point to must not
+    /// be freed.
+    pub fn drain(&mut self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut reaped = Vec::with_capacity(64);
+        while self.in_flight > 0 {
+            let _ = self.uring.submit();
+            // Nothing to cancel is no error here: the loop asks the count, not this call.
+            let _ = self
+                .uring
+                .submitter()
+                .register_sync_cancel(Some(types::Timespec::new()), types::CancelBuilder::any());
+            if self.submit_and_wait_for(Duration::from_millis(20)).is_err()
+                || Instant::now() > deadline
+            {
+                break;
+            }
+            reaped.clear();
+            self.reap(&mut reaped);
+        }
+        self.in_flight == 0
+    }
+
+    /// The ring itself, for registering files and buffers.
+    #[must_use]
+    pub fn submitter(&self) -> io_uring::Submitter<'_> {
+        self.uring.submitter()
+    }
+}
+
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        self.uring.as_raw_fd()
+    }
+}
+
+fn as_u32(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+fn ignore_passing(result: io::Result<usize>) -> io::Result<()> {
+    match result {
+        Ok(_) => Ok(()),
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+            ) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(index: u32) -> Token {
+        Token {
+            owner: Owner::Door,
+            kind: 0,
+            index,
+        }
+    }
+
+    #[test]
+    fn more_than_the_submission_queue_holds_goes_through() {
+        let mut ring = Ring::new(1024).unwrap();
+        for index in 0..1000 {
+            // SAFETY: a NOP points to nothing.
+            unsafe { ring.push(opcode::Nop::new().build(), token(index)) }.unwrap();
+        }
+        let mut out = Vec::with_capacity(64);
+        let mut seen = 0;
+        while ring.in_flight() > 0 {
+            ring.submit_and_wait(1).unwrap();
+            out.clear();
+            ring.reap(&mut out);
+            seen += out.len();
+        }
+        assert_eq!(seen, 1000);
+    }
+
+    #[test]
+    fn a_full_ring_says_so_and_takes_more_after_a_reap() {
+        let mut ring = Ring::new(4).unwrap();
+        let nop = || opcode::Nop::new().build();
+        let mut pushed = 0;
+        // SAFETY: a NOP points to nothing.
+        while unsafe { ring.push(nop(), token(0)) }.is_ok() {
+            pushed += 1;
+            assert!(pushed < 100, "the ring has no bound");
+        }
+        ring.submit_and_wait(1).unwrap();
+        let mut out = Vec::with_capacity(1);
+        ring.reap(&mut out);
+        assert_eq!(out.len(), 1);
+        // SAFETY: as above.
+        assert_eq!(unsafe { ring.push(nop(), token(0)) }, Ok(()));
+        assert!(ring.drain(Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn draining_ends_operations_that_would_wait_for_ever() {
+        let mut ring = Ring::new(8).unwrap();
+        let eventfd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        let mut word = Box::new(0u64);
+        let sqe = opcode::Read::new(
+            types::Fd(eventfd.as_raw_fd()),
+            std::ptr::from_mut(&mut *word).cast(),
+            8,
+        );
+        // SAFETY: `word` lives until the ring is drained.
+        unsafe { ring.push(sqe.build(), token(1)) }.unwrap();
+        assert!(ring.drain(Duration::from_secs(10)));
+    }
+}
