@@ -1,3 +1,59 @@
 //! The `ublkup` command.
 
-fn main() {}
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+use ublkup::cli::{Cli, Command};
+use ublkup::runtime::RuntimeDir;
+use ublkup::{client, doctor, serve};
+
+/// Exit code for wrong usage; clap uses the same.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let Ok(filter) = EnvFilter::try_new(&cli.log) else {
+        eprintln!("ublkup: --log '{}': no such filter", cli.log);
+        return USAGE.into();
+    };
+    // The journal has clocks of its own.
+    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    if journal {
+        log.without_time().init();
+    } else {
+        log.init();
+    }
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("ublkup: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let dir = || RuntimeDir::find(cli.runtime_dir.clone());
+    match cli.command {
+        Command::Serve(options) => match options.exports() {
+            Ok(exports) => serve::run(&dir()?, exports, options.keep_going),
+            Err(error) => {
+                eprintln!("ublkup: {error}");
+                Ok(USAGE.into())
+            }
+        },
+        Command::List { json } => client::list(&dir()?, json),
+        Command::Stat { name, json, watch } => client::stat(&dir()?, &name, json, watch),
+        Command::Stop { name } => client::stop(&dir()?, &name),
+        Command::Doctor { json, clean } => doctor::run(&dir()?, json, clean),
+        Command::Completions { shell } => client::completions(shell),
+        Command::Man { folder } => client::man(&folder),
+    }
+}

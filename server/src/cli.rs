@@ -1,0 +1,201 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, Spec};
+use crate::config::{check_together, read_file};
+
+/// Serves disks as /dev/ublkbN block devices and as vhost-user-blk sockets, from one backend.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ublkup",
+    version,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not upgradable.\n\
+                  Messages go to standard error, data to standard output."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// Where servers keep their sockets and locks [default: /run/ublkup for root, else
+    /// $XDG_RUNTIME_DIR/ublkup]
+    #[arg(long, global = true, value_name = "DIR", env = "UBLKUP_RUNTIME_DIR")]
+    pub runtime_dir: Option<PathBuf>,
+
+    /// What to log: error, warn, info, debug, trace, or a filter like ublkup::door=debug
+    #[arg(long, global = true, value_name = "FILTER", env = "UBLKUP_LOG", default_value = "info")]
+    pub log: String,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve one or more disks until told to stop
+    Serve(Serve),
+    /// List the exports that are served
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one export with its counters
+    Stat {
+        /// The export
+        name: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Print again every second, until interrupted
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Drain an export and take it down
+    Stop {
+        /// The export
+        name: String,
+    },
+    /// Say what this machine can and cannot do, and find what dead servers left
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Remove what dead servers left: their block devices and folders
+        #[arg(long)]
+        clean: bool,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a folder
+    Man {
+        /// The folder
+        folder: PathBuf,
+    },
+}
+
+/// `serve`
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE or file:PATH; keys are
+    /// serial=TEXT, block-size=BYTES, read-only, and for files cache=auto|direct|buffered
+    #[arg(value_name = "SPEC", required_unless_present = "config")]
+    pub specs: Vec<String>,
+
+    /// Name of the export, if there is one SPEC [default: from the SPEC]
+    #[arg(long)]
+    pub name: Option<String>,
+
+    /// The block door, /dev/ublkbN [default: auto]
+    #[arg(long, value_enum)]
+    pub ublk: Option<DoorMode>,
+
+    /// N of /dev/ublkbN, if there is one SPEC [default: the kernel's choice]
+    #[arg(long, value_name = "N")]
+    pub ublk_id: Option<u32>,
+
+    /// The vhost-user-blk door [default: auto]
+    #[arg(long, value_enum)]
+    pub vhost: Option<DoorMode>,
+
+    /// Where the vhost door listens, if there is one SPEC [default: in the runtime directory]
+    #[arg(long, value_name = "PATH")]
+    pub vhost_socket: Option<PathBuf>,
+
+    /// Queue threads of each door [default: the processors, at most 4]
+    #[arg(long, value_name = "N")]
+    pub queues: Option<u16>,
+
+    /// Requests under way per ublk queue [default: 128]
+    #[arg(long, value_name = "N")]
+    pub depth: Option<u16>,
+
+    /// Refuse writes at both doors
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// Serve what can be served when some of several exports cannot start
+    #[arg(long)]
+    pub keep_going: bool,
+
+    /// A TOML file with [[export]] tables; may be given along with SPECs
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+impl Serve {
+    /// The exports that were asked for, validated alone and together.
+    ///
+    /// # Errors
+    ///
+    /// When something cannot be served as asked.
+    pub fn exports(&self) -> Result<Vec<ExportConfig>, ConfigError> {
+        let options = ExportOptions {
+            name: self.name.clone(),
+            read_only: self.read_only.then_some(true),
+            ublk: self.ublk,
+            ublk_id: self.ublk_id,
+            vhost: self.vhost,
+            vhost_socket: self.vhost_socket.clone(),
+            queues: self.queues,
+            depth: self.depth,
+        };
+        let alone = self.specs.len() == 1 && self.config.is_none();
+        if !alone {
+            for (flag, given) in [
+                ("--name", self.name.is_some()),
+                ("--ublk-id", self.ublk_id.is_some()),
+                ("--vhost-socket", self.vhost_socket.is_some()),
+            ] {
+                if given {
+                    return Err(ConfigError(format!(
+                        "{flag} is for one export, and there are several: \
+                         name them with NAME=SPEC, or say it per export in a --config file"
+                    )));
+                }
+            }
+        }
+        let mut exports = Vec::new();
+        for spec in &self.specs {
+            exports.push(options.clone().export(spec.parse::<Spec>()?)?);
+        }
+        if let Some(path) = &self.config {
+            exports.extend(read_file(path, &options)?);
+        }
+        check_together(&exports)?;
+        Ok(exports)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    fn exports(args: &[&str]) -> Result<Vec<ExportConfig>, String> {
+        let args = ["ublkup", "serve"].iter().chain(args);
+        let cli = Cli::try_parse_from(args).map_err(|error| error.to_string())?;
+        let Command::Serve(serve) = cli.command else {
+            unreachable!("parsed 'serve'")
+        };
+        serve.exports().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn several_specs_share_the_options_that_can_be_shared() {
+        let got = exports(&["--read-only", "--queues", "2", "a=mem:1G", "b=null:2G"]).unwrap();
+        assert!(got.iter().all(|export| export.read_only && export.queues == 2));
+        assert!(exports(&["--name", "x", "a=mem:1G", "b=mem:1G"]).is_err());
+        assert!(exports(&["mem:1G", "mem:1G"]).unwrap_err().contains("two exports"));
+        assert!(exports(&[]).is_err());
+    }
+}

@@ -1,0 +1,336 @@
+//! Arguments and files become one validated [`ExportConfig`] per export.
+
+mod file;
+mod size;
+mod spec;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+pub use file::read_file;
+pub use size::{format_size, parse_size};
+pub use spec::{BackendSpec, CacheMode, Spec};
+
+use crate::request::Serial;
+
+/// Whether a door is to be opened.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum DoorMode {
+    /// If this machine can, else without it (and said once).
+    #[default]
+    Auto,
+    /// Or fail.
+    Yes,
+    /// Never.
+    No,
+}
+
+/// Queues per export at most. The kernel's ublk driver allows more; nobody needs them.
+pub const MAX_QUEUES: u16 = 64;
+
+/// Requests per queue at most.
+pub const MAX_DEPTH: u16 = 1024;
+
+/// One export, validated: what to serve, and through which doors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportConfig {
+    /// Unique on this machine.
+    pub name: String,
+    /// Where the data lives.
+    pub backend: BackendSpec,
+    /// Writes are refused at both doors.
+    pub read_only: bool,
+    /// What the disk calls itself.
+    pub serial: Serial,
+    /// Logical block size asked for; the backend's own when none was.
+    pub block_bytes: Option<u32>,
+    /// The block door.
+    pub ublk: DoorMode,
+    /// The number N of `/dev/ublkbN`; the kernel chooses when there is none.
+    pub ublk_id: Option<u32>,
+    /// The vhost door.
+    pub vhost: DoorMode,
+    /// Where the vhost door listens; in the runtime directory when there is no path.
+    pub vhost_socket: Option<PathBuf>,
+    /// Queue threads of each door.
+    pub queues: u16,
+    /// Requests under way per ublk queue.
+    pub depth: u16,
+}
+
+/// What may be said of an export on the command line or in a file; everything may be missing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ExportOptions {
+    /// See [`ExportConfig::name`].
+    pub name: Option<String>,
+    /// See [`ExportConfig::read_only`].
+    pub read_only: Option<bool>,
+    /// See [`ExportConfig::ublk`].
+    pub ublk: Option<DoorMode>,
+    /// See [`ExportConfig::ublk_id`].
+    pub ublk_id: Option<u32>,
+    /// See [`ExportConfig::vhost`].
+    pub vhost: Option<DoorMode>,
+    /// See [`ExportConfig::vhost_socket`].
+    pub vhost_socket: Option<PathBuf>,
+    /// See [`ExportConfig::queues`].
+    pub queues: Option<u16>,
+    /// See [`ExportConfig::depth`].
+    pub depth: Option<u16>,
+}
+
+/// Why a configuration cannot be served. One line each, for the person who wrote it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(pub String);
+
+impl ConfigError {
+    fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
+    }
+}
+
+impl ExportOptions {
+    /// These options, and `other`'s where these say nothing.
+    #[must_use]
+    pub fn or(self, other: &Self) -> Self {
+        Self {
+            name: self.name.or_else(|| other.name.clone()),
+            read_only: self.read_only.or(other.read_only),
+            ublk: self.ublk.or(other.ublk),
+            ublk_id: self.ublk_id.or(other.ublk_id),
+            vhost: self.vhost.or(other.vhost),
+            vhost_socket: self.vhost_socket.or_else(|| other.vhost_socket.clone()),
+            queues: self.queues.or(other.queues),
+            depth: self.depth.or(other.depth),
+        }
+    }
+
+    /// The export that `spec` and these options describe.
+    ///
+    /// # Errors
+    ///
+    /// When a value is out of its bounds or two contradict each other.
+    pub fn export(self, spec: Spec) -> Result<ExportConfig, ConfigError> {
+        let name = match (spec.name, self.name) {
+            (Some(name), None) | (None, Some(name)) => name,
+            (None, None) => spec.backend.default_name(),
+            (Some(a), Some(b)) if a == b => a,
+            (Some(a), Some(b)) => {
+                return Err(ConfigError::new(format!(
+                    "the export is called '{a}' in its SPEC and '{b}' in its name option: drop one"
+                )));
+            }
+        };
+        check_name(&name)?;
+        let serial = match &spec.serial {
+            Some(text) => text.clone(),
+            None => name
+                .chars()
+                .take(crate::request::SERIAL_BYTES)
+                .collect::<String>(),
+        };
+        let serial = Serial::new(&serial)
+            .map_err(|error| ConfigError::new(format!("{name}: serial '{serial}': {error}")))?;
+        let queues = self.queues.unwrap_or_else(default_queues);
+        if queues == 0 || queues > MAX_QUEUES {
+            return Err(ConfigError::new(format!(
+                "{name}: {queues} queues: give 1 to {MAX_QUEUES}"
+            )));
+        }
+        let depth = self.depth.unwrap_or(128);
+        if depth == 0 || depth > MAX_DEPTH {
+            return Err(ConfigError::new(format!(
+                "{name}: a depth of {depth}: give 1 to {MAX_DEPTH}"
+            )));
+        }
+        let (ublk, vhost) = (
+            self.ublk.unwrap_or_default(),
+            self.vhost.unwrap_or_default(),
+        );
+        if (ublk, vhost) == (DoorMode::No, DoorMode::No) {
+            return Err(ConfigError::new(format!(
+                "{name}: both doors are switched off: leave --ublk or --vhost on"
+            )));
+        }
+        if ublk == DoorMode::No && self.ublk_id.is_some() {
+            return Err(ConfigError::new(format!(
+                "{name}: a ublk id, but --ublk no: drop one"
+            )));
+        }
+        if vhost == DoorMode::No && self.vhost_socket.is_some() {
+            return Err(ConfigError::new(format!(
+                "{name}: a vhost socket, but --vhost no: drop one"
+            )));
+        }
+        Ok(ExportConfig {
+            read_only: spec.read_only || self.read_only.unwrap_or(false),
+            name,
+            backend: spec.backend,
+            serial,
+            block_bytes: spec.block_bytes,
+            ublk,
+            ublk_id: self.ublk_id,
+            vhost,
+            vhost_socket: self.vhost_socket,
+            queues,
+            depth,
+        })
+    }
+}
+
+/// Queue threads when nobody says: one per processor, four at most.
+fn default_queues() -> u16 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    u16::try_from(processors.min(4)).unwrap_or(4)
+}
+
+/// Checks that no two exports claim the same name, device or socket.
+///
+/// # Errors
+///
+/// When two do.
+pub fn check_together(exports: &[ExportConfig]) -> Result<(), ConfigError> {
+    let mut names = HashSet::new();
+    let mut ids = HashSet::new();
+    let mut sockets = HashSet::new();
+    for export in exports {
+        let name = &export.name;
+        if !names.insert(name) {
+            return Err(ConfigError::new(format!(
+                "two exports are called '{name}': name one of them with NAME=…"
+            )));
+        }
+        if let Some(id) = export.ublk_id
+            && !ids.insert(id)
+        {
+            return Err(ConfigError::new(format!(
+                "{name}: another export already asks for ublk id {id}"
+            )));
+        }
+        if let Some(path) = &export.vhost_socket
+            && !sockets.insert(path)
+        {
+            return Err(ConfigError::new(format!(
+                "{name}: another export already asks for the socket {}",
+                path.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that a name can be a folder, a part of a socket path and a word in a table.
+///
+/// # Errors
+///
+/// When it cannot.
+pub fn check_name(name: &str) -> Result<(), ConfigError> {
+    let ok = (1..=64).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && !name.starts_with(['.', '-']);
+    if ok {
+        return Ok(());
+    }
+    Err(ConfigError::new(format!(
+        "'{name}' is no name for an export: 1 to 64 letters, digits, '.', '_' or '-', \
+         the first neither '.' nor '-' (set one with NAME=… before the SPEC)"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn export(spec: &str, options: ExportOptions) -> Result<ExportConfig, String> {
+        let spec: Spec = spec.parse().map_err(|e: ConfigError| e.to_string())?;
+        options.export(spec).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn names_come_from_the_spec_then_the_option_then_the_path() {
+        let none = ExportOptions::default;
+        let named = |name: &str| ExportOptions {
+            name: Some(name.into()),
+            ..none()
+        };
+        assert_eq!(export("a=null:1G", none()).unwrap().name, "a");
+        assert_eq!(export("null:1G", named("b")).unwrap().name, "b");
+        assert_eq!(export("file:/x/disk.img", none()).unwrap().name, "disk");
+        assert_eq!(export("mem:1G", none()).unwrap().name, "mem");
+        assert!(export("a=mem:1G", named("b")).is_err());
+    }
+
+    #[test]
+    fn names_that_could_leave_the_runtime_directory_are_refused() {
+        for bad in [
+            "",
+            ".",
+            "..",
+            ".x",
+            "-x",
+            "a/b",
+            "a b",
+            "ä",
+            &"x".repeat(65),
+        ] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+        for good in ["a", "disk-1.img_2", &"x".repeat(64)] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+    }
+
+    #[test]
+    fn contradictions_and_bounds_are_told() {
+        let options = |change: fn(&mut ExportOptions)| {
+            let mut options = ExportOptions::default();
+            change(&mut options);
+            export("null:1G", options).unwrap_err()
+        };
+        assert!(options(|o| o.queues = Some(0)).contains("0 queues"));
+        assert!(options(|o| o.queues = Some(65)).contains("65 queues"));
+        assert!(options(|o| o.depth = Some(0)).contains("depth of 0"));
+        assert!(
+            options(|o| (o.ublk, o.vhost) = (Some(DoorMode::No), Some(DoorMode::No)))
+                .contains("both doors")
+        );
+        assert!(
+            options(|o| (o.ublk, o.ublk_id) = (Some(DoorMode::No), Some(1))).contains("ublk id")
+        );
+    }
+
+    #[test]
+    fn exports_that_collide_are_told_by_name() {
+        let one = export("a=null:1G", ExportOptions::default()).unwrap();
+        let mut two = one.clone();
+        assert!(check_together(&[one.clone(), two.clone()]).is_err());
+        two.name = "b".into();
+        assert!(check_together(&[one.clone(), two.clone()]).is_ok());
+        let (mut one, mut two) = (one, two);
+        (one.ublk_id, two.ublk_id) = (Some(3), Some(3));
+        let error = check_together(&[one, two]).unwrap_err().to_string();
+        assert!(error.contains("ublk id 3"), "{error}");
+    }
+
+    #[test]
+    fn a_long_name_makes_a_serial_that_fits() {
+        let name = "a-name-with-more-than-twenty-characters";
+        let config = export(&format!("{name}=null:1G"), ExportOptions::default()).unwrap();
+        assert_eq!(config.serial.as_str(), &name[..20]);
+    }
+}

@@ -1,0 +1,293 @@
+//! The admin socket of each export: one line of JSON asks, one line answers.
+//!
+//! `{"command":"stat"}` → [`ExportStatus`]; `{"command":"stop"}` → `{"stopped":true}` once the
+//! export is drained and gone. Anything else → `{"error":"…"}`.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::counters::Totals;
+
+/// A request may be this long.
+const MAX_LINE_BYTES: u64 = 4096;
+
+/// An answer may be this long.
+const MAX_ANSWER_BYTES: u64 = 1 << 20;
+
+/// A client may take this long to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Conversations at once per export.
+const MAX_CLIENTS: usize = 16;
+
+/// What a client asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Command {
+    /// How is the export?
+    Stat,
+    /// Drain it and take it down.
+    Stop,
+}
+
+/// What an export says about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportStatus {
+    /// Its name.
+    pub name: String,
+    /// `serving` or `stopping`.
+    pub state: String,
+    /// The server's process.
+    pub pid: u32,
+    /// The backend, as a SPEC.
+    pub backend: String,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Logical block.
+    pub block_bytes: u32,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether completed writes need a flush to be durable.
+    pub write_cache: bool,
+    /// What the disk calls itself.
+    pub serial: String,
+    /// The block door, if it is open.
+    pub ublk: Option<UblkStatus>,
+    /// The vhost door, if it is open.
+    pub vhost: Option<VhostStatus>,
+}
+
+/// What the block door says about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UblkStatus {
+    /// `/dev/ublkbN`.
+    pub device: PathBuf,
+    /// Hardware queues, each with a thread.
+    pub queues: u16,
+    /// Requests under way per queue at most.
+    pub depth: u16,
+    /// What it did.
+    pub counters: Totals,
+}
+
+/// What the vhost door says about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VhostStatus {
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// Who is connected.
+    pub sessions: Vec<SessionStatus>,
+    /// What it did, ended sessions included.
+    pub counters: Totals,
+}
+
+/// One front-end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// Its process, as the kernel told it when it connected.
+    pub pid: Option<i32>,
+    /// Virtqueues that run.
+    pub running_queues: usize,
+    /// Seconds since it connected.
+    pub age_seconds: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stopped {
+    stopped: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Refused {
+    error: String,
+}
+
+/// What an export does for its admin socket.
+pub trait Service: Send + Sync + 'static {
+    /// Answers `stat`.
+    fn status(&self) -> ExportStatus;
+    /// Answers `stop`: returns when the export is gone.
+    fn stop(&self);
+}
+
+/// Listens on `path` and answers from a thread of its own, until the process ends or the returned
+/// handle is dropped.
+///
+/// # Errors
+///
+/// When the socket or the thread cannot be made.
+pub fn listen(path: &Path, service: Arc<impl Service>) -> Result<Listening> {
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    let listener = Arc::new(listener);
+    let ours = Arc::clone(&listener);
+    std::thread::Builder::new()
+        .name("control".into())
+        .spawn(move || {
+            let clients = Arc::new(AtomicUsize::new(0));
+            // Ends with an error when `Listening` shuts the socket down.
+            while let Ok((stream, _)) = ours.accept() {
+                serve_apart(stream, &service, &clients);
+            }
+        })
+        .context("cannot start the admin thread")?;
+    Ok(Listening { listener })
+}
+
+/// An admin socket that listens.
+#[derive(Debug)]
+pub struct Listening {
+    listener: Arc<UnixListener>,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        // Wakes the thread in accept, which then ends. Nothing to do if it already has.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+    }
+}
+
+fn serve_apart(stream: UnixStream, service: &Arc<impl Service>, clients: &Arc<AtomicUsize>) {
+    if clients.fetch_add(1, Ordering::Relaxed) >= MAX_CLIENTS {
+        clients.fetch_sub(1, Ordering::Relaxed);
+        return;
+    }
+    let (service, counter) = (Arc::clone(service), Arc::clone(clients));
+    let spawned = std::thread::Builder::new()
+        .name("admin-client".into())
+        .spawn(move || {
+            if let Err(error) = converse(stream, &*service) {
+                tracing::debug!(%error, "admin client");
+            }
+            counter.fetch_sub(1, Ordering::Relaxed);
+        });
+    if spawned.is_err() {
+        clients.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn converse(stream: UnixStream, service: &impl Service) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut line = String::new();
+    BufReader::new((&stream).take(MAX_LINE_BYTES)).read_line(&mut line)?;
+    let answer = match serde_json::from_str(&line) {
+        Ok(Command::Stat) => serde_json::to_string(&service.status()),
+        Ok(Command::Stop) => {
+            service.stop();
+            serde_json::to_string(&Stopped { stopped: true })
+        }
+        Err(error) => serde_json::to_string(&Refused {
+            error: format!("not a command: {error}"),
+        }),
+    }?;
+    (&stream).write_all(format!("{answer}\n").as_bytes())
+}
+
+/// Asks the export whose admin socket is `path` how it is.
+///
+/// # Errors
+///
+/// When nobody answers, or not within `limit`.
+pub fn stat(path: &Path, limit: Duration) -> Result<ExportStatus> {
+    ask(path, Command::Stat, limit)
+}
+
+/// Tells the export whose admin socket is `path` to stop, and waits until it has.
+///
+/// # Errors
+///
+/// When nobody answers, or not within `limit`.
+pub fn stop(path: &Path, limit: Duration) -> Result<()> {
+    let Stopped { stopped: _ } = ask(path, Command::Stop, limit)?;
+    Ok(())
+}
+
+fn ask<A: for<'a> Deserialize<'a>>(path: &Path, command: Command, limit: Duration) -> Result<A> {
+    let stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
+    (&stream).write_all(format!("{}\n", serde_json::to_string(&command)?).as_bytes())?;
+    let mut line = String::new();
+    match BufReader::new((&stream).take(MAX_ANSWER_BYTES)).read_line(&mut line) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            bail!("no answer within {} s", limit.as_secs())
+        }
+        other => other?,
+    };
+    if let Ok(Refused { error }) = serde_json::from_str(&line) {
+        bail!("{error}");
+    }
+    serde_json::from_str(&line).context("the answer makes no sense (another version?)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+
+    #[derive(Default)]
+    struct Fake(AtomicBool);
+
+    impl Service for Fake {
+        fn status(&self) -> ExportStatus {
+            ExportStatus {
+                name: "a".into(),
+                state: "serving".into(),
+                pid: 1,
+                backend: "mem:1M".into(),
+                size_bytes: 1 << 20,
+                block_bytes: 512,
+                read_only: false,
+                write_cache: false,
+                serial: "a".into(),
+                ublk: None,
+                vhost: None,
+            }
+        }
+        fn stop(&self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn commands_are_answered_and_nonsense_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("control");
+        let fake = Arc::new(Fake::default());
+        let listening = listen(&path, Arc::clone(&fake)).unwrap();
+        assert_eq!(stat(&path, LIMIT).unwrap(), fake.status());
+        stop(&path, LIMIT).unwrap();
+        assert!(fake.0.load(Ordering::SeqCst));
+        for nonsense in ["\n", "{}\n", "{\"command\":\"format\"}\n", "\u{0}\n"] {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.write_all(nonsense.as_bytes()).unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            assert!(answer.contains("not a command"), "{nonsense}: {answer}");
+        }
+        // A flood without a line's end is cut off, not collected.
+        let mut stream = UnixStream::connect(&path).unwrap();
+        let _ = stream.write_all(&vec![b'x'; 1 << 20]);
+        drop(listening);
+    }
+
+    #[test]
+    fn nobody_listens_after_the_handle_is_dropped() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("control");
+        drop(listen(&path, Arc::new(Fake::default())).unwrap());
+        assert!(stat(&path, LIMIT).is_err());
+    }
+}
