@@ -184,7 +184,7 @@ fn details(status: &ExportStatus) -> String {
                 text,
                 "\n            session of pid {}: {} queues running, for {} s",
                 session.pid.map_or("?".into(), |pid| pid.to_string()),
-                session.running_queues,
+                session.vrings,
                 session.age_seconds
             );
         }

@@ -7,14 +7,14 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::counters::Totals;
+use crate::door::vhost::SessionState;
 
 /// A request may be this long.
 const MAX_LINE_BYTES: u64 = 4096;
@@ -94,8 +94,10 @@ pub struct VhostStatus {
 pub struct SessionStatus {
     /// Its process, as the kernel told it when it connected.
     pub pid: Option<i32>,
-    /// Virtqueues that run.
-    pub running_queues: usize,
+    /// What it is doing.
+    pub state: SessionState,
+    /// Virtqueues being served.
+    pub vrings: usize,
     /// Seconds since it connected.
     pub age_seconds: u64,
 }
@@ -128,58 +130,105 @@ pub fn listen(path: &Path, service: Arc<impl Service>) -> Result<Listening> {
     let listener =
         UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    let listener = Arc::new(listener);
-    let ours = Arc::clone(&listener);
+    let listening = Listening {
+        listener: Arc::new(listener),
+        clients: Arc::default(),
+    };
+    let (listener, clients) = (
+        Arc::clone(&listening.listener),
+        Arc::clone(&listening.clients),
+    );
     std::thread::Builder::new()
         .name("control".into())
         .spawn(move || {
-            let clients = Arc::new(AtomicUsize::new(0));
             // Ends with an error when `Listening` shuts the socket down.
-            while let Ok((stream, _)) = ours.accept() {
+            while let Ok((stream, _)) = listener.accept() {
                 serve_apart(stream, &service, &clients);
             }
         })
         .context("cannot start the admin thread")?;
-    Ok(Listening { listener })
+    Ok(listening)
 }
 
-/// An admin socket that listens.
+/// How many conversations there are, and a bell for when one ends.
+#[derive(Debug, Default)]
+struct Clients {
+    count: Mutex<usize>,
+    one_left: Condvar,
+}
+
+impl Clients {
+    fn count(&self) -> MutexGuard<'_, usize> {
+        // A number is whole whoever panicked.
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One conversation; counts until it is dropped.
+struct Client(Arc<Clients>);
+
+impl Client {
+    fn new(clients: &Arc<Clients>) -> Option<Self> {
+        let mut count = clients.count();
+        if *count >= MAX_CLIENTS {
+            return None;
+        }
+        *count += 1;
+        Some(Self(Arc::clone(clients)))
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        *self.0.count() -= 1;
+        self.0.one_left.notify_all();
+    }
+}
+
+/// An admin socket that listens. Dropping it waits until those who asked have their answers.
 #[derive(Debug)]
 pub struct Listening {
     listener: Arc<UnixListener>,
+    clients: Arc<Clients>,
 }
 
 impl Drop for Listening {
     fn drop(&mut self) {
         // Wakes the thread in accept, which then ends. Nothing to do if it already has.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+        // Every conversation is bounded by PATIENCE on both sides.
+        let _ =
+            self.clients
+                .one_left
+                .wait_timeout_while(self.clients.count(), 3 * PATIENCE, |count| *count > 0);
     }
 }
 
-fn serve_apart(stream: UnixStream, service: &Arc<impl Service>, clients: &Arc<AtomicUsize>) {
-    if clients.fetch_add(1, Ordering::Relaxed) >= MAX_CLIENTS {
-        clients.fetch_sub(1, Ordering::Relaxed);
+fn serve_apart(stream: UnixStream, service: &Arc<impl Service>, clients: &Arc<Clients>) {
+    let Some(client) = Client::new(clients) else {
+        tracing::warn!("too many admin clients at once; one was turned away");
         return;
-    }
-    let (service, counter) = (Arc::clone(service), Arc::clone(clients));
+    };
+    let service = Arc::clone(service);
     let spawned = std::thread::Builder::new()
         .name("admin-client".into())
         .spawn(move || {
-            if let Err(error) = converse(stream, &*service) {
+            if let Err(error) = converse(&stream, &*service) {
                 tracing::debug!(%error, "admin client");
             }
-            counter.fetch_sub(1, Ordering::Relaxed);
+            // After the answer, and only then: `Listening` waits for this.
+            drop(client);
         });
-    if spawned.is_err() {
-        clients.fetch_sub(1, Ordering::Relaxed);
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "cannot serve an admin client");
     }
 }
 
-fn converse(stream: UnixStream, service: &impl Service) -> io::Result<()> {
+fn converse(mut stream: &UnixStream, service: &impl Service) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut line = String::new();
-    BufReader::new((&stream).take(MAX_LINE_BYTES)).read_line(&mut line)?;
+    BufReader::new(stream.take(MAX_LINE_BYTES)).read_line(&mut line)?;
     let answer = match serde_json::from_str(&line) {
         Ok(Command::Stat) => serde_json::to_string(&service.status()),
         Ok(Command::Stop) => {
@@ -190,7 +239,7 @@ fn converse(stream: UnixStream, service: &impl Service) -> io::Result<()> {
             error: format!("not a command: {error}"),
         }),
     }?;
-    (&stream).write_all(format!("{answer}\n").as_bytes())
+    stream.write_all(format!("{answer}\n").as_bytes())
 }
 
 /// Asks the export whose admin socket is `path` how it is.
@@ -233,7 +282,7 @@ fn ask<A: for<'a> Deserialize<'a>>(path: &Path, command: Command, limit: Duratio
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     #[derive(Default)]
     struct Fake(AtomicBool);

@@ -1,9 +1,10 @@
 //! `[NAME=]KIND:ARG[,key=value…]`
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::{ConfigError, parse_size};
+use super::{ConfigError, format_size, parse_size};
 use crate::request::SECTOR_BYTES;
 
 /// The largest disk: what ext4 files and 32-bit page indexes of older tools still reach.
@@ -55,6 +56,18 @@ impl BackendSpec {
                 .unwrap_or_default()
                 .to_string_lossy()
                 .into_owned(),
+        }
+    }
+}
+
+impl fmt::Display for BackendSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Null { size_bytes } => write!(f, "null:{}", format_size(*size_bytes)),
+            Self::Memory { size_bytes } => write!(f, "mem:{}", format_size(*size_bytes)),
+            Self::File { path, .. } => {
+                write!(f, "file:{}", path.to_string_lossy().replace(',', ",,"))
+            }
         }
     }
 }

@@ -27,6 +27,7 @@ pub struct Completion {
 /// can hold.
 pub struct Ring {
     uring: IoUring,
+    flavour: &'static str,
     in_flight: usize,
     /// Counted for `stat`: `io_uring_enter` calls.
     enters: u64,
@@ -48,20 +49,24 @@ impl Ring {
             builder.setup_clamp().setup_cqsize(in_flight.max(2));
             builder
         };
-        let uring = base()
+        let deferred = base()
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
             .build(submissions)
+            .map(|uring| (uring, "single-issuer, deferred-taskrun"));
+        let (uring, flavour) = deferred
             .or_else(|_| {
                 base()
                     .setup_coop_taskrun()
                     .setup_taskrun_flag()
                     .build(submissions)
+                    .map(|uring| (uring, "cooperative-taskrun"))
             })
-            .or_else(|_| base().build(submissions))?;
+            .or_else(|_| base().build(submissions).map(|uring| (uring, "plain")))?;
         Ok(Self {
             uring,
+            flavour,
             in_flight: 0,
             enters: 0,
         })
@@ -176,6 +181,12 @@ impl Ring {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// Which kind of ring the kernel gave, for people.
+    #[must_use]
+    pub fn flavour(&self) -> &'static str {
+        self.flavour
     }
 
     /// `io_uring_enter` calls so far.

@@ -1,0 +1,382 @@
+//! One export: a backend and its doors.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError, mpsc};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::backend::{Backend, File, FileOptions, Memory, Null};
+use crate::config::{BackendSpec, DoorMode, ExportConfig, format_size};
+use crate::control::{self, ExportStatus, Listening, SessionStatus, UblkStatus, VhostStatus};
+use crate::counters::Registry;
+use crate::door::ublk::{self, DoorEnd, Unavailable, UblkConfig, UblkDoor, UblkError};
+use crate::door::vhost::{SessionInfo, VhostConfig, VhostDoor};
+use crate::request::Limits;
+use crate::runtime::{CONTROL, Claim, RuntimeDir, VHOST_SOCKET};
+use crate::serve::Event;
+
+/// Which door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// `/dev/ublkbN`.
+    Ublk,
+    /// The vhost-user-blk socket.
+    Vhost,
+}
+
+impl fmt::Display for Door {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ublk => "ublk",
+            Self::Vhost => "vhost-user-blk",
+        })
+    }
+}
+
+/// How long a client's requests may take to end when the door closes.
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+
+/// Largest discard of the disks that hold nothing or hold it in memory.
+const MAX_DISCARD_BYTES: u64 = 1 << 30;
+
+/// Largest write-zeroes of a disk in memory: bounds how long one request keeps a thread busy.
+const MAX_WRITE_ZEROES_BYTES: u64 = 16 << 20;
+
+/// Largest read or write that the doors offer.
+const MAX_IO_BYTES: u32 = 1 << 20;
+
+/// A served export. Dropping it without [`Export::stop`] closes the doors all the same.
+pub struct Export {
+    shared: Arc<Shared>,
+    claim: Claim,
+    /// Declared after what its service uses; dropped last in [`Export::stop`].
+    admin: Listening,
+}
+
+/// What the admin socket's thread sees.
+struct Shared {
+    config: ExportConfig,
+    limits: Limits,
+    doors: Mutex<Doors>,
+    stopped: Condvar,
+    events: mpsc::Sender<Event>,
+}
+
+#[derive(Default)]
+struct Doors {
+    state: State,
+    ublk: Option<(UblkDoor, Arc<Registry>)>,
+    vhost: Option<(VhostDoor, Arc<Registry>)>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Serving,
+    Stopping,
+    Stopped,
+}
+
+impl Export {
+    /// Claims the name, opens the backend, opens the doors. On failure nothing is left behind.
+    ///
+    /// # Errors
+    ///
+    /// When any of it fails, or no door can be opened.
+    pub fn start(
+        dir: &RuntimeDir,
+        config: ExportConfig,
+        events: mpsc::Sender<Event>,
+    ) -> Result<Self> {
+        let claim = dir.claim(&config.name)?;
+        let (doors, limits) = match &config.backend {
+            BackendSpec::Null { size_bytes } => {
+                let disk = Null::new(plain_limits(&config, *size_bytes));
+                open_doors(&config, &claim, disk, &events)?
+            }
+            BackendSpec::Memory { size_bytes } => {
+                let disk = Memory::new(plain_limits(&config, *size_bytes))
+                    .with_context(|| format!("cannot reserve {}", format_size(*size_bytes)))?;
+                open_doors(&config, &claim, disk, &events)?
+            }
+            BackendSpec::File { path, cache } => {
+                let disk = File::open(FileOptions {
+                    path: path.clone(),
+                    cache: *cache,
+                    read_only: config.read_only,
+                    block_bytes: config.block_bytes,
+                    serial: config.serial,
+                })?;
+                open_doors(&config, &claim, disk, &events)?
+            }
+        };
+        let shared = Arc::new(Shared {
+            config,
+            limits,
+            doors: Mutex::new(doors),
+            stopped: Condvar::new(),
+            events,
+        });
+        let admin = control::listen(&claim.folder().join(CONTROL), Arc::clone(&shared))?;
+        Ok(Self {
+            shared,
+            claim,
+            admin,
+        })
+    }
+
+    /// The open doors and where they are.
+    #[must_use]
+    pub fn doors(&self) -> Vec<(Door, PathBuf)> {
+        let doors = self.shared.doors();
+        let ublk = doors.ublk.as_ref().map(|(door, _)| (Door::Ublk, door.block_path()));
+        let vhost = doors
+            .vhost
+            .as_ref()
+            .map(|(door, _)| (Door::Vhost, door.path().to_owned()));
+        ublk.into_iter().chain(vhost).collect()
+    }
+
+    /// Closes a door that closed by itself; whether another is still open.
+    pub fn close(&mut self, door: Door) -> bool {
+        let mut doors = self.shared.doors();
+        let closed = match door {
+            Door::Ublk => doors.ublk.take().map(|(door, _)| Closing::Ublk(door)),
+            Door::Vhost => doors.vhost.take().map(|(door, _)| Closing::Vhost(door)),
+        };
+        let left = doors.ublk.is_some() || doors.vhost.is_some();
+        // Closing takes time; `stat` must not wait for it.
+        drop(doors);
+        if let Some(closed) = closed {
+            closed.close(&self.shared.config.name, &self.claim);
+        }
+        left
+    }
+
+    /// Drains both doors, closes them and gives the name back.
+    pub fn stop(self) {
+        let name = &self.shared.config.name;
+        let (ublk, vhost) = {
+            let mut doors = self.shared.doors();
+            doors.state = State::Stopping;
+            (doors.ublk.take(), doors.vhost.take())
+        };
+        // The block door first: it may have a file system on it that wants to write.
+        if let Some((door, _)) = ublk {
+            Closing::Ublk(door).close(name, &self.claim);
+        }
+        if let Some((door, _)) = vhost {
+            Closing::Vhost(door).close(name, &self.claim);
+        }
+        tracing::info!("{name}: stopped");
+        drop(self.claim);
+        self.shared.doors().state = State::Stopped;
+        self.shared.stopped.notify_all();
+        // Waits until those who asked for the stop have their answer.
+        drop(self.admin);
+    }
+}
+
+/// A door on its way out.
+enum Closing {
+    Ublk(UblkDoor),
+    Vhost(VhostDoor),
+}
+
+impl Closing {
+    fn close(self, name: &str, claim: &Claim) {
+        match self {
+            Self::Ublk(door) => match door.stop() {
+                Ok(()) => claim.forget_ublk_id(),
+                Err(error) => tracing::error!("{name}: {error:#}"),
+            },
+            Self::Vhost(door) => {
+                let left = door.stop(DRAIN_LIMIT);
+                if left > 0 {
+                    tracing::error!("{name}: {left} vhost sessions are stuck in the storage");
+                }
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn doors(&self) -> MutexGuard<'_, Doors> {
+        // Whoever panicked with the lock has taken a door or has not: both are states we know.
+        self.doors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl control::Service for Shared {
+    fn status(&self) -> ExportStatus {
+        let doors = self.doors();
+        let (config, limits) = (&self.config, &self.limits);
+        ExportStatus {
+            name: config.name.clone(),
+            state: match doors.state {
+                State::Serving => "serving",
+                State::Stopping | State::Stopped => "stopping",
+            }
+            .into(),
+            pid: std::process::id(),
+            backend: config.backend.to_string(),
+            size_bytes: limits.capacity_bytes,
+            block_bytes: limits.block_bytes,
+            read_only: limits.read_only,
+            write_cache: limits.write_cache,
+            serial: limits.serial.as_str().to_owned(),
+            ublk: doors.ublk.as_ref().map(|(door, registry)| UblkStatus {
+                device: door.block_path(),
+                queues: config.queues,
+                depth: config.depth,
+                counters: registry.totals(),
+            }),
+            vhost: doors.vhost.as_ref().map(|(door, registry)| VhostStatus {
+                socket: door.path().to_owned(),
+                sessions: door.sessions().iter().map(session_status).collect(),
+                counters: registry.totals(),
+            }),
+        }
+    }
+
+    fn stop(&self) {
+        let name = self.config.name.clone();
+        // Nobody listens any more when the server is on its way out, and then it stops anyway.
+        let _ = self.events.send(Event::Stop { name });
+        let mut doors = self.doors();
+        while doors.state != State::Stopped {
+            doors = self.stopped.wait(doors).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+fn session_status(info: &SessionInfo) -> SessionStatus {
+    SessionStatus {
+        pid: info.peer_pid,
+        state: info.state,
+        vrings: info.vrings,
+        age_seconds: info.since.elapsed().unwrap_or_default().as_secs(),
+    }
+}
+
+/// Opens the doors that were asked for.
+fn open_doors<B: Backend>(
+    config: &ExportConfig,
+    claim: &Claim,
+    disk: B,
+    events: &mpsc::Sender<Event>,
+) -> Result<(Doors, Limits)> {
+    let disk = Arc::new(disk);
+    let limits = disk.limits().clone();
+    let mut doors = Doors::default();
+    let name = &config.name;
+    if let Some(path) = vhost_socket(config, claim) {
+        let registry = Arc::new(Registry::default());
+        let vhost = VhostConfig {
+            name: name.clone(),
+            socket: path,
+            queue_threads: config.queues,
+        };
+        let door = VhostDoor::start(vhost, Arc::clone(&disk), Arc::clone(&registry))?;
+        doors.vhost = Some((door, registry));
+    }
+    // Even with --ublk no: a dead device of this name is in nobody's way but ours.
+    remove_left_over_device(claim)?;
+    if may_open_ublk(config)? {
+        let registry = Arc::new(Registry::default());
+        let counters = || registry.register();
+        let (ended, export) = (events.clone(), name.clone());
+        let on_end = move |end| {
+            let why = match end {
+                DoorEnd::Outside => "somebody else removed its device".to_owned(),
+                DoorEnd::Failed(error) => error.to_string(),
+            };
+            let closed = Event::Closed {
+                name: export,
+                door: Door::Ublk,
+                why,
+            };
+            // Without a receiver the server is on its way out anyway.
+            let _ = ended.send(closed);
+        };
+        let ublk = UblkConfig {
+            id: config.ublk_id,
+            queues: config.queues,
+            depth: config.depth,
+        };
+        let door = UblkDoor::start(&ublk, &disk, counters, on_end)?;
+        claim
+            .note_ublk_id(door.id())
+            .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
+        doors.ublk = Some((door, registry));
+    }
+    if doors.ublk.is_none() && doors.vhost.is_none() {
+        bail!("no door can be opened: there is no ublk here, and --vhost is no");
+    }
+    Ok((doors, limits))
+}
+
+fn vhost_socket(config: &ExportConfig, claim: &Claim) -> Option<PathBuf> {
+    if config.vhost == DoorMode::No {
+        return None;
+    }
+    let default = || claim.folder().join(VHOST_SOCKET);
+    Some(config.vhost_socket.clone().unwrap_or_else(default))
+}
+
+/// Whether the block door is to be opened. In automatic mode, says once per process why not.
+fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
+    if config.ublk == DoorMode::No {
+        return Ok(false);
+    }
+    match ublk::available() {
+        Ok(_) => Ok(true),
+        Err(why) if config.ublk == DoorMode::Auto => {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| tracing::warn!("no block door: {why}"));
+            Ok(false)
+        }
+        Err(why) => Err(why.into()),
+    }
+}
+
+/// Removes the block device that a killed server of this name left behind, if there is one.
+///
+/// # Errors
+///
+/// When it cannot be removed, or has a living server.
+pub fn remove_left_over_device(claim: &Claim) -> Result<()> {
+    let Some(id) = claim.left_ublk_id() else {
+        return Ok(());
+    };
+    match ublk::remove(id) {
+        // Without the driver there are no devices: the machine was booted again.
+        Ok(()) | Err(UblkError::Unavailable(Unavailable::NoDriver)) => {}
+        // The number went to somebody else in the meantime.
+        Err(error @ UblkError::Alive { .. }) => tracing::debug!("{error}"),
+        Err(error) => return Err(error.into()),
+    }
+    claim.forget_ublk_id();
+    Ok(())
+}
+
+/// The limits of the disks without a file behind them.
+fn plain_limits(config: &ExportConfig, size_bytes: u64) -> Limits {
+    let block_bytes = config.block_bytes.unwrap_or(512);
+    Limits {
+        capacity_bytes: size_bytes,
+        block_bytes,
+        physical_block_bytes: 4096,
+        optimal_io_bytes: 0,
+        max_io_bytes: MAX_IO_BYTES,
+        discard_granularity_bytes: 4096,
+        max_discard_bytes: MAX_DISCARD_BYTES,
+        max_write_zeroes_bytes: MAX_WRITE_ZEROES_BYTES,
+        read_only: config.read_only,
+        // What was written is where it will ever be: there is nothing to flush.
+        write_cache: false,
+        serial: config.serial,
+    }
+}

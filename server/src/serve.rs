@@ -1,0 +1,145 @@
+//! `ublkup serve`: starts the exports, waits, takes them down.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::mpsc;
+
+use anyhow::{Context, Result, anyhow};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::config::ExportConfig;
+use crate::device::{Door, Export};
+use crate::runtime::RuntimeDir;
+
+/// What happens to a running server.
+#[derive(Debug)]
+pub enum Event {
+    /// A signal that asks the server to end.
+    Signal(i32),
+    /// Somebody asked to stop this export.
+    Stop {
+        /// The export.
+        name: String,
+    },
+    /// A door closed by itself.
+    Closed {
+        /// The export.
+        name: String,
+        /// Which of its doors.
+        door: Door,
+        /// Why.
+        why: String,
+    },
+}
+
+/// Serves `configs` until a signal, or until the last export was stopped.
+///
+/// # Errors
+///
+/// When an export cannot be started (unless `keep_going`, and another can).
+pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, keep_going: bool) -> Result<ExitCode> {
+    let (events, inbox) = mpsc::channel();
+    forward_signals(events.clone())?;
+    let mut exports = BTreeMap::new();
+    let mut code = ExitCode::SUCCESS;
+    for config in configs {
+        let name = config.name.clone();
+        match Export::start(dir, config, events.clone()) {
+            Ok(export) => {
+                exports.insert(name, export);
+            }
+            Err(error) if keep_going => {
+                tracing::error!("{name}: {error:#}");
+                code = ExitCode::FAILURE;
+            }
+            Err(error) => {
+                stop_all(exports);
+                return Err(error.context(name));
+            }
+        }
+    }
+    if exports.is_empty() {
+        return Err(anyhow!("none of the exports could be started"));
+    }
+    announce(&exports).context("cannot write to standard output")?;
+    while !exports.is_empty() {
+        match inbox.recv().context("nobody is left who could stop us")? {
+            Event::Signal(signal) => {
+                tracing::info!(exports = exports.len(), signal, "draining");
+                tell_manager(&[sd_notify::NotifyState::Stopping]);
+                stop_all(std::mem::take(&mut exports));
+            }
+            Event::Stop { name } => {
+                if let Some(export) = exports.remove(&name) {
+                    export.stop();
+                }
+            }
+            Event::Closed { name, door, why } => {
+                let Some(export) = exports.get_mut(&name) else {
+                    continue;
+                };
+                tracing::error!("{name}: the {door} door closed: {why}");
+                code = ExitCode::FAILURE;
+                if !export.close(door)
+                    && let Some(export) = exports.remove(&name)
+                {
+                    tracing::error!("{name}: no door is left; the export ends");
+                    export.stop();
+                }
+            }
+        }
+    }
+    Ok(code)
+}
+
+/// Signals become events; from here on they no longer end the process by themselves.
+fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot handle signals")?;
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for signal in signals.forever() {
+                if events.send(Event::Signal(signal)).is_err() {
+                    return;
+                }
+            }
+        })
+        .context("cannot start the signal thread")?;
+    Ok(())
+}
+
+/// Takes all exports down at once: each drains by itself.
+fn stop_all(exports: BTreeMap<String, Export>) {
+    std::thread::scope(|scope| {
+        for export in exports.into_values() {
+            scope.spawn(|| export.stop());
+        }
+    });
+}
+
+/// Prints where each door is, then `ready`, and tells the service manager.
+fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for (name, export) in exports {
+        for (door, path) in export.doors() {
+            writeln!(out, "{name} {door} {}", path.display())?;
+        }
+    }
+    writeln!(out, "ready")?;
+    out.flush()?;
+    let status = format!("serving {} exports", exports.len());
+    tell_manager(&[
+        sd_notify::NotifyState::Ready,
+        sd_notify::NotifyState::Status(&status),
+    ]);
+    Ok(())
+}
+
+fn tell_manager(state: &[sd_notify::NotifyState]) {
+    // Does nothing where there is no manager to tell.
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "cannot tell the service manager");
+    }
+}

@@ -1,0 +1,210 @@
+//! The command line as a user meets it: what goes wrong gets one clear line and the right exit
+//! code, and leaves nothing behind; what goes right can be listed, looked at and stopped.
+
+mod common;
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+
+use common::Lab;
+
+#[test]
+fn malformed_specs_are_wrong_usage() {
+    let lab = Lab::new();
+    for (spec, why) in [
+        ("disk.img", "no backend"),
+        ("qcow9:x", "no backend is called 'qcow9'"),
+        ("mem:huge", "no size"),
+        ("mem:100", "smaller than a sector"),
+        ("null:17T", "larger than 16T"),
+        ("../x=mem:1M", "no name"),
+        ("mem:1M,colour=red", "no option 'colour'"),
+    ] {
+        lab.serve_fails(&[spec], 2, &[why, spec]);
+    }
+    lab.serve_fails(&["a=mem:1M", "a=mem:1M"], 2, &["two exports"]);
+    lab.serve_fails(&["--queues", "0", "mem:1M"], 2, &["0 queues"]);
+    lab.serve_fails(&["--ublk", "no", "--vhost", "no", "mem:1M"], 2, &["both doors"]);
+    lab.serve_fails(&["--config", "/does/not/exist"], 2, &["/does/not/exist"]);
+    lab.is_clean();
+}
+
+#[test]
+fn files_that_cannot_be_served_are_told_by_path() {
+    let lab = Lab::new();
+    let missing = lab.path("missing.img");
+    lab.serve_fails(&[&format!("file:{}", missing.display())], 1, &["missing.img", "No such file"]);
+    let small = lab.path("small.img");
+    std::fs::write(&small, [0; 100]).unwrap();
+    lab.serve_fails(&[&format!("file:{}", small.display())], 1, &["small.img", "100"]);
+    let folder = lab.path("folder");
+    std::fs::create_dir(&folder).unwrap();
+    lab.serve_fails(&[&format!("file:{}", folder.display())], 1, &["folder"]);
+    lab.is_clean();
+}
+
+#[test]
+fn a_file_that_may_not_be_written_is_refused_and_read_only_is_suggested() {
+    let lab = Lab::new();
+    let image = lab.image("ro.img", 1 << 20);
+    std::fs::set_permissions(&image, std::fs::Permissions::from_mode(0o444)).unwrap();
+    if rustix::process::geteuid().is_root() {
+        // Root may write everything; the kernel refuses a directory of /proc even so.
+        lab.serve_fails(&["v=file:/proc/version"], 1, &["/proc/version"]);
+    } else {
+        lab.serve_fails(&[&format!("file:{}", image.display())], 1, &["ro.img", "read-only"]);
+    }
+    lab.is_clean();
+}
+
+#[test]
+fn one_image_is_served_by_one_writer() {
+    let lab = Lab::new();
+    let spec = format!("file:{}", lab.image("disk.img", 1 << 20).display());
+    let server = lab.serve(&[&spec]);
+    lab.serve_fails(&["--name", "other", &spec], 1, &["disk.img", "in use"]);
+    lab.serve_fails(&["--name", "other", "--read-only", &spec], 1, &["disk.img", "in use"]);
+    server.stop();
+    lab.is_clean();
+}
+
+#[test]
+fn a_name_is_served_once() {
+    let lab = Lab::new();
+    let server = lab.serve(&["a=mem:1M"]);
+    lab.serve_fails(&["a=null:1G"], 1, &["'a' is already served", "ublkup stop a"]);
+    server.stop();
+    lab.is_clean();
+}
+
+#[test]
+fn a_socket_path_that_is_taken_is_refused() {
+    let lab = Lab::new();
+    let path = lab.path("taken.sock");
+    let text = path.display().to_string();
+    let listener = UnixListener::bind(&path).unwrap();
+    lab.serve_fails(&["--vhost-socket", &text, "mem:1M"], 1, &["taken.sock", "in use"]);
+    assert!(path.exists(), "somebody else's socket was removed");
+    // Nobody listens any more: a dead server left it, and it is replaced.
+    drop(listener);
+    lab.serve(&["--vhost-socket", &text, "mem:1M"]).stop();
+    assert!(!path.exists(), "our own socket was left");
+    std::fs::write(&path, "precious").unwrap();
+    lab.serve_fails(&["--vhost-socket", &text, "mem:1M"], 1, &["taken.sock"]);
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    let long = lab.path(&"x".repeat(120));
+    lab.serve_fails(&["--vhost-socket", &long.display().to_string(), "mem:1M"], 1, &["long"]);
+    lab.is_clean();
+}
+
+#[test]
+fn without_a_driver_the_block_door_says_what_to_load() {
+    let lab = Lab::new();
+    if std::path::Path::new("/dev/ublk-control").exists() {
+        eprintln!("skipped: this machine has ublk; the virtual machines test that side");
+        return;
+    }
+    lab.serve_fails(&["--ublk", "yes", "mem:1M"], 1, &["modprobe ublk_drv"]);
+    let server = lab.serve(&["--ublk", "auto", "a=mem:1M", "b=mem:1M"]);
+    let log = server.stop();
+    assert_eq!(log.matches("modprobe").count(), 1, "said once, not per export: {log}");
+    lab.is_clean();
+}
+
+#[test]
+fn an_export_that_cannot_start_takes_the_others_with_it_unless_told_to_keep_going() {
+    let lab = Lab::new();
+    lab.serve_fails(&["a=mem:1M", "b=file:/does/not/exist"], 1, &["b", "/does/not/exist"]);
+    lab.is_clean();
+    let server = lab.serve(&["--keep-going", "a=mem:1M", "b=file:/does/not/exist"]);
+    assert!(lab.ok(&["list"]).contains("a "));
+    let (code, log) = server.end();
+    assert_eq!(code, Some(1), "a failed export is not forgotten: {log}");
+    lab.is_clean();
+}
+
+#[test]
+fn exports_are_listed_shown_and_stopped_one_by_one() {
+    let lab = Lab::new();
+    let server = lab.serve(&["a=mem:1M,serial=ABC", "b=null:2G,read-only"]);
+    let list: serde_json::Value = serde_json::from_str(&lab.ok(&["list", "--json"])).unwrap();
+    let names: Vec<_> = list.as_array().unwrap().iter().map(|e| &e["name"]).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert_eq!(list[0]["size_bytes"], 1 << 20);
+    assert_eq!(list[0]["serial"], "ABC");
+    assert_eq!(list[1]["read_only"], true);
+    assert_eq!(list[0]["pid"], server.pid());
+    let stat: serde_json::Value = serde_json::from_str(&lab.ok(&["stat", "a", "--json"])).unwrap();
+    assert_eq!(stat["vhost"]["counters"]["reads"], 0);
+    assert!(lab.ok(&["stat", "b"]).contains("read-only"));
+    lab.ok(&["stop", "a"]);
+    lab.fails(&["stat", "a"], 1, &["no export called 'a'"]);
+    assert!(!lab.ok(&["list"]).contains("a "));
+    // The other one goes on, and the name is free again.
+    let again = lab.serve(&["a=mem:1M"]);
+    again.stop();
+    // The last export's end is the server's.
+    lab.ok(&["stop", "b"]);
+    assert_eq!(server.wait(), Some(0));
+    lab.is_clean();
+}
+
+#[test]
+fn a_killed_server_leaves_what_the_next_one_and_the_doctor_clear_away() {
+    let lab = Lab::new();
+    lab.serve(&["a=mem:1M"]).kill();
+    assert!(!lab.is_empty(), "SIGKILL leaves a folder");
+    assert!(lab.ok(&["doctor"]).contains("a: 'ublkup doctor --clean'"));
+    lab.serve(&["a=mem:1M"]).stop();
+    lab.is_clean();
+    lab.serve(&["a=mem:1M"]).kill();
+    assert!(lab.ok(&["doctor", "--clean"]).contains("a: cleared away"));
+    lab.is_clean();
+}
+
+#[test]
+fn the_doctor_speaks_json() {
+    let lab = Lab::new();
+    let checks: serde_json::Value = serde_json::from_str(&lab.ok(&["doctor", "--json"])).unwrap();
+    let what: Vec<_> = checks.as_array().unwrap().iter().map(|c| c["what"].as_str().unwrap()).collect();
+    assert!(what.contains(&"io_uring") && what.contains(&"block door"), "{what:?}");
+}
+
+#[test]
+fn the_service_manager_is_told_when_the_server_is_ready() {
+    let lab = Lab::new();
+    let path = lab.path("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(common::LIMIT)).unwrap();
+    let server = lab.serve_with(&["mem:1M"], &[("NOTIFY_SOCKET", &path.display().to_string())]);
+    let mut message = [0; 256];
+    let len = socket.recv(&mut message).unwrap();
+    let text = String::from_utf8_lossy(&message[..len]);
+    assert!(text.contains("READY=1"), "{text}");
+    server.stop();
+    let len = socket.recv(&mut message).unwrap();
+    let text = String::from_utf8_lossy(&message[..len]);
+    assert!(text.contains("STOPPING=1"), "{text}");
+}
+
+#[test]
+fn completions_and_man_pages_are_made() {
+    let lab = Lab::new();
+    assert!(lab.ok(&["completions", "bash"]).contains("ublkup"));
+    let folder = lab.path("man");
+    lab.ok(&["man", &folder.display().to_string()]);
+    assert!(folder.join("ublkup-serve.1").exists());
+}
+
+#[test]
+fn an_idle_server_is_never_scheduled_and_small() {
+    let lab = Lab::new();
+    let server = lab.serve(&["a=mem:1G", "b=null:1T"]);
+    let before = server.switches();
+    // The time something periodic would need to show itself.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    assert_eq!(server.switches(), before, "an idle server woke up");
+    let resident_kib = server.resident_kib();
+    assert!(resident_kib < 16 << 10, "{resident_kib} KiB resident");
+    server.stop();
+}
