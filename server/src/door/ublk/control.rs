@@ -109,6 +109,10 @@ impl Control {
                         UblkError::TooManyDevices
                     }
                     (Some(libc::EPERM), _) => Unavailable::NoPermission.into(),
+                    // Queues and depth were checked before; ids end somewhere.
+                    (Some(libc::EINVAL), Some(id)) => {
+                        UblkError::Config(format!("the driver has no id {id}; try a smaller one"))
+                    }
                     _ => error,
                 },
                 _ => error,

@@ -20,7 +20,7 @@ use super::control::{Control, NewDevice};
 use super::error::UblkError;
 use super::features::features_of;
 use super::memory::page_bytes;
-use super::params::{buffer_bytes, params};
+use super::params::{buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
 use crate::backend::Backend;
 use crate::counters::Counters;
@@ -73,6 +73,7 @@ impl Device {
         backend: &Arc<B>,
         counters: impl FnMut() -> Arc<Counters>,
     ) -> Result<(Self, Sender<Event>), UblkError> {
+        check_queues(config.queues, config.depth)?;
         let limits = backend.limits();
         let page = page_bytes();
         let params = params(limits, buffer_bytes(limits, page), page)?;

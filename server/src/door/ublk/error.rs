@@ -35,12 +35,12 @@ pub enum UblkError {
     /// No ublk at all.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
-    /// The configuration asks for what ublk cannot do.
-    #[error("ublk cannot serve this disk: {0}")]
+    /// Disk or configuration ask for what the driver cannot do.
+    #[error("cannot make a ublk device: {0}")]
     Config(String),
     /// Another device has the id.
     #[error(
-        "ublk id {id} is in use: choose another one or leave it out; if its server is dead, remove it with `ublkup doctor --clean`"
+        "ublk id {id} is in use: choose another one, leave it out, or stop the server that has it; `ublkup doctor` lists devices whose server is dead"
     )]
     IdInUse {
         /// The id asked for.

@@ -11,6 +11,25 @@ const MAX_BUFFER_BYTES: u32 = 1 << sys::UBLK_IO_BUF_BITS;
 /// Largest block size and hint that the driver takes.
 const MAX_HINT_BYTES: u32 = 256 << 20;
 
+/// Checks how many queues of which depth a device shall have.
+///
+/// # Errors
+///
+/// [`UblkError::Config`] when there are none, or more than the driver takes.
+pub(super) fn check_queues(queues: u16, depth: u16) -> Result<(), UblkError> {
+    for (what, number, max) in [
+        ("queues", queues, sys::UBLK_MAX_NR_QUEUES),
+        ("requests per queue", depth, sys::UBLK_MAX_QUEUE_DEPTH),
+    ] {
+        if number == 0 || u32::from(number) > max {
+            return Err(UblkError::Config(format!(
+                "{number} {what} were asked for; 1 to {max} are possible"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of the buffer of one request for a disk with these limits: what a single read or write
 /// can carry, in whole pages.
 pub(super) fn buffer_bytes(limits: &Limits, page_bytes: u32) -> u32 {
@@ -31,7 +50,7 @@ pub(super) fn params(
     let block = limits.block_bytes;
     if !block.is_power_of_two() || !(512..=page_bytes).contains(&block) {
         return Err(UblkError::Config(format!(
-            "its block size is {block} bytes; 512 to {page_bytes} is possible"
+            "the block size of the disk is {block} bytes; 512 to {page_bytes} is possible"
         )));
     }
     let block_sectors = block >> SECTOR_SHIFT;
@@ -163,6 +182,20 @@ mod tests {
             disk.max_io_bytes = max_io;
             assert_eq!(buffer_bytes(&disk, PAGE), buffer);
             assert_eq!(of(&disk).basic.max_sectors, buffer / 512);
+        }
+    }
+
+    #[test]
+    fn queues_and_depths_that_the_driver_refuses_are_named() {
+        assert!(check_queues(1, 4096).is_ok());
+        for (queues, depth, word) in [
+            (0, 1, "0 queues"),
+            (4097, 1, "4097 queues"),
+            (1, 0, "0 requests"),
+            (1, 4097, "4097 requests"),
+        ] {
+            let text = check_queues(queues, depth).unwrap_err().to_string();
+            assert!(text.contains(word) && text.contains("4096"), "{text}");
         }
     }
 
