@@ -1,0 +1,330 @@
+//! Commands to `/dev/ublk-control`, each with a time limit.
+//!
+//! A command runs on a ring of its own that is thrown away after it. That costs some tens of
+//! microseconds, a handful of times in the life of a device; in return a command that hangs
+//! (`DEL_DEV` after an oops, `STOP_DEV` while the storage does not answer) holds up nobody else.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, opcode, squeue, types};
+use libublk::sys;
+
+use super::error::{DeviceName, UblkError, Unavailable};
+use super::features::Features;
+
+const CONTROL_PATH: &str = "/dev/ublk-control";
+
+/// How long a command may take.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// How often a command that somebody may give up is looked after.
+const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
+
+/// The id that asks the driver to choose one.
+const ANY_ID: u32 = u32::MAX;
+
+/// A command by its number and the name that the driver's documentation gives it.
+#[derive(Clone, Copy)]
+struct Command {
+    number: u32,
+    name: &'static str,
+}
+
+const ADD_DEV: Command = Command {
+    number: sys::UBLK_U_CMD_ADD_DEV,
+    name: "ADD_DEV",
+};
+const SET_PARAMS: Command = Command {
+    number: sys::UBLK_U_CMD_SET_PARAMS,
+    name: "SET_PARAMS",
+};
+const START_DEV: Command = Command {
+    number: sys::UBLK_U_CMD_START_DEV,
+    name: "START_DEV",
+};
+const STOP_DEV: Command = Command {
+    number: sys::UBLK_U_CMD_STOP_DEV,
+    name: "STOP_DEV",
+};
+const DEL_DEV: Command = Command {
+    number: sys::UBLK_U_CMD_DEL_DEV,
+    name: "DEL_DEV",
+};
+const GET_DEV_INFO: Command = Command {
+    number: sys::UBLK_U_CMD_GET_DEV_INFO,
+    name: "GET_DEV_INFO",
+};
+const GET_FEATURES: Command = Command {
+    number: sys::UBLK_U_CMD_GET_FEATURES,
+    name: "GET_FEATURES",
+};
+
+/// What a new device shall be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct NewDevice {
+    pub(super) id: Option<u32>,
+    pub(super) queues: u16,
+    pub(super) depth: u16,
+    pub(super) buffer_bytes: u32,
+}
+
+/// The control device.
+pub(super) struct Control {
+    file: File,
+}
+
+impl Control {
+    /// Opens the control device.
+    pub(super) fn open() -> Result<Self, Unavailable> {
+        let file = OpenOptions::new().read(true).write(true).open(CONTROL_PATH);
+        Ok(Self {
+            file: file.map_err(Unavailable::from_open)?,
+        })
+    }
+
+    /// What the driver can do.
+    pub(super) fn features(&self) -> Result<Features, UblkError> {
+        self.exchange(GET_FEATURES, None, 0).map(Features)
+    }
+
+    /// Makes a device. The answer says what it became: id, queues (no more than the machine has
+    /// CPUs), depth.
+    pub(super) fn add(&self, new: NewDevice) -> Result<sys::ublksrv_ctrl_dev_info, UblkError> {
+        let info = sys::ublksrv_ctrl_dev_info {
+            nr_hw_queues: new.queues,
+            queue_depth: new.depth,
+            max_io_buf_bytes: new.buffer_bytes,
+            dev_id: new.id.unwrap_or(ANY_ID),
+            flags: u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE),
+            ..Default::default()
+        };
+        self.exchange(ADD_DEV, new.id, info)
+            .map_err(|error| match (&error, new.id) {
+                (UblkError::Command { source, .. }, id) => match (source.raw_os_error(), id) {
+                    (Some(libc::EEXIST), Some(id)) => UblkError::IdInUse { id },
+                    (Some(libc::ENOSPC | libc::EACCES | libc::EEXIST), None) => {
+                        UblkError::TooManyDevices
+                    }
+                    (Some(libc::EPERM), _) => Unavailable::NoPermission.into(),
+                    // Queues and depth were checked before; ids end somewhere.
+                    (Some(libc::EINVAL), Some(id)) => {
+                        UblkError::Config(format!("the driver has no id {id}; try a smaller one"))
+                    }
+                    _ => error,
+                },
+                _ => error,
+            })
+    }
+
+    /// Says what the disk of a device is like.
+    pub(super) fn set_params(&self, id: u32, params: sys::ublk_params) -> Result<(), UblkError> {
+        self.exchange(SET_PARAMS, Some(id), params).map(drop)
+    }
+
+    /// Makes the disk appear. The driver waits until every tag of every queue was fetched; when
+    /// `give_up` says so, because a queue failed, we do not.
+    pub(super) fn start(&self, id: u32, give_up: &dyn Fn() -> bool) -> Result<(), UblkError> {
+        let command = sys::ublksrv_ctrl_cmd {
+            data: [u64::from(std::process::id())],
+            ..Default::default()
+        };
+        self.run(START_DEV, Some(id), command, (), Some(give_up))
+            .map(drop)
+    }
+
+    /// Takes the disk away, after the requests under way, and aborts all fetches.
+    pub(super) fn stop(&self, id: u32) -> Result<(), UblkError> {
+        self.exchange(STOP_DEV, Some(id), ())
+    }
+
+    /// Removes a device and waits until its id is free. Whoever has its character device open must
+    /// close it.
+    pub(super) fn delete(&self, id: u32) -> Result<(), UblkError> {
+        self.exchange(DEL_DEV, Some(id), ())
+    }
+
+    /// What the driver knows of a device. Its `ublksrv_pid` is -1 without a (visible) server.
+    pub(super) fn info(&self, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, UblkError> {
+        self.exchange(
+            GET_DEV_INFO,
+            Some(id),
+            sys::ublksrv_ctrl_dev_info::default(),
+        )
+    }
+
+    /// Runs a command that reads or fills `payload` and nothing else.
+    fn exchange<T: Copy>(
+        &self,
+        command: Command,
+        id: Option<u32>,
+        payload: T,
+    ) -> Result<T, UblkError> {
+        self.run(command, id, sys::ublksrv_ctrl_cmd::default(), payload, None)
+    }
+
+    fn run<T: Copy>(
+        &self,
+        command: Command,
+        id: Option<u32>,
+        mut words: sys::ublksrv_ctrl_cmd,
+        payload: T,
+        give_up: Option<&dyn Fn() -> bool>,
+    ) -> Result<T, UblkError> {
+        // On the heap, because it is left to the driver if the command does not come back.
+        let mut payload = Box::new(payload);
+        words.dev_id = id.unwrap_or(ANY_ID);
+        words.queue_id = u16::MAX;
+        words.len = u16::try_from(size_of::<T>()).unwrap_or(u16::MAX);
+        if words.len > 0 {
+            words.addr = std::ptr::from_mut(&mut *payload) as u64;
+        }
+        let sqe = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), command.number)
+            .cmd(command_bytes(words))
+            .build();
+        // SAFETY: `payload` lives until the command completed, or for ever (below).
+        let end = unsafe { run_bounded(&sqe, LIMIT, give_up) };
+        let failed = |source| UblkError::Command {
+            command: command.name,
+            device: DeviceName(id),
+            source,
+        };
+        let end = match end {
+            End::Result(result) if result >= 0 => return Ok(*payload),
+            End::Result(result) => return Err(failed(io::Error::from_raw_os_error(-result))),
+            End::NoRing(error) => return Err(Unavailable::NoUring(error).into()),
+            End::Lost(error) => failed(error),
+            End::GivenUp => failed(io::Error::other("given up because a queue failed")),
+            End::NoAnswer => UblkError::NoAnswer {
+                command: command.name,
+                device: DeviceName(id),
+                limit: LIMIT,
+            },
+        };
+        Box::leak(payload);
+        Err(end)
+    }
+}
+
+/// The command as it travels in the 80 bytes of a large submission entry.
+fn command_bytes(words: sys::ublksrv_ctrl_cmd) -> [u8; 80] {
+    const LEN: usize = size_of::<sys::ublksrv_ctrl_cmd>();
+    const { assert!(LEN == 32) };
+    // SAFETY: 32 bytes of integers without padding, any of which is a valid byte.
+    let words = unsafe { std::mem::transmute::<sys::ublksrv_ctrl_cmd, [u8; LEN]>(words) };
+    let mut bytes = [0; 80];
+    bytes[..LEN].copy_from_slice(&words);
+    bytes
+}
+
+/// How an operation with a time limit ended.
+#[derive(Debug)]
+enum End {
+    /// It completed.
+    Result(i32),
+    /// It was never begun.
+    NoRing(io::Error),
+    /// It may be under way still: the ring broke.
+    Lost(io::Error),
+    /// It is under way still: whoever started it lost interest.
+    GivenUp,
+    /// It is under way still: the time is over.
+    NoAnswer,
+}
+
+/// Runs one operation on a ring of its own for at most `limit`.
+///
+/// # Safety
+///
+/// What the operation points to must stay valid until it completed: for ever, unless this returns
+/// [`End::Result`] or [`End::NoRing`].
+unsafe fn run_bounded(
+    sqe: &squeue::Entry128,
+    limit: Duration,
+    give_up: Option<&dyn Fn() -> bool>,
+) -> End {
+    let mut ring = match IoUring::<squeue::Entry128>::builder().build(2) {
+        Ok(ring) => ring,
+        Err(error) => return End::NoRing(error),
+    };
+    // SAFETY: the caller keeps what the entry points to valid.
+    if unsafe { ring.submission().push(sqe) }.is_err() {
+        unreachable!("an empty ring has room for one entry");
+    }
+    let deadline = Instant::now() + limit;
+    loop {
+        let mut left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return End::NoAnswer;
+        }
+        if let Some(give_up) = give_up {
+            if give_up() {
+                return End::GivenUp;
+            }
+            left = left.min(GIVE_UP_INTERVAL);
+        }
+        let left = types::Timespec::from(left);
+        let args = types::SubmitArgs::new().timespec(&left);
+        let waited = ring.submitter().submit_with_args(1, &args);
+        if let Some(completion) = ring.completion().next() {
+            return End::Result(completion.result());
+        }
+        match waited.map_err(|error| (error.raw_os_error(), error)) {
+            Ok(_) | Err((Some(libc::ETIME | libc::EINTR), _)) => {}
+            Err((_, error)) => return End::Lost(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    /// A read that never completes.
+    fn endless_read() -> (squeue::Entry128, rustix::fd::OwnedFd) {
+        let flags = rustix::event::EventfdFlags::CLOEXEC;
+        let eventfd = rustix::event::eventfd(0, flags).unwrap();
+        let word = Box::leak(Box::new(0u64));
+        let fd = types::Fd(eventfd.as_raw_fd());
+        let sqe = opcode::Read::new(fd, std::ptr::from_mut(word).cast(), 8).build();
+        (sqe.into(), eventfd)
+    }
+
+    #[test]
+    fn a_command_that_never_answers_ends_at_its_time_limit() {
+        let (sqe, _eventfd) = endless_read();
+        let begin = Instant::now();
+        // SAFETY: the read points to leaked memory.
+        let end = unsafe { run_bounded(&sqe, Duration::from_millis(50), None) };
+        assert!(matches!(end, End::NoAnswer), "{end:?}");
+        assert!(begin.elapsed() >= Duration::from_millis(50));
+        assert!(begin.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_command_can_be_given_up_before_its_time_limit() {
+        let (sqe, _eventfd) = endless_read();
+        let asked = Cell::new(0);
+        let give_up = || {
+            asked.set(asked.get() + 1);
+            asked.get() > 2
+        };
+        // SAFETY: the read points to leaked memory.
+        let end = unsafe { run_bounded(&sqe, Duration::from_secs(60), Some(&give_up)) };
+        assert!(matches!(end, End::GivenUp), "{end:?}");
+    }
+
+    #[test]
+    fn the_result_of_a_command_comes_back() {
+        let sqe = opcode::Close::new(types::Fd(-1)).build().into();
+        // SAFETY: closing an invalid descriptor points to nothing.
+        let end = unsafe { run_bounded(&sqe, Duration::from_secs(10), None) };
+        let End::Result(result) = end else {
+            panic!("{end:?}");
+        };
+        assert_eq!(result, -libc::EBADF);
+    }
+}

@@ -1,0 +1,357 @@
+//! The life of a ublk device: added, served by its queue threads, taken down.
+//!
+//! Whoever makes a [`Device`] gets it removed again, also when its start fails half way. The order
+//! matters: the driver ends `STOP_DEV` only when the requests under way were answered, which takes
+//! living queue threads; `DEL_DEV` ends only when the character device was closed, which takes dead
+//! ones. When a queue thread fell over, its requests are answered by nobody, and only closing the
+//! character device makes the driver give them up: then the stop is left out.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::UblkConfig;
+use super::control::{Control, NewDevice};
+use super::error::UblkError;
+use super::features::features_of;
+use super::memory::page_bytes;
+use super::params::{buffer_bytes, check_queues, params};
+use super::queue::{Command, QueueConfig, UblkQueue};
+use crate::backend::Backend;
+use crate::counters::Counters;
+use crate::io::mailbox::{self, Mailbox};
+use crate::queue_thread::QueueThread;
+
+/// How long queue threads may take to come up, and to end when they were told to.
+const THREAD_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the character device may take to appear.
+const NODE_LIMIT: Duration = Duration::from_secs(5);
+
+/// What happens to a device.
+pub(super) enum Event {
+    /// A queue thread is about to serve.
+    Ready,
+    /// A queue thread ended.
+    Ended {
+        queue: u16,
+        result: Result<(), String>,
+    },
+    /// Somebody wants the device to end.
+    Stop,
+}
+
+/// One queue thread, seen from outside.
+struct Queue {
+    commands: mailbox::Sender<Command>,
+    thread: JoinHandle<()>,
+}
+
+/// A device that exists in the driver, and its queue threads.
+pub(super) struct Device {
+    id: u32,
+    control: Control,
+    char_device: Option<Arc<File>>,
+    queues: Vec<Queue>,
+    events: Receiver<Event>,
+    /// Queue threads that have not ended.
+    running: usize,
+    /// The first queue that failed, and why.
+    failure: Option<(u16, String)>,
+    removed: bool,
+}
+
+impl Device {
+    /// Adds a device, starts its queue threads and makes the disk appear.
+    pub(super) fn start<B: Backend>(
+        config: &UblkConfig,
+        backend: &Arc<B>,
+        counters: impl FnMut() -> Arc<Counters>,
+    ) -> Result<(Self, Sender<Event>), UblkError> {
+        check_queues(config.queues, config.depth)?;
+        let limits = backend.limits();
+        let page = page_bytes();
+        let params = params(limits, buffer_bytes(limits, page), page)?;
+        let control = Control::open()?;
+        features_of(&control)?;
+        let info = control.add(NewDevice {
+            id: config.id,
+            queues: config.queues,
+            depth: config.depth,
+            buffer_bytes: buffer_bytes(limits, page),
+        })?;
+        let (sender, events) = channel();
+        // From here on the device goes away with this value.
+        let mut device = Self {
+            id: info.dev_id,
+            control,
+            char_device: None,
+            queues: Vec::with_capacity(info.nr_hw_queues.into()),
+            events,
+            running: 0,
+            failure: None,
+            removed: false,
+        };
+        device.control.set_params(device.id, params)?;
+        device.char_device = Some(Arc::new(open_char_device(device.id)?));
+        device.spawn(&info, backend, counters, &sender)?;
+        device.await_ready()?;
+        device.start_disk()?;
+        Ok((device, sender))
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(super) fn queues(&self) -> usize {
+        self.queues.len()
+    }
+
+    /// Sleeps until somebody wants the device to end, or a queue thread ended. Returns whether
+    /// somebody wanted it.
+    pub(super) fn await_end(&mut self) -> bool {
+        match self.events.recv() {
+            Ok(Event::Ended { queue, result }) => {
+                self.note_end(queue, result);
+                false
+            }
+            Ok(Event::Ready) => unreachable!("all queue threads were ready"),
+            // Without a sender there is nobody left to serve for.
+            Ok(Event::Stop) | Err(_) => true,
+        }
+    }
+
+    /// Takes the device down: no disk, no threads, no device.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that went wrong, now or before; what could be done was done all the same.
+    pub(super) fn take_down(&mut self) -> Result<(), UblkError> {
+        if std::mem::replace(&mut self.removed, true) {
+            return Ok(());
+        }
+        let stopped = if self.failure.is_none() && self.char_device.is_some() {
+            gone_is_fine(self.control.stop(self.id))
+        } else {
+            Ok(())
+        };
+        if stopped.is_err() || self.failure.is_some() {
+            self.tell_to_quit();
+        }
+        let ended = self.await_threads();
+        self.char_device = None;
+        // Also when a thread is stuck: its end, or that of the process, then removes the device.
+        let deleted = gone_is_fine(self.control.delete(self.id));
+        let failed = match self.failure.take() {
+            Some((queue, reason)) => Err(UblkError::Queue {
+                id: self.id,
+                queue,
+                reason,
+            }),
+            None => Ok(()),
+        };
+        failed.and(stopped).and(ended).and(deleted)
+    }
+
+    fn spawn<B: Backend>(
+        &mut self,
+        info: &libublk::sys::ublksrv_ctrl_dev_info,
+        backend: &Arc<B>,
+        mut counters: impl FnMut() -> Arc<Counters>,
+        events: &Sender<Event>,
+    ) -> Result<(), UblkError> {
+        for queue in 0..info.nr_hw_queues {
+            let failed = |error: io::Error| UblkError::Queue {
+                id: info.dev_id,
+                queue,
+                reason: error.to_string(),
+            };
+            let (commands, mailbox) = Mailbox::new().map_err(failed)?;
+            let char_device = self.char_device.as_ref().expect("it was opened before");
+            let queue_config = QueueConfig {
+                char_device: Arc::clone(char_device),
+                queue,
+                depth: info.queue_depth,
+                buffer_bytes: info.max_io_buf_bytes,
+                limits: backend.limits().clone(),
+                counters: counters(),
+                fault: Arc::new(AtomicI32::new(0)),
+            };
+            let backend = Arc::clone(backend);
+            let events = events.clone();
+            let thread = thread::Builder::new()
+                .name(format!("ublk{}-q{queue}", info.dev_id))
+                .spawn(move || {
+                    // What is unwound is gone afterwards: nobody sees it broken.
+                    let serve =
+                        AssertUnwindSafe(|| serve_queue(queue_config, &*backend, mailbox, &events));
+                    let result = catch_unwind(serve)
+                        .unwrap_or_else(|_| Err("its thread panicked".to_owned()));
+                    // Without a receiver nobody waits.
+                    let _ = events.send(Event::Ended { queue, result });
+                })
+                .map_err(failed)?;
+            self.queues.push(Queue { commands, thread });
+            self.running += 1;
+        }
+        Ok(())
+    }
+
+    fn await_ready(&mut self) -> Result<(), UblkError> {
+        let deadline = Instant::now() + THREAD_LIMIT;
+        for _ in 0..self.queues.len() {
+            match self.next_event(deadline) {
+                Ok(Event::Ready | Event::Stop) => {}
+                Ok(Event::Ended { queue, result }) => {
+                    self.note_end(queue, result);
+                    return Err(self.failed_start());
+                }
+                Err(_) => {
+                    let reason = format!("not ready within {} s", THREAD_LIMIT.as_secs());
+                    self.failure = Some((0, reason));
+                    return Err(self.failed_start());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn start_disk(&mut self) -> Result<(), UblkError> {
+        let threads: Vec<_> = self.queues.iter().map(|q| &q.thread).collect();
+        let some_ended = || threads.iter().any(|thread| thread.is_finished());
+        let started = self.control.start(self.id, &some_ended);
+        if started.is_err() {
+            // A queue that failed is the better explanation.
+            while let Ok(Event::Ended { queue, result }) = self.events.try_recv() {
+                self.note_end(queue, result);
+            }
+            if self.failure.is_some() {
+                return Err(self.failed_start());
+            }
+        }
+        started
+    }
+
+    /// Takes the device down because a queue ended too early, and says why it did.
+    fn failed_start(&mut self) -> UblkError {
+        match self.take_down() {
+            Err(error) => error,
+            Ok(()) => UblkError::Queue {
+                id: self.id,
+                queue: 0,
+                reason: "somebody stopped the device before its disk was there".to_owned(),
+            },
+        }
+    }
+
+    fn next_event(&self, deadline: Instant) -> Result<Event, RecvTimeoutError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.events.recv_timeout(left)
+    }
+
+    fn note_end(&mut self, queue: u16, result: Result<(), String>) {
+        self.running -= 1;
+        if let Err(reason) = result {
+            self.failure.get_or_insert((queue, reason));
+        }
+    }
+
+    fn tell_to_quit(&self) {
+        for queue in &self.queues {
+            queue.commands.send(Command::Quit);
+        }
+    }
+
+    /// Waits until all queue threads ended. One that failed makes the others quit.
+    fn await_threads(&mut self) -> Result<(), UblkError> {
+        let deadline = Instant::now() + THREAD_LIMIT;
+        while self.running > 0 {
+            match self.next_event(deadline) {
+                Ok(Event::Ended { queue, result }) => {
+                    let failed = result.is_err();
+                    self.note_end(queue, result);
+                    if failed {
+                        self.tell_to_quit();
+                    }
+                }
+                Ok(Event::Ready | Event::Stop) => {}
+                Err(_) => {
+                    return Err(UblkError::Stuck {
+                        id: self.id,
+                        threads: self.running,
+                        limit: THREAD_LIMIT,
+                    });
+                }
+            }
+        }
+        for queue in self.queues.drain(..) {
+            // It said that it ended, and caught its panics.
+            let _ = queue.thread.join();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if let Err(error) = self.take_down() {
+            tracing::error!("{error}");
+        }
+    }
+}
+
+/// What a queue thread does, from its first to its last instruction.
+fn serve_queue<B: Backend>(
+    config: QueueConfig,
+    backend: &B,
+    mailbox: Mailbox<Command>,
+    events: &Sender<Event>,
+) -> Result<(), String> {
+    let counters = Arc::clone(&config.counters);
+    let fault = Arc::clone(&config.fault);
+    let text = |error: io::Error| error.to_string();
+    let queue = UblkQueue::new(config).map_err(text)?;
+    let thread = QueueThread::new(queue, backend, mailbox, counters).map_err(text)?;
+    let _ = events.send(Event::Ready);
+    thread.run().map_err(text)?;
+    match fault.load(Ordering::Relaxed) {
+        0 => Ok(()),
+        errno => {
+            let error = io::Error::from_raw_os_error(errno);
+            Err(format!("the driver refused a command: {error}"))
+        }
+    }
+}
+
+/// Opens the character device, which appears a moment after the device was added.
+fn open_char_device(id: u32) -> Result<File, UblkError> {
+    let deadline = Instant::now() + NODE_LIMIT;
+    loop {
+        let path = super::char_path(id);
+        match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => return Ok(file),
+            // udev may not have made the node, or may be changing its mode.
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EACCES))
+                    && Instant::now() < deadline =>
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+            Err(source) => return Err(UblkError::CharDevice { id, source }),
+        }
+    }
+}
+
+/// Whoever stopped or deleted the device before us did what we wanted.
+fn gone_is_fine(result: Result<(), UblkError>) -> Result<(), UblkError> {
+    match result {
+        Err(error) if error.is_gone() => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,167 @@
+//! Devices whose server is dead.
+//!
+//! After SIGKILL the driver stops the device by itself, but nobody deletes it: its id stays taken.
+//! A device is removed here only if nobody can be its server: the driver has it as dead, and its
+//! character device, which a server holds open from the beginning to the end, is free. That
+//! includes devices of other programs; a device that waits for its server to come back (user
+//! recovery) is not dead.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libublk::sys;
+
+use super::control::Control;
+use super::error::{UblkError, Unavailable};
+
+/// How long the driver may take to stop the device of a server that was killed.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// A device that looks dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leftover {
+    /// Its id.
+    pub id: u32,
+}
+
+/// The devices that the driver has as dead. One that is just being set up by a living server looks
+/// the same; [`remove`] tells them apart.
+///
+/// # Errors
+///
+/// When there is no ublk, or not for us.
+pub fn leftovers() -> Result<Vec<Leftover>, UblkError> {
+    let control = Control::open()?;
+    let mut found = Vec::new();
+    for id in known_ids().map_err(Unavailable::Other)? {
+        match control.info(id) {
+            Ok(info) if is_dead(&info) => found.push(Leftover { id }),
+            // Gone meanwhile, or the device of an unprivileged user, which is not ours to judge.
+            Ok(_) | Err(UblkError::Command { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
+
+/// Removes a device whose server is dead. It is no error if there is no such device.
+///
+/// # Errors
+///
+/// [`UblkError::Alive`] when the device has a server, or may get one again; otherwise what the
+/// driver answered.
+pub fn remove(id: u32) -> Result<(), UblkError> {
+    let control = Control::open()?;
+    let deadline = Instant::now() + STOP_LIMIT;
+    let alive = |why: String| UblkError::Alive { id, why };
+    loop {
+        let info = match control.info(id) {
+            Ok(info) => info,
+            Err(error) if error.is_gone() => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if info.ublksrv_pid > 0 {
+            let pid = info.ublksrv_pid;
+            return Err(alive(format!("process {pid} serves it; stop that instead")));
+        }
+        if is_dead(&info) {
+            break;
+        }
+        if u32::from(info.state) != sys::UBLK_S_DEV_LIVE {
+            return Err(alive("it waits for its server to come back".to_owned()));
+        }
+        // Its server was killed a moment ago, or lives where we cannot see it.
+        if Instant::now() > deadline {
+            return Err(alive(
+                "its disk is in use or its server is out of sight".to_owned(),
+            ));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let path = super::char_path(id);
+    loop {
+        match OpenOptions::new().read(true).write(true).open(&path) {
+            // As long as we have it nobody else does: the device is as dead as it says. The driver
+            // deletes it when we let go.
+            Ok(held) => {
+                let dead = control.info(id).map(|info| is_dead(&info))?;
+                drop(held);
+                if !dead {
+                    return Err(alive("it has just been started".to_owned()));
+                }
+                break;
+            }
+            // The driver may still be cleaning up behind the dead server.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                if Instant::now() > deadline {
+                    return Err(alive(format!(
+                        "a living process has {} open",
+                        path.display()
+                    )));
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(source) => return Err(UblkError::CharDevice { id, source }),
+        }
+    }
+    match control.delete(id) {
+        Err(error) if error.is_gone() => Ok(()),
+        other => other,
+    }
+}
+
+fn is_dead(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    u32::from(info.state) == sys::UBLK_S_DEV_DEAD && info.ublksrv_pid <= 0
+}
+
+/// The ids that the driver has, from sysfs.
+fn known_ids() -> io::Result<Vec<u32>> {
+    let entries = match fs::read_dir("/sys/class/ublk-char") {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut ids: Vec<u32> = entries
+        .flatten()
+        .filter_map(|entry| id_of(entry.file_name().to_str()?))
+        .collect();
+    ids.sort_unstable();
+    Ok(ids)
+}
+
+fn id_of(name: &str) -> Option<u32> {
+    name.strip_prefix("ublkc")?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_dead_device_without_a_server_counts_as_dead() {
+        let info = |state: u32, pid| sys::ublksrv_ctrl_dev_info {
+            state: u16::try_from(state).unwrap(),
+            ublksrv_pid: pid,
+            ..Default::default()
+        };
+        assert!(is_dead(&info(sys::UBLK_S_DEV_DEAD, -1)));
+        assert!(!is_dead(&info(sys::UBLK_S_DEV_DEAD, 42)));
+        for state in [
+            sys::UBLK_S_DEV_LIVE,
+            sys::UBLK_S_DEV_QUIESCED,
+            sys::UBLK_S_DEV_FAIL_IO,
+        ] {
+            assert!(!is_dead(&info(state, -1)), "{state}");
+        }
+    }
+
+    #[test]
+    fn ids_are_read_from_the_names_of_character_devices() {
+        assert_eq!(id_of("ublkc17"), Some(17));
+        for other in ["ublkb17", "ublkc", "ublkc1x", "ublkc-1"] {
+            assert_eq!(id_of(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The memory of one ublk queue: what the driver shows us and where the data goes.
+
+use std::fs::File;
+use std::io;
+use std::ptr;
+
+use libublk::sys::{self, ublksrv_io_desc};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+
+use crate::request::Buffer;
+
+/// Bytes in a page of memory.
+pub(super) fn page_bytes() -> u32 {
+    // Every page size fits.
+    u32::try_from(rustix::param::page_size()).unwrap_or(4096)
+}
+
+/// The descriptors of a queue's requests, one per tag: written by the driver before it completes
+/// the fetch of that tag, read by us.
+pub(super) struct Descriptors {
+    first: *const ublksrv_io_desc,
+    depth: u16,
+    len_bytes: usize,
+}
+
+impl Descriptors {
+    /// Maps the descriptors of `queue` of the device behind `char_device`.
+    pub(super) fn map(char_device: &File, queue: u16, depth: u16) -> io::Result<Self> {
+        let page = page_bytes() as usize;
+        let bytes_for = |tags: usize| (tags * size_of::<ublksrv_io_desc>()).next_multiple_of(page);
+        let len_bytes = bytes_for(usize::from(depth));
+        // Queues lie as far apart as if they had the greatest depth.
+        let stride = bytes_for(sys::UBLK_MAX_QUEUE_DEPTH as usize) as u64;
+        let offset = u64::from(sys::UBLKSRV_CMD_BUF_OFFSET) + u64::from(queue) * stride;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
+        let first = unsafe {
+            mmap(
+                ptr::null_mut(),
+                len_bytes,
+                ProtFlags::READ,
+                MapFlags::SHARED | MapFlags::POPULATE,
+                char_device,
+                offset,
+            )
+        }?;
+        Ok(Self {
+            first: first.cast_const().cast(),
+            depth,
+            len_bytes,
+        })
+    }
+
+    /// The descriptor of a tag whose fetch completed.
+    pub(super) fn get(&self, tag: u16) -> ublksrv_io_desc {
+        assert!(tag < self.depth, "tag {tag} of a queue of {}", self.depth);
+        // SAFETY: the mapping holds `depth` descriptors and lives as long as `self`. The driver
+        // wrote this one before it completed the fetch and leaves it alone until we commit.
+        unsafe { self.first.add(usize::from(tag)).read_volatile() }
+    }
+}
+
+impl Drop for Descriptors {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nothing that was read from it borrows from it.
+        let _ = unsafe { munmap(self.first.cast_mut().cast(), self.len_bytes) };
+    }
+}
+
+/// The data buffers of a queue, one per tag. Pages come into being when they are first used.
+pub(super) struct IoBuffers {
+    first: *mut u8,
+    each_bytes: usize,
+    /// One list of one entry per tag, for the requests to borrow.
+    lists: Box<[Buffer]>,
+}
+
+impl IoBuffers {
+    /// `depth` buffers of `each_bytes`, a multiple of the page size.
+    pub(super) fn new(depth: u16, each_bytes: u32) -> io::Result<Self> {
+        let each_bytes = each_bytes as usize;
+        let len_bytes = each_bytes * usize::from(depth);
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
+        let first = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                len_bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }?;
+        // Small requests must not cost a huge page each. Kernels without huge pages refuse the
+        // advice, and need none.
+        // SAFETY: the range is the new mapping; the advice changes no content.
+        let _ = unsafe { madvise(first, len_bytes, Advice::LinuxNoHugepage) };
+        let empty = Buffer {
+            iov_base: ptr::null_mut(),
+            iov_len: 0,
+        };
+        Ok(Self {
+            first: first.cast(),
+            each_bytes,
+            lists: vec![empty; usize::from(depth)].into_boxed_slice(),
+        })
+    }
+
+    /// Where the driver finds the buffer of a tag.
+    pub(super) fn address(&self, tag: u16) -> u64 {
+        self.start(tag) as u64
+    }
+
+    /// The list that names the first `len_bytes` of the buffer of a tag. A list belongs to the
+    /// request of its tag until that is answered.
+    pub(super) fn list(&mut self, tag: u16, len_bytes: usize) -> &mut [Buffer] {
+        assert!(len_bytes <= self.each_bytes, "longer than its buffer");
+        let entry = Buffer {
+            iov_base: self.start(tag).cast(),
+            iov_len: len_bytes,
+        };
+        let list = &mut self.lists[usize::from(tag)];
+        *list = entry;
+        std::slice::from_mut(list)
+    }
+
+    fn start(&self, tag: u16) -> *mut u8 {
+        assert!(usize::from(tag) < self.lists.len(), "tag {tag}");
+        self.first.wrapping_add(usize::from(tag) * self.each_bytes)
+    }
+}
+
+impl Drop for IoBuffers {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Nobody drained the ring: the kernel may still write here. The memory stays.
+            std::mem::forget(std::mem::take(&mut self.lists));
+            return;
+        }
+        // SAFETY: the mapping is ours. The queue thread drained its ring before it dropped the
+        // door, and it does not drop the door when that failed.
+        let _ = unsafe { munmap(self.first.cast(), self.each_bytes * self.lists.len()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_of_different_tags_do_not_overlap() {
+        let each = page_bytes() * 2;
+        let mut buffers = IoBuffers::new(4, each).unwrap();
+        for tag in 0..4 {
+            let list = buffers.list(tag, each as usize);
+            assert_eq!(list[0].iov_base as usize % page_bytes() as usize, 0);
+            // SAFETY: the list names memory of `buffers`, which outlives this write.
+            unsafe {
+                ptr::write_bytes(
+                    list[0].iov_base.cast::<u8>(),
+                    tag.to_le_bytes()[0] + 1,
+                    each as usize,
+                )
+            };
+        }
+        for tag in 0..4u16 {
+            let base = buffers.address(tag) as *const u8;
+            for at in [0, each as usize - 1] {
+                // SAFETY: within the buffer of the tag, which was written above.
+                assert_eq!(unsafe { base.add(at).read() }, tag.to_le_bytes()[0] + 1);
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "longer than its buffer")]
+    fn a_list_does_not_reach_into_the_next_buffer() {
+        let mut buffers = IoBuffers::new(2, page_bytes()).unwrap();
+        buffers.list(0, page_bytes() as usize + 1);
+    }
+}

@@ -1,0 +1,171 @@
+//! The block door: a disk as `/dev/ublkbN`, for every program.
+//!
+//! [`UblkDoor::start`] adds a device, runs one thread per queue and makes the disk appear. A
+//! supervisor thread sleeps until the door is stopped or the device dies by itself (a queue thread
+//! failed, or somebody else stopped or deleted the device), and removes the device in either case.
+//! Every command to the driver has a time limit.
+//!
+//! | file            | tells                                            |
+//! |-----------------|--------------------------------------------------|
+//! | `device.rs`     | the life of a device                             |
+//! | `queue.rs`      | commands to requests, outcomes to commits        |
+//! | `memory.rs`     | descriptors and data buffers                     |
+//! | `params.rs`     | what the disk looks like to the block layer      |
+//! | `control.rs`    | commands to `/dev/ublk-control`                  |
+//! | `features.rs`   | what the driver can do                           |
+//! | `leftover.rs`   | devices of servers that were killed              |
+//!
+//! The server never opens its own `/dev/ublkbN`: the last close of it can wait for the server.
+
+mod control;
+mod device;
+mod error;
+mod features;
+mod leftover;
+mod memory;
+mod params;
+mod queue;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::thread::{self, JoinHandle};
+
+pub use error::{DeviceName, UblkError, Unavailable};
+pub use features::{Features, available};
+pub use leftover::{Leftover, leftovers, remove};
+
+use crate::backend::Backend;
+use crate::counters::Counters;
+use device::{Device, Event};
+
+/// What a ublk device shall be.
+#[derive(Clone, Debug)]
+pub struct UblkConfig {
+    /// Its number; `None` lets the driver choose.
+    pub id: Option<u32>,
+    /// Queues, each served by a thread. The driver makes no more than the machine has CPUs.
+    pub queues: u16,
+    /// Requests under way per queue, 4096 at most.
+    pub depth: u16,
+}
+
+/// How a door ended that nobody stopped.
+#[derive(Debug)]
+pub enum DoorEnd {
+    /// Somebody stopped or deleted the device behind our back. It is removed.
+    Outside,
+    /// A queue failed, or the device could not be removed.
+    Failed(UblkError),
+}
+
+/// A disk that is served as `/dev/ublkbN`. Dropping it stops it.
+#[derive(Debug)]
+pub struct UblkDoor {
+    id: u32,
+    queues: usize,
+    events: Sender<Event>,
+    supervisor: Option<JoinHandle<Result<(), UblkError>>>,
+}
+
+impl UblkDoor {
+    /// Serves `backend`. When this returns, the disk is there.
+    ///
+    /// `counters` is asked once per queue, on the calling thread. `on_end` is called, on a thread
+    /// of the door, if the device ends without having been stopped; it must not wait for the door.
+    ///
+    /// # Errors
+    ///
+    /// What failed; no device is left then.
+    pub fn start<B: Backend>(
+        config: &UblkConfig,
+        backend: &Arc<B>,
+        counters: impl FnMut() -> Arc<Counters>,
+        on_end: impl FnOnce(DoorEnd) + Send + 'static,
+    ) -> Result<Self, UblkError> {
+        let (mut device, events) = Device::start(config, backend, counters)?;
+        let (id, queues) = (device.id(), device.queues());
+        let supervise = move || {
+            let wanted = device.await_end();
+            let result = device.take_down();
+            if wanted {
+                return result;
+            }
+            on_end(result.map_or_else(DoorEnd::Failed, |()| DoorEnd::Outside));
+            Ok(())
+        };
+        let supervisor = thread::Builder::new()
+            .name(format!("ublk{id}"))
+            .spawn(supervise)
+            // The device went down with the closure.
+            .map_err(|source| UblkError::Thread { id, source })?;
+        Ok(Self {
+            id,
+            queues,
+            events,
+            supervisor: Some(supervisor),
+        })
+    }
+
+    /// The number of the device.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// How many queues it has.
+    #[must_use]
+    pub fn queues(&self) -> usize {
+        self.queues
+    }
+
+    /// The disk.
+    #[must_use]
+    pub fn block_path(&self) -> PathBuf {
+        format!("/dev/ublkb{}", self.id).into()
+    }
+
+    /// The device through which it is served.
+    #[must_use]
+    pub fn char_path(&self) -> PathBuf {
+        char_path(self.id)
+    }
+
+    /// Finishes the requests under way and removes the device. Takes some minutes at the very
+    /// most, when everything hangs.
+    ///
+    /// # Errors
+    ///
+    /// What did not go as it should. A device that ended by itself reported to `on_end` instead.
+    pub fn stop(mut self) -> Result<(), UblkError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), UblkError> {
+        let Some(supervisor) = self.supervisor.take() else {
+            return Ok(());
+        };
+        // Without a receiver it has ended already.
+        let _ = self.events.send(Event::Stop);
+        supervisor.join().unwrap_or_else(|_| {
+            Err(UblkError::Queue {
+                id: self.id,
+                queue: 0,
+                reason: "the thread that removes the device panicked".to_owned(),
+            })
+        })
+    }
+}
+
+impl Drop for UblkDoor {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::error!("{error}");
+        }
+    }
+}
+
+/// The character device with this number.
+fn char_path(id: u32) -> PathBuf {
+    format!("/dev/ublkc{id}").into()
+}

@@ -1,0 +1,211 @@
+//! From the [`Limits`] of a disk to the parameters of a ublk device.
+
+use libublk::sys;
+
+use super::error::UblkError;
+use crate::request::{Limits, SECTOR_SHIFT};
+
+/// Largest buffer of one request that the driver takes (`UBLK_IO_BUF_BITS`).
+const MAX_BUFFER_BYTES: u32 = 1 << sys::UBLK_IO_BUF_BITS;
+
+/// Largest block size and hint that the driver takes.
+const MAX_HINT_BYTES: u32 = 256 << 20;
+
+/// Checks how many queues of which depth a device shall have.
+///
+/// # Errors
+///
+/// [`UblkError::Config`] when there are none, or more than the driver takes.
+pub(super) fn check_queues(queues: u16, depth: u16) -> Result<(), UblkError> {
+    for (what, number, max) in [
+        ("queues", queues, sys::UBLK_MAX_NR_QUEUES),
+        ("requests per queue", depth, sys::UBLK_MAX_QUEUE_DEPTH),
+    ] {
+        if number == 0 || u32::from(number) > max {
+            return Err(UblkError::Config(format!(
+                "{number} {what} were asked for; 1 to {max} are possible"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of the buffer of one request for a disk with these limits: what a single read or write
+/// can carry, in whole pages.
+pub(super) fn buffer_bytes(limits: &Limits, page_bytes: u32) -> u32 {
+    let wanted = limits.max_io_bytes.clamp(page_bytes, MAX_BUFFER_BYTES);
+    wanted & !(page_bytes - 1)
+}
+
+/// The parameters for a disk with these limits whose device has buffers of `buffer_bytes`.
+///
+/// # Errors
+///
+/// [`UblkError::Config`] when the driver cannot express the disk.
+pub(super) fn params(
+    limits: &Limits,
+    buffer_bytes: u32,
+    page_bytes: u32,
+) -> Result<sys::ublk_params, UblkError> {
+    let block = limits.block_bytes;
+    if !block.is_power_of_two() || !(512..=page_bytes).contains(&block) {
+        return Err(UblkError::Config(format!(
+            "the block size of the disk is {block} bytes; 512 to {page_bytes} is possible"
+        )));
+    }
+    let block_sectors = block >> SECTOR_SHIFT;
+    let mut attrs = 0;
+    if limits.read_only {
+        attrs |= sys::UBLK_ATTR_READ_ONLY;
+    }
+    if limits.write_cache {
+        attrs |= sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA;
+    }
+    let physical = limits.physical_block_bytes.clamp(block, MAX_HINT_BYTES);
+    let mut params = sys::ublk_params {
+        // A struct of some hundred bytes.
+        len: u32::try_from(size_of::<sys::ublk_params>()).unwrap_or(u32::MAX),
+        types: sys::UBLK_PARAM_TYPE_BASIC,
+        basic: sys::ublk_param_basic {
+            attrs,
+            logical_bs_shift: shift(block),
+            physical_bs_shift: shift(physical),
+            // The driver knows powers of two only; another size is no hint at all. A shift of zero
+            // is one byte, which the block layer rounds down to none.
+            io_opt_shift: match limits.optimal_io_bytes {
+                bytes if bytes.is_power_of_two() => shift(bytes.min(MAX_HINT_BYTES)),
+                _ => 0,
+            },
+            io_min_shift: shift(physical),
+            max_sectors: buffer_bytes >> SECTOR_SHIFT,
+            dev_sectors: limits.capacity_bytes >> SECTOR_SHIFT,
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    if limits.max_discard_bytes > 0 || limits.max_write_zeroes_bytes > 0 {
+        params.types |= sys::UBLK_PARAM_TYPE_DISCARD;
+        params.discard = sys::ublk_param_discard {
+            discard_granularity: limits.discard_granularity_bytes.max(block),
+            max_discard_sectors: sectors(limits.max_discard_bytes, block_sectors),
+            max_write_zeroes_sectors: sectors(limits.max_write_zeroes_bytes, block_sectors),
+            max_discard_segments: 1,
+            ..Default::default()
+        };
+    }
+    Ok(params)
+}
+
+/// log2 of a size that is a power of two; of the next smaller one otherwise.
+fn shift(bytes: u32) -> u8 {
+    // At most 31.
+    bytes.checked_ilog2().unwrap_or(0).to_le_bytes()[0]
+}
+
+/// A limit in sectors, whole blocks of it, as far as 32 bits reach.
+fn sectors(bytes: u64, block_sectors: u32) -> u32 {
+    let sectors = u32::try_from(bytes >> SECTOR_SHIFT).unwrap_or(u32::MAX);
+    sectors - sectors % block_sectors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::tests::small_disk;
+
+    const PAGE: u32 = 4096;
+
+    fn of(limits: &Limits) -> sys::ublk_params {
+        params(limits, buffer_bytes(limits, PAGE), PAGE).unwrap()
+    }
+
+    #[test]
+    fn an_ordinary_disk_is_described_as_it_is() {
+        let mut disk = small_disk(1 << 30);
+        disk.optimal_io_bytes = 1 << 16;
+        let got = of(&disk);
+        assert_eq!(got.basic.dev_sectors, 1 << 21);
+        assert_eq!(got.basic.logical_bs_shift, 9);
+        assert_eq!(got.basic.physical_bs_shift, 12);
+        assert_eq!(got.basic.io_min_shift, 12);
+        assert_eq!(got.basic.io_opt_shift, 16);
+        assert_eq!(got.basic.max_sectors, 2048);
+        let cache = sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA;
+        assert_eq!(got.basic.attrs, cache);
+        assert_eq!(got.discard.discard_granularity, 4096);
+        assert_eq!(got.discard.max_discard_sectors, 1 << 21);
+        assert_eq!(got.discard.max_write_zeroes_sectors, 1 << 21);
+        assert_eq!(got.discard.max_discard_segments, 1);
+    }
+
+    #[test]
+    fn read_only_and_cache_are_attributes_of_their_own() {
+        let mut disk = small_disk(1 << 20);
+        disk.read_only = true;
+        disk.write_cache = false;
+        assert_eq!(of(&disk).basic.attrs, sys::UBLK_ATTR_READ_ONLY);
+    }
+
+    #[test]
+    fn what_32_bits_of_sectors_cannot_hold_is_cut_to_whole_blocks() {
+        let mut disk = small_disk(1 << 44);
+        disk.block_bytes = 4096;
+        disk.max_discard_bytes = u64::MAX;
+        disk.max_write_zeroes_bytes = (1 << 20) + 512;
+        let got = of(&disk);
+        assert_eq!(got.basic.dev_sectors, 1 << 35);
+        assert_eq!(got.discard.max_discard_sectors, u32::MAX - 7);
+        assert_eq!(got.discard.max_write_zeroes_sectors, 2048);
+    }
+
+    #[test]
+    fn a_disk_without_discard_says_nothing_about_it() {
+        let mut disk = small_disk(1 << 20);
+        disk.max_discard_bytes = 0;
+        let got = of(&disk);
+        assert_ne!(got.types & sys::UBLK_PARAM_TYPE_DISCARD, 0);
+        assert_eq!(got.discard.max_discard_sectors, 0);
+        disk.max_write_zeroes_bytes = 0;
+        assert_eq!(of(&disk).types & sys::UBLK_PARAM_TYPE_DISCARD, 0);
+    }
+
+    #[test]
+    fn buffers_are_whole_pages_within_what_the_driver_takes() {
+        let mut disk = small_disk(1 << 20);
+        for (max_io, buffer) in [
+            (512, 4096),
+            (4096, 4096),
+            (10_000, 8192),
+            (1 << 20, 1 << 20),
+            (u32::MAX, 32 << 20),
+        ] {
+            disk.max_io_bytes = max_io;
+            assert_eq!(buffer_bytes(&disk, PAGE), buffer);
+            assert_eq!(of(&disk).basic.max_sectors, buffer / 512);
+        }
+    }
+
+    #[test]
+    fn queues_and_depths_that_the_driver_refuses_are_named() {
+        assert!(check_queues(1, 4096).is_ok());
+        for (queues, depth, word) in [
+            (0, 1, "0 queues"),
+            (4097, 1, "4097 queues"),
+            (1, 0, "0 requests"),
+            (1, 4097, "4097 requests"),
+        ] {
+            let text = check_queues(queues, depth).unwrap_err().to_string();
+            assert!(text.contains(word) && text.contains("4096"), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_that_the_driver_cannot_express_are_refused_or_no_hint() {
+        let mut disk = small_disk(1 << 20);
+        disk.optimal_io_bytes = 3 << 19;
+        assert_eq!(of(&disk).basic.io_opt_shift, 0);
+        disk.block_bytes = 8192;
+        let error = params(&disk, 1 << 20, PAGE).unwrap_err().to_string();
+        assert!(error.contains("8192 bytes"), "{error}");
+    }
+}

@@ -1,0 +1,335 @@
+//! One queue of a ublk device: fetched commands become requests, outcomes become commits.
+//!
+//! Each tag has one command at the driver. It completes when the block layer has a request for the
+//! tag; the answer goes back with the command that fetches the next request of that tag. When the
+//! device stops, every command completes with `UBLK_IO_RES_ABORT`, and the queue is at its end when
+//! all have.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use io_uring::{opcode, types};
+use libublk::sys;
+
+use super::memory::{Descriptors, IoBuffers};
+use crate::counters::Counters;
+use crate::door::{DoorQueue, Next};
+use crate::io::{Completion, Full, Owner, Ring, Slot, Token};
+use crate::request::{Buffers, IoError, Limits, Op, Outcome, Range, Request, SECTOR_SHIFT};
+
+/// What other threads may ask of a queue.
+pub(super) enum Command {
+    /// End without waiting for the device to be stopped; requests not yet begun stay unanswered
+    /// and are failed by the driver.
+    Quit,
+}
+
+/// What a queue is made of.
+pub(super) struct QueueConfig {
+    pub(super) char_device: Arc<File>,
+    pub(super) queue: u16,
+    pub(super) depth: u16,
+    pub(super) buffer_bytes: u32,
+    pub(super) limits: Limits,
+    pub(super) counters: Arc<Counters>,
+    /// Where the queue leaves the errno of a command that the driver refused.
+    pub(super) fault: Arc<AtomicI32>,
+}
+
+/// One queue of a ublk device. The slot of a request is its tag.
+pub(super) struct UblkQueue {
+    config: QueueConfig,
+    descriptors: Descriptors,
+    buffers: IoBuffers,
+    /// Tags with a request that was not begun.
+    fetched: VecDeque<u16>,
+    /// Tags with an answer for the driver, and the answers by tag.
+    answered: Vec<u16>,
+    answers: Box<[i32]>,
+    /// Tags whose command came back for good.
+    ended: u16,
+    quit: bool,
+}
+
+impl UblkQueue {
+    /// Maps the memory of a queue; nothing is at the driver yet.
+    pub(super) fn new(config: QueueConfig) -> io::Result<Self> {
+        let depth = config.depth;
+        Ok(Self {
+            descriptors: Descriptors::map(&config.char_device, config.queue, depth)?,
+            buffers: IoBuffers::new(depth, config.buffer_bytes)?,
+            fetched: VecDeque::with_capacity(depth.into()),
+            answered: Vec::with_capacity(depth.into()),
+            answers: vec![0; depth.into()].into_boxed_slice(),
+            ended: 0,
+            quit: false,
+            config,
+        })
+    }
+
+    fn push(&mut self, ring: &mut Ring, number: u32, tag: u16, result: i32) -> Result<(), Full> {
+        let words = sys::ublksrv_io_cmd {
+            q_id: self.config.queue,
+            tag,
+            result,
+            addr: self.buffers.address(tag),
+        };
+        let fd = types::Fd(self.config.char_device.as_raw_fd());
+        let sqe = opcode::UringCmd16::new(fd, number)
+            .cmd(command_bytes(words))
+            .build();
+        let token = Token {
+            owner: Owner::Door,
+            kind: 0,
+            index: tag.into(),
+        };
+        // SAFETY: the command points to the buffer of the tag, which the queue keeps until the
+        // thread has drained its ring (`IoBuffers::drop`).
+        unsafe { ring.push(sqe, token) }
+    }
+
+    /// Leaves an answer for the end of the round.
+    fn answer(&mut self, tag: u16, result: i32) {
+        self.answers[usize::from(tag)] = result;
+        self.answered.push(tag);
+    }
+
+    /// A tag from a token or a slot that was made from a tag.
+    fn tag(&self, index: u32) -> u16 {
+        match u16::try_from(index) {
+            Ok(tag) if tag < self.config.depth => tag,
+            _ => unreachable!("{index} was never a tag of this queue"),
+        }
+    }
+}
+
+impl DoorQueue for UblkQueue {
+    type Command = Command;
+
+    fn slots(&self) -> u32 {
+        self.config.depth.into()
+    }
+
+    fn ring_operations(&self) -> u32 {
+        self.config.depth.into()
+    }
+
+    fn start(&mut self, ring: &mut Ring) -> Result<(), Full> {
+        (0..self.config.depth).try_for_each(|tag| self.push(ring, sys::UBLK_U_IO_FETCH_REQ, tag, 0))
+    }
+
+    fn command(&mut self, _ring: &mut Ring, command: Command) {
+        match command {
+            Command::Quit => self.quit = true,
+        }
+    }
+
+    fn event(&mut self, _ring: &mut Ring, completion: Completion) {
+        let tag = self.tag(completion.token.index);
+        match completion.result {
+            0 => self.fetched.push_back(tag),
+            sys::UBLK_IO_RES_ABORT => self.ended += 1,
+            refused => {
+                self.config.fault.store(-refused, Ordering::Relaxed);
+                self.ended += 1;
+                self.quit = true;
+            }
+        }
+    }
+
+    fn next(&mut self, _ring: &mut Ring) -> Option<(Slot, Request)> {
+        while !self.quit {
+            let tag = self.fetched.pop_front()?;
+            let descriptor = self.descriptors.get(tag);
+            match parse(&descriptor, &self.config.limits, self.config.buffer_bytes) {
+                Ok((op, range)) => {
+                    let buffers = if op.has_data() {
+                        // No truncation: `parse` compared it to the size of a buffer.
+                        let len = usize::try_from(range.len_bytes).unwrap_or(usize::MAX);
+                        let list = self.buffers.list(tag, len);
+                        // SAFETY: list and memory belong to this request until `complete`: the
+                        // driver hands out a tag again only after its commit.
+                        unsafe { Buffers::from_list(list) }
+                    } else {
+                        Buffers::NONE
+                    };
+                    return Some((tag.into(), Request::new(op, range, buffers)));
+                }
+                Err(error) => {
+                    self.config.counters.count_rejected();
+                    self.answer(tag, -error.errno());
+                }
+            }
+        }
+        None
+    }
+
+    fn complete(&mut self, _ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome) {
+        let tag = self.tag(slot);
+        let result = answer_to(request.op, request.len_bytes, outcome);
+        request.finish();
+        self.answer(tag, result);
+    }
+
+    fn end_batch(&mut self, ring: &mut Ring) -> Next {
+        while let Some(&tag) = self.answered.last() {
+            let result = self.answers[usize::from(tag)];
+            let commit = sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ;
+            if self.push(ring, commit, tag, result).is_err() {
+                // The kernel is short of memory for now: the next round tries again.
+                return Next::Again;
+            }
+            self.answered.pop();
+        }
+        if self.quit || self.ended == self.config.depth {
+            Next::Exit
+        } else if self.fetched.is_empty() {
+            Next::Sleep
+        } else {
+            Next::Again
+        }
+    }
+}
+
+/// The command as it travels in a submission entry.
+fn command_bytes(words: sys::ublksrv_io_cmd) -> [u8; 16] {
+    // SAFETY: 16 bytes of integers without padding, any of which is a valid byte.
+    unsafe { std::mem::transmute::<sys::ublksrv_io_cmd, [u8; 16]>(words) }
+}
+
+/// What a descriptor asks for, checked against the disk and the buffer that it comes with.
+fn parse(
+    descriptor: &sys::ublksrv_io_desc,
+    limits: &Limits,
+    buffer_bytes: u32,
+) -> Result<(Op, Range), IoError> {
+    let flag = |bit| descriptor.op_flags & bit != 0;
+    let fua = flag(sys::UBLK_IO_F_FUA);
+    let op = match descriptor.op_flags & 0xff {
+        sys::UBLK_IO_OP_READ => Op::Read,
+        sys::UBLK_IO_OP_WRITE => Op::Write { fua },
+        sys::UBLK_IO_OP_FLUSH => Op::Flush,
+        sys::UBLK_IO_OP_DISCARD => Op::Discard,
+        sys::UBLK_IO_OP_WRITE_ZEROES => Op::WriteZeroes {
+            unmap: !flag(sys::UBLK_IO_F_NOUNMAP),
+            fua,
+        },
+        _ => return Err(IoError::Unsupported),
+    };
+    let sectors = u64::from(descriptor.nr_sectors);
+    if op.has_data() && sectors > u64::from(buffer_bytes >> SECTOR_SHIFT) {
+        return Err(IoError::Io);
+    }
+    let range = limits.check(op, descriptor.start_sector, sectors)?;
+    Ok((op, range))
+}
+
+/// The answer to a request: all of it or a negative errno. The driver takes a short answer to a
+/// write for a complete one, so there are none.
+fn answer_to(op: Op, len_bytes: u64, outcome: Outcome) -> i32 {
+    match outcome {
+        // A buffer has 32 MiB at most (`params::buffer_bytes`), so its length fits.
+        Ok(()) if op.has_data() => i32::try_from(len_bytes).unwrap_or(-libc::EIO),
+        Ok(()) => 0,
+        Err(error) => -error.errno(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::tests::small_disk;
+
+    const BUFFER: u32 = 1 << 20;
+
+    fn descriptor(op_flags: u32, start_sector: u64, nr_sectors: u32) -> sys::ublksrv_io_desc {
+        sys::ublksrv_io_desc {
+            op_flags,
+            nr_sectors,
+            start_sector,
+            addr: 0,
+        }
+    }
+
+    fn parsed(op_flags: u32, first: u64, count: u32) -> Result<(Op, Range), IoError> {
+        parse(
+            &descriptor(op_flags, first, count),
+            &small_disk(1 << 30),
+            BUFFER,
+        )
+    }
+
+    #[test]
+    fn operations_and_their_flags_are_understood() {
+        let fua = sys::UBLK_IO_F_FUA;
+        let keep = sys::UBLK_IO_F_NOUNMAP;
+        let harmless = sys::UBLK_IO_F_META | sys::UBLK_IO_F_SWAP | sys::UBLK_IO_F_FAILFAST_DEV;
+        let zeroes = |unmap, fua| Op::WriteZeroes { unmap, fua };
+        let cases = [
+            (sys::UBLK_IO_OP_READ, Op::Read),
+            (sys::UBLK_IO_OP_READ | harmless, Op::Read),
+            (sys::UBLK_IO_OP_WRITE, Op::Write { fua: false }),
+            (sys::UBLK_IO_OP_WRITE | fua, Op::Write { fua: true }),
+            (sys::UBLK_IO_OP_DISCARD, Op::Discard),
+            (sys::UBLK_IO_OP_WRITE_ZEROES, zeroes(true, false)),
+            (sys::UBLK_IO_OP_WRITE_ZEROES | keep, zeroes(false, false)),
+            (
+                sys::UBLK_IO_OP_WRITE_ZEROES | keep | fua,
+                zeroes(false, true),
+            ),
+        ];
+        for (op_flags, op) in cases {
+            let range = Range {
+                offset_bytes: 4096,
+                len_bytes: 8192,
+            };
+            assert_eq!(parsed(op_flags, 8, 16), Ok((op, range)), "{op_flags:#x}");
+        }
+        let flush = parsed(sys::UBLK_IO_OP_FLUSH, 0, 0);
+        assert_eq!(flush, Ok((Op::Flush, Range::EMPTY)));
+    }
+
+    #[test]
+    fn unknown_operations_are_not_supported() {
+        let known = [0, 1, 2, 3, 5];
+        for op in (0..=0xff).filter(|op| !known.contains(op)) {
+            assert_eq!(parsed(op, 0, 8), Err(IoError::Unsupported), "{op}");
+        }
+    }
+
+    #[test]
+    fn a_transfer_longer_than_its_buffer_is_refused() {
+        let sectors = BUFFER >> SECTOR_SHIFT;
+        assert!(parsed(sys::UBLK_IO_OP_READ, 0, sectors).is_ok());
+        let longer = parsed(sys::UBLK_IO_OP_READ, 0, sectors + 1);
+        assert_eq!(longer, Err(IoError::Io));
+        // What carries no data has no buffer to outgrow.
+        assert!(parsed(sys::UBLK_IO_OP_DISCARD, 0, sectors + 1).is_ok());
+    }
+
+    #[test]
+    fn a_range_outside_the_disk_is_refused() {
+        let past_end = parsed(sys::UBLK_IO_OP_WRITE, u64::MAX, 8);
+        assert_eq!(past_end, Err(IoError::Io));
+    }
+
+    #[test]
+    fn an_answer_is_the_whole_length_or_an_error() {
+        let write = Op::Write { fua: false };
+        assert_eq!(answer_to(write, 32 << 20, Ok(())), 32 << 20);
+        assert_eq!(answer_to(Op::Read, 512, Ok(())), 512);
+        assert_eq!(answer_to(Op::Discard, 1 << 40, Ok(())), 0);
+        assert_eq!(answer_to(Op::Flush, 0, Ok(())), 0);
+        for (error, errno) in [
+            (IoError::Io, libc::EIO),
+            (IoError::Unsupported, libc::EOPNOTSUPP),
+            (IoError::NoSpace, libc::ENOSPC),
+        ] {
+            assert_eq!(answer_to(write, 512, Err(error)), -errno);
+        }
+    }
+}
