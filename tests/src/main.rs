@@ -1,3 +1,7 @@
-//! The lab.
+//! `cargo lab`: see `docs/lab.md`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lab::cli::main()
+}

@@ -1,0 +1,20 @@
+//! The lab: kernels, machines and test suites for ublkup.
+//!
+//! A test is a Rust function and a line in a table (see [`suites`]). It runs in
+//! a process of its own, on the host or inside a kernel that the lab built and
+//! booted, and may use the helpers in [`kit`]. `docs/lab.md` tells the whole
+//! story.
+
+pub mod agent;
+pub mod channel;
+pub mod cli;
+pub mod guest;
+pub mod job;
+pub mod kit;
+pub mod klog;
+pub mod machine;
+pub mod process;
+pub mod report;
+pub mod runner;
+pub mod suites;
+pub mod test;

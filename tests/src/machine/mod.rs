@@ -1,0 +1,400 @@
+//! Machines: a kernel booted with the host's file system as its read-only root
+//! and the lab itself as its first process.
+//!
+//! [`Machine::boot`] starts one and waits for its agent; [`Machine::run`] runs
+//! tests in it. A machine never outlives its [`Machine`] value, nor the thread
+//! that made it.
+
+mod console;
+mod qemu;
+mod setup;
+mod uml;
+
+use std::fs;
+use std::io::{BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::channel::{FromGuest, Heard, ToGuest, hear, send};
+use crate::job::Job;
+use crate::klog;
+use crate::process;
+use crate::report::{Outcome, TestResult};
+use crate::suites;
+use crate::test::{Paths, Place};
+
+pub use qemu::{Board, Qemu};
+pub use setup::{Mode, Mount, SETUP_VARIABLE, Setup};
+pub use uml::Uml;
+
+use console::Console;
+
+/// A kind of machine: how its command line looks.
+pub trait Hypervisor {
+    /// For messages and file names.
+    fn name(&self) -> &'static str;
+
+    /// Where a test in it is said to run.
+    fn place(&self) -> Place;
+
+    /// How its guest finds its setup and its exchange directory.
+    fn setup(&self, run: &RunDir, mode: Mode) -> Setup;
+
+    /// The command that boots it, and our end of its channel.
+    ///
+    /// # Errors
+    /// Something it needs is missing.
+    fn command(&self, run: &RunDir, mode: &Mode) -> Result<(Command, ChannelEnd)>;
+
+    /// How long a boot may take.
+    fn boot_limit(&self) -> Duration;
+}
+
+/// Our end of a machine's channel.
+#[derive(Debug)]
+pub enum ChannelEnd {
+    /// Connected already; the command holds the other end.
+    Connected(UnixStream),
+    /// The machine will connect to this.
+    Listening(std::os::unix::net::UnixListener),
+}
+
+/// The directory of one machine: setup, sockets, exchange, a copy of the lab.
+#[derive(Debug)]
+pub struct RunDir {
+    dir: tempfile::TempDir,
+}
+
+impl RunDir {
+    fn new() -> Result<Self> {
+        let dir = tempfile::Builder::new()
+            .prefix("ublkup-lab-")
+            .tempdir()
+            .context("cannot make a directory for a machine")?;
+        let run = RunDir { dir };
+        fs::create_dir(run.exchange()).context("cannot make an exchange directory")?;
+        // A copy, because the guest starts it by name: a rebuild of the lab
+        // must not change a machine that is booting.
+        fs::copy("/proc/self/exe", run.init()).context("cannot copy the lab's own binary")?;
+        Ok(run)
+    }
+
+    /// A file of this machine.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The directory that the guest and the host both write.
+    #[must_use]
+    pub fn exchange(&self) -> PathBuf {
+        self.file("exchange")
+    }
+
+    /// The guest's first process.
+    #[must_use]
+    pub fn init(&self) -> PathBuf {
+        self.file("lab")
+    }
+
+    /// What the guest's first process reads.
+    #[must_use]
+    pub fn setup(&self) -> PathBuf {
+        self.file("setup.json")
+    }
+}
+
+/// A running machine whose agent waits for work.
+#[derive(Debug)]
+pub struct Machine {
+    place: Place,
+    child: Child,
+    console: Console,
+    to_guest: UnixStream,
+    from_guest: Receiver<Result<FromGuest>>,
+    run: RunDir,
+    kernel: String,
+    over: bool,
+}
+
+/// Where console logs of machines go, on the host and in a guest.
+#[must_use]
+pub fn log_dir(paths: &Paths) -> PathBuf {
+    let dir = paths.repo.join("target/lab-logs");
+    if fs::create_dir_all(&dir).is_ok() && rustix::fs::access(&dir, rustix::fs::Access::WRITE_OK).is_ok() {
+        dir
+    } else {
+        std::env::temp_dir()
+    }
+}
+
+impl Machine {
+    /// Boots a machine and waits until its agent answers. Its console goes to
+    /// `LOGS/NAME.log`, where the name is `log_name`.
+    ///
+    /// # Errors
+    /// It did not boot; the message has the end of its console.
+    pub fn boot(hypervisor: &dyn Hypervisor, paths: &Paths, log_name: &str) -> Result<Self> {
+        let run = RunDir::new()?;
+        let mode = Mode::Agent;
+        let setup = hypervisor.setup(&run, mode.clone()).keeping(paths);
+        setup.write(&run.setup())?;
+        let (mut command, end) = hypervisor.command(&run, &mode)?;
+        command.stderr(Stdio::piped());
+        let mut child = process::spawn_group(&mut command)
+            .with_context(|| format!("cannot start a {} machine", hypervisor.name()))?;
+        // The command may hold the guest's end of the channel: the end of the
+        // machine is seen only when no copy of it is left.
+        drop(command);
+        let log = log_dir(paths).join(format!("{log_name}.log"));
+        let console = match Console::start(&mut child, &log) {
+            Ok(console) => console,
+            Err(error) => {
+                process::kill_group(&mut child);
+                return Err(error);
+            }
+        };
+        let deadline = Instant::now() + hypervisor.boot_limit();
+        let connected = connect(end, &mut child, deadline).and_then(|stream| {
+            let reader = stream.try_clone().context("cannot share the channel")?;
+            Ok((stream, listen(reader, console.sink())))
+        });
+        let (to_guest, from_guest) = match connected {
+            Ok(both) => both,
+            Err(error) => {
+                process::kill_group(&mut child);
+                return Err(console.explain(&error));
+            }
+        };
+        let mut machine = Machine {
+            place: hypervisor.place(),
+            child,
+            console,
+            to_guest,
+            from_guest,
+            run,
+            kernel: String::new(),
+            over: false,
+        };
+        match machine.next(deadline) {
+            Ok(FromGuest::Hello { kernel, trouble }) if trouble.is_empty() => {
+                machine.kernel = kernel;
+                Ok(machine)
+            }
+            Ok(FromGuest::Hello { trouble, .. }) => {
+                machine.end();
+                let trouble = trouble.join("\n");
+                Err(machine
+                    .console
+                    .explain(&anyhow!("trouble in the kernel's log while it booted:\n{trouble}")))
+            }
+            Ok(other) => {
+                machine.end();
+                Err(machine
+                    .console
+                    .explain(&anyhow!("the agent did not come up: {other:?}")))
+            }
+            Err(error) => {
+                machine.end();
+                Err(machine.console.explain(&error.context(format!(
+                    "the {} machine did not boot",
+                    hypervisor.name()
+                ))))
+            }
+        }
+    }
+
+    /// The release of the kernel it runs.
+    #[must_use]
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
+    /// The exchange directory as this side sees it.
+    #[must_use]
+    pub fn exchange(&self) -> PathBuf {
+        self.run.exchange()
+    }
+
+    /// The file with everything the machine printed.
+    #[must_use]
+    pub fn console_log(&self) -> &Path {
+        self.console.path()
+    }
+
+    /// Whether it cannot run anything any more.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.over
+    }
+
+    /// A job for a test of a suite in this machine.
+    #[must_use]
+    pub fn job(&self, suite: &str, test: &crate::test::Test, paths: &Paths) -> Job {
+        Job::new(suite, test, self.place, paths, Path::new(setup::EXCHANGE))
+    }
+
+    /// Runs a job. A machine that dies or falls silent fails the test and is
+    /// over; so is one whose kernel complained.
+    pub fn run(&mut self, job: &Job) -> TestResult {
+        let started = Instant::now();
+        // The agent enforces the limit; it gets some time to say so.
+        let grace = Duration::from_secs(20) * self.place.slowness();
+        let deadline = started + job.limit() + grace;
+        let answer = send(&mut self.to_guest, &ToGuest::Run(Box::new(job.clone())))
+            .and_then(|()| self.next(deadline));
+        let mut result = match answer {
+            Ok(FromGuest::Done(result)) if result.name == job.test => *result,
+            Ok(other) => self.crashed(job, started, &anyhow!("unexpected answer {other:?}")),
+            Err(error) => self.crashed(job, started, &error),
+        };
+        if result.machine_is_suspect {
+            self.end();
+            result.machine_is_suspect = false;
+        }
+        result
+    }
+
+    /// Runs a step (see [`suites::STEPS`]) and returns its reply.
+    ///
+    /// # Errors
+    /// There is no such step, or it failed or was skipped, or the machine did
+    /// not survive it.
+    pub fn run_step<A: Serialize, R: DeserializeOwned>(
+        &mut self,
+        paths: &Paths,
+        step: &str,
+        args: &A,
+    ) -> Result<R> {
+        let test = suites::find(suites::STEPS, step)
+            .with_context(|| format!("there is no step named {step}"))?;
+        let mut job = self.job(suites::STEPS, test, paths);
+        job.args = serde_json::to_value(args).context("cannot encode a step's arguments")?;
+        let result = self.run(&job);
+        match result.outcome {
+            Outcome::Pass => serde_json::from_value(result.reply)
+                .with_context(|| format!("unexpected reply of step {step}")),
+            Outcome::Fail { message } => {
+                bail!("step {step} failed: {message}\n{}", result.output.trim())
+            }
+            Outcome::Skip { reason } => bail!("step {step} was skipped: {reason}"),
+        }
+    }
+
+    /// Runs a shell script in the machine and returns its output.
+    ///
+    /// # Errors
+    /// As [`Machine::run_step`].
+    pub fn sh(&mut self, paths: &Paths, script: &str) -> Result<String> {
+        self.run_step(paths, "run_script", &script)
+    }
+
+    /// Ends the machine in an orderly way, or, if it does not obey, by force.
+    pub fn power_off(mut self) {
+        if !self.over && send(&mut self.to_guest, &ToGuest::PowerOff).is_ok() {
+            // Whether it obeyed makes no difference: Drop ends it for certain.
+            let _obeyed = process::wait_limited(&mut self.child, Duration::from_secs(10));
+        }
+    }
+
+    fn next(&mut self, deadline: Instant) -> Result<FromGuest> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match self.from_guest.recv_timeout(left) {
+            Ok(Ok(FromGuest::Broken { why })) => bail!("the agent gave up: {why}"),
+            Ok(message) => message,
+            Err(RecvTimeoutError::Timeout) => bail!("the machine fell silent"),
+            Err(RecvTimeoutError::Disconnected) => bail!("the machine ended"),
+        }
+    }
+
+    fn crashed(&mut self, job: &Job, started: Instant, error: &anyhow::Error) -> TestResult {
+        let ended = self.child.try_wait().ok().flatten();
+        self.end();
+        let mut message = format!("{error:#}");
+        if let Some(status) = ended {
+            message.push_str(&format!(" ({status})"));
+        }
+        for line in klog::trouble(self.console.text().lines()) {
+            message.push_str(&format!("\n{line}"));
+        }
+        let explained = self.console.explain(&anyhow!(message));
+        let outcome = Outcome::fail(format!("{explained:#}"));
+        TestResult::new(&job.test, outcome, started.elapsed())
+    }
+
+    fn end(&mut self) {
+        self.over = true;
+        process::kill_group(&mut self.child);
+        self.console.finish();
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Waits for the machine to connect, if it has to.
+fn connect(end: ChannelEnd, child: &mut Child, deadline: Instant) -> Result<UnixStream> {
+    let listener = match end {
+        ChannelEnd::Connected(stream) => return Ok(stream),
+        ChannelEnd::Listening(listener) => listener,
+    };
+    listener
+        .set_nonblocking(true)
+        .context("cannot wait for the machine")?;
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream
+                    .set_nonblocking(false)
+                    .context("cannot use the channel")?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error).context("cannot accept the machine's channel"),
+        }
+        if let Some(status) = child.try_wait().context("cannot look at the machine")? {
+            bail!("the machine ended with {status} before it started");
+        }
+        if Instant::now() > deadline {
+            bail!("the machine did not open its channel");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Reads messages in a thread, which ends with the machine.
+fn listen(stream: UnixStream, mut noise: impl Write + Send + 'static) -> Receiver<Result<FromGuest>> {
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        let mut reader = BufReader::new(stream);
+        loop {
+            let heard = hear::<FromGuest>(&mut reader);
+            let goes_on = match heard {
+                Ok(Heard::Message(message)) => sender.send(Ok(message)).is_ok(),
+                // Noise belongs with the console; a full disk loses it.
+                Ok(Heard::Noise(text)) => writeln!(noise, "{text}").is_ok(),
+                Ok(Heard::End) => false,
+                Err(error) => {
+                    // The receiver may be gone, then nobody needs the error.
+                    let _nobody = sender.send(Err(error));
+                    false
+                }
+            };
+            if !goes_on {
+                return;
+            }
+        }
+    });
+    receiver
+}

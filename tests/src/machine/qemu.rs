@@ -1,0 +1,239 @@
+//! QEMU without hardware help: an emulated PC, slow and exact.
+
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{ChannelEnd, Hypervisor, Mode, Mount, RunDir, SETUP_VARIABLE, Setup};
+use crate::test::Place;
+
+/// Which of QEMU's boards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Board {
+    /// A PC with PCI.
+    Q35,
+    /// The minimal board with virtio-mmio.
+    Microvm,
+}
+
+impl Board {
+    /// The ending of virtio device names on this board.
+    fn bus(self) -> &'static str {
+        match self {
+            Board::Q35 => "pci",
+            Board::Microvm => "device",
+        }
+    }
+}
+
+/// An emulated PC.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    kernel: PathBuf,
+    board: Board,
+    processors: u32,
+    memory_mib: u32,
+    vhost_sockets: Vec<PathBuf>,
+    arguments: Vec<String>,
+    kernel_arguments: Vec<String>,
+}
+
+impl Qemu {
+    /// A q35 PC with two processors, 2 GiB and no disks.
+    #[must_use]
+    pub fn new(kernel: &Path) -> Self {
+        Qemu {
+            kernel: kernel.to_owned(),
+            board: Board::Q35,
+            processors: 2,
+            memory_mib: 2048,
+            vhost_sockets: Vec::new(),
+            arguments: Vec::new(),
+            kernel_arguments: Vec::new(),
+        }
+    }
+
+    /// A small guest whose disk is a vhost-user-blk socket: one processor,
+    /// 512 MiB of shared memory, as many queues as QEMU chooses.
+    #[must_use]
+    pub fn client(kernel: &Path, socket: &Path) -> Self {
+        Qemu::new(kernel)
+            .processors(1)
+            .memory_mib(512)
+            .vhost_disk(socket)
+    }
+
+    /// The board.
+    #[must_use]
+    pub fn board(mut self, board: Board) -> Self {
+        self.board = board;
+        self
+    }
+
+    /// The number of processors.
+    #[must_use]
+    pub fn processors(mut self, processors: u32) -> Self {
+        self.processors = processors;
+        self
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory_mib(mut self, memory_mib: u32) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Adds a vhost-user-blk disk: the first is `/dev/vda`.
+    #[must_use]
+    pub fn vhost_disk(mut self, socket: &Path) -> Self {
+        self.vhost_sockets.push(socket.to_owned());
+        self
+    }
+
+    /// One more word for QEMU's command line.
+    #[must_use]
+    pub fn argument(mut self, argument: impl Into<String>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// One more word for the kernel's command line.
+    #[must_use]
+    pub fn kernel_argument(mut self, argument: impl Into<String>) -> Self {
+        self.kernel_arguments.push(argument.into());
+        self
+    }
+
+    fn kernel_command_line(&self, run: &RunDir) -> String {
+        let mut words = vec![
+            "console=ttyS0".to_owned(),
+            "root=root".to_owned(),
+            "rootfstype=9p".to_owned(),
+            "rootflags=trans=virtio,version=9p2000.L,msize=512000,cache=loose".to_owned(),
+            "ro".to_owned(),
+            "panic=-1".to_owned(),
+            "oops=panic".to_owned(),
+            "reboot=t".to_owned(),
+            format!("init={}", run.init().display()),
+            format!("{SETUP_VARIABLE}={}", run.setup().display()),
+        ];
+        words.extend(self.kernel_arguments.iter().cloned());
+        words.join(" ")
+    }
+}
+
+impl Hypervisor for Qemu {
+    fn name(&self) -> &'static str {
+        match self.board {
+            Board::Q35 => "q35",
+            Board::Microvm => "microvm",
+        }
+    }
+
+    fn place(&self) -> Place {
+        Place::Vm
+    }
+
+    fn boot_limit(&self) -> Duration {
+        Duration::from_secs(180)
+    }
+
+    fn setup(&self, _run: &RunDir, mode: Mode) -> Setup {
+        Setup {
+            place: Place::Vm,
+            mode,
+            exchange: Mount {
+                kind: "9p".into(),
+                source: "exchange".into(),
+                options: "trans=virtio,version=9p2000.L,msize=512000,cache=none".into(),
+            },
+            channel: "/dev/vport*".into(),
+            powers_off: false,
+            keep: Vec::new(),
+        }
+    }
+
+    fn command(&self, run: &RunDir, mode: &Mode) -> Result<(Command, ChannelEnd)> {
+        let bus = self.board.bus();
+        let socket = run.file("channel.sock");
+        let listener = UnixListener::bind(&socket)
+            .with_context(|| format!("cannot listen on {}", socket.display()))?;
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-no-reboot", "-accel", "tcg,thread=multi", "-cpu", "max"])
+            .arg("-smp")
+            .arg(self.processors.to_string())
+            .arg("-m")
+            .arg(format!("{}M", self.memory_mib))
+            // Shared, because vhost-user servers map the guest's memory.
+            .arg("-object")
+            .arg(format!(
+                "memory-backend-memfd,id=memory,share=on,size={}M",
+                self.memory_mib
+            ));
+        match self.board {
+            Board::Q35 => command.args(["-machine", "q35,memory-backend=memory"]),
+            Board::Microvm => command.args(["-machine", "microvm,memory-backend=memory,rtc=on"]),
+        };
+        for (tag, path, extra) in [
+            ("root", PathBuf::from("/"), ",readonly=on"),
+            ("exchange", run.exchange(), ""),
+        ] {
+            command
+                .arg("-fsdev")
+                .arg(format!(
+                    "local,id={tag},path={},security_model=none,multidevs=remap{extra}",
+                    path.display()
+                ))
+                .arg("-device")
+                .arg(format!("virtio-9p-{bus},fsdev={tag},mount_tag={tag}"));
+        }
+        command
+            .arg("-device")
+            .arg(format!("virtio-serial-{bus}"))
+            .arg("-chardev")
+            .arg(format!("socket,id=channel,path={}", socket.display()))
+            .args(["-device", "virtserialport,chardev=channel,name=lab"])
+            .arg("-device")
+            .arg(format!("virtio-rng-{bus}"));
+        for (index, disk) in self.vhost_sockets.iter().enumerate() {
+            command
+                .arg("-chardev")
+                .arg(format!("socket,id=disk{index},path={}", disk.display()))
+                .arg("-device")
+                .arg(match self.board {
+                    Board::Q35 => format!("vhost-user-blk-pci,chardev=disk{index}"),
+                    Board::Microvm => format!("vhost-user-blk-device,chardev=disk{index}"),
+                });
+        }
+        command
+            .arg("-kernel")
+            .arg(&self.kernel)
+            .arg("-append")
+            .arg(self.kernel_command_line(run))
+            .args(&self.arguments);
+        match mode {
+            Mode::Agent => {
+                command
+                    .args(["-chardev", "file,id=console,path=/dev/stderr,append=on"])
+                    .args(["-serial", "chardev:console"])
+                    .stdin(Stdio::null())
+                    .stdout(Stdio::null());
+            }
+            Mode::Shell(_) => {
+                command
+                    .args(["-chardev", "stdio,id=console,signal=off"])
+                    .args(["-serial", "chardev:console"])
+                    .stdin(Stdio::inherit())
+                    .stdout(Stdio::inherit())
+                    .stderr(Stdio::inherit());
+            }
+        }
+        Ok((command, ChannelEnd::Listening(listener)))
+    }
+}

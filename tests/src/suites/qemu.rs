@@ -1,0 +1,120 @@
+//! A vhost-user-blk server on the host, an emulated guest that uses its disk.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::guest::{DiskFacts, FilesOnDisk};
+use crate::kit::images::{self, KnownFiles};
+use crate::machine::{Board, Machine, Qemu};
+use crate::process;
+use crate::test;
+use crate::test::{Context, Test};
+
+/// The table.
+pub const TESTS: &[Test] = &[
+    test!(a_q35_guest_finds_the_files_on_a_vhost_user_disk).limit_s(400),
+    test!(a_microvm_guest_finds_the_files_on_a_vhost_user_disk).limit_s(400),
+];
+
+fn a_q35_guest_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
+    guest_finds_files(cx, Board::Q35, 4)
+}
+
+fn a_microvm_guest_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
+    guest_finds_files(cx, Board::Microvm, 1)
+}
+
+/// The reference: QEMU's own storage daemon serves the disk. What holds with it
+/// must hold with ours.
+fn guest_finds_files(cx: &Context, board: Board, processors: u32) -> Result<()> {
+    let size_bytes = 64 << 20;
+    let image = cx.scratch().join("disk.ext4");
+    let known = images::ext4_with_known_files(&image, size_bytes, 1)?;
+    let socket = cx.scratch().join("disk.sock");
+    let daemon = StorageDaemon::start(&image, &socket, processors)?;
+
+    let kernel = x86_kernel(cx)?;
+    let hypervisor = Qemu::client(kernel, &socket)
+        .board(board)
+        .processors(processors);
+    let mut machine = Machine::boot(&hypervisor, &cx.paths, &format!("qemu-{board:?}"))?;
+    let disk: DiskFacts = machine.run_step(&cx.paths, "describe_disk", &"vda")?;
+    ensure!(
+        disk.size_bytes == size_bytes && !disk.read_only,
+        "the guest sees another disk: {disk:?}"
+    );
+    let files = FilesOnDisk {
+        device: PathBuf::from("/dev/vda"),
+        known,
+        seed: 2,
+    };
+    let new: KnownFiles = machine.run_step(&cx.paths, "add_files_to_disk", &files)?;
+    machine.power_off();
+    drop(daemon);
+
+    // The other half of the story: what the guest wrote is in the image.
+    images::fsck(&image)?;
+    ensure!(!new.is_empty(), "the guest wrote no files");
+    ensure!(
+        files.known.len() + new.len() == files.known.and(new).len(),
+        "the guest's files are not new"
+    );
+    Ok(())
+}
+
+/// The x86-64 kernel of this run.
+fn x86_kernel(cx: &Context) -> Result<&Path> {
+    cx.paths
+        .x86_kernel
+        .as_deref()
+        .context("this run has no x86-64 kernel")
+}
+
+/// `qemu-storage-daemon` serving an image on a vhost-user-blk socket.
+struct StorageDaemon {
+    child: Child,
+}
+
+impl StorageDaemon {
+    fn start(image: &Path, socket: &Path, queues: u32) -> Result<Self> {
+        let mut child = process::spawn_bound(
+            Command::new("qemu-storage-daemon")
+                .arg("--blockdev")
+                .arg(format!(
+                    "driver=file,node-name=disk,filename={}",
+                    image.display()
+                ))
+                .args(["--object", "iothread,id=io"])
+                .arg("--export")
+                .arg(format!(
+                    "type=vhost-user-blk,id=door,node-name=disk,writable=on,iothread=io,\
+                     num-queues={queues},addr.type=unix,addr.path={}",
+                    socket.display()
+                ))
+                .stdin(Stdio::null()),
+        )?;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !socket.exists() {
+            if let Some(status) = child.try_wait().context("cannot look at the daemon")? {
+                bail!("qemu-storage-daemon ended with {status}");
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "qemu-storage-daemon made no socket"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(StorageDaemon { child })
+    }
+}
+
+impl Drop for StorageDaemon {
+    fn drop(&mut self) {
+        // It may have ended by itself when the guest left.
+        let _gone = self.child.kill();
+        let _stuck = process::wait_limited(&mut self.child, Duration::from_secs(5));
+    }
+}

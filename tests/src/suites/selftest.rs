@@ -1,0 +1,173 @@
+//! The lab tests itself: guests in which something goes wrong must be failures.
+//!
+//! The patients are tests that are meant to fail; they are in a hidden table
+//! and only run in machines that the tests here boot.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::machine::{Hypervisor, Machine, Qemu, Uml};
+use crate::report::{Outcome, TestResult};
+use crate::suites;
+use crate::test;
+use crate::test::{Context, Test};
+
+/// The tests.
+pub const TESTS: &[Test] = &[
+    test!(in_uml_everything_that_goes_wrong_is_a_failure).limit_s(300),
+    test!(in_an_emulated_pc_everything_that_goes_wrong_is_a_failure).limit_s(400),
+    test!(a_kernel_that_cannot_boot_is_an_error_with_its_console),
+];
+
+/// The name of the table of patients.
+pub const PATIENTS: &str = "patients";
+
+/// The patients.
+pub const PATIENT_TESTS: &[Test] = &[
+    test!(healthy),
+    test!(fails_with_a_message),
+    test!(panics),
+    test!(exits_without_a_result),
+    test!(hangs).limit_s(1),
+    test!(leaves_a_mount_behind),
+    test!(crashes_the_kernel).limit_s(20),
+    test!(kills_the_agent).limit_s(1),
+];
+
+fn healthy(_cx: &Context) -> Result<()> {
+    Ok(())
+}
+
+fn fails_with_a_message(_cx: &Context) -> Result<()> {
+    println!("printed before");
+    bail!("the expected message")
+}
+
+fn panics(_cx: &Context) -> Result<()> {
+    panic!("the expected panic")
+}
+
+fn exits_without_a_result(_cx: &Context) -> Result<()> {
+    std::process::exit(0)
+}
+
+fn hangs(_cx: &Context) -> Result<()> {
+    loop {
+        std::thread::sleep(Duration::from_secs(1000));
+    }
+}
+
+fn leaves_a_mount_behind(_cx: &Context) -> Result<()> {
+    let dir = "/run/left-behind";
+    std::fs::create_dir(dir).context("cannot make a directory")?;
+    rustix::mount::mount(
+        "none",
+        dir,
+        "tmpfs",
+        rustix::mount::MountFlags::empty(),
+        None,
+    )
+    .context("cannot mount")
+}
+
+fn crashes_the_kernel(_cx: &Context) -> Result<()> {
+    std::fs::write("/proc/sysrq-trigger", "c").context("cannot ask for a crash")?;
+    bail!("the kernel survived")
+}
+
+fn kills_the_agent(_cx: &Context) -> Result<()> {
+    let agent = rustix::process::getppid().context("no agent")?;
+    rustix::process::kill_process(agent, rustix::process::Signal::STOP).context("cannot stop it")
+}
+
+fn in_uml_everything_that_goes_wrong_is_a_failure(cx: &Context) -> Result<()> {
+    let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+    every_patient(cx, &Uml::new(kernel), true)
+}
+
+fn in_an_emulated_pc_everything_that_goes_wrong_is_a_failure(cx: &Context) -> Result<()> {
+    let kernel = cx.paths.x86_kernel.as_deref().context("no x86-64 kernel")?;
+    every_patient(cx, &Qemu::new(kernel), false)
+}
+
+fn every_patient(cx: &Context, hypervisor: &dyn Hypervisor, silence: bool) -> Result<()> {
+    let mut ward = Ward {
+        cx,
+        hypervisor,
+        machine: None,
+    };
+    ensure!(ward.treat("healthy")?.outcome == Outcome::Pass);
+    ward.expect("fails_with_a_message", "the expected message", true)?;
+    ward.expect("panics", "the expected panic", true)?;
+    ward.expect("exits_without_a_result", "left no result", true)?;
+    ward.expect("hangs", "did not end within", false)?;
+    ward.expect("leaves_a_mount_behind", "/run/left-behind", false)?;
+    ward.expect("crashes_the_kernel", "Kernel panic", false)?;
+    if silence {
+        // Slow by nature: the lab has to wait for the agent's answer in vain.
+        let started = Instant::now();
+        ward.expect("kills_the_agent", "fell silent", false)?;
+        ensure!(
+            started.elapsed() > Duration::from_secs(1),
+            "the machine was given no time"
+        );
+    }
+    // After all that, the next test gets a machine that works.
+    ensure!(ward.treat("healthy")?.outcome == Outcome::Pass);
+    Ok(())
+}
+
+/// Runs patients, each in the machine of the one before if that still works.
+struct Ward<'a> {
+    cx: &'a Context,
+    hypervisor: &'a dyn Hypervisor,
+    machine: Option<Machine>,
+}
+
+impl Ward<'_> {
+    fn treat(&mut self, name: &str) -> Result<TestResult> {
+        let test = suites::find(PATIENTS, name).context("no such patient")?;
+        let machine = match &mut self.machine {
+            Some(machine) if !machine.is_over() => machine,
+            gone => {
+                let log = format!("lab-{}-{name}", self.hypervisor.name());
+                gone.insert(Machine::boot(self.hypervisor, &self.cx.paths, &log)?)
+            }
+        };
+        let job = machine.job(PATIENTS, test, &self.cx.paths);
+        Ok(machine.run(&job))
+    }
+
+    fn expect(&mut self, name: &str, words: &str, survives: bool) -> Result<()> {
+        let result = self.treat(name)?;
+        let Outcome::Fail { message } = &result.outcome else {
+            bail!("{name} was reported as {:?}", result.outcome);
+        };
+        ensure!(
+            message.contains(words),
+            "{name} failed with another message: {message}"
+        );
+        let over = self.machine.as_ref().is_none_or(Machine::is_over);
+        ensure!(
+            over != survives,
+            "after {name} the machine is {}",
+            if over { "gone" } else { "still used" }
+        );
+        Ok(())
+    }
+}
+
+fn a_kernel_that_cannot_boot_is_an_error_with_its_console(cx: &Context) -> Result<()> {
+    let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+    let broken = Uml::new(kernel).argument("init=/no/such/init");
+    let error = match Machine::boot(&broken, &cx.paths, "lab-no-init") {
+        Ok(_) => bail!("a kernel without init was taken for a machine"),
+        Err(error) => format!("{error:#}"),
+    };
+    ensure!(
+        error.contains("Kernel panic") || error.contains("No working init"),
+        "the message does not show the console: {error}"
+    );
+    Ok(())
+}
