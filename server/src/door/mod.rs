@@ -3,6 +3,8 @@
 //! A door turns what its clients send into [`Request`]s and answers them. Its protocol and control
 //! side is its own affair; what the queue thread needs of it is [`DoorQueue`].
 
+pub mod vhost;
+
 use crate::io::{Completion, Full, Ring, Slot};
 use crate::request::{Outcome, Request};
 
