@@ -1,6 +1,7 @@
 //! What `stat` shows: counted by the queue threads, read by anyone.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::request::{Op, Outcome};
 
@@ -97,6 +98,54 @@ impl Counters {
     }
 }
 
+/// The counters of threads that come and go: nothing is lost when a thread ends.
+#[derive(Debug, Default)]
+pub struct Registry {
+    inner: Mutex<Threads>,
+}
+
+#[derive(Debug, Default)]
+struct Threads {
+    running: Vec<Arc<Counters>>,
+    ended: Totals,
+}
+
+impl Registry {
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        // No code that holds the lock can panic between two changes.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counters for a new thread.
+    #[must_use]
+    pub fn register(&self) -> Arc<Counters> {
+        let counters = Arc::new(Counters::default());
+        self.threads().running.push(Arc::clone(&counters));
+        counters
+    }
+
+    /// Keeps the totals of a thread that ended.
+    pub fn retire(&self, counters: &Arc<Counters>) {
+        let mut threads = self.threads();
+        let before = threads.running.len();
+        threads.running.retain(|other| !Arc::ptr_eq(other, counters));
+        if threads.running.len() < before {
+            counters.add_to(&mut threads.ended);
+        }
+    }
+
+    /// What all threads counted, ended ones included.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        let threads = self.threads();
+        let mut totals = threads.ended;
+        for counters in &threads.running {
+            counters.add_to(&mut totals);
+        }
+        totals
+    }
+}
+
 fn add(counter: &AtomicU64, amount: u64) {
     // One writer per counter: no read-modify-write needed.
     counter.store(counter.load(Ordering::Relaxed) + amount, Ordering::Relaxed);
@@ -119,5 +168,18 @@ mod tests {
         b.add_to(&mut totals);
         assert_eq!((totals.reads, totals.read_bytes), (2, 1536));
         assert_eq!((totals.flushes, totals.errors), (1, 2));
+    }
+
+    #[test]
+    fn threads_that_ended_still_count_and_count_once() {
+        let registry = Registry::default();
+        let (a, b) = (registry.register(), registry.register());
+        a.count(Op::Read, 512, Ok(()));
+        b.count(Op::Read, 512, Ok(()));
+        registry.retire(&a);
+        registry.retire(&a);
+        b.count(Op::Flush, 0, Ok(()));
+        let totals = registry.totals();
+        assert_eq!((totals.reads, totals.flushes), (2, 1));
     }
 }

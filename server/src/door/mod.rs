@@ -4,6 +4,7 @@
 //! side is its own affair; what the queue thread needs of it is [`DoorQueue`].
 
 pub mod ublk;
+pub mod vhost;
 
 use crate::io::{Completion, Full, Ring, Slot};
 use crate::request::{Outcome, Request};

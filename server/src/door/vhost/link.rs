@@ -1,0 +1,104 @@
+//! What all threads of a session share.
+
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use crate::request::Limits;
+
+/// A session as its threads, and whoever looks at it, know it.
+#[derive(Debug)]
+pub(super) struct Link {
+    export: String,
+    id: u64,
+    peer_pid: Option<i32>,
+    since: SystemTime,
+    limits: Limits,
+    /// The writeback byte of the configuration space: whether a completed write may be volatile.
+    pub writeback: AtomicBool,
+    /// Vrings that are being served.
+    pub vrings: AtomicUsize,
+    ending: AtomicBool,
+    stream: UnixStream,
+    reason: Mutex<Option<&'static str>>,
+}
+
+impl Link {
+    pub(super) fn new(
+        export: &str,
+        id: u64,
+        peer_pid: Option<i32>,
+        limits: Limits,
+        stream: UnixStream,
+    ) -> Self {
+        Self {
+            export: export.to_owned(),
+            id,
+            peer_pid,
+            since: SystemTime::now(),
+            writeback: AtomicBool::new(limits.write_cache),
+            limits,
+            vrings: AtomicUsize::new(0),
+            ending: AtomicBool::new(false),
+            stream,
+            reason: Mutex::new(None),
+        }
+    }
+
+    /// The name of the export.
+    pub(super) fn export(&self) -> &str {
+        &self.export
+    }
+
+    /// The number of the session on its export.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The client's process, if the kernel told.
+    pub(super) fn peer_pid(&self) -> Option<i32> {
+        self.peer_pid
+    }
+
+    /// When the client connected.
+    pub(super) fn since(&self) -> SystemTime {
+        self.since
+    }
+
+    /// The limits of the disk.
+    pub(super) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The connection itself.
+    pub(super) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Ends the session: its protocol thread reads an end of file. The first reason counts.
+    pub(super) fn hang_up(&self, reason: &'static str) {
+        let mut first = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert(reason);
+        drop(first);
+        self.ending.store(true, Ordering::Release);
+        // It fails only when the client was faster.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Why the server ended the session, if it did.
+    pub(super) fn reason(&self) -> Option<&'static str> {
+        *self.reason.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The session takes no more messages.
+    pub(super) fn set_ending(&self) {
+        self.ending.store(true, Ordering::Release);
+    }
+
+    /// Whether the session takes no more messages.
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+}

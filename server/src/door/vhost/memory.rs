@@ -1,0 +1,336 @@
+//! The client's memory, as it shared it: regions of files, mapped here.
+//!
+//! A [`MemoryMap`] never changes; a change makes a new one that shares the mappings of the regions
+//! that stay. Whoever works with a map keeps it alive, and with it the mappings.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::Arc;
+
+use rustix::fs::{FileType, fstat, fstatfs};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::sigbus;
+
+/// `f_type` of hugetlbfs (`HUGETLBFS_MAGIC` in linux/magic.h).
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+
+/// Memory regions one client may have (what QEMU uses at most is 509).
+pub(super) const MAX_REGIONS: usize = 512;
+
+/// A region as the client describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RegionAddress {
+    /// Where the guest sees it.
+    pub guest: u64,
+    /// Length in bytes.
+    pub len_bytes: u64,
+    /// Where the client itself has it mapped; ring addresses are given so.
+    pub user: u64,
+}
+
+/// A region that is mapped here.
+#[derive(Clone, Debug)]
+pub(super) struct Region {
+    address: RegionAddress,
+    /// Where it begins here, inside `mapping`.
+    base: *mut u8,
+    mapping: Arc<Mapping>,
+}
+
+// SAFETY: `base` is only an address inside the mapping, which is shared memory anyhow: all access
+// is raw or atomic, and nobody ever makes a reference to it.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps a region of `file`, which may be closed afterwards.
+    ///
+    /// # Errors
+    ///
+    /// When the file is shorter than the region, cannot be mapped for reading and writing, or the
+    /// region wraps around an address space.
+    pub(super) fn map(address: RegionAddress, file: &File, offset: u64) -> io::Result<Self> {
+        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+        let RegionAddress {
+            guest,
+            len_bytes,
+            user,
+        } = address;
+        let end = offset.checked_add(len_bytes);
+        let ends = [guest.checked_add(len_bytes), user.checked_add(len_bytes), end];
+        if len_bytes == 0 || ends.contains(&None) {
+            return Err(invalid("a memory region is empty or wraps around"));
+        }
+        let stat = fstat(file)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+            && end > u64::try_from(stat.st_size).ok()
+        {
+            return Err(invalid("a memory region is longer than its file"));
+        }
+        // Huge pages are mapped whole.
+        let fs = fstatfs(file)?;
+        let page_bytes = if fs.f_type == HUGETLBFS_MAGIC {
+            u64::try_from(fs.f_bsize).unwrap_or(4096).max(4096)
+        } else {
+            rustix::param::page_size() as u64
+        };
+        let before = offset % page_bytes;
+        let map_bytes = (before + len_bytes)
+            .checked_next_multiple_of(page_bytes)
+            .and_then(|bytes| usize::try_from(bytes).ok())
+            .ok_or_else(|| invalid("a memory region is too long"))?;
+        let mapping = Mapping::new(file, offset - before, map_bytes)?;
+        let before = usize::try_from(before).map_err(|_| invalid("a huge page is too large"))?;
+        Ok(Self {
+            address,
+            base: mapping.start.wrapping_add(before),
+            mapping: Arc::new(mapping),
+        })
+    }
+
+    /// What the client said about it.
+    pub(super) fn address(&self) -> RegionAddress {
+        self.address
+    }
+
+    /// Where byte `offset` of the region is here. The caller has checked that it lies inside.
+    fn at(&self, offset: u64) -> *mut u8 {
+        // The region was mapped, so every offset in it fits an address.
+        #[expect(clippy::cast_possible_truncation)]
+        self.base.wrapping_add(offset as usize)
+    }
+}
+
+/// Mapped pages and the watch over them.
+#[derive(Debug)]
+struct Mapping {
+    start: *mut u8,
+    len_bytes: usize,
+    /// Taken just before the pages go.
+    watch: Option<sigbus::Watch>,
+}
+
+// SAFETY: see `Region`.
+unsafe impl Send for Mapping {}
+// SAFETY: see `Region`.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(file: &File, offset: u64, len_bytes: usize) -> io::Result<Self> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
+        let start = unsafe { mmap(ptr::null_mut(), len_bytes, prot, flags, file, offset) }
+            .map_err(|error| {
+                let file = file.as_raw_fd();
+                io::Error::other(format!("cannot map {len_bytes} bytes of fd {file}: {error}"))
+            })?
+            .cast::<u8>();
+        let mut mapping = Self {
+            start,
+            len_bytes,
+            watch: None,
+        };
+        mapping.watch = Some(sigbus::Watch::new(start, len_bytes)?);
+        Ok(mapping)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        self.watch = None;
+        // SAFETY: `Arc` says nobody uses the mapping any more. It cannot fail for a range that
+        // was mapped as one.
+        let _ = unsafe { munmap(self.start.cast(), self.len_bytes) };
+    }
+}
+
+/// All regions of a client at one time, in the order of guest addresses.
+#[derive(Clone, Debug, Default)]
+pub(super) struct MemoryMap {
+    regions: Vec<Region>,
+}
+
+impl MemoryMap {
+    /// A map of these regions.
+    ///
+    /// # Errors
+    ///
+    /// When two of them overlap in the guest's or the client's view, or there are too many.
+    pub(super) fn new(mut regions: Vec<Region>) -> io::Result<Self> {
+        if regions.len() > MAX_REGIONS {
+            return Err(io::Error::other("too many memory regions"));
+        }
+        let overlap = |regions: &[Region], start: fn(&RegionAddress) -> u64| {
+            regions.windows(2).any(|two| {
+                start(&two[0].address) + two[0].address.len_bytes > start(&two[1].address)
+            })
+        };
+        regions.sort_by_key(|region| region.address.user);
+        let by_user = overlap(&regions, |address| address.user);
+        regions.sort_by_key(|region| region.address.guest);
+        if by_user || overlap(&regions, |address| address.guest) {
+            return Err(io::Error::other("memory regions overlap"));
+        }
+        Ok(Self { regions })
+    }
+
+    /// The regions.
+    pub(super) fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Whether the client took memory away that it had shared.
+    pub(super) fn is_poisoned(&self) -> bool {
+        let poisoned = |region: &Region| {
+            let watch = region.mapping.watch.as_ref();
+            watch.is_some_and(sigbus::Watch::is_poisoned)
+        };
+        self.regions.iter().any(poisoned)
+    }
+
+    /// The region that holds a guest address.
+    fn region(&self, guest: u64) -> Option<(&Region, u64)> {
+        let after = self
+            .regions
+            .partition_point(|region| region.address.guest <= guest);
+        let region = &self.regions[after.checked_sub(1)?];
+        let offset = guest - region.address.guest;
+        (offset < region.address.len_bytes).then_some((region, offset))
+    }
+
+    /// Where a guest range is here, if it lies in one region.
+    pub(super) fn guest(&self, guest: u64, len_bytes: u64) -> Option<*mut u8> {
+        let (region, offset) = self.region(guest)?;
+        (len_bytes <= region.address.len_bytes - offset).then(|| region.at(offset))
+    }
+
+    /// Hands the pieces of a guest range to `piece`; several when it straddles regions.
+    ///
+    /// Returns `None`, perhaps after some pieces, when a part is not mapped or `piece` says so.
+    pub(super) fn pieces(
+        &self,
+        mut guest: u64,
+        mut len_bytes: u64,
+        mut piece: impl FnMut(*mut u8, usize) -> Option<()>,
+    ) -> Option<()> {
+        while len_bytes > 0 {
+            let (region, offset) = self.region(guest)?;
+            let here = len_bytes.min(region.address.len_bytes - offset);
+            piece(region.at(offset), usize::try_from(here).ok()?)?;
+            len_bytes -= here;
+            guest = guest.checked_add(here)?;
+        }
+        Some(())
+    }
+
+    /// Where a range of the client's own addresses is here, if it lies in one region.
+    pub(super) fn user(&self, user: u64, len_bytes: u64) -> Option<*mut u8> {
+        self.regions.iter().find_map(|region| {
+            let offset = user.checked_sub(region.address.user)?;
+            let left = region.address.len_bytes.checked_sub(offset)?;
+            (len_bytes <= left).then(|| region.at(offset))
+        })
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    /// A memory file of `len_bytes` zeroes.
+    pub(crate) fn memfd(len_bytes: u64) -> File {
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&file, len_bytes).unwrap();
+        file
+    }
+
+    fn region(guest: u64, len_bytes: u64, user: u64, file: &File, offset: u64) -> Region {
+        let address = RegionAddress {
+            guest,
+            len_bytes,
+            user,
+        };
+        Region::map(address, file, offset).unwrap()
+    }
+
+    #[test]
+    fn addresses_are_translated_in_both_views_and_across_regions() {
+        let file = memfd(0x4000);
+        let low = region(0x1000, 0x2000, 0x10_0000, &file, 0);
+        let high = region(0x3000, 0x1000, 0x80_0000, &file, 0x2800);
+        let (low_base, high_base) = (low.base, high.base);
+        let map = MemoryMap::new(vec![high, low]).unwrap();
+        assert_eq!(map.guest(0x1000, 0x2000), Some(low_base));
+        assert_eq!(map.guest(0x1800, 8), Some(low_base.wrapping_add(0x800)));
+        assert_eq!(map.user(0x80_0010, 8), Some(high_base.wrapping_add(0x10)));
+        for (guest, len) in [(0xfff, 1), (0x2fff, 2), (0x4000, 1), (0x3000, u64::MAX)] {
+            assert_eq!(map.guest(guest, len), None, "{guest:#x}+{len:#x}");
+        }
+        for (user, len) in [(0xf_ffff, 1), (0x10_0000, 0x2001), (0, 0), (u64::MAX, 1)] {
+            assert_eq!(map.user(user, len), None, "{user:#x}+{len:#x}");
+        }
+        let mut seen = Vec::new();
+        let mut note = |at: *mut u8, len| {
+            seen.push((at, len));
+            Some(())
+        };
+        assert_eq!(map.pieces(0x2ff0, 0x20, &mut note), Some(()));
+        assert_eq!(map.pieces(0x3ff0, 0x20, &mut note), None);
+        let straddled = (low_base.wrapping_add(0x1ff0), 0x10);
+        assert_eq!(seen[..2], [straddled, (high_base, 0x10)]);
+    }
+
+    #[test]
+    fn regions_that_overlap_or_lie_are_refused() {
+        let file = memfd(0x4000);
+        let a = region(0x1000, 0x2000, 0x1000, &file, 0);
+        let guest = region(0x2000, 0x1000, 0x9000, &file, 0);
+        let user = region(0x9000, 0x1000, 0x2000, &file, 0);
+        assert!(MemoryMap::new(vec![a.clone(), guest]).is_err());
+        assert!(MemoryMap::new(vec![a, user]).is_err());
+        for (guest, len_bytes, offset) in [
+            (0, 0x5000, 0),
+            (0, 0x1000, 0x3001),
+            (0, 0, 0),
+            (u64::MAX, 2, 0),
+            (0, 0x1000, u64::MAX),
+        ] {
+            let address = RegionAddress {
+                guest,
+                len_bytes,
+                user: 0,
+            };
+            assert!(Region::map(address, &file, offset).is_err());
+        }
+    }
+
+    #[test]
+    fn memory_that_the_client_takes_away_reads_as_zeroes_and_is_marked() {
+        let (file, other) = (memfd(0x4000), memfd(0x1000));
+        let cut = region(0, 0x4000, 0, &file, 0);
+        let whole = region(0, 0x1000, 0, &other, 0);
+        // SAFETY: both regions are mapped until the end of the test.
+        unsafe {
+            cut.base.write_volatile(7);
+            whole.base.write_volatile(8);
+        }
+        let map = MemoryMap::new(vec![cut.clone()]).unwrap();
+        assert!(!map.is_poisoned());
+        let before = sigbus::poisonings();
+        ftruncate(&file, 0).unwrap();
+        // SAFETY: as above; the handler makes the access harmless.
+        unsafe {
+            assert_eq!(cut.base.wrapping_add(0x3000).read_volatile(), 0);
+            cut.base.write_volatile(1);
+            assert_eq!(whole.base.read_volatile(), 8);
+        }
+        assert!(map.is_poisoned() && sigbus::poisonings() > before);
+        assert!(!MemoryMap::new(vec![whole]).unwrap().is_poisoned());
+    }
+}

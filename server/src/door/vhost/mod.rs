@@ -1,0 +1,442 @@
+//! The vhost door: a vhost-user-blk socket (QEMU's docs/interop/vhost-user.rst, virtio 1.3).
+//!
+//! A [`VhostDoor`] owns a listening socket and a thread that sleeps in poll(2). Each client gets a
+//! session: a protocol thread, and queue threads that are started with the first vring they serve.
+//! All of them end with the session, and nothing of it stays.
+
+mod block;
+mod link;
+mod memory;
+mod queue;
+mod session;
+mod sigbus;
+mod socket;
+mod virtqueue;
+
+pub use socket::SocketError;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use crate::backend::Backend;
+use crate::counters::{Counters, Registry};
+use crate::io::mailbox::Mailbox;
+use crate::queue_thread::QueueThread;
+use link::Link;
+use queue::VhostQueues;
+use session::{Ending, QueueHandle, Spawn};
+use socket::Socket;
+
+/// Vrings one session may have. A vring costs nothing before it is set up.
+pub const MAX_VRINGS: u16 = 256;
+
+/// Clients a read-only disk may have at once.
+const MAX_READERS: usize = 16;
+
+/// How long a new client waits for one that hung up to be gone.
+const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long dropping a door waits for its sessions.
+const DROP_GRACE: Duration = Duration::from_secs(10);
+
+/// What a door is made of.
+#[derive(Clone, Debug)]
+pub struct VhostConfig {
+    /// The name of the export, for messages.
+    pub name: String,
+    /// Where clients connect.
+    pub socket: PathBuf,
+    /// Queue threads per session, 1 at least and [`MAX_VRINGS`] at most.
+    pub queue_threads: u16,
+}
+
+/// Why a door cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The number of queue threads.
+    #[error("{0} queue threads per client are not possible; choose 1 to {MAX_VRINGS}")]
+    QueueThreads(u16),
+    /// Threads or descriptors.
+    #[error("cannot start the vhost door: {0}")]
+    System(#[from] io::Error),
+}
+
+/// The state of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SessionState {
+    /// Connected, no vring is served.
+    Idle,
+    /// Vrings are served.
+    Running,
+    /// Hung up; what is under way is being finished.
+    Ending,
+}
+
+/// A session as `stat` shows it.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct SessionInfo {
+    /// The number of the session on this door, from 1.
+    pub id: u64,
+    /// The client's process, if the kernel told.
+    pub peer_pid: Option<i32>,
+    /// When it connected.
+    pub since: SystemTime,
+    /// Vrings being served.
+    pub vrings: usize,
+    /// What it is doing.
+    pub state: SessionState,
+}
+
+/// An open door. It is closed by [`stop`](Self::stop), or when it is dropped.
+pub struct VhostDoor {
+    shared: Arc<Shared>,
+    path: PathBuf,
+    listening: Option<JoinHandle<()>>,
+}
+
+/// A protocol thread's main function.
+type Serve = dyn Fn(&Arc<Link>) -> io::Result<Ending> + Send + Sync;
+
+struct Shared {
+    name: String,
+    limits: crate::request::Limits,
+    serve: Box<Serve>,
+    max_sessions: usize,
+    sessions: Mutex<Sessions>,
+    /// A session has gone, or the door closes.
+    changed: Condvar,
+    /// Wakes the listening thread when the door closes.
+    bell: OwnedFd,
+}
+
+#[derive(Default)]
+struct Sessions {
+    list: Vec<Arc<Link>>,
+    last_id: u64,
+    closing: bool,
+}
+
+impl VhostDoor {
+    /// Opens the door to `disk`.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`], each with what to do about it.
+    pub fn start<B: Backend>(
+        config: VhostConfig,
+        disk: Arc<B>,
+        counters: Arc<Registry>,
+    ) -> Result<Self, StartError> {
+        let VhostConfig {
+            name,
+            socket,
+            queue_threads,
+        } = config;
+        if !(1..=MAX_VRINGS).contains(&queue_threads) {
+            return Err(StartError::QueueThreads(queue_threads));
+        }
+        let socket = Socket::bind(&socket)?;
+        let limits = disk.limits().clone();
+        let max_sessions = if limits.read_only { MAX_READERS } else { 1 };
+        let serve = move |link: &Arc<Link>| {
+            let spawn = spawner(Arc::clone(link), queue_threads, &disk, &counters);
+            session::converse(link, queue_threads, spawn)
+        };
+        let shared = Arc::new(Shared {
+            name,
+            limits,
+            serve: Box::new(serve),
+            max_sessions,
+            sessions: Mutex::default(),
+            changed: Condvar::new(),
+            bell: eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?,
+        });
+        let path = socket.path().to_owned();
+        let listening = Builder::new().name("vhost-listen".into()).spawn({
+            let shared = Arc::clone(&shared);
+            move || listen(&shared, &socket)
+        })?;
+        Ok(Self {
+            shared,
+            path,
+            listening: Some(listening),
+        })
+    }
+
+    /// Where clients connect.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Serves a client that is connected already, as if it had come through the socket.
+    ///
+    /// # Errors
+    ///
+    /// When the door has as many sessions as it may have, or is closing.
+    pub fn adopt(&self, stream: UnixStream) -> io::Result<()> {
+        admit(&self.shared, stream)
+    }
+
+    /// The sessions there are.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<SessionInfo> {
+        let sessions = self.shared.sessions();
+        let info = |link: &Arc<Link>| {
+            let vrings = link.vrings.load(Ordering::Relaxed);
+            let state = if link.is_ending() {
+                SessionState::Ending
+            } else if vrings > 0 {
+                SessionState::Running
+            } else {
+                SessionState::Idle
+            };
+            SessionInfo {
+                id: link.id(),
+                peer_pid: link.peer_pid(),
+                since: link.since(),
+                vrings,
+                state,
+            }
+        };
+        sessions.list.iter().map(info).collect()
+    }
+
+    /// Closes the door: removes the socket, hangs up on all clients, and finishes what they had
+    /// under way. Returns how many sessions were not finished within `grace`.
+    pub fn stop(mut self, grace: Duration) -> usize {
+        self.close(grace)
+    }
+
+    fn close(&mut self, grace: Duration) -> usize {
+        let Some(listening) = self.listening.take() else {
+            return 0;
+        };
+        self.shared.sessions().closing = true;
+        self.shared.changed.notify_all();
+        // The write fails only if the counter is at its end, and then the bell is ringing anyway.
+        let _ = rustix::io::write(&self.shared.bell, &1u64.to_ne_bytes());
+        if listening.join().is_err() {
+            tracing::error!(export = self.shared.name, "the listening thread panicked");
+        }
+        let sessions = self.shared.sessions();
+        for link in &sessions.list {
+            link.hang_up("the server closed the door");
+        }
+        let (sessions, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(sessions, grace, |sessions| !sessions.list.is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        sessions.list.len()
+    }
+}
+
+impl Drop for VhostDoor {
+    fn drop(&mut self) {
+        let left = self.close(DROP_GRACE);
+        if left > 0 {
+            tracing::error!(export = self.shared.name, left, "sessions did not end");
+        }
+    }
+}
+
+impl Shared {
+    fn sessions(&self) -> MutexGuard<'_, Sessions> {
+        // The list is whole whatever its holder panicked about.
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Accepts clients until the bell rings.
+fn listen(shared: &Arc<Shared>, socket: &Socket) {
+    loop {
+        let mut fds = [
+            PollFd::new(socket.listener(), PollFlags::IN),
+            PollFd::new(&shared.bell, PollFlags::IN),
+        ];
+        if let Err(error) = poll(&mut fds, None)
+            && error != rustix::io::Errno::INTR
+        {
+            tracing::error!(export = shared.name, %error, "cannot wait for clients");
+            return;
+        }
+        if !fds[1].revents().is_empty() {
+            return;
+        }
+        match socket.listener().accept() {
+            Ok((stream, _)) => {
+                if let Err(error) = stream.set_nonblocking(false).and_then(|()| admit(shared, stream))
+                {
+                    tracing::warn!(export = shared.name, "a client was refused: {error}");
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                tracing::warn!(export = shared.name, %error, "cannot accept a client");
+                // Out of descriptors, say: the client stays in the queue and must not make this
+                // thread spin.
+                let sessions = shared.sessions();
+                let _ = shared
+                    .changed
+                    .wait_timeout_while(sessions, Duration::from_secs(1), |s| !s.closing);
+            }
+        }
+    }
+}
+
+/// Starts a session, if there is room for one.
+fn admit(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
+    let peer_pid = socket::peer_pid(&stream);
+    let peer = peer_pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
+    let link = {
+        let mut sessions = wait_for_room(shared);
+        if sessions.closing {
+            return Err(io::Error::other("the door is closing"));
+        }
+        if sessions.list.len() >= shared.max_sessions {
+            let most = shared.max_sessions;
+            return Err(io::Error::other(format!(
+                "process {peer} is one too many, the export serves {most} at once"
+            )));
+        }
+        sessions.last_id += 1;
+        let limits = shared.limits.clone();
+        let link = Link::new(&shared.name, sessions.last_id, peer_pid, limits, stream);
+        let link = Arc::new(link);
+        sessions.list.push(Arc::clone(&link));
+        link
+    };
+    let guard = Membership {
+        shared: Arc::clone(shared),
+        link,
+    };
+    Builder::new()
+        .name(format!("vhost-{}", guard.link.id()))
+        .spawn(move || {
+            let link = &guard.link;
+            tracing::info!(export = link.export(), session = link.id(), peer, "client connected");
+            let ending = (guard.shared.serve)(link);
+            report(link, ending);
+        })?;
+    Ok(())
+}
+
+/// Waits while the only thing in a new client's way are sessions that are about to end: whoever
+/// reconnects at once must not be refused because of its own past.
+fn wait_for_room(shared: &Shared) -> MutexGuard<'_, Sessions> {
+    let deadline = Instant::now() + SUCCESSION_LIMIT;
+    let mut sessions = shared.sessions();
+    loop {
+        let full = sessions.list.len() >= shared.max_sessions;
+        let now = Instant::now();
+        if sessions.closing || !full || now >= deadline || !sessions.list.iter().any(hung_up) {
+            return sessions;
+        }
+        sessions = shared
+            .changed
+            .wait_timeout(sessions, deadline - now)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0;
+    }
+}
+
+/// Whether a session's client is gone, as far as the kernel knows.
+fn hung_up(link: &Arc<Link>) -> bool {
+    let mut fds = [PollFd::new(link.stream(), PollFlags::RDHUP)];
+    let now = Timespec::default();
+    link.is_ending() || poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+fn report(link: &Link, ending: io::Result<Ending>) {
+    let (export, session) = (link.export(), link.id());
+    match (link.reason(), ending) {
+        (Some(reason), _) => tracing::info!(export, session, "session ended: {reason}"),
+        (None, Ok(Ending::Left)) => tracing::info!(export, session, "client left"),
+        (None, Ok(Ending::Died)) => {
+            tracing::warn!(export, session, "client hung up with vrings running");
+        }
+        (None, Ok(Ending::Failed(error))) => {
+            tracing::warn!(export, session, "session ended: {error}");
+        }
+        (None, Err(error)) => tracing::error!(export, session, "session failed: {error}"),
+    }
+}
+
+/// A session's place in the list; it is given up when the session's thread ends, however it does.
+struct Membership {
+    shared: Arc<Shared>,
+    link: Arc<Link>,
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        let mut sessions = self.shared.sessions();
+        sessions.list.retain(|link| !Arc::ptr_eq(link, &self.link));
+        drop(sessions);
+        self.shared.changed.notify_all();
+    }
+}
+
+/// How a session starts its queue threads.
+fn spawner<B: Backend>(
+    link: Arc<Link>,
+    queue_threads: u16,
+    disk: &Arc<B>,
+    counters: &Arc<Registry>,
+) -> Spawn {
+    let (disk, registry) = (Arc::clone(disk), Arc::clone(counters));
+    Box::new(move |number| {
+        let (mail, mailbox) = Mailbox::new()?;
+        let (ready, started) = mpsc::channel();
+        let (link, disk, registry) = (Arc::clone(&link), Arc::clone(&disk), Arc::clone(&registry));
+        let thread = Builder::new()
+            .name(format!("vhost-{}-q{number}", link.id()))
+            .spawn(move || {
+                let counters = registry.register();
+                serve_queues(&link, queue_threads, &*disk, mailbox, &counters, &ready);
+                registry.retire(&counters);
+            })?;
+        match started.recv() {
+            Ok(Ok(())) => Ok(QueueHandle { mail, thread }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(io::Error::other("a queue thread panicked at its start")),
+        }
+    })
+}
+
+fn serve_queues<B: Backend>(
+    link: &Arc<Link>,
+    queue_threads: u16,
+    disk: &B,
+    mailbox: Mailbox<queue::Command>,
+    counters: &Arc<Counters>,
+    ready: &mpsc::Sender<io::Result<()>>,
+) {
+    let queues = VhostQueues::new(Arc::clone(link), Arc::clone(counters), queue_threads);
+    // Whoever waits for the answer waits for it and nothing else.
+    match QueueThread::new(queues, disk, mailbox, Arc::clone(counters)) {
+        Err(error) => {
+            let _ = ready.send(Err(error));
+        }
+        Ok(thread) => {
+            let _ = ready.send(Ok(()));
+            if let Err(error) = thread.run() {
+                tracing::error!(export = link.export(), %error, "a queue thread failed");
+                link.hang_up("a queue thread failed");
+            }
+        }
+    }
+}

@@ -1,0 +1,622 @@
+//! The vrings that one queue thread of a session serves.
+//!
+//! Kicks are reads of the kick descriptor on the thread's own ring, notifications are writes of
+//! the call descriptor there: a client that lets them block blocks nobody. All vrings of a thread
+//! share one pool of slots and take turns.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+
+use io_uring::{opcode, squeue, types};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::block::{self, MAX_BUFFERS, Parts, Terms, Verdict, mask};
+use super::link::Link;
+use super::memory::MemoryMap;
+use super::sigbus;
+use super::virtqueue::{RingAddresses, RingError, RingOptions, Virtqueue};
+use crate::counters::Counters;
+use crate::door::{DoorQueue, Next};
+use crate::io::{Completion, FreeSlots, Full, Owner, Ring, Slot, SlotTable, Token};
+use crate::request::{Buffer, Buffers, Outcome, Request};
+
+/// Requests that can be under way on one thread.
+const SLOTS: u32 = 256;
+
+/// Requests that one vring may begin before it is the next one's turn.
+const TURN: u32 = 16;
+
+/// Chains the door may answer by itself in one round.
+const ANSWERS_PER_ROUND: u32 = 256;
+
+/// What is written to a call or error descriptor.
+static ONE: u64 = 1;
+
+/// A vring as the protocol thread set it up.
+pub(super) struct Start {
+    pub index: u16,
+    pub size: u16,
+    pub addresses: RingAddresses,
+    pub base: u16,
+    pub features: u64,
+    pub kick: OwnedFd,
+    pub call: Option<OwnedFd>,
+    pub error: Option<OwnedFd>,
+    pub map: Arc<MemoryMap>,
+}
+
+/// What is left of a vring that was stopped.
+pub(super) struct Stopped {
+    /// The next chain the device would have taken.
+    pub base: u16,
+    pub call: Option<OwnedFd>,
+    pub error: Option<OwnedFd>,
+}
+
+/// What the protocol thread asks of a queue thread.
+pub(super) enum Command {
+    /// Serve a vring.
+    Start(Box<Start>, mpsc::Sender<Result<(), RingError>>),
+    /// Finish what was taken from a vring, publish it, and let go of the vring.
+    Stop(u16, mpsc::Sender<Stopped>),
+    /// Take chains from a vring, or leave them there.
+    Enable(u16, bool),
+    /// Notify through another descriptor from now on.
+    Call(u16, Option<OwnedFd>),
+    /// Report a broken vring through this descriptor.
+    Error(u16, Option<OwnedFd>),
+    /// Use another memory map for everything that begins from now on.
+    Map(Arc<MemoryMap>, mpsc::Sender<()>),
+    /// Finish everything and end.
+    Exit,
+}
+
+/// An operation of a vring on the thread's ring.
+#[derive(Clone, Copy)]
+#[repr(u16)]
+enum Kind {
+    Kick,
+    Call,
+    Error,
+}
+
+/// Operations of one vring on the ring at once: a read of the kick, a write of the call, and one
+/// of the error descriptor.
+const OPERATIONS: u32 = 3;
+
+/// A chain under way.
+struct Taken {
+    vring: usize,
+    head: u16,
+    status: Option<*mut u8>,
+    written_bytes: u32,
+    /// Keeps the memory mapped that the buffers are in.
+    _map: Rc<Arc<MemoryMap>>,
+}
+
+struct Vring {
+    index: u16,
+    queue: Virtqueue,
+    features: u64,
+    kick: OwnedFd,
+    /// Where the kernel puts the kick's counter. On the heap: its address must not change.
+    count: Box<u64>,
+    kick_armed: bool,
+    call: Option<OwnedFd>,
+    /// The descriptor of the write that is under way.
+    calling: Option<OwnedFd>,
+    call_armed: bool,
+    call_cancelled: bool,
+    /// The driver wants a notification that was not written yet.
+    call_due: bool,
+    error: Option<OwnedFd>,
+    error_armed: bool,
+    enabled: bool,
+    /// There may be chains to take.
+    busy: bool,
+    broken: bool,
+    in_flight: u32,
+    stopping: Option<Stopping>,
+}
+
+struct Stopping {
+    reply: Option<mpsc::Sender<Stopped>>,
+    cancelled: bool,
+}
+
+impl Vring {
+    fn takes_chains(&self) -> bool {
+        self.busy && self.enabled && !self.broken && self.stopping.is_none()
+    }
+
+    fn token(&self, kind: Kind) -> Token {
+        token(self.index, kind)
+    }
+
+    fn arm_kick(&mut self, ring: &mut Ring) -> Result<(), Full> {
+        let fd = types::Fd(self.kick.as_raw_fd());
+        let sqe = opcode::Read::new(fd, std::ptr::from_mut(&mut *self.count).cast(), 8).build();
+        // SAFETY: a vring is dropped only after its operations completed, or with the thread,
+        // which drains its ring first. Until then `count` and the descriptor stay.
+        unsafe { ring.push(sqe, self.token(Kind::Kick))? };
+        self.kick_armed = true;
+        Ok(())
+    }
+
+    /// Notifies the driver if it is due and no notification is under way.
+    fn call(&mut self, ring: &mut Ring) -> Result<(), Full> {
+        if !self.call_due || self.call_armed {
+            return Ok(());
+        }
+        let Some(call) = self.call.as_ref() else {
+            // Kept for the descriptor that may come.
+            return Ok(());
+        };
+        let sqe = write_one(call);
+        // SAFETY: `ONE` lives for ever. The descriptor stays open until the operation completed:
+        // `replace_call` keeps it in `calling`.
+        unsafe { ring.push(sqe, self.token(Kind::Call))? };
+        self.call_armed = true;
+        self.call_due = false;
+        Ok(())
+    }
+
+    fn replace_call(&mut self, ring: &mut Ring, call: Option<OwnedFd>) -> Result<(), Full> {
+        let old = std::mem::replace(&mut self.call, call);
+        if self.call_armed && self.calling.is_none() {
+            self.calling = old;
+            // It may have gone to the old descriptor, where nobody looks any more.
+            self.call_due = true;
+            self.cancel_call(ring)?;
+        }
+        self.call(ring)
+    }
+
+    fn cancel_call(&mut self, ring: &mut Ring) -> Result<(), Full> {
+        if self.call_armed && !self.call_cancelled {
+            self.call_cancelled = true;
+            ring.cancel(self.token(Kind::Call))?;
+        }
+        Ok(())
+    }
+
+    /// Lets go of the ring's operations. True when none is left.
+    fn wind_up(&mut self, ring: &mut Ring) -> Result<bool, Full> {
+        let Some(stopping) = &mut self.stopping else {
+            return Ok(false);
+        };
+        // A driver that is only paused must not miss its last notification.
+        let paused = stopping.reply.is_some();
+        if self.in_flight > 0 || (paused && self.call_armed && self.call_due) {
+            return Ok(false);
+        }
+        if !stopping.cancelled {
+            stopping.cancelled = true;
+            if self.kick_armed {
+                ring.cancel(token(self.index, Kind::Kick))?;
+            }
+            if self.error_armed {
+                ring.cancel(token(self.index, Kind::Error))?;
+            }
+            // A write that does not block is done before the kernel comes to this.
+            self.cancel_call(ring)?;
+        }
+        Ok(!self.kick_armed && !self.call_armed && !self.error_armed)
+    }
+}
+
+fn token(index: u16, kind: Kind) -> Token {
+    Token {
+        owner: Owner::Door,
+        kind: kind as u16,
+        index: u32::from(index),
+    }
+}
+
+fn write_one(fd: &OwnedFd) -> squeue::Entry {
+    opcode::Write::new(types::Fd(fd.as_raw_fd()), (&raw const ONE).cast(), 8).build()
+}
+
+/// The vrings of one queue thread.
+pub(super) struct VhostQueues {
+    link: Arc<Link>,
+    counters: Arc<Counters>,
+    /// Vring `index` is at `index / threads`.
+    threads: u16,
+    vrings: Vec<Option<Box<Vring>>>,
+    map: Rc<Arc<MemoryMap>>,
+    free: FreeSlots,
+    taken: SlotTable<Taken>,
+    /// [`MAX_BUFFERS`] for each slot. Not touched before it is used, so it costs no memory.
+    buffers: Box<[MaybeUninit<Buffer>]>,
+    /// Whose turn it is, and how much of the turn is left.
+    turn: usize,
+    turn_left: u32,
+    answers_left: u32,
+    poisonings: u64,
+    exiting: bool,
+}
+
+impl VhostQueues {
+    pub(super) fn new(link: Arc<Link>, counters: Arc<Counters>, threads: u16) -> Self {
+        let slots = SLOTS as usize;
+        Self {
+            link,
+            counters,
+            threads,
+            vrings: Vec::new(),
+            map: Rc::default(),
+            free: FreeSlots::new(SLOTS),
+            taken: SlotTable::new(slots),
+            buffers: Box::new_uninit_slice(slots * MAX_BUFFERS),
+            turn: 0,
+            turn_left: TURN,
+            answers_left: ANSWERS_PER_ROUND,
+            poisonings: sigbus::poisonings(),
+            exiting: false,
+        }
+    }
+
+    fn vring(&mut self, index: u16) -> Option<&mut Vring> {
+        let local = usize::from(index / self.threads);
+        self.vrings.get_mut(local)?.as_deref_mut()
+    }
+
+    fn begin(&mut self, ring: &mut Ring, start: Start) -> Result<(), RingError> {
+        let local = usize::from(start.index / self.threads);
+        let options = RingOptions {
+            size: start.size,
+            event_index: start.features & mask(VIRTIO_RING_F_EVENT_IDX) != 0,
+            indirect: start.features & mask(VIRTIO_RING_F_INDIRECT_DESC) != 0,
+        };
+        let queue = Virtqueue::new(options, start.addresses, start.base, &start.map)?;
+        self.map = Rc::new(start.map);
+        let mut vring = Box::new(Vring {
+            index: start.index,
+            queue,
+            features: start.features,
+            kick: start.kick,
+            count: Box::new(0),
+            kick_armed: false,
+            call: start.call,
+            calling: None,
+            call_armed: false,
+            call_cancelled: false,
+            call_due: false,
+            error: start.error,
+            error_armed: false,
+            enabled: true,
+            // A kick may have come and gone before we listen.
+            busy: true,
+            broken: false,
+            in_flight: 0,
+            stopping: None,
+        });
+        self.expect_room(vring.arm_kick(ring));
+        if self.vrings.len() <= local {
+            self.vrings.resize_with(local + 1, || None);
+        }
+        self.vrings[local] = Some(vring);
+        Ok(())
+    }
+
+    fn set_map(&mut self, ring: &mut Ring, map: Arc<MemoryMap>) {
+        // Requests under way keep the old map; rings must be in the new one.
+        self.map = Rc::new(map);
+        for local in 0..self.vrings.len() {
+            if let Some(vring) = &mut self.vrings[local]
+                && let Err(error) = vring.queue.remap(&self.map)
+            {
+                self.give_up(ring, local, error);
+            }
+        }
+    }
+
+    /// Ends service of a vring that the driver broke; the session goes on.
+    fn give_up(&mut self, ring: &mut Ring, local: usize, error: RingError) {
+        let Some(vring) = &mut self.vrings[local] else {
+            return;
+        };
+        if std::mem::replace(&mut vring.broken, true) {
+            return;
+        }
+        tracing::warn!(
+            export = self.link.export(),
+            session = self.link.id(),
+            vring = vring.index,
+            "the driver broke a vring, it is no longer served: {error}"
+        );
+        if let Some(fd) = &vring.error {
+            // SAFETY: `ONE` lives for ever; a vring and its descriptors are dropped only after
+            // its operations completed.
+            let pushed = unsafe { ring.push(write_one(fd), vring.token(Kind::Error)) };
+            vring.error_armed = pushed.is_ok();
+            self.expect_room(pushed);
+        }
+    }
+
+    /// `ring_operations` reserves room for everything; should that be wrong, only this session
+    /// pays.
+    fn expect_room(&self, pushed: Result<(), Full>) {
+        if pushed.is_err() {
+            self.link.hang_up("the ring has no room for the vrings");
+        }
+    }
+
+    /// The vring whose turn it is.
+    fn choose(&mut self) -> Option<usize> {
+        let count = self.vrings.len();
+        if self.turn_left == 0 {
+            self.turn = self.turn.wrapping_add(1);
+            self.turn_left = TURN;
+        }
+        for _ in 0..count {
+            self.turn %= count;
+            if self.vrings[self.turn].as_ref().is_some_and(|vring| vring.takes_chains()) {
+                self.turn_left -= 1;
+                return Some(self.turn);
+            }
+            self.turn += 1;
+            self.turn_left = TURN;
+        }
+        None
+    }
+
+    /// Turns a chain into a request, or answers it.
+    fn admit(&mut self, local: usize, head: u16) -> Option<(Slot, Request)> {
+        let vring = self.vrings[local].as_deref_mut()?;
+        let slot = self.free.take()?;
+        let first = slot as usize * MAX_BUFFERS;
+        let list = &mut self.buffers[first..first + MAX_BUFFERS];
+        let parts = Parts::gather(vring.queue.chain(head, &self.map), &self.map, list);
+        let limits = self.link.limits();
+        let writeback = if vring.features & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
+            self.link.writeback.load(Ordering::Acquire)
+        } else {
+            vring.features & mask(VIRTIO_BLK_F_FLUSH) != 0
+        };
+        let terms = Terms {
+            limits,
+            features: vring.features,
+            write_through: limits.write_cache && !writeback,
+        };
+        match parts.judge(list, terms) {
+            Verdict::Start {
+                op,
+                range,
+                buffers,
+                written_bytes,
+            } => {
+                let taken = Taken {
+                    vring: local,
+                    head,
+                    status: parts.status,
+                    written_bytes,
+                    _map: Rc::clone(&self.map),
+                };
+                self.taken.put(slot, taken);
+                vring.in_flight += 1;
+                let buffers = if buffers == 0 {
+                    Buffers::NONE
+                } else {
+                    // SAFETY: `gather` filled that many entries; they belong to the slot, which is
+                    // given back when the request is finished, and `Taken` keeps the map.
+                    unsafe { Buffers::from_list(list[..buffers].assume_init_mut()) }
+                };
+                Some((slot, Request::new(op, range, buffers)))
+            }
+            Verdict::Answer {
+                outcome,
+                written_bytes,
+            } => {
+                if outcome.is_err() {
+                    self.counters.count_rejected();
+                }
+                put_status(parts.status, block::status(outcome));
+                vring.queue.push_used(head, written_bytes);
+                self.free.give_back(slot);
+                None
+            }
+        }
+    }
+}
+
+/// Writes a status byte to where the driver wants it.
+fn put_status(at: Option<*mut u8>, status: u8) {
+    if let Some(at) = at {
+        // SAFETY: the address was found in a map that the caller still holds.
+        unsafe { at.write_volatile(status) };
+    }
+}
+
+impl DoorQueue for VhostQueues {
+    type Command = Command;
+
+    fn slots(&self) -> u32 {
+        SLOTS
+    }
+
+    fn ring_operations(&self) -> u32 {
+        OPERATIONS * u32::from(super::MAX_VRINGS.div_ceil(self.threads))
+    }
+
+    fn start(&mut self, _ring: &mut Ring) -> Result<(), Full> {
+        // Vrings arm their kicks when they start.
+        Ok(())
+    }
+
+    fn command(&mut self, ring: &mut Ring, command: Command) {
+        // A reply that nobody waits for is of no use to anybody.
+        match command {
+            Command::Start(start, reply) => {
+                let _ = reply.send(self.begin(ring, *start));
+            }
+            Command::Stop(index, reply) => {
+                if let Some(vring) = self.vring(index) {
+                    vring.stopping = Some(Stopping {
+                        reply: Some(reply),
+                        cancelled: false,
+                    });
+                }
+            }
+            Command::Enable(index, on) => {
+                if let Some(vring) = self.vring(index) {
+                    vring.enabled = on;
+                    vring.busy = true;
+                }
+            }
+            Command::Call(index, call) => {
+                if let Some(vring) = self.vring(index) {
+                    let pushed = vring.replace_call(ring, call);
+                    self.expect_room(pushed);
+                }
+            }
+            Command::Error(index, error) => {
+                if let Some(vring) = self.vring(index)
+                    && !vring.error_armed
+                {
+                    vring.error = error;
+                }
+            }
+            Command::Map(map, reply) => {
+                self.set_map(ring, map);
+                let _ = reply.send(());
+            }
+            Command::Exit => {
+                self.exiting = true;
+                for vring in self.vrings.iter_mut().flatten() {
+                    vring.stopping = Some(Stopping {
+                        reply: None,
+                        cancelled: false,
+                    });
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, ring: &mut Ring, completion: Completion) {
+        let Ok(index) = u16::try_from(completion.token.index) else {
+            return;
+        };
+        let exiting = self.exiting;
+        let Some(vring) = self.vring(index) else {
+            return;
+        };
+        if completion.token.kind == Kind::Call as u16 {
+            // What became of it does not matter: a client that closed or filled its descriptor
+            // has itself to blame. What is due meanwhile goes out at the end of the round.
+            vring.call_armed = false;
+            vring.call_cancelled = false;
+            vring.calling = None;
+            return;
+        }
+        if completion.token.kind == Kind::Error as u16 {
+            vring.error_armed = false;
+            return;
+        }
+        vring.kick_armed = false;
+        if vring.stopping.is_some() || exiting {
+            return;
+        }
+        if completion.result <= 0 {
+            self.link.hang_up("the kick descriptor of a vring cannot be read");
+            return;
+        }
+        if !vring.busy && !vring.broken {
+            vring.busy = true;
+            vring.queue.disable_kicks();
+        }
+        let pushed = vring.arm_kick(ring);
+        self.expect_room(pushed);
+    }
+
+    fn next(&mut self, ring: &mut Ring) -> Option<(Slot, Request)> {
+        while !self.free.is_empty() && self.answers_left > 0 {
+            let local = self.choose()?;
+            let vring = self.vrings[local].as_deref_mut()?;
+            match vring.queue.pop() {
+                Ok(Some(head)) => {
+                    if let Some(started) = self.admit(local, head) {
+                        return Some(started);
+                    }
+                    self.answers_left -= 1;
+                }
+                Ok(None) => {
+                    if vring.queue.enable_kicks() {
+                        vring.queue.disable_kicks();
+                        self.answers_left -= 1;
+                    } else {
+                        vring.busy = false;
+                    }
+                }
+                Err(error) => self.give_up(ring, local, error),
+            }
+        }
+        None
+    }
+
+    fn complete(&mut self, _ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome) {
+        request.finish();
+        let taken = self.taken.take(slot);
+        self.free.give_back(slot);
+        put_status(taken.status, block::status(outcome));
+        let Some(vring) = &mut self.vrings[taken.vring] else {
+            return;
+        };
+        vring.in_flight -= 1;
+        if !vring.broken {
+            let written_bytes = if outcome.is_ok() { taken.written_bytes } else { 1 };
+            vring.queue.push_used(taken.head, written_bytes);
+        }
+    }
+
+    fn end_batch(&mut self, ring: &mut Ring) -> Next {
+        self.answers_left = ANSWERS_PER_ROUND;
+        let poisonings = sigbus::poisonings();
+        if self.poisonings != poisonings {
+            self.poisonings = poisonings;
+            if self.map.is_poisoned() {
+                self.link.hang_up("the client cut its memory file short");
+            }
+        }
+        let mut waiting = false;
+        let mut left = false;
+        for local in 0..self.vrings.len() {
+            let Some(vring) = &mut self.vrings[local] else {
+                continue;
+            };
+            if vring.queue.has_unpublished() && !vring.broken && vring.queue.publish() {
+                vring.call_due = true;
+            }
+            let called = vring.call(ring);
+            let wound_up = called.and_then(|()| vring.wind_up(ring));
+            waiting |= vring.takes_chains();
+            if wound_up == Ok(true)
+                && let Some(vring) = self.vrings[local].take()
+            {
+                if let Some(reply) = vring.stopping.and_then(|stopping| stopping.reply) {
+                    let _ = reply.send(Stopped {
+                        base: vring.queue.next_available(),
+                        call: vring.call,
+                        error: vring.error,
+                    });
+                }
+            } else {
+                left = true;
+                self.expect_room(wound_up.map(|_| ()));
+            }
+        }
+        if self.exiting && !left {
+            Next::Exit
+        } else if waiting && !self.free.is_empty() {
+            Next::Again
+        } else {
+            Next::Sleep
+        }
+    }
+}

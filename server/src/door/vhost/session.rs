@@ -1,0 +1,524 @@
+//! One client's conversation: the vhost-user protocol, on a thread of its own.
+//!
+//! The messages and their framing are the `vhost` crate's; what they mean is here. Vring `i` is
+//! served by queue thread `i % queue_threads`; a thread is started with its first vring and ends
+//! with the session.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::fs::{FileType, fstat};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
+    VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
+
+use super::MAX_VRINGS;
+use super::block::{self, mask};
+use super::link::Link;
+use super::memory::{MAX_REGIONS, MemoryMap, Region, RegionAddress};
+use super::queue::{Command, Start};
+use super::virtqueue::{MAX_QUEUE_SIZE, RingAddresses};
+use crate::io::mailbox::Sender;
+
+/// How often a thread that waits for a queue thread looks whether that is still alive.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// A running queue thread.
+pub(super) struct QueueHandle {
+    pub mail: Sender<Command>,
+    pub thread: JoinHandle<()>,
+}
+
+/// Starts queue thread `n` of a session.
+pub(super) type Spawn = Box<dyn Fn(u16) -> io::Result<QueueHandle> + Send>;
+
+/// How a session ended.
+#[derive(Debug)]
+pub(super) enum Ending {
+    /// The client stopped all its vrings and hung up.
+    Left,
+    /// The client hung up with vrings running.
+    Died,
+    /// The client broke the protocol, or the server could not do what it asked.
+    Failed(Error),
+}
+
+/// Talks to the client until one of both hangs up, then ends the queue threads.
+pub(super) fn converse(link: &Arc<Link>, queue_threads: u16, spawn: Spawn) -> io::Result<Ending> {
+    let stream = link.stream().try_clone()?;
+    let session = Arc::new(Mutex::new(Session::new(Arc::clone(link), queue_threads, spawn)));
+    let mut messages = BackendReqHandler::from_stream(stream, Arc::clone(&session));
+    let error = loop {
+        if let Err(error) = messages.handle_request() {
+            break error;
+        }
+    };
+    drop(messages);
+    link.set_ending();
+    // Only this thread ever had it; a panic in a handler has ended this thread.
+    let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+    let running = link.vrings.load(Ordering::Relaxed);
+    session.end_threads();
+    Ok(match error {
+        Error::Disconnected | Error::SocketBroken(_) if running == 0 => Ending::Left,
+        Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => Ending::Died,
+        error => Ending::Failed(error),
+    })
+}
+
+/// A vring as far as the client has described it.
+#[derive(Default)]
+struct VringSetup {
+    size: u16,
+    addresses: Option<RingAddresses>,
+    base: u16,
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+    error: Option<OwnedFd>,
+    enabled: bool,
+    started: bool,
+}
+
+/// What the client has set up so far.
+struct Session {
+    link: Arc<Link>,
+    queue_threads: u16,
+    spawn: Spawn,
+    threads: BTreeMap<u16, QueueHandle>,
+    map: Arc<MemoryMap>,
+    features: u64,
+    vrings: Vec<VringSetup>,
+}
+
+fn refuse<T>(what: impl Into<String>) -> Result<T> {
+    Err(Error::ReqHandlerError(io::Error::other(what.into())))
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::ReqHandlerError(error)
+}
+
+impl Session {
+    fn new(link: Arc<Link>, queue_threads: u16, spawn: Spawn) -> Self {
+        Self {
+            link,
+            queue_threads,
+            spawn,
+            threads: BTreeMap::new(),
+            map: Arc::default(),
+            features: 0,
+            vrings: Vec::new(),
+        }
+    }
+
+    fn offered(&self) -> u64 {
+        block::features(self.link.limits()) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn vring(&mut self, index: u32) -> Result<&mut VringSetup> {
+        if index >= u32::from(MAX_VRINGS) {
+            return refuse(format!("vring {index} is one too many, {MAX_VRINGS} are offered"));
+        }
+        let index = index as usize;
+        if self.vrings.len() <= index {
+            self.vrings.resize_with(index + 1, VringSetup::default);
+        }
+        Ok(&mut self.vrings[index])
+    }
+
+    /// A vring that is being set up, not served.
+    fn stopped_vring(&mut self, index: u32) -> Result<&mut VringSetup> {
+        let vring = self.vring(index)?;
+        if vring.started {
+            return refuse(format!("vring {index} is running"));
+        }
+        Ok(vring)
+    }
+
+    fn tell(&self, index: u16, command: Command) {
+        if let Some(handle) = self.threads.get(&(index % self.queue_threads)) {
+            handle.mail.send(command);
+        }
+    }
+
+    /// Asks a queue thread for something and waits for the answer.
+    fn ask<R>(&self, thread: u16, command: impl FnOnce(mpsc::Sender<R>) -> Command) -> Result<R> {
+        let Some(handle) = self.threads.get(&thread) else {
+            return refuse("the vring has no thread");
+        };
+        let (sender, answer) = mpsc::channel();
+        handle.mail.send(command(sender));
+        loop {
+            match answer.recv_timeout(LOOK_INTERVAL) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Timeout) if !handle.thread.is_finished() => {}
+                Err(_) => return refuse("a queue thread has ended"),
+            }
+        }
+    }
+
+    /// Starts a vring as soon as it is described in full and enabled.
+    fn start_if_ready(&mut self, index: u16) -> Result<()> {
+        let negotiated = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        let features = self.features;
+        let map = Arc::clone(&self.map);
+        let vring = self.vring(u32::from(index))?;
+        // Without protocol features there is no message that enables a vring.
+        let enabled = vring.enabled || !negotiated;
+        if vring.started || !enabled || vring.size == 0 || map.regions().is_empty() {
+            return Ok(());
+        }
+        let Some(addresses) = vring.addresses else {
+            return Ok(());
+        };
+        let Some(kick) = vring.kick.take() else {
+            return Ok(());
+        };
+        let start = Box::new(Start {
+            index,
+            size: vring.size,
+            addresses,
+            base: vring.base,
+            features,
+            kick,
+            call: vring.call.take(),
+            error: vring.error.take(),
+            map,
+        });
+        let thread = index % self.queue_threads;
+        if !self.threads.contains_key(&thread) {
+            let handle = (self.spawn)(thread).map_err(failed)?;
+            self.threads.insert(thread, handle);
+        }
+        if let Err(error) = self.ask(thread, |reply| Command::Start(start, reply))? {
+            return refuse(format!("vring {index} cannot be started: {error}"));
+        }
+        self.vring(u32::from(index))?.started = true;
+        self.link.vrings.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn start_all_ready(&mut self) -> Result<()> {
+        for index in 0..self.vrings.len() {
+            self.start_if_ready(u16::try_from(index).unwrap_or(u16::MAX))?;
+        }
+        Ok(())
+    }
+
+    /// Gives every queue thread the new map. When this returns, only requests that were under way
+    /// use the old one, and they keep it.
+    fn use_map(&mut self, regions: Vec<Region>) -> Result<()> {
+        self.map = Arc::new(MemoryMap::new(regions).map_err(failed)?);
+        for &thread in self.threads.keys() {
+            self.ask(thread, |reply| Command::Map(Arc::clone(&self.map), reply))?;
+        }
+        self.start_all_ready()
+    }
+
+    fn end_threads(&mut self) {
+        for handle in self.threads.values() {
+            handle.mail.send(Command::Exit);
+        }
+        for handle in std::mem::take(&mut self.threads).into_values() {
+            if handle.thread.join().is_err() {
+                tracing::error!(export = self.link.export(), "a queue thread panicked");
+            }
+        }
+        self.link.vrings.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Takes a descriptor that is to be read or written on a ring: an eventfd or a pipe. Others could
+/// be always ready (a regular file), or do who knows what.
+fn signal_fd(file: File) -> Result<OwnedFd> {
+    let stat = fstat(&file).map_err(|error| failed(error.into()))?;
+    let eventfd = || {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        std::fs::read_link(path).is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
+    };
+    if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo || eventfd() {
+        return Ok(file.into());
+    }
+    refuse("a kick, call or error descriptor is neither an eventfd nor a pipe")
+}
+
+fn signal(file: Option<File>) -> Result<Option<OwnedFd>> {
+    file.map(signal_fd).transpose()
+}
+
+fn region_address(region: &VhostUserMemoryRegion) -> RegionAddress {
+    RegionAddress {
+        guest: region.guest_phys_addr,
+        len_bytes: region.memory_size,
+        user: region.user_addr,
+    }
+}
+
+fn not_offered<T>() -> Result<T> {
+    refuse("the request belongs to a feature that is not offered")
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // Deprecated, and without effect by the letter of the protocol.
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let excess = features & !self.offered();
+        if excess != 0 {
+            return refuse(format!("features {excess:#x} were not offered"));
+        }
+        if features != self.features && self.vrings.iter().any(|vring| vring.started) {
+            return refuse("features cannot change while vrings are running");
+        }
+        self.features = features;
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let mapped: io::Result<Vec<_>> = regions
+            .iter()
+            .zip(&files)
+            .map(|(region, file)| Region::map(region_address(region), file, region.mmap_offset))
+            .collect();
+        self.use_map(mapped.map_err(failed)?)?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let vring = self.stopped_vring(index)?;
+        if !num.is_power_of_two() || num > MAX_QUEUE_SIZE {
+            return refuse(format!("vring {index} cannot have {num} entries"));
+        }
+        vring.size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
+            return not_offered();
+        }
+        let addresses = RingAddresses {
+            descriptors: descriptor,
+            available,
+            used,
+        };
+        let vring = self.vring(index)?;
+        if vring.started && vring.addresses != Some(addresses) {
+            return refuse(format!("vring {index} is running and cannot move"));
+        }
+        vring.addresses = Some(addresses);
+        self.start_if_ready(u16::try_from(index).map_err(|_| Error::InvalidParam)?)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        self.stopped_vring(index)?.base = base;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let vring = self.vring(index)?;
+        // The next start needs a new kick.
+        vring.kick = None;
+        if vring.started {
+            let number = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
+            let thread = number % self.queue_threads;
+            let stopped = self.ask(thread, |reply| Command::Stop(number, reply))?;
+            let vring = self.vring(index)?;
+            vring.base = stopped.base;
+            vring.call = stopped.call;
+            vring.error = stopped.error;
+            vring.started = false;
+            self.link.vrings.fetch_sub(1, Ordering::Relaxed);
+        }
+        let base = self.vring(index)?.base;
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let Some(kick) = signal(file)? else {
+            return refuse("vrings that are polled, without a kick descriptor, are not offered");
+        };
+        self.stopped_vring(u32::from(index))?.kick = Some(kick);
+        self.start_if_ready(u16::from(index))
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let call = signal(file)?;
+        let vring = self.vring(u32::from(index))?;
+        if vring.started {
+            self.tell(u16::from(index), Command::Call(u16::from(index), call));
+        } else {
+            vring.call = call;
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let error = signal(file)?;
+        let vring = self.vring(u32::from(index))?;
+        if vring.started {
+            self.tell(u16::from(index), Command::Error(u16::from(index), error));
+        } else {
+            vring.error = error;
+        }
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let excess = features & !self.get_protocol_features()?.bits();
+        if excess != 0 {
+            return refuse(format!("protocol features {excess:#x} were not offered"));
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(u64::from(MAX_VRINGS))
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let number = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
+        let vring = self.vring(index)?;
+        vring.enabled = enable;
+        if vring.started {
+            self.tell(number, Command::Enable(number, enable));
+            return Ok(());
+        }
+        self.start_if_ready(number)
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let writeback = self.link.writeback.load(Ordering::Acquire);
+        let limits = self.link.limits();
+        Ok(block::config(limits, self.queue_threads, writeback, offset, size))
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+        let offered = self.offered() & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0;
+        match bytes {
+            [writeback @ 0..=1] if offered && offset == block::WRITEBACK_OFFSET => {
+                self.link.writeback.store(*writeback == 1, Ordering::Release);
+                Ok(())
+            }
+            _ => refuse("only the writeback byte of the configuration can be written"),
+        }
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        not_offered()
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File)> {
+        not_offered()
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<u64>> {
+        let address = region_address(region);
+        let added = Region::map(address, &file, region.mmap_offset).map_err(failed)?;
+        let mut regions = self.map.regions().to_vec();
+        regions.push(added);
+        self.use_map(regions)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let address = region_address(region);
+        let mut regions = self.map.regions().to_vec();
+        let before = regions.len();
+        regions.retain(|region| region.address() != address);
+        if regions.len() == before {
+            return refuse("no such memory region");
+        }
+        self.use_map(regions)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        not_offered()
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        not_offered()
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        not_offered()
+    }
+}

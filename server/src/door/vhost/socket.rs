@@ -1,0 +1,143 @@
+//! The listening socket: where it may be, and who may connect.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, fchmod};
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen};
+
+/// Bytes a path may have in `sockaddr_un`, without the final NUL.
+const MAX_PATH_BYTES: usize = 107;
+
+const BACKLOG: i32 = 16;
+
+/// Why there is no socket. Each says which path and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The path does not fit a socket address.
+    #[error(
+        "{}: the path has {} bytes, a socket's path has at most {MAX_PATH_BYTES}; choose a shorter one",
+        .0.display(), .0.as_os_str().len()
+    )]
+    PathTooLong(PathBuf),
+    /// Somebody listens there.
+    #[error("{}: socket in use; stop the server that listens on it or choose another path", .0.display())]
+    InUse(PathBuf),
+    /// Something else is there.
+    #[error("{}: exists and is not a socket; remove it or choose another path", .0.display())]
+    NotASocket(PathBuf),
+    /// The system said no.
+    #[error("{}: cannot {what}: {error}", .path.display())]
+    System {
+        /// The path.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
+}
+
+/// A listening socket, whose file goes away with it.
+#[derive(Debug)]
+pub(super) struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file: somebody may have put another in its place.
+    file: Option<(u64, u64)>,
+}
+
+impl Socket {
+    /// Listens at `path`; only the user of this process may connect. A socket that nobody listens
+    /// on is replaced.
+    pub(super) fn bind(path: &Path) -> Result<Self, SocketError> {
+        let system = |what: &'static str| {
+            move |error: io::Error| SocketError::System {
+                path: path.to_owned(),
+                what,
+                error,
+            }
+        };
+        if path.as_os_str().len() > MAX_PATH_BYTES {
+            return Err(SocketError::PathTooLong(path.to_owned()));
+        }
+        clear(path)?;
+        let socket = new_socket().map_err(system("make a socket"))?;
+        let address = SocketAddrUnix::new(path.as_os_str().as_bytes())
+            .map_err(|error| system("use the path for a socket")(error.into()))?;
+        bind(&socket, &address).map_err(|error| system("bind a socket")(error.into()))?;
+        let file = identity(path);
+        let listening = listen(&socket, BACKLOG);
+        let socket = Self {
+            listener: UnixListener::from(socket),
+            path: path.to_owned(),
+            file,
+        };
+        listening.map_err(|error| system("listen")(error.into()))?;
+        Ok(socket)
+    }
+
+    /// The listener; it does not block.
+    pub(super) fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if self.file.is_some() && identity(&self.path) == self.file {
+            // Nobody can be told; the next server replaces what is left.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn new_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // On Linux the socket's mode becomes its file's, so there is no moment with a wider one.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    Ok(socket)
+}
+
+/// Removes a stale socket; refuses anything else that is at `path`.
+fn clear(path: &Path) -> Result<(), SocketError> {
+    let Ok(found) = std::fs::symlink_metadata(path) else {
+        // Nothing there, or nothing to be seen: bind will tell.
+        return Ok(());
+    };
+    if !found.file_type().is_socket() {
+        return Err(SocketError::NotASocket(path.to_owned()));
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+        _ => return Err(SocketError::InUse(path.to_owned())),
+    }
+    std::fs::remove_file(path).map_err(|error| SocketError::System {
+        path: path.to_owned(),
+        what: "remove the stale socket",
+        error,
+    })
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let found = std::fs::symlink_metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+/// The process at the other end, if the kernel knows it.
+pub(super) fn peer_pid(stream: &UnixStream) -> Option<i32> {
+    let credentials = socket_peercred(stream).ok()?;
+    Some(credentials.pid.as_raw_nonzero().get())
+}

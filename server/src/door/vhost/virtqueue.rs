@@ -1,0 +1,409 @@
+//! The device's side of a split virtqueue (virtio 1.3, 2.7).
+//!
+//! Ring addresses are translated once per memory map, not once per access. The driver is hostile:
+//! everything in shared memory is read once, with volatile or atomic loads, and checked before it
+//! is used.
+
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+
+use super::memory::MemoryMap;
+
+/// Largest queue (virtio 1.3, 2.7).
+pub(super) const MAX_QUEUE_SIZE: u32 = 32768;
+
+/// Most descriptors in an indirect table. The specification says the queue's size; drivers of
+/// small queues are known to go beyond it.
+const MAX_INDIRECT: u32 = 1024;
+
+const DESCRIPTOR_BYTES: u64 = 16;
+const FLAG_NEXT: u16 = 1;
+const FLAG_WRITE: u16 = 2;
+const FLAG_INDIRECT: u16 = 4;
+const USED_NO_NOTIFY: u16 = 1;
+const AVAIL_NO_INTERRUPT: u16 = 1;
+
+/// Where the parts of a ring are, in the client's own address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RingAddresses {
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+}
+
+/// What a queue needs to know besides its addresses.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RingOptions {
+    pub size: u16,
+    pub event_index: bool,
+    pub indirect: bool,
+}
+
+/// Why a ring cannot be used (any more).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum RingError {
+    #[error("its size is not a power of two up to {MAX_QUEUE_SIZE}")]
+    Size,
+    #[error("a part of it is not aligned or does not lie in one memory region")]
+    Address,
+    #[error("its available index is further ahead than the queue is long")]
+    AvailableIndex,
+    #[error("a chain begins at a descriptor that does not exist")]
+    Head,
+}
+
+/// Why a chain cannot be followed to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ChainError {
+    /// A loop, or more descriptors than there are.
+    TooLong,
+    /// A next index outside the table.
+    Next,
+    /// An indirect table that is nested, not offered, continued, empty, absurdly long or not a
+    /// whole number of descriptors, or that does not lie in the client's memory.
+    Indirect,
+}
+
+/// One buffer of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Descriptor {
+    pub address: u64,
+    pub len_bytes: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    /// Whether the device may write to it (it must not read it then).
+    pub(super) fn is_writable(self) -> bool {
+        self.flags & FLAG_WRITE != 0
+    }
+}
+
+/// Ring memory as it is mapped here.
+#[derive(Clone, Copy, Debug)]
+struct Pointers {
+    descriptors: *const u8,
+    /// `flags`, `idx`, `ring[size]`, `used_event`.
+    available: *mut u16,
+    /// `flags`, `idx`, `ring[size]` of two `u32` each, `avail_event`.
+    used: *mut u16,
+}
+
+/// The device's side of one virtqueue. Whoever owns it keeps the memory map it was given alive.
+#[derive(Debug)]
+pub(super) struct Virtqueue {
+    options: RingOptions,
+    addresses: RingAddresses,
+    memory: Pointers,
+    /// Index of the next chain to take.
+    next_available: u16,
+    /// The driver's index as last read.
+    seen_available: u16,
+    /// Index of the next used entry to write.
+    next_used: u16,
+    /// The used index as the driver sees it.
+    published_used: u16,
+    /// Whether the driver was notified since the start; the first time it always is.
+    notified: bool,
+}
+
+impl Virtqueue {
+    /// A queue that goes on at available index `base`.
+    ///
+    /// # Errors
+    ///
+    /// When the size is invalid or the ring is not in `map`.
+    pub(super) fn new(
+        options: RingOptions,
+        addresses: RingAddresses,
+        base: u16,
+        map: &MemoryMap,
+    ) -> Result<Self, RingError> {
+        if !options.size.is_power_of_two() || u32::from(options.size) > MAX_QUEUE_SIZE {
+            return Err(RingError::Size);
+        }
+        let mut queue = Self {
+            options,
+            addresses,
+            memory: translate(options.size, addresses, map)?,
+            next_available: base,
+            seen_available: base,
+            next_used: 0,
+            published_used: 0,
+            notified: false,
+        };
+        // Used entries go on where the ring in memory stands (vhost-user has no message for it).
+        let used = u16::from_le(queue.used_word(1).load(Ordering::Acquire));
+        queue.next_used = used;
+        queue.published_used = used;
+        queue.used_word(0).store(0, Ordering::Relaxed);
+        Ok(queue)
+    }
+
+    /// Finds the ring in a new memory map.
+    ///
+    /// # Errors
+    ///
+    /// When it is not there; the queue must not be used any more then.
+    pub(super) fn remap(&mut self, map: &MemoryMap) -> Result<(), RingError> {
+        self.memory = translate(self.options.size, self.addresses, map)?;
+        Ok(())
+    }
+
+    /// The next chain the driver made available.
+    ///
+    /// # Errors
+    ///
+    /// When the driver broke the ring. There is no way on from there.
+    pub(super) fn pop(&mut self) -> Result<Option<u16>, RingError> {
+        if self.next_available == self.seen_available {
+            let seen = u16::from_le(self.available_word(1).load(Ordering::Acquire));
+            if seen.wrapping_sub(self.next_available) > self.options.size {
+                return Err(RingError::AvailableIndex);
+            }
+            self.seen_available = seen;
+            if seen == self.next_available {
+                return Ok(None);
+            }
+        }
+        let entry = 2 + usize::from(self.next_available & (self.options.size - 1));
+        let head = u16::from_le(self.available_word(entry).load(Ordering::Relaxed));
+        if head >= self.options.size {
+            return Err(RingError::Head);
+        }
+        self.next_available = self.next_available.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    /// Where the queue stands: what `GET_VRING_BASE` answers.
+    pub(super) fn next_available(&self) -> u16 {
+        self.next_available
+    }
+
+    /// The descriptors of a chain.
+    pub(super) fn chain<'a>(&'a self, head: u16, map: &'a MemoryMap) -> Chain<'a> {
+        Chain {
+            queue: self,
+            map,
+            table: Table::Ring,
+            next: Some(head),
+            left: u32::from(self.options.size),
+        }
+    }
+
+    /// Returns a chain to the driver, who sees it after [`publish`](Self::publish).
+    pub(super) fn push_used(&mut self, head: u16, written_bytes: u32) {
+        let entry = 2 + 4 * usize::from(self.next_used & (self.options.size - 1));
+        // Two u16 words hold a u32.
+        let entry = self.memory.used.wrapping_add(entry).cast::<u32>();
+        // SAFETY: `translate` checked that the whole used ring is mapped and aligned; the owner of
+        // the queue keeps the map.
+        unsafe {
+            entry.write_volatile(u32::from(head).to_le());
+            entry.wrapping_add(1).write_volatile(written_bytes.to_le());
+        }
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Whether used entries wait to be published.
+    pub(super) fn has_unpublished(&self) -> bool {
+        self.next_used != self.published_used
+    }
+
+    /// Shows the driver what was returned. Says whether it wants to be notified.
+    pub(super) fn publish(&mut self) -> bool {
+        let old = self.published_used;
+        let new = self.next_used;
+        self.published_used = new;
+        self.used_word(1).store(new.to_le(), Ordering::Release);
+        // The driver stores its event index and then reads ours; we do the reverse (2.7.10).
+        fence(Ordering::SeqCst);
+        if self.options.event_index {
+            let word = 2 + usize::from(self.options.size);
+            let event = u16::from_le(self.available_word(word).load(Ordering::Relaxed));
+            let first = !std::mem::replace(&mut self.notified, true);
+            return first || crossed(event, new, old);
+        }
+        let flags = u16::from_le(self.available_word(0).load(Ordering::Relaxed));
+        flags & AVAIL_NO_INTERRUPT == 0
+    }
+
+    /// Asks for a kick at the next chain. Returns whether one is there already, in which case no
+    /// kick may come for it.
+    #[must_use]
+    pub(super) fn enable_kicks(&mut self) -> bool {
+        if self.options.event_index {
+            let word = 2 + 4 * usize::from(self.options.size);
+            self.used_word(word)
+                .store(self.next_available.to_le(), Ordering::Relaxed);
+        } else {
+            self.used_word(0).store(0, Ordering::Relaxed);
+        }
+        // The driver stores its index and then reads whether to kick; we do the reverse.
+        fence(Ordering::SeqCst);
+        u16::from_le(self.available_word(1).load(Ordering::Acquire)) != self.next_available
+    }
+
+    /// Asks for no kicks while the queue is being worked on.
+    pub(super) fn disable_kicks(&mut self) {
+        // With event index a kick comes only for the index last asked for.
+        if !self.options.event_index {
+            self.used_word(0)
+                .store(USED_NO_NOTIFY.to_le(), Ordering::Relaxed);
+        }
+    }
+
+    fn available_word(&self, word: usize) -> &AtomicU16 {
+        // SAFETY: `translate` checked that all words of the ring are mapped and aligned; the owner
+        // of the queue keeps the map, and the client's own accesses are atomic or its own problem.
+        unsafe { AtomicU16::from_ptr(self.memory.available.wrapping_add(word)) }
+    }
+
+    fn used_word(&self, word: usize) -> &AtomicU16 {
+        // SAFETY: as for `available_word`.
+        unsafe { AtomicU16::from_ptr(self.memory.used.wrapping_add(word)) }
+    }
+}
+
+/// Whether `event` was passed on the way from `old` to `new` (2.7.10.1), with wrap-around.
+fn crossed(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+fn translate(
+    size: u16,
+    addresses: RingAddresses,
+    map: &MemoryMap,
+) -> Result<Pointers, RingError> {
+    let part = |address: u64, len_bytes: u64, align: usize| {
+        let at = map.user(address, len_bytes).ok_or(RingError::Address)?;
+        // The parts are aligned in the guest (2.7); a region mapped askew must not break that.
+        if (at as usize).is_multiple_of(align) {
+            Ok(at)
+        } else {
+            Err(RingError::Address)
+        }
+    };
+    let size = u64::from(size);
+    Ok(Pointers {
+        descriptors: part(addresses.descriptors, DESCRIPTOR_BYTES * size, 16)?,
+        available: part(addresses.available, 6 + 2 * size, 2)?.cast(),
+        used: part(addresses.used, 6 + 8 * size, 4)?.cast(),
+    })
+}
+
+/// Where a chain's descriptors are.
+#[derive(Clone, Copy)]
+enum Table {
+    Ring,
+    Indirect { guest: u64, count: u32 },
+}
+
+/// Walks the descriptors of one chain; ends after the first error.
+pub(super) struct Chain<'a> {
+    queue: &'a Virtqueue,
+    map: &'a MemoryMap,
+    table: Table,
+    next: Option<u16>,
+    /// Descriptors the table can still have without a loop.
+    left: u32,
+}
+
+impl Chain<'_> {
+    fn read(&self, index: u16) -> Result<Descriptor, ChainError> {
+        let offset = DESCRIPTOR_BYTES * u64::from(index);
+        match self.table {
+            Table::Ring => {
+                if index >= self.queue.options.size {
+                    return Err(ChainError::Next);
+                }
+                let at = self.queue.memory.descriptors;
+                let at = at.wrapping_add(usize::from(index) * 16).cast::<u64>();
+                // SAFETY: `translate` checked that the table is mapped and aligned; the owner of
+                // the queue keeps the map.
+                let words = unsafe { [at.read_volatile(), at.wrapping_add(1).read_volatile()] };
+                Ok(parse(words))
+            }
+            Table::Indirect { guest, count } => {
+                if u32::from(index) >= count {
+                    return Err(ChainError::Next);
+                }
+                // Guest memory may be split anywhere, a table has no alignment.
+                let mut bytes = [0u8; 16];
+                let mut filled = 0;
+                let copied = self.map.pieces(guest + offset, 16, |at, len| {
+                    // SAFETY: `pieces` names mapped bytes, at most the 16 it was asked for, and
+                    // `map` is borrowed meanwhile. The driver may change them under the copy; what
+                    // was copied is checked afterwards.
+                    unsafe { at.copy_to_nonoverlapping(bytes.as_mut_ptr().add(filled), len) };
+                    filled += len;
+                    Some(())
+                });
+                copied.ok_or(ChainError::Indirect)?;
+                let word = |from: usize| {
+                    let mut word = [0; 8];
+                    word.copy_from_slice(&bytes[from..from + 8]);
+                    u64::from_ne_bytes(word)
+                };
+                Ok(parse([word(0), word(8)]))
+            }
+        }
+    }
+
+    fn step(&mut self, mut index: u16) -> Result<Descriptor, ChainError> {
+        loop {
+            self.left = self.left.checked_sub(1).ok_or(ChainError::TooLong)?;
+            let descriptor = self.read(index)?;
+            if descriptor.flags & FLAG_INDIRECT == 0 {
+                if descriptor.flags & FLAG_NEXT != 0 {
+                    self.next = Some(descriptor.next);
+                }
+                return Ok(descriptor);
+            }
+            let count = descriptor.len_bytes / 16;
+            let fits = matches!(self.table, Table::Ring)
+                && self.queue.options.indirect
+                && descriptor.flags & FLAG_NEXT == 0
+                && descriptor.len_bytes.is_multiple_of(16)
+                && (1..=MAX_INDIRECT.max(u32::from(self.queue.options.size))).contains(&count)
+                && descriptor
+                    .address
+                    .checked_add(u64::from(descriptor.len_bytes))
+                    .is_some();
+            if !fits {
+                return Err(ChainError::Indirect);
+            }
+            self.table = Table::Indirect {
+                guest: descriptor.address,
+                count,
+            };
+            self.left = count;
+            index = 0;
+        }
+    }
+}
+
+impl Iterator for Chain<'_> {
+    type Item = Result<Descriptor, ChainError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let index = self.next.take()?;
+        Some(self.step(index))
+    }
+}
+
+fn parse([address, rest]: [u64; 2]) -> Descriptor {
+    let rest = u64::from_le(rest);
+    // The fields are 32, 16 and 16 bits of one little-endian word.
+    #[expect(clippy::cast_possible_truncation)]
+    Descriptor {
+        address: u64::from_le(address),
+        len_bytes: rest as u32,
+        flags: (rest >> 32) as u16,
+        next: (rest >> 48) as u16,
+    }
+}
+
+#[cfg(test)]
+#[path = "virtqueue_tests.rs"]
+mod tests;

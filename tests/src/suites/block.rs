@@ -1,0 +1,396 @@
+//! The block door, from inside a kernel with ublk.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::io::{Exercise, open_direct, write_direct};
+use crate::kit::images::{self, KnownFiles};
+use crate::kit::server::{Serve, Server};
+use crate::kit::shell::{Shell, sh};
+use crate::test;
+use crate::test::{Context, Test};
+
+const MIB: u64 = 1 << 20;
+
+/// For every guest.
+pub const TESTS: &[Test] = &[
+    test!(verified_io_on_memory).limit_s(300),
+    test!(verified_io_on_a_file_in_tmpfs).limit_s(300),
+    test!(verified_io_on_a_file_in_ext4_around_the_page_cache).limit_s(300),
+    test!(verified_io_on_a_block_device_with_4_kib_sectors).limit_s(300),
+    test!(a_file_system_is_made_mounted_and_checked),
+    test!(a_read_only_disk_refuses_writes),
+    test!(flushes_and_forced_writes_reach_the_storage),
+    test!(an_id_in_use_is_told),
+    test!(a_user_without_rights_is_told),
+    test!(a_mounted_disk_is_not_served),
+    test!(stopping_under_load_ends_the_io_and_leaves_nothing),
+    test!(a_killed_server_is_followed_by_one_of_the_same_name),
+    test!(a_device_removed_behind_our_back_leaves_the_other_door_open),
+    test!(several_exports_come_and_go_without_each_other).limit_s(120),
+];
+
+/// For guests with several processors.
+pub const SMP_TESTS: &[Test] = &[test!(verified_io_on_several_queues).limit_s(400)];
+
+fn serve(cx: &Context, spec: &str) -> Serve {
+    Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("yes")
+        .arg("--name")
+        .arg("disk")
+        .arg(spec)
+}
+
+fn ublkup(cx: &Context, args: &[&str]) -> Shell {
+    Shell::new(&cx.paths.server)
+        .args(args)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+}
+
+/// No device, no folder.
+fn nothing_left(cx: &Context) -> Result<()> {
+    let devices = sh("ls /dev | grep ublk[bc] || :").run()?;
+    ensure!(devices.is_empty(), "devices are left: {devices}");
+    let exports = cx.scratch().join("run/exports");
+    let left = fs::read_dir(&exports).map_or(0, Iterator::count);
+    ensure!(left == 0, "{} has {left} folders left", exports.display());
+    Ok(())
+}
+
+fn exercise(cx: &Context, server: Server, exercise: &Exercise) -> Result<()> {
+    exercise.run(cx)?;
+    let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
+    let stat: serde_json::Value = serde_json::from_str(&stat)?;
+    let counters = &stat["ublk"]["counters"];
+    for what in ["reads", "writes", "discards", "write_zeroes"] {
+        ensure!(
+            counters[what].as_u64() > Some(0),
+            "no {what} reached the server: {counters}"
+        );
+    }
+    ensure!(counters["errors"] == 0, "requests failed: {counters}");
+    server.stop()?;
+    nothing_left(cx)
+}
+
+fn verified_io_on_memory(cx: &Context) -> Result<()> {
+    let server = serve(cx, "mem:128M").start()?;
+    let disk = server.block_device()?;
+    exercise(cx, server, &Exercise::new(&disk, 128 * MIB))
+}
+
+fn image(path: &Path, size_bytes: u64) -> Result<()> {
+    fs::File::create(path)
+        .and_then(|file| file.set_len(size_bytes))
+        .with_context(|| format!("cannot make {}", path.display()))
+}
+
+fn verified_io_on_a_file_in_tmpfs(cx: &Context) -> Result<()> {
+    // No multiple of a page.
+    let size_bytes = 96 * MIB + 512;
+    let path = cx.scratch().join("disk.img");
+    image(&path, size_bytes)?;
+    let server = serve(cx, &format!("file:{},cache=buffered", path.display())).start()?;
+    let disk = server.block_device()?;
+    let seen = sh(&format!("blockdev --getsize64 {}", disk.display())).run()?;
+    ensure!(seen.trim() == size_bytes.to_string(), "{seen} bytes");
+    exercise(cx, server, &Exercise::new(&disk, size_bytes))
+}
+
+/// A file system on a loop device, unmounted and detached when dropped.
+struct LoopMount {
+    dir: PathBuf,
+}
+
+impl LoopMount {
+    fn ext4(cx: &Context, size_bytes: u64) -> Result<Self> {
+        let backing = cx.scratch().join("backing.img");
+        images::make_ext4(&backing, size_bytes, None)?;
+        let dir = cx.scratch().join("ext4");
+        fs::create_dir(&dir)?;
+        let (backing, mount) = (backing.display(), dir.display());
+        sh(&format!("mount -o loop {backing} {mount}")).run()?;
+        Ok(Self { dir })
+    }
+}
+
+impl Drop for LoopMount {
+    fn drop(&mut self) {
+        if let Err(error) = sh(&format!("umount {}", self.dir.display())).run() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn verified_io_on_a_file_in_ext4_around_the_page_cache(cx: &Context) -> Result<()> {
+    let mount = LoopMount::ext4(cx, 256 * MIB)?;
+    let path = mount.dir.join("disk.img");
+    image(&path, 96 * MIB)?;
+    let server = serve(cx, &format!("file:{},cache=direct", path.display())).start()?;
+    let disk = server.block_device()?;
+    let mut plan = Exercise::new(&disk, 96 * MIB);
+    plan.block_bytes = block_bytes(&disk)?;
+    exercise(cx, server, &plan)
+}
+
+fn block_bytes(disk: &Path) -> Result<u64> {
+    let text = sh(&format!("blockdev --getss {}", disk.display())).run()?;
+    text.trim().parse().with_context(|| format!("no block size: {text}"))
+}
+
+fn verified_io_on_a_block_device_with_4_kib_sectors(cx: &Context) -> Result<()> {
+    let backing = cx.scratch().join("backing.img");
+    image(&backing, 96 * MIB)?;
+    let attach = format!("losetup --find --show --sector-size 4096 {}", backing.display());
+    let device = sh(&attach).run()?.trim().to_owned();
+    let result = (|| {
+        let server = serve(cx, &format!("file:{device}")).start()?;
+        let disk = server.block_device()?;
+        ensure!(block_bytes(&disk)? == 4096, "512-byte sectors on a 4 KiB disk");
+        let small = open_direct(&disk).and_then(|disk| write_direct(&disk, 512, &[1; 512]));
+        ensure!(small.is_err(), "a request smaller than a sector went through");
+        let mut plan = Exercise::new(&disk, 96 * MIB);
+        plan.block_bytes = 4096;
+        exercise(cx, server, &plan)
+    })();
+    sh(&format!("losetup --detach {device}")).run()?;
+    result
+}
+
+fn verified_io_on_several_queues(cx: &Context) -> Result<()> {
+    for queues in 1..=4 {
+        let path = cx.scratch().join("disk.img");
+        image(&path, 96 * MIB)?;
+        let spec = format!("file:{}", path.display());
+        let server = serve(cx, &spec).arg("--queues").arg(queues.to_string()).start()?;
+        let disk = server.block_device()?;
+        let name = disk.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mq = format!("/sys/block/{name}/mq");
+        let seen = fs::read_dir(&mq).with_context(|| mq.clone())?.count();
+        let processors = thread::available_parallelism()?.get();
+        ensure!(seen == queues.min(processors), "{seen} queues instead of {queues}");
+        let mut plan = Exercise::new(&disk, 96 * MIB);
+        plan.depths = vec![16];
+        exercise(cx, server, &plan)?;
+    }
+    Ok(())
+}
+
+fn a_file_system_is_made_mounted_and_checked(cx: &Context) -> Result<()> {
+    let server = serve(cx, "mem:128M").start()?;
+    let disk = server.block_device()?;
+    sh(&format!("mkfs.ext4 -q {}", disk.display())).run()?;
+    let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), false)?;
+    let known = KnownFiles::generate(mounted.dir(), 7)?;
+    mounted.unmount()?;
+    images::fsck(&disk)?;
+    let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), true)?;
+    known.verify(mounted.dir())?;
+    mounted.unmount()?;
+    server.stop()?;
+    nothing_left(cx)
+}
+
+fn a_read_only_disk_refuses_writes(cx: &Context) -> Result<()> {
+    let path = cx.scratch().join("disk.ext4");
+    let known = images::ext4_with_known_files(&path, 64 * MIB, 3)?;
+    let spec = format!("file:{}", path.display());
+    let server = serve(cx, &spec).arg("--read-only").start()?;
+    let disk = server.block_device()?;
+    let read_only = sh(&format!("blockdev --getro {}", disk.display())).run()?;
+    ensure!(read_only.trim() == "1", "the kernel takes it for writable");
+    ensure!(
+        fs::OpenOptions::new().write(true).open(&disk).and_then(|f| f.sync_all()).is_err()
+            || open_direct(&disk).and_then(|disk| write_direct(&disk, 0, &[1; 4096])).is_err(),
+        "a write went through"
+    );
+    let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), true)?;
+    known.verify(mounted.dir())?;
+    mounted.unmount()?;
+    server.stop()?;
+    nothing_left(cx)
+}
+
+/// Two servers, one on top of the other's disk: what the upper one asks of its storage is counted
+/// by the lower one.
+fn flushes_and_forced_writes_reach_the_storage(cx: &Context) -> Result<()> {
+    let path = cx.scratch().join("disk.img");
+    image(&path, 64 * MIB)?;
+    let lower = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("yes")
+        .arg(format!("lower=file:{}", path.display()))
+        .start()?;
+    let lower_disk = lower.block_device()?;
+    let upper = serve(cx, &format!("file:{}", lower_disk.display())).start()?;
+    let disk = upper.block_device()?;
+    let count = |what: &str| -> Result<u64> {
+        let stat = ublkup(cx, &["stat", "lower", "--json"]).run()?;
+        let stat: serde_json::Value = serde_json::from_str(&stat)?;
+        let count = &stat["ublk"]["counters"][what];
+        count.as_u64().with_context(|| format!("no count of {what}"))
+    };
+    let device = disk.display();
+    let before = count("flushes")?;
+    sh(&format!("dd if=/dev/zero of={device} bs=4k count=1 oflag=direct status=none")).run()?;
+    ensure!(count("flushes")? == before, "a plain write flushed the storage");
+    ensure!(count("forced_writes")? == 0, "a plain write was forced to the storage");
+    sh(&format!("dd if=/dev/zero of={device} bs=4k count=1 oflag=direct conv=fsync status=none")).run()?;
+    ensure!(count("flushes")? > before, "fsync did not reach the storage");
+    // O_DSYNC with O_DIRECT is a forced write (FUA) from the file system's view down to the disk.
+    sh(&format!("dd if=/dev/zero of={device} bs=4k count=8 oflag=direct,dsync status=none")).run()?;
+    ensure!(
+        count("forced_writes")? >= 8,
+        "8 synchronous writes, but only {} forced writes at the storage",
+        count("forced_writes")?
+    );
+    upper.stop()?;
+    lower.stop()?;
+    nothing_left(cx)
+}
+
+fn an_id_in_use_is_told(cx: &Context) -> Result<()> {
+    let server = serve(cx, "mem:1M").arg("--ublk-id").arg("5").start()?;
+    ensure!(server.block_device()? == Path::new("/dev/ublkb5"), "another id");
+    let second = ublkup(cx, &["serve", "--ublk-id", "5", "other=mem:1M"]).finish()?;
+    ensure!(second.code() == 1, "exit code {}", second.code());
+    ensure!(second.tail().contains("id 5 is in use"), "{}", second.tail());
+    server.stop()?;
+    nothing_left(cx)
+}
+
+fn a_user_without_rights_is_told(cx: &Context) -> Result<()> {
+    let run = cx.scratch().join("nobody");
+    fs::create_dir(&run)?;
+    sh(&format!("chown nobody {}; chmod 755 {}", run.display(), cx.scratch().display())).run()?;
+    let finished = Shell::new("setpriv")
+        .args(["--reuid=nobody", "--clear-groups"])
+        .arg(&cx.paths.server)
+        .args(["serve", "--ublk", "yes", "mem:1M"])
+        .env("UBLKUP_RUNTIME_DIR", run.join("run"))
+        .finish()?;
+    ensure!(finished.code() == 1, "exit code {}: {}", finished.code(), finished.tail());
+    ensure!(finished.tail().contains("root"), "{}", finished.tail());
+    nothing_left(cx)
+}
+
+fn a_mounted_disk_is_not_served(cx: &Context) -> Result<()> {
+    let lower = serve(cx, "mem:64M").start()?;
+    let disk = lower.block_device()?;
+    sh(&format!("mkfs.ext4 -q {}", disk.display())).run()?;
+    let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), false)?;
+    let spec = format!("upper=file:{}", disk.display());
+    let finished = ublkup(cx, &["serve", &spec]).finish()?;
+    ensure!(finished.code() == 1, "a mounted disk was served");
+    ensure!(finished.tail().contains("in use"), "{}", finished.tail());
+    mounted.unmount()?;
+    lower.stop()?;
+    nothing_left(cx)
+}
+
+fn stopping_under_load_ends_the_io_and_leaves_nothing(cx: &Context) -> Result<()> {
+    let server = serve(cx, "mem:64M").start()?;
+    let device = server.block_device()?.display().to_string();
+    let load = thread::spawn(move || {
+        Shell::new("fio")
+            .args(["--name=load", "--rw=randrw", "--ioengine=io_uring", "--direct=1"])
+            .args(["--iodepth=32", "--time_based", "--runtime=300"])
+            .arg(format!("--filename={device}"))
+            .limit(Duration::from_secs(600))
+            .finish()
+    });
+    let deadline = Instant::now() + cx.patience(30);
+    loop {
+        let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
+        let stat: serde_json::Value = serde_json::from_str(&stat)?;
+        if stat["ublk"]["counters"]["writes"].as_u64() > Some(100) {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "no load: {stat}");
+        thread::sleep(Duration::from_millis(50));
+    }
+    server.stop()?;
+    let Ok(load) = load.join() else {
+        bail!("the load's thread panicked");
+    };
+    ensure!(load?.code() != 0, "fio did not notice that its disk went away");
+    nothing_left(cx)
+}
+
+fn a_killed_server_is_followed_by_one_of_the_same_name(cx: &Context) -> Result<()> {
+    for _ in 0..3 {
+        let server = serve(cx, "mem:16M").arg("--ublk-id").arg("2").start()?;
+        server.kill()?;
+        ensure!(Path::new("/dev/ublkc2").exists(), "the kernel cleaned up by itself");
+    }
+    let server = serve(cx, "mem:16M").start()?;
+    ensure!(server.block_devices().len() == 1, "one device");
+    server.kill()?;
+    let doctor = ublkup(cx, &["doctor", "--clean"]).run()?;
+    ensure!(doctor.contains("disk: cleared away"), "{doctor}");
+    nothing_left(cx)
+}
+
+fn a_device_removed_behind_our_back_leaves_the_other_door_open(cx: &Context) -> Result<()> {
+    let server = serve(cx, "mem:16M").start()?;
+    // What any root program can do; here the doctor's own removal would refuse.
+    let name = server.block_device()?;
+    let id = name.display().to_string().replace("/dev/ublkb", "");
+    stop_device(id.parse()?)?;
+    let deadline = Instant::now() + cx.patience(30);
+    loop {
+        let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
+        let stat: serde_json::Value = serde_json::from_str(&stat)?;
+        if stat["ublk"].is_null() {
+            ensure!(!stat["vhost"].is_null(), "both doors closed: {stat}");
+            break;
+        }
+        ensure!(Instant::now() < deadline, "the closed door is not noticed: {stat}");
+        thread::sleep(Duration::from_millis(50));
+    }
+    let log = server.log();
+    ensure!(log.contains("the ublk door closed"), "{log}");
+    ublkup(cx, &["stop", "disk"]).run()?;
+    let (status, log) = server.wait()?;
+    ensure!(status.code() == Some(1), "a door that broke is forgotten: {status}, {log}");
+    nothing_left(cx)
+}
+
+/// STOP_DEV from another process, as an administrator's tool would.
+fn stop_device(id: u32) -> Result<()> {
+    // `struct ublksrv_ctrl_cmd` (include/uapi/linux/ublk_cmd.h): dev_id, queue_id, len, addr, data.
+    let mut command = [0u8; 80];
+    command[..4].copy_from_slice(&id.to_le_bytes());
+    command[4..6].copy_from_slice(&u16::MAX.to_le_bytes());
+    super::ublk_control::run(super::ublk_control::STOP_DEV, command)
+}
+
+fn several_exports_come_and_go_without_each_other(cx: &Context) -> Result<()> {
+    let server = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("yes")
+        .arg("a=mem:64M")
+        .arg("disk=mem:96M")
+        .arg("c=null:1T")
+        .start()?;
+    ensure!(server.block_devices().len() == 3, "three devices: {}", server.log());
+    let disk = server.block_devices()[1].clone();
+    let mut plan = Exercise::new(&disk, 96 * MIB);
+    plan.depths = vec![32];
+    thread::scope(|scope| -> Result<()> {
+        let work = scope.spawn(|| plan.run(cx));
+        ublkup(cx, &["stop", "a"]).run()?;
+        ublkup(cx, &["stop", "c"]).run()?;
+        match work.join() {
+            Ok(result) => result,
+            Err(_) => bail!("the exercise panicked"),
+        }
+    })?;
+    server.stop()?;
+    nothing_left(cx)
+}

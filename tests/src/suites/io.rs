@@ -1,0 +1,177 @@
+//! Verified I/O on a disk, whichever door it came through.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::kit::fio::Fio;
+use crate::kit::images::Random;
+use crate::kit::shell::Shell;
+use crate::test::Context;
+
+const MIB: u64 = 1 << 20;
+
+/// What to do to a disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Exercise {
+    /// The disk; all it holds is destroyed.
+    pub device: PathBuf,
+    /// Its size, at least 64 MiB.
+    pub size_bytes: u64,
+    /// The smallest request it takes.
+    pub block_bytes: u64,
+    /// Queue depths, each a run of its own.
+    pub depths: Vec<u32>,
+    /// Parallel writers at the largest depth.
+    pub jobs: u32,
+    /// Data written per run, in MiB.
+    pub run_mib: u64,
+}
+
+impl Exercise {
+    /// A thorough exercise of an ordinary disk.
+    pub fn new(device: &Path, size_bytes: u64) -> Self {
+        Exercise {
+            device: device.to_owned(),
+            size_bytes,
+            block_bytes: 512,
+            depths: vec![1, 8, 32, 128],
+            jobs: 4,
+            run_mib: 24,
+        }
+    }
+
+    /// Mixed reads and writes of 512 B to 1 MiB with checksums, flushes and discards among them, at
+    /// every depth; meanwhile another thread discards and zeroes the second half of the disk and
+    /// checks that it stays away from the first.
+    pub fn run(&self, cx: &Context) -> Result<()> {
+        let half = self.size_bytes / 2 / MIB * MIB;
+        for &depth in &self.depths {
+            self.verified(cx, depth, 1, half)?;
+        }
+        let depth = self.depths.iter().copied().max().unwrap_or(1);
+        thread::scope(|scope| {
+            let zeroes = scope.spawn(|| self.zeroes_and_discards(half, self.size_bytes));
+            let writers = self.verified(cx, depth, self.jobs, half);
+            match zeroes.join() {
+                Ok(zeroes) => writers.and(zeroes),
+                Err(_) => bail!("the thread that zeroes and discards panicked"),
+            }
+        })
+    }
+
+    fn verified(&self, cx: &Context, depth: u32, jobs: u32, limit_bytes: u64) -> Result<()> {
+        let each_mib = (self.run_mib / u64::from(jobs)).max(4);
+        ensure!(
+            each_mib * u64::from(jobs) * MIB <= limit_bytes,
+            "the disk is too small for {jobs} writers"
+        );
+        let block = self.block_bytes;
+        let report = Fio::new(&self.device)
+            .option("rw", "randrw")
+            .option("rwmixread", 30)
+            .option("direct", 1)
+            .option("ioengine", "io_uring")
+            .option("bssplit", format!("{block}/35:4k/35:20k/10:64k/12:1m/8"))
+            .option("blockalign", block)
+            .option("serialize_overlap", 1)
+            .option("fsync", 24)
+            .option("trim_percentage", 10)
+            .option("trim_backlog", 8)
+            .option("offset_increment", format!("{each_mib}m"))
+            .option("randseed", u64::from(depth) * 1000 + u64::from(jobs))
+            .option("group_reporting", 1)
+            .size(&format!("{each_mib}m"))
+            .depth(depth)
+            .jobs(jobs)
+            .verify()
+            .limit(cx.patience(120))
+            .run()
+            .with_context(|| format!("depth {depth}, {jobs} jobs"))?;
+        ensure!(report.writes() > 0, "nothing was written: {report:?}");
+        ensure!(
+            report.reads() > report.writes() / 2,
+            "too little was read back at depth {depth}: {} reads, {} writes",
+            report.reads(),
+            report.writes()
+        );
+        Ok(())
+    }
+
+    /// Fills a part of the disk, then zeroes (with and without unmapping) and discards pieces of it
+    /// at odd places, and compares all of it after each step.
+    fn zeroes_and_discards(&self, from: u64, to: u64) -> Result<()> {
+        let len = (to - from).min(8 * MIB);
+        let disk = open_direct(&self.device)?;
+        let mut model = Random(from).bytes(usize::try_from(len)?);
+        write_direct(&disk, from, &model)?;
+        let block = self.block_bytes;
+        let mut random = Random(len);
+        for round in 0..12 {
+            let first = random.below(len / block) * block;
+            let longest = (len - first).min(MIB);
+            let count = (random.below(longest / block) + 1) * block;
+            let mut command = Shell::new("blkdiscard")
+                .args(["--offset", &(from + first).to_string()])
+                .args(["--length", &count.to_string()]);
+            let zeroes = round % 3 != 2;
+            if zeroes {
+                command = command.arg("--zeroout");
+            }
+            command.arg(&self.device).run()?;
+            let (first, count) = (usize::try_from(first)?, usize::try_from(count)?);
+            let got = read_direct(&disk, from, model.len())?;
+            let range = &mut model[first..first + count];
+            if zeroes {
+                range.fill(0);
+            } else {
+                // What a discarded block reads as is the disk's choice.
+                range.copy_from_slice(&got[first..first + count]);
+            }
+            if let Some(at) = got.iter().zip(&model).position(|(a, b)| a != b) {
+                bail!(
+                    "after {} of {count} bytes at {first}, byte {at} is wrong",
+                    if zeroes { "zeroing" } else { "discarding" }
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Opens a disk around the page cache.
+pub fn open_direct(device: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(i32::try_from(rustix::fs::OFlags::DIRECT.bits())?)
+        .open(device)
+        .with_context(|| format!("cannot open {}", device.display()))
+}
+
+/// A buffer that O_DIRECT takes: page-aligned inside a larger one.
+fn aligned(len: usize) -> (Vec<u8>, usize) {
+    let bytes = vec![0u8; len + 4096];
+    let start = bytes.as_ptr().align_offset(4096);
+    (bytes, start)
+}
+
+/// Writes around the page cache.
+pub fn write_direct(disk: &File, at: u64, data: &[u8]) -> Result<()> {
+    let (mut bytes, start) = aligned(data.len());
+    bytes[start..start + data.len()].copy_from_slice(data);
+    disk.write_all_at(&bytes[start..start + data.len()], at)
+        .with_context(|| format!("cannot write {} bytes at {at}", data.len()))
+}
+
+/// Reads around the page cache.
+pub fn read_direct(disk: &File, at: u64, len: usize) -> io::Result<Vec<u8>> {
+    let (mut bytes, start) = aligned(len);
+    disk.read_exact_at(&mut bytes[start..start + len], at)?;
+    Ok(bytes[start..start + len].to_vec())
+}
