@@ -26,7 +26,13 @@ pub struct Cli {
     pub runtime_dir: Option<PathBuf>,
 
     /// What to log: error, warn, info, debug, trace, or a filter like ublkup::door=debug
-    #[arg(long, global = true, value_name = "FILTER", env = "UBLKUP_LOG", default_value = "info")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILTER",
+        env = "UBLKUP_LOG",
+        default_value = "info"
+    )]
     pub log: String,
 }
 
@@ -193,9 +199,16 @@ mod tests {
     #[test]
     fn several_specs_share_the_options_that_can_be_shared() {
         let got = exports(&["--read-only", "--queues", "2", "a=mem:1G", "b=null:2G"]).unwrap();
-        assert!(got.iter().all(|export| export.read_only && export.queues == 2));
+        assert!(
+            got.iter()
+                .all(|export| export.read_only && export.queues == 2)
+        );
         assert!(exports(&["--name", "x", "a=mem:1G", "b=mem:1G"]).is_err());
-        assert!(exports(&["mem:1G", "mem:1G"]).unwrap_err().contains("two exports"));
+        assert!(
+            exports(&["mem:1G", "mem:1G"])
+                .unwrap_err()
+                .contains("two exports")
+        );
         assert!(exports(&[]).is_err());
     }
 }

@@ -128,14 +128,30 @@ fn print(text: &str) -> Result<()> {
 }
 
 fn table(exports: &[ExportStatus]) -> String {
-    let mut rows = vec![["NAME", "STATE", "SIZE", "BLOCK DEVICE", "VHOST-USER-BLK", "PID"].map(str::to_owned)];
+    let mut rows = vec![
+        [
+            "NAME",
+            "STATE",
+            "SIZE",
+            "BLOCK DEVICE",
+            "VHOST-USER-BLK",
+            "PID",
+        ]
+        .map(str::to_owned),
+    ];
     for export in exports {
         rows.push([
             export.name.clone(),
             export.state.clone(),
             format_size(export.size_bytes),
-            export.ublk.as_ref().map_or("-".into(), |door| door.device.display().to_string()),
-            export.vhost.as_ref().map_or("-".into(), |door| door.socket.display().to_string()),
+            export
+                .ublk
+                .as_ref()
+                .map_or("-".into(), |door| door.device.display().to_string()),
+            export
+                .vhost
+                .as_ref()
+                .map_or("-".into(), |door| door.socket.display().to_string()),
             export.pid.to_string(),
         ]);
     }
@@ -161,8 +177,16 @@ fn details(status: &ExportStatus) -> String {
         status.state,
         format_size(status.size_bytes),
         status.block_bytes,
-        if status.read_only { "read-only" } else { "read-write" },
-        if status.write_cache { ", write-back" } else { ", write-through" },
+        if status.read_only {
+            "read-only"
+        } else {
+            "read-write"
+        },
+        if status.write_cache {
+            ", write-back"
+        } else {
+            ", write-through"
+        },
         status.serial,
         status.backend,
         status.pid,
@@ -178,7 +202,12 @@ fn details(status: &ExportStatus) -> String {
         );
     }
     if let Some(door) = &status.vhost {
-        let _ = write!(text, "\n  vhost     {}\n{}", door.socket.display(), totals(&door.counters));
+        let _ = write!(
+            text,
+            "\n  vhost     {}\n{}",
+            door.socket.display(),
+            totals(&door.counters)
+        );
         for session in &door.sessions {
             let _ = write!(
                 text,
@@ -196,7 +225,13 @@ fn totals(t: &Totals) -> String {
     format!(
         "            {} reads ({} B), {} writes ({} B), {} flushes, {} discards, {} write-zeroes, \
          {} errors",
-        t.reads, t.read_bytes, t.writes, t.write_bytes, t.flushes, t.discards, t.write_zeroes,
+        t.reads,
+        t.read_bytes,
+        t.writes,
+        t.write_bytes,
+        t.flushes,
+        t.discards,
+        t.write_zeroes,
         t.errors
     )
 }
@@ -230,7 +265,13 @@ mod tests {
         let text = table(&[one.clone(), two]);
         let columns: Vec<_> = text.lines().map(|line| line.find("serving")).collect();
         assert_eq!(columns[1], columns[2]);
-        assert!(text.lines().nth(1).unwrap().contains("1M    -             /run/x"), "{text}");
+        assert!(
+            text.lines()
+                .nth(1)
+                .unwrap()
+                .contains("1M    -             /run/x"),
+            "{text}"
+        );
         assert!(details(&one).contains("vhost     /run/x"));
     }
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 pub use file::read_file;
 pub use size::{format_size, parse_size};
-pub use spec::{BackendSpec, CacheMode, Spec};
+pub use spec::{BackendSpec, Spec};
 
 use crate::request::Serial;
 

@@ -14,6 +14,7 @@ pub struct Counters {
     read_bytes: AtomicU64,
     writes: AtomicU64,
     write_bytes: AtomicU64,
+    forced_writes: AtomicU64,
     flushes: AtomicU64,
     discards: AtomicU64,
     write_zeroes: AtomicU64,
@@ -33,6 +34,8 @@ pub struct Totals {
     pub writes: u64,
     /// Bytes written.
     pub write_bytes: u64,
+    /// Writes among them that had to be durable at completion (FUA, write-through).
+    pub forced_writes: u64,
     /// Flushes completed.
     pub flushes: u64,
     /// Discards completed.
@@ -55,8 +58,9 @@ impl Counters {
                 add(&self.reads, 1);
                 add(&self.read_bytes, len_bytes);
             }
-            Op::Write { .. } => {
+            Op::Write { fua } => {
                 add(&self.writes, 1);
+                add(&self.forced_writes, u64::from(fua));
                 add(&self.write_bytes, len_bytes);
             }
             Op::Flush => add(&self.flushes, 1),
@@ -86,6 +90,7 @@ impl Counters {
             (&mut totals.read_bytes, &self.read_bytes),
             (&mut totals.writes, &self.writes),
             (&mut totals.write_bytes, &self.write_bytes),
+            (&mut totals.forced_writes, &self.forced_writes),
             (&mut totals.flushes, &self.flushes),
             (&mut totals.discards, &self.discards),
             (&mut totals.write_zeroes, &self.write_zeroes),
@@ -128,7 +133,9 @@ impl Registry {
     pub fn retire(&self, counters: &Arc<Counters>) {
         let mut threads = self.threads();
         let before = threads.running.len();
-        threads.running.retain(|other| !Arc::ptr_eq(other, counters));
+        threads
+            .running
+            .retain(|other| !Arc::ptr_eq(other, counters));
         if threads.running.len() < before {
             counters.add_to(&mut threads.ended);
         }

@@ -11,7 +11,7 @@ use crate::backend::{Backend, File, FileOptions, Memory, Null};
 use crate::config::{BackendSpec, DoorMode, ExportConfig, format_size};
 use crate::control::{self, ExportStatus, Listening, SessionStatus, UblkStatus, VhostStatus};
 use crate::counters::Registry;
-use crate::door::ublk::{self, DoorEnd, Unavailable, UblkConfig, UblkDoor, UblkError};
+use crate::door::ublk::{self, DoorEnd, UblkConfig, UblkDoor, UblkError, Unavailable};
 use crate::door::vhost::{SessionInfo, VhostConfig, VhostDoor};
 use crate::request::Limits;
 use crate::runtime::{CONTROL, Claim, RuntimeDir, VHOST_SOCKET};
@@ -131,7 +131,10 @@ impl Export {
     #[must_use]
     pub fn doors(&self) -> Vec<(Door, PathBuf)> {
         let doors = self.shared.doors();
-        let ublk = doors.ublk.as_ref().map(|(door, _)| (Door::Ublk, door.block_path()));
+        let ublk = doors
+            .ublk
+            .as_ref()
+            .map(|(door, _)| (Door::Ublk, door.block_path()));
         let vhost = doors
             .vhost
             .as_ref()
@@ -247,7 +250,10 @@ impl control::Service for Shared {
         let _ = self.events.send(Event::Stop { name });
         let mut doors = self.doors();
         while doors.state != State::Stopped {
-            doors = self.stopped.wait(doors).unwrap_or_else(PoisonError::into_inner);
+            doors = self
+                .stopped
+                .wait(doors)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

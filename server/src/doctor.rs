@@ -39,6 +39,7 @@ struct Check {
 pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
     let mut checks = vec![kernel(), io_uring(), block_door(), runtime_directory(dir)];
     checks.extend(dead_exports(dir, clean));
+    checks.extend(dead_devices(clean));
     let mut out = std::io::stdout().lock();
     if json {
         writeln!(out, "{}", serde_json::to_string_pretty(&checks)?)?;
@@ -59,7 +60,11 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
         }
     }
     let bad = checks.iter().any(|check| check.verdict == Verdict::Problem);
-    Ok(if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if bad {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 fn kernel() -> Check {
@@ -68,7 +73,12 @@ fn kernel() -> Check {
     Check {
         what: "kernel",
         verdict: Verdict::Ok,
-        finding: format!("{} {} {}", text(uname.sysname()), text(uname.release()), text(uname.machine())),
+        finding: format!(
+            "{} {} {}",
+            text(uname.sysname()),
+            text(uname.release()),
+            text(uname.machine())
+        ),
     }
 }
 
@@ -77,18 +87,31 @@ fn io_uring() -> Check {
         Ok(ring) => (Verdict::Ok, format!("{} ring", ring.flavour())),
         Err(error) => (
             Verdict::Problem,
-            format!("{error}: nothing works without it (Linux 5.19 or later; see sysctl kernel.io_uring_disabled)"),
+            format!(
+                "{error}: nothing works without it (Linux 5.19 or later; see sysctl kernel.io_uring_disabled)"
+            ),
         ),
     };
-    Check { what: "io_uring", verdict, finding }
+    Check {
+        what: "io_uring",
+        verdict,
+        finding,
+    }
 }
 
 fn block_door() -> Check {
     let (verdict, finding) = match ublk::available() {
-        Ok(features) => (Verdict::Ok, format!("the driver offers {features}")),
-        Err(why) => (Verdict::Warning, format!("{why} (the vhost door works without it)")),
+        Ok(features) => (Verdict::Ok, format!("the driver offers {}", features.names().join(", "))),
+        Err(why) => (
+            Verdict::Warning,
+            format!("{why} (the vhost door works without it)"),
+        ),
     };
-    Check { what: "block door", verdict, finding }
+    Check {
+        what: "block door",
+        verdict,
+        finding,
+    }
 }
 
 fn runtime_directory(dir: &RuntimeDir) -> Check {
@@ -99,10 +122,17 @@ fn runtime_directory(dir: &RuntimeDir) -> Check {
         Ok(()) => (Verdict::Ok, path.display().to_string()),
         Err(error) => (
             Verdict::Problem,
-            format!("{}: {error}: run as root or give --runtime-dir", path.display()),
+            format!(
+                "{}: {error}: run as root or give --runtime-dir",
+                path.display()
+            ),
         ),
     };
-    Check { what: "runtime directory", verdict, finding }
+    Check {
+        what: "runtime directory",
+        verdict,
+        finding,
+    }
 }
 
 fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Check> {
@@ -117,9 +147,16 @@ fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Check> {
             }];
         }
     };
-    let dead: Vec<_> = names.into_iter().filter(|name| !dir.is_alive(name)).collect();
+    let dead: Vec<_> = names
+        .into_iter()
+        .filter(|name| !dir.is_alive(name))
+        .collect();
     if dead.is_empty() {
-        return vec![Check { what, verdict: Verdict::Ok, finding: "nothing".into() }];
+        return vec![Check {
+            what,
+            verdict: Verdict::Ok,
+            finding: "nothing".into(),
+        }];
     }
     dead.into_iter()
         .map(|name| {
@@ -133,6 +170,29 @@ fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Check> {
                     Verdict::Warning,
                     format!("{name}: 'ublkup doctor --clean' removes it, as does serving that name again"),
                 )
+            };
+            Check { what, verdict, finding }
+        })
+        .collect()
+}
+
+/// Devices that nobody serves and no export remembers.
+fn dead_devices(clean: bool) -> Vec<Check> {
+    let what = "dead block devices";
+    // Without a driver, or rights, there is nothing to be seen; another check says so.
+    let Ok(dead) = ublk::leftovers() else {
+        return Vec::new();
+    };
+    dead.into_iter()
+        .map(|device| {
+            let id = device.id;
+            let (verdict, finding) = match clean.then(|| ublk::remove(id)) {
+                Some(Ok(())) => (Verdict::Ok, format!("/dev/ublkc{id}: removed")),
+                Some(Err(error)) => (Verdict::Problem, error.to_string()),
+                None => (
+                    Verdict::Warning,
+                    format!("/dev/ublkc{id} has no server; 'ublkup doctor --clean' removes it"),
+                ),
             };
             Check { what, verdict, finding }
         })

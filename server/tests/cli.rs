@@ -24,7 +24,11 @@ fn malformed_specs_are_wrong_usage() {
     }
     lab.serve_fails(&["a=mem:1M", "a=mem:1M"], 2, &["two exports"]);
     lab.serve_fails(&["--queues", "0", "mem:1M"], 2, &["0 queues"]);
-    lab.serve_fails(&["--ublk", "no", "--vhost", "no", "mem:1M"], 2, &["both doors"]);
+    lab.serve_fails(
+        &["--ublk", "no", "--vhost", "no", "mem:1M"],
+        2,
+        &["both doors"],
+    );
     lab.serve_fails(&["--config", "/does/not/exist"], 2, &["/does/not/exist"]);
     lab.is_clean();
 }
@@ -33,10 +37,18 @@ fn malformed_specs_are_wrong_usage() {
 fn files_that_cannot_be_served_are_told_by_path() {
     let lab = Lab::new();
     let missing = lab.path("missing.img");
-    lab.serve_fails(&[&format!("file:{}", missing.display())], 1, &["missing.img", "No such file"]);
+    lab.serve_fails(
+        &[&format!("file:{}", missing.display())],
+        1,
+        &["missing.img", "No such file"],
+    );
     let small = lab.path("small.img");
     std::fs::write(&small, [0; 100]).unwrap();
-    lab.serve_fails(&[&format!("file:{}", small.display())], 1, &["small.img", "100"]);
+    lab.serve_fails(
+        &[&format!("file:{}", small.display())],
+        1,
+        &["small.img", "100"],
+    );
     let folder = lab.path("folder");
     std::fs::create_dir(&folder).unwrap();
     lab.serve_fails(&[&format!("file:{}", folder.display())], 1, &["folder"]);
@@ -52,7 +64,11 @@ fn a_file_that_may_not_be_written_is_refused_and_read_only_is_suggested() {
         // Root may write everything; the kernel refuses a directory of /proc even so.
         lab.serve_fails(&["v=file:/proc/version"], 1, &["/proc/version"]);
     } else {
-        lab.serve_fails(&[&format!("file:{}", image.display())], 1, &["ro.img", "read-only"]);
+        lab.serve_fails(
+            &[&format!("file:{}", image.display())],
+            1,
+            &["ro.img", "read-only"],
+        );
     }
     lab.is_clean();
 }
@@ -63,7 +79,11 @@ fn one_image_is_served_by_one_writer() {
     let spec = format!("file:{}", lab.image("disk.img", 1 << 20).display());
     let server = lab.serve(&[&spec]);
     lab.serve_fails(&["--name", "other", &spec], 1, &["disk.img", "in use"]);
-    lab.serve_fails(&["--name", "other", "--read-only", &spec], 1, &["disk.img", "in use"]);
+    lab.serve_fails(
+        &["--name", "other", "--read-only", &spec],
+        1,
+        &["disk.img", "in use"],
+    );
     server.stop();
     lab.is_clean();
 }
@@ -72,7 +92,11 @@ fn one_image_is_served_by_one_writer() {
 fn a_name_is_served_once() {
     let lab = Lab::new();
     let server = lab.serve(&["a=mem:1M"]);
-    lab.serve_fails(&["a=null:1G"], 1, &["'a' is already served", "ublkup stop a"]);
+    lab.serve_fails(
+        &["a=null:1G"],
+        1,
+        &["'a' is already served", "ublkup stop a"],
+    );
     server.stop();
     lab.is_clean();
 }
@@ -83,7 +107,11 @@ fn a_socket_path_that_is_taken_is_refused() {
     let path = lab.path("taken.sock");
     let text = path.display().to_string();
     let listener = UnixListener::bind(&path).unwrap();
-    lab.serve_fails(&["--vhost-socket", &text, "mem:1M"], 1, &["taken.sock", "in use"]);
+    lab.serve_fails(
+        &["--vhost-socket", &text, "mem:1M"],
+        1,
+        &["taken.sock", "in use"],
+    );
     assert!(path.exists(), "somebody else's socket was removed");
     // Nobody listens any more: a dead server left it, and it is replaced.
     drop(listener);
@@ -93,7 +121,11 @@ fn a_socket_path_that_is_taken_is_refused() {
     lab.serve_fails(&["--vhost-socket", &text, "mem:1M"], 1, &["taken.sock"]);
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     let long = lab.path(&"x".repeat(120));
-    lab.serve_fails(&["--vhost-socket", &long.display().to_string(), "mem:1M"], 1, &["long"]);
+    lab.serve_fails(
+        &["--vhost-socket", &long.display().to_string(), "mem:1M"],
+        1,
+        &["long"],
+    );
     lab.is_clean();
 }
 
@@ -107,14 +139,22 @@ fn without_a_driver_the_block_door_says_what_to_load() {
     lab.serve_fails(&["--ublk", "yes", "mem:1M"], 1, &["modprobe ublk_drv"]);
     let server = lab.serve(&["--ublk", "auto", "a=mem:1M", "b=mem:1M"]);
     let log = server.stop();
-    assert_eq!(log.matches("modprobe").count(), 1, "said once, not per export: {log}");
+    assert_eq!(
+        log.matches("modprobe").count(),
+        1,
+        "said once, not per export: {log}"
+    );
     lab.is_clean();
 }
 
 #[test]
 fn an_export_that_cannot_start_takes_the_others_with_it_unless_told_to_keep_going() {
     let lab = Lab::new();
-    lab.serve_fails(&["a=mem:1M", "b=file:/does/not/exist"], 1, &["b", "/does/not/exist"]);
+    lab.serve_fails(
+        &["a=mem:1M", "b=file:/does/not/exist"],
+        1,
+        &["b", "/does/not/exist"],
+    );
     lab.is_clean();
     let server = lab.serve(&["--keep-going", "a=mem:1M", "b=file:/does/not/exist"]);
     assert!(lab.ok(&["list"]).contains("a "));
@@ -128,7 +168,12 @@ fn exports_are_listed_shown_and_stopped_one_by_one() {
     let lab = Lab::new();
     let server = lab.serve(&["a=mem:1M,serial=ABC", "b=null:2G,read-only"]);
     let list: serde_json::Value = serde_json::from_str(&lab.ok(&["list", "--json"])).unwrap();
-    let names: Vec<_> = list.as_array().unwrap().iter().map(|e| &e["name"]).collect();
+    let names: Vec<_> = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| &e["name"])
+        .collect();
     assert_eq!(names, ["a", "b"]);
     assert_eq!(list[0]["size_bytes"], 1 << 20);
     assert_eq!(list[0]["serial"], "ABC");
@@ -166,8 +211,16 @@ fn a_killed_server_leaves_what_the_next_one_and_the_doctor_clear_away() {
 fn the_doctor_speaks_json() {
     let lab = Lab::new();
     let checks: serde_json::Value = serde_json::from_str(&lab.ok(&["doctor", "--json"])).unwrap();
-    let what: Vec<_> = checks.as_array().unwrap().iter().map(|c| c["what"].as_str().unwrap()).collect();
-    assert!(what.contains(&"io_uring") && what.contains(&"block door"), "{what:?}");
+    let what: Vec<_> = checks
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| c["what"].as_str().unwrap())
+        .collect();
+    assert!(
+        what.contains(&"io_uring") && what.contains(&"block door"),
+        "{what:?}"
+    );
 }
 
 #[test]
@@ -176,7 +229,10 @@ fn the_service_manager_is_told_when_the_server_is_ready() {
     let path = lab.path("notify");
     let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
     socket.set_read_timeout(Some(common::LIMIT)).unwrap();
-    let server = lab.serve_with(&["mem:1M"], &[("NOTIFY_SOCKET", &path.display().to_string())]);
+    let server = lab.serve_with(
+        &["mem:1M"],
+        &[("NOTIFY_SOCKET", &path.display().to_string())],
+    );
     let mut message = [0; 256];
     let len = socket.recv(&mut message).unwrap();
     let text = String::from_utf8_lossy(&message[..len]);

@@ -4,9 +4,11 @@
 //! [`BackendQueue`] of its own from it and then needs no lock: a queue puts its work on the
 //! thread's ring.
 
+mod file;
 mod memory;
 mod null;
 
+pub use file::{CacheMode, File, FileOptions, OpenError};
 pub use memory::Memory;
 pub use null::Null;
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::{ConfigError, format_size, parse_size};
+use crate::backend::CacheMode;
 use crate::request::SECTOR_BYTES;
 
 /// The largest disk: what ext4 files and 32-bit page indexes of older tools still reach.
@@ -30,18 +31,6 @@ pub enum BackendSpec {
         /// How the page cache is used.
         cache: CacheMode,
     },
-}
-
-/// How `file:` uses the host's page cache (`,cache=`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CacheMode {
-    /// Around it where the file system can, else through it.
-    #[default]
-    Auto,
-    /// Around it (`O_DIRECT`) or not at all.
-    Direct,
-    /// Through it.
-    Buffered,
 }
 
 impl BackendSpec {

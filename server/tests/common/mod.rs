@@ -32,7 +32,10 @@ impl Lab {
     /// An image of zeroes in the folder.
     pub fn image(&self, name: &str, len_bytes: u64) -> PathBuf {
         let path = self.path(name);
-        std::fs::File::create(&path).unwrap().set_len(len_bytes).unwrap();
+        std::fs::File::create(&path)
+            .unwrap()
+            .set_len(len_bytes)
+            .unwrap();
         path
     }
 
@@ -55,9 +58,23 @@ impl Lab {
             .unwrap();
         let status = wait(&mut child, &args.join(" "));
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        child.stdout.take().unwrap().read_to_end(&mut stdout).unwrap();
-        child.stderr.take().unwrap().read_to_end(&mut stderr).unwrap();
-        Output { status, stdout, stderr }
+        child
+            .stdout
+            .take()
+            .unwrap()
+            .read_to_end(&mut stdout)
+            .unwrap();
+        child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_end(&mut stderr)
+            .unwrap();
+        Output {
+            status,
+            stdout,
+            stderr,
+        }
     }
 
     /// Runs a command that must succeed; what it prints.
@@ -72,10 +89,16 @@ impl Lab {
         let output = self.output(args);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
-        let lines: Vec<_> = stderr.lines().filter(|line| line.starts_with("ublkup: ")).collect();
+        let lines: Vec<_> = stderr
+            .lines()
+            .filter(|line| line.starts_with("ublkup: "))
+            .collect();
         assert_eq!(lines.len(), 1, "{args:?}: {stderr}");
         for word in words {
-            assert!(lines[0].contains(word), "{args:?}: no '{word}' in: {stderr}");
+            assert!(
+                lines[0].contains(word),
+                "{args:?}: no '{word}' in: {stderr}"
+            );
         }
         assert!(!stderr.contains("panicked"), "{stderr}");
     }
@@ -94,7 +117,11 @@ impl Lab {
     pub fn serve_with(&self, args: &[&str], env: &[(&str, &str)]) -> Server {
         let mut command = self.command(&[&["serve"], args].concat());
         command.envs(env.iter().copied());
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let stdout = child.stdout.take().unwrap();
         let (lines, seen) = mpsc::channel();
         // A thread, because a read has no time limit; it ends with the server.
@@ -120,12 +147,17 @@ impl Lab {
 
     /// Whether no export has left anything.
     pub fn is_empty(&self) -> bool {
-        std::fs::read_dir(self.path("run/exports")).map_or(true, |mut entries| entries.next().is_none())
+        std::fs::read_dir(self.path("run/exports"))
+            .map_or(true, |mut entries| entries.next().is_none())
     }
 
     /// Asserts that no export has left anything.
     pub fn is_clean(&self) {
-        assert!(self.is_empty(), "left behind: {:?}", tree(&self.path("run")));
+        assert!(
+            self.is_empty(),
+            "left behind: {:?}",
+            tree(&self.path("run"))
+        );
     }
 }
 
@@ -133,7 +165,10 @@ fn tree(path: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(path) else {
         return vec![path.to_owned()];
     };
-    entries.flatten().flat_map(|entry| tree(&entry.path())).collect()
+    entries
+        .flatten()
+        .flat_map(|entry| tree(&entry.path()))
+        .collect()
 }
 
 /// A server that runs; killed when dropped.
@@ -179,7 +214,12 @@ impl Server {
 
     fn log(&mut self) -> String {
         let mut log = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        self.child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut log)
+            .unwrap();
         log
     }
 
@@ -208,7 +248,11 @@ impl Drop for Server {
 
 fn field(status: &str, name: &str) -> u64 {
     let line = status.lines().find(|line| line.starts_with(name)).unwrap();
-    line[name.len()..].trim().trim_end_matches(" kB").parse().unwrap()
+    line[name.len()..]
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap()
 }
 
 fn wait(child: &mut Child, what: &str) -> std::process::ExitStatus {

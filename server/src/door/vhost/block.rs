@@ -49,7 +49,10 @@ pub(super) fn features(limits: &Limits) -> u64 {
         (limits.write_cache, VIRTIO_BLK_F_FLUSH),
         (limits.write_cache, VIRTIO_BLK_F_CONFIG_WCE),
         (limits.max_discard_bytes != 0, VIRTIO_BLK_F_DISCARD),
-        (limits.max_write_zeroes_bytes != 0, VIRTIO_BLK_F_WRITE_ZEROES),
+        (
+            limits.max_write_zeroes_bytes != 0,
+            VIRTIO_BLK_F_WRITE_ZEROES,
+        ),
         (limits.read_only, VIRTIO_BLK_F_RO),
     ] {
         if offered {
@@ -60,7 +63,13 @@ pub(super) fn features(limits: &Limits) -> u64 {
 }
 
 /// `len` bytes of the configuration space from `offset`; zeroes beyond what is in use.
-pub(super) fn config(limits: &Limits, queues: u16, writeback: bool, offset: u32, len: u32) -> Vec<u8> {
+pub(super) fn config(
+    limits: &Limits,
+    queues: u16,
+    writeback: bool,
+    offset: u32,
+    len: u32,
+) -> Vec<u8> {
     let block = limits.block_bytes;
     let sectors = |bytes: u64| {
         let bytes = bytes - bytes % u64::from(block);
@@ -235,11 +244,7 @@ impl Parts {
             })
     }
 
-    fn request(
-        &self,
-        list: &[MaybeUninit<Buffer>],
-        terms: Terms<'_>,
-    ) -> Result<Verdict, IoError> {
+    fn request(&self, list: &[MaybeUninit<Buffer>], terms: Terms<'_>) -> Result<Verdict, IoError> {
         if self.broken {
             return Err(IoError::Io);
         }
@@ -321,7 +326,12 @@ impl Parts {
         for buffer in self.buffers(list, self.out_count, self.in_count) {
             let take = id.len().min(buffer.iov_len);
             // SAFETY: the buffers of the list are mapped as long as the map that the caller holds.
-            unsafe { buffer.iov_base.cast::<u8>().copy_from_nonoverlapping(id.as_ptr(), take) };
+            unsafe {
+                buffer
+                    .iov_base
+                    .cast::<u8>()
+                    .copy_from_nonoverlapping(id.as_ptr(), take)
+            };
             id = &id[take..];
         }
         let copied = SERIAL_BYTES - id.len();
@@ -347,7 +357,11 @@ impl Parts {
             filled += take;
         }
         let sectors = u32_at(&segment, 8);
-        Ok((u64_at(&segment, 0), u64::from(sectors), u32_at(&segment, 12)))
+        Ok((
+            u64_at(&segment, 0),
+            u64::from(sectors),
+            u32_at(&segment, 12),
+        ))
     }
 
     fn buffers<'a>(
@@ -358,7 +372,9 @@ impl Parts {
     ) -> impl Iterator<Item = &'a Buffer> + use<'a> {
         debug_assert!(first + count <= self.out_count + self.in_count);
         // SAFETY: `gather` filled the first `out_count + in_count` entries.
-        list[first..first + count].iter().map(|entry| unsafe { entry.assume_init_ref() })
+        list[first..first + count]
+            .iter()
+            .map(|entry| unsafe { entry.assume_init_ref() })
     }
 }
 

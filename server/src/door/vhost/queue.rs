@@ -357,7 +357,10 @@ impl VhostQueues {
         }
         for _ in 0..count {
             self.turn %= count;
-            if self.vrings[self.turn].as_ref().is_some_and(|vring| vring.takes_chains()) {
+            if self.vrings[self.turn]
+                .as_ref()
+                .is_some_and(|vring| vring.takes_chains())
+            {
                 self.turn_left -= 1;
                 return Some(self.turn);
             }
@@ -524,7 +527,8 @@ impl DoorQueue for VhostQueues {
             return;
         }
         if completion.result <= 0 {
-            self.link.hang_up("the kick descriptor of a vring cannot be read");
+            self.link
+                .hang_up("the kick descriptor of a vring cannot be read");
             return;
         }
         if !vring.busy && !vring.broken {
@@ -570,7 +574,11 @@ impl DoorQueue for VhostQueues {
         };
         vring.in_flight -= 1;
         if !vring.broken {
-            let written_bytes = if outcome.is_ok() { taken.written_bytes } else { 1 };
+            let written_bytes = if outcome.is_ok() {
+                taken.written_bytes
+            } else {
+                1
+            };
             vring.queue.push_used(taken.head, written_bytes);
         }
     }

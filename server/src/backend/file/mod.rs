@@ -1,0 +1,122 @@
+//! A disk in a regular file or on a block device.
+//!
+//! | file        | tells                                                       |
+//! |-------------|-------------------------------------------------------------|
+//! | `open.rs`   | what the storage is, what it takes, who else has it          |
+//! | `queue.rs`  | one request from start to end, step by step                  |
+//! | `bounce.rs` | buffers for data that does not lie as `O_DIRECT` wants it    |
+
+mod bounce;
+mod open;
+mod queue;
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+pub use open::OpenError;
+pub use queue::FileQueue;
+
+use super::Backend;
+use crate::io::Ring;
+use crate::request::{Limits, Serial};
+
+/// How a file disk uses the host's page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Around it where the file system can, else through it.
+    #[default]
+    Auto,
+    /// Around it (`O_DIRECT`) or not at all.
+    Direct,
+    /// Through it.
+    Buffered,
+}
+
+/// Which file, and how.
+#[derive(Clone, Debug)]
+pub struct FileOptions {
+    /// A regular file or a block device.
+    pub path: PathBuf,
+    /// How the page cache is used.
+    pub cache: CacheMode,
+    /// Open it for reading only; writes are refused.
+    pub read_only: bool,
+    /// Logical block size to advertise; what the storage takes when there is none.
+    pub block_bytes: Option<u32>,
+    /// What the disk calls itself.
+    pub serial: Serial,
+}
+
+/// A disk in a file. Holds the file, and a lock on it, until the last queue is gone.
+#[derive(Debug)]
+pub struct File {
+    limits: Limits,
+    shared: Arc<Shared>,
+}
+
+/// What all queues of a file disk use.
+#[derive(Debug)]
+struct Shared {
+    file: fs::File,
+    is_device: bool,
+    alignment: Option<Alignment>,
+    /// What the storage turned out not to know; each is tried until then.
+    lacks: Lacks,
+}
+
+/// What `O_DIRECT` asks of a transfer. Both are powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Alignment {
+    /// Of addresses.
+    memory_bytes: usize,
+    /// Of lengths and positions.
+    block_bytes: usize,
+}
+
+#[derive(Debug, Default)]
+struct Lacks {
+    /// `RWF_DSYNC`.
+    forced_writes: AtomicBool,
+    /// `FALLOC_FL_PUNCH_HOLE`.
+    punch_hole: AtomicBool,
+    /// `FALLOC_FL_ZERO_RANGE`.
+    zero_range: AtomicBool,
+    /// `BLOCK_URING_CMD_DISCARD` (Linux 6.12).
+    discard_command: AtomicBool,
+}
+
+impl File {
+    /// Opens the file and finds out what it takes.
+    ///
+    /// # Errors
+    ///
+    /// One line that names the file, what is wrong and what to do.
+    pub fn open(options: FileOptions) -> Result<Self, OpenError> {
+        let (limits, shared) = open::open(options)?;
+        Ok(Self {
+            limits,
+            shared: Arc::new(shared),
+        })
+    }
+
+    /// Whether I/O goes around the page cache.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.shared.alignment.is_some()
+    }
+}
+
+impl Backend for File {
+    type Queue = FileQueue;
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn queue(&self, _ring: &mut Ring, slots: u32) -> io::Result<FileQueue> {
+        FileQueue::new(Arc::clone(&self.shared), slots)
+    }
+}

@@ -1,0 +1,368 @@
+//! Opening: what the storage is, what it takes, and that nobody else writes to it.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
+use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl, flock};
+use rustix::fs::{ioctl_blkpbszget, ioctl_blksszget};
+
+use super::bounce::Aligned;
+use super::{Alignment, CacheMode, FileOptions, Lacks, Shared};
+use crate::request::Limits;
+
+/// Block sizes that a disk may have.
+const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=4096;
+
+/// Largest disk: what the command line allows for the others.
+const MAX_DISK_BYTES: u64 = 16 << 40;
+
+/// Largest read or write that the doors offer.
+const MAX_IO_BYTES: u32 = 1 << 20;
+
+/// Largest discard: releasing storage takes file systems some time per gigabyte.
+const MAX_DISCARD_BYTES: u64 = 1 << 30;
+
+/// Largest write-zeroes: where the storage has no operation for it, this much is written.
+const MAX_WRITE_ZEROES_BYTES: u64 = 64 << 20;
+
+/// Why a file cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The system said no.
+    #[error("cannot open {}: {source}{}", .path.display(), hint(.source, *.read_only))]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Whether it was to be opened for reading only.
+        read_only: bool,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Not something with blocks in it.
+    #[error("{} is {what}: only regular files and block devices can be served", .path.display())]
+    Kind {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// Somebody else has it.
+    #[error("{} is in use by another process (a server, a mount, a virtual machine): stop that first", .0.display())]
+    InUse(PathBuf),
+    /// Too small to be a disk.
+    #[error("{} has {len_bytes} bytes, less than one block of {block_bytes}: enlarge it (truncate -s)", .path.display())]
+    TooSmall {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        len_bytes: u64,
+        /// The smallest disk.
+        block_bytes: u32,
+    },
+    /// Too large.
+    #[error("{} is larger than 16T, the largest disk served", .0.display())]
+    TooLarge(PathBuf),
+    /// `cache=direct` where the file system has no `O_DIRECT`.
+    #[error("{}: its file system cannot go around the page cache (O_DIRECT): use cache=auto or cache=buffered", .0.display())]
+    NotDirect(PathBuf),
+    /// `block-size` smaller than what the storage takes.
+    #[error("{}: its storage takes blocks of {needed_bytes} bytes, not {asked_bytes}: leave block-size out, or use cache=buffered", .path.display())]
+    BlockSize {
+        /// The file.
+        path: PathBuf,
+        /// What the storage takes.
+        needed_bytes: u32,
+        /// What was asked for.
+        asked_bytes: u32,
+    },
+}
+
+fn hint(error: &io::Error, read_only: bool) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only => {
+            " (it can perhaps be served --read-only)"
+        }
+        _ => "",
+    }
+}
+
+pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> {
+    let FileOptions {
+        path,
+        cache,
+        read_only,
+        block_bytes: asked_bytes,
+        serial,
+    } = options;
+    let failed = |source: io::Error| OpenError::Open {
+        path: path.clone(),
+        read_only,
+        source,
+    };
+    let mut file = open_file(&path, read_only)?;
+    let metadata = file.metadata().map_err(failed)?;
+    let is_device = metadata.file_type().is_block_device();
+    lock(&file, &path, read_only)?;
+    let alignment = choose_cache(&file, &path, cache).map_err(|error| match error {
+        Some(error) => failed(error),
+        None => OpenError::NotDirect(path.clone()),
+    })?;
+    let device = is_device.then(|| DeviceFacts::of(&file, metadata.rdev()));
+
+    let needed_bytes = match (alignment, &device) {
+        (Some(alignment), _) => u32::try_from(alignment.block_bytes).unwrap_or(u32::MAX),
+        (None, Some(device)) => device.logical_bytes,
+        (None, None) => *BLOCK_SIZES.start(),
+    };
+    let block_bytes = asked_bytes.unwrap_or(needed_bytes);
+    if block_bytes < needed_bytes || !BLOCK_SIZES.contains(&block_bytes) {
+        return Err(OpenError::BlockSize {
+            path,
+            needed_bytes,
+            asked_bytes: block_bytes,
+        });
+    }
+    // Works for block devices too, where the metadata say 0.
+    let len_bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    let capacity_bytes = len_bytes / u64::from(block_bytes) * u64::from(block_bytes);
+    if capacity_bytes == 0 {
+        return Err(OpenError::TooSmall {
+            path,
+            len_bytes,
+            block_bytes,
+        });
+    }
+    if capacity_bytes > MAX_DISK_BYTES {
+        return Err(OpenError::TooLarge(path));
+    }
+    if capacity_bytes != len_bytes {
+        tracing::warn!(
+            "{}: its last {} bytes are less than a block of {block_bytes} and are not served",
+            path.display(),
+            len_bytes - capacity_bytes
+        );
+    }
+    let physical_block_bytes = device.as_ref().map_or(4096, |device| device.physical_bytes);
+    let discards = !read_only
+        && match &device {
+            Some(device) => device.discards,
+            None => punches_holes(&file, len_bytes),
+        };
+    let limits = Limits {
+        capacity_bytes,
+        block_bytes,
+        physical_block_bytes: physical_block_bytes.max(block_bytes),
+        optimal_io_bytes: device.as_ref().map_or(0, |device| device.optimal_io_bytes),
+        max_io_bytes: MAX_IO_BYTES,
+        discard_granularity_bytes: device
+            .as_ref()
+            .map_or(4096, |device| device.discard_granularity_bytes)
+            .max(block_bytes),
+        max_discard_bytes: if discards { MAX_DISCARD_BYTES } else { 0 },
+        max_write_zeroes_bytes: if read_only { 0 } else { MAX_WRITE_ZEROES_BYTES },
+        read_only,
+        write_cache: true,
+        serial,
+    };
+    let shared = Shared {
+        file,
+        is_device,
+        alignment,
+        lacks: Lacks::default(),
+    };
+    Ok((limits, shared))
+}
+
+/// Opens without hanging on a FIFO, and refuses everything that is not made of blocks.
+fn open_file(path: &Path, read_only: bool) -> Result<fs::File, OpenError> {
+    let failed = |source: io::Error| OpenError::Open {
+        path: path.to_owned(),
+        read_only,
+        source,
+    };
+    let known = fs::metadata(path).map_err(failed)?;
+    check_kind(path, &known)?;
+    let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    if known.file_type().is_block_device() && !read_only {
+        // Refused when the device is mounted or claimed by another writer.
+        flags |= OFlags::EXCL;
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(i32::try_from(flags.bits()).unwrap_or(0))
+        .open(path)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::EBUSY) => OpenError::InUse(path.to_owned()),
+            _ => failed(error),
+        })?;
+    // It may have been replaced in between.
+    check_kind(path, &file.metadata().map_err(failed)?)?;
+    Ok(file)
+}
+
+fn check_kind(path: &Path, metadata: &fs::Metadata) -> Result<(), OpenError> {
+    let kind = metadata.file_type();
+    let what = if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    } else if kind.is_dir() {
+        "a directory"
+    } else if kind.is_char_device() {
+        "a character device"
+    } else if kind.is_fifo() {
+        "a FIFO"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "something else"
+    };
+    Err(OpenError::Kind {
+        path: path.to_owned(),
+        what,
+    })
+}
+
+/// One writer, or any number of readers.
+fn lock(file: &fs::File, path: &Path, read_only: bool) -> Result<(), OpenError> {
+    let operation = if read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    match flock(file, operation) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::InUse(path.to_owned())),
+        Err(error) => {
+            tracing::warn!(
+                "{}: cannot be locked: {error}; take care that nobody else writes to it",
+                path.display()
+            );
+            Ok(())
+        }
+    }
+}
+
+/// Switches to the cache mode that was asked for; the alignment it needs, if it is around the
+/// page cache. `Err(None)`: that cannot be had here.
+fn choose_cache(
+    file: &fs::File,
+    path: &Path,
+    cache: CacheMode,
+) -> Result<Option<Alignment>, Option<io::Error>> {
+    let system = |error: rustix::io::Errno| Some(error.into());
+    // Without O_NONBLOCK, which was for FIFOs: io_uring takes it seriously.
+    let plain = fcntl_getfl(file).map_err(system)? - OFlags::NONBLOCK;
+    if cache != CacheMode::Buffered {
+        if fcntl_setfl(file, plain | OFlags::DIRECT).is_ok()
+            && let Some(alignment) = direct_alignment(file).map_err(Some)?
+        {
+            return Ok(Some(alignment));
+        }
+        if cache == CacheMode::Direct {
+            return Err(None);
+        }
+        tracing::info!(
+            "{}: its file system cannot go around the page cache; going through it",
+            path.display()
+        );
+    }
+    fcntl_setfl(file, plain).map_err(system)?;
+    Ok(None)
+}
+
+/// What `O_DIRECT` asks for here: what the kernel says (`STATX_DIOALIGN`, Linux 6.1), confirmed by
+/// a read, or the smallest block that reads.
+fn direct_alignment(file: &fs::File) -> io::Result<Option<Alignment>> {
+    let said = rustix::fs::statx(
+        file,
+        "",
+        rustix::fs::AtFlags::EMPTY_PATH,
+        rustix::fs::StatxFlags::DIOALIGN,
+    )
+    .ok()
+    .filter(|said| said.stx_dio_offset_align != 0);
+    let mut candidates = vec![512, 1024, 2048, 4096];
+    let mut memory_bytes = 0;
+    if let Some(said) = said {
+        let block_bytes = said.stx_dio_offset_align.max(512);
+        candidates.retain(|candidate| *candidate >= block_bytes);
+        memory_bytes = said.stx_dio_mem_align;
+    }
+    let probe = Aligned::new(4096)?;
+    for block_bytes in candidates {
+        // SAFETY: `probe` has 4096 bytes and lives through the call.
+        let got = unsafe {
+            libc::pread(
+                file.as_raw_fd(),
+                probe.as_ptr().cast(),
+                block_bytes as usize,
+                0,
+            )
+        };
+        if got >= 0 {
+            return Ok(Some(Alignment {
+                // Where the kernel does not say, memory is held to the block size.
+                memory_bytes: if memory_bytes == 0 {
+                    block_bytes
+                } else {
+                    memory_bytes
+                } as usize,
+                block_bytes: block_bytes as usize,
+            }));
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::EINVAL) {
+            return Err(error);
+        }
+    }
+    Ok(None)
+}
+
+/// Whether holes can be punched: tried behind the end, where it changes nothing.
+fn punches_holes(file: &fs::File, len_bytes: u64) -> bool {
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let behind = len_bytes.next_multiple_of(4096);
+    fallocate(file, mode, behind, 4096).is_ok()
+}
+
+/// What a block device says about itself.
+struct DeviceFacts {
+    logical_bytes: u32,
+    physical_bytes: u32,
+    optimal_io_bytes: u32,
+    discards: bool,
+    discard_granularity_bytes: u32,
+}
+
+impl DeviceFacts {
+    fn of(file: &fs::File, device: u64) -> Self {
+        let logical_bytes = ioctl_blksszget(file).unwrap_or(512);
+        let physical_bytes = ioctl_blkpbszget(file).unwrap_or(logical_bytes);
+        let number = format!(
+            "/sys/dev/block/{}:{}",
+            rustix::fs::major(device),
+            rustix::fs::minor(device)
+        );
+        // A partition has no queue of its own; its disk, the folder above, has.
+        let folders = [format!("{number}/queue"), format!("{number}/../queue")];
+        let limit = |name: &str| -> u64 {
+            folders
+                .iter()
+                .find_map(|folder| fs::read_to_string(format!("{folder}/{name}")).ok())
+                .and_then(|text| text.trim().parse().ok())
+                .unwrap_or(0)
+        };
+        let small = |bytes: u64| u32::try_from(bytes).unwrap_or(0);
+        Self {
+            logical_bytes,
+            physical_bytes,
+            optimal_io_bytes: small(limit("optimal_io_size")),
+            discards: limit("discard_max_bytes") > 0,
+            discard_granularity_bytes: small(limit("discard_granularity")),
+        }
+    }
+}

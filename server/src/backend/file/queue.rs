@@ -1,0 +1,392 @@
+//! One request from start to end.
+//!
+//! Each request has one operation on the ring at a time. Between two of them its [`Step`] says what
+//! comes next, and what is left to do is what is left in the request: position, length and buffers
+//! move forward as the transfer does.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use io_uring::{opcode, squeue, types};
+
+use super::bounce::{Aligned, BOUNCE_BYTES, Pool, gather, scatter};
+use super::{Alignment, Shared};
+use crate::backend::BackendQueue;
+use crate::io::{Owner, Ring, Slot, Token};
+use crate::request::{IoError, Op, Progress, Request};
+
+/// `RWF_DSYNC`: this write is durable when it completes.
+const RWF_DSYNC: i32 = 0x2;
+
+/// `BLOCK_URING_CMD_DISCARD`, `_IO(0x12, 0)` (`include/uapi/linux/blkdev.h`).
+const DISCARD_COMMAND: u32 = 0x12 << 8;
+
+const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// Zeroes written at once where the storage has no operation for it.
+const ZERO_BYTES: usize = 1 << 20;
+
+/// What a request does next, or is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Step {
+    /// Nothing yet.
+    #[default]
+    Begin,
+    /// Data between the client's buffers and the file.
+    Transfer,
+    /// Data by way of this bounce buffer.
+    Bounce { number: usize },
+    /// `BLOCK_URING_CMD_DISCARD`.
+    DiscardCommand,
+    /// `FALLOC_FL_PUNCH_HOLE`; what comes if the storage cannot depends on the operation.
+    PunchHole,
+    /// `FALLOC_FL_ZERO_RANGE`.
+    ZeroRange,
+    /// Zeroes, written.
+    WriteZeroes,
+    /// `fdatasync`, the last step of whatever must be durable.
+    Sync,
+}
+
+/// One thread's access to a disk in a file.
+#[derive(Debug)]
+pub struct FileQueue {
+    shared: Arc<Shared>,
+    steps: Box<[Step]>,
+    bounce: Pool,
+    /// Never written to; mapped when first needed.
+    zeroes: Option<Aligned>,
+}
+
+impl FileQueue {
+    pub(super) fn new(shared: Arc<Shared>, slots: u32) -> io::Result<Self> {
+        Ok(Self {
+            shared,
+            steps: vec![Step::default(); slots as usize].into(),
+            bounce: Pool::new(),
+            zeroes: None,
+        })
+    }
+
+    fn lacks(&self, what: impl Fn(&super::Lacks) -> &AtomicBool) -> bool {
+        what(&self.shared.lacks).load(Ordering::Relaxed)
+    }
+
+    /// The first step of a request.
+    fn first_step(&mut self, request: &Request) -> Result<Option<Step>, IoError> {
+        Ok(Some(match request.op {
+            Op::Read | Op::Write { .. } => {
+                let aligned = self
+                    .shared
+                    .alignment
+                    .is_none_or(|alignment| is_aligned(request, alignment));
+                if aligned {
+                    Step::Transfer
+                } else {
+                    match self.bounce.take() {
+                        Ok(Some(number)) => Step::Bounce { number },
+                        Ok(None) => return Ok(None),
+                        Err(_) => return Err(IoError::Io),
+                    }
+                }
+            }
+            Op::Flush => Step::Sync,
+            Op::Discard if self.shared.is_device && !self.lacks(|l| &l.discard_command) => {
+                Step::DiscardCommand
+            }
+            Op::Discard | Op::WriteZeroes { unmap: true, .. } if !self.lacks(|l| &l.punch_hole) => {
+                Step::PunchHole
+            }
+            // A discard is a wish that nobody has to grant.
+            Op::Discard => return Err(IoError::Unsupported),
+            Op::WriteZeroes { .. } if !self.lacks(|l| &l.zero_range) => Step::ZeroRange,
+            Op::WriteZeroes { .. } => Step::WriteZeroes,
+        }))
+    }
+
+    /// Puts the operation of the slot's step on the ring.
+    fn submit(&mut self, ring: &mut Ring, slot: Slot, request: &Request) -> Progress {
+        let step = self.steps[slot as usize];
+        let Ok(sqe) = self.operation(step, request) else {
+            return self.end(slot, Err(IoError::Io));
+        };
+        let token = Token {
+            owner: Owner::Backend,
+            kind: 0,
+            index: slot,
+        };
+        // SAFETY: what the operation points to is the request's buffers and their list, valid until
+        // the request is finished (`Buffers::from_list`), or a bounce buffer or the zeroes, which
+        // this queue keeps until the thread has drained its ring.
+        match unsafe { ring.push(sqe, token) } {
+            Ok(()) => Progress::Pending,
+            Err(crate::io::Full) => Progress::Full,
+        }
+    }
+
+    fn operation(&mut self, step: Step, request: &Request) -> io::Result<squeue::Entry> {
+        let raw: RawFd = self.shared.file.as_raw_fd();
+        let fd = types::Fd(raw);
+        let (offset, len) = (request.offset_bytes, request.len_bytes);
+        let write_flags = if self.is_forced(request) {
+            RWF_DSYNC
+        } else {
+            0
+        };
+        Ok(match step {
+            Step::Begin => unreachable!("a request without a step"),
+            Step::Transfer => match (request.op, request.buffers.list()) {
+                (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), clamp(one.iov_len))
+                    .offset(offset)
+                    .build(),
+                (Op::Read, list) => opcode::Readv::new(fd, list.as_ptr(), clamp(list.len()))
+                    .offset(offset)
+                    .build(),
+                (_, [one]) => opcode::Write::new(fd, one.iov_base.cast(), clamp(one.iov_len))
+                    .offset(offset)
+                    .rw_flags(write_flags)
+                    .build(),
+                (_, list) => opcode::Writev::new(fd, list.as_ptr(), clamp(list.len()))
+                    .offset(offset)
+                    .rw_flags(write_flags)
+                    .build(),
+            },
+            Step::Bounce { number } => {
+                let memory = self.bounce.memory(number);
+                let piece = piece_bytes(len, BOUNCE_BYTES);
+                if request.op == Op::Read {
+                    opcode::Read::new(fd, memory, clamp(piece))
+                        .offset(offset)
+                        .build()
+                } else {
+                    // SAFETY: the request's buffers are mapped and hold `len` bytes at least; the
+                    // bounce buffer has room for a piece and is lent to this request.
+                    unsafe { gather(request.buffers.list(), memory, piece) };
+                    opcode::Write::new(fd, memory, clamp(piece))
+                        .offset(offset)
+                        .rw_flags(write_flags)
+                        .build()
+                }
+            }
+            Step::DiscardCommand => {
+                // The kernel takes the length from where `addr3` is, the first half of the command.
+                let mut command = [0; 16];
+                command[..8].copy_from_slice(&len.to_ne_bytes());
+                opcode::UringCmd16::new(fd, DISCARD_COMMAND)
+                    .addr(Some(offset))
+                    .cmd(command)
+                    .build()
+            }
+            Step::PunchHole => opcode::Fallocate::new(fd, len)
+                .offset(offset)
+                .mode(PUNCH_HOLE)
+                .build(),
+            Step::ZeroRange => opcode::Fallocate::new(fd, len)
+                .offset(offset)
+                .mode(ZERO_RANGE)
+                .build(),
+            Step::WriteZeroes => {
+                let zeroes = match &self.zeroes {
+                    Some(zeroes) => zeroes,
+                    None => self.zeroes.insert(Aligned::new(ZERO_BYTES)?),
+                };
+                let piece = piece_bytes(len, ZERO_BYTES);
+                opcode::Write::new(fd, zeroes.as_ptr(), clamp(piece))
+                    .offset(offset)
+                    .build()
+            }
+            Step::Sync => opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+        })
+    }
+
+    /// Whether a write goes out with `RWF_DSYNC`.
+    fn is_forced(&self, request: &Request) -> bool {
+        matches!(request.op, Op::Write { fua: true }) && !self.lacks(|l| &l.forced_writes)
+    }
+
+    /// The step after `step` was done with `result`. `Ok(None)`: the request is done.
+    fn next_step(
+        &mut self,
+        step: Step,
+        request: &mut Request,
+        result: i32,
+    ) -> Result<Option<Step>, IoError> {
+        if let Some(errno) = result.checked_neg().filter(|errno| *errno > 0) {
+            return self.after_error(step, request, errno).map(Some);
+        }
+        let moved = u64::try_from(result).unwrap_or(0);
+        match step {
+            Step::Begin => unreachable!("a completion for a request that was not begun"),
+            Step::Transfer | Step::Bounce { .. } => self.after_transfer(step, request, moved),
+            Step::WriteZeroes if moved == 0 => Err(IoError::Io),
+            Step::WriteZeroes => {
+                request.offset_bytes += moved;
+                request.len_bytes -= moved;
+                Ok(if request.len_bytes > 0 {
+                    Some(Step::WriteZeroes)
+                } else {
+                    after_zeroing(request)
+                })
+            }
+            Step::PunchHole | Step::ZeroRange => Ok(after_zeroing(request)),
+            Step::DiscardCommand | Step::Sync => Ok(None),
+        }
+    }
+
+    fn after_transfer(
+        &mut self,
+        step: Step,
+        request: &mut Request,
+        moved: u64,
+    ) -> Result<Option<Step>, IoError> {
+        let whole_blocks = match self.shared.alignment {
+            // Around the page cache only the end of the file cuts a block in two.
+            Some(alignment) => moved - moved % alignment.block_bytes as u64,
+            None => moved,
+        };
+        let reading = request.op == Op::Read;
+        if let Step::Bounce { number } = step
+            && reading
+        {
+            let len = usize::try_from(moved).unwrap_or(0);
+            // SAFETY: the kernel put `len` bytes into the bounce buffer, a piece at most; the
+            // request's buffers are mapped and as long as what is left of it.
+            unsafe { scatter(self.bounce.memory(number), request.buffers.list(), len) };
+        }
+        let at_end = moved == 0 || whole_blocks != moved;
+        // A block cut in two was read as far as it goes, and is written again as a whole.
+        let advance = if reading { moved } else { whole_blocks };
+        request.offset_bytes += advance;
+        request.len_bytes -= advance;
+        request
+            .buffers
+            .advance(usize::try_from(advance).unwrap_or(usize::MAX));
+        if request.len_bytes == 0 {
+            let fua = matches!(request.op, Op::Write { fua: true });
+            let durable = self.is_forced(request);
+            return Ok((fua && !durable).then_some(Step::Sync));
+        }
+        if reading && at_end {
+            // Somebody made the file shorter: what is not there reads as zeroes.
+            request.buffers.zero_fill();
+            return Ok(None);
+        }
+        if advance == 0 {
+            return Err(IoError::Io);
+        }
+        Ok(Some(step))
+    }
+
+    /// Another way to the same end, where the storage does not know the one that was tried.
+    fn after_error(&self, step: Step, request: &Request, errno: i32) -> Result<Step, IoError> {
+        let lacks = &self.shared.lacks;
+        let unknown = matches!(
+            errno,
+            libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS | libc::ENODEV
+        );
+        match (step, request.op) {
+            (step, _) if matches!(errno, libc::EINTR | libc::EAGAIN) => Ok(step),
+            (Step::Transfer | Step::Bounce { .. }, _)
+                if errno == libc::EOPNOTSUPP && self.is_forced(request) =>
+            {
+                lacks.forced_writes.store(true, Ordering::Relaxed);
+                Ok(step)
+            }
+            (Step::DiscardCommand, _) if unknown => {
+                lacks.discard_command.store(true, Ordering::Relaxed);
+                Ok(Step::PunchHole)
+            }
+            (Step::PunchHole, op) if unknown => {
+                lacks.punch_hole.store(true, Ordering::Relaxed);
+                match op {
+                    Op::Discard => Err(IoError::Unsupported),
+                    _ => Ok(Step::ZeroRange),
+                }
+            }
+            (Step::ZeroRange, _) if unknown => {
+                lacks.zero_range.store(true, Ordering::Relaxed);
+                Ok(Step::WriteZeroes)
+            }
+            _ => Err(IoError::from_errno(errno)),
+        }
+    }
+
+    fn end(&mut self, slot: Slot, outcome: Result<(), IoError>) -> Progress {
+        if let Step::Bounce { number } = std::mem::take(&mut self.steps[slot as usize]) {
+            self.bounce.give_back(number);
+        }
+        Progress::Done(outcome)
+    }
+}
+
+impl BackendQueue for FileQueue {
+    fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
+        if self.steps[slot as usize] == Step::Begin {
+            match self.first_step(request) {
+                Ok(Some(step)) => self.steps[slot as usize] = step,
+                Ok(None) => return Progress::Full,
+                // Nobody has to grant a discard; everything else must be told.
+                Err(IoError::Unsupported) if request.op == Op::Discard => {
+                    return Progress::Done(Ok(()));
+                }
+                Err(error) => return Progress::Done(Err(error)),
+            }
+        }
+        self.submit(ring, slot, request)
+    }
+
+    fn advance(
+        &mut self,
+        ring: &mut Ring,
+        slot: Slot,
+        request: &mut Request,
+        _kind: u16,
+        result: i32,
+    ) -> Progress {
+        let step = self.steps[slot as usize];
+        match self.next_step(step, request, result) {
+            Ok(Some(next)) => {
+                if let Step::Bounce { number } = step
+                    && next != step
+                {
+                    self.bounce.give_back(number);
+                }
+                self.steps[slot as usize] = next;
+                self.submit(ring, slot, request)
+            }
+            Ok(None) => self.end(slot, Ok(())),
+            Err(IoError::Unsupported) if request.op == Op::Discard => self.end(slot, Ok(())),
+            Err(error) => self.end(slot, Err(error)),
+        }
+    }
+}
+
+fn after_zeroing(request: &Request) -> Option<Step> {
+    matches!(request.op, Op::WriteZeroes { fua: true, .. }).then_some(Step::Sync)
+}
+
+/// Whether the buffers lie as `O_DIRECT` wants it.
+fn is_aligned(request: &Request, alignment: Alignment) -> bool {
+    request.buffers.list().iter().all(|buffer| {
+        (buffer.iov_base as usize).is_multiple_of(alignment.memory_bytes)
+            && buffer.iov_len.is_multiple_of(alignment.block_bytes)
+    })
+}
+
+fn piece_bytes(len_bytes: u64, most: usize) -> usize {
+    usize::try_from(len_bytes).unwrap_or(most).min(most)
+}
+
+/// A length for the kernel, which moves no more than this at once: short transfers are resumed.
+fn clamp(len: usize) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX).min(0x7fff_f000)
+}
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;
