@@ -124,7 +124,7 @@ fn a_socket_path_that_is_taken_is_refused() {
     lab.serve_fails(
         &["--vhost-socket", &long.display().to_string(), "mem:1M"],
         1,
-        &["long"],
+        &["shorter"],
     );
     lab.is_clean();
 }
