@@ -101,7 +101,10 @@ fn io_uring() -> Check {
 
 fn block_door() -> Check {
     let (verdict, finding) = match ublk::available() {
-        Ok(features) => (Verdict::Ok, format!("the driver offers {}", features.names().join(", "))),
+        Ok(features) => (
+            Verdict::Ok,
+            format!("the driver offers {}", features.names().join(", ")),
+        ),
         Err(why) => (
             Verdict::Warning,
             format!("{why} (the vhost door works without it)"),
@@ -194,7 +197,11 @@ fn dead_devices(clean: bool) -> Vec<Check> {
                     format!("/dev/ublkc{id} has no server; 'ublkup doctor --clean' removes it"),
                 ),
             };
-            Check { what, verdict, finding }
+            Check {
+                what,
+                verdict,
+                finding,
+            }
         })
         .collect()
 }

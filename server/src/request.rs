@@ -159,7 +159,7 @@ impl Buffers {
     }
 
     /// Moves the list forward past `done_bytes` transferred bytes.
-    pub fn advance(&mut self, mut done_bytes: usize) {
+    fn advance(&mut self, mut done_bytes: usize) {
         while self.count > 0 && done_bytes > 0 {
             // SAFETY: `first` points at the `count` valid entries of the list (`from_list`), which
             // this request alone may write.
@@ -197,8 +197,10 @@ pub struct Request {
     pub offset_bytes: u64,
     /// Length of the range; equals the length of the buffers where the operation has data.
     pub len_bytes: u64,
-    /// Where the data goes to or comes from.
+    /// Where the rest of the data goes to or comes from.
     pub buffers: Buffers,
+    /// How much of the range is behind us.
+    done_bytes: u64,
     armed: Armed,
 }
 
@@ -212,7 +214,38 @@ impl Request {
             offset_bytes: range.offset_bytes,
             len_bytes: range.len_bytes,
             buffers,
+            done_bytes: 0,
             armed: Armed,
+        }
+    }
+
+    /// Where the rest of the request begins on the disk.
+    #[must_use]
+    pub fn position_bytes(&self) -> u64 {
+        self.offset_bytes + self.done_bytes
+    }
+
+    /// How much is left of it.
+    #[must_use]
+    pub fn remaining_bytes(&self) -> u64 {
+        self.len_bytes - self.done_bytes
+    }
+
+    /// Puts `moved_bytes` of the range, and of the buffers if there are any, behind us.
+    ///
+    /// # Panics
+    ///
+    /// When that is more than is left.
+    pub fn advance(&mut self, moved_bytes: u64) {
+        assert!(
+            moved_bytes <= self.remaining_bytes(),
+            "more moved than asked for"
+        );
+        self.done_bytes += moved_bytes;
+        if self.op.has_data() {
+            // No truncation: it is no more than the buffers' length, which is a usize.
+            self.buffers
+                .advance(usize::try_from(moved_bytes).unwrap_or(usize::MAX));
         }
     }
 

@@ -1,7 +1,7 @@
 //! One request from start to end.
 //!
 //! Each request has one operation on the ring at a time. Between two of them its [`Step`] says what
-//! comes next, and what is left to do is what is left in the request: position, length and buffers
+//! comes next, and what is left to do is what is left of the request: its position and its buffers
 //! move forward as the transfer does.
 
 use std::io;
@@ -130,7 +130,7 @@ impl FileQueue {
     fn operation(&mut self, step: Step, request: &Request) -> io::Result<squeue::Entry> {
         let raw: RawFd = self.shared.file.as_raw_fd();
         let fd = types::Fd(raw);
-        let (offset, len) = (request.offset_bytes, request.len_bytes);
+        let (offset, len) = (request.position_bytes(), request.remaining_bytes());
         let write_flags = if self.is_forced(request) {
             RWF_DSYNC
         } else {
@@ -225,9 +225,8 @@ impl FileQueue {
             Step::Transfer | Step::Bounce { .. } => self.after_transfer(step, request, moved),
             Step::WriteZeroes if moved == 0 => Err(IoError::Io),
             Step::WriteZeroes => {
-                request.offset_bytes += moved;
-                request.len_bytes -= moved;
-                Ok(if request.len_bytes > 0 {
+                request.advance(moved);
+                Ok(if request.remaining_bytes() > 0 {
                     Some(Step::WriteZeroes)
                 } else {
                     after_zeroing(request)
