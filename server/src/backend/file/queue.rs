@@ -260,12 +260,8 @@ impl FileQueue {
         let at_end = moved == 0 || whole_blocks != moved;
         // A block cut in two was read as far as it goes, and is written again as a whole.
         let advance = if reading { moved } else { whole_blocks };
-        request.offset_bytes += advance;
-        request.len_bytes -= advance;
-        request
-            .buffers
-            .advance(usize::try_from(advance).unwrap_or(usize::MAX));
-        if request.len_bytes == 0 {
+        request.advance(advance);
+        if request.remaining_bytes() == 0 {
             let fua = matches!(request.op, Op::Write { fua: true });
             let durable = self.is_forced(request);
             return Ok((fua && !durable).then_some(Step::Sync));
