@@ -1,12 +1,12 @@
 //! The command line as a user meets it: what goes wrong gets one clear line and the right exit
 //! code, and leaves nothing behind; what goes right can be listed, looked at and stopped.
 
-mod common;
+mod serving;
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 
-use common::Lab;
+use serving::Lab;
 
 #[test]
 fn malformed_specs_are_wrong_usage() {
@@ -228,7 +228,7 @@ fn the_service_manager_is_told_when_the_server_is_ready() {
     let lab = Lab::new();
     let path = lab.path("notify");
     let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(common::LIMIT)).unwrap();
+    socket.set_read_timeout(Some(serving::LIMIT)).unwrap();
     let server = lab.serve_with(
         &["mem:1M"],
         &[("NOTIFY_SOCKET", &path.display().to_string())],

@@ -1,270 +1,457 @@
-//! A runtime directory of its own for each test, and servers in it.
+//! A driver that can be told to misbehave: guest memory, split rings and the vhost-user messages.
 
-use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::mpsc;
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use ublkup::backend::Backend;
+use ublkup::counters::Registry;
+use ublkup::door::vhost::{VhostConfig, VhostDoor};
+use ublkup::request::{Limits, Serial};
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
 
-/// How long anything may take here: generous, for slow machines.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub const VERSION_1: u64 = 1 << 32;
+pub const EVENT_IDX: u64 = 1 << 29;
+pub const INDIRECT: u64 = 1 << 28;
+pub const PROTOCOL: u64 = 1 << 30;
+pub const FLUSH: u64 = 1 << 9;
+pub const CONFIG_WCE: u64 = 1 << 11;
+pub const DISCARD: u64 = 1 << 13;
+pub const WRITE_ZEROES: u64 = 1 << 14;
+/// What an ordinary driver accepts.
+pub const USUAL: u64 = VERSION_1 | INDIRECT | PROTOCOL | FLUSH | CONFIG_WCE | DISCARD | WRITE_ZEROES;
 
-/// A folder with a runtime directory in it.
-pub struct Lab {
-    temp: tempfile::TempDir,
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const TABLE: u16 = 4;
+
+pub const T_IN: u32 = 0;
+pub const T_OUT: u32 = 1;
+pub const T_FLUSH: u32 = 4;
+pub const T_GET_ID: u32 = 8;
+pub const T_DISCARD: u32 = 11;
+pub const T_WRITE_ZEROES: u32 = 13;
+
+pub const OK: u8 = 0;
+pub const IOERR: u8 = 1;
+pub const UNSUPP: u8 = 2;
+/// What a status byte holds before the device writes it.
+pub const UNTOUCHED: u8 = 0xaa;
+
+/// Guest memory of every driver here.
+pub const MEMORY_BYTES: u64 = 4 << 20;
+/// Where the driver claims to have its memory mapped.
+pub const USER_BASE: u64 = 0x7000_0000_0000;
+/// Where test data may be put: rings are below.
+pub const DATA: u64 = 1 << 20;
+
+/// How long anything may take.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub fn limits(capacity_bytes: u64) -> Limits {
+    Limits {
+        capacity_bytes,
+        block_bytes: 512,
+        physical_block_bytes: 4096,
+        optimal_io_bytes: 0,
+        max_io_bytes: 1 << 20,
+        discard_granularity_bytes: 4096,
+        max_discard_bytes: 1 << 30,
+        max_write_zeroes_bytes: 1 << 30,
+        read_only: false,
+        write_cache: true,
+        serial: Serial::new("serial-of-20-letters").unwrap(),
+    }
 }
 
-impl Lab {
-    /// An empty one.
+/// A directory that goes away, with a name nobody else has.
+pub struct Scratch(pub PathBuf);
+
+impl Scratch {
     pub fn new() -> Self {
-        Self {
-            temp: tempfile::tempdir().unwrap(),
-        }
-    }
-
-    /// A path in the folder.
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.temp.path().join(name)
-    }
-
-    /// An image of zeroes in the folder.
-    pub fn image(&self, name: &str, len_bytes: u64) -> PathBuf {
-        let path = self.path(name);
-        std::fs::File::create(&path)
-            .unwrap()
-            .set_len(len_bytes)
-            .unwrap();
-        path
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ublkup"));
-        command
-            .args(args)
-            .env("UBLKUP_RUNTIME_DIR", self.path("run"))
-            .env_remove("UBLKUP_LOG")
-            .stdin(Stdio::null());
-        command
-    }
-
-    fn output(&self, args: &[&str]) -> Output {
-        let mut child = self
-            .command(args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let status = wait(&mut child, &args.join(" "));
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        child
-            .stdout
-            .take()
-            .unwrap()
-            .read_to_end(&mut stdout)
-            .unwrap();
-        child
-            .stderr
-            .take()
-            .unwrap()
-            .read_to_end(&mut stderr)
-            .unwrap();
-        Output {
-            status,
-            stdout,
-            stderr,
-        }
-    }
-
-    /// Runs a command that must succeed; what it prints.
-    pub fn ok(&self, args: &[&str]) -> String {
-        let output = self.output(args);
-        assert!(output.status.success(), "{args:?}: {output:?}");
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// Runs a command that must fail with `code` and one line that has all of `words`.
-    pub fn fails(&self, args: &[&str], code: i32, words: &[&str]) {
-        let output = self.output(args);
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
-        let lines: Vec<_> = stderr
-            .lines()
-            .filter(|line| line.starts_with("ublkup: "))
-            .collect();
-        assert_eq!(lines.len(), 1, "{args:?}: {stderr}");
-        for word in words {
-            assert!(
-                lines[0].contains(word),
-                "{args:?}: no '{word}' in: {stderr}"
-            );
-        }
-        assert!(!stderr.contains("panicked"), "{stderr}");
-    }
-
-    /// As [`Lab::fails`], for `serve`.
-    pub fn serve_fails(&self, args: &[&str], code: i32, words: &[&str]) {
-        self.fails(&[&["serve"], args].concat(), code, words);
-    }
-
-    /// Starts a server and waits until it is ready.
-    pub fn serve(&self, args: &[&str]) -> Server {
-        self.serve_with(args, &[])
-    }
-
-    /// As [`Lab::serve`], with more in the environment.
-    pub fn serve_with(&self, args: &[&str], env: &[(&str, &str)]) -> Server {
-        let mut command = self.command(&[&["serve"], args].concat());
-        command.envs(env.iter().copied());
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let stdout = child.stdout.take().unwrap();
-        let (lines, seen) = mpsc::channel();
-        // A thread, because a read has no time limit; it ends with the server.
-        std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                if lines.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        let mut server = Server { child };
-        loop {
-            match seen.recv_timeout(LIMIT) {
-                Ok(line) if line == "ready" => return server,
-                Ok(_) => {}
-                Err(_) => {
-                    let _ = server.child.kill();
-                    panic!("{args:?} is not ready: {}", server.log());
-                }
-            }
-        }
-    }
-
-    /// Whether no export has left anything.
-    pub fn is_empty(&self) -> bool {
-        std::fs::read_dir(self.path("run/exports"))
-            .map_or(true, |mut entries| entries.next().is_none())
-    }
-
-    /// Asserts that no export has left anything.
-    pub fn is_clean(&self) {
-        assert!(
-            self.is_empty(),
-            "left behind: {:?}",
-            tree(&self.path("run"))
-        );
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("ublkup-test-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
     }
 }
 
-fn tree(path: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(path) else {
-        return vec![path.to_owned()];
-    };
-    entries
-        .flatten()
-        .flat_map(|entry| tree(&entry.path()))
-        .collect()
-}
-
-/// A server that runs; killed when dropped.
-pub struct Server {
-    child: Child,
-}
-
-impl Server {
-    /// Its process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Stops it as a service manager would; it must end well. What it logged.
-    pub fn stop(self) -> String {
-        let (code, log) = self.end();
-        assert_eq!(code, Some(0), "{log}");
-        log
-    }
-
-    /// Stops it as a service manager would: exit code and log.
-    pub fn end(mut self) -> (Option<i32>, String) {
-        self.signal(Signal::TERM);
-        let status = wait(&mut self.child, "the server");
-        (status.code(), self.log())
-    }
-
-    /// Waits for it to end by itself.
-    pub fn wait(mut self) -> Option<i32> {
-        wait(&mut self.child, "the server").code()
-    }
-
-    /// Kills it with SIGKILL.
-    pub fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = Pid::from_child(&self.child);
-        kill_process(pid, signal).unwrap();
-    }
-
-    fn log(&mut self) -> String {
-        let mut log = String::new();
-        self.child
-            .stderr
-            .take()
-            .unwrap()
-            .read_to_string(&mut log)
-            .unwrap();
-        log
-    }
-
-    /// Context switches of all its threads so far.
-    pub fn switches(&self) -> u64 {
-        std::fs::read_dir(format!("/proc/{}/task", self.pid()))
-            .unwrap()
-            .map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap())
-            .map(|status| field(&status, "voluntary_ctxt_switches:"))
-            .sum()
-    }
-
-    /// Resident memory.
-    pub fn resident_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        field(&status, "VmRSS:")
-    }
-}
-
-impl Drop for Server {
+impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        std::fs::remove_dir_all(&self.0).unwrap();
     }
 }
 
-fn field(status: &str, name: &str) -> u64 {
-    let line = status.lines().find(|line| line.starts_with(name)).unwrap();
-    line[name.len()..]
-        .trim()
-        .trim_end_matches(" kB")
-        .parse()
-        .unwrap()
+/// A door with its directory and counters.
+pub struct House {
+    pub door: VhostDoor,
+    pub counters: Arc<Registry>,
+    pub scratch: Scratch,
 }
 
-fn wait(child: &mut Child, what: &str) -> std::process::ExitStatus {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status;
+impl House {
+    pub fn new<B: Backend>(disk: B, queue_threads: u16) -> Self {
+        let scratch = Scratch::new();
+        let counters = Arc::new(Registry::default());
+        let config = VhostConfig {
+            name: "test".into(),
+            socket: scratch.0.join("s"),
+            queue_threads,
+        };
+        let door = VhostDoor::start(config, Arc::new(disk), Arc::clone(&counters)).unwrap();
+        Self {
+            door,
+            counters,
+            scratch,
         }
-        if Instant::now() > deadline {
-            let _ = child.kill();
-            panic!("{what} does not end");
+    }
+
+    pub fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.door.path()).unwrap()
+    }
+
+    /// Waits until all sessions are gone.
+    pub fn wait_empty(&self) {
+        eventually("the sessions end", || self.door.sessions().is_empty());
+    }
+}
+
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "it did not happen that {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Guest memory, mapped twice: here and in the server.
+pub struct Memory {
+    pub file: File,
+    base: *mut u8,
+}
+
+// SAFETY: the mapping belongs to the value; all access is raw or atomic.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    pub fn new() -> Self {
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&file, MEMORY_BYTES).unwrap();
+        let len = usize::try_from(MEMORY_BYTES).unwrap();
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { mmap(ptr::null_mut(), len, prot, MapFlags::SHARED, &file, 0) };
+        Self {
+            file,
+            base: base.unwrap().cast(),
         }
-        std::thread::sleep(Duration::from_millis(5));
+    }
+
+    pub fn at(&self, address: u64, len: usize) -> *mut u8 {
+        assert!(address + len as u64 <= MEMORY_BYTES);
+        self.base.wrapping_add(usize::try_from(address).unwrap())
+    }
+
+    pub fn put(&self, address: u64, bytes: &[u8]) {
+        // SAFETY: `at` checked the range; nothing else in this process refers to the memory.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(address, bytes.len()), bytes.len()) };
+    }
+
+    pub fn get(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        // SAFETY: as for `put`.
+        unsafe { ptr::copy_nonoverlapping(self.at(address, len), bytes.as_mut_ptr(), len) };
+        bytes
+    }
+
+    pub fn byte(&self, address: u64) -> u8 {
+        // SAFETY: as for `put`.
+        unsafe { self.at(address, 1).read_volatile() }
+    }
+
+    pub fn word(&self, address: u64) -> &AtomicU16 {
+        // SAFETY: mapped as long as `self`, aligned by the callers, only accessed atomically.
+        unsafe { AtomicU16::from_ptr(self.at(address, 2).cast()) }
+    }
+
+    pub fn descriptor(&self, table: u64, index: u16, (address, len, flags, next): Raw) {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&next.to_le_bytes());
+        self.put(table + 16 * u64::from(index), &bytes);
+    }
+
+    pub fn region(&self) -> VhostUserMemoryRegionInfo {
+        self.part(0, MEMORY_BYTES)
+    }
+
+    /// A region for a part of the memory.
+    pub fn part(&self, from: u64, len: u64) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: from,
+            memory_size: len,
+            userspace_addr: USER_BASE + from,
+            mmap_offset: from,
+            mmap_handle: self.file.as_raw_fd(),
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: nobody uses the mapping after the value.
+        unsafe { munmap(self.base.cast(), usize::try_from(MEMORY_BYTES).unwrap()) }.unwrap();
+    }
+}
+
+/// Address, length, flags, next.
+pub type Raw = (u64, u32, u16, u16);
+
+/// A ring on the driver's side. Its parts are at `base`, spaced for the largest size used here.
+pub struct Vring {
+    pub index: usize,
+    pub size: u16,
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+    pub next_available: u16,
+    pub next_used: u16,
+    pub kick: EventFd,
+    pub call: EventFd,
+    pub error: EventFd,
+    pub event_index: bool,
+    pub kicks: u64,
+}
+
+impl Vring {
+    pub fn new(index: usize, size: u16) -> Self {
+        let base = 0x1_0000 * (index as u64);
+        Self {
+            index,
+            size,
+            descriptors: base,
+            available: base + 0x8000,
+            used: base + 0xa000,
+            next_available: 0,
+            next_used: 0,
+            kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            error: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            event_index: false,
+            kicks: 0,
+        }
+    }
+
+    /// Makes a chain available without telling.
+    pub fn offer(&mut self, memory: &Memory, head: u16) {
+        let entry = u64::from(self.next_available % self.size);
+        memory.word(self.available + 4 + 2 * entry).store(head, Ordering::Relaxed);
+        self.next_available = self.next_available.wrapping_add(1);
+        memory.word(self.available + 2).store(self.next_available, Ordering::Release);
+    }
+
+    /// Kicks if the device wants it, as it was after `old` (the index before the offers).
+    pub fn kick_if_wanted(&mut self, memory: &Memory, old: u16) {
+        fence(Ordering::SeqCst);
+        let wanted = if self.event_index {
+            let at = self.used + 4 + 8 * u64::from(self.size);
+            let event = memory.word(at).load(Ordering::Relaxed);
+            let new = self.next_available;
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            memory.word(self.used).load(Ordering::Relaxed) & 1 == 0
+        };
+        if wanted {
+            self.kicks += 1;
+            self.kick.write(1).unwrap();
+        }
+    }
+
+    pub fn used_index(&self, memory: &Memory) -> u16 {
+        memory.word(self.used + 2).load(Ordering::Acquire)
+    }
+
+    /// The next used entry if there is one: head and length.
+    pub fn reap(&mut self, memory: &Memory) -> Option<(u32, u32)> {
+        if self.used_index(memory) == self.next_used {
+            return None;
+        }
+        let entry = u64::from(self.next_used % self.size);
+        let bytes = memory.get(self.used + 4 + 8 * entry, 8);
+        self.next_used = self.next_used.wrapping_add(1);
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        Some((word(0), word(4)))
+    }
+
+    /// Sleeps until the device has returned something, woken by nothing but its notification.
+    pub fn wait(&mut self, memory: &Memory) -> (u32, u32) {
+        loop {
+            if self.event_index {
+                let at = self.available + 4 + 2 * u64::from(self.size);
+                memory.word(at).store(self.next_used, Ordering::Relaxed);
+                fence(Ordering::SeqCst);
+            }
+            if let Some(entry) = self.reap(memory) {
+                return entry;
+            }
+            assert!(readable(&self.call, PATIENCE), "no notification came");
+            self.call.read().unwrap();
+        }
+    }
+}
+
+pub fn readable(fd: &EventFd, limit: Duration) -> bool {
+    // SAFETY: the descriptor stays open during the borrow.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+    let limit = Timespec::try_from(limit).unwrap();
+    poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&limit)).unwrap() > 0
+}
+
+/// A driver with one connection.
+pub struct Driver {
+    pub frontend: Frontend,
+    pub memory: Memory,
+    pub features: u64,
+    pub vrings: Vec<Vring>,
+}
+
+impl Driver {
+    /// Negotiates and shares memory; starts nothing.
+    pub fn connect(stream: UnixStream, features: u64) -> Self {
+        let mut frontend = Frontend::from_stream(stream, 256);
+        frontend.set_owner().unwrap();
+        let offered = frontend.get_features().unwrap();
+        assert_eq!(features & !offered, 0, "the device offers {offered:#x}");
+        let protocol = frontend.get_protocol_features().unwrap();
+        frontend.set_protocol_features(protocol).unwrap();
+        assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        frontend.set_features(features).unwrap();
+        let memory = Memory::new();
+        frontend.set_mem_table(&[memory.region()]).unwrap();
+        Self {
+            frontend,
+            memory,
+            features,
+            vrings: Vec::new(),
+        }
+    }
+
+    /// Connects and starts one vring of 128.
+    pub fn running(stream: UnixStream, features: u64) -> Self {
+        let mut driver = Self::connect(stream, features);
+        driver.add_vring(128);
+        driver
+    }
+
+    pub fn add_vring(&mut self, size: u16) {
+        let mut vring = Vring::new(self.vrings.len(), size);
+        vring.event_index = self.features & EVENT_IDX != 0;
+        self.vrings.push(vring);
+        self.start(self.vrings.len() - 1, 0);
+    }
+
+    pub fn start(&mut self, index: usize, base: u16) {
+        let vring = &self.vrings[index];
+        let frontend = &mut self.frontend;
+        frontend.set_vring_num(index, vring.size).unwrap();
+        frontend.set_vring_base(index, base).unwrap();
+        let addresses = VringConfigData {
+            queue_max_size: vring.size,
+            queue_size: vring.size,
+            flags: 0,
+            desc_table_addr: USER_BASE + vring.descriptors,
+            used_ring_addr: USER_BASE + vring.used,
+            avail_ring_addr: USER_BASE + vring.available,
+            log_addr: None,
+        };
+        frontend.set_vring_addr(index, &addresses).unwrap();
+        frontend.set_vring_kick(index, &vring.kick).unwrap();
+        frontend.set_vring_call(index, &vring.call).unwrap();
+        frontend.set_vring_err(index, &vring.error).unwrap();
+        frontend.set_vring_enable(index, true).unwrap();
+    }
+
+    /// Writes descriptors 0… of a vring as one chain and offers it.
+    pub fn submit_on(&mut self, index: usize, first: u16, chain: &[(u64, u32, u16)]) {
+        let vring = &mut self.vrings[index];
+        for (at, &(address, len, flags)) in (first..).zip(chain) {
+            let last = usize::from(at - first) + 1 == chain.len();
+            let flags = if last { flags } else { flags | NEXT };
+            self.memory
+                .descriptor(vring.descriptors, at, (address, len, flags, at + 1));
+        }
+        let old = vring.next_available;
+        vring.offer(&self.memory, first);
+        vring.kick_if_wanted(&self.memory, old);
+    }
+
+    /// Writes a header at `address`.
+    pub fn header(&self, address: u64, kind: u32, sector: u64) {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.memory.put(address, &header);
+    }
+
+    /// One ordinary request on vring 0: status and used length. Data is at `DATA + 4096`.
+    pub fn request(&mut self, kind: u32, sector: u64, data: &[(u32, u16)]) -> (u8, u32) {
+        self.prepare(kind, sector, data);
+        let (head, len) = self.vrings[0].wait(&self.memory);
+        assert_eq!(head, 0);
+        (self.memory.byte(DATA + 16), len)
+    }
+
+    /// Offers one ordinary request on vring 0.
+    pub fn prepare(&mut self, kind: u32, sector: u64, data: &[(u32, u16)]) {
+        self.header(DATA, kind, sector);
+        self.memory.put(DATA + 16, &[UNTOUCHED]);
+        let mut chain = vec![(DATA, 16, 0)];
+        let mut at = DATA + 4096;
+        for &(len, flags) in data {
+            chain.push((at, len, flags));
+            at += u64::from(len);
+        }
+        chain.push((DATA + 16, 1, WRITE));
+        self.submit_on(0, 0, &chain);
+    }
+
+    pub fn write(&mut self, sector: u64, bytes: &[u8]) -> u8 {
+        self.memory.put(DATA + 4096, bytes);
+        let len = u32::try_from(bytes.len()).unwrap();
+        self.request(T_OUT, sector, &[(len, 0)]).0
+    }
+
+    pub fn read(&mut self, sector: u64, len: usize) -> (u8, Vec<u8>) {
+        let length = u32::try_from(len).unwrap();
+        let (status, _) = self.request(T_IN, sector, &[(length, WRITE)]);
+        (status, self.memory.get(DATA + 4096, len))
+    }
+
+    /// A discard or write-zeroes of one segment.
+    pub fn segment(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+        let mut segment = [0; 16];
+        segment[..8].copy_from_slice(&sector.to_le_bytes());
+        segment[8..12].copy_from_slice(&sectors.to_le_bytes());
+        segment[12..].copy_from_slice(&flags.to_le_bytes());
+        self.memory.put(DATA + 4096, &segment);
+        self.request(kind, 0, &[(16, 0)]).0
     }
 }

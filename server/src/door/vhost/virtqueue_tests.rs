@@ -1,1 +1,261 @@
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
+use super::*;
+use crate::door::vhost::memory::tests::memfd;
+use crate::door::vhost::memory::{Region, RegionAddress};
+
+const USER: u64 = 0x5000_0000;
+const DESCRIPTORS: u64 = 0;
+const AVAILABLE: u64 = 0x1000;
+const USED: u64 = 0x2000;
+
+/// A ring of 8 in a memory file; the file is the driver's view.
+struct Bench {
+    file: File,
+    map: MemoryMap,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let file = memfd(0x4000);
+        let address = RegionAddress {
+            guest: 0,
+            len_bytes: 0x4000,
+            user: USER,
+        };
+        let region = Region::map(address, &file, 0).unwrap();
+        let map = MemoryMap::new(vec![region]).unwrap();
+        Self { file, map }
+    }
+
+    fn queue(&self, event_index: bool, base: u16) -> Virtqueue {
+        let options = RingOptions {
+            size: 8,
+            event_index,
+            indirect: true,
+        };
+        Virtqueue::new(options, addresses(), base, &self.map).unwrap()
+    }
+
+    fn set(&self, at: u64, value: u16) {
+        self.file.write_all_at(&value.to_le_bytes(), at).unwrap();
+    }
+
+    fn get(&self, at: u64) -> u16 {
+        let mut bytes = [0; 2];
+        self.file.read_exact_at(&mut bytes, at).unwrap();
+        u16::from_le_bytes(bytes)
+    }
+
+    fn descriptor(&self, table: u64, index: u64, address: u64, len: u32, flags: u16, next: u16) {
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        self.file.write_all_at(&bytes, table + 16 * index).unwrap();
+    }
+
+    fn walk(&self, queue: &Virtqueue, head: u16) -> Result<Vec<(u64, u32, bool)>, ChainError> {
+        let step = |found: Result<Descriptor, _>| {
+            found.map(|d| (d.address, d.len_bytes, d.is_writable()))
+        };
+        queue.chain(head, &self.map).map(step).collect()
+    }
+}
+
+fn addresses() -> RingAddresses {
+    RingAddresses {
+        descriptors: USER + DESCRIPTORS,
+        available: USER + AVAILABLE,
+        used: USER + USED,
+    }
+}
+
+#[test]
+fn chains_are_taken_in_order_and_across_the_wrap_of_the_index() {
+    let bench = Bench::new();
+    let mut queue = bench.queue(true, 65533);
+    bench.set(AVAILABLE + 2, 65533);
+    assert_eq!(queue.pop(), Ok(None));
+    for (n, head) in [5u16, 1, 7, 0].into_iter().enumerate() {
+        let index = 65533u16.wrapping_add(u16::try_from(n).unwrap());
+        bench.set(AVAILABLE + 4 + 2 * u64::from(index % 8), head);
+    }
+    bench.set(AVAILABLE + 2, 1);
+    let heads: Vec<_> = std::iter::from_fn(|| queue.pop().unwrap()).collect();
+    assert_eq!(heads, [5, 1, 7, 0]);
+    assert_eq!(queue.next_available(), 1);
+}
+
+#[test]
+fn a_broken_available_ring_is_told_from_an_empty_one() {
+    let bench = Bench::new();
+    bench.set(AVAILABLE + 2, 9);
+    assert_eq!(bench.queue(false, 0).pop(), Err(RingError::AvailableIndex));
+    bench.set(AVAILABLE + 2, 65535);
+    assert_eq!(bench.queue(false, 0).pop(), Err(RingError::AvailableIndex));
+    bench.set(AVAILABLE + 2, 8);
+    bench.set(AVAILABLE + 4, 8);
+    assert_eq!(bench.queue(false, 0).pop(), Err(RingError::Head));
+    bench.set(AVAILABLE + 4, 7);
+    assert_eq!(bench.queue(false, 0).pop(), Ok(Some(7)));
+}
+
+#[test]
+fn rings_that_are_no_rings_are_refused() {
+    let bench = Bench::new();
+    let try_ring = |size, addresses| {
+        let options = RingOptions {
+            size,
+            event_index: true,
+            indirect: true,
+        };
+        Virtqueue::new(options, addresses, 0, &bench.map).err()
+    };
+    let good = addresses();
+    assert_eq!(try_ring(8, good), None);
+    assert_eq!(try_ring(0, good), Some(RingError::Size));
+    assert_eq!(try_ring(7, good), Some(RingError::Size));
+    for descriptors in [USER + 8, USER + 0x4000 - 16, USER - 16, 0, u64::MAX & !15] {
+        let bad = RingAddresses { descriptors, ..good };
+        assert_eq!(try_ring(8, bad), Some(RingError::Address), "{descriptors:#x}");
+    }
+    for available in [USER + 1, USER + 0x3ffe, u64::MAX - 1] {
+        let bad = RingAddresses { available, ..good };
+        assert_eq!(try_ring(8, bad), Some(RingError::Address), "{available:#x}");
+    }
+    for used in [USER + 2, USER + 0x3ffc, 0] {
+        let bad = RingAddresses { used, ..good };
+        assert_eq!(try_ring(8, bad), Some(RingError::Address), "{used:#x}");
+    }
+}
+
+#[test]
+fn chains_are_followed_through_the_ring_and_an_indirect_table() {
+    let bench = Bench::new();
+    let queue = bench.queue(false, 0);
+    bench.descriptor(DESCRIPTORS, 3, 0x3000, 16, FLAG_NEXT, 6);
+    bench.descriptor(DESCRIPTORS, 6, 0x3101, 32, FLAG_INDIRECT, 0);
+    bench.descriptor(0x3101, 0, 0x3800, 4, FLAG_NEXT | FLAG_WRITE, 1);
+    bench.descriptor(0x3101, 1, 0x3900, 1, FLAG_WRITE, 9);
+    let expected = vec![(0x3000, 16, false), (0x3800, 4, true), (0x3900, 1, true)];
+    assert_eq!(bench.walk(&queue, 3), Ok(expected));
+}
+
+#[test]
+fn chains_that_lead_nowhere_end_with_an_error() {
+    type Case = (&'static str, u64, u32, u16, u16, ChainError);
+    let table = 0x3100;
+    let cases: [Case; 9] = [
+        ("points to itself", 0x3000, 1, FLAG_NEXT, 0, ChainError::TooLong),
+        ("next outside the table", 0x3000, 1, FLAG_NEXT, 8, ChainError::Next),
+        ("empty table", table, 0, FLAG_INDIRECT, 0, ChainError::Indirect),
+        ("part of a descriptor", table, 24, FLAG_INDIRECT, 0, ChainError::Indirect),
+        ("absurd length", table, u32::MAX & !15, FLAG_INDIRECT, 0, ChainError::Indirect),
+        ("outside memory", 0x9000, 16, FLAG_INDIRECT, 0, ChainError::Indirect),
+        ("wraps around", u64::MAX - 8, 16, FLAG_INDIRECT, 0, ChainError::Indirect),
+        ("continued", table, 16, FLAG_INDIRECT | FLAG_NEXT, 1, ChainError::Indirect),
+        ("nested", table, 16, FLAG_INDIRECT, 0, ChainError::Indirect),
+    ];
+    let bench = Bench::new();
+    let queue = bench.queue(false, 0);
+    bench.descriptor(table, 0, table, 16, FLAG_INDIRECT, 0);
+    for (what, address, len, flags, next, error) in cases {
+        bench.descriptor(DESCRIPTORS, 0, address, len, flags, next);
+        assert_eq!(bench.walk(&queue, 0), Err(error), "{what}");
+    }
+    // A loop inside a table, and a next outside it.
+    bench.descriptor(DESCRIPTORS, 0, table, 32, FLAG_INDIRECT, 0);
+    bench.descriptor(table, 0, 0x3000, 1, FLAG_NEXT, 1);
+    bench.descriptor(table, 1, 0x3000, 1, FLAG_NEXT, 0);
+    assert_eq!(bench.walk(&queue, 0), Err(ChainError::TooLong));
+    bench.descriptor(DESCRIPTORS, 0, table, 48, FLAG_INDIRECT, 0);
+    bench.descriptor(table, 1, 0x3000, 1, FLAG_NEXT, 3);
+    assert_eq!(bench.walk(&queue, 0), Err(ChainError::Next));
+    // Not negotiated.
+    let options = RingOptions {
+        size: 8,
+        event_index: false,
+        indirect: false,
+    };
+    let queue = Virtqueue::new(options, addresses(), 0, &bench.map).unwrap();
+    assert_eq!(bench.walk(&queue, 0), Err(ChainError::Indirect));
+}
+
+#[test]
+fn used_entries_appear_when_they_are_published_and_go_on_where_the_ring_stood() {
+    let bench = Bench::new();
+    bench.set(USED + 2, 65535);
+    let mut queue = bench.queue(false, 65535);
+    queue.push_used(3, 0x1_0001);
+    queue.push_used(4, 7);
+    assert_eq!(bench.get(USED + 2), 65535);
+    assert!(queue.has_unpublished() && queue.publish() && !queue.has_unpublished());
+    assert_eq!(bench.get(USED + 2), 1);
+    let entry = |n: u64| [0, 2, 4].map(|word| bench.get(USED + 4 + 8 * n + word));
+    assert_eq!((entry(7), entry(0)), ([3, 0, 1], [4, 0, 7]));
+}
+
+#[test]
+fn drivers_that_want_no_notification_get_none() {
+    let bench = Bench::new();
+    let mut queue = bench.queue(false, 0);
+    bench.set(AVAILABLE, AVAIL_NO_INTERRUPT);
+    queue.push_used(0, 0);
+    assert!(!queue.publish());
+    bench.set(AVAILABLE, 0);
+    queue.push_used(0, 0);
+    assert!(queue.publish());
+}
+
+#[test]
+fn the_event_index_is_obeyed_across_the_wrap_at_65535() {
+    let bench = Bench::new();
+    for (from, count, event, notified) in [
+        (10u16, 1u16, 10u16, true),
+        (10, 1, 11, false),
+        (10, 1, 9, false),
+        (10, 3, 12, true),
+        (10, 3, 13, false),
+        (65534, 3, 65535, true),
+        (65534, 3, 0, true),
+        (65534, 3, 1, false),
+        (65534, 3, 65533, false),
+        (65535, 1, 65535, true),
+        (65535, 1, 0, false),
+    ] {
+        bench.set(USED + 2, from.wrapping_sub(1));
+        let mut queue = bench.queue(true, 0);
+        bench.set(AVAILABLE + 4 + 16, from.wrapping_add(100));
+        queue.push_used(0, 0);
+        assert!(queue.publish(), "the first time is always notified");
+        bench.set(AVAILABLE + 4 + 16, event);
+        for _ in 0..count {
+            queue.push_used(0, 0);
+        }
+        assert_eq!(queue.publish(), notified, "{count} from {from}, event {event}");
+    }
+}
+
+#[test]
+fn what_arrives_before_kicks_are_on_is_not_missed() {
+    for event_index in [false, true] {
+        let bench = Bench::new();
+        let mut queue = bench.queue(event_index, 65535);
+        bench.set(AVAILABLE + 2, 65535);
+        queue.disable_kicks();
+        assert_eq!(queue.pop(), Ok(None));
+        assert!(!queue.enable_kicks());
+        if event_index {
+            assert_eq!(bench.get(USED + 4 + 64), 65535);
+        } else {
+            assert_eq!(bench.get(USED), 0);
+        }
+        queue.disable_kicks();
+        assert_eq!(bench.get(USED), u16::from(!event_index));
+        bench.set(AVAILABLE + 2, 0);
+        assert!(queue.enable_kicks(), "one came between the look and the sleep");
+        assert_eq!(queue.pop(), Ok(Some(0)));
+    }
+}

@@ -1,0 +1,102 @@
+//! Disks that do what a test wants.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+
+use io_uring::{opcode, types};
+use ublkup::backend::{Backend, BackendQueue};
+use ublkup::io::{Owner, Ring, Slot, Token};
+use ublkup::request::{Limits, Op, Progress, Request};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Remembers what it was asked for.
+pub struct Recorder {
+    pub limits: Limits,
+    pub seen: Arc<Mutex<Vec<Op>>>,
+}
+
+pub struct RecorderQueue(Arc<Mutex<Vec<Op>>>);
+
+impl Backend for Recorder {
+    type Queue = RecorderQueue;
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<RecorderQueue> {
+        Ok(RecorderQueue(Arc::clone(&self.seen)))
+    }
+}
+
+impl BackendQueue for RecorderQueue {
+    fn start(&mut self, _ring: &mut Ring, _slot: Slot, request: &mut Request) -> Progress {
+        self.0.lock().unwrap().push(request.op);
+        Progress::Done(Ok(()))
+    }
+
+    fn advance(&mut self, _: &mut Ring, _: Slot, _: &mut Request, _: u16, _: i32) -> Progress {
+        unreachable!("nothing is put on the ring")
+    }
+}
+
+/// Fills reads with `0x5a`, but only when the gate lets one through.
+pub struct Gated {
+    pub limits: Limits,
+    /// A semaphore: each unit lets one request through.
+    pub gate: Arc<EventFd>,
+}
+
+pub struct GatedQueue {
+    gate: Arc<EventFd>,
+    counts: Box<[u64]>,
+}
+
+impl Backend for Gated {
+    type Queue = GatedQueue;
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn queue(&self, _ring: &mut Ring, slots: u32) -> io::Result<GatedQueue> {
+        Ok(GatedQueue {
+            gate: Arc::clone(&self.gate),
+            counts: vec![0; slots as usize].into(),
+        })
+    }
+}
+
+impl BackendQueue for GatedQueue {
+    fn start(&mut self, ring: &mut Ring, slot: Slot, _request: &mut Request) -> Progress {
+        let fd = types::Fd(self.gate.as_raw_fd());
+        let count = std::ptr::from_mut(&mut self.counts[slot as usize]);
+        let token = Token {
+            owner: Owner::Backend,
+            kind: 0,
+            index: slot,
+        };
+        // SAFETY: the thread drains its ring before it drops the queue.
+        match unsafe { ring.push(opcode::Read::new(fd, count.cast(), 8).build(), token) } {
+            Ok(()) => Progress::Pending,
+            Err(_) => Progress::Full,
+        }
+    }
+
+    fn advance(
+        &mut self,
+        _ring: &mut Ring,
+        _slot: Slot,
+        request: &mut Request,
+        _kind: u16,
+        result: i32,
+    ) -> Progress {
+        assert_eq!(result, 8, "the gate is an eventfd");
+        for buffer in request.buffers.list() {
+            // SAFETY: the door keeps the buffers mapped until the request is finished.
+            unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0x5a, buffer.iov_len) };
+        }
+        Progress::Done(Ok(()))
+    }
+}

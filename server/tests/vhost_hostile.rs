@@ -1,0 +1,500 @@
+//! Drivers that break the rules: each gets the right status, and nobody else notices.
+
+mod common;
+
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
+
+use common::*;
+use ublkup::backend::Memory as MemoryDisk;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Where a chain's status byte is, in all cases here.
+const STATUS: u64 = DATA + 16;
+const BUFFER: u64 = DATA + 4096;
+const TABLE_AT: u64 = DATA + 0x1_0000;
+const SECTORS: u64 = (1 << 20) / 512;
+
+/// A good session beside the bad ones; the disk is read-only so that both may be there.
+struct Pair {
+    house: House,
+    good: Driver,
+}
+
+const READ_ONLY: u64 = VERSION_1 | PROTOCOL | INDIRECT | FLUSH | CONFIG_WCE | DISCARD | WRITE_ZEROES;
+
+impl Pair {
+    fn new() -> Self {
+        let mut limits = limits(1 << 20);
+        limits.read_only = true;
+        let house = House::new(MemoryDisk::new(limits).unwrap(), 1);
+        let good = Driver::running(house.connect(), READ_ONLY);
+        Self { house, good }
+    }
+
+    fn bad(&self) -> Driver {
+        Driver::running(self.house.connect(), READ_ONLY)
+    }
+
+    fn check_good(&mut self) {
+        assert_eq!(self.good.read(0, 4096).0, OK);
+    }
+}
+
+/// Offers what is in the ring from descriptor 0; returns status byte and used length.
+fn run(driver: &mut Driver) -> (u8, u32) {
+    driver.memory.put(STATUS, &[UNTOUCHED]);
+    let vring = &mut driver.vrings[0];
+    let old = vring.next_available;
+    vring.offer(&driver.memory, 0);
+    vring.kick_if_wanted(&driver.memory, old);
+    let (head, len) = vring.wait(&driver.memory);
+    assert_eq!(head, 0);
+    (driver.memory.byte(STATUS), len)
+}
+
+fn writable_disk() -> House {
+    House::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1)
+}
+
+#[test]
+fn chains_that_are_malformed_are_returned_with_an_error() {
+    let header = (DATA, 16, NEXT, 1);
+    let status = (STATUS, 1, WRITE, 0);
+    // Descriptors of the ring, those of an indirect table, and what must come back.
+    type Case = (&'static str, Vec<Raw>, Vec<Raw>, u8, u32);
+    let cases: Vec<Case> = vec![
+        (
+            "data beyond the end of memory",
+            vec![header, (MEMORY_BYTES - 512, 1024, NEXT | WRITE, 2), status],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "data at the end of the address space",
+            vec![header, (u64::MAX - 100, 512, NEXT | WRITE, 2), status],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "data of almost four gigabytes",
+            vec![header, (BUFFER, u32::MAX, NEXT | WRITE, 2), status],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "header outside memory",
+            vec![(MEMORY_BYTES, 16, NEXT, 1), status],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "header too short",
+            vec![(DATA, 15, NEXT, 1), (BUFFER, 512, NEXT | WRITE, 2), status],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "no header",
+            vec![(BUFFER, 512, NEXT | WRITE, 1), status],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "readable after writable",
+            vec![
+                header,
+                (BUFFER, 512, NEXT | WRITE, 2),
+                (BUFFER, 512, NEXT, 3),
+                status,
+            ],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "a read into a readable buffer",
+            vec![header, (BUFFER, 512, NEXT, 2), status],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "a zero-length descriptor in between",
+            vec![
+                header,
+                (BUFFER, 0, NEXT | WRITE, 2),
+                (BUFFER, 512, NEXT | WRITE, 3),
+                status,
+            ],
+            vec![],
+            OK,
+            513,
+        ),
+        (
+            "nothing but zero-length data",
+            vec![header, (u64::MAX, 0, NEXT | WRITE, 2), status],
+            vec![],
+            OK,
+            1,
+        ),
+        (
+            "a zero-length status",
+            vec![header, (STATUS, 0, WRITE, 0)],
+            vec![],
+            UNTOUCHED,
+            0,
+        ),
+        ("no room for a status", vec![(DATA, 16, 0, 0)], vec![], UNTOUCHED, 0),
+        (
+            "a status outside memory",
+            vec![header, (MEMORY_BYTES, 1, WRITE, 0)],
+            vec![],
+            UNTOUCHED,
+            0,
+        ),
+        ("a loop of one", vec![(DATA, 16, NEXT, 0)], vec![], UNTOUCHED, 0),
+        (
+            "a loop over the status",
+            vec![header, (STATUS, 1, NEXT | WRITE, 1)],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "next out of range",
+            vec![header, (STATUS, 1, NEXT | WRITE, 128)],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "next far out of range",
+            vec![(DATA, 16, NEXT, u16::MAX)],
+            vec![],
+            UNTOUCHED,
+            0,
+        ),
+        (
+            "half a sector",
+            vec![header, (BUFFER, 256, NEXT | WRITE, 2), status],
+            vec![],
+            IOERR,
+            1,
+        ),
+        (
+            "an indirect table of length 0",
+            vec![(TABLE_AT, 0, TABLE, 0)],
+            vec![],
+            UNTOUCHED,
+            0,
+        ),
+        (
+            "an indirect table of no whole number of descriptors",
+            vec![(TABLE_AT, 33, TABLE, 0)],
+            vec![(DATA, 16, NEXT, 1), status],
+            UNTOUCHED,
+            0,
+        ),
+        (
+            "an indirect table of absurd length",
+            vec![(0, 0xffff_fff0, TABLE, 0)],
+            vec![],
+            UNTOUCHED,
+            0,
+        ),
+        (
+            "an indirect table outside memory",
+            vec![(MEMORY_BYTES - 16, 64, TABLE, 0)],
+            vec![],
+            UNTOUCHED,
+            0,
+        ),
+        (
+            "an indirect table that wraps around",
+            vec![(u64::MAX - 15, 64, TABLE, 0)],
+            vec![],
+            UNTOUCHED,
+            0,
+        ),
+        (
+            "an indirect table in an indirect table",
+            vec![(TABLE_AT, 48, TABLE, 0)],
+            vec![header, (STATUS, 1, WRITE | NEXT, 2), (TABLE_AT, 32, TABLE, 0)],
+            IOERR,
+            1,
+        ),
+        (
+            "an indirect table with a next",
+            vec![(TABLE_AT, 32, TABLE | NEXT, 1), status],
+            vec![header, status],
+            UNTOUCHED,
+            0,
+        ),
+        (
+            "a loop in an indirect table",
+            vec![(TABLE_AT, 32, TABLE, 0)],
+            vec![header, (STATUS, 1, WRITE | NEXT, 1)],
+            IOERR,
+            1,
+        ),
+        (
+            "next out of an indirect table",
+            vec![(TABLE_AT, 32, TABLE, 0)],
+            vec![header, (STATUS, 1, WRITE | NEXT, 2)],
+            IOERR,
+            1,
+        ),
+    ];
+    let mut pair = Pair::new();
+    let mut bad = pair.bad();
+    for (what, ring, table, status, len) in cases {
+        bad.header(DATA, T_IN, 0);
+        for (index, descriptor) in (0..).zip(ring) {
+            bad.memory.descriptor(bad.vrings[0].descriptors, index, descriptor);
+        }
+        for (index, descriptor) in (0..).zip(table) {
+            bad.memory.descriptor(TABLE_AT, index, descriptor);
+        }
+        assert_eq!(run(&mut bad), (status, len), "{what}");
+        // The same session goes on, and so does the other one.
+        assert_eq!(bad.read(0, 512).0, OK, "after {what}");
+    }
+    pair.check_good();
+}
+
+#[test]
+fn more_buffers_than_a_request_can_have_are_an_error() {
+    let house = writable_disk();
+    let mut driver = Driver::running(house.connect(), USUAL);
+    for (count, expected) in [(200u16, OK), (900, IOERR)] {
+        driver.header(DATA, T_IN, 0);
+        driver.memory.descriptor(TABLE_AT, 0, (DATA, 16, NEXT, 1));
+        for n in 1..=count {
+            // Two apart, so that they cannot be joined.
+            let at = BUFFER + 1024 * u64::from(n % 16);
+            driver.memory.descriptor(TABLE_AT, n, (at, 512, WRITE | NEXT, n + 1));
+        }
+        driver.memory.descriptor(TABLE_AT, count + 1, (STATUS, 1, WRITE, 0));
+        let table = (TABLE_AT, u32::from(count + 2) * 16, TABLE, 0);
+        driver.memory.descriptor(driver.vrings[0].descriptors, 0, table);
+        assert_eq!(run(&mut driver).0, expected, "{count} buffers");
+    }
+}
+
+#[test]
+fn requests_outside_the_disk_and_of_unknown_kinds_get_the_right_status() {
+    let house = writable_disk();
+    let mut driver = Driver::running(house.connect(), USUAL);
+    let read = [(1024, WRITE)];
+    let write = [(1024, 0)];
+    let cases: [(u32, u64, &[(u32, u16)], u8); 16] = [
+        (T_IN, SECTORS - 2, &read, OK),
+        (T_IN, SECTORS - 1, &read, IOERR),
+        (T_IN, SECTORS, &read, IOERR),
+        (T_IN, u64::MAX, &read, IOERR),
+        (T_IN, u64::MAX - 1, &read, IOERR),
+        (T_IN, 1 << 55, &read, IOERR),
+        (T_OUT, SECTORS - 2, &write, OK),
+        (T_OUT, SECTORS - 1, &write, IOERR),
+        (T_OUT, u64::MAX, &write, IOERR),
+        (T_OUT, 0, &read, IOERR),
+        (T_IN, 0, &write, IOERR),
+        (T_FLUSH, u64::MAX, &[], OK),
+        (T_GET_ID, 0, &[], IOERR),
+        (2, 0, &[], UNSUPP),
+        (14, 0, &[(512, 0)], UNSUPP),
+        (u32::MAX, 0, &[(512, WRITE)], UNSUPP),
+    ];
+    for (kind, sector, data, expected) in cases {
+        let (status, _) = driver.request(kind, sector, data);
+        assert_eq!(status, expected, "type {kind} at {sector} with {data:?}");
+    }
+    assert_eq!(house.counters.totals().errors, 12);
+}
+
+#[test]
+fn discards_and_write_zeroes_with_flags_or_ranges_nobody_offered_are_refused() {
+    let house = writable_disk();
+    let mut driver = Driver::running(house.connect(), USUAL);
+    let total = u32::try_from(SECTORS).unwrap();
+    for (kind, sector, sectors, flags, expected) in [
+        (T_DISCARD, 0, 8, 0, OK),
+        (T_DISCARD, 0, 0, 0, OK),
+        (T_DISCARD, 0, 8, 1, UNSUPP),
+        (T_DISCARD, 0, 8, 2, UNSUPP),
+        (T_DISCARD, SECTORS, 1, 0, IOERR),
+        (T_DISCARD, 0, total + 1, 0, IOERR),
+        (T_DISCARD, u64::MAX, 1, 0, IOERR),
+        (T_DISCARD, 1, u32::MAX, 0, IOERR),
+        (T_WRITE_ZEROES, 0, total, 0, OK),
+        (T_WRITE_ZEROES, 0, 8, 1, OK),
+        (T_WRITE_ZEROES, 0, 8, 2, UNSUPP),
+        (T_WRITE_ZEROES, 0, 8, 0x8000_0001, UNSUPP),
+        (T_WRITE_ZEROES, SECTORS - 1, 2, 0, IOERR),
+        (T_WRITE_ZEROES, u64::MAX - 1, 2, 1, IOERR),
+    ] {
+        let status = driver.segment(kind, sector, sectors, flags);
+        assert_eq!(status, expected, "type {kind}: {sector}+{sectors} flags {flags:#x}");
+    }
+    for (data, expected) in [
+        (vec![], IOERR),
+        (vec![(15, 0)], IOERR),
+        (vec![(17, 0)], IOERR),
+        (vec![(16, 0), (16, WRITE)], IOERR),
+        (vec![(32, 0)], UNSUPP),
+        (vec![(16, 0), (16, 0)], UNSUPP),
+    ] {
+        for kind in [T_DISCARD, T_WRITE_ZEROES] {
+            assert_eq!(driver.request(kind, 0, &data).0, expected, "{kind} {data:?}");
+        }
+    }
+    // The segment in two pieces is fine.
+    driver.memory.put(BUFFER, &[0; 16]);
+    assert_eq!(driver.request(T_DISCARD, 0, &[(7, 0), (9, 0)]).0, OK);
+    // Offered, but not accepted by this driver.
+    drop(driver);
+    let features = USUAL & !(DISCARD | WRITE_ZEROES);
+    let mut plain = Driver::running(house.connect(), features);
+    assert_eq!(plain.segment(T_DISCARD, 0, 8, 0), UNSUPP);
+    assert_eq!(plain.segment(T_WRITE_ZEROES, 0, 8, 0), UNSUPP);
+}
+
+#[test]
+fn a_broken_ring_is_reported_and_its_session_goes_on() {
+    let mut pair = Pair::new();
+    for broken_head in [false, true] {
+        let mut bad = pair.bad();
+        bad.add_vring(64);
+        let vring = &mut bad.vrings[0];
+        if broken_head {
+            vring.offer(&bad.memory, 128);
+        } else {
+            bad.memory.word(vring.available + 2).store(129, Ordering::Release);
+        }
+        vring.kick.write(1).unwrap();
+        assert!(readable(&vring.error, PATIENCE), "the error descriptor says so");
+        assert_eq!(vring.used_index(&bad.memory), 0);
+        // The other vring of the same thread still serves.
+        bad.header(DATA, T_IN, 0);
+        let chain = [(DATA, 16, 0), (BUFFER, 512, WRITE), (STATUS, 1, WRITE)];
+        bad.submit_on(1, 0, &chain);
+        assert_eq!(bad.vrings[1].wait(&bad.memory), (0, 513));
+        assert_eq!(bad.frontend.get_vring_base(0).unwrap(), 0);
+        pair.check_good();
+    }
+}
+
+#[test]
+fn messages_that_make_no_sense_end_the_session_and_nothing_else() {
+    let mut pair = Pair::new();
+    type Attack = (&'static str, fn(&mut Driver) -> bool);
+    let attacks: [Attack; 12] = [
+        ("features not offered", |d| d.frontend.set_features(1 << 27).is_err()),
+        ("a vring too many", |d| d.frontend.set_vring_base(256, 0).is_err()),
+        ("features while running", |d| d.frontend.set_features(PROTOCOL).is_err()),
+        ("a size while running", |d| d.frontend.set_vring_num(0, 64).is_err()),
+        ("a size of no power of two", |d| d.frontend.set_vring_num(1, 100).is_err()),
+        ("a regular file as kick", |d| {
+            let file = std::fs::File::open("/proc/self/exe").unwrap();
+            signal(d, file.as_raw_fd())
+        }),
+        ("a memory file as kick", |d| {
+            let file = d.memory.file.as_raw_fd();
+            signal(d, file)
+        }),
+        ("memory that overlaps", |d| {
+            d.frontend.set_mem_table(&[d.memory.region(), d.memory.part(4096, 4096)]).is_err()
+        }),
+        ("memory beyond its file", |d| {
+            let mut region = d.memory.part(0, MEMORY_BYTES);
+            region.mmap_offset = 4096;
+            d.frontend.set_mem_table(&[region]).is_err()
+        }),
+        ("memory in a file that cannot be written", |d| {
+            let file = std::fs::File::open("/proc/self/exe").unwrap();
+            let mut region = d.memory.part(0, 4096);
+            region.mmap_handle = file.as_raw_fd();
+            d.frontend.set_mem_table(&[region]).is_err()
+        }),
+        ("a ring outside memory", |d| ring_at(d, USER_BASE + MEMORY_BYTES - 64)),
+        ("a ring at no address", |d| ring_at(d, u64::MAX - 15)),
+    ];
+    for (what, attack) in attacks {
+        let mut bad = pair.bad();
+        assert!(attack(&mut bad), "{what} was taken");
+        eventually("the session ends", || pair.house.door.sessions().len() == 1);
+        pair.check_good();
+    }
+    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 64], &[1, 0, 0, 0, 1]] {
+        let mut stream = pair.house.connect();
+        stream.write_all(garbage).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        eventually("the session ends", || pair.house.door.sessions().len() == 1);
+        pair.check_good();
+    }
+}
+
+/// Gives a descriptor as the kick of vring 1.
+fn signal(driver: &mut Driver, fd: i32) -> bool {
+    // SAFETY: a duplicate is ours to own.
+    let fd = unsafe { <EventFd as std::os::fd::FromRawFd>::from_raw_fd(libc::dup(fd)) };
+    driver.frontend.set_vring_kick(1, &fd).is_err()
+}
+
+/// Sets up vring 1 with its descriptor table at a bad address.
+fn ring_at(driver: &mut Driver, address: u64) -> bool {
+    let frontend: &mut Frontend = &mut driver.frontend;
+    let addresses = VringConfigData {
+        queue_max_size: 64,
+        queue_size: 64,
+        flags: 0,
+        desc_table_addr: address,
+        used_ring_addr: USER_BASE + 0x1_a000,
+        avail_ring_addr: USER_BASE + 0x1_8000,
+        log_addr: None,
+    };
+    frontend.set_vring_num(1, 64).unwrap();
+    frontend.set_vring_addr(1, &addresses).unwrap();
+    let kick = EventFd::new(0).unwrap();
+    frontend.set_vring_kick(1, &kick).unwrap();
+    frontend.set_vring_enable(1, true).is_err()
+}
+
+#[test]
+fn a_kick_pipe_whose_writer_is_gone_ends_the_session_instead_of_spinning() {
+    let mut pair = Pair::new();
+    let mut bad = Driver::connect(pair.house.connect(), READ_ONLY);
+    let (reader, writer) = std::io::pipe().unwrap();
+    // SAFETY: the descriptor is handed over.
+    let kick = unsafe {
+        <EventFd as std::os::fd::FromRawFd>::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(reader))
+    };
+    let vring = Vring::new(0, 64);
+    let addresses = VringConfigData {
+        queue_max_size: 64,
+        queue_size: 64,
+        flags: 0,
+        desc_table_addr: USER_BASE,
+        used_ring_addr: USER_BASE + vring.used,
+        avail_ring_addr: USER_BASE + vring.available,
+        log_addr: None,
+    };
+    bad.frontend.set_vring_num(0, 64).unwrap();
+    bad.frontend.set_vring_addr(0, &addresses).unwrap();
+    bad.frontend.set_vring_kick(0, &kick).unwrap();
+    bad.frontend.set_vring_enable(0, true).unwrap();
+    assert_eq!(pair.house.door.sessions().len(), 2);
+    drop(writer);
+    eventually("the session ends", || pair.house.door.sessions().len() == 1);
+    pair.check_good();
+}
