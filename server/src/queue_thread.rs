@@ -83,7 +83,8 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
     pub fn run(mut self) -> io::Result<()> {
         let result = self.serve();
         // Whoever owned a buffer may free it only after the kernel let go of it.
-        if !self.ring.drain(DRAIN_LIMIT) {
+        let abandoned = self.door.abandons_operations().then_some(Owner::Door);
+        if !self.ring.drain(DRAIN_LIMIT, abandoned) {
             tracing::error!(
                 operations = self.ring.in_flight(),
                 "the kernel still holds buffers of a queue thread that ends; they are leaked"

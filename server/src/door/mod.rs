@@ -50,6 +50,12 @@ pub trait DoorQueue {
     /// Returns what the thread does next. A door that returns [`Next::Sleep`] has made sure that
     /// whatever arrives from now on completes an operation on the ring.
     fn end_batch(&mut self, ring: &mut Ring) -> Next;
+
+    /// Whether the door leaves what it still has on the ring to the kernel when the thread ends,
+    /// because no cancellation reaches it. It then leaks the memory that these operations point to.
+    fn abandons_operations(&self) -> bool {
+        false
+    }
 }
 
 /// What a queue thread does after a round.

@@ -29,6 +29,8 @@ pub struct Ring {
     uring: IoUring,
     flavour: &'static str,
     in_flight: usize,
+    /// Of these, the ones that each owner has; indexed by [`Owner`].
+    in_flight_by_owner: [usize; 4],
     /// Counted for `stat`: `io_uring_enter` calls.
     enters: u64,
 }
@@ -68,6 +70,7 @@ impl Ring {
             uring,
             flavour,
             in_flight: 0,
+            in_flight_by_owner: [0; 4],
             enters: 0,
         })
     }
@@ -95,6 +98,7 @@ impl Ring {
             unsafe { self.uring.submission().push(&sqe) }.map_err(|_| Full)?;
         }
         self.in_flight += 1;
+        self.in_flight_by_owner[token.owner as usize] += 1;
         Ok(())
     }
 
@@ -166,11 +170,13 @@ impl Ring {
     pub fn reap(&mut self, out: &mut Vec<Completion>) {
         let room = out.capacity() - out.len();
         for cqe in self.uring.completion().take(room) {
+            let token = Token::decode(cqe.user_data());
             if !cqueue::more(cqe.flags()) {
                 self.in_flight -= 1;
+                self.in_flight_by_owner[token.owner as usize] -= 1;
             }
             out.push(Completion {
-                token: Token::decode(cqe.user_data()),
+                token,
                 result: cqe.result(),
                 flags: cqe.flags(),
             });
@@ -195,14 +201,16 @@ impl Ring {
         self.enters
     }
 
-    /// Cancels everything and reaps until nothing is under way, or until `limit`.
+    /// Cancels everything and reaps until nothing is under way, or until `limit`. Operations of
+    /// `abandoned` are submitted but not waited for: the kernel ends them when the ring closes.
     ///
-    /// Returns whether the ring is empty. If it is not, memory that operations point to must not
-    /// be freed.
-    pub fn drain(&mut self, limit: Duration) -> bool {
+    /// Returns whether that was reached. If not, memory that operations point to must not be freed.
+    pub fn drain(&mut self, limit: Duration, abandoned: Option<Owner>) -> bool {
         let deadline = Instant::now() + limit;
         let mut reaped = Vec::with_capacity(64);
-        while self.in_flight > 0 {
+        // What was pushed last may be an answer that a client waits for.
+        let _ = self.uring.submit();
+        while self.awaited(abandoned) > 0 {
             let _ = self.uring.submit();
             // Nothing to cancel is no error here: the loop asks the count, not this call.
             let _ = self
@@ -217,7 +225,11 @@ impl Ring {
             reaped.clear();
             self.reap(&mut reaped);
         }
-        self.in_flight == 0
+        self.awaited(abandoned) == 0
+    }
+
+    fn awaited(&self, abandoned: Option<Owner>) -> usize {
+        self.in_flight - abandoned.map_or(0, |owner| self.in_flight_by_owner[owner as usize])
     }
 
     /// The ring itself, for registering files and buffers.
@@ -298,7 +310,7 @@ mod tests {
         assert_eq!(out.len(), 1);
         // SAFETY: as above.
         assert_eq!(unsafe { ring.push(nop(), token(0)) }, Ok(()));
-        assert!(ring.drain(Duration::from_secs(10)));
+        assert!(ring.drain(Duration::from_secs(10), None));
     }
 
     #[test]
@@ -313,6 +325,19 @@ mod tests {
         );
         // SAFETY: `word` lives until the ring is drained.
         unsafe { ring.push(sqe.build(), token(1)) }.unwrap();
-        assert!(ring.drain(Duration::from_secs(10)));
+        assert!(ring.drain(Duration::from_secs(10), None));
+    }
+
+    #[test]
+    fn draining_does_not_wait_for_an_owner_that_abandoned_its_operations() {
+        let mut ring = Ring::new(8).unwrap();
+        // A timeout that ends when the ring does; a cancellation would end it, so nobody asks.
+        let long = Box::new(types::Timespec::from(Duration::from_secs(3600)));
+        let sqe = opcode::Timeout::new(std::ptr::from_ref(&*long)).build();
+        // SAFETY: the kernel copies the time when it takes the entry, before `long` is dropped.
+        unsafe { ring.push(sqe, token(1)) }.unwrap();
+        assert!(ring.drain(Duration::ZERO, Some(Owner::Door)));
+        assert_eq!(ring.in_flight(), 1);
+        assert!(!ring.drain(Duration::ZERO, Some(Owner::Backend)));
     }
 }

@@ -72,6 +72,7 @@ pub(super) struct IoBuffers {
     each_bytes: usize,
     /// One list of one entry per tag, for the requests to borrow.
     lists: Box<[Buffer]>,
+    leaked: bool,
 }
 
 impl IoBuffers {
@@ -100,7 +101,13 @@ impl IoBuffers {
             first: first.cast(),
             each_bytes,
             lists: vec![empty; usize::from(depth)].into_boxed_slice(),
+            leaked: false,
         })
+    }
+
+    /// Never frees the memory: the driver keeps commands that point to it.
+    pub(super) fn leak(&mut self) {
+        self.leaked = true;
     }
 
     /// Where the driver finds the buffer of a tag.
@@ -129,7 +136,7 @@ impl IoBuffers {
 
 impl Drop for IoBuffers {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if self.leaked || std::thread::panicking() {
             // Nobody drained the ring: the kernel may still write here. The memory stays.
             std::mem::forget(std::mem::take(&mut self.lists));
             return;

@@ -28,8 +28,8 @@ mod queue;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
 
 pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::{Features, available};
@@ -65,7 +65,9 @@ pub struct UblkDoor {
     id: u32,
     queues: usize,
     events: Sender<Event>,
-    supervisor: Option<JoinHandle<Result<(), UblkError>>>,
+    /// How the device ended; `None` once that was asked. The thread that says so is not joined:
+    /// one whose command hangs in the driver cannot exit before the command does.
+    result: Option<Receiver<Result<(), UblkError>>>,
 }
 
 impl UblkDoor {
@@ -85,16 +87,19 @@ impl UblkDoor {
     ) -> Result<Self, UblkError> {
         let (mut device, events) = Device::start(config, backend, counters)?;
         let (id, queues) = (device.id(), device.queues());
+        let (say, result) = channel();
         let supervise = move || {
             let wanted = device.await_end();
-            let result = device.take_down();
-            if wanted {
-                return result;
+            let mut result = device.take_down();
+            if !wanted {
+                on_end(result.map_or_else(DoorEnd::Failed, |()| DoorEnd::Outside));
+                result = Ok(());
             }
-            on_end(result.map_or_else(DoorEnd::Failed, |()| DoorEnd::Outside));
-            Ok(())
+            // Before the answer, so that nothing of the device is left when it arrives.
+            drop(device);
+            let _ = say.send(result);
         };
-        let supervisor = thread::Builder::new()
+        thread::Builder::new()
             .name(format!("ublk{id}"))
             .spawn(supervise)
             // The device went down with the closure.
@@ -103,7 +108,7 @@ impl UblkDoor {
             id,
             queues,
             events,
-            supervisor: Some(supervisor),
+            result: Some(result),
         })
     }
 
@@ -142,12 +147,12 @@ impl UblkDoor {
     }
 
     fn end(&mut self) -> Result<(), UblkError> {
-        let Some(supervisor) = self.supervisor.take() else {
+        let Some(result) = self.result.take() else {
             return Ok(());
         };
         // Without a receiver it has ended already.
         let _ = self.events.send(Event::Stop);
-        supervisor.join().unwrap_or_else(|_| {
+        result.recv().unwrap_or_else(|_| {
             Err(UblkError::Queue {
                 id: self.id,
                 queue: 0,

@@ -98,6 +98,13 @@ impl UblkQueue {
         self.answered.push(tag);
     }
 
+    /// Ends with commands at the driver. `io_uring` has no cancellation for them; they end when the
+    /// ring closes, and a request may arrive until then.
+    fn give_up(&mut self) {
+        self.quit = true;
+        self.buffers.leak();
+    }
+
     /// A tag from a token or a slot that was made from a tag.
     fn tag(&self, index: u32) -> u16 {
         match u16::try_from(index) {
@@ -124,7 +131,7 @@ impl DoorQueue for UblkQueue {
 
     fn command(&mut self, _ring: &mut Ring, command: Command) {
         match command {
-            Command::Quit => self.quit = true,
+            Command::Quit => self.give_up(),
         }
     }
 
@@ -136,7 +143,7 @@ impl DoorQueue for UblkQueue {
             refused => {
                 self.config.fault.store(-refused, Ordering::Relaxed);
                 self.ended += 1;
-                self.quit = true;
+                self.give_up();
             }
         }
     }
@@ -192,6 +199,10 @@ impl DoorQueue for UblkQueue {
         } else {
             Next::Again
         }
+    }
+
+    fn abandons_operations(&self) -> bool {
+        self.quit
     }
 }
 
