@@ -118,6 +118,7 @@ impl Qemu {
             "panic=-1".to_owned(),
             "oops=panic".to_owned(),
             "reboot=t".to_owned(),
+            "printk.devkmsg=on".to_owned(),
             format!("init={}", run.init().display()),
             format!("{SETUP_VARIABLE}={}", run.setup().display()),
         ];
