@@ -49,7 +49,10 @@ pub fn report_exit(setup: &Setup, code: i32) -> Result<()> {
 fn serve(channel: &mut File) -> Result<()> {
     let mut log = KernelLog::open()?;
     let trouble = klog::trouble(log.new_messages()?.iter().map(String::as_str));
-    let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+    let kernel = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
     send(channel, &FromGuest::Hello { kernel, trouble })?;
     let mut orders = BufReader::new(channel.try_clone().context("cannot share the channel")?);
     loop {

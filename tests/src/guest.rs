@@ -80,7 +80,10 @@ fn live() -> Result<Setup> {
     };
     command
         .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
         .env("HOME", "/tmp")
         .env("TERM", "linux")
         .env("TMPDIR", "/tmp")
@@ -159,7 +162,10 @@ fn mount_kernel_file_systems() -> Result<()> {
     ] {
         std::os::unix::fs::symlink(target, link).with_context(|| format!("cannot make {link}"))?;
     }
-    for (kind, dir) in [("debugfs", "/sys/kernel/debug"), ("tracefs", "/sys/kernel/tracing")] {
+    for (kind, dir) in [
+        ("debugfs", "/sys/kernel/debug"),
+        ("tracefs", "/sys/kernel/tracing"),
+    ] {
         // The directory exists exactly if the kernel has the file system.
         if Path::new(dir).exists() {
             mount(kind, dir, kind, flags, None).with_context(|| format!("cannot mount {dir}"))?;

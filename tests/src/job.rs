@@ -143,8 +143,9 @@ fn run_child(job: &Job) -> Result<TestResult> {
             result.reply = answer.reply;
         }
         _ => {
-            result.outcome =
-                Outcome::fail(format!("its process ended with {status} and left no result"));
+            result.outcome = Outcome::fail(format!(
+                "its process ended with {status} and left no result"
+            ));
         }
     }
     if let Err(error) = dir.close() {

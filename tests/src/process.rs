@@ -52,7 +52,10 @@ pub fn wait_limited(child: &mut Child, limit: Duration) -> Result<Option<ExitSta
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())
         .context("cannot watch a child process")?;
     loop {
-        if let Some(status) = child.try_wait().context("cannot wait for a child process")? {
+        if let Some(status) = child
+            .try_wait()
+            .context("cannot wait for a child process")?
+        {
             return Ok(Some(status));
         }
         let left = deadline.saturating_duration_since(Instant::now());

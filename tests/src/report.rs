@@ -163,7 +163,11 @@ impl SuiteResult {
 
 /// Prints one line for a result, and the details of a failure.
 pub fn show(suite: &str, result: &TestResult) {
-    let seconds = format!("{}.{:01} s", result.duration_ms / 1000, result.duration_ms % 1000 / 100);
+    let seconds = format!(
+        "{}.{:01} s",
+        result.duration_ms / 1000,
+        result.duration_ms % 1000 / 100
+    );
     let name = format!("{suite}: {}", result.name);
     let text = match &result.outcome {
         Outcome::Pass => format!("{} {name} ({seconds})", paint("pass", "32")),

@@ -192,9 +192,9 @@ fn parse(text: &str) -> Result<Report> {
     let start = if text.starts_with('{') {
         0
     } else {
-        text.find("\n{").map(|at| at + 1).with_context(|| {
-            format!("fio wrote no result, only:\n{}", last_lines(text, 10))
-        })?
+        text.find("\n{")
+            .map(|at| at + 1)
+            .with_context(|| format!("fio wrote no result, only:\n{}", last_lines(text, 10)))?
     };
     let report: Report =
         serde_json::from_str(&text[start..]).context("fio's result cannot be understood")?;

@@ -261,7 +261,9 @@ mod tests {
     fn one_changed_byte_in_a_tree_is_noticed() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let known = KnownFiles::generate(dir.path(), 7).expect("files can be written");
-        known.verify(dir.path()).expect("the tree is as it was written");
+        known
+            .verify(dir.path())
+            .expect("the tree is as it was written");
         let victim = dir.path().join("seed7/d1/file7");
         let mut content = fs::read(&victim).expect("the file exists");
         content[4000] ^= 1;

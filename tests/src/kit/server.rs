@@ -58,7 +58,10 @@ impl Serve {
     /// `--vhost-socket`, with the vhost door on.
     #[must_use]
     pub fn vhost_socket(self, path: &Path) -> Self {
-        self.arg("--vhost").arg("yes").arg("--vhost-socket").arg(path)
+        self.arg("--vhost")
+            .arg("yes")
+            .arg("--vhost-socket")
+            .arg(path)
     }
 
     /// Sets an environment variable of the server.

@@ -120,8 +120,16 @@ impl Shell {
         let mut stderr = tempfile::tempfile().context("cannot make a temporary file")?;
         self.command
             .stdin(Stdio::null())
-            .stdout(stdout.try_clone().context("cannot share a temporary file")?)
-            .stderr(stderr.try_clone().context("cannot share a temporary file")?);
+            .stdout(
+                stdout
+                    .try_clone()
+                    .context("cannot share a temporary file")?,
+            )
+            .stderr(
+                stderr
+                    .try_clone()
+                    .context("cannot share a temporary file")?,
+            );
         let mut child = process::spawn_bound(&mut self.command)?;
         let Some(status) = process::wait_limited(&mut child, self.limit)? else {
             // The rest of its group goes when the test ends.

@@ -8,6 +8,7 @@
 mod console;
 mod qemu;
 mod setup;
+pub mod shell;
 mod uml;
 
 use std::fs;
@@ -129,7 +130,9 @@ pub struct Machine {
 #[must_use]
 pub fn log_dir(paths: &Paths) -> PathBuf {
     let dir = paths.repo.join("target/lab-logs");
-    if fs::create_dir_all(&dir).is_ok() && rustix::fs::access(&dir, rustix::fs::Access::WRITE_OK).is_ok() {
+    if fs::create_dir_all(&dir).is_ok()
+        && rustix::fs::access(&dir, rustix::fs::Access::WRITE_OK).is_ok()
+    {
         dir
     } else {
         std::env::temp_dir()
@@ -192,9 +195,9 @@ impl Machine {
             Ok(FromGuest::Hello { trouble, .. }) => {
                 machine.end();
                 let trouble = trouble.join("\n");
-                Err(machine
-                    .console
-                    .explain(&anyhow!("trouble in the kernel's log while it booted:\n{trouble}")))
+                Err(machine.console.explain(&anyhow!(
+                    "trouble in the kernel's log while it booted:\n{trouble}"
+                )))
             }
             Ok(other) => {
                 machine.end();
@@ -204,10 +207,9 @@ impl Machine {
             }
             Err(error) => {
                 machine.end();
-                Err(machine.console.explain(&error.context(format!(
-                    "the {} machine did not boot",
-                    hypervisor.name()
-                ))))
+                Err(machine.console.explain(
+                    &error.context(format!("the {} machine did not boot", hypervisor.name())),
+                ))
             }
         }
     }
@@ -374,7 +376,10 @@ fn connect(end: ChannelEnd, child: &mut Child, deadline: Instant) -> Result<Unix
 }
 
 /// Reads messages in a thread, which ends with the machine.
-fn listen(stream: UnixStream, mut noise: impl Write + Send + 'static) -> Receiver<Result<FromGuest>> {
+fn listen(
+    stream: UnixStream,
+    mut noise: impl Write + Send + 'static,
+) -> Receiver<Result<FromGuest>> {
     let (sender, receiver) = channel();
     thread::spawn(move || {
         let mut reader = BufReader::new(stream);

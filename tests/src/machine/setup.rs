@@ -57,7 +57,8 @@ impl Setup {
     /// Adds the directories that tests need.
     #[must_use]
     pub fn keeping(mut self, paths: &Paths) -> Self {
-        let parent = |path: &Option<PathBuf>| path.as_deref().and_then(Path::parent).map(Path::to_owned);
+        let parent =
+            |path: &Option<PathBuf>| path.as_deref().and_then(Path::parent).map(Path::to_owned);
         self.keep.extend(
             [
                 Some(paths.repo.clone()),

@@ -106,10 +106,7 @@ pub fn find(suite: &str, name: &str) -> Option<&'static Test> {
         .iter()
         .filter(|(known, _)| *known == suite)
         .map(|(_, tests)| *tests);
-    shown
-        .chain(hidden)
-        .flatten()
-        .find(|test| test.name == name)
+    shown.chain(hidden).flatten().find(|test| test.name == name)
 }
 
 /// The suite with this name.
