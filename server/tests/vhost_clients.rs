@@ -57,7 +57,9 @@ fn the_virtio_driver_crate_reads_what_it_wrote_on_four_queues() {
     for (index, queue) in queues.iter_mut().enumerate() {
         let offset = (index as u64) << 20;
         let fill = u8::try_from(index).unwrap() + 1;
-        out.iter_mut().zip(0u8..=250).for_each(|(byte, n)| *byte = n ^ fill);
+        out.iter_mut()
+            .zip(0u8..=250)
+            .for_each(|(byte, n)| *byte = n ^ fill);
         out[250..].fill(fill);
         queue.write(offset, out, 1).unwrap();
         assert_eq!(wait(&*transport, queue, index), 1);
@@ -112,7 +114,10 @@ fn the_firmware_of_a_qemu_machine_reads_the_boot_sector() {
         .args("-nodefaults -machine q35 -accel tcg -cpu max -smp 2 -m 64M -display none".split(' '))
         .args(["-object", "memory-backend-memfd,id=m,size=64M,share=on"])
         .args(["-numa", "node,memdev=m"])
-        .args(["-chardev", &format!("socket,id=c,path={}", house.door.path().display())])
+        .args([
+            "-chardev",
+            &format!("socket,id=c,path={}", house.door.path().display()),
+        ])
         .args(["-device", "vhost-user-blk-pci,chardev=c,bootindex=1"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -1,18 +1,106 @@
 //! The command line.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use regex::Regex;
 
-use crate::{agent, guest, job};
+use crate::kernel::{Kernel, build, tree};
+use crate::machine::{Hypervisor, Qemu, Uml, shell};
+use crate::packages::{self, Purpose};
+use crate::report::line;
+use crate::runner::{self, Request};
+use crate::{agent, doctor, guest, job};
 
-/// Runs the command line and says what went wrong in one line.
+/// Kernels, machines and tests for ublkup.
+#[derive(Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab")]
+struct Cli {
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Runs test suites; the last line is `N passed, N failed, N skipped`
+    Test {
+        /// Suites to run; all of them if none is named (see --list)
+        suites: Vec<String>,
+        /// Also long soaks
+        #[arg(long)]
+        full: bool,
+        /// Install what is missing without asking
+        #[arg(long)]
+        yes: bool,
+        /// Only tests whose `suite: name` matches this regular expression
+        #[arg(long, value_name = "RE")]
+        filter: Option<Regex>,
+        /// Print what would run
+        #[arg(long)]
+        list: bool,
+        /// Write all results to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// Builds, boots and edits the lab's kernels
+    Kernel {
+        #[command(subcommand)]
+        action: KernelAction,
+    },
+    /// Says what this machine can and cannot run, and what to install
+    Doctor {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Installs what builds and tests need
+    Setup {
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Runs one test; the lab calls itself with this
+    #[command(name = job::SUBCOMMAND, hide = true)]
+    RunOneTest,
+    /// Serves a guest's channel; the lab calls itself with this
+    #[command(name = guest::AGENT, hide = true)]
+    GuestAgent,
+}
+
+#[derive(Subcommand)]
+enum KernelAction {
+    /// Builds kernels, unless the cache has them; prints their paths
+    Build {
+        /// Which; all of them if none is named
+        kernels: Vec<Kernel>,
+        /// Install what is missing without asking
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Boots a kernel and runs a shell, or a command, in it
+    Shell {
+        /// Which
+        #[arg(default_value = "uml")]
+        kernel: Kernel,
+        /// The command and its arguments
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+    /// Makes the editable source tree and prints where it is
+    Edit,
+    /// Turns the commits of the editable tree into kernel-patch/series
+    Refresh,
+}
+
+/// Runs the command line and says what went wrong.
 #[must_use]
 pub fn main() -> ExitCode {
     if guest::is_init() {
         return guest::init_main();
     }
-    match dispatch() {
+    match run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("lab: {error:#}");
@@ -21,10 +109,104 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch() -> Result<ExitCode> {
-    match std::env::args().nth(1).as_deref() {
-        Some(job::SUBCOMMAND) => job::child_main(),
-        Some(guest::AGENT) => agent::main(),
-        _ => crate::runner::quick(),
+fn run(action: Action) -> Result<ExitCode> {
+    match action {
+        Action::Test {
+            suites,
+            full,
+            yes,
+            filter,
+            list,
+            json,
+        } => {
+            let request = Request {
+                suites,
+                filter,
+                full,
+                yes,
+                json,
+            };
+            if list {
+                runner::list(&request)
+            } else {
+                runner::run(&runner::repo()?, &request)
+            }
+        }
+        Action::Kernel { action } => run_kernel(action),
+        Action::Doctor { json } => Ok(if doctor::run(json)? {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }),
+        Action::Setup { yes } => {
+            let all = [Purpose::KernelBuild, Purpose::ServerBuild, Purpose::Tests];
+            packages::ensure(&all, yes)?;
+            line("everything that builds and tests need is installed");
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::RunOneTest => job::child_main(),
+        Action::GuestAgent => agent::main(),
+    }
+}
+
+fn run_kernel(action: KernelAction) -> Result<ExitCode> {
+    let repo = runner::repo()?;
+    match action {
+        KernelAction::Build { kernels, yes } => {
+            let kernels = if kernels.is_empty() {
+                Kernel::ALL.to_vec()
+            } else {
+                kernels
+            };
+            for image in build::ensure(&repo, &kernels, yes)? {
+                line(&image.display().to_string());
+            }
+        }
+        KernelAction::Shell { kernel, command } => {
+            let images = build::ensure(&repo, &[kernel], false)?;
+            let image = images.first().context("no kernel was built")?;
+            let hypervisor: Box<dyn Hypervisor> = match kernel {
+                Kernel::Uml => Box::new(Uml::new(image)),
+                Kernel::X86 => {
+                    packages::ensure(&[Purpose::Tests], false)?;
+                    Box::new(Qemu::new(image))
+                }
+            };
+            return shell::run(hypervisor.as_ref(), &repo, command);
+        }
+        KernelAction::Edit => {
+            let dir = tree::ensure_tree(&repo)?;
+            line(&dir.display().to_string());
+        }
+        KernelAction::Refresh => {
+            let count = tree::refresh(&repo)?;
+            line(&format!("{count} patches in kernel-patch/series"));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_command_for_a_guest_follows_two_dashes() {
+        let words = ["lab", "kernel", "shell", "x86_64", "--", "uname", "-a"];
+        let cli = Cli::try_parse_from(words).expect("it is valid");
+        let Action::Kernel {
+            action: KernelAction::Shell { kernel, command },
+        } = cli.command
+        else {
+            panic!("another command");
+        };
+        assert_eq!(kernel, Kernel::X86);
+        assert_eq!(command, ["uname", "-a"]);
     }
 }

@@ -34,8 +34,9 @@ pub fn init_main() -> ExitCode {
         Ok(setup) => setup.powers_off,
         Err(error) => {
             // On the kernel's console, which the host quotes when a boot fails.
+            // The end of the first process is the end of the machine.
             kernel_log(&format!("init failed: {error:#}"));
-            false
+            return ExitCode::FAILURE;
         }
     };
     rustix::fs::sync();
@@ -143,7 +144,11 @@ fn collect_until(child: Pid) -> Result<i32> {
 fn mount_kernel_file_systems() -> Result<()> {
     let flags = MountFlags::empty();
     for (kind, dir) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
-        mount(kind, dir, kind, flags, None).with_context(|| format!("cannot mount {dir}"))?;
+        match mount(kind, dir, kind, flags, None) {
+            // Some kernels mount /dev by themselves.
+            Ok(()) | Err(rustix::io::Errno::BUSY) => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot mount {dir}")),
+        }
     }
     for (kind, dir) in [("devpts", "/dev/pts"), ("tmpfs", "/dev/shm")] {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {dir}"))?;

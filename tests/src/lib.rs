@@ -6,14 +6,20 @@
 //! story.
 
 pub mod agent;
+pub mod cache;
+pub mod cargo;
 pub mod channel;
 pub mod cli;
+pub mod doctor;
 pub mod guest;
 pub mod job;
+pub mod kernel;
 pub mod kit;
 pub mod klog;
 pub mod machine;
+pub mod packages;
 pub mod process;
+pub mod progress;
 pub mod report;
 pub mod runner;
 pub mod suites;

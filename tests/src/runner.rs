@@ -1,42 +1,377 @@
-//! temporary
-use crate::machine::*;
-use crate::report::*;
-use crate::test::*;
-use anyhow::Result;
+//! `cargo lab test`: prepares what the chosen suites need, runs them, counts.
+
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-/// temporary
-pub fn quick() -> Result<ExitCode> {
-    let paths = Paths {
-        repo: std::env::current_dir()?,
-        server: "/bin/true".into(),
-        uml_kernel: Some("/root/explore/uml/linux".into()),
-        x86_kernel: Some("/root/lab2-x86/arch/x86/boot/bzImage".into()),
-    };
-    for name in std::env::args().skip(1) {
-        let suite = crate::suites::suite(&name).expect("suite");
-        let mut out = SuiteResult::new(&name);
-        let hv: Box<dyn Hypervisor> = match suite.place {
-            Place::Uml => Box::new(Uml::new(Path::new("/root/explore/uml/linux"))),
-            _ => Box::new(Qemu::new(paths.x86_kernel.as_deref().expect("x"))),
-        };
-        let mut m = None;
-        for t in suite.tests.iter().copied().flatten() {
-            if suite.place == Place::Host {
-                out.push(crate::job::run(&crate::job::Job::new(
-                    &name,
-                    t,
-                    Place::Host,
-                    &paths,
-                    &PathBuf::from("/tmp"),
-                )));
-                continue;
-            }
-            let m = m.get_or_insert(Machine::boot(hv.as_ref(), &paths, &name)?);
-            let job = m.job(&name, t, &paths);
-            out.push(m.run(&job));
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use regex::Regex;
+use serde::Serialize;
+
+use crate::cargo;
+use crate::job::{self, Job};
+use crate::kernel::{Kernel, build};
+use crate::machine::{Hypervisor, Machine, Qemu, Uml};
+use crate::packages::{self, Purpose};
+use crate::report::{Outcome, SuiteResult, TestResult, Totals, line};
+use crate::suites::{self, Need, SUITES, Suite};
+use crate::test::{Paths, Place, Test};
+
+/// What was asked for.
+#[derive(Debug, Default)]
+pub struct Request {
+    /// Suite names; none means all.
+    pub suites: Vec<String>,
+    /// Only tests whose `suite: name` matches.
+    pub filter: Option<Regex>,
+    /// Also the long ones.
+    pub full: bool,
+    /// Install without asking.
+    pub yes: bool,
+    /// Where to write all results.
+    pub json: Option<PathBuf>,
+}
+
+/// A suite and those of its tests that are to run.
+struct Chosen {
+    suite: &'static Suite,
+    tests: Vec<&'static Test>,
+    cargo_test: bool,
+}
+
+/// A machine that does not boot is tried this many times in a row.
+const BOOT_ATTEMPTS: u32 = 2;
+
+/// Prints the tests that would run.
+///
+/// # Errors
+/// There is no such suite.
+pub fn list(request: &Request) -> Result<ExitCode> {
+    for chosen in choose(request)? {
+        line(&format!("{} - {}", chosen.suite.name, chosen.suite.about));
+        if chosen.cargo_test {
+            line("    cargo test --workspace");
         }
-        line(&out.totals().to_string());
+        for test in &chosen.tests {
+            let full = if test.full { " (--full)" } else { "" };
+            line(&format!("    {}{full}", test.name));
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Runs suites; the exit code says whether everything passed.
+///
+/// # Errors
+/// There is no such suite or test, or something they need cannot be had.
+pub fn run(repo: &Path, request: &Request) -> Result<ExitCode> {
+    let chosen = choose(request)?;
+    let started = Instant::now();
+    let paths = prepare(repo, &chosen, request.yes)?;
+    let mut results = Vec::new();
+    for one in &chosen {
+        let result = run_suite(one, &paths)?;
+        line(&format!("{}: {}", one.suite.name, result.totals()));
+        results.push(result);
+    }
+    let mut totals = Totals::default();
+    for result in &results {
+        totals.add(result.totals());
+    }
+    if let Some(file) = &request.json {
+        write_json(file, &results, totals)?;
+    }
+    for result in &results {
+        for test in &result.tests {
+            if matches!(test.outcome, Outcome::Fail { .. }) {
+                line(&format!("failed: {}: {}", result.suite, test.name));
+            }
+        }
+    }
+    eprintln!("lab: all of it took {} s", started.elapsed().as_secs());
+    line(&totals.to_string());
+    Ok(if totals.failed == 0 && totals.passed > 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn choose(request: &Request) -> Result<Vec<Chosen>> {
+    let mut wanted: Vec<&'static Suite> = Vec::new();
+    if request.suites.is_empty() {
+        wanted.extend(SUITES);
+    }
+    for name in &request.suites {
+        let suite = suites::suite(name).with_context(|| {
+            let names: Vec<&str> = SUITES.iter().map(|suite| suite.name).collect();
+            format!("there is no suite {name}; there are: {}", names.join(", "))
+        })?;
+        wanted.push(suite);
+    }
+    let chosen: Vec<Chosen> = wanted
+        .into_iter()
+        .map(|suite| Chosen {
+            suite,
+            tests: suite
+                .tests
+                .iter()
+                .copied()
+                .flatten()
+                .filter(|test| request.full || !test.full)
+                .filter(|test| matches(request, suite, test.name))
+                .collect(),
+            cargo_test: suite.with_cargo_test && matches(request, suite, "cargo test"),
+        })
+        // A filter may leave nothing of a suite, which is then not run; a suite
+        // that was empty to begin with fails.
+        .filter(|one| request.filter.is_none() || one.cargo_test || !one.tests.is_empty())
+        .collect();
+    ensure!(!chosen.is_empty(), "no test matches the filter");
+    Ok(chosen)
+}
+
+fn matches(request: &Request, suite: &Suite, name: &str) -> bool {
+    request
+        .filter
+        .as_ref()
+        .is_none_or(|filter| filter.is_match(&format!("{}: {name}", suite.name)))
+}
+
+/// Installs, builds and finds what the chosen tests need.
+fn prepare(repo: &Path, chosen: &[Chosen], yes: bool) -> Result<Paths> {
+    let needs = |need: Need| chosen.iter().any(|one| one.suite.needs.contains(&need));
+    let mut purposes = Vec::new();
+    if needs(Need::Tools) {
+        purposes.push(Purpose::Tests);
+    }
+    if needs(Need::Server) {
+        purposes.push(Purpose::ServerBuild);
+    }
+    packages::ensure(&purposes, yes)?;
+
+    let mut paths = Paths {
+        repo: repo.to_owned(),
+        server: cargo::server_binary()?,
+        ..Paths::default()
+    };
+    if needs(Need::Server) {
+        cargo::build_server(repo)?;
+    }
+    let kernels: Vec<Kernel> = [(Need::Uml, Kernel::Uml), (Need::X86, Kernel::X86)]
+        .into_iter()
+        .filter(|(need, _)| needs(*need))
+        .map(|(_, kernel)| kernel)
+        .collect();
+    if !kernels.is_empty() {
+        let images = build::ensure(repo, &kernels, yes)?;
+        for (kernel, image) in kernels.into_iter().zip(images) {
+            match kernel {
+                Kernel::Uml => paths.uml_kernel = Some(image),
+                Kernel::X86 => paths.x86_kernel = Some(image),
+            }
+        }
+    }
+    Ok(paths)
+}
+
+fn run_suite(chosen: &Chosen, paths: &Paths) -> Result<SuiteResult> {
+    let name = chosen.suite.name;
+    let mut result = SuiteResult::new(name);
+    if chosen.cargo_test {
+        let (counted, verdict) = cargo::test_workspace(&paths.repo)?;
+        result.counted = counted;
+        result.tests.extend(verdict);
+    }
+    match chosen.suite.place {
+        Place::Host => run_on_host(chosen, paths, &mut result)?,
+        Place::Uml => {
+            let kernel = paths.uml_kernel.as_deref().context("no UML kernel")?;
+            run_in_machines(chosen, paths, &Uml::new(kernel), &mut result);
+        }
+        Place::Vm => {
+            let kernel = paths.x86_kernel.as_deref().context("no x86-64 kernel")?;
+            run_in_machines(chosen, paths, &Qemu::new(kernel), &mut result);
+        }
+    }
+    complete(chosen, &mut result);
+    Ok(result)
+}
+
+/// A suite that ran nothing, or less than it was asked for, has failed.
+fn complete(chosen: &Chosen, result: &mut SuiteResult) {
+    let missing: Vec<&str> = chosen
+        .tests
+        .iter()
+        .map(|test| test.name)
+        .filter(|name| !result.tests.iter().any(|done| done.name == *name))
+        .collect();
+    for name in missing {
+        let outcome = Outcome::fail("it was asked for, but there is no result");
+        result.push(TestResult::new(name, outcome, std::time::Duration::ZERO));
+    }
+    if result.totals().all() == 0 {
+        let outcome = Outcome::fail("the suite ran no test");
+        result.push(TestResult::new("(any)", outcome, std::time::Duration::ZERO));
+    }
+}
+
+fn run_on_host(chosen: &Chosen, paths: &Paths, result: &mut SuiteResult) -> Result<()> {
+    let exchange = tempfile::tempdir().context("cannot make an exchange directory")?;
+    for test in &chosen.tests {
+        let job = Job::new(chosen.suite.name, test, Place::Host, paths, exchange.path());
+        result.push(job::run(&job));
+    }
+    Ok(())
+}
+
+/// One machine for all tests, and a new one after each crash.
+fn run_in_machines(
+    chosen: &Chosen,
+    paths: &Paths,
+    hypervisor: &dyn Hypervisor,
+    result: &mut SuiteResult,
+) {
+    let name = chosen.suite.name;
+    let mut machine: Option<Machine> = None;
+    let mut boots = 0;
+    let mut failed_boots = 0;
+    for test in &chosen.tests {
+        if machine.as_ref().is_none_or(Machine::is_over) && failed_boots < BOOT_ATTEMPTS {
+            boots += 1;
+            match Machine::boot(hypervisor, paths, &format!("{name}-{boots}")) {
+                Ok(fresh) => {
+                    failed_boots = 0;
+                    eprintln!(
+                        "lab: {name}: Linux {}, console in {}",
+                        fresh.kernel(),
+                        fresh.console_log().display()
+                    );
+                    machine = Some(fresh);
+                }
+                Err(error) => {
+                    failed_boots += 1;
+                    machine = None;
+                    let outcome = Outcome::fail(format!("{error:#}"));
+                    result.push(TestResult::new(
+                        test.name,
+                        outcome,
+                        std::time::Duration::ZERO,
+                    ));
+                    continue;
+                }
+            }
+        }
+        match machine.as_mut().filter(|machine| !machine.is_over()) {
+            Some(machine) => {
+                let job = machine.job(name, test, paths);
+                result.push(machine.run(&job));
+            }
+            None => {
+                let outcome = Outcome::fail("its machine does not boot");
+                result.push(TestResult::new(
+                    test.name,
+                    outcome,
+                    std::time::Duration::ZERO,
+                ));
+            }
+        }
+    }
+    if let Some(machine) = machine {
+        machine.power_off();
+    }
+}
+
+fn write_json(file: &Path, results: &[SuiteResult], totals: Totals) -> Result<()> {
+    #[derive(Serialize)]
+    struct All<'a> {
+        suites: &'a [SuiteResult],
+        totals: Totals,
+    }
+    let text = serde_json::to_vec_pretty(&All {
+        suites: results,
+        totals,
+    })
+    .context("cannot encode the results")?;
+    fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// The checkout this binary was built from.
+///
+/// # Errors
+/// It is not there any more.
+pub fn repo() -> Result<PathBuf> {
+    let built_in = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let repo = built_in.parent().unwrap_or(built_in);
+    if !repo.join("kernel-patch").is_dir() {
+        bail!(
+            "the checkout {} is gone; run `cargo lab` in a checkout",
+            repo.display()
+        );
+    }
+    Ok(repo.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: &[Test] = &[Test::new("one", |_| Ok(()))];
+
+    fn suite(tests: &'static [&'static [Test]]) -> &'static Suite {
+        Box::leak(Box::new(Suite {
+            name: "x",
+            about: "",
+            place: Place::Host,
+            needs: &[],
+            tests,
+            with_cargo_test: false,
+        }))
+    }
+
+    #[test]
+    fn a_suite_that_ran_no_test_has_failed() {
+        let chosen = Chosen {
+            suite: suite(&[]),
+            tests: Vec::new(),
+            cargo_test: false,
+        };
+        let mut result = SuiteResult::new("x");
+        complete(&chosen, &mut result);
+        assert_eq!(result.totals().failed, 1);
+    }
+
+    #[test]
+    fn a_test_without_a_result_has_failed() {
+        let chosen = Chosen {
+            suite: suite(&[ONE]),
+            tests: ONE.iter().collect(),
+            cargo_test: false,
+        };
+        let mut result = SuiteResult::new("x");
+        complete(&chosen, &mut result);
+        assert_eq!(result.totals().failed, 1);
+        assert_eq!(result.tests[0].name, "one");
+    }
+
+    #[test]
+    fn a_filter_that_matches_nothing_is_an_error() {
+        let request = Request {
+            filter: Some(Regex::new("^no such thing$").expect("a pattern")),
+            ..Request::default()
+        };
+        assert!(choose(&request).is_err());
+        let request = Request {
+            suites: vec!["no-such-suite".into()],
+            ..Request::default()
+        };
+        assert!(choose(&request).is_err());
+    }
+
+    #[test]
+    fn every_suite_is_chosen_when_none_is_named() {
+        let chosen = choose(&Request::default()).expect("all of them");
+        assert_eq!(chosen.len(), SUITES.len());
+    }
 }

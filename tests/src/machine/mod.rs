@@ -8,6 +8,7 @@
 mod console;
 mod qemu;
 mod setup;
+pub mod shell;
 mod uml;
 
 use std::fs;
@@ -248,7 +249,7 @@ impl Machine {
     pub fn run(&mut self, job: &Job) -> TestResult {
         let started = Instant::now();
         // The agent enforces the limit; it gets some time to say so.
-        let grace = Duration::from_secs(20) * self.place.slowness();
+        let grace = Duration::from_secs(10) * self.place.slowness();
         let deadline = started + job.limit() + grace;
         let answer = send(&mut self.to_guest, &ToGuest::Run(Box::new(job.clone())))
             .and_then(|()| self.next(deadline));

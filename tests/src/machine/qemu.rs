@@ -118,6 +118,7 @@ impl Qemu {
             "panic=-1".to_owned(),
             "oops=panic".to_owned(),
             "reboot=t".to_owned(),
+            "printk.devkmsg=on".to_owned(),
             format!("init={}", run.init().display()),
             format!("{SETUP_VARIABLE}={}", run.setup().display()),
         ];
@@ -178,7 +179,11 @@ impl Hypervisor for Qemu {
             ));
         match self.board {
             Board::Q35 => command.args(["-machine", "q35,memory-backend=memory"]),
-            Board::Microvm => command.args(["-machine", "microvm,memory-backend=memory,rtc=on"]),
+            Board::Microvm => command
+                .args(["-machine", "microvm,memory-backend=memory,rtc=on"])
+                // vhost-user servers speak virtio 1 only; the board's default
+                // is the version before.
+                .args(["-global", "virtio-mmio.force-legacy=false"]),
         };
         for (tag, path, extra) in [
             ("root", PathBuf::from("/"), ",readonly=on"),
@@ -208,7 +213,7 @@ impl Hypervisor for Qemu {
                 .arg("-device")
                 .arg(match self.board {
                     Board::Q35 => format!("vhost-user-blk-pci,chardev=disk{index}"),
-                    Board::Microvm => format!("vhost-user-blk-device,chardev=disk{index}"),
+                    Board::Microvm => format!("vhost-user-blk,chardev=disk{index}"),
                 });
         }
         command

@@ -82,7 +82,8 @@ impl Hypervisor for Uml {
             .args(["root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro"])
             // Half the time per system call of the default mode. More than one
             // processor boots, but its timers stall.
-            .args(["seccomp=on", "ncpus=1", "panic=-1", "con=null", "ssl=null"])
+            .args(["seccomp=on", "ncpus=1", "con=null", "ssl=null"])
+            .arg("printk.devkmsg=on")
             .arg(format!("init={}", run.init().display()))
             .arg(format!("{SETUP_VARIABLE}={}", run.setup().display()))
             .args(&self.arguments);

@@ -1,0 +1,201 @@
+//! cargo, for what the lab does not run itself: the server's build and the
+//! unit tests of the workspace.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::kit::shell::last_lines;
+use crate::progress;
+use crate::report::{Outcome, TestResult, Totals, show};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// cargo as it was called, or from the search path.
+fn cargo(repo: &Path) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(repo);
+    for (name, _) in std::env::vars_os() {
+        // What `cargo run` tells this process about itself is not for others.
+        if name.to_string_lossy().starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR" {
+            cargo.env_remove(&name);
+        }
+    }
+    cargo
+}
+
+/// The target directory this binary is in.
+fn target_dir() -> Result<PathBuf> {
+    let exe = std::env::current_exe().context("cannot find the lab's own binary")?;
+    exe.ancestors()
+        .nth(2)
+        .map(Path::to_owned)
+        .context("the lab's binary is not in a target directory")
+}
+
+/// Where the server's release build appears.
+///
+/// # Errors
+/// The lab's binary is in a strange place.
+pub fn server_binary() -> Result<PathBuf> {
+    Ok(target_dir()?.join("release/ublkup"))
+}
+
+/// Builds the server.
+///
+/// # Errors
+/// It does not build.
+pub fn build_server(repo: &Path) -> Result<()> {
+    let target = target_dir()?;
+    let log = target.join("lab-build-server.log");
+    let mut build = cargo(repo);
+    build
+        .args([
+            "build",
+            "--release",
+            "--locked",
+            "-p",
+            "ublkup",
+            "--target-dir",
+        ])
+        .arg(&target);
+    progress::run("building the server", build, &log, HOUR)?;
+    let server = server_binary()?;
+    if !server.exists() {
+        bail!("cargo built no {}", server.display());
+    }
+    Ok(())
+}
+
+/// Runs `cargo test --workspace`: how many tests there were, and a failure of
+/// its own if cargo failed without one.
+///
+/// # Errors
+/// cargo cannot be started.
+pub fn test_workspace(repo: &Path) -> Result<(Totals, Option<TestResult>)> {
+    let target = target_dir()?;
+    let log = target.join("lab-cargo-test.log");
+    let started = Instant::now();
+    let mut test = cargo(repo);
+    test.args([
+        "test",
+        "--workspace",
+        "--locked",
+        "--no-fail-fast",
+        "--target-dir",
+    ])
+    .arg(&target)
+    .stdin(Stdio::null());
+    let ran = progress::run("cargo test --workspace", test, &log, HOUR);
+    let output = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
+    let output = String::from_utf8_lossy(&output);
+    let totals = count(&output);
+    let complaint = match &ran {
+        Err(_) if totals.failed > 0 => None,
+        Err(error) => Some(format!("{error:#}")),
+        Ok(()) if totals.failed > 0 => Some("cargo succeeded, but tests failed".to_owned()),
+        Ok(()) if totals.passed == 0 => Some("cargo ran no test".to_owned()),
+        Ok(()) => None,
+    };
+    if totals.failed > 0 {
+        eprintln!("{}", failures(&output));
+    }
+    let verdict = complaint.map(|why| {
+        let outcome = Outcome::fail(format!("{why}\nall of it is in {}", log.display()));
+        let result = TestResult::new("cargo test", outcome, started.elapsed());
+        show("host", &result);
+        result
+    });
+    Ok((totals, verdict))
+}
+
+/// Adds up the `test result:` lines.
+fn count(output: &str) -> Totals {
+    let mut totals = Totals::default();
+    for summary in output
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("test result: "))
+    {
+        for part in summary.split([';', '.']) {
+            let mut words = part.split_whitespace();
+            let Some(Ok(number)) = words.next().map(str::parse::<u64>) else {
+                continue;
+            };
+            match words.next() {
+                Some("passed") => totals.passed += number,
+                Some("failed") => totals.failed += number,
+                Some("ignored") => totals.skipped += number,
+                _ => {}
+            }
+        }
+    }
+    totals
+}
+
+/// The parts of the output that explain failures.
+fn failures(output: &str) -> String {
+    let mut text = String::new();
+    let mut inside = false;
+    for line in output.lines() {
+        if line == "failures:" {
+            inside = true;
+        } else if line.starts_with("test result:") {
+            inside = false;
+        }
+        if inside {
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+    if text.is_empty() {
+        last_lines(output, 40)
+    } else {
+        last_lines(&text, 120)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RECORDED: &str = "\
+running 3 tests
+test a ... ok
+test b ... FAILED
+test c ... ignored
+
+failures:
+
+---- b stdout ----
+thread 'b' panicked at src/lib.rs:1:1:
+the reason
+
+failures:
+    b
+
+test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s
+
+   Doc-tests lab
+test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.31s
+";
+
+    #[test]
+    fn all_summaries_are_added_up() {
+        let expected = Totals {
+            passed: 5,
+            failed: 1,
+            skipped: 1,
+        };
+        assert_eq!(count(RECORDED), expected);
+        assert_eq!(count("error: could not compile\n"), Totals::default());
+    }
+
+    #[test]
+    fn the_reason_of_a_failure_is_shown() {
+        let text = failures(RECORDED);
+        assert!(text.contains("the reason") && !text.contains("running 3"));
+    }
+}

@@ -1,0 +1,319 @@
+//! Where Linux source comes from.
+//!
+//! In this order: `LINUX_SRC` (a source tree), `LINUX_TARBALL` (a packed one),
+//! a Debian source package in the cache, a Debian source package from the
+//! suites below. What was found once is kept, so that a later run needs no
+//! network.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::KernelPatch;
+use crate::cache;
+use crate::kit::shell::Shell;
+use crate::packages::apt::{Apt, Release};
+use crate::progress;
+
+/// Suites that have (or had) a package `linux-source-VERSION`, beside the
+/// release's own backports. Tried in this order: all of a step together.
+const SUITES: [&[&str]; 2] = [&["trixie-backports"], &["forky", "sid"]];
+
+/// Linux source that can be unpacked.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// Changes when the content may have changed.
+    pub id: String,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Tree(PathBuf),
+    Tarball(PathBuf),
+    Package(PathBuf),
+}
+
+/// Finds source for the series.
+///
+/// # Errors
+/// There is none; the message says how to provide it.
+pub fn find(patch: &KernelPatch) -> Result<Source> {
+    if let Some(dir) = variable("LINUX_SRC") {
+        return Source::of_tree(&dir);
+    }
+    if let Some(file) = variable("LINUX_TARBALL") {
+        return tarball(&file);
+    }
+    let base = patch.base()?;
+    let store = cache::dir()?.join("sources");
+    if let Some(deb) = newest_package(&store, &base) {
+        return Ok(package(deb));
+    }
+    let Some(release) = Release::of_this_system() else {
+        bail!(
+            "no Linux source: this is not Debian; \
+             set LINUX_SRC=DIRECTORY or LINUX_TARBALL=FILE to Linux {base}"
+        );
+    };
+    let own_backports = format!("{}-backports", release.codename);
+    let mut seen = Vec::new();
+    for (step, suites) in SUITES.iter().enumerate() {
+        let mut suites = suites.to_vec();
+        if step == 0 && !suites.contains(&own_backports.as_str()) {
+            suites.push(&own_backports);
+        }
+        // A suite that does not exist yet, or any more, is no reason to stop.
+        let apt = match Apt::prepare(&release, &format!("kernel-{step}"), &suites) {
+            Ok(apt) => apt,
+            Err(error) => {
+                eprintln!("lab: {error:#}");
+                continue;
+            }
+        };
+        let versions = apt.versions("linux-source-")?;
+        if let Some((name, version)) = versions
+            .iter()
+            .find(|(name, _)| *name == format!("linux-source-{base}"))
+        {
+            return Ok(package(apt.download(name, version, &store)?));
+        }
+        seen.extend(versions.into_iter().map(|(name, _)| name));
+    }
+    bail!(
+        "no Linux source: the series is for {base}, and the package suites have only {}; \
+         set LINUX_SRC=DIRECTORY or LINUX_TARBALL=FILE, or move the series to another base",
+        seen.join(", ")
+    )
+}
+
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
+}
+
+fn package(deb: PathBuf) -> Source {
+    Source {
+        id: file_name(&deb),
+        kind: Kind::Package(deb),
+    }
+}
+
+fn tarball(file: &Path) -> Result<Source> {
+    let file = file
+        .canonicalize()
+        .with_context(|| format!("cannot find LINUX_TARBALL={}", file.display()))?;
+    let facts = file.metadata().context("cannot look at the tarball")?;
+    let changed = facts.modified().context("cannot look at the tarball")?;
+    Ok(Source {
+        id: format!("{} {} {changed:?}", file.display(), facts.len()),
+        kind: Kind::Tarball(file),
+    })
+}
+
+/// `VERSION.PATCHLEVEL.SUBLEVEL` of a source tree.
+///
+/// # Errors
+/// It is no Linux source tree.
+pub fn version_of(tree: &Path) -> Result<String> {
+    let makefile = tree.join("Makefile");
+    let text = fs::read_to_string(&makefile)
+        .with_context(|| format!("{} is no Linux source tree", tree.display()))?;
+    parse_version(&text)
+        .with_context(|| format!("{} is not the Makefile of Linux", makefile.display()))
+}
+
+fn parse_version(makefile: &str) -> Option<String> {
+    let get = |name: &str| {
+        makefile.lines().find_map(|line| {
+            let (known, value) = line.split_once('=')?;
+            (known.trim() == name).then(|| value.trim().to_owned())
+        })
+    };
+    Some(format!(
+        "{}.{}.{}",
+        get("VERSION")?,
+        get("PATCHLEVEL")?,
+        get("SUBLEVEL")?
+    ))
+}
+
+/// The newest downloaded package of a version.
+fn newest_package(store: &Path, base: &str) -> Option<PathBuf> {
+    let prefix = format!("linux-source-{base}_");
+    fs::read_dir(store)
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| file_name(path).starts_with(&prefix) && file_name(path).ends_with(".deb"))
+        .max_by_key(|path| path.metadata().and_then(|facts| facts.modified()).ok())
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .unwrap_or(OsStr::new(""))
+        .to_string_lossy()
+        .into_owned()
+}
+
+impl Source {
+    /// A source tree that is there already.
+    ///
+    /// # Errors
+    /// It is none, or git cannot say what is in it.
+    pub fn of_tree(dir: &Path) -> Result<Source> {
+        let dir = dir
+            .canonicalize()
+            .with_context(|| format!("cannot find LINUX_SRC={}", dir.display()))?;
+        let version = version_of(&dir)?;
+        // In a git checkout, the commit and the changes; elsewhere, the version.
+        let mut id = format!("{} {version}", dir.display());
+        if dir.join(".git").exists() {
+            for question in [["rev-parse", "HEAD"], ["diff", "HEAD"]] {
+                id.push(' ');
+                id.push_str(&Shell::new("git").arg("-C").arg(&dir).args(question).run()?);
+            }
+        }
+        Ok(Source {
+            id,
+            kind: Kind::Tree(dir),
+        })
+    }
+
+    /// Unpacks into `into`, which exists and is empty, and applies the series.
+    ///
+    /// # Errors
+    /// It cannot be unpacked, or a patch does not apply.
+    pub fn unpack(&self, into: &Path, series: &[PathBuf]) -> Result<()> {
+        self.unpack_plain(into)?;
+        for patch in series {
+            let finished = Shell::new("patch")
+                .args(["-p1", "--forward", "--batch", "--silent", "--fuzz=1"])
+                .arg("-i")
+                .arg(patch)
+                .dir(into)
+                .finish()?;
+            if finished.code() != 0 {
+                bail!(
+                    "{} does not apply to {}:\n{}",
+                    patch.display(),
+                    self.id.lines().next().unwrap_or(""),
+                    finished.tail()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Unpacks without patches.
+    ///
+    /// # Errors
+    /// It cannot be unpacked.
+    pub fn unpack_plain(&self, into: &Path) -> Result<()> {
+        match &self.kind {
+            Kind::Tree(dir) => {
+                let mut copy = Command::new("sh");
+                copy.args([
+                    "-ec",
+                    "tar -C \"$1\" --exclude=./.git -c . | tar -C \"$2\" -x",
+                    "sh",
+                ])
+                .arg(dir)
+                .arg(into);
+                step("copying the kernel source", copy, into)?;
+            }
+            Kind::Tarball(file) => untar(file, into)?,
+            Kind::Package(deb) => {
+                let inside = into.join(".package");
+                let mut unpack = Command::new("dpkg-deb");
+                unpack.arg("-x").arg(deb).arg(&inside);
+                step("unpacking the source package", unpack, into)?;
+                let tarball = fs::read_dir(inside.join("usr/src"))
+                    .context("the source package has no usr/src")?
+                    .flatten()
+                    .map(|entry| entry.path())
+                    .find(|path| file_name(path).contains(".tar"))
+                    .context("the source package has no tarball")?;
+                untar(&tarball, into)?;
+                fs::remove_dir_all(&inside).context("cannot tidy up after unpacking")?;
+            }
+        }
+        version_of(into).map(|_| ())
+    }
+}
+
+fn untar(file: &Path, into: &Path) -> Result<()> {
+    let mut tar = Command::new("tar");
+    tar.arg("-C")
+        .arg(into)
+        .args(["--strip-components=1", "-xf"])
+        .arg(file);
+    step("unpacking the kernel source", tar, into)
+}
+
+fn step(what: &str, command: Command, beside: &Path) -> Result<()> {
+    progress::run(
+        what,
+        command,
+        &beside.with_extension("unpack.log"),
+        Duration::from_secs(900),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_read_from_the_makefile() {
+        let text = "# SPDX\nVERSION = 7\nPATCHLEVEL = 3\nSUBLEVEL = 4\nEXTRAVERSION =\n";
+        assert_eq!(parse_version(text).as_deref(), Some("7.3.4"));
+        assert_eq!(parse_version("all:\n\techo\n"), None);
+    }
+
+    #[test]
+    fn only_a_package_of_the_right_base_is_used() {
+        let store = tempfile::tempdir().expect("a temporary directory");
+        for name in ["linux-source-7.30_1_all.deb", "linux-source-7.2_1_all.deb"] {
+            fs::write(store.path().join(name), b"").expect("a file");
+        }
+        assert_eq!(newest_package(store.path(), "7.3"), None);
+        let right = store.path().join("linux-source-7.3_7.3.4-1_all.deb");
+        fs::write(&right, b"").expect("a file");
+        assert_eq!(newest_package(store.path(), "7.3"), Some(right));
+    }
+
+    #[test]
+    fn a_patch_that_does_not_apply_is_named() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let source = dir.path().join("source");
+        fs::create_dir(&source).expect("a directory");
+        let makefile = "VERSION = 1\nPATCHLEVEL = 2\nSUBLEVEL = 3\n";
+        fs::write(source.join("Makefile"), makefile).expect("a file");
+        fs::write(source.join("file"), "one\ntwo\n").expect("a file");
+        let patch = dir.path().join("0001-change.patch");
+        let text = "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-two\n+three\n";
+        fs::write(&patch, text).expect("a file");
+        let source = Source::of_tree(&source).expect("it is a source tree");
+
+        let into = dir.path().join("into");
+        fs::create_dir(&into).expect("a directory");
+        source.unpack(&into, &[]).expect("no patch is fine");
+        let into = dir.path().join("again");
+        fs::create_dir(&into).expect("a directory");
+        source.unpack(&into, &[patch.clone()]).expect("it applies");
+        let patched = fs::read_to_string(into.join("file")).expect("a file");
+        assert_eq!(patched, "one\nthree\n");
+        let into = dir.path().join("twice");
+        fs::create_dir(&into).expect("a directory");
+        let error = source
+            .unpack(&into, &[patch.clone(), patch])
+            .expect_err("it applies only once");
+        assert!(error.to_string().contains("0001-change.patch"), "{error}");
+    }
+}
