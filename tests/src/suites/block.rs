@@ -341,7 +341,7 @@ fn a_device_removed_behind_our_back_leaves_the_other_door_open(cx: &Context) -> 
     // What any root program can do; here the doctor's own removal would refuse.
     let name = server.block_device()?;
     let id = name.display().to_string().replace("/dev/ublkb", "");
-    stop_device(id.parse()?)?;
+    super::ublk_control::stop_device(id.parse()?)?;
     let deadline = Instant::now() + cx.patience(30);
     loop {
         let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
@@ -359,15 +359,6 @@ fn a_device_removed_behind_our_back_leaves_the_other_door_open(cx: &Context) -> 
     let (status, log) = server.wait()?;
     ensure!(status.code() == Some(1), "a door that broke is forgotten: {status}, {log}");
     nothing_left(cx)
-}
-
-/// STOP_DEV from another process, as an administrator's tool would.
-fn stop_device(id: u32) -> Result<()> {
-    // `struct ublksrv_ctrl_cmd` (include/uapi/linux/ublk_cmd.h): dev_id, queue_id, len, addr, data.
-    let mut command = [0u8; 80];
-    command[..4].copy_from_slice(&id.to_le_bytes());
-    command[4..6].copy_from_slice(&u16::MAX.to_le_bytes());
-    super::ublk_control::run(super::ublk_control::STOP_DEV, command)
 }
 
 fn several_exports_come_and_go_without_each_other(cx: &Context) -> Result<()> {

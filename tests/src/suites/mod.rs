@@ -4,10 +4,16 @@
 //! in a module here and put `test!(module::sentence_that_holds)` into one of
 //! the tables. To add a suite, add an entry to [`SUITES`].
 
+mod agree;
+mod block;
 mod guest;
+mod io;
 mod kernel;
 mod qemu;
 mod selftest;
+mod story;
+mod ublk_control;
+mod vhost;
 
 use crate::test::{Place, Test};
 
