@@ -70,15 +70,15 @@ pub const SUITES: &[Suite] = &[
         about: "inside a User Mode Linux kernel, one processor",
         place: Place::Uml,
         needs: &[Need::Uml, Need::Server, Need::Tools],
-        tests: &[kernel::TESTS],
+        tests: &[kernel::TESTS, block::TESTS, agree::TESTS],
         with_cargo_test: false,
     },
     Suite {
         name: "qemu",
         about: "a server process on the host and an emulated guest that uses its disk",
         place: Place::Host,
-        needs: &[Need::X86, Need::Server, Need::Tools],
-        tests: &[qemu::TESTS],
+        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        tests: &[story::TESTS, vhost::TESTS, qemu::TESTS],
         with_cargo_test: false,
     },
     Suite {
@@ -86,7 +86,13 @@ pub const SUITES: &[Suite] = &[
         about: "inside an emulated x86 PC with two processors",
         place: Place::Vm,
         needs: &[Need::X86, Need::Server, Need::Tools],
-        tests: &[kernel::TESTS, kernel::SMP_TESTS],
+        tests: &[
+            kernel::TESTS,
+            kernel::SMP_TESTS,
+            block::TESTS,
+            block::SMP_TESTS,
+            agree::TESTS,
+        ],
         with_cargo_test: false,
     },
 ];

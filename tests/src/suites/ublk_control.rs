@@ -23,8 +23,9 @@ pub fn stop_device(id: u32) -> Result<()> {
     let mut command = [0u8; 80];
     command[..4].copy_from_slice(&id.to_ne_bytes());
     command[4..6].copy_from_slice(&u16::MAX.to_ne_bytes());
-    let mut ring: IoUring<squeue::Entry128, cqueue::Entry> =
-        IoUring::builder().build(2).context("cannot set up io_uring")?;
+    let mut ring: IoUring<squeue::Entry128, cqueue::Entry> = IoUring::builder()
+        .build(2)
+        .context("cannot set up io_uring")?;
     let sqe = opcode::UringCmd80::new(types::Fd(control.as_raw_fd()), STOP_DEV)
         .cmd(command)
         .build();
