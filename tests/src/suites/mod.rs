@@ -4,6 +4,7 @@
 //! in a module here and put `test!(module::sentence_that_holds)` into one of
 //! the tables. To add a suite, add an entry to [`SUITES`].
 
+mod docs;
 mod guest;
 mod kernel;
 mod qemu;
@@ -48,7 +49,7 @@ pub const SUITES: &[Suite] = &[
         about: "unit tests of every package, and tests that need no other kernel",
         place: Place::Host,
         needs: &[Need::Server, Need::Tools],
-        tests: &[],
+        tests: &[docs::TESTS],
         with_cargo_test: true,
     },
     Suite {
