@@ -6,6 +6,7 @@
 
 mod agree;
 mod block;
+mod docs;
 mod guest;
 mod io;
 mod kernel;
@@ -54,7 +55,7 @@ pub const SUITES: &[Suite] = &[
         about: "unit tests of every package, and tests that need no other kernel",
         place: Place::Host,
         needs: &[Need::Server, Need::Tools],
-        tests: &[],
+        tests: &[docs::TESTS],
         with_cargo_test: true,
     },
     Suite {
@@ -69,13 +70,13 @@ pub const SUITES: &[Suite] = &[
         name: "uml",
         about: "inside a User Mode Linux kernel, one processor",
         place: Place::Uml,
-        needs: &[Need::Uml, Need::Server, Need::Tools],
-        tests: &[kernel::TESTS, block::TESTS, agree::TESTS],
+        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        tests: &[kernel::TESTS, block::TESTS, agree::TESTS, qemu::NESTED],
         with_cargo_test: false,
     },
     Suite {
         name: "qemu",
-        about: "a server process on the host and an emulated guest that uses its disk",
+        about: "a server process on the host and guests that use its disk",
         place: Place::Host,
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
         tests: &[story::TESTS, vhost::TESTS, qemu::TESTS],
