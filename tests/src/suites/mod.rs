@@ -12,7 +12,7 @@ mod io;
 mod kernel;
 mod qemu;
 mod selftest;
-mod story;
+pub mod story;
 mod ublk_control;
 mod vhost;
 
