@@ -128,7 +128,9 @@ impl Registry {
     pub fn retire(&self, counters: &Arc<Counters>) {
         let mut threads = self.threads();
         let before = threads.running.len();
-        threads.running.retain(|other| !Arc::ptr_eq(other, counters));
+        threads
+            .running
+            .retain(|other| !Arc::ptr_eq(other, counters));
         if threads.running.len() < before {
             counters.add_to(&mut threads.ended);
         }

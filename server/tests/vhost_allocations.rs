@@ -1,5 +1,7 @@
 //! In steady state nothing is allocated: counted for the whole process, driver included.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -61,9 +63,15 @@ fn requests_in_steady_state_allocate_nothing() {
         for n in 0..8 {
             let table = driver.vrings[0].descriptors;
             let data = DATA + 8192 * (1 + u64::from(n));
-            driver.memory.descriptor(table, 3 * n, (DATA, 16, NEXT, 3 * n + 1));
-            driver.memory.descriptor(table, 3 * n + 1, (data, 4096, NEXT | WRITE, 3 * n + 2));
-            driver.memory.descriptor(table, 3 * n + 2, (DATA + 16, 1, WRITE, 0));
+            driver
+                .memory
+                .descriptor(table, 3 * n, (DATA, 16, NEXT, 3 * n + 1));
+            driver
+                .memory
+                .descriptor(table, 3 * n + 1, (data, 4096, NEXT | WRITE, 3 * n + 2));
+            driver
+                .memory
+                .descriptor(table, 3 * n + 2, (DATA + 16, 1, WRITE, 0));
         }
         reads(&mut driver, 800);
         let before = ALLOCATIONS.load(Ordering::Relaxed);

@@ -1,12 +1,15 @@
 //! Front-ends that others wrote.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
 mod common;
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::{Child, Command, Stdio};
 
 use common::*;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use ublkup::backend::Memory as MemoryDisk;
@@ -20,7 +23,16 @@ fn wait(transport: &VirtioBlkTransport, queue: &mut VirtioBlkQueue<'_, u64>, ind
             assert_eq!(done.ret, 0, "request {}", done.context);
             return done.context;
         }
-        transport.get_completion_fd(index).read().unwrap();
+        let fd = transport.get_completion_fd(index);
+        // SAFETY: the transport keeps the descriptor open.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        let limit = Timespec::try_from(PATIENCE).unwrap();
+        let mut fds = [PollFd::from_borrowed_fd(borrowed, PollFlags::IN)];
+        assert!(
+            poll(&mut fds, Some(&limit)).unwrap() > 0,
+            "no notification came"
+        );
+        fd.read().unwrap();
     }
 }
 
@@ -56,8 +68,11 @@ fn the_virtio_driver_crate_reads_what_it_wrote_on_four_queues() {
     };
     for (index, queue) in queues.iter_mut().enumerate() {
         let offset = (index as u64) << 20;
+        queue.set_used_notif_enabled(true);
         let fill = u8::try_from(index).unwrap() + 1;
-        out.iter_mut().zip(0u8..=250).for_each(|(byte, n)| *byte = n ^ fill);
+        out.iter_mut()
+            .zip(0u8..=250)
+            .for_each(|(byte, n)| *byte = n ^ fill);
         out[250..].fill(fill);
         queue.write(offset, out, 1).unwrap();
         assert_eq!(wait(&*transport, queue, index), 1);
@@ -112,7 +127,10 @@ fn the_firmware_of_a_qemu_machine_reads_the_boot_sector() {
         .args("-nodefaults -machine q35 -accel tcg -cpu max -smp 2 -m 64M -display none".split(' '))
         .args(["-object", "memory-backend-memfd,id=m,size=64M,share=on"])
         .args(["-numa", "node,memdev=m"])
-        .args(["-chardev", &format!("socket,id=c,path={}", house.door.path().display())])
+        .args([
+            "-chardev",
+            &format!("socket,id=c,path={}", house.door.path().display()),
+        ])
         .args(["-device", "vhost-user-blk-pci,chardev=c,bootindex=1"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -1,5 +1,7 @@
 //! Whole sessions of the vhost door over real sockets.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
 mod common;
 #[path = "common/disks.rs"]
 mod disks;
@@ -58,7 +60,10 @@ fn what_a_client_writes_it_reads_back() {
         assert_eq!(back[5120..], data[5120..]);
         let totals = house.counters.totals();
         assert_eq!((totals.reads, totals.writes, totals.flushes), (2, 1, 1));
-        assert_eq!((totals.discards, totals.write_zeroes, totals.errors), (1, 1, 0));
+        assert_eq!(
+            (totals.discards, totals.write_zeroes, totals.errors),
+            (1, 1, 0)
+        );
     }
 }
 
@@ -99,8 +104,12 @@ fn any_layout_of_descriptors_is_understood() {
     driver.header(DATA, T_IN, 7);
     let table = DATA + 0x2008;
     driver.memory.descriptor(table, 0, (DATA, 16, NEXT, 2));
-    driver.memory.descriptor(table, 2, (DATA + 0x4000, 24, NEXT | WRITE, 1));
-    driver.memory.descriptor(table, 1, (DATA + 0x5000, 1001, WRITE, 0));
+    driver
+        .memory
+        .descriptor(table, 2, (DATA + 0x4000, 24, NEXT | WRITE, 1));
+    driver
+        .memory
+        .descriptor(table, 1, (DATA + 0x5000, 1001, WRITE, 0));
     driver.memory.put(DATA + 0x5000 + 1000, &[UNTOUCHED]);
     driver.submit_on(0, 9, &[(table, 48, TABLE)]);
     assert_eq!(driver.vrings[0].wait(&driver.memory), (9, 1025));
@@ -205,7 +214,11 @@ fn writes_are_durable_exactly_when_the_cache_is_off() {
                 fua: durable,
             },
         ];
-        assert_eq!(*seen.lock().unwrap(), expected, "{features:#x} {writeback:?}");
+        assert_eq!(
+            *seen.lock().unwrap(),
+            expected,
+            "{features:#x} {writeback:?}"
+        );
     }
 }
 
@@ -268,7 +281,11 @@ fn memory_may_be_added_and_removed_while_requests_use_it() {
     // 8 KiB at DATA + 4096: the second half is in the region that goes away.
     driver.prepare(T_IN, 0, &[(8192, WRITE)]);
     eventually("the request is taken", || {
-        driver.memory.word(driver.vrings[0].used).load(std::sync::atomic::Ordering::Relaxed) == 0
+        driver
+            .memory
+            .word(driver.vrings[0].used)
+            .load(std::sync::atomic::Ordering::Relaxed)
+            == 0
     });
     std::thread::sleep(Duration::from_millis(50));
     driver.frontend.remove_mem_region(&high).unwrap();
@@ -315,7 +332,9 @@ fn no_kick_and_no_notification_is_lost_in_a_hundred_thousand_requests() {
         let first = (DATA, 16, NEXT, 2 * head + 1);
         driver.memory.descriptor(vring.descriptors, 2 * head, first);
         let second = (DATA + 16, 1, WRITE, 0);
-        driver.memory.descriptor(vring.descriptors, 2 * head + 1, second);
+        driver
+            .memory
+            .descriptor(vring.descriptors, 2 * head + 1, second);
     }
     let mut left = 100_000u32;
     let mut burst = 1;
@@ -390,7 +409,10 @@ fn a_writable_export_has_one_client_and_the_next_one_follows_at_once() {
 fn belongings() -> (usize, usize) {
     let count = |path: &str| std::fs::read_dir(path).unwrap().count();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    let guests = maps.lines().filter(|line| line.contains("memfd:guest")).count();
+    let guests = maps
+        .lines()
+        .filter(|line| line.contains("memfd:guest"))
+        .count();
     (count("/proc/self/task"), guests)
 }
 
@@ -400,7 +422,10 @@ fn clients_that_hang_up_in_any_state_leave_nothing_behind() {
     const INNER: &str = "UBLKUP_TEST_ALONE";
     if std::env::var_os(INNER).is_none() {
         let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "clients_that_hang_up_in_any_state_leave_nothing_behind"])
+            .args([
+                "--exact",
+                "clients_that_hang_up_in_any_state_leave_nothing_behind",
+            ])
             .env(INNER, "1")
             .status()
             .unwrap();

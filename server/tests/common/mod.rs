@@ -1,5 +1,6 @@
 //! A driver that can be told to misbehave: guest memory, split rings and the vhost-user messages.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use std::fs::File;
@@ -32,7 +33,8 @@ pub const CONFIG_WCE: u64 = 1 << 11;
 pub const DISCARD: u64 = 1 << 13;
 pub const WRITE_ZEROES: u64 = 1 << 14;
 /// What an ordinary driver accepts.
-pub const USUAL: u64 = VERSION_1 | INDIRECT | PROTOCOL | FLUSH | CONFIG_WCE | DISCARD | WRITE_ZEROES;
+pub const USUAL: u64 =
+    VERSION_1 | INDIRECT | PROTOCOL | FLUSH | CONFIG_WCE | DISCARD | WRITE_ZEROES;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -169,7 +171,9 @@ impl Memory {
 
     pub fn put(&self, address: u64, bytes: &[u8]) {
         // SAFETY: `at` checked the range; nothing else in this process refers to the memory.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(address, bytes.len()), bytes.len()) };
+        unsafe {
+            ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(address, bytes.len()), bytes.len())
+        };
     }
 
     pub fn get(&self, address: u64, len: usize) -> Vec<u8> {
@@ -262,9 +266,13 @@ impl Vring {
     /// Makes a chain available without telling.
     pub fn offer(&mut self, memory: &Memory, head: u16) {
         let entry = u64::from(self.next_available % self.size);
-        memory.word(self.available + 4 + 2 * entry).store(head, Ordering::Relaxed);
+        memory
+            .word(self.available + 4 + 2 * entry)
+            .store(head, Ordering::Relaxed);
         self.next_available = self.next_available.wrapping_add(1);
-        memory.word(self.available + 2).store(self.next_available, Ordering::Release);
+        memory
+            .word(self.available + 2)
+            .store(self.next_available, Ordering::Release);
     }
 
     /// Kicks if the device wants it, as it was after `old` (the index before the offers).
@@ -321,7 +329,12 @@ pub fn readable(fd: &EventFd, limit: Duration) -> bool {
     // SAFETY: the descriptor stays open during the borrow.
     let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd.as_raw_fd()) };
     let limit = Timespec::try_from(limit).unwrap();
-    poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&limit)).unwrap() > 0
+    poll(
+        &mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)],
+        Some(&limit),
+    )
+    .unwrap()
+        > 0
 }
 
 /// A driver with one connection.
@@ -335,7 +348,7 @@ pub struct Driver {
 impl Driver {
     /// Negotiates and shares memory; starts nothing.
     pub fn connect(stream: UnixStream, features: u64) -> Self {
-        let mut frontend = Frontend::from_stream(stream, 256);
+        let mut frontend = Frontend::from_stream(stream, 0x8000);
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
         assert_eq!(features & !offered, 0, "the device offers {offered:#x}");

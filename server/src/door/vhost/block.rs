@@ -49,7 +49,10 @@ pub(super) fn features(limits: &Limits) -> u64 {
         (limits.write_cache, VIRTIO_BLK_F_FLUSH),
         (limits.write_cache, VIRTIO_BLK_F_CONFIG_WCE),
         (limits.max_discard_bytes != 0, VIRTIO_BLK_F_DISCARD),
-        (limits.max_write_zeroes_bytes != 0, VIRTIO_BLK_F_WRITE_ZEROES),
+        (
+            limits.max_write_zeroes_bytes != 0,
+            VIRTIO_BLK_F_WRITE_ZEROES,
+        ),
         (limits.read_only, VIRTIO_BLK_F_RO),
     ] {
         if offered {
@@ -60,7 +63,13 @@ pub(super) fn features(limits: &Limits) -> u64 {
 }
 
 /// `len` bytes of the configuration space from `offset`; zeroes beyond what is in use.
-pub(super) fn config(limits: &Limits, queues: u16, writeback: bool, offset: u32, len: u32) -> Vec<u8> {
+pub(super) fn config(
+    limits: &Limits,
+    queues: u16,
+    writeback: bool,
+    offset: u32,
+    len: u32,
+) -> Vec<u8> {
     let block = limits.block_bytes;
     let sectors = |bytes: u64| {
         let bytes = bytes - bytes % u64::from(block);
@@ -235,11 +244,7 @@ impl Parts {
             })
     }
 
-    fn request(
-        &self,
-        list: &[MaybeUninit<Buffer>],
-        terms: Terms<'_>,
-    ) -> Result<Verdict, IoError> {
+    fn request(&self, list: &[MaybeUninit<Buffer>], terms: Terms<'_>) -> Result<Verdict, IoError> {
         if self.broken {
             return Err(IoError::Io);
         }
@@ -294,7 +299,7 @@ impl Parts {
         len_bytes: u64,
         limits: &Limits,
     ) -> Result<Verdict, IoError> {
-        if len_bytes % (1 << SECTOR_SHIFT) != 0 {
+        if !len_bytes.is_multiple_of(1 << SECTOR_SHIFT) {
             return Err(IoError::Io);
         }
         // The used entry has 32 bits for what was written.
@@ -321,7 +326,12 @@ impl Parts {
         for buffer in self.buffers(list, self.out_count, self.in_count) {
             let take = id.len().min(buffer.iov_len);
             // SAFETY: the buffers of the list are mapped as long as the map that the caller holds.
-            unsafe { buffer.iov_base.cast::<u8>().copy_from_nonoverlapping(id.as_ptr(), take) };
+            unsafe {
+                buffer
+                    .iov_base
+                    .cast::<u8>()
+                    .copy_from_nonoverlapping(id.as_ptr(), take)
+            };
             id = &id[take..];
         }
         let copied = SERIAL_BYTES - id.len();
@@ -331,7 +341,8 @@ impl Parts {
     /// The one segment of a discard or write-zeroes: first sector, sectors, flags.
     fn segment(&self, list: &[MaybeUninit<Buffer>]) -> Result<(u64, u64, u32), IoError> {
         let segment_bytes = SEGMENT_BYTES as u64;
-        if self.in_bytes != 0 || self.out_bytes == 0 || self.out_bytes % segment_bytes != 0 {
+        let whole = self.out_bytes.is_multiple_of(segment_bytes);
+        if self.in_bytes != 0 || self.out_bytes == 0 || !whole {
             return Err(IoError::Io);
         }
         if self.out_bytes != segment_bytes {
@@ -347,7 +358,11 @@ impl Parts {
             filled += take;
         }
         let sectors = u32_at(&segment, 8);
-        Ok((u64_at(&segment, 0), u64::from(sectors), u32_at(&segment, 12)))
+        Ok((
+            u64_at(&segment, 0),
+            u64::from(sectors),
+            u32_at(&segment, 12),
+        ))
     }
 
     fn buffers<'a>(
@@ -358,7 +373,9 @@ impl Parts {
     ) -> impl Iterator<Item = &'a Buffer> + use<'a> {
         debug_assert!(first + count <= self.out_count + self.in_count);
         // SAFETY: `gather` filled the first `out_count + in_count` entries.
-        list[first..first + count].iter().map(|entry| unsafe { entry.assume_init_ref() })
+        list[first..first + count]
+            .iter()
+            .map(|entry| unsafe { entry.assume_init_ref() })
     }
 }
 

@@ -61,7 +61,11 @@ impl Region {
             user,
         } = address;
         let end = offset.checked_add(len_bytes);
-        let ends = [guest.checked_add(len_bytes), user.checked_add(len_bytes), end];
+        let ends = [
+            guest.checked_add(len_bytes),
+            user.checked_add(len_bytes),
+            end,
+        ];
         if len_bytes == 0 || ends.contains(&None) {
             return Err(invalid("a memory region is empty or wraps around"));
         }
@@ -127,7 +131,9 @@ impl Mapping {
         let start = unsafe { mmap(ptr::null_mut(), len_bytes, prot, flags, file, offset) }
             .map_err(|error| {
                 let file = file.as_raw_fd();
-                io::Error::other(format!("cannot map {len_bytes} bytes of fd {file}: {error}"))
+                io::Error::other(format!(
+                    "cannot map {len_bytes} bytes of fd {file}: {error}"
+                ))
             })?
             .cast::<u8>();
         let mut mapping = Self {

@@ -278,7 +278,9 @@ fn listen(shared: &Arc<Shared>, socket: &Socket) {
         }
         match socket.listener().accept() {
             Ok((stream, _)) => {
-                if let Err(error) = stream.set_nonblocking(false).and_then(|()| admit(shared, stream))
+                if let Err(error) = stream
+                    .set_nonblocking(false)
+                    .and_then(|()| admit(shared, stream))
                 {
                     tracing::warn!(export = shared.name, "a client was refused: {error}");
                 }
@@ -327,7 +329,12 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
         .name(format!("vhost-{}", guard.link.id()))
         .spawn(move || {
             let link = &guard.link;
-            tracing::info!(export = link.export(), session = link.id(), peer, "client connected");
+            tracing::info!(
+                export = link.export(),
+                session = link.id(),
+                peer,
+                "client connected"
+            );
             let ending = (guard.shared.serve)(link);
             report(link, ending);
         })?;

@@ -89,6 +89,11 @@ enum Kind {
 /// of the error descriptor.
 const OPERATIONS: u32 = 3;
 
+/// A memory map in use on this thread. Requests share it by `Rc`, so that holding it costs no
+/// atomic operation.
+#[derive(Default)]
+struct HeldMap(Arc<MemoryMap>);
+
 /// A chain under way.
 struct Taken {
     vring: usize,
@@ -96,7 +101,7 @@ struct Taken {
     status: Option<*mut u8>,
     written_bytes: u32,
     /// Keeps the memory mapped that the buffers are in.
-    _map: Rc<Arc<MemoryMap>>,
+    _map: Rc<HeldMap>,
 }
 
 struct Vring {
@@ -229,7 +234,7 @@ pub(super) struct VhostQueues {
     /// Vring `index` is at `index / threads`.
     threads: u16,
     vrings: Vec<Option<Box<Vring>>>,
-    map: Rc<Arc<MemoryMap>>,
+    map: Rc<HeldMap>,
     free: FreeSlots,
     taken: SlotTable<Taken>,
     /// [`MAX_BUFFERS`] for each slot. Not touched before it is used, so it costs no memory.
@@ -275,7 +280,7 @@ impl VhostQueues {
             indirect: start.features & mask(VIRTIO_RING_F_INDIRECT_DESC) != 0,
         };
         let queue = Virtqueue::new(options, start.addresses, start.base, &start.map)?;
-        self.map = Rc::new(start.map);
+        self.map = Rc::new(HeldMap(start.map));
         let mut vring = Box::new(Vring {
             index: start.index,
             queue,
@@ -307,10 +312,10 @@ impl VhostQueues {
 
     fn set_map(&mut self, ring: &mut Ring, map: Arc<MemoryMap>) {
         // Requests under way keep the old map; rings must be in the new one.
-        self.map = Rc::new(map);
+        self.map = Rc::new(HeldMap(map));
         for local in 0..self.vrings.len() {
             if let Some(vring) = &mut self.vrings[local]
-                && let Err(error) = vring.queue.remap(&self.map)
+                && let Err(error) = vring.queue.remap(&self.map.0)
             {
                 self.give_up(ring, local, error);
             }
@@ -357,7 +362,10 @@ impl VhostQueues {
         }
         for _ in 0..count {
             self.turn %= count;
-            if self.vrings[self.turn].as_ref().is_some_and(|vring| vring.takes_chains()) {
+            if self.vrings[self.turn]
+                .as_ref()
+                .is_some_and(|vring| vring.takes_chains())
+            {
                 self.turn_left -= 1;
                 return Some(self.turn);
             }
@@ -373,7 +381,7 @@ impl VhostQueues {
         let slot = self.free.take()?;
         let first = slot as usize * MAX_BUFFERS;
         let list = &mut self.buffers[first..first + MAX_BUFFERS];
-        let parts = Parts::gather(vring.queue.chain(head, &self.map), &self.map, list);
+        let parts = Parts::gather(vring.queue.chain(head, &self.map.0), &self.map.0, list);
         let limits = self.link.limits();
         let writeback = if vring.features & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
             self.link.writeback.load(Ordering::Acquire)
@@ -406,7 +414,10 @@ impl VhostQueues {
                 } else {
                     // SAFETY: `gather` filled that many entries; they belong to the slot, which is
                     // given back when the request is finished, and `Taken` keeps the map.
-                    unsafe { Buffers::from_list(list[..buffers].assume_init_mut()) }
+                    unsafe {
+                        let list = std::ptr::from_mut(&mut list[..buffers]) as *mut [Buffer];
+                        Buffers::from_list(&mut *list)
+                    }
                 };
                 Some((slot, Request::new(op, range, buffers)))
             }
@@ -524,7 +535,8 @@ impl DoorQueue for VhostQueues {
             return;
         }
         if completion.result <= 0 {
-            self.link.hang_up("the kick descriptor of a vring cannot be read");
+            self.link
+                .hang_up("the kick descriptor of a vring cannot be read");
             return;
         }
         if !vring.busy && !vring.broken {
@@ -570,7 +582,11 @@ impl DoorQueue for VhostQueues {
         };
         vring.in_flight -= 1;
         if !vring.broken {
-            let written_bytes = if outcome.is_ok() { taken.written_bytes } else { 1 };
+            let written_bytes = if outcome.is_ok() {
+                taken.written_bytes
+            } else {
+                1
+            };
             vring.queue.push_used(taken.head, written_bytes);
         }
     }
@@ -580,7 +596,7 @@ impl DoorQueue for VhostQueues {
         let poisonings = sigbus::poisonings();
         if self.poisonings != poisonings {
             self.poisonings = poisonings;
-            if self.map.is_poisoned() {
+            if self.map.0.is_poisoned() {
                 self.link.hang_up("the client cut its memory file short");
             }
         }

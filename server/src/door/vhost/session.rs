@@ -60,7 +60,11 @@ pub(super) enum Ending {
 /// Talks to the client until one of both hangs up, then ends the queue threads.
 pub(super) fn converse(link: &Arc<Link>, queue_threads: u16, spawn: Spawn) -> io::Result<Ending> {
     let stream = link.stream().try_clone()?;
-    let session = Arc::new(Mutex::new(Session::new(Arc::clone(link), queue_threads, spawn)));
+    let session = Arc::new(Mutex::new(Session::new(
+        Arc::clone(link),
+        queue_threads,
+        spawn,
+    )));
     let mut messages = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let error = loop {
         if let Err(error) = messages.handle_request() {
@@ -131,7 +135,9 @@ impl Session {
 
     fn vring(&mut self, index: u32) -> Result<&mut VringSetup> {
         if index >= u32::from(MAX_VRINGS) {
-            return refuse(format!("vring {index} is one too many, {MAX_VRINGS} are offered"));
+            return refuse(format!(
+                "vring {index} is one too many, {MAX_VRINGS} are offered"
+            ));
         }
         let index = index as usize;
         if self.vrings.len() <= index {
@@ -439,14 +445,22 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
         let writeback = self.link.writeback.load(Ordering::Acquire);
         let limits = self.link.limits();
-        Ok(block::config(limits, self.queue_threads, writeback, offset, size))
+        Ok(block::config(
+            limits,
+            self.queue_threads,
+            writeback,
+            offset,
+            size,
+        ))
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8], _: VhostUserConfigFlags) -> Result<()> {
         let offered = self.offered() & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0;
         match bytes {
             [writeback @ 0..=1] if offered && offset == block::WRITEBACK_OFFSET => {
-                self.link.writeback.store(*writeback == 1, Ordering::Release);
+                self.link
+                    .writeback
+                    .store(*writeback == 1, Ordering::Release);
                 Ok(())
             }
             _ => refuse("only the writeback byte of the configuration can be written"),

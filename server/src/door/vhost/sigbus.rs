@@ -62,7 +62,9 @@ impl Watch {
                     .compare_exchange(FREE, CLAIMED, Ordering::AcqRel, Ordering::Relaxed);
             if claim.is_ok() {
                 entry.poisoned.store(false, Ordering::Relaxed);
-                entry.end.store(start as usize + len_bytes, Ordering::Relaxed);
+                entry
+                    .end
+                    .store(start as usize + len_bytes, Ordering::Relaxed);
                 USED.fetch_max(index + 1, Ordering::Relaxed);
                 entry.start.store(start as usize, Ordering::Release);
                 return Ok(Self { index });
@@ -99,13 +101,17 @@ fn install() -> io::Result<()> {
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
         // SAFETY: asks only for the current action.
         if unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), previous.as_mut_ptr()) } != 0 {
-            return io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL);
+            return io::Error::last_os_error()
+                .raw_os_error()
+                .unwrap_or(libc::EINVAL);
         }
         // SAFETY: the call above filled it.
         let _ = PREVIOUS.set(unsafe { previous.assume_init() });
         // SAFETY: the handler is async-signal-safe: atomics and mmap only.
         if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) } != 0 {
-            return io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL);
+            return io::Error::last_os_error()
+                .raw_os_error()
+                .unwrap_or(libc::EINVAL);
         }
         0
     });

@@ -270,11 +270,7 @@ fn crossed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
-fn translate(
-    size: u16,
-    addresses: RingAddresses,
-    map: &MemoryMap,
-) -> Result<Pointers, RingError> {
+fn translate(size: u16, addresses: RingAddresses, map: &MemoryMap) -> Result<Pointers, RingError> {
     let part = |address: u64, len_bytes: u64, align: usize| {
         let at = map.user(address, len_bytes).ok_or(RingError::Address)?;
         // The parts are aligned in the guest (2.7); a region mapped askew must not break that.

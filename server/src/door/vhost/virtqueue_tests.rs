@@ -57,9 +57,8 @@ impl Bench {
     }
 
     fn walk(&self, queue: &Virtqueue, head: u16) -> Result<Vec<(u64, u32, bool)>, ChainError> {
-        let step = |found: Result<Descriptor, _>| {
-            found.map(|d| (d.address, d.len_bytes, d.is_writable()))
-        };
+        let step =
+            |found: Result<Descriptor, _>| found.map(|d| (d.address, d.len_bytes, d.is_writable()));
         queue.chain(head, &self.map).map(step).collect()
     }
 }
@@ -117,9 +116,16 @@ fn rings_that_are_no_rings_are_refused() {
     assert_eq!(try_ring(8, good), None);
     assert_eq!(try_ring(0, good), Some(RingError::Size));
     assert_eq!(try_ring(7, good), Some(RingError::Size));
-    for descriptors in [USER + 8, USER + 0x4000 - 16, USER - 16, 0, u64::MAX & !15] {
-        let bad = RingAddresses { descriptors, ..good };
-        assert_eq!(try_ring(8, bad), Some(RingError::Address), "{descriptors:#x}");
+    for descriptors in [USER + 8, USER + 0x4000 - 16, USER - 16, 0, !15u64] {
+        let bad = RingAddresses {
+            descriptors,
+            ..good
+        };
+        assert_eq!(
+            try_ring(8, bad),
+            Some(RingError::Address),
+            "{descriptors:#x}"
+        );
     }
     for available in [USER + 1, USER + 0x3ffe, u64::MAX - 1] {
         let bad = RingAddresses { available, ..good };
@@ -148,14 +154,70 @@ fn chains_that_lead_nowhere_end_with_an_error() {
     type Case = (&'static str, u64, u32, u16, u16, ChainError);
     let table = 0x3100;
     let cases: [Case; 9] = [
-        ("points to itself", 0x3000, 1, FLAG_NEXT, 0, ChainError::TooLong),
-        ("next outside the table", 0x3000, 1, FLAG_NEXT, 8, ChainError::Next),
-        ("empty table", table, 0, FLAG_INDIRECT, 0, ChainError::Indirect),
-        ("part of a descriptor", table, 24, FLAG_INDIRECT, 0, ChainError::Indirect),
-        ("absurd length", table, u32::MAX & !15, FLAG_INDIRECT, 0, ChainError::Indirect),
-        ("outside memory", 0x9000, 16, FLAG_INDIRECT, 0, ChainError::Indirect),
-        ("wraps around", u64::MAX - 8, 16, FLAG_INDIRECT, 0, ChainError::Indirect),
-        ("continued", table, 16, FLAG_INDIRECT | FLAG_NEXT, 1, ChainError::Indirect),
+        (
+            "points to itself",
+            0x3000,
+            1,
+            FLAG_NEXT,
+            0,
+            ChainError::TooLong,
+        ),
+        (
+            "next outside the table",
+            0x3000,
+            1,
+            FLAG_NEXT,
+            8,
+            ChainError::Next,
+        ),
+        (
+            "empty table",
+            table,
+            0,
+            FLAG_INDIRECT,
+            0,
+            ChainError::Indirect,
+        ),
+        (
+            "part of a descriptor",
+            table,
+            24,
+            FLAG_INDIRECT,
+            0,
+            ChainError::Indirect,
+        ),
+        (
+            "absurd length",
+            table,
+            !15u32,
+            FLAG_INDIRECT,
+            0,
+            ChainError::Indirect,
+        ),
+        (
+            "outside memory",
+            0x9000,
+            16,
+            FLAG_INDIRECT,
+            0,
+            ChainError::Indirect,
+        ),
+        (
+            "wraps around",
+            u64::MAX - 8,
+            16,
+            FLAG_INDIRECT,
+            0,
+            ChainError::Indirect,
+        ),
+        (
+            "continued",
+            table,
+            16,
+            FLAG_INDIRECT | FLAG_NEXT,
+            1,
+            ChainError::Indirect,
+        ),
         ("nested", table, 16, FLAG_INDIRECT, 0, ChainError::Indirect),
     ];
     let bench = Bench::new();
@@ -234,7 +296,11 @@ fn the_event_index_is_obeyed_across_the_wrap_at_65535() {
         for _ in 0..count {
             queue.push_used(0, 0);
         }
-        assert_eq!(queue.publish(), notified, "{count} from {from}, event {event}");
+        assert_eq!(
+            queue.publish(),
+            notified,
+            "{count} from {from}, event {event}"
+        );
     }
 }
 
@@ -255,7 +321,10 @@ fn what_arrives_before_kicks_are_on_is_not_missed() {
         queue.disable_kicks();
         assert_eq!(bench.get(USED), u16::from(!event_index));
         bench.set(AVAILABLE + 2, 0);
-        assert!(queue.enable_kicks(), "one came between the look and the sleep");
+        assert!(
+            queue.enable_kicks(),
+            "one came between the look and the sleep"
+        );
         assert_eq!(queue.pop(), Ok(Some(0)));
     }
 }
