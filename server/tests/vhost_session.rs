@@ -382,6 +382,16 @@ fn a_client_whose_notifications_block_hurts_nobody_but_itself() {
             driver.vrings[0].used_index(&driver.memory) != before
         });
     }
+    // What is due goes to a new descriptor without waiting for the old one.
+    let fresh = EventFd::new(0).unwrap();
+    driver.frontend.set_vring_call(0, &fresh).unwrap();
+    assert!(
+        readable(&fresh, PATIENCE),
+        "the old descriptor is in the way"
+    );
+    driver.frontend.set_vring_call(0, &full).unwrap();
+    driver.prepare(T_FLUSH, 0, &[]);
+    std::thread::sleep(Duration::from_millis(20));
     // Once it is read, what was due arrives.
     assert_eq!(full.read().unwrap(), u64::MAX - 1);
     assert!(readable(&full, PATIENCE));
