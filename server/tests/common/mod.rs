@@ -292,6 +292,16 @@ impl Vring {
         }
     }
 
+    /// Waits until the device sleeps and has taken everything that was offered. Needs the event
+    /// index, which says up to where it looked.
+    pub fn wait_taken(&self, memory: &Memory) {
+        assert!(self.event_index);
+        let at = self.used + 4 + 8 * u64::from(self.size);
+        eventually("the device takes what was offered", || {
+            memory.word(at).load(Ordering::Acquire) == self.next_available
+        });
+    }
+
     pub fn used_index(&self, memory: &Memory) -> u16 {
         memory.word(self.used + 2).load(Ordering::Acquire)
     }
