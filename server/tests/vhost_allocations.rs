@@ -1,5 +1,7 @@
 //! In steady state nothing is allocated: counted for the whole process, driver included.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -1,12 +1,15 @@
 //! Front-ends that others wrote.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
 mod common;
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::{Child, Command, Stdio};
 
 use common::*;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use ublkup::backend::Memory as MemoryDisk;
@@ -20,7 +23,16 @@ fn wait(transport: &VirtioBlkTransport, queue: &mut VirtioBlkQueue<'_, u64>, ind
             assert_eq!(done.ret, 0, "request {}", done.context);
             return done.context;
         }
-        transport.get_completion_fd(index).read().unwrap();
+        let fd = transport.get_completion_fd(index);
+        // SAFETY: the transport keeps the descriptor open.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        let limit = Timespec::try_from(PATIENCE).unwrap();
+        let mut fds = [PollFd::from_borrowed_fd(borrowed, PollFlags::IN)];
+        assert!(
+            poll(&mut fds, Some(&limit)).unwrap() > 0,
+            "no notification came"
+        );
+        fd.read().unwrap();
     }
 }
 
@@ -56,6 +68,7 @@ fn the_virtio_driver_crate_reads_what_it_wrote_on_four_queues() {
     };
     for (index, queue) in queues.iter_mut().enumerate() {
         let offset = (index as u64) << 20;
+        queue.set_used_notif_enabled(true);
         let fill = u8::try_from(index).unwrap() + 1;
         out.iter_mut()
             .zip(0u8..=250)

@@ -1,5 +1,7 @@
 //! Whole sessions of the vhost door over real sockets.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
 mod common;
 #[path = "common/disks.rs"]
 mod disks;
@@ -242,7 +244,7 @@ fn a_vring_stops_where_it_is_and_goes_on_from_there() {
 #[test]
 fn stopping_a_vring_waits_for_what_is_under_way() {
     let (house, gate) = gated(1);
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let mut driver = Driver::running(house.connect(), USUAL | EVENT_IDX);
     driver.prepare(T_IN, 0, &[(512, WRITE)]);
     driver.header(DATA + 0x8000, T_IN, 0);
     let second = [
@@ -251,14 +253,13 @@ fn stopping_a_vring_waits_for_what_is_under_way() {
         (DATA + 0x8010, 1, WRITE),
     ];
     driver.submit_on(0, 10, &second);
+    driver.vrings[0].wait_taken(&driver.memory);
     let opener = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(100));
         gate.write(1).unwrap();
         std::thread::sleep(Duration::from_millis(100));
         gate.write(1).unwrap();
     });
-    // Let the thread take both chains first.
-    std::thread::sleep(Duration::from_millis(50));
     assert_eq!(driver.frontend.get_vring_base(0).unwrap(), 2);
     assert_eq!(driver.vrings[0].used_index(&driver.memory), 2);
     assert_eq!(driver.memory.get(DATA + 0x9000, 512), [0x5a; 512]);
@@ -269,7 +270,7 @@ fn stopping_a_vring_waits_for_what_is_under_way() {
 #[test]
 fn memory_may_be_added_and_removed_while_requests_use_it() {
     let (house, gate) = gated(1);
-    let mut driver = Driver::connect(house.connect(), USUAL);
+    let mut driver = Driver::connect(house.connect(), USUAL | EVENT_IDX);
     let low = driver.memory.part(0, DATA + 8192);
     let high = driver.memory.part(DATA + 8192, MEMORY_BYTES - DATA - 8192);
     driver.frontend.set_mem_table(&[low]).unwrap();
@@ -278,14 +279,7 @@ fn memory_may_be_added_and_removed_while_requests_use_it() {
     driver.frontend.add_mem_region(&high).unwrap();
     // 8 KiB at DATA + 4096: the second half is in the region that goes away.
     driver.prepare(T_IN, 0, &[(8192, WRITE)]);
-    eventually("the request is taken", || {
-        driver
-            .memory
-            .word(driver.vrings[0].used)
-            .load(std::sync::atomic::Ordering::Relaxed)
-            == 0
-    });
-    std::thread::sleep(Duration::from_millis(50));
+    driver.vrings[0].wait_taken(&driver.memory);
     driver.frontend.remove_mem_region(&high).unwrap();
     gate.write(1).unwrap();
     assert_eq!(driver.vrings[0].wait(&driver.memory), (0, 8193));
@@ -380,6 +374,16 @@ fn a_client_whose_notifications_block_hurts_nobody_but_itself() {
             driver.vrings[0].used_index(&driver.memory) != before
         });
     }
+    // What is due goes to a new descriptor without waiting for the old one.
+    let fresh = EventFd::new(0).unwrap();
+    driver.frontend.set_vring_call(0, &fresh).unwrap();
+    assert!(
+        readable(&fresh, PATIENCE),
+        "the old descriptor is in the way"
+    );
+    driver.frontend.set_vring_call(0, &full).unwrap();
+    driver.prepare(T_FLUSH, 0, &[]);
+    std::thread::sleep(Duration::from_millis(20));
     // Once it is read, what was due arrives.
     assert_eq!(full.read().unwrap(), u64::MAX - 1);
     assert!(readable(&full, PATIENCE));
@@ -490,9 +494,9 @@ fn closing_the_door_finishes_what_is_under_way() {
     let (house, gate) = gated(1);
     let House { door, scratch, .. } = house;
     let stream = UnixStream::connect(door.path()).unwrap();
-    let mut driver = Driver::running(stream, USUAL);
+    let mut driver = Driver::running(stream, USUAL | EVENT_IDX);
     driver.prepare(T_IN, 0, &[(512, WRITE)]);
-    std::thread::sleep(Duration::from_millis(50));
+    driver.vrings[0].wait_taken(&driver.memory);
     let path = door.path().to_owned();
     let opener = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(100));

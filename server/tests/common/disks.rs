@@ -1,5 +1,7 @@
 //! Disks that do what a test wants.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};

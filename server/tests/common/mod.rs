@@ -1,5 +1,6 @@
 //! A driver that can be told to misbehave: guest memory, split rings and the vhost-user messages.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use std::fs::File;
@@ -291,6 +292,16 @@ impl Vring {
         }
     }
 
+    /// Waits until the device sleeps and has taken everything that was offered. Needs the event
+    /// index, which says up to where it looked.
+    pub fn wait_taken(&self, memory: &Memory) {
+        assert!(self.event_index);
+        let at = self.used + 4 + 8 * u64::from(self.size);
+        eventually("the device takes what was offered", || {
+            memory.word(at).load(Ordering::Acquire) == self.next_available
+        });
+    }
+
     pub fn used_index(&self, memory: &Memory) -> u16 {
         memory.word(self.used + 2).load(Ordering::Acquire)
     }
@@ -347,7 +358,7 @@ pub struct Driver {
 impl Driver {
     /// Negotiates and shares memory; starts nothing.
     pub fn connect(stream: UnixStream, features: u64) -> Self {
-        let mut frontend = Frontend::from_stream(stream, 256);
+        let mut frontend = Frontend::from_stream(stream, 0x8000);
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
         assert_eq!(features & !offered, 0, "the device offers {offered:#x}");

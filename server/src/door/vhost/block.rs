@@ -299,7 +299,7 @@ impl Parts {
         len_bytes: u64,
         limits: &Limits,
     ) -> Result<Verdict, IoError> {
-        if len_bytes % (1 << SECTOR_SHIFT) != 0 {
+        if !len_bytes.is_multiple_of(1 << SECTOR_SHIFT) {
             return Err(IoError::Io);
         }
         // The used entry has 32 bits for what was written.
@@ -341,7 +341,8 @@ impl Parts {
     /// The one segment of a discard or write-zeroes: first sector, sectors, flags.
     fn segment(&self, list: &[MaybeUninit<Buffer>]) -> Result<(u64, u64, u32), IoError> {
         let segment_bytes = SEGMENT_BYTES as u64;
-        if self.in_bytes != 0 || self.out_bytes == 0 || self.out_bytes % segment_bytes != 0 {
+        let whole = self.out_bytes.is_multiple_of(segment_bytes);
+        if self.in_bytes != 0 || self.out_bytes == 0 || !whole {
             return Err(IoError::Io);
         }
         if self.out_bytes != segment_bytes {

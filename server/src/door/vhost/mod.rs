@@ -12,6 +12,7 @@ mod session;
 mod sigbus;
 mod socket;
 mod virtqueue;
+mod vring;
 
 pub use socket::SocketError;
 

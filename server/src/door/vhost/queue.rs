@@ -5,13 +5,12 @@
 //! share one pool of slots and take turns.
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 
-use io_uring::{opcode, squeue, types};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -19,10 +18,11 @@ use super::block::{self, MAX_BUFFERS, Parts, Terms, Verdict, mask};
 use super::link::Link;
 use super::memory::MemoryMap;
 use super::sigbus;
-use super::virtqueue::{RingAddresses, RingError, RingOptions, Virtqueue};
+use super::virtqueue::{RingError, RingOptions, Virtqueue};
+use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
 use crate::counters::Counters;
 use crate::door::{DoorQueue, Next};
-use crate::io::{Completion, FreeSlots, Full, Owner, Ring, Slot, SlotTable, Token};
+use crate::io::{Completion, FreeSlots, Full, Ring, Slot, SlotTable};
 use crate::request::{Buffer, Buffers, Outcome, Request};
 
 /// Requests that can be under way on one thread.
@@ -34,60 +34,29 @@ const TURN: u32 = 16;
 /// Chains the door may answer by itself in one round.
 const ANSWERS_PER_ROUND: u32 = 256;
 
-/// What is written to a call or error descriptor.
-static ONE: u64 = 1;
-
-/// A vring as the protocol thread set it up.
-pub(super) struct Start {
-    pub index: u16,
-    pub size: u16,
-    pub addresses: RingAddresses,
-    pub base: u16,
-    pub features: u64,
-    pub kick: OwnedFd,
-    pub call: Option<OwnedFd>,
-    pub error: Option<OwnedFd>,
-    pub map: Arc<MemoryMap>,
-}
-
-/// What is left of a vring that was stopped.
-pub(super) struct Stopped {
-    /// The next chain the device would have taken.
-    pub base: u16,
-    pub call: Option<OwnedFd>,
-    pub error: Option<OwnedFd>,
-}
-
-/// What the protocol thread asks of a queue thread.
+/// What the protocol thread asks of a queue thread. It waits for the reply before it acknowledges
+/// the client's message: what a client was told is done, is done.
 pub(super) enum Command {
     /// Serve a vring.
     Start(Box<Start>, mpsc::Sender<Result<(), RingError>>),
     /// Finish what was taken from a vring, publish it, and let go of the vring.
     Stop(u16, mpsc::Sender<Stopped>),
     /// Take chains from a vring, or leave them there.
-    Enable(u16, bool),
+    Enable(u16, bool, mpsc::Sender<()>),
     /// Notify through another descriptor from now on.
-    Call(u16, Option<OwnedFd>),
+    Call(u16, Option<OwnedFd>, mpsc::Sender<()>),
     /// Report a broken vring through this descriptor.
-    Error(u16, Option<OwnedFd>),
+    Error(u16, Option<OwnedFd>, mpsc::Sender<()>),
     /// Use another memory map for everything that begins from now on.
     Map(Arc<MemoryMap>, mpsc::Sender<()>),
     /// Finish everything and end.
     Exit,
 }
 
-/// An operation of a vring on the thread's ring.
-#[derive(Clone, Copy)]
-#[repr(u16)]
-enum Kind {
-    Kick,
-    Call,
-    Error,
-}
-
-/// Operations of one vring on the ring at once: a read of the kick, a write of the call, and one
-/// of the error descriptor.
-const OPERATIONS: u32 = 3;
+/// A memory map in use on this thread. Requests share it by `Rc`, so that holding it costs no
+/// atomic operation.
+#[derive(Default)]
+struct HeldMap(Arc<MemoryMap>);
 
 /// A chain under way.
 struct Taken {
@@ -96,130 +65,7 @@ struct Taken {
     status: Option<*mut u8>,
     written_bytes: u32,
     /// Keeps the memory mapped that the buffers are in.
-    _map: Rc<Arc<MemoryMap>>,
-}
-
-struct Vring {
-    index: u16,
-    queue: Virtqueue,
-    features: u64,
-    kick: OwnedFd,
-    /// Where the kernel puts the kick's counter. On the heap: its address must not change.
-    count: Box<u64>,
-    kick_armed: bool,
-    call: Option<OwnedFd>,
-    /// The descriptor of the write that is under way.
-    calling: Option<OwnedFd>,
-    call_armed: bool,
-    call_cancelled: bool,
-    /// The driver wants a notification that was not written yet.
-    call_due: bool,
-    error: Option<OwnedFd>,
-    error_armed: bool,
-    enabled: bool,
-    /// There may be chains to take.
-    busy: bool,
-    broken: bool,
-    in_flight: u32,
-    stopping: Option<Stopping>,
-}
-
-struct Stopping {
-    reply: Option<mpsc::Sender<Stopped>>,
-    cancelled: bool,
-}
-
-impl Vring {
-    fn takes_chains(&self) -> bool {
-        self.busy && self.enabled && !self.broken && self.stopping.is_none()
-    }
-
-    fn token(&self, kind: Kind) -> Token {
-        token(self.index, kind)
-    }
-
-    fn arm_kick(&mut self, ring: &mut Ring) -> Result<(), Full> {
-        let fd = types::Fd(self.kick.as_raw_fd());
-        let sqe = opcode::Read::new(fd, std::ptr::from_mut(&mut *self.count).cast(), 8).build();
-        // SAFETY: a vring is dropped only after its operations completed, or with the thread,
-        // which drains its ring first. Until then `count` and the descriptor stay.
-        unsafe { ring.push(sqe, self.token(Kind::Kick))? };
-        self.kick_armed = true;
-        Ok(())
-    }
-
-    /// Notifies the driver if it is due and no notification is under way.
-    fn call(&mut self, ring: &mut Ring) -> Result<(), Full> {
-        if !self.call_due || self.call_armed {
-            return Ok(());
-        }
-        let Some(call) = self.call.as_ref() else {
-            // Kept for the descriptor that may come.
-            return Ok(());
-        };
-        let sqe = write_one(call);
-        // SAFETY: `ONE` lives for ever. The descriptor stays open until the operation completed:
-        // `replace_call` keeps it in `calling`.
-        unsafe { ring.push(sqe, self.token(Kind::Call))? };
-        self.call_armed = true;
-        self.call_due = false;
-        Ok(())
-    }
-
-    fn replace_call(&mut self, ring: &mut Ring, call: Option<OwnedFd>) -> Result<(), Full> {
-        let old = std::mem::replace(&mut self.call, call);
-        if self.call_armed && self.calling.is_none() {
-            self.calling = old;
-            // It may have gone to the old descriptor, where nobody looks any more.
-            self.call_due = true;
-            self.cancel_call(ring)?;
-        }
-        self.call(ring)
-    }
-
-    fn cancel_call(&mut self, ring: &mut Ring) -> Result<(), Full> {
-        if self.call_armed && !self.call_cancelled {
-            self.call_cancelled = true;
-            ring.cancel(self.token(Kind::Call))?;
-        }
-        Ok(())
-    }
-
-    /// Lets go of the ring's operations. True when none is left.
-    fn wind_up(&mut self, ring: &mut Ring) -> Result<bool, Full> {
-        let Some(stopping) = &mut self.stopping else {
-            return Ok(false);
-        };
-        // A driver that is only paused must not miss its last notification.
-        let paused = stopping.reply.is_some();
-        if self.in_flight > 0 || (paused && self.call_armed && self.call_due) {
-            return Ok(false);
-        }
-        if !stopping.cancelled {
-            stopping.cancelled = true;
-            if self.kick_armed {
-                ring.cancel(token(self.index, Kind::Kick))?;
-            }
-            if self.error_armed {
-                ring.cancel(token(self.index, Kind::Error))?;
-            }
-            // A write that does not block is done before the kernel comes to this.
-            self.cancel_call(ring)?;
-        }
-        Ok(!self.kick_armed && !self.call_armed && !self.error_armed)
-    }
-}
-
-fn token(index: u16, kind: Kind) -> Token {
-    Token {
-        owner: Owner::Door,
-        kind: kind as u16,
-        index: u32::from(index),
-    }
-}
-
-fn write_one(fd: &OwnedFd) -> squeue::Entry {
-    opcode::Write::new(types::Fd(fd.as_raw_fd()), (&raw const ONE).cast(), 8).build()
+    _map: Rc<HeldMap>,
 }
 
 /// The vrings of one queue thread.
@@ -229,7 +75,7 @@ pub(super) struct VhostQueues {
     /// Vring `index` is at `index / threads`.
     threads: u16,
     vrings: Vec<Option<Box<Vring>>>,
-    map: Rc<Arc<MemoryMap>>,
+    map: Rc<HeldMap>,
     free: FreeSlots,
     taken: SlotTable<Taken>,
     /// [`MAX_BUFFERS`] for each slot. Not touched before it is used, so it costs no memory.
@@ -275,28 +121,8 @@ impl VhostQueues {
             indirect: start.features & mask(VIRTIO_RING_F_INDIRECT_DESC) != 0,
         };
         let queue = Virtqueue::new(options, start.addresses, start.base, &start.map)?;
-        self.map = Rc::new(start.map);
-        let mut vring = Box::new(Vring {
-            index: start.index,
-            queue,
-            features: start.features,
-            kick: start.kick,
-            count: Box::new(0),
-            kick_armed: false,
-            call: start.call,
-            calling: None,
-            call_armed: false,
-            call_cancelled: false,
-            call_due: false,
-            error: start.error,
-            error_armed: false,
-            enabled: true,
-            // A kick may have come and gone before we listen.
-            busy: true,
-            broken: false,
-            in_flight: 0,
-            stopping: None,
-        });
+        self.map = Rc::new(HeldMap(Arc::clone(&start.map)));
+        let mut vring = Box::new(Vring::new(start, queue));
         self.expect_room(vring.arm_kick(ring));
         if self.vrings.len() <= local {
             self.vrings.resize_with(local + 1, || None);
@@ -307,10 +133,10 @@ impl VhostQueues {
 
     fn set_map(&mut self, ring: &mut Ring, map: Arc<MemoryMap>) {
         // Requests under way keep the old map; rings must be in the new one.
-        self.map = Rc::new(map);
+        self.map = Rc::new(HeldMap(map));
         for local in 0..self.vrings.len() {
             if let Some(vring) = &mut self.vrings[local]
-                && let Err(error) = vring.queue.remap(&self.map)
+                && let Err(error) = vring.queue.remap(&self.map.0)
             {
                 self.give_up(ring, local, error);
             }
@@ -376,7 +202,7 @@ impl VhostQueues {
         let slot = self.free.take()?;
         let first = slot as usize * MAX_BUFFERS;
         let list = &mut self.buffers[first..first + MAX_BUFFERS];
-        let parts = Parts::gather(vring.queue.chain(head, &self.map), &self.map, list);
+        let parts = Parts::gather(vring.queue.chain(head, &self.map.0), &self.map.0, list);
         let limits = self.link.limits();
         let writeback = if vring.features & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
             self.link.writeback.load(Ordering::Acquire)
@@ -409,7 +235,10 @@ impl VhostQueues {
                 } else {
                     // SAFETY: `gather` filled that many entries; they belong to the slot, which is
                     // given back when the request is finished, and `Taken` keeps the map.
-                    unsafe { Buffers::from_list(list[..buffers].assume_init_mut()) }
+                    unsafe {
+                        let list = std::ptr::from_mut(&mut list[..buffers]) as *mut [Buffer];
+                        Buffers::from_list(&mut *list)
+                    }
                 };
                 Some((slot, Request::new(op, range, buffers)))
             }
@@ -461,30 +290,30 @@ impl DoorQueue for VhostQueues {
             }
             Command::Stop(index, reply) => {
                 if let Some(vring) = self.vring(index) {
-                    vring.stopping = Some(Stopping {
-                        reply: Some(reply),
-                        cancelled: false,
-                    });
+                    vring.stop(Some(reply));
                 }
             }
-            Command::Enable(index, on) => {
+            Command::Enable(index, on, reply) => {
                 if let Some(vring) = self.vring(index) {
                     vring.enabled = on;
                     vring.busy = true;
                 }
+                let _ = reply.send(());
             }
-            Command::Call(index, call) => {
+            Command::Call(index, call, reply) => {
                 if let Some(vring) = self.vring(index) {
                     let pushed = vring.replace_call(ring, call);
                     self.expect_room(pushed);
                 }
+                let _ = reply.send(());
             }
-            Command::Error(index, error) => {
+            Command::Error(index, error, reply) => {
                 if let Some(vring) = self.vring(index)
                     && !vring.error_armed
                 {
                     vring.error = error;
                 }
+                let _ = reply.send(());
             }
             Command::Map(map, reply) => {
                 self.set_map(ring, map);
@@ -493,10 +322,7 @@ impl DoorQueue for VhostQueues {
             Command::Exit => {
                 self.exiting = true;
                 for vring in self.vrings.iter_mut().flatten() {
-                    vring.stopping = Some(Stopping {
-                        reply: None,
-                        cancelled: false,
-                    });
+                    vring.stop(None);
                 }
             }
         }
@@ -588,7 +414,7 @@ impl DoorQueue for VhostQueues {
         let poisonings = sigbus::poisonings();
         if self.poisonings != poisonings {
             self.poisonings = poisonings;
-            if self.map.is_poisoned() {
+            if self.map.0.is_poisoned() {
                 self.link.hang_up("the client cut its memory file short");
             }
         }

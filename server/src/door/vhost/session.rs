@@ -30,8 +30,9 @@ use super::MAX_VRINGS;
 use super::block::{self, mask};
 use super::link::Link;
 use super::memory::{MAX_REGIONS, MemoryMap, Region, RegionAddress};
-use super::queue::{Command, Start};
+use super::queue::Command;
 use super::virtqueue::{MAX_QUEUE_SIZE, RingAddresses};
+use super::vring::Start;
 use crate::io::mailbox::Sender;
 
 /// How often a thread that waits for a queue thread looks whether that is still alive.
@@ -153,12 +154,6 @@ impl Session {
             return refuse(format!("vring {index} is running"));
         }
         Ok(vring)
-    }
-
-    fn tell(&self, index: u16, command: Command) {
-        if let Some(handle) = self.threads.get(&(index % self.queue_threads)) {
-            handle.mail.send(command);
-        }
     }
 
     /// Asks a queue thread for something and waits for the answer.
@@ -394,10 +389,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         let call = signal(file)?;
         let vring = self.vring(u32::from(index))?;
         if vring.started {
-            self.tell(u16::from(index), Command::Call(u16::from(index), call));
-        } else {
-            vring.call = call;
+            let index = u16::from(index);
+            return self.ask(index % self.queue_threads, |reply| {
+                Command::Call(index, call, reply)
+            });
         }
+        vring.call = call;
         Ok(())
     }
 
@@ -405,10 +402,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         let error = signal(file)?;
         let vring = self.vring(u32::from(index))?;
         if vring.started {
-            self.tell(u16::from(index), Command::Error(u16::from(index), error));
-        } else {
-            vring.error = error;
+            let index = u16::from(index);
+            return self.ask(index % self.queue_threads, |reply| {
+                Command::Error(index, error, reply)
+            });
         }
+        vring.error = error;
         Ok(())
     }
 
@@ -436,8 +435,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         let vring = self.vring(index)?;
         vring.enabled = enable;
         if vring.started {
-            self.tell(number, Command::Enable(number, enable));
-            return Ok(());
+            return self.ask(number % self.queue_threads, |reply| {
+                Command::Enable(number, enable, reply)
+            });
         }
         self.start_if_ready(number)
     }

@@ -116,7 +116,7 @@ fn rings_that_are_no_rings_are_refused() {
     assert_eq!(try_ring(8, good), None);
     assert_eq!(try_ring(0, good), Some(RingError::Size));
     assert_eq!(try_ring(7, good), Some(RingError::Size));
-    for descriptors in [USER + 8, USER + 0x4000 - 16, USER - 16, 0, u64::MAX & !15] {
+    for descriptors in [USER + 8, USER + 0x4000 - 16, USER - 16, 0, !15u64] {
         let bad = RingAddresses {
             descriptors,
             ..good
@@ -189,7 +189,7 @@ fn chains_that_lead_nowhere_end_with_an_error() {
         (
             "absurd length",
             table,
-            u32::MAX & !15,
+            !15u32,
             FLAG_INDIRECT,
             0,
             ChainError::Indirect,

@@ -1,0 +1,209 @@
+//! One vring of a queue thread, and its operations on the thread's ring.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use io_uring::{opcode, squeue, types};
+
+use super::memory::MemoryMap;
+use super::virtqueue::{RingAddresses, Virtqueue};
+use crate::io::{Full, Owner, Ring, Token};
+
+/// What is written to a call or error descriptor.
+static ONE: u64 = 1;
+
+/// A vring as the protocol thread set it up.
+pub(super) struct Start {
+    pub index: u16,
+    pub size: u16,
+    pub addresses: RingAddresses,
+    pub base: u16,
+    pub features: u64,
+    pub kick: OwnedFd,
+    pub call: Option<OwnedFd>,
+    pub error: Option<OwnedFd>,
+    pub map: Arc<MemoryMap>,
+}
+
+/// What is left of a vring that was stopped.
+pub(super) struct Stopped {
+    /// The next chain the device would have taken.
+    pub base: u16,
+    pub call: Option<OwnedFd>,
+    pub error: Option<OwnedFd>,
+}
+
+/// An operation of a vring on the thread's ring.
+#[derive(Clone, Copy)]
+#[repr(u16)]
+pub(super) enum Kind {
+    Kick,
+    Call,
+    Error,
+}
+
+/// Operations of one vring on the ring at once: a read of the kick, a write of the call, and one
+/// of the error descriptor.
+pub(super) const OPERATIONS: u32 = 3;
+
+/// A vring that is being served.
+pub(super) struct Vring {
+    pub(super) index: u16,
+    pub(super) queue: Virtqueue,
+    pub(super) features: u64,
+    pub(super) kick: OwnedFd,
+    /// Where the kernel puts the kick's counter. On the heap: its address must not change.
+    pub(super) count: Box<u64>,
+    pub(super) kick_armed: bool,
+    pub(super) call: Option<OwnedFd>,
+    /// The descriptor of the write that is under way.
+    pub(super) calling: Option<OwnedFd>,
+    pub(super) call_armed: bool,
+    pub(super) call_cancelled: bool,
+    /// The driver wants a notification that was not written yet.
+    pub(super) call_due: bool,
+    pub(super) error: Option<OwnedFd>,
+    pub(super) error_armed: bool,
+    pub(super) enabled: bool,
+    /// There may be chains to take.
+    pub(super) busy: bool,
+    pub(super) broken: bool,
+    pub(super) in_flight: u32,
+    pub(super) stopping: Option<Stopping>,
+}
+
+pub(super) struct Stopping {
+    pub(super) reply: Option<mpsc::Sender<Stopped>>,
+    pub(super) cancelled: bool,
+}
+
+impl Vring {
+    pub(super) fn new(start: Start, queue: Virtqueue) -> Self {
+        Self {
+            index: start.index,
+            queue,
+            features: start.features,
+            kick: start.kick,
+            count: Box::new(0),
+            kick_armed: false,
+            call: start.call,
+            calling: None,
+            call_armed: false,
+            call_cancelled: false,
+            call_due: false,
+            error: start.error,
+            error_armed: false,
+            enabled: true,
+            // A kick may have come and gone before we listen.
+            busy: true,
+            broken: false,
+            in_flight: 0,
+            stopping: None,
+        }
+    }
+
+    /// Takes no more chains. The vring is to go when its last operation completed; `reply` is for
+    /// whoever wants to know.
+    pub(super) fn stop(&mut self, reply: Option<mpsc::Sender<Stopped>>) {
+        self.stopping = Some(Stopping {
+            reply,
+            cancelled: false,
+        });
+    }
+
+    pub(super) fn takes_chains(&self) -> bool {
+        self.busy && self.enabled && !self.broken && self.stopping.is_none()
+    }
+
+    pub(super) fn token(&self, kind: Kind) -> Token {
+        token(self.index, kind)
+    }
+
+    pub(super) fn arm_kick(&mut self, ring: &mut Ring) -> Result<(), Full> {
+        let fd = types::Fd(self.kick.as_raw_fd());
+        let sqe = opcode::Read::new(fd, std::ptr::from_mut(&mut *self.count).cast(), 8).build();
+        // SAFETY: a vring is dropped only after its operations completed, or with the thread,
+        // which drains its ring first. Until then `count` and the descriptor stay.
+        unsafe { ring.push(sqe, self.token(Kind::Kick))? };
+        self.kick_armed = true;
+        Ok(())
+    }
+
+    /// Notifies the driver if it is due and no notification is under way.
+    pub(super) fn call(&mut self, ring: &mut Ring) -> Result<(), Full> {
+        if !self.call_due || self.call_armed {
+            return Ok(());
+        }
+        let Some(call) = self.call.as_ref() else {
+            // Kept for the descriptor that may come.
+            return Ok(());
+        };
+        let sqe = write_one(call);
+        // SAFETY: `ONE` lives for ever. The descriptor stays open until the operation completed:
+        // `replace_call` keeps it in `calling`.
+        unsafe { ring.push(sqe, self.token(Kind::Call))? };
+        self.call_armed = true;
+        self.call_due = false;
+        Ok(())
+    }
+
+    pub(super) fn replace_call(
+        &mut self,
+        ring: &mut Ring,
+        call: Option<OwnedFd>,
+    ) -> Result<(), Full> {
+        let old = std::mem::replace(&mut self.call, call);
+        if self.call_armed && self.calling.is_none() {
+            self.calling = old;
+            // It may have gone to the old descriptor, where nobody looks any more.
+            self.call_due = true;
+            self.cancel_call(ring)?;
+        }
+        self.call(ring)
+    }
+
+    pub(super) fn cancel_call(&mut self, ring: &mut Ring) -> Result<(), Full> {
+        if self.call_armed && !self.call_cancelled {
+            self.call_cancelled = true;
+            ring.cancel(self.token(Kind::Call))?;
+        }
+        Ok(())
+    }
+
+    /// Lets go of the ring's operations. True when none is left.
+    pub(super) fn wind_up(&mut self, ring: &mut Ring) -> Result<bool, Full> {
+        let Some(stopping) = &mut self.stopping else {
+            return Ok(false);
+        };
+        // A driver that is only paused must not miss its last notification.
+        let paused = stopping.reply.is_some();
+        if self.in_flight > 0 || (paused && self.call_armed && self.call_due) {
+            return Ok(false);
+        }
+        if !stopping.cancelled {
+            stopping.cancelled = true;
+            if self.kick_armed {
+                ring.cancel(token(self.index, Kind::Kick))?;
+            }
+            if self.error_armed {
+                ring.cancel(token(self.index, Kind::Error))?;
+            }
+            // A write that does not block is done before the kernel comes to this.
+            self.cancel_call(ring)?;
+        }
+        Ok(!self.kick_armed && !self.call_armed && !self.error_armed)
+    }
+}
+
+pub(super) fn token(index: u16, kind: Kind) -> Token {
+    Token {
+        owner: Owner::Door,
+        kind: kind as u16,
+        index: u32::from(index),
+    }
+}
+
+pub(super) fn write_one(fd: &OwnedFd) -> squeue::Entry {
+    opcode::Write::new(types::Fd(fd.as_raw_fd()), (&raw const ONE).cast(), 8).build()
+}
