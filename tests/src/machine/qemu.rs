@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::{ChannelEnd, Hypervisor, Mode, Mount, RunDir, SETUP_VARIABLE, Setup};
 use crate::test::Place;
@@ -39,6 +39,7 @@ pub struct Qemu {
     vhost_sockets: Vec<PathBuf>,
     arguments: Vec<String>,
     kernel_arguments: Vec<String>,
+    recipe: Option<PathBuf>,
 }
 
 impl Qemu {
@@ -53,7 +54,16 @@ impl Qemu {
             vhost_sockets: Vec::new(),
             arguments: Vec::new(),
             kernel_arguments: Vec::new(),
+            recipe: None,
         }
+    }
+
+    /// Starts QEMU through a script of `qemu-config/`, which brings board, memory and the one
+    /// vhost-user-blk disk itself.
+    #[must_use]
+    pub fn recipe(mut self, script: &Path) -> Self {
+        self.recipe = Some(script.to_owned());
+        self
     }
 
     /// A small guest whose disk is a vhost-user-blk socket: one processor,
@@ -106,6 +116,51 @@ impl Qemu {
     pub fn kernel_argument(mut self, argument: impl Into<String>) -> Self {
         self.kernel_arguments.push(argument.into());
         self
+    }
+
+    /// Board, memory and disks as a script of `qemu-config/` brings them.
+    fn recipe_command(&self, script: &Path) -> Result<Command> {
+        let [socket] = &self.vhost_sockets[..] else {
+            bail!("a recipe has one vhost-user-blk disk");
+        };
+        let mut command = Command::new(script);
+        command
+            .env("SOCKET", socket)
+            .env("MEMORY", format!("{}M", self.memory_mib));
+        Ok(command)
+    }
+
+    /// Board, memory and disks, option by option.
+    fn plain_command(&self) -> Command {
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .arg("-m")
+            .arg(format!("{}M", self.memory_mib))
+            // Shared, because vhost-user servers map the guest's memory.
+            .arg("-object")
+            .arg(format!(
+                "memory-backend-memfd,id=memory,share=on,size={}M",
+                self.memory_mib
+            ));
+        match self.board {
+            Board::Q35 => command.args(["-machine", "q35,memory-backend=memory"]),
+            Board::Microvm => command
+                .args(["-machine", "microvm,memory-backend=memory,rtc=on"])
+                // vhost-user servers speak virtio 1 only; the board's default
+                // is the version before.
+                .args(["-global", "virtio-mmio.force-legacy=false"]),
+        };
+        for (index, disk) in self.vhost_sockets.iter().enumerate() {
+            command
+                .arg("-chardev")
+                .arg(format!("socket,id=disk{index},path={}", disk.display()))
+                .arg("-device")
+                .arg(match self.board {
+                    Board::Q35 => format!("vhost-user-blk-pci,chardev=disk{index}"),
+                    Board::Microvm => format!("vhost-user-blk,chardev=disk{index}"),
+                });
+        }
+        command
     }
 
     fn kernel_command_line(&self, run: &RunDir) -> String {
@@ -163,28 +218,15 @@ impl Hypervisor for Qemu {
         let socket = run.file("channel.sock");
         let listener = UnixListener::bind(&socket)
             .with_context(|| format!("cannot listen on {}", socket.display()))?;
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = match &self.recipe {
+            Some(script) => self.recipe_command(script)?,
+            None => self.plain_command(),
+        };
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-no-reboot", "-accel", "tcg,thread=multi", "-cpu", "max"])
             .arg("-smp")
-            .arg(self.processors.to_string())
-            .arg("-m")
-            .arg(format!("{}M", self.memory_mib))
-            // Shared, because vhost-user servers map the guest's memory.
-            .arg("-object")
-            .arg(format!(
-                "memory-backend-memfd,id=memory,share=on,size={}M",
-                self.memory_mib
-            ));
-        match self.board {
-            Board::Q35 => command.args(["-machine", "q35,memory-backend=memory"]),
-            Board::Microvm => command
-                .args(["-machine", "microvm,memory-backend=memory,rtc=on"])
-                // vhost-user servers speak virtio 1 only; the board's default
-                // is the version before.
-                .args(["-global", "virtio-mmio.force-legacy=false"]),
-        };
+            .arg(self.processors.to_string());
         for (tag, path, extra) in [
             ("root", PathBuf::from("/"), ",readonly=on"),
             ("exchange", run.exchange(), ""),
@@ -206,16 +248,6 @@ impl Hypervisor for Qemu {
             .args(["-device", "virtserialport,chardev=channel,name=lab"])
             .arg("-device")
             .arg(format!("virtio-rng-{bus}"));
-        for (index, disk) in self.vhost_sockets.iter().enumerate() {
-            command
-                .arg("-chardev")
-                .arg(format!("socket,id=disk{index},path={}", disk.display()))
-                .arg("-device")
-                .arg(match self.board {
-                    Board::Q35 => format!("vhost-user-blk-pci,chardev=disk{index}"),
-                    Board::Microvm => format!("vhost-user-blk,chardev=disk{index}"),
-                });
-        }
         command
             .arg("-kernel")
             .arg(&self.kernel)

@@ -30,6 +30,7 @@ pub const TESTS: &[Test] = &[
     test!(user_mode_linux_verifies_a_memory_disk).limit_s(600),
     test!(user_mode_linux_verifies_a_file).limit_s(600),
     test!(what_was_written_through_is_in_the_file_after_sigkill).limit_s(400),
+    test!(the_recipes_boot_guests_as_they_stand).limit_s(400),
     test!(a_guest_sees_a_read_only_disk).limit_s(300),
     test!(guests_come_and_go_and_a_second_one_is_turned_away).limit_s(600),
 ];
@@ -136,6 +137,25 @@ fn a_microvm_verifies_a_file(cx: &Context) -> Result<()> {
     let host = Host::start(cx, &format!("file:{}", image.display()), &[])?;
     let guest = guest(cx, &host)?.board(Board::Microvm);
     verify(cx, host, &guest, 96 * MIB)
+}
+
+fn the_recipes_boot_guests_as_they_stand(cx: &Context) -> Result<()> {
+    for (script, board) in [("q35.sh", Board::Q35), ("microvm.sh", Board::Microvm)] {
+        let host = Host::start(cx, "mem:64M", &[])?;
+        let script = cx.paths.repo.join("qemu-config").join(script);
+        let guest = guest(cx, &host)?.board(board).recipe(&script);
+        let mut machine = Machine::boot(&guest, &cx.paths, &format!("recipe-{board:?}"))
+            .with_context(|| script.display().to_string())?;
+        let disk: DiskFacts = machine.run_step(&cx.paths, "describe_disk", &"vda")?;
+        ensure!(
+            disk.size_bytes == 64 * MIB,
+            "{}: {disk:?}",
+            script.display()
+        );
+        machine.power_off();
+        host.stop()?;
+    }
+    Ok(())
 }
 
 fn uml(cx: &Context, host: &Host) -> Result<Uml> {
