@@ -342,6 +342,50 @@ fn stopping_under_load_is_quick_and_clean() {
     }
 }
 
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_disk_that_somebody_has_open_is_taken_away_and_its_id_comes_back_later() {
+    let door = serve(Null::new(limits()));
+    let (id, begin) = (door.id(), Instant::now());
+    let hold = format!(
+        "exec 9<{} && echo held && exec cat",
+        door.block_path().display()
+    );
+    let mut holder = Command::new("sh")
+        .args(["-c", &hold])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut output = BufReader::new(holder.stdout.take().unwrap());
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "held\n");
+    door.stop().unwrap();
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert!(is_gone(id));
+    let again = || {
+        let same = UblkConfig {
+            id: Some(id),
+            ..config()
+        };
+        UblkDoor::start(&same, &Arc::new(Null::new(limits())), Arc::default, no_end)
+    };
+    assert!(matches!(again(), Err(UblkError::IdInUse { .. })));
+    // The end of its input ends the holder.
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let door = loop {
+        match again() {
+            Ok(door) => break door,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    door.stop().unwrap();
+}
+
 /// A disk whose queues misbehave.
 struct Broken {
     limits: Limits,

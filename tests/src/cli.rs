@@ -12,7 +12,7 @@ use crate::machine::{Hypervisor, Qemu, Uml, shell};
 use crate::packages::{self, Purpose};
 use crate::report::line;
 use crate::runner::{self, Request};
-use crate::{agent, doctor, guest, job};
+use crate::{agent, demo, doctor, guest, job};
 
 /// Kernels, machines and tests for ublkup.
 #[derive(Parser)]
@@ -24,6 +24,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Action {
+    /// From a fresh machine to a served disk: packages, kernels, server, a Linux that mounts the
+    /// block device and a QEMU guest that mounts the vhost-user-blk disk
+    Demo {
+        /// Install what is missing without asking
+        #[arg(long)]
+        yes: bool,
+    },
     /// Runs test suites; the last line is `N passed, N failed, N skipped`
     Test {
         /// Suites to run; all of them if none is named (see --list)
@@ -111,6 +118,7 @@ pub fn main() -> ExitCode {
 
 fn run(action: Action) -> Result<ExitCode> {
     match action {
+        Action::Demo { yes } => demo::run(&runner::repo()?, yes),
         Action::Test {
             suites,
             full,

@@ -94,8 +94,8 @@ fn look() -> Vec<Finding> {
         optional(
             "kvm",
             readable("/dev/kvm"),
-            "/dev/kvm is usable; tests do not need it",
-            "no usable /dev/kvm: guests are emulated, which every test allows for",
+            "/dev/kvm can be opened; tests do not need it",
+            "/dev/kvm cannot be opened: guests are emulated, which every test allows for",
         ),
         optional(
             "ublk",

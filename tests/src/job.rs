@@ -104,7 +104,10 @@ fn run_child(job: &Job) -> Result<TestResult> {
         .tempdir()
         .context("cannot make a temporary directory")?;
     let scratch = dir.path().join("scratch");
-    fs::create_dir(&scratch).context("cannot make a scratch directory")?;
+    let temporary = dir.path().join("tmp");
+    for new in [&scratch, &temporary] {
+        fs::create_dir(new).context("cannot make a scratch directory")?;
+    }
     let order = Order {
         job: job.clone(),
         scratch,
@@ -118,6 +121,8 @@ fn run_child(job: &Job) -> Result<TestResult> {
     let mut child = process::spawn_group(
         Command::new("/proc/self/exe")
             .arg(SUBCOMMAND)
+            // What a killed test cannot remove goes with its directory.
+            .env("TMPDIR", &temporary)
             .stdin(Stdio::from(stdin))
             .stdout(output.try_clone().context("cannot share a file")?)
             .stderr(output.try_clone().context("cannot share a file")?),
@@ -148,11 +153,25 @@ fn run_child(job: &Job) -> Result<TestResult> {
             ));
         }
     }
-    if let Err(error) = dir.close() {
+    if let Err(error) = remove(dir) {
         result.spoil(&format!("its scratch directory is still in use: {error}"));
         result.machine_is_suspect = true;
     }
     Ok(result)
+}
+
+/// Removes a test's directory. Processes that were just killed may still hold
+/// on to it for a moment.
+fn remove(dir: tempfile::TempDir) -> std::io::Result<()> {
+    let path = dir.keep();
+    let deadline = Instant::now() + Duration::from_secs(2);
+    loop {
+        match fs::remove_dir_all(&path) {
+            Ok(()) => return Ok(()),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
 }
 
 /// The child's side: reads the order from standard input, runs the test, writes

@@ -10,6 +10,7 @@ pub mod cache;
 pub mod cargo;
 pub mod channel;
 pub mod cli;
+pub mod demo;
 pub mod doctor;
 pub mod guest;
 pub mod job;

@@ -78,7 +78,13 @@ pub fn run(what: &str, mut command: Command, log: &Path, limit: Duration) -> Res
         .stdout(file.try_clone().context("cannot share a log file")?)
         .stderr(file);
     let mut step = Step::start(what);
-    let mut child = process::spawn_group(&mut command)?;
+    // On a terminal the command stays in our group, so that Ctrl-C reaches all
+    // of it; elsewhere it gets one of its own, so that we can kill all of it.
+    let mut child = if std::io::stdin().is_terminal() {
+        process::spawn_bound(&mut command)?
+    } else {
+        process::spawn_group(&mut command)?
+    };
     let deadline = Instant::now() + limit;
     let status = loop {
         if let Some(status) = process::wait_limited(&mut child, Duration::from_secs(1))? {

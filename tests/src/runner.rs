@@ -68,7 +68,12 @@ pub fn list(request: &Request) -> Result<ExitCode> {
 pub fn run(repo: &Path, request: &Request) -> Result<ExitCode> {
     let chosen = choose(request)?;
     let started = Instant::now();
-    let paths = prepare(repo, &chosen, request.yes)?;
+    let needs: Vec<Need> = chosen
+        .iter()
+        .flat_map(|one| one.suite.needs)
+        .copied()
+        .collect();
+    let paths = prepare(repo, &needs, request.yes)?;
     let mut results = Vec::new();
     for one in &chosen {
         let result = run_suite(one, &paths)?;
@@ -139,9 +144,12 @@ fn matches(request: &Request, suite: &Suite, name: &str) -> bool {
         .is_none_or(|filter| filter.is_match(&format!("{}: {name}", suite.name)))
 }
 
-/// Installs, builds and finds what the chosen tests need.
-fn prepare(repo: &Path, chosen: &[Chosen], yes: bool) -> Result<Paths> {
-    let needs = |need: Need| chosen.iter().any(|one| one.suite.needs.contains(&need));
+/// Installs, builds and finds what is needed.
+///
+/// # Errors
+/// Something cannot be had.
+pub fn prepare(repo: &Path, needs: &[Need], yes: bool) -> Result<Paths> {
+    let needs = |need: Need| needs.contains(&need);
     let mut purposes = Vec::new();
     if needs(Need::Tools) {
         purposes.push(Purpose::Tests);

@@ -40,7 +40,7 @@ impl Place {
 pub struct Test {
     /// The function's name, a sentence about what holds.
     pub name: &'static str,
-    /// The body. `Ok` passes, an error or a panic fails, [`skip!`](crate::skip) skips.
+    /// The body. `Ok` passes, an error or a panic fails, [`skip!`](crate::skip!) skips.
     pub body: fn(&Context) -> Result<()>,
     /// Seconds the body may take on the host; see [`Place::slowness`].
     pub limit_s: u32,
@@ -49,7 +49,7 @@ pub struct Test {
 }
 
 impl Test {
-    /// A test with the usual limit of 60 seconds. Prefer the macro [`test!`](crate::test).
+    /// A test with the usual limit of 60 seconds. Prefer the macro [`test!`](crate::test!).
     #[must_use]
     pub const fn new(name: &'static str, body: fn(&Context) -> Result<()>) -> Self {
         Test {
@@ -96,7 +96,7 @@ macro_rules! test {
     };
 }
 
-/// The part of a path after its last colon or space; used by [`test!`](crate::test).
+/// The part of a path after its last colon or space; used by [`test!`](crate::test!).
 #[must_use]
 pub const fn last_segment(path: &'static str) -> &'static str {
     let bytes = path.as_bytes();
@@ -115,7 +115,7 @@ macro_rules! skip {
     };
 }
 
-/// The "error" that marks a skipped test; see [`skip!`](crate::skip).
+/// The "error" that marks a skipped test; see [`skip!`](crate::skip!).
 #[derive(Debug)]
 pub struct Skip(pub String);
 

@@ -84,6 +84,7 @@ fn image_name(kernel: Kernel) -> &'static str {
 /// Unpacks once, builds all that are missing, keeps what is needed.
 fn build_all(patch: &KernelPatch, source: &Source, missing: &[&(Kernel, PathBuf)]) -> Result<()> {
     let cache = cache::dir()?;
+    remove_leftovers(&cache)?;
     let work = tempfile::Builder::new()
         .prefix("build-")
         .tempdir_in(&cache)
@@ -100,6 +101,21 @@ fn build_all(patch: &KernelPatch, source: &Source, missing: &[&(Kernel, PathBuf)
         keep(*kernel, &objects, home, work.path())?;
         // The objects of one kernel are as large as the source.
         fs::remove_dir_all(&objects).context("cannot remove the build's objects")?;
+    }
+    Ok(())
+}
+
+/// Removes what killed builds left: gigabytes. The caller holds the lock.
+fn remove_leftovers(cache: &Path) -> Result<()> {
+    for entry in fs::read_dir(cache).context("cannot list the cache")? {
+        let path = entry.context("cannot list the cache")?.path();
+        let is_work = path
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("build-"));
+        if is_work {
+            fs::remove_dir_all(&path)
+                .with_context(|| format!("cannot remove {}", path.display()))?;
+        }
     }
     Ok(())
 }

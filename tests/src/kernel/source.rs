@@ -306,7 +306,9 @@ mod tests {
         source.unpack(&into, &[]).expect("no patch is fine");
         let into = dir.path().join("again");
         fs::create_dir(&into).expect("a directory");
-        source.unpack(&into, &[patch.clone()]).expect("it applies");
+        source
+            .unpack(&into, std::slice::from_ref(&patch))
+            .expect("it applies");
         let patched = fs::read_to_string(into.join("file")).expect("a file");
         assert_eq!(patched, "one\nthree\n");
         let into = dir.path().join("twice");

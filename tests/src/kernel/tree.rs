@@ -24,14 +24,14 @@ const SLOW: Duration = Duration::from_secs(900);
 /// The source cannot be had or a patch does not apply.
 pub fn ensure_tree(repo: &Path) -> Result<PathBuf> {
     let patch = KernelPatch::of(repo);
-    let _lock = cache::lock("tree")?;
+    let _lock = cache::lock("kernels")?;
     let dir = cache::dir()?.join(format!("tree-{}", patch.base()?));
     if dir.exists() {
         return Ok(dir);
     }
     let source = source::find(&patch)?;
     let work = tempfile::Builder::new()
-        .prefix("tree-")
+        .prefix("build-")
         .tempdir_in(cache::dir()?)
         .context("cannot make a directory")?;
     let tree = work.path().join("linux");

@@ -37,8 +37,15 @@ impl Uml {
         self
     }
 
-    /// One more word for the kernel's command line, such as
-    /// `virtio_uml.device=SOCKET:2` for a vhost-user disk or `ubd0=FILE`.
+    /// Adds a vhost-user-blk disk, without any emulation: the kernel itself is
+    /// the client. The first is `/dev/vda`.
+    #[must_use]
+    pub fn vhost_disk(self, socket: &Path) -> Self {
+        // 2 is virtio's number of the block device.
+        self.argument(format!("virtio_uml.device={}:2", socket.display()))
+    }
+
+    /// One more word for the kernel's command line, such as `ubd0=FILE`.
     #[must_use]
     pub fn argument(mut self, argument: impl Into<String>) -> Self {
         self.arguments.push(argument.into());

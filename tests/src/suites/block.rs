@@ -140,20 +140,31 @@ fn verified_io_on_a_file_in_ext4_around_the_page_cache(cx: &Context) -> Result<(
 
 fn block_bytes(disk: &Path) -> Result<u64> {
     let text = sh(&format!("blockdev --getss {}", disk.display())).run()?;
-    text.trim().parse().with_context(|| format!("no block size: {text}"))
+    text.trim()
+        .parse()
+        .with_context(|| format!("no block size: {text}"))
 }
 
 fn verified_io_on_a_block_device_with_4_kib_sectors(cx: &Context) -> Result<()> {
     let backing = cx.scratch().join("backing.img");
     image(&backing, 96 * MIB)?;
-    let attach = format!("losetup --find --show --sector-size 4096 {}", backing.display());
+    let attach = format!(
+        "losetup --find --show --sector-size 4096 {}",
+        backing.display()
+    );
     let device = sh(&attach).run()?.trim().to_owned();
     let result = (|| {
         let server = serve(cx, &format!("file:{device}")).start()?;
         let disk = server.block_device()?;
-        ensure!(block_bytes(&disk)? == 4096, "512-byte sectors on a 4 KiB disk");
+        ensure!(
+            block_bytes(&disk)? == 4096,
+            "512-byte sectors on a 4 KiB disk"
+        );
         let small = open_direct(&disk).and_then(|disk| write_direct(&disk, 512, &[1; 512]));
-        ensure!(small.is_err(), "a request smaller than a sector went through");
+        ensure!(
+            small.is_err(),
+            "a request smaller than a sector went through"
+        );
         let mut plan = Exercise::new(&disk, 96 * MIB);
         plan.block_bytes = 4096;
         exercise(cx, server, &plan)
@@ -167,13 +178,23 @@ fn verified_io_on_several_queues(cx: &Context) -> Result<()> {
         let path = cx.scratch().join("disk.img");
         image(&path, 96 * MIB)?;
         let spec = format!("file:{}", path.display());
-        let server = serve(cx, &spec).arg("--queues").arg(queues.to_string()).start()?;
+        let server = serve(cx, &spec)
+            .arg("--queues")
+            .arg(queues.to_string())
+            .start()?;
         let disk = server.block_device()?;
-        let name = disk.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = disk
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let mq = format!("/sys/block/{name}/mq");
         let seen = fs::read_dir(&mq).with_context(|| mq.clone())?.count();
         let processors = thread::available_parallelism()?.get();
-        ensure!(seen == queues.min(processors), "{seen} queues instead of {queues}");
+        ensure!(
+            seen == queues.min(processors),
+            "{seen} queues instead of {queues}"
+        );
         let mut plan = Exercise::new(&disk, 96 * MIB);
         plan.depths = vec![16];
         exercise(cx, server, &plan)?;
@@ -205,8 +226,14 @@ fn a_read_only_disk_refuses_writes(cx: &Context) -> Result<()> {
     let read_only = sh(&format!("blockdev --getro {}", disk.display())).run()?;
     ensure!(read_only.trim() == "1", "the kernel takes it for writable");
     ensure!(
-        fs::OpenOptions::new().write(true).open(&disk).and_then(|f| f.sync_all()).is_err()
-            || open_direct(&disk).and_then(|disk| write_direct(&disk, 0, &[1; 4096])).is_err(),
+        fs::OpenOptions::new()
+            .write(true)
+            .open(&disk)
+            .and_then(|f| f.sync_all())
+            .is_err()
+            || open_direct(&disk)
+                .and_then(|disk| write_direct(&disk, 0, &[1; 4096]))
+                .is_err(),
         "a write went through"
     );
     let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), true)?;
@@ -233,17 +260,37 @@ fn flushes_and_forced_writes_reach_the_storage(cx: &Context) -> Result<()> {
         let stat = ublkup(cx, &["stat", "lower", "--json"]).run()?;
         let stat: serde_json::Value = serde_json::from_str(&stat)?;
         let count = &stat["ublk"]["counters"][what];
-        count.as_u64().with_context(|| format!("no count of {what}"))
+        count
+            .as_u64()
+            .with_context(|| format!("no count of {what}"))
     };
     let device = disk.display();
     let before = count("flushes")?;
-    sh(&format!("dd if=/dev/zero of={device} bs=4k count=1 oflag=direct status=none")).run()?;
-    ensure!(count("flushes")? == before, "a plain write flushed the storage");
-    ensure!(count("forced_writes")? == 0, "a plain write was forced to the storage");
-    sh(&format!("dd if=/dev/zero of={device} bs=4k count=1 oflag=direct conv=fsync status=none")).run()?;
-    ensure!(count("flushes")? > before, "fsync did not reach the storage");
+    sh(&format!(
+        "dd if=/dev/zero of={device} bs=4k count=1 oflag=direct status=none"
+    ))
+    .run()?;
+    ensure!(
+        count("flushes")? == before,
+        "a plain write flushed the storage"
+    );
+    ensure!(
+        count("forced_writes")? == 0,
+        "a plain write was forced to the storage"
+    );
+    sh(&format!(
+        "dd if=/dev/zero of={device} bs=4k count=1 oflag=direct conv=fsync status=none"
+    ))
+    .run()?;
+    ensure!(
+        count("flushes")? > before,
+        "fsync did not reach the storage"
+    );
     // O_DSYNC with O_DIRECT is a forced write (FUA) from the file system's view down to the disk.
-    sh(&format!("dd if=/dev/zero of={device} bs=4k count=8 oflag=direct,dsync status=none")).run()?;
+    sh(&format!(
+        "dd if=/dev/zero of={device} bs=4k count=8 oflag=direct,dsync status=none"
+    ))
+    .run()?;
     ensure!(
         count("forced_writes")? >= 8,
         "8 synchronous writes, but only {} forced writes at the storage",
@@ -256,10 +303,17 @@ fn flushes_and_forced_writes_reach_the_storage(cx: &Context) -> Result<()> {
 
 fn an_id_in_use_is_told(cx: &Context) -> Result<()> {
     let server = serve(cx, "mem:1M").arg("--ublk-id").arg("5").start()?;
-    ensure!(server.block_device()? == Path::new("/dev/ublkb5"), "another id");
+    ensure!(
+        server.block_device()? == Path::new("/dev/ublkb5"),
+        "another id"
+    );
     let second = ublkup(cx, &["serve", "--ublk-id", "5", "other=mem:1M"]).finish()?;
     ensure!(second.code() == 1, "exit code {}", second.code());
-    ensure!(second.tail().contains("id 5 is in use"), "{}", second.tail());
+    ensure!(
+        second.tail().contains("id 5 is in use"),
+        "{}",
+        second.tail()
+    );
     server.stop()?;
     nothing_left(cx)
 }
@@ -267,14 +321,24 @@ fn an_id_in_use_is_told(cx: &Context) -> Result<()> {
 fn a_user_without_rights_is_told(cx: &Context) -> Result<()> {
     let run = cx.scratch().join("nobody");
     fs::create_dir(&run)?;
-    sh(&format!("chown nobody {}; chmod 755 {}", run.display(), cx.scratch().display())).run()?;
+    sh(&format!(
+        "chown nobody {}; chmod 755 {}",
+        run.display(),
+        cx.scratch().display()
+    ))
+    .run()?;
     let finished = Shell::new("setpriv")
         .args(["--reuid=nobody", "--clear-groups"])
         .arg(&cx.paths.server)
         .args(["serve", "--ublk", "yes", "mem:1M"])
         .env("UBLKUP_RUNTIME_DIR", run.join("run"))
         .finish()?;
-    ensure!(finished.code() == 1, "exit code {}: {}", finished.code(), finished.tail());
+    ensure!(
+        finished.code() == 1,
+        "exit code {}: {}",
+        finished.code(),
+        finished.tail()
+    );
     ensure!(finished.tail().contains("root"), "{}", finished.tail());
     nothing_left(cx)
 }
@@ -298,7 +362,12 @@ fn stopping_under_load_ends_the_io_and_leaves_nothing(cx: &Context) -> Result<()
     let device = server.block_device()?.display().to_string();
     let load = thread::spawn(move || {
         Shell::new("fio")
-            .args(["--name=load", "--rw=randrw", "--ioengine=io_uring", "--direct=1"])
+            .args([
+                "--name=load",
+                "--rw=randrw",
+                "--ioengine=io_uring",
+                "--direct=1",
+            ])
             .args(["--iodepth=32", "--time_based", "--runtime=300"])
             .arg(format!("--filename={device}"))
             .limit(Duration::from_secs(600))
@@ -318,7 +387,10 @@ fn stopping_under_load_ends_the_io_and_leaves_nothing(cx: &Context) -> Result<()
     let Ok(load) = load.join() else {
         bail!("the load's thread panicked");
     };
-    ensure!(load?.code() != 0, "fio did not notice that its disk went away");
+    ensure!(
+        load?.code() != 0,
+        "fio did not notice that its disk went away"
+    );
     nothing_left(cx)
 }
 
@@ -326,7 +398,10 @@ fn a_killed_server_is_followed_by_one_of_the_same_name(cx: &Context) -> Result<(
     for _ in 0..3 {
         let server = serve(cx, "mem:16M").arg("--ublk-id").arg("2").start()?;
         server.kill()?;
-        ensure!(Path::new("/dev/ublkc2").exists(), "the kernel cleaned up by itself");
+        ensure!(
+            Path::new("/dev/ublkc2").exists(),
+            "the kernel cleaned up by itself"
+        );
     }
     let server = serve(cx, "mem:16M").start()?;
     ensure!(server.block_devices().len() == 1, "one device");
@@ -341,7 +416,7 @@ fn a_device_removed_behind_our_back_leaves_the_other_door_open(cx: &Context) -> 
     // What any root program can do; here the doctor's own removal would refuse.
     let name = server.block_device()?;
     let id = name.display().to_string().replace("/dev/ublkb", "");
-    stop_device(id.parse()?)?;
+    super::ublk_control::stop_device(id.parse()?)?;
     let deadline = Instant::now() + cx.patience(30);
     loop {
         let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
@@ -350,24 +425,21 @@ fn a_device_removed_behind_our_back_leaves_the_other_door_open(cx: &Context) -> 
             ensure!(!stat["vhost"].is_null(), "both doors closed: {stat}");
             break;
         }
-        ensure!(Instant::now() < deadline, "the closed door is not noticed: {stat}");
+        ensure!(
+            Instant::now() < deadline,
+            "the closed door is not noticed: {stat}"
+        );
         thread::sleep(Duration::from_millis(50));
     }
     let log = server.log();
     ensure!(log.contains("the ublk door closed"), "{log}");
     ublkup(cx, &["stop", "disk"]).run()?;
     let (status, log) = server.wait()?;
-    ensure!(status.code() == Some(1), "a door that broke is forgotten: {status}, {log}");
+    ensure!(
+        status.code() == Some(1),
+        "a door that broke is forgotten: {status}, {log}"
+    );
     nothing_left(cx)
-}
-
-/// STOP_DEV from another process, as an administrator's tool would.
-fn stop_device(id: u32) -> Result<()> {
-    // `struct ublksrv_ctrl_cmd` (include/uapi/linux/ublk_cmd.h): dev_id, queue_id, len, addr, data.
-    let mut command = [0u8; 80];
-    command[..4].copy_from_slice(&id.to_le_bytes());
-    command[4..6].copy_from_slice(&u16::MAX.to_le_bytes());
-    super::ublk_control::run(super::ublk_control::STOP_DEV, command)
 }
 
 fn several_exports_come_and_go_without_each_other(cx: &Context) -> Result<()> {
@@ -378,7 +450,11 @@ fn several_exports_come_and_go_without_each_other(cx: &Context) -> Result<()> {
         .arg("disk=mem:96M")
         .arg("c=null:1T")
         .start()?;
-    ensure!(server.block_devices().len() == 3, "three devices: {}", server.log());
+    ensure!(
+        server.block_devices().len() == 3,
+        "three devices: {}",
+        server.log()
+    );
     let disk = server.block_devices()[1].clone();
     let mut plan = Exercise::new(&disk, 96 * MIB);
     plan.depths = vec![32];

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::kit::images::{self, KnownFiles};
+use super::io::{Exercise, open_direct, write_direct};
+use crate::kit::fio::Fio;
+use crate::kit::images::{self, KnownFiles, Random};
+use crate::kit::server::{Serve, Server};
 use crate::kit::shell::sh;
 use crate::test;
 use crate::test::{Context, Test};
@@ -16,6 +19,12 @@ pub const STEPS: &[Test] = &[
     test!(check_files_on_disk),
     test!(add_files_to_disk),
     test!(describe_disk),
+    test!(exercise_disk).limit_s(500),
+    test!(write_through).limit_s(120),
+    test!(serve_and_add_files).limit_s(120),
+    test!(serve_and_check_files).limit_s(120),
+    test!(measure_block_door).limit_s(120),
+    test!(measure_disk).limit_s(120),
 ];
 
 /// Runs a shell script (the argument is its text) and replies with its output.
@@ -97,4 +106,123 @@ fn describe_disk(cx: &Context) -> Result<()> {
         write_cache: read("queue/write_cache")?,
         queues,
     })
+}
+
+/// Verified I/O on the disk that the argument, an [`Exercise`], names.
+fn exercise_disk(cx: &Context) -> Result<()> {
+    let exercise: Exercise = cx.args()?;
+    exercise.run(cx)
+}
+
+/// Blocks that [`write_through`] writes.
+pub const WRITE_THROUGH_BLOCKS: u64 = 64;
+
+/// Bytes of each.
+pub const WRITE_THROUGH_BLOCK_BYTES: usize = 16 << 10;
+
+/// What [`write_through`] writes to block `block`.
+pub fn write_through_data(block: u64) -> Vec<u8> {
+    Random(block + 1).bytes(WRITE_THROUGH_BLOCK_BYTES)
+}
+
+/// Switches the disk's write cache off, as an administrator of the guest would, and writes blocks
+/// one after the other. When this step ends, every one of them was acknowledged.
+fn write_through(cx: &Context) -> Result<()> {
+    let name: String = cx.args()?;
+    let switch = format!("/sys/block/{name}/cache_type");
+    std::fs::write(&switch, "write through").with_context(|| format!("cannot write {switch}"))?;
+    let seen = std::fs::read_to_string(&switch)?;
+    ensure!(
+        seen.trim() == "write through",
+        "the cache is still on: {seen}"
+    );
+    let disk = open_direct(&PathBuf::from("/dev").join(name))?;
+    for block in 0..WRITE_THROUGH_BLOCKS {
+        let data = write_through_data(block);
+        write_direct(&disk, block * WRITE_THROUGH_BLOCK_BYTES as u64, &data)?;
+    }
+    Ok(())
+}
+
+/// For [`serve_and_add_files`] and [`serve_and_check_files`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct FilesInImage {
+    /// Name of the image in the exchange directory.
+    pub image: String,
+    /// What must be in it.
+    pub known: KnownFiles,
+    /// For new files.
+    pub seed: u64,
+}
+
+fn serve_image(cx: &Context, image: &str) -> Result<Server> {
+    Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("yes")
+        .arg("--vhost")
+        .arg("no")
+        .arg(format!("disk=file:{}", cx.exchange().join(image).display()))
+        .start()
+}
+
+/// Serves an image through the block door, mounts `/dev/ublkbN`, compares its files, writes new
+/// ones, unmounts, checks; replies with the new files.
+fn serve_and_add_files(cx: &Context) -> Result<()> {
+    let files: FilesInImage = cx.args()?;
+    let server = serve_image(cx, &files.image)?;
+    let device = server.block_device()?;
+    let mounted = images::mount_ext4(&device, &cx.scratch().join("mnt"), false)?;
+    files.known.verify(mounted.dir())?;
+    let new = KnownFiles::generate(mounted.dir(), files.seed)?;
+    mounted.unmount()?;
+    images::fsck(&device)?;
+    server.stop()?;
+    cx.reply(&new)
+}
+
+/// Serves an image through the block door, mounts it and compares its files.
+fn serve_and_check_files(cx: &Context) -> Result<()> {
+    let files: FilesInImage = cx.args()?;
+    let server = serve_image(cx, &files.image)?;
+    let device = server.block_device()?;
+    images::fsck(&device)?;
+    let mounted = images::mount_ext4(&device, &cx.scratch().join("mnt"), true)?;
+    files.known.verify(mounted.dir())?;
+    mounted.unmount()?;
+    server.stop()?;
+    Ok(())
+}
+
+/// Random reads of 4 KiB, 32 at a time: requests per second.
+fn random_reads(cx: &Context, device: &std::path::Path) -> Result<f64> {
+    let report = Fio::new(device)
+        .option("rw", "randread")
+        .option("bs", "4k")
+        .option("direct", 1)
+        .option("ioengine", "io_uring")
+        .option("time_based", 1)
+        .option("runtime", 3)
+        .depth(32)
+        .size("64m")
+        .limit(cx.patience(60))
+        .run()?;
+    Ok(report.iops())
+}
+
+/// Serves a memory disk through the block door and replies with what [`random_reads`] measures.
+fn measure_block_door(cx: &Context) -> Result<()> {
+    let server = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("yes")
+        .arg("mem:64M")
+        .start()?;
+    let iops = random_reads(cx, &server.block_device()?)?;
+    server.stop()?;
+    cx.reply(&iops)
+}
+
+/// Replies with what [`random_reads`] measures on the disk that is the argument.
+fn measure_disk(cx: &Context) -> Result<()> {
+    let device: PathBuf = cx.args()?;
+    cx.reply(&random_reads(cx, &device)?)
 }

@@ -4,10 +4,17 @@
 //! in a module here and put `test!(module::sentence_that_holds)` into one of
 //! the tables. To add a suite, add an entry to [`SUITES`].
 
+mod agree;
+mod block;
+mod docs;
 mod guest;
+mod io;
 mod kernel;
 mod qemu;
 mod selftest;
+pub mod story;
+mod ublk_control;
+mod vhost;
 
 use crate::test::{Place, Test};
 
@@ -48,7 +55,7 @@ pub const SUITES: &[Suite] = &[
         about: "unit tests of every package, and tests that need no other kernel",
         place: Place::Host,
         needs: &[Need::Server, Need::Tools],
-        tests: &[],
+        tests: &[docs::TESTS],
         with_cargo_test: true,
     },
     Suite {
@@ -63,16 +70,16 @@ pub const SUITES: &[Suite] = &[
         name: "uml",
         about: "inside a User Mode Linux kernel, one processor",
         place: Place::Uml,
-        needs: &[Need::Uml, Need::Server, Need::Tools],
-        tests: &[kernel::TESTS],
+        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        tests: &[kernel::TESTS, block::TESTS, agree::TESTS, qemu::NESTED],
         with_cargo_test: false,
     },
     Suite {
         name: "qemu",
-        about: "a server process on the host and an emulated guest that uses its disk",
+        about: "a server process on the host and guests that use its disk",
         place: Place::Host,
-        needs: &[Need::X86, Need::Server, Need::Tools],
-        tests: &[qemu::TESTS],
+        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        tests: &[story::TESTS, vhost::TESTS, qemu::TESTS],
         with_cargo_test: false,
     },
     Suite {
@@ -80,7 +87,13 @@ pub const SUITES: &[Suite] = &[
         about: "inside an emulated x86 PC with two processors",
         place: Place::Vm,
         needs: &[Need::X86, Need::Server, Need::Tools],
-        tests: &[kernel::TESTS, kernel::SMP_TESTS],
+        tests: &[
+            kernel::TESTS,
+            kernel::SMP_TESTS,
+            block::TESTS,
+            block::SMP_TESTS,
+            agree::TESTS,
+        ],
         with_cargo_test: false,
     },
 ];

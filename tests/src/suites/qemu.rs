@@ -8,39 +8,57 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::guest::{DiskFacts, FilesOnDisk};
 use crate::kit::images::{self, KnownFiles};
-use crate::machine::{Board, Machine, Qemu};
+use crate::machine::{Board, Hypervisor, Machine, Qemu, Uml};
 use crate::process;
 use crate::test;
 use crate::test::{Context, Test};
 
-/// The table.
+/// On the host.
 pub const TESTS: &[Test] = &[
     test!(a_q35_guest_finds_the_files_on_a_vhost_user_disk).limit_s(400),
     test!(a_microvm_guest_finds_the_files_on_a_vhost_user_disk).limit_s(400),
+    test!(a_uml_guest_finds_the_files_on_a_vhost_user_disk).limit_s(200),
 ];
 
+/// The same inside User Mode Linux, where a ublk device can be the other door.
+pub const NESTED: &[Test] =
+    &[test!(a_microvm_guest_finds_the_files_on_a_vhost_user_disk).limit_s(400)];
+
 fn a_q35_guest_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
-    guest_finds_files(cx, Board::Q35, 4)
+    guest_finds_files(cx, 4, |socket| {
+        Ok(Qemu::client(x86_kernel(cx)?, socket).processors(4))
+    })
 }
 
 fn a_microvm_guest_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
-    guest_finds_files(cx, Board::Microvm, 1)
+    guest_finds_files(cx, 1, |socket| {
+        Ok(Qemu::client(x86_kernel(cx)?, socket).board(Board::Microvm))
+    })
+}
+
+fn a_uml_guest_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
+    guest_finds_files(cx, 1, |socket| {
+        let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+        Ok(Uml::new(kernel).vhost_disk(socket))
+    })
 }
 
 /// The reference: QEMU's own storage daemon serves the disk. What holds with it
 /// must hold with ours.
-fn guest_finds_files(cx: &Context, board: Board, processors: u32) -> Result<()> {
+fn guest_finds_files<H: Hypervisor>(
+    cx: &Context,
+    queues: u32,
+    guest: impl FnOnce(&Path) -> Result<H>,
+) -> Result<()> {
     let size_bytes = 64 << 20;
     let image = cx.scratch().join("disk.ext4");
     let known = images::ext4_with_known_files(&image, size_bytes, 1)?;
     let socket = cx.scratch().join("disk.sock");
-    let daemon = StorageDaemon::start(&image, &socket, processors)?;
+    let daemon = StorageDaemon::start(&image, &socket, queues)?;
 
-    let kernel = x86_kernel(cx)?;
-    let hypervisor = Qemu::client(kernel, &socket)
-        .board(board)
-        .processors(processors);
-    let mut machine = Machine::boot(&hypervisor, &cx.paths, &format!("qemu-{board:?}"))?;
+    let hypervisor = guest(&socket)?;
+    let log = format!("reference-{}", hypervisor.name());
+    let mut machine = Machine::boot(&hypervisor, &cx.paths, &log)?;
     let disk: DiskFacts = machine.run_step(&cx.paths, "describe_disk", &"vda")?;
     ensure!(
         disk.size_bytes == size_bytes && !disk.read_only,
@@ -52,17 +70,21 @@ fn guest_finds_files(cx: &Context, board: Board, processors: u32) -> Result<()> 
         seed: 2,
     };
     let new: KnownFiles = machine.run_step(&cx.paths, "add_files_to_disk", &files)?;
+    let all = files.known.clone().and(new.clone());
+    ensure!(
+        all.len() == files.known.len() + new.len() && !new.is_empty(),
+        "the guest wrote no new files"
+    );
+    let both = FilesOnDisk {
+        known: all,
+        ..files
+    };
+    let () = machine.run_step(&cx.paths, "check_files_on_disk", &both)?;
     machine.power_off();
     drop(daemon);
 
-    // The other half of the story: what the guest wrote is in the image.
-    images::fsck(&image)?;
-    ensure!(!new.is_empty(), "the guest wrote no files");
-    ensure!(
-        files.known.len() + new.len() == files.known.and(new).len(),
-        "the guest's files are not new"
-    );
-    Ok(())
+    // What the guest wrote is in the image.
+    images::fsck(&image)
 }
 
 /// The x86-64 kernel of this run.

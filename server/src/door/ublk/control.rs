@@ -4,9 +4,11 @@
 //! microseconds, a handful of times in the life of a device; in return a command that hangs
 //! (`DEL_DEV` after an oops, `STOP_DEV` while the storage does not answer) holds up nobody else.
 
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -19,6 +21,9 @@ const CONTROL_PATH: &str = "/dev/ublk-control";
 
 /// How long a command may take.
 const LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a deleted device may take to give its id back.
+const HELD_LIMIT: Duration = Duration::from_secs(2);
 
 /// How often a command that somebody may give up is looked after.
 const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
@@ -69,6 +74,28 @@ pub(super) struct NewDevice {
     pub(super) queues: u16,
     pub(super) depth: u16,
     pub(super) buffer_bytes: u32,
+}
+
+/// What became of a deleted device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Deleted {
+    /// Nothing is left.
+    IdIsFree,
+    /// Disk and character device are gone, but somebody still has the disk open, for instance a
+    /// mounted file system. The id becomes free when that ends.
+    DiskIsOpen,
+}
+
+impl Deleted {
+    /// Says what the user should know.
+    pub(super) fn tell(self, id: u32) {
+        if self == Self::DiskIsOpen {
+            tracing::warn!(
+                "ublk{id} is removed, but somebody still has its disk open, perhaps as a mounted \
+                 file system: the id is taken until that ends"
+            );
+        }
+    }
 }
 
 /// The control device.
@@ -140,10 +167,28 @@ impl Control {
         self.exchange(STOP_DEV, Some(id), ())
     }
 
-    /// Removes a device and waits until its id is free. Whoever has its character device open must
-    /// close it.
-    pub(super) fn delete(&self, id: u32) -> Result<(), UblkError> {
-        self.exchange(DEL_DEV, Some(id), ())
+    /// Removes a device. Whoever has its character device open must close it.
+    ///
+    /// The driver ends the command when the id is free, which it is not while somebody has the disk
+    /// open, were it for days. The device has gone by then, so that is not waited for.
+    pub(super) fn delete(&self, id: u32) -> Result<Deleted, UblkError> {
+        let node = format!("/sys/class/ublk-char/ublkc{id}");
+        let gone_since = Cell::new(None);
+        let held = || match gone_since.get() {
+            Some(since) => Instant::elapsed(&since) > HELD_LIMIT,
+            None => {
+                if !Path::new(&node).exists() {
+                    gone_since.set(Some(Instant::now()));
+                }
+                false
+            }
+        };
+        let words = sys::ublksrv_ctrl_cmd::default();
+        match self.run(DEL_DEV, Some(id), words, (), Some(&held)) {
+            Ok(()) => Ok(Deleted::IdIsFree),
+            Err(_) if held() => Ok(Deleted::DiskIsOpen),
+            Err(error) => Err(error),
+        }
     }
 
     /// What the driver knows of a device. Its `ublksrv_pid` is -1 without a (visible) server.
@@ -196,7 +241,7 @@ impl Control {
             End::Result(result) => return Err(failed(io::Error::from_raw_os_error(-result))),
             End::NoRing(error) => return Err(Unavailable::NoUring(error).into()),
             End::Lost(error) => failed(error),
-            End::GivenUp => failed(io::Error::other("given up because a queue failed")),
+            End::GivenUp => failed(io::Error::other("given up")),
             End::NoAnswer => UblkError::NoAnswer {
                 command: command.name,
                 device: DeviceName(id),
@@ -281,7 +326,6 @@ unsafe fn run_bounded(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::cell::Cell;
 
     /// A read that never completes.
     fn endless_read() -> (squeue::Entry128, rustix::fd::OwnedFd) {

@@ -147,7 +147,8 @@ impl Device {
         let ended = self.await_threads();
         self.char_device = None;
         // Also when a thread is stuck: its end, or that of the process, then removes the device.
-        let deleted = gone_is_fine(self.control.delete(self.id));
+        let deleted = self.control.delete(self.id);
+        let deleted = gone_is_fine(deleted.map(|deleted| deleted.tell(self.id)));
         let failed = match self.failure.take() {
             Some((queue, reason)) => Err(UblkError::Queue {
                 id: self.id,

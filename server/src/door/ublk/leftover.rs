@@ -108,7 +108,7 @@ pub fn remove(id: u32) -> Result<(), UblkError> {
     }
     match control.delete(id) {
         Err(error) if error.is_gone() => Ok(()),
-        other => other,
+        other => other.map(|deleted| deleted.tell(id)),
     }
 }
 

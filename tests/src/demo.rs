@@ -1,0 +1,41 @@
+//! `cargo lab demo`: the whole story, told while it happens.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use crate::report::line;
+use crate::runner;
+use crate::suites::{Need, story};
+use crate::test::{Context, Place};
+
+/// Prepares what is missing, then tells the story.
+///
+/// # Errors
+/// Something cannot be had, or the story does not end well.
+pub fn run(repo: &Path, yes: bool) -> Result<ExitCode> {
+    let needs = [Need::Tools, Need::Server, Need::Uml, Need::X86];
+    let paths = runner::prepare(repo, &needs, yes)?;
+    let folder = tempfile::tempdir().context("cannot make a temporary directory")?;
+    let part = |name: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        anyhow::Ok(path)
+    };
+    let cx = Context::new(
+        Place::Host,
+        paths,
+        part("scratch")?,
+        part("exchange")?,
+        Value::Null,
+    );
+    let started = Instant::now();
+    let say = |text: &str| line(&format!("{:4} s  {text}", started.elapsed().as_secs()));
+    story::tell(&cx, &say)?;
+    story::measure(&cx, &say)?;
+    say("the end: one image, two doors, one set of files");
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,144 @@
+//! Both doors of one server say the same about the disk behind them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+
+use crate::kit::server::Serve;
+use crate::kit::shell::Shell;
+use crate::test;
+use crate::test::{Context, Test};
+
+/// The table.
+pub const TESTS: &[Test] = &[test!(the_doors_agree_on_every_kind_of_disk)];
+
+/// What a door says about its disk.
+#[derive(Debug, PartialEq, Eq)]
+struct Facts {
+    size_bytes: u64,
+    block_bytes: u64,
+    physical_block_bytes: u64,
+    read_only: bool,
+    write_cache: bool,
+    max_discard_bytes: u64,
+    discard_granularity_bytes: u64,
+    max_write_zeroes_bytes: u64,
+}
+
+fn the_doors_agree_on_every_kind_of_disk(cx: &Context) -> Result<()> {
+    let path = cx.scratch().join("disk.img");
+    fs::File::create(&path)?.set_len((64 << 20) + 4096)?;
+    let file = format!("file:{}", path.display());
+    let cases: [(String, bool, u64); 6] = [
+        ("mem:64M".into(), false, 512),
+        ("mem:64M,block-size=4096,serial=S-1".into(), false, 4096),
+        ("null:16T".into(), false, 512),
+        (format!("{file},cache=buffered"), true, 512),
+        (format!("{file},cache=buffered,block-size=4096"), true, 4096),
+        (format!("{file},read-only"), true, 512),
+    ];
+    for (spec, write_cache, block_bytes) in cases {
+        agree(cx, &spec, write_cache, block_bytes).with_context(|| spec.clone())?;
+    }
+    Ok(())
+}
+
+fn agree(cx: &Context, spec: &str, write_cache: bool, block_bytes: u64) -> Result<()> {
+    let run = cx.scratch().join("run");
+    let socket = cx.scratch().join("disk.sock");
+    let server = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", &run)
+        .ublk("yes")
+        .name("disk")
+        .vhost_socket(&socket)
+        .arg(spec)
+        .start()?;
+    let block = block_facts(&server.block_device()?)?;
+    let vhost = vhost_facts(&socket)?;
+    ensure!(
+        block == vhost,
+        "the block door says {block:?}, the vhost door {vhost:?}"
+    );
+    // And what they say is what was asked for.
+    ensure!(block.write_cache == write_cache, "{block:?}");
+    ensure!(block.read_only == spec.contains("read-only"), "{block:?}");
+    ensure!(block.block_bytes >= block_bytes, "{block:?}");
+    let stat = Shell::new(&cx.paths.server)
+        .args(["stat", "disk", "--json"])
+        .env("UBLKUP_RUNTIME_DIR", &run)
+        .run()?;
+    let stat: serde_json::Value = serde_json::from_str(&stat)?;
+    ensure!(stat["size_bytes"] == block.size_bytes, "{stat}");
+    ensure!(stat["block_bytes"] == block.block_bytes, "{stat}");
+    ensure!(stat["write_cache"] == block.write_cache, "{stat}");
+    server.stop()?;
+    Ok(())
+}
+
+/// What the kernel made of the block door.
+fn block_facts(device: &Path) -> Result<Facts> {
+    let name = device.file_name().context("a device has a name")?;
+    let folder = PathBuf::from("/sys/block").join(name);
+    let text = |file: &str| {
+        fs::read_to_string(folder.join(file)).with_context(|| format!("cannot read {file}"))
+    };
+    let number = |file: &str| -> Result<u64> { Ok(text(file)?.trim().parse()?) };
+    let discards = number("queue/discard_max_bytes")?;
+    Ok(Facts {
+        size_bytes: number("size")? * 512,
+        block_bytes: number("queue/logical_block_size")?,
+        physical_block_bytes: number("queue/physical_block_size")?,
+        read_only: number("ro")? == 1,
+        write_cache: text("queue/write_cache")?.trim() == "write back",
+        max_discard_bytes: discards,
+        discard_granularity_bytes: if discards == 0 {
+            0
+        } else {
+            number("queue/discard_granularity")?
+        },
+        max_write_zeroes_bytes: number("queue/write_zeroes_max_bytes")?,
+    })
+}
+
+/// What a front-end hears at the vhost door: features and configuration space (virtio 1.3, 5.2.4).
+fn vhost_facts(socket: &Path) -> Result<Facts> {
+    let mut frontend = Frontend::connect(socket, 1)?;
+    frontend.set_owner()?;
+    let features = frontend.get_features()?;
+    let protocol = frontend.get_protocol_features()?;
+    ensure!(
+        protocol.contains(VhostUserProtocolFeatures::CONFIG),
+        "no configuration space"
+    );
+    frontend.set_protocol_features(VhostUserProtocolFeatures::CONFIG)?;
+    frontend.set_features(features)?;
+    let (_, space) = frontend.get_config(0, 60, VhostUserConfigFlags::WRITABLE, &[0; 60])?;
+    let bytes = |at: usize, len: usize| {
+        let mut word = [0u8; 8];
+        word[..len].copy_from_slice(&space[at..at + len]);
+        u64::from_le_bytes(word)
+    };
+    let has = |bit: u32| features & (1 << bit) != 0;
+    let (flush, config_wce) = (has(9), has(11));
+    ensure!(
+        flush == config_wce,
+        "FLUSH {flush}, CONFIG_WCE {config_wce}"
+    );
+    let (discard, write_zeroes) = (has(13), has(14));
+    let block_bytes = bytes(20, 4);
+    let if_offered = |offered: bool, value: u64| if offered { value } else { 0 };
+    Ok(Facts {
+        size_bytes: bytes(0, 8) * 512,
+        block_bytes,
+        physical_block_bytes: block_bytes << bytes(24, 1),
+        read_only: has(5),
+        write_cache: flush && bytes(32, 1) == 1,
+        max_discard_bytes: if_offered(discard, bytes(36, 4) * 512),
+        discard_granularity_bytes: if_offered(discard, bytes(44, 4) * 512),
+        max_write_zeroes_bytes: if_offered(write_zeroes, bytes(48, 4) * 512),
+    })
+}

@@ -1,0 +1,250 @@
+//! The vhost door on the host, used by guests: QEMU's (emulated, stock) and User Mode Linux.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::guest::{
+    DiskFacts, WRITE_THROUGH_BLOCK_BYTES, WRITE_THROUGH_BLOCKS, write_through_data,
+};
+use super::io::Exercise;
+use crate::kit::server::{Serve, Server};
+use crate::kit::shell::Shell;
+use crate::machine::{Board, Hypervisor, Machine, Qemu, Uml};
+use crate::test;
+use crate::test::{Context, Test};
+
+const MIB: u64 = 1 << 20;
+
+/// The table.
+pub const TESTS: &[Test] = &[
+    test!(a_guest_with_one_processor_verifies_a_memory_disk).limit_s(900),
+    test!(a_guest_with_four_processors_verifies_a_file).limit_s(1200),
+    test!(a_microvm_verifies_a_file).limit_s(900),
+    test!(user_mode_linux_verifies_a_memory_disk).limit_s(600),
+    test!(user_mode_linux_verifies_a_file).limit_s(600),
+    test!(what_was_written_through_is_in_the_file_after_sigkill).limit_s(400),
+    test!(a_guest_sees_a_read_only_disk).limit_s(300),
+    test!(guests_come_and_go_and_a_second_one_is_turned_away).limit_s(600),
+];
+
+/// A server on the host, with its socket.
+struct Host {
+    server: Server,
+    socket: PathBuf,
+    run: PathBuf,
+}
+
+impl Host {
+    fn start(cx: &Context, spec: &str, more: &[&str]) -> Result<Self> {
+        let socket = cx.scratch().join("disk.sock");
+        let run = cx.scratch().join("run");
+        let mut serve = Serve::new(cx)
+            .env("UBLKUP_RUNTIME_DIR", &run)
+            .ublk("no")
+            .name("disk")
+            .vhost_socket(&socket)
+            .arg(spec);
+        for word in more {
+            serve = serve.arg(word);
+        }
+        let server = serve.start()?;
+        Ok(Self {
+            server,
+            socket,
+            run,
+        })
+    }
+
+    fn vhost(&self, cx: &Context) -> Result<serde_json::Value> {
+        let stat = Shell::new(&cx.paths.server)
+            .args(["stat", "disk", "--json"])
+            .env("UBLKUP_RUNTIME_DIR", &self.run)
+            .run()?;
+        let mut stat: serde_json::Value = serde_json::from_str(&stat)?;
+        Ok(stat["vhost"].take())
+    }
+
+    fn stop(self) -> Result<()> {
+        let log = self.server.stop()?;
+        ensure!(!log.contains("panicked"), "{log}");
+        ensure!(!self.socket.exists(), "the socket is left");
+        Ok(())
+    }
+}
+
+fn image(cx: &Context, size_bytes: u64) -> Result<PathBuf> {
+    let path = cx.scratch().join("disk.img");
+    File::create(&path)
+        .and_then(|file| file.set_len(size_bytes))
+        .with_context(|| format!("cannot make {}", path.display()))?;
+    Ok(path)
+}
+
+/// Boots `hypervisor` and exercises its first disk.
+fn verify(cx: &Context, host: Host, hypervisor: &dyn Hypervisor, size: u64) -> Result<()> {
+    let name = format!("verify-{}", hypervisor.name());
+    let mut machine = Machine::boot(hypervisor, &cx.paths, &name)?;
+    let disk: DiskFacts = machine.run_step(&cx.paths, "describe_disk", &"vda")?;
+    ensure!(
+        disk.size_bytes == size && disk.block_bytes == 512 && !disk.read_only,
+        "the guest sees another disk: {disk:?}"
+    );
+    let mut plan = Exercise::new(Path::new("/dev/vda"), size);
+    plan.run_mib = 16;
+    let () = machine.run_step(&cx.paths, "exercise_disk", &plan)?;
+    let vhost = host.vhost(cx)?;
+    for what in ["reads", "writes", "discards", "write_zeroes"] {
+        ensure!(
+            vhost["counters"][what].as_u64() > Some(0),
+            "no {what} reached the server: {vhost}"
+        );
+    }
+    ensure!(vhost["counters"]["errors"] == 0, "requests failed: {vhost}");
+    machine.power_off();
+    host.stop()
+}
+
+fn guest(cx: &Context, host: &Host) -> Result<Qemu> {
+    let kernel = cx.paths.x86_kernel.as_deref();
+    let kernel = kernel.context("this run has no x86-64 kernel")?;
+    Ok(Qemu::client(kernel, &host.socket))
+}
+
+fn a_guest_with_one_processor_verifies_a_memory_disk(cx: &Context) -> Result<()> {
+    let host = Host::start(cx, "mem:96M", &[])?;
+    let guest = guest(cx, &host)?;
+    verify(cx, host, &guest, 96 * MIB)
+}
+
+fn a_guest_with_four_processors_verifies_a_file(cx: &Context) -> Result<()> {
+    let image = image(cx, 96 * MIB)?;
+    let host = Host::start(cx, &format!("file:{}", image.display()), &["--queues", "2"])?;
+    // QEMU makes a queue per processor: more queues than the server has threads.
+    let guest = guest(cx, &host)?.processors(4);
+    verify(cx, host, &guest, 96 * MIB)
+}
+
+fn a_microvm_verifies_a_file(cx: &Context) -> Result<()> {
+    let image = image(cx, 96 * MIB)?;
+    let host = Host::start(cx, &format!("file:{}", image.display()), &[])?;
+    let guest = guest(cx, &host)?.board(Board::Microvm);
+    verify(cx, host, &guest, 96 * MIB)
+}
+
+fn uml(cx: &Context, host: &Host) -> Result<Uml> {
+    let kernel = cx.paths.uml_kernel.as_deref();
+    let kernel = kernel.context("this run has no UML kernel")?;
+    let device = format!("virtio_uml.device={}:2", host.socket.display());
+    Ok(Uml::new(kernel).argument(device))
+}
+
+fn user_mode_linux_verifies_a_memory_disk(cx: &Context) -> Result<()> {
+    let host = Host::start(cx, "mem:96M", &[])?;
+    let uml = uml(cx, &host)?;
+    verify(cx, host, &uml, 96 * MIB)
+}
+
+fn user_mode_linux_verifies_a_file(cx: &Context) -> Result<()> {
+    let image = image(cx, 96 * MIB)?;
+    let host = Host::start(cx, &format!("file:{}", image.display()), &["--queues", "1"])?;
+    let uml = uml(cx, &host)?;
+    verify(cx, host, &uml, 96 * MIB)
+}
+
+fn what_was_written_through_is_in_the_file_after_sigkill(cx: &Context) -> Result<()> {
+    let image = image(cx, 64 * MIB)?;
+    let host = Host::start(cx, &format!("file:{}", image.display()), &[])?;
+    let guest = guest(cx, &host)?;
+    let mut machine = Machine::boot(&guest, &cx.paths, "write-through")?;
+    let before = host.vhost(cx)?;
+    ensure!(
+        before["counters"]["forced_writes"] == 0,
+        "the cache was off before it was switched off: {before}"
+    );
+    let () = machine.run_step(&cx.paths, "write_through", &"vda")?;
+    let after = host.vhost(cx)?;
+    host.server.kill()?;
+    ensure!(
+        after["counters"]["forced_writes"].as_u64() >= Some(WRITE_THROUGH_BLOCKS),
+        "writes without a cache were not forced to the storage: {after}"
+    );
+    drop(machine);
+    let file = File::open(&image)?;
+    for block in 0..WRITE_THROUGH_BLOCKS {
+        let mut got = vec![0; WRITE_THROUGH_BLOCK_BYTES];
+        file.read_exact_at(&mut got, block * WRITE_THROUGH_BLOCK_BYTES as u64)?;
+        ensure!(
+            got == write_through_data(block),
+            "block {block} is not in the file"
+        );
+    }
+    Ok(())
+}
+
+fn a_guest_sees_a_read_only_disk(cx: &Context) -> Result<()> {
+    let image = image(cx, 64 * MIB)?;
+    let spec = format!("file:{},serial=LAB-1", image.display());
+    let host = Host::start(cx, &spec, &["--read-only"])?;
+    let guest = guest(cx, &host)?;
+    let mut machine = Machine::boot(&guest, &cx.paths, "read-only")?;
+    let disk: DiskFacts = machine.run_step(&cx.paths, "describe_disk", &"vda")?;
+    ensure!(disk.read_only, "the guest takes the disk for writable");
+    let serial = machine.sh(&cx.paths, "cat /sys/block/vda/serial")?;
+    ensure!(serial.trim() == "LAB-1", "the serial is {serial:?}");
+    let written = machine.sh(
+        &cx.paths,
+        "! dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct",
+    )?;
+    ensure!(!written.contains("1+0 records out"), "{written}");
+    machine.power_off();
+    host.stop()
+}
+
+fn guests_come_and_go_and_a_second_one_is_turned_away(cx: &Context) -> Result<()> {
+    let host = Host::start(cx, "mem:64M", &[])?;
+    for round in 0..2 {
+        let guest = guest(cx, &host)?;
+        let mut machine = Machine::boot(&guest, &cx.paths, &format!("come-and-go-{round}"))?;
+        let marker = format!("round {round}");
+        if round > 0 {
+            let seen = machine.sh(&cx.paths, "head -c 7 /dev/vda")?;
+            ensure!(
+                seen.trim() == format!("round {}", round - 1),
+                "found {seen:?}"
+            );
+        }
+        let script = format!("printf '{marker}' | dd of=/dev/vda conv=fsync,notrunc status=none");
+        machine.sh(&cx.paths, &script)?;
+        // One writer at a time: the second client sees the end of its connection, and no more.
+        let mut second = UnixStream::connect(&host.socket)?;
+        second.set_read_timeout(Some(cx.patience(30)))?;
+        let mut byte = [0];
+        ensure!(second.read(&mut byte)? == 0, "a second session was opened");
+        let sessions = host.vhost(cx)?["sessions"].as_array().map_or(0, Vec::len);
+        ensure!(sessions == 1, "{sessions} sessions");
+        if round == 0 {
+            // A guest that dies, and not politely.
+            drop(machine);
+        } else {
+            machine.power_off();
+        }
+        let deadline = Instant::now() + cx.patience(30);
+        while host.vhost(cx)?["sessions"]
+            .as_array()
+            .is_some_and(|list| !list.is_empty())
+        {
+            ensure!(Instant::now() < deadline, "the session does not end");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+    let fds = fs::read_dir(format!("/proc/{}/fd", host.server.pid()))?.count();
+    ensure!(fds < 32, "{fds} descriptors are left open");
+    host.stop()
+}
