@@ -267,9 +267,8 @@ fn lock(file: &fs::File, path: &Path, read_only: bool) -> Result<(), OpenError> 
             _ => Err(io::Error::last_os_error()),
         }
     };
-    let taken = |error: &io::Error| {
-        matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
-    };
+    let taken =
+        |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES));
     match unless_taken(try_lock, taken) {
         Ok(()) => Ok(()),
         Err(error) if taken(&error) => Err(OpenError::InUse(path.to_owned())),

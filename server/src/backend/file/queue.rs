@@ -259,7 +259,8 @@ impl FileQueue {
             // request's buffers are mapped and as long as what is left of it.
             unsafe { scatter(self.bounce.memory(number), request.buffers.list(), len) };
         }
-        let at_end = reading && (moved == 0 || whole_blocks != moved && self.ends_at(request, moved));
+        let at_end =
+            reading && (moved == 0 || whole_blocks != moved && self.ends_at(request, moved));
         // A block cut in two by the end was read as far as it goes; any other is moved again whole.
         let advance = if at_end { moved } else { whole_blocks };
         request.advance(advance);
@@ -292,7 +293,10 @@ impl FileQueue {
     /// block was cut in two, which nothing but the end of a file should do.
     fn ends_at(&self, request: &Request, moved: u64) -> bool {
         let end = request.position_bytes() + moved;
-        self.shared.file.metadata().is_ok_and(|file| file.len() <= end)
+        self.shared
+            .file
+            .metadata()
+            .is_ok_and(|file| file.len() <= end)
     }
 
     /// Another way to the same end, where the storage does not know the one that was tried.
