@@ -1,5 +1,7 @@
 //! The file backend through its public face, on real files and on loop devices.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 #[path = "file/client.rs"]
 mod client;
 
