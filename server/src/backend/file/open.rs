@@ -5,9 +5,10 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
-use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl, flock};
+use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl};
 use rustix::fs::{ioctl_blkpbszget, ioctl_blksszget};
 
 use super::bounce::Aligned;
@@ -28,6 +29,13 @@ const MAX_DISCARD_BYTES: u64 = 1 << 30;
 
 /// Largest write-zeroes: where the storage has no operation for it, this much is written.
 const MAX_WRITE_ZEROES_BYTES: u64 = 64 << 20;
+
+/// How long a file may stay taken by a server that was just killed: its last operations in the
+/// kernel end a little after its process.
+const TAKEN_LIMIT: Duration = Duration::from_millis(500);
+
+/// `BLKROGET`, `_IO(0x12, 94)` (`include/uapi/linux/fs.h`).
+const BLKROGET: libc::Ioctl = (0x12 << 8) | 94;
 
 /// Why a file cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -106,7 +114,13 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
     let mut file = open_file(&path, read_only)?;
     let metadata = file.metadata().map_err(failed)?;
     let is_device = metadata.file_type().is_block_device();
-    lock(&file, &path, read_only)?;
+    if is_device {
+        if !read_only && device_is_read_only(&file) {
+            return Err(failed(io::Error::from_raw_os_error(libc::EROFS)));
+        }
+    } else {
+        lock(&file, &path, read_only)?;
+    }
     let alignment = choose_cache(&file, &path, cache).map_err(|error| match error {
         Some(error) => failed(error),
         None => OpenError::NotDirect(path.clone()),
@@ -191,15 +205,18 @@ fn open_file(path: &Path, read_only: bool) -> Result<fs::File, OpenError> {
         // Refused when the device is mounted or claimed by another writer.
         flags |= OFlags::EXCL;
     }
-    let file = OpenOptions::new()
-        .read(true)
+    let mut how = OpenOptions::new();
+    how.read(true)
         .write(!read_only)
-        .custom_flags(i32::try_from(flags.bits()).unwrap_or(0))
-        .open(path)
-        .map_err(|error| match error.raw_os_error() {
-            Some(libc::EBUSY) => OpenError::InUse(path.to_owned()),
-            _ => failed(error),
-        })?;
+        .custom_flags(i32::try_from(flags.bits()).unwrap_or(0));
+    let opened = unless_taken(
+        || how.open(path),
+        |error| error.raw_os_error() == Some(libc::EBUSY),
+    );
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::EBUSY) => OpenError::InUse(path.to_owned()),
+        _ => failed(error),
+    })?;
     // It may have been replaced in between.
     check_kind(path, &file.metadata().map_err(failed)?)?;
     Ok(file)
@@ -226,16 +243,35 @@ fn check_kind(path: &Path, metadata: &fs::Metadata) -> Result<(), OpenError> {
     })
 }
 
-/// One writer, or any number of readers.
+/// One writer, or any number of readers, of a regular file.
+///
+/// A writer locks every byte, so that programs which lock some bytes of their images (QEMU locks
+/// bytes 100 to 203) and this server keep each other out. Readers lock the first byte and keep out
+/// our writers only. Block devices are not locked: writers claim them with `O_EXCL`, and a
+/// `flock(2)` would collide with udev, which takes one whenever it looks at a device.
 fn lock(file: &fs::File, path: &Path, read_only: bool) -> Result<(), OpenError> {
-    let operation = if read_only {
-        FlockOperation::NonBlockingLockShared
-    } else {
-        FlockOperation::NonBlockingLockExclusive
+    // Lock types are small constants; the field is narrower than they are.
+    #[expect(clippy::cast_possible_truncation, reason = "0 to 2")]
+    let (kind, len) = match read_only {
+        true => (libc::F_RDLCK as libc::c_short, 1),
+        false => (libc::F_WRLCK as libc::c_short, 0),
     };
-    match flock(file, operation) {
+    // SAFETY: all zeroes is a valid `flock`: from the start of the file, by nobody.
+    let mut range: libc::flock = unsafe { std::mem::zeroed() };
+    range.l_type = kind;
+    range.l_len = len;
+    let try_lock = || {
+        // SAFETY: `range` is a whole `struct flock` that lives through the call.
+        match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    let taken =
+        |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES));
+    match unless_taken(try_lock, taken) {
         Ok(()) => Ok(()),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::InUse(path.to_owned())),
+        Err(error) if taken(&error) => Err(OpenError::InUse(path.to_owned())),
         Err(error) => {
             tracing::warn!(
                 "{}: cannot be locked: {error}; take care that nobody else writes to it",
@@ -244,6 +280,30 @@ fn lock(file: &fs::File, path: &Path, read_only: bool) -> Result<(), OpenError> 
             Ok(())
         }
     }
+}
+
+/// Tries again for a short time while somebody else has the file.
+fn unless_taken<T>(
+    mut attempt: impl FnMut() -> io::Result<T>,
+    is_taken: impl Fn(&io::Error) -> bool,
+) -> io::Result<T> {
+    let deadline = Instant::now() + TAKEN_LIMIT;
+    loop {
+        match attempt() {
+            Err(error) if is_taken(&error) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whether a device is write-protected. Opening it for writing works all the same.
+fn device_is_read_only(device: &fs::File) -> bool {
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: the kernel writes one int to where `read_only` is, which lives through the call.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut read_only) };
+    result == 0 && read_only != 0
 }
 
 /// Switches to the cache mode that was asked for; the alignment it needs, if it is around the
@@ -284,10 +344,14 @@ fn direct_alignment(file: &fs::File) -> io::Result<Option<Alignment>> {
         rustix::fs::StatxFlags::DIOALIGN,
     )
     .ok()
-    .filter(|said| said.stx_dio_offset_align != 0);
+    .filter(|said| said.stx_mask & rustix::fs::StatxFlags::DIOALIGN.bits() != 0);
     let mut candidates = vec![512, 1024, 2048, 4096];
     let mut memory_bytes = 0;
     if let Some(said) = said {
+        if said.stx_dio_offset_align == 0 {
+            // The file system can, but not for this file: encrypted, or with its data journalled.
+            return Ok(None);
+        }
         let block_bytes = said.stx_dio_offset_align.max(512);
         candidates.retain(|candidate| *candidate >= block_bytes);
         memory_bytes = said.stx_dio_mem_align;
@@ -326,7 +390,11 @@ fn direct_alignment(file: &fs::File) -> io::Result<Option<Alignment>> {
 fn punches_holes(file: &fs::File, len_bytes: u64) -> bool {
     let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     let behind = len_bytes.next_multiple_of(4096);
-    fallocate(file, mode, behind, 4096).is_ok()
+    match fallocate(file, mode, behind, 4096) {
+        // The file is as long as the file system allows, so there is nothing behind it to try.
+        Ok(()) | Err(rustix::io::Errno::FBIG) => true,
+        Err(_) => false,
+    }
 }
 
 /// What a block device says about itself.

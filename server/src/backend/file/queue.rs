@@ -15,7 +15,7 @@ use super::bounce::{Aligned, BOUNCE_BYTES, Pool, gather, scatter};
 use super::{Alignment, Shared};
 use crate::backend::BackendQueue;
 use crate::io::{Owner, Ring, Slot, Token};
-use crate::request::{IoError, Op, Progress, Request};
+use crate::request::{Buffer, IoError, Op, Progress, Request};
 
 /// `RWF_DSYNC`: this write is durable when it completes.
 const RWF_DSYNC: i32 = 0x2;
@@ -28,6 +28,9 @@ const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
 /// Zeroes written at once where the storage has no operation for it.
 const ZERO_BYTES: usize = 1 << 20;
+
+/// Buffers that one system call takes (`UIO_MAXIOV`); the rest goes as after a short transfer.
+const MAX_BUFFERS: usize = 1024;
 
 /// What a request does next, or is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -142,14 +145,14 @@ impl FileQueue {
                 (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), clamp(one.iov_len))
                     .offset(offset)
                     .build(),
-                (Op::Read, list) => opcode::Readv::new(fd, list.as_ptr(), clamp(list.len()))
+                (Op::Read, list) => opcode::Readv::new(fd, list.as_ptr(), buffer_count(list))
                     .offset(offset)
                     .build(),
                 (_, [one]) => opcode::Write::new(fd, one.iov_base.cast(), clamp(one.iov_len))
                     .offset(offset)
                     .rw_flags(write_flags)
                     .build(),
-                (_, list) => opcode::Writev::new(fd, list.as_ptr(), clamp(list.len()))
+                (_, list) => opcode::Writev::new(fd, list.as_ptr(), buffer_count(list))
                     .offset(offset)
                     .rw_flags(write_flags)
                     .build(),
@@ -223,9 +226,12 @@ impl FileQueue {
         match step {
             Step::Begin => unreachable!("a completion for a request that was not begun"),
             Step::Transfer | Step::Bounce { .. } => self.after_transfer(step, request, moved),
-            Step::WriteZeroes if moved == 0 => Err(IoError::Io),
             Step::WriteZeroes => {
-                request.advance(moved);
+                let whole_blocks = self.whole_blocks(moved);
+                if whole_blocks == 0 {
+                    return Err(IoError::Io);
+                }
+                request.advance(whole_blocks);
                 Ok(if request.remaining_bytes() > 0 {
                     Some(Step::WriteZeroes)
                 } else {
@@ -243,11 +249,7 @@ impl FileQueue {
         request: &mut Request,
         moved: u64,
     ) -> Result<Option<Step>, IoError> {
-        let whole_blocks = match self.shared.alignment {
-            // Around the page cache only the end of the file cuts a block in two.
-            Some(alignment) => moved - moved % alignment.block_bytes as u64,
-            None => moved,
-        };
+        let whole_blocks = self.whole_blocks(moved);
         let reading = request.op == Op::Read;
         if let Step::Bounce { number } = step
             && reading
@@ -257,16 +259,17 @@ impl FileQueue {
             // request's buffers are mapped and as long as what is left of it.
             unsafe { scatter(self.bounce.memory(number), request.buffers.list(), len) };
         }
-        let at_end = moved == 0 || whole_blocks != moved;
-        // A block cut in two was read as far as it goes, and is written again as a whole.
-        let advance = if reading { moved } else { whole_blocks };
+        let at_end =
+            reading && (moved == 0 || whole_blocks != moved && self.ends_at(request, moved));
+        // A block cut in two by the end was read as far as it goes; any other is moved again whole.
+        let advance = if at_end { moved } else { whole_blocks };
         request.advance(advance);
         if request.remaining_bytes() == 0 {
             let fua = matches!(request.op, Op::Write { fua: true });
             let durable = self.is_forced(request);
             return Ok((fua && !durable).then_some(Step::Sync));
         }
-        if reading && at_end {
+        if at_end {
             // Somebody made the file shorter: what is not there reads as zeroes.
             request.buffers.zero_fill();
             return Ok(None);
@@ -275,6 +278,25 @@ impl FileQueue {
             return Err(IoError::Io);
         }
         Ok(Some(step))
+    }
+
+    /// The part of a transfer after which the next one may begin: around the page cache, only
+    /// whole blocks.
+    fn whole_blocks(&self, moved: u64) -> u64 {
+        match self.shared.alignment {
+            Some(alignment) => moved - moved % alignment.block_bytes as u64,
+            None => moved,
+        }
+    }
+
+    /// Whether the file has no more than the `moved` bytes that were just read. Asked only when a
+    /// block was cut in two, which nothing but the end of a file should do.
+    fn ends_at(&self, request: &Request, moved: u64) -> bool {
+        let end = request.position_bytes() + moved;
+        self.shared
+            .file
+            .metadata()
+            .is_ok_and(|file| file.len() <= end)
     }
 
     /// Another way to the same end, where the storage does not know the one that was tried.
@@ -321,6 +343,10 @@ impl FileQueue {
 
 impl BackendQueue for FileQueue {
     fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
+        if request.op != Op::Flush && request.len_bytes == 0 {
+            // fallocate(2) answers EINVAL to it, which must not look like "cannot punch holes".
+            return Progress::Done(Ok(()));
+        }
         if self.steps[slot as usize] == Step::Begin {
             match self.first_step(request) {
                 Ok(Some(step)) => self.steps[slot as usize] = step,
@@ -375,6 +401,10 @@ fn is_aligned(request: &Request, alignment: Alignment) -> bool {
 
 fn piece_bytes(len_bytes: u64, most: usize) -> usize {
     usize::try_from(len_bytes).unwrap_or(most).min(most)
+}
+
+fn buffer_count(list: &[Buffer]) -> u32 {
+    clamp(list.len().min(MAX_BUFFERS))
 }
 
 /// A length for the kernel, which moves no more than this at once: short transfers are resumed.
