@@ -1,6 +1,8 @@
 //! The command line as a user meets it: what goes wrong gets one clear line and the right exit
 //! code, and leaves nothing behind; what goes right can be listed, looked at and stopped.
 
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
 mod serving;
 
 use std::os::unix::fs::PermissionsExt;

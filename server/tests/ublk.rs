@@ -4,6 +4,8 @@
 //! shows them as ignored. Where a driver is, run them with `-- --ignored --test-threads=1`.
 //! All I/O is done by other processes: a server must not open its own disk.
 
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
