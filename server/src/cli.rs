@@ -128,7 +128,7 @@ pub struct Serve {
     #[arg(long)]
     pub keep_going: bool,
 
-    /// A TOML file with [[export]] tables; may be given along with SPECs
+    /// A TOML file with `[[export]]` tables; may be given along with SPECs
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
