@@ -108,7 +108,7 @@ impl Qemu {
         self
     }
 
-    fn kernel_command_line(&self, run: &RunDir) -> String {
+    fn kernel_command_line(&self, run: &RunDir, mode: &Mode) -> String {
         let mut words = vec![
             "console=ttyS0".to_owned(),
             "root=root".to_owned(),
@@ -122,6 +122,9 @@ impl Qemu {
             format!("init={}", run.init().display()),
             format!("{SETUP_VARIABLE}={}", run.setup().display()),
         ];
+        if *mode != Mode::Agent {
+            words.push("quiet".to_owned());
+        }
         words.extend(self.kernel_arguments.iter().cloned());
         words.join(" ")
     }
@@ -220,7 +223,7 @@ impl Hypervisor for Qemu {
             .arg("-kernel")
             .arg(&self.kernel)
             .arg("-append")
-            .arg(self.kernel_command_line(run))
+            .arg(self.kernel_command_line(run, mode))
             .args(&self.arguments);
         match mode {
             Mode::Agent => {

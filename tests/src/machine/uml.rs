@@ -91,6 +91,7 @@ impl Hypervisor for Uml {
             // processor boots, but its timers stall.
             .args(["seccomp=on", "ncpus=1", "con=null", "ssl=null"])
             .arg("printk.devkmsg=on")
+            .arg(format!("uml_dir={}/", run.dir().display()))
             .arg(format!("init={}", run.init().display()))
             .arg(format!("{SETUP_VARIABLE}={}", run.setup().display()))
             .args(&self.arguments);
@@ -107,6 +108,7 @@ impl Hypervisor for Uml {
             }
             Mode::Shell(_) => {
                 command
+                    .arg("quiet")
                     .args(["con0=fd:0,fd:1", "ssl1=null,fd:2"])
                     .stdin(Stdio::inherit())
                     .stdout(Stdio::inherit())
