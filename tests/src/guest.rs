@@ -52,6 +52,7 @@ pub fn init_main() -> ExitCode {
 fn live() -> Result<Setup> {
     mount_kernel_file_systems()?;
     use_console()?;
+    rustix::system::sethostname(b"lab").context("cannot set the host name")?;
     let path = std::env::var_os(SETUP_VARIABLE).context("no setup is named")?;
     let setup = Setup::read(Path::new(&path))?;
     mask_and_keep(&setup.keep)?;

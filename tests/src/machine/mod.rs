@@ -88,6 +88,12 @@ impl RunDir {
         Ok(run)
     }
 
+    /// The directory itself.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// A file of this machine.
     #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {

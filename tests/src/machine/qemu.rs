@@ -163,7 +163,7 @@ impl Qemu {
         command
     }
 
-    fn kernel_command_line(&self, run: &RunDir) -> String {
+    fn kernel_command_line(&self, run: &RunDir, mode: &Mode) -> String {
         let mut words = vec![
             "console=ttyS0".to_owned(),
             "root=root".to_owned(),
@@ -177,6 +177,9 @@ impl Qemu {
             format!("init={}", run.init().display()),
             format!("{SETUP_VARIABLE}={}", run.setup().display()),
         ];
+        if *mode != Mode::Agent {
+            words.push("quiet".to_owned());
+        }
         words.extend(self.kernel_arguments.iter().cloned());
         words.join(" ")
     }
@@ -252,7 +255,7 @@ impl Hypervisor for Qemu {
             .arg("-kernel")
             .arg(&self.kernel)
             .arg("-append")
-            .arg(self.kernel_command_line(run))
+            .arg(self.kernel_command_line(run, mode))
             .args(&self.arguments);
         match mode {
             Mode::Agent => {

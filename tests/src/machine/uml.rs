@@ -91,6 +91,7 @@ impl Hypervisor for Uml {
             // processor boots, but its timers stall.
             .args(["seccomp=on", "ncpus=1", "con=null", "ssl=null"])
             .arg("printk.devkmsg=on")
+            .arg(format!("uml_dir={}/", run.dir().display()))
             .arg(format!("init={}", run.init().display()))
             .arg(format!("{SETUP_VARIABLE}={}", run.setup().display()))
             .args(&self.arguments);
@@ -107,24 +108,29 @@ impl Hypervisor for Uml {
             }
             Mode::Shell(_) => {
                 command
+                    .arg("quiet")
                     .args(["con0=fd:0,fd:1", "ssl1=null,fd:2"])
                     .stdin(Stdio::inherit())
                     .stdout(Stdio::inherit())
                     .stderr(Stdio::from(theirs));
             }
         }
-        if let Some(dir) = roomy_memory_dir(self.memory_mib) {
-            command.env("TMPDIR", dir);
-        }
+        command.env("TMPDIR", memory_dir(self.memory_mib, run));
         Ok((command, ChannelEnd::Connected(ours)))
     }
 }
 
 /// The guest's memory is a sparse file: `/dev/shm` is the best place for it, if
-/// it is large enough (in containers it often is not).
-fn roomy_memory_dir(memory_mib: u32) -> Option<&'static str> {
-    let dir = "/dev/shm";
-    let facts = rustix::fs::statvfs(dir).ok()?;
-    let free_bytes = facts.f_bavail.saturating_mul(facts.f_frsize);
-    (free_bytes > u64::from(memory_mib) * 2 * 1024 * 1024).then_some(dir)
+/// we may write there and it is large enough (in containers it often is not).
+fn memory_dir(memory_mib: u32, run: &RunDir) -> PathBuf {
+    let shared = Path::new("/dev/shm");
+    let wanted_bytes = u64::from(memory_mib) * 2 * 1024 * 1024;
+    let roomy = rustix::fs::statvfs(shared)
+        .is_ok_and(|facts| facts.f_bavail.saturating_mul(facts.f_frsize) > wanted_bytes);
+    let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    if roomy && rustix::fs::access(shared, access).is_ok() {
+        shared.to_owned()
+    } else {
+        run.dir().to_owned()
+    }
 }
