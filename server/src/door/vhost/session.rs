@@ -243,18 +243,20 @@ impl Session {
     }
 }
 
-/// Takes a descriptor that is to be read or written on a ring: an eventfd or a pipe. Others could
-/// be always ready (a regular file), or do who knows what.
+/// Takes a descriptor that is to be read or written on a ring: an eventfd, a pipe or a socket (User
+/// Mode Linux is notified through one). Others could be always ready (a regular file), or do who
+/// knows what.
 fn signal_fd(file: File) -> Result<OwnedFd> {
     let stat = fstat(&file).map_err(|error| failed(error.into()))?;
     let eventfd = || {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         std::fs::read_link(path).is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
     };
-    if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo || eventfd() {
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    if matches!(kind, FileType::Fifo | FileType::Socket) || eventfd() {
         return Ok(file.into());
     }
-    refuse("a kick, call or error descriptor is neither an eventfd nor a pipe")
+    refuse("a kick, call or error descriptor is no eventfd, pipe or socket")
 }
 
 fn signal(file: Option<File>) -> Result<Option<OwnedFd>> {
