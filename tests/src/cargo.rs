@@ -70,6 +70,35 @@ pub fn build_server(repo: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Builds the server's tests that need a ublk driver; where they are. Guests with a driver run them.
+///
+/// # Errors
+/// They do not build.
+pub fn build_driver_tests(repo: &Path) -> Result<PathBuf> {
+    let target = target_dir()?;
+    let log = target.join("lab-build-driver-tests.log");
+    let mut build = cargo(repo);
+    build
+        .args(["test", "--release", "--locked", "-p", "ublkup"])
+        .args(["--test", "ublk", "--no-run"])
+        .args(["--message-format", "json-render-diagnostics"])
+        .arg("--target-dir")
+        .arg(&target);
+    progress::run("building the block door's tests", build, &log, HOUR)?;
+    let output = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
+    executable(&String::from_utf8_lossy(&output), "ublk")
+        .with_context(|| format!("cargo named no test binary in {}", log.display()))
+}
+
+/// The executable of the target `name` in cargo's messages.
+fn executable(output: &str, name: &str) -> Option<PathBuf> {
+    output
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message["target"]["name"] == name)
+        .find_map(|message| Some(message["executable"].as_str()?.into()))
+}
+
 /// Runs `cargo test --workspace`: how many tests there were, and a failure of
 /// its own if cargo failed without one.
 ///
@@ -160,6 +189,16 @@ fn failures(output: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_executable_is_found_among_other_messages() {
+        let output = r#"   Compiling x
+{"reason":"compiler-artifact","target":{"name":"libc"},"executable":null}
+{"reason":"compiler-artifact","target":{"name":"ublk"},"executable":"/t/ublk-1"}
+{"reason":"build-finished","success":true}"#;
+        assert_eq!(executable(output, "ublk"), Some("/t/ublk-1".into()));
+        assert_eq!(executable(output, "libc"), None);
+    }
 
     const RECORDED: &str = "\
 running 3 tests

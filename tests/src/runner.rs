@@ -154,7 +154,7 @@ pub fn prepare(repo: &Path, needs: &[Need], yes: bool) -> Result<Paths> {
     if needs(Need::Tools) {
         purposes.push(Purpose::Tests);
     }
-    if needs(Need::Server) {
+    if needs(Need::Server) || needs(Need::DriverTests) {
         purposes.push(Purpose::ServerBuild);
     }
     packages::ensure(&purposes, yes)?;
@@ -166,6 +166,9 @@ pub fn prepare(repo: &Path, needs: &[Need], yes: bool) -> Result<Paths> {
     };
     if needs(Need::Server) {
         cargo::build_server(repo)?;
+    }
+    if needs(Need::DriverTests) {
+        paths.driver_tests = Some(cargo::build_driver_tests(repo)?);
     }
     let kernels: Vec<Kernel> = [(Need::Uml, Kernel::Uml), (Need::X86, Kernel::X86)]
         .into_iter()
@@ -200,7 +203,7 @@ fn run_suite(chosen: &Chosen, paths: &Paths) -> Result<SuiteResult> {
         }
         Place::Vm => {
             let kernel = paths.x86_kernel.as_deref().context("no x86-64 kernel")?;
-            run_in_machines(chosen, paths, &Qemu::new(kernel), &mut result);
+            run_in_machines(chosen, paths, &Qemu::new(kernel).processors(4), &mut result);
         }
     }
     complete(chosen, &mut result);

@@ -135,6 +135,8 @@ pub struct Paths {
     pub repo: PathBuf,
     /// The server's binary, `ublkup`.
     pub server: PathBuf,
+    /// The server's own tests that need a ublk driver, if they were built for this run.
+    pub driver_tests: Option<PathBuf>,
     /// The User Mode Linux kernel, if it was built for this run.
     pub uml_kernel: Option<PathBuf>,
     /// The x86-64 kernel image, if it was built for this run.

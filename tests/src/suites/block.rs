@@ -18,6 +18,7 @@ const MIB: u64 = 1 << 20;
 
 /// For every guest.
 pub const TESTS: &[Test] = &[
+    test!(the_block_doors_own_tests_pass).limit_s(300),
     test!(verified_io_on_memory).limit_s(300),
     test!(verified_io_on_a_file_in_tmpfs).limit_s(300),
     test!(verified_io_on_a_file_in_ext4_around_the_page_cache).limit_s(300),
@@ -75,6 +76,20 @@ fn exercise(cx: &Context, server: Server, exercise: &Exercise) -> Result<()> {
     }
     ensure!(counters["errors"] == 0, "requests failed: {counters}");
     server.stop()?;
+    nothing_left(cx)
+}
+
+fn the_block_doors_own_tests_pass(cx: &Context) -> Result<()> {
+    let tests = cx.paths.driver_tests.as_deref();
+    let output = Shell::new(tests.context("this run has no driver tests")?)
+        .args(["--ignored", "--test-threads=1"])
+        .limit(cx.patience(280))
+        .run()?;
+    let passed = output.lines().find_map(|line| {
+        let counts = line.strip_prefix("test result: ok. ")?;
+        counts.split(' ').next()?.parse::<u32>().ok()
+    });
+    ensure!(passed >= Some(14), "only {passed:?} tests ran:\n{output}");
     nothing_left(cx)
 }
 

@@ -20,7 +20,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// For guests with more than one processor.
-pub const SMP_TESTS: &[Test] = &[test!(there_are_two_processors)];
+pub const SMP_TESTS: &[Test] = &[test!(there_are_four_processors)];
 
 fn the_kernel_has_ublk_control(_cx: &Context) -> Result<()> {
     let node = Path::new("/dev/ublk-control");
@@ -72,8 +72,8 @@ fn the_exchange_directory_takes_files(cx: &Context) -> Result<()> {
     Ok(())
 }
 
-fn there_are_two_processors(_cx: &Context) -> Result<()> {
+fn there_are_four_processors(_cx: &Context) -> Result<()> {
     let count = std::thread::available_parallelism().context("cannot count processors")?;
-    ensure!(count.get() == 2, "{count} processors instead of 2");
+    ensure!(count.get() == 4, "{count} processors instead of 4");
     Ok(())
 }

@@ -44,6 +44,8 @@ pub enum Need {
     X86,
     /// The `ublkup` binary.
     Server,
+    /// The server's own tests that need a ublk driver.
+    DriverTests,
     /// QEMU, its storage daemon, fio, e2fsprogs, strace.
     Tools,
 }
@@ -70,7 +72,13 @@ pub const SUITES: &[Suite] = &[
         name: "uml",
         about: "inside a User Mode Linux kernel, one processor",
         place: Place::Uml,
-        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        needs: &[
+            Need::Uml,
+            Need::X86,
+            Need::Server,
+            Need::DriverTests,
+            Need::Tools,
+        ],
         tests: &[kernel::TESTS, block::TESTS, agree::TESTS, qemu::NESTED],
         with_cargo_test: false,
     },
@@ -84,9 +92,9 @@ pub const SUITES: &[Suite] = &[
     },
     Suite {
         name: "vm",
-        about: "inside an emulated x86 PC with two processors",
+        about: "inside an emulated x86 PC with four processors",
         place: Place::Vm,
-        needs: &[Need::X86, Need::Server, Need::Tools],
+        needs: &[Need::X86, Need::Server, Need::DriverTests, Need::Tools],
         tests: &[
             kernel::TESTS,
             kernel::SMP_TESTS,
