@@ -470,7 +470,9 @@ fn several_exports_come_and_go_without_each_other(cx: &Context) -> Result<()> {
         "three devices: {}",
         server.log()
     );
-    let disk = server.block_devices()[1].clone();
+    let devices = server.block_devices();
+    // They are told in the order of their names.
+    let disk = devices[2].clone();
     let mut plan = Exercise::new(&disk, 96 * MIB);
     plan.depths = vec![32];
     thread::scope(|scope| -> Result<()> {

@@ -46,7 +46,7 @@ impl Exercise {
         }
     }
 
-    /// Mixed reads and writes of 512 B to 1 MiB with checksums, flushes and discards among them, at
+    /// Mixed reads, writes and discards of 512 B to 1 MiB with checksums and flushes among them, at
     /// every depth; meanwhile another thread discards and zeroes the second half of the disk and
     /// checks that it stays away from the first.
     pub fn run(&self, cx: &Context) -> Result<()> {
@@ -94,16 +94,18 @@ impl Exercise {
             _ if jobs == 1 => ("bs", "1m".to_owned()),
             _ => ("bs", "4k".to_owned()),
         };
+        // At this depth each block is discarded before it is written.
+        let pattern = if depth == 8 {
+            "randtrimwrite"
+        } else {
+            "randrw"
+        };
         let report = Fio::new(&self.device)
             .option(what, sizes)
-            .option("rw", "randrw")
-            .option("rwmixread", 30)
+            .option("rw", pattern)
             .option("direct", 1)
             .option("ioengine", "io_uring")
-            .option("blockalign", block)
             .option("fsync", 24)
-            .option("trim_percentage", 10)
-            .option("trim_backlog", 8)
             .option("offset_increment", format!("{each_mib}m"))
             .option("randseed", u64::from(depth) * 1000 + u64::from(jobs))
             .option("group_reporting", 1)
@@ -115,6 +117,10 @@ impl Exercise {
             .run()
             .with_context(|| format!("depth {depth}, {jobs} jobs"))?;
         ensure!(report.writes() > 0, "nothing was written: {report:?}");
+        ensure!(
+            pattern == "randrw" || report.trims() > 0,
+            "nothing was discarded: {report:?}"
+        );
         ensure!(
             report.reads() > report.writes() / 2,
             "too little was read back at depth {depth}: {} reads, {} writes",
