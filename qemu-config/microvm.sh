@@ -12,5 +12,5 @@ exec qemu-system-x86_64 \
     -machine microvm,memory-backend=guest-memory,rtc=on \
     -global virtio-mmio.force-legacy=false \
     -chardev socket,id=disk,path="$SOCKET" \
-    -device vhost-user-blk-device,chardev=disk \
+    -device vhost-user-blk,chardev=disk \
     "$@"
