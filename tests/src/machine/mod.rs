@@ -132,18 +132,25 @@ pub struct Machine {
     over: bool,
 }
 
-/// Where console logs of machines go, on the host and in a guest.
+/// Where console logs of machines go: `target/lab-logs` on the host, the
+/// exchange directory in a guest, from where the host fetches them.
 #[must_use]
 pub fn log_dir(paths: &Paths) -> PathBuf {
-    let dir = paths.repo.join("target/lab-logs");
-    if fs::create_dir_all(&dir).is_ok()
-        && rustix::fs::access(&dir, rustix::fs::Access::WRITE_OK).is_ok()
-    {
-        dir
-    } else {
-        std::env::temp_dir()
-    }
+    let writable = |dir: &Path| {
+        fs::create_dir_all(dir).is_ok()
+            && rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).is_ok()
+    };
+    [
+        paths.repo.join("target/lab-logs"),
+        Path::new(setup::EXCHANGE).join(GUEST_LOGS),
+    ]
+    .into_iter()
+    .find(|dir| writable(dir))
+    .unwrap_or_else(std::env::temp_dir)
 }
+
+/// The directory in the exchange directory for logs of machines in a guest.
+const GUEST_LOGS: &str = "logs";
 
 impl Machine {
     /// Boots a machine and waits until its agent answers. Its console goes to
@@ -342,6 +349,20 @@ impl Machine {
         self.over = true;
         process::kill_group(&mut self.child);
         self.console.finish();
+        self.fetch_logs();
+    }
+
+    /// Keeps the consoles of machines that ran inside this one, next to its own.
+    fn fetch_logs(&self) {
+        let Ok(logs) = fs::read_dir(self.run.exchange().join(GUEST_LOGS)) else {
+            return;
+        };
+        for log in logs.flatten() {
+            let kept = self.console.path().with_file_name(log.file_name());
+            if let Err(error) = fs::copy(log.path(), &kept) {
+                eprintln!("lab: cannot keep {}: {error}", kept.display());
+            }
+        }
     }
 }
 
