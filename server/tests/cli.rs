@@ -258,7 +258,16 @@ fn completions_and_man_pages_are_made() {
 fn an_idle_server_is_never_scheduled_and_small() {
     let lab = Lab::new();
     let server = lab.serve(&["a=mem:1G", "b=null:1T"]);
-    let before = server.switches();
+    // After `ready` the threads still have to lie down.
+    let mut before = server.switches();
+    for _ in 0..100 {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let now = server.switches();
+        if now == before {
+            break;
+        }
+        before = now;
+    }
     // The time something periodic would need to show itself.
     std::thread::sleep(std::time::Duration::from_secs(3));
     assert_eq!(server.switches(), before, "an idle server woke up");

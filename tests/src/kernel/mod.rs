@@ -98,7 +98,7 @@ impl KernelPatch {
         self.dir.join("series")
     }
 
-    /// The patches, in the order they apply. There may be none.
+    /// The patches, in the order they apply, without the cover letter. There may be none.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -112,7 +112,7 @@ impl KernelPatch {
             std::fs::read_dir(&dir).with_context(|| format!("cannot list {}", dir.display()))?
         {
             let path = entry.context("cannot list the series")?.path();
-            if path.extension().is_some_and(|ending| ending == "patch") {
+            if is_patch(&path) {
                 patches.push(path);
             }
         }
@@ -128,4 +128,12 @@ impl KernelPatch {
         let path = self.dir.join("config").join(format!("{kernel}.config"));
         std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     }
+}
+
+/// Whether a file is a patch, and not the cover letter that `git format-patch` numbers 0.
+fn is_patch(path: &Path) -> bool {
+    let cover = path
+        .file_name()
+        .is_some_and(|name| name.as_encoded_bytes().starts_with(b"0000-"));
+    path.extension().is_some_and(|ending| ending == "patch") && !cover
 }

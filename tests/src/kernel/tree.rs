@@ -107,7 +107,8 @@ fn export(tree: &Path, series: &Path) -> Result<usize> {
     fs::create_dir_all(series).with_context(|| format!("cannot create {}", series.display()))?;
     for entry in fs::read_dir(series).context("cannot list the series")? {
         let old = entry.context("cannot list the series")?.path();
-        if old.extension().is_some_and(|ending| ending == "patch") {
+        // The cover letter is written by hand and stays.
+        if super::is_patch(&old) {
             fs::remove_file(&old).with_context(|| format!("cannot remove {}", old.display()))?;
         }
     }
@@ -132,6 +133,7 @@ mod tests {
         fs::create_dir(&tree).expect("a directory");
         fs::create_dir(&series).expect("a directory");
         fs::write(series.join("0007-old.patch"), "old").expect("a file");
+        fs::write(series.join("0000-cover-letter.patch"), "cover").expect("a file");
         fs::write(series.join("README"), "stays").expect("a file");
         sh(&format!(
             "git init -q . && git config user.name a && git config user.email a@b && \
@@ -148,6 +150,11 @@ mod tests {
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
             .collect();
         names.sort();
-        assert_eq!(names, ["0001-file-count-further.patch", "README"]);
+        let expected = [
+            "0000-cover-letter.patch",
+            "0001-file-count-further.patch",
+            "README",
+        ];
+        assert_eq!(names, expected);
     }
 }

@@ -7,6 +7,7 @@
 mod agree;
 mod block;
 mod docs;
+mod fd_address;
 mod guest;
 mod io;
 mod kernel;
@@ -79,7 +80,13 @@ pub const SUITES: &[Suite] = &[
             Need::DriverTests,
             Need::Tools,
         ],
-        tests: &[kernel::TESTS, block::TESTS, agree::TESTS, qemu::NESTED],
+        tests: &[
+            kernel::TESTS,
+            fd_address::TESTS,
+            block::TESTS,
+            agree::TESTS,
+            qemu::NESTED,
+        ],
         with_cargo_test: false,
     },
     Suite {
@@ -98,6 +105,7 @@ pub const SUITES: &[Suite] = &[
         tests: &[
             kernel::TESTS,
             kernel::SMP_TESTS,
+            fd_address::TESTS,
             block::TESTS,
             block::SMP_TESTS,
             agree::TESTS,

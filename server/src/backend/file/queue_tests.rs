@@ -1,1 +1,243 @@
+//! The steps of a request, fed with results by hand.
 
+use super::*;
+use crate::backend::file::{FileOptions, open};
+use crate::request::{Buffer, Buffers, Range, Serial};
+
+fn queue(alignment: Option<Alignment>) -> FileQueue {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let (_, mut shared) = open::open(FileOptions {
+        path: file.path().into(),
+        cache: crate::backend::CacheMode::Buffered,
+        read_only: false,
+        block_bytes: None,
+        serial: Serial::new("test").unwrap(),
+    })
+    .unwrap();
+    shared.alignment = alignment;
+    FileQueue::new(Arc::new(shared), 8).unwrap()
+}
+
+/// Memory of a request in two halves.
+struct Memory {
+    bytes: Vec<u8>,
+    list: Vec<Buffer>,
+}
+
+impl Memory {
+    fn new(len: usize) -> Self {
+        let mut bytes = vec![0xaa; len];
+        let half = len / 2;
+        let base = bytes.as_mut_ptr();
+        let part = |at: usize, iov_len| Buffer {
+            iov_base: base.wrapping_add(at).cast(),
+            iov_len,
+        };
+        let list = vec![part(0, half), part(half, len - half)];
+        Self { bytes, list }
+    }
+
+    fn request(&mut self, op: Op) -> Request {
+        let range = Range {
+            offset_bytes: 4096,
+            len_bytes: self.bytes.len() as u64,
+        };
+        // SAFETY: every test finishes its request before its memory goes.
+        let buffers = unsafe { Buffers::from_list(&mut self.list) };
+        Request::new(op, range, buffers)
+    }
+}
+
+fn ranged(op: Op, len_bytes: u64) -> Request {
+    let range = Range {
+        offset_bytes: 0,
+        len_bytes,
+    };
+    Request::new(op, range, Buffers::NONE)
+}
+
+fn sqe(entry: &squeue::Entry) -> [u8; 64] {
+    const { assert!(size_of::<squeue::Entry>() == 64) };
+    // SAFETY: an entry is 64 bytes of integers.
+    unsafe { std::ptr::from_ref(entry).cast::<[u8; 64]>().read() }
+}
+
+/// `rw_flags` and `fsync_flags` share a place in the entry.
+fn flags(entry: &squeue::Entry) -> u32 {
+    u32::from_ne_bytes(sqe(entry)[28..32].try_into().unwrap())
+}
+
+const WRITE: Op = Op::Write { fua: false };
+const FORCED: Op = Op::Write { fua: true };
+
+#[test]
+fn a_short_transfer_goes_on_where_it_stopped() {
+    for op in [Op::Read, WRITE] {
+        let mut queue = queue(None);
+        let mut memory = Memory::new(4096);
+        let mut request = memory.request(op);
+        let step = queue.next_step(Step::Transfer, &mut request, 3000);
+        assert_eq!(step, Ok(Some(Step::Transfer)));
+        assert_eq!(
+            (request.position_bytes(), request.remaining_bytes()),
+            (7096, 1096)
+        );
+        assert_eq!(request.buffers.len_bytes(), 1096);
+        assert_eq!(
+            queue.next_step(Step::Transfer, &mut request, 1096),
+            Ok(None)
+        );
+        request.finish();
+    }
+}
+
+#[test]
+fn a_read_at_the_end_of_the_file_is_zero_filled() {
+    let mut queue = queue(None);
+    let mut memory = Memory::new(4096);
+    let mut request = memory.request(Op::Read);
+    let step = queue.next_step(Step::Transfer, &mut request, 1000);
+    assert_eq!(step, Ok(Some(Step::Transfer)));
+    assert_eq!(queue.next_step(Step::Transfer, &mut request, 0), Ok(None));
+    request.finish();
+    assert!(memory.bytes[..1000].iter().all(|&byte| byte == 0xaa));
+    assert!(memory.bytes[1000..].iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn a_write_that_moves_nothing_is_an_error() {
+    let mut queue = queue(None);
+    let mut memory = Memory::new(4096);
+    let mut request = memory.request(WRITE);
+    let step = queue.next_step(Step::Transfer, &mut request, 0);
+    assert_eq!(step, Err(IoError::Io));
+    request.finish();
+}
+
+#[test]
+fn around_the_page_cache_a_transfer_goes_on_at_a_whole_block() {
+    let mut queue = queue(Some(Alignment {
+        memory_bytes: 512,
+        block_bytes: 512,
+    }));
+    let mut memory = Memory::new(4096);
+    let mut request = memory.request(WRITE);
+    let step = queue.next_step(Step::Transfer, &mut request, 1000);
+    assert_eq!(step, Ok(Some(Step::Transfer)));
+    assert_eq!(request.position_bytes(), 4096 + 512);
+    let step = queue.next_step(Step::Transfer, &mut request, 511);
+    assert_eq!(step, Err(IoError::Io), "no whole block was written");
+    request.finish();
+}
+
+#[test]
+fn interruptions_are_tried_again_and_errors_are_told() {
+    let mut queue = queue(None);
+    let mut memory = Memory::new(4096);
+    let mut request = memory.request(WRITE);
+    for errno in [libc::EINTR, libc::EAGAIN] {
+        let step = queue.next_step(Step::Transfer, &mut request, -errno);
+        assert_eq!(step, Ok(Some(Step::Transfer)));
+    }
+    for (errno, error) in [
+        (libc::EIO, IoError::Io),
+        (libc::ENOSPC, IoError::NoSpace),
+        (libc::EDQUOT, IoError::NoSpace),
+    ] {
+        assert_eq!(
+            queue.next_step(Step::Transfer, &mut request, -errno),
+            Err(error)
+        );
+    }
+    request.finish();
+}
+
+#[test]
+fn a_forced_write_carries_rwf_dsync_and_a_plain_one_does_not() {
+    let mut queue = queue(None);
+    for (op, expected) in [(FORCED, 2), (WRITE, 0)] {
+        let mut memory = Memory::new(4096);
+        let request = memory.request(op);
+        let entry = queue.operation(Step::Transfer, &request).unwrap();
+        assert_eq!(flags(&entry), expected, "{op:?}");
+        request.finish();
+    }
+}
+
+#[test]
+fn where_rwf_dsync_is_unknown_a_forced_write_is_followed_by_a_sync() {
+    let mut queue = queue(None);
+    let mut memory = Memory::new(4096);
+    let mut request = memory.request(FORCED);
+    let step = queue.next_step(Step::Transfer, &mut request, -libc::EOPNOTSUPP);
+    assert_eq!(step, Ok(Some(Step::Transfer)));
+    let entry = queue.operation(Step::Transfer, &request).unwrap();
+    assert_eq!(flags(&entry), 0);
+    let step = queue.next_step(Step::Transfer, &mut request, 4096);
+    assert_eq!(step, Ok(Some(Step::Sync)));
+    assert_eq!(queue.next_step(Step::Sync, &mut request, 0), Ok(None));
+    request.finish();
+}
+
+#[test]
+fn a_flush_is_fdatasync() {
+    let mut queue = queue(None);
+    let request = ranged(Op::Flush, 0);
+    assert_eq!(queue.first_step(&request), Ok(Some(Step::Sync)));
+    let entry = queue.operation(Step::Sync, &request).unwrap();
+    // IORING_FSYNC_DATASYNC
+    assert_eq!(flags(&entry), 1);
+    request.finish();
+}
+
+#[test]
+fn zeroes_are_written_where_the_storage_has_no_operation_for_them() {
+    let mut queue = queue(None);
+    let op = Op::WriteZeroes {
+        unmap: true,
+        fua: true,
+    };
+    let mut request = ranged(op, 8192);
+    assert_eq!(queue.first_step(&request), Ok(Some(Step::PunchHole)));
+    let step = queue.next_step(Step::PunchHole, &mut request, -libc::EOPNOTSUPP);
+    assert_eq!(step, Ok(Some(Step::ZeroRange)));
+    let step = queue.next_step(Step::ZeroRange, &mut request, -libc::EOPNOTSUPP);
+    assert_eq!(step, Ok(Some(Step::WriteZeroes)));
+    let step = queue.next_step(Step::WriteZeroes, &mut request, 4096);
+    assert_eq!(step, Ok(Some(Step::WriteZeroes)));
+    let step = queue.next_step(Step::WriteZeroes, &mut request, 4096);
+    assert_eq!(step, Ok(Some(Step::Sync)));
+    request.finish();
+    // And what was found out is not tried again.
+    let request = ranged(op, 8192);
+    assert_eq!(queue.first_step(&request), Ok(Some(Step::WriteZeroes)));
+    request.finish();
+}
+
+#[test]
+fn a_failing_fallocate_is_an_error_and_not_a_lack() {
+    let mut queue = queue(None);
+    let op = Op::WriteZeroes {
+        unmap: false,
+        fua: false,
+    };
+    let mut request = ranged(op, 8192);
+    let step = queue.next_step(Step::ZeroRange, &mut request, -libc::ENOSPC);
+    assert_eq!(step, Err(IoError::NoSpace));
+    assert_eq!(queue.first_step(&request), Ok(Some(Step::ZeroRange)));
+    request.finish();
+}
+
+#[test]
+fn a_discard_that_the_storage_does_not_know_is_granted() {
+    let mut queue = queue(None);
+    let mut ring = Ring::new(8).unwrap();
+    let mut request = ranged(Op::Discard, 8192);
+    assert_eq!(queue.start(&mut ring, 0, &mut request), Progress::Pending);
+    let progress = queue.advance(&mut ring, 0, &mut request, 0, -libc::EOPNOTSUPP);
+    assert_eq!(progress, Progress::Done(Ok(())));
+    let progress = queue.start(&mut ring, 1, &mut request);
+    assert_eq!(progress, Progress::Done(Ok(())), "and not tried again");
+    request.finish();
+}
