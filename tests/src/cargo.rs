@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::kit::shell::last_lines;
 use crate::progress;
-use crate::report::{Outcome, TestResult, Totals, show};
+use crate::report::{Outcome, TestResult, Totals, line, show};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -129,6 +129,9 @@ pub fn test_workspace(repo: &Path) -> Result<(Totals, Option<TestResult>)> {
         Ok(()) if totals.passed == 0 => Some("cargo ran no test".to_owned()),
         Ok(()) => None,
     };
+    for (name, reason) in ignored(&output) {
+        line(&format!("skip host: {name}: {reason}"));
+    }
     if totals.failed > 0 {
         eprintln!("{}", failures(&output));
     }
@@ -162,6 +165,17 @@ fn count(output: &str) -> Totals {
         }
     }
     totals
+}
+
+/// Names of ignored tests, and why.
+fn ignored(output: &str) -> Vec<(&str, &str)> {
+    output
+        .lines()
+        .filter_map(|line| {
+            let (name, rest) = line.strip_prefix("test ")?.split_once(" ... ignored")?;
+            Some((name, rest.strip_prefix(", ").unwrap_or("no reason given")))
+        })
+        .collect()
 }
 
 /// The parts of the output that explain failures.
@@ -205,6 +219,7 @@ running 3 tests
 test a ... ok
 test b ... FAILED
 test c ... ignored
+test d::e ... ignored, needs a kernel with ublk
 
 failures:
 
@@ -215,7 +230,7 @@ the reason
 failures:
     b
 
-test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s
+test result: FAILED. 1 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.00s
 
    Doc-tests lab
 test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.31s
@@ -226,10 +241,19 @@ test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; fini
         let expected = Totals {
             passed: 5,
             failed: 1,
-            skipped: 1,
+            skipped: 2,
         };
         assert_eq!(count(RECORDED), expected);
         assert_eq!(count("error: could not compile\n"), Totals::default());
+    }
+
+    #[test]
+    fn every_skip_has_its_reason() {
+        let expected = [
+            ("c", "no reason given"),
+            ("d::e", "needs a kernel with ublk"),
+        ];
+        assert_eq!(ignored(RECORDED), expected);
     }
 
     #[test]
