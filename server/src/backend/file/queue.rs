@@ -307,7 +307,7 @@ impl FileQueue {
     /// device have no length; it ends at a whole block.
     fn is_cut_by_end(&self, request: &Request, moved: u64) -> bool {
         let end = request.position_bytes() + moved;
-        let cuts = |alignment: Alignment| moved % alignment.block_bytes as u64 != 0;
+        let cuts = |alignment: Alignment| !moved.is_multiple_of(alignment.block_bytes as u64);
         self.shared.alignment.is_some_and(cuts)
             && !self.shared.is_device
             && (self.shared.file.metadata()).is_ok_and(|file| file.len() <= end)
