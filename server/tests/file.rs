@@ -523,23 +523,28 @@ fn sizes_are_whole_blocks_and_one_at_least() {
 }
 
 #[test]
-fn the_end_of_a_sparse_file_of_nearly_16_tebibytes_can_be_written() {
-    let dir = scratch();
-    let len = (16 << 40) - (1 << 20);
-    let path = sparse(dir.path(), len);
-    let disk = File::open(options(&path, CacheMode::Auto)).unwrap();
-    assert_eq!(disk.limits().capacity_bytes, len);
-    assert!(disk.limits().max_discard_bytes > 0);
-    let mut client = Client::new(&disk, 1);
-    let mut data = vec![7; 4096];
-    client
-        .one(Op::Write { fua: true }, len - 4096, &mut data, Shape::Odd)
-        .unwrap();
-    let mut file = fs::File::open(&path).unwrap();
-    file.seek(SeekFrom::Start(len - 4096)).unwrap();
-    let mut back = vec![0; 4096];
-    std::io::Read::read_exact(&mut file, &mut back).unwrap();
-    assert_eq!(back, data);
+fn the_end_of_a_sparse_file_of_many_tebibytes_can_be_written_and_read() {
+    let (disk, memory) = (scratch(), tempfile::tempdir_in("/dev/shm").unwrap());
+    for (dir, len) in [(disk, (16 << 40) - (1 << 20)), (memory, 15 << 40)] {
+        let path = sparse(dir.path(), len);
+        let disk = File::open(options(&path, CacheMode::Auto)).unwrap();
+        assert_eq!(disk.limits().capacity_bytes, len);
+        assert!(disk.limits().max_discard_bytes > 0);
+        let mut client = Client::new(&disk, 1);
+        let mut data = vec![7; 4096];
+        let last = len - 4096;
+        client
+            .one(Op::Write { fua: true }, last, &mut data, Shape::Odd)
+            .unwrap();
+        let mut file = fs::File::open(&path).unwrap();
+        file.seek(SeekFrom::Start(last)).unwrap();
+        let mut back = vec![0; 4096];
+        std::io::Read::read_exact(&mut file, &mut back).unwrap();
+        assert_eq!(back, data);
+        back.fill(0);
+        client.one(Op::Read, last, &mut back, Shape::Odd).unwrap();
+        assert_eq!(back, data);
+    }
 }
 
 #[test]

@@ -77,8 +77,16 @@ pub enum OpenError {
     /// `cache=direct` where the file system has no `O_DIRECT`.
     #[error("{}: its file system cannot go around the page cache (O_DIRECT): use cache=auto or cache=buffered", .0.display())]
     NotDirect(PathBuf),
+    /// The storage has blocks larger than a disk may have here.
+    #[error("{} has blocks of {needed_bytes} bytes, and 4096 is the most that can be served: put the disk in a file on it", .path.display())]
+    LargeBlocks {
+        /// The file.
+        path: PathBuf,
+        /// What the storage takes.
+        needed_bytes: u32,
+    },
     /// `block-size` smaller than what the storage takes.
-    #[error("{}: its storage takes blocks of {needed_bytes} bytes, not {asked_bytes}: leave block-size out, or use cache=buffered", .path.display())]
+    #[error("{}: its storage takes blocks of {needed_bytes} bytes, not {asked_bytes}: leave block-size out{}", .path.display(), if *.is_device { "" } else { ", or use cache=buffered" })]
     BlockSize {
         /// The file.
         path: PathBuf,
@@ -86,6 +94,8 @@ pub enum OpenError {
         needed_bytes: u32,
         /// What was asked for.
         asked_bytes: u32,
+        /// A block device, which takes no smaller blocks through the page cache either.
+        is_device: bool,
     },
 }
 
@@ -132,12 +142,16 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
         (None, Some(device)) => device.logical_bytes,
         (None, None) => *BLOCK_SIZES.start(),
     };
+    if needed_bytes > *BLOCK_SIZES.end() {
+        return Err(OpenError::LargeBlocks { path, needed_bytes });
+    }
     let block_bytes = asked_bytes.unwrap_or(needed_bytes);
     if block_bytes < needed_bytes || !BLOCK_SIZES.contains(&block_bytes) {
         return Err(OpenError::BlockSize {
             path,
             needed_bytes,
             asked_bytes: block_bytes,
+            is_device,
         });
     }
     // Works for block devices too, where the metadata say 0.
@@ -434,3 +448,7 @@ impl DeviceFacts {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "open_tests.rs"]
+mod tests;

@@ -38,10 +38,10 @@ enum Step {
     /// Nothing yet.
     #[default]
     Begin,
-    /// Data between the client's buffers and the file.
-    Transfer,
+    /// Data between the client's buffers and the file; `forced`: with `RWF_DSYNC`.
+    Transfer { forced: bool },
     /// Data by way of this bounce buffer.
-    Bounce { number: usize },
+    Bounce { number: usize, forced: bool },
     /// `BLOCK_URING_CMD_DISCARD`.
     DiscardCommand,
     /// `FALLOC_FL_PUNCH_HOLE`; what comes if the storage cannot depends on the operation.
@@ -52,6 +52,24 @@ enum Step {
     WriteZeroes,
     /// `fdatasync`, the last step of whatever must be durable.
     Sync,
+}
+
+impl Step {
+    /// Whether it is a write that goes out with `RWF_DSYNC`.
+    fn is_forced(self) -> bool {
+        matches!(
+            self,
+            Self::Transfer { forced: true } | Self::Bounce { forced: true, .. }
+        )
+    }
+
+    /// The same without `RWF_DSYNC`.
+    fn not_forced(mut self) -> Self {
+        if let Self::Transfer { forced } | Self::Bounce { forced, .. } = &mut self {
+            *forced = false;
+        }
+        self
+    }
 }
 
 /// One thread's access to a disk in a file.
@@ -86,11 +104,13 @@ impl FileQueue {
                     .shared
                     .alignment
                     .is_none_or(|alignment| is_aligned(request, alignment));
+                let fua = request.op == Op::Write { fua: true };
+                let forced = fua && !self.lacks(|l| &l.forced_writes);
                 if aligned {
-                    Step::Transfer
+                    Step::Transfer { forced }
                 } else {
                     match self.bounce.take() {
-                        Ok(Some(number)) => Step::Bounce { number },
+                        Ok(Some(number)) => Step::Bounce { number, forced },
                         Ok(None) => return Ok(None),
                         Err(_) => return Err(IoError::Io),
                     }
@@ -134,14 +154,10 @@ impl FileQueue {
         let raw: RawFd = self.shared.file.as_raw_fd();
         let fd = types::Fd(raw);
         let (offset, len) = (request.position_bytes(), request.remaining_bytes());
-        let write_flags = if self.is_forced(request) {
-            RWF_DSYNC
-        } else {
-            0
-        };
+        let write_flags = if step.is_forced() { RWF_DSYNC } else { 0 };
         Ok(match step {
             Step::Begin => unreachable!("a request without a step"),
-            Step::Transfer => match (request.op, request.buffers.list()) {
+            Step::Transfer { .. } => match (request.op, request.buffers.list()) {
                 (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), clamp(one.iov_len))
                     .offset(offset)
                     .build(),
@@ -157,7 +173,7 @@ impl FileQueue {
                     .rw_flags(write_flags)
                     .build(),
             },
-            Step::Bounce { number } => {
+            Step::Bounce { number, .. } => {
                 let memory = self.bounce.memory(number);
                 let piece = piece_bytes(len, BOUNCE_BYTES);
                 if request.op == Op::Read {
@@ -207,11 +223,6 @@ impl FileQueue {
         })
     }
 
-    /// Whether a write goes out with `RWF_DSYNC`.
-    fn is_forced(&self, request: &Request) -> bool {
-        matches!(request.op, Op::Write { fua: true }) && !self.lacks(|l| &l.forced_writes)
-    }
-
     /// The step after `step` was done with `result`. `Ok(None)`: the request is done.
     fn next_step(
         &mut self,
@@ -225,13 +236,15 @@ impl FileQueue {
         let moved = u64::try_from(result).unwrap_or(0);
         match step {
             Step::Begin => unreachable!("a completion for a request that was not begun"),
-            Step::Transfer | Step::Bounce { .. } => self.after_transfer(step, request, moved),
+            Step::Transfer { .. } | Step::Bounce { .. } => {
+                self.after_transfer(step, request, moved)
+            }
             Step::WriteZeroes => {
-                let whole_blocks = self.whole_blocks(moved);
-                if whole_blocks == 0 {
+                let resumable = self.resumable(moved, request);
+                if resumable == 0 {
                     return Err(IoError::Io);
                 }
-                request.advance(whole_blocks);
+                request.advance(resumable);
                 Ok(if request.remaining_bytes() > 0 {
                     Some(Step::WriteZeroes)
                 } else {
@@ -249,9 +262,9 @@ impl FileQueue {
         request: &mut Request,
         moved: u64,
     ) -> Result<Option<Step>, IoError> {
-        let whole_blocks = self.whole_blocks(moved);
+        let resumable = self.resumable(moved, request);
         let reading = request.op == Op::Read;
-        if let Step::Bounce { number } = step
+        if let Step::Bounce { number, .. } = step
             && reading
         {
             let len = usize::try_from(moved).unwrap_or(0);
@@ -259,15 +272,13 @@ impl FileQueue {
             // request's buffers are mapped and as long as what is left of it.
             unsafe { scatter(self.bounce.memory(number), request.buffers.list(), len) };
         }
-        let at_end =
-            reading && (moved == 0 || whole_blocks != moved && self.ends_at(request, moved));
+        let at_end = reading && (moved == 0 || self.is_cut_by_end(request, moved));
         // A block cut in two by the end was read as far as it goes; any other is moved again whole.
-        let advance = if at_end { moved } else { whole_blocks };
+        let advance = if at_end { moved } else { resumable };
         request.advance(advance);
         if request.remaining_bytes() == 0 {
-            let fua = matches!(request.op, Op::Write { fua: true });
-            let durable = self.is_forced(request);
-            return Ok((fua && !durable).then_some(Step::Sync));
+            let owed = request.op == Op::Write { fua: true } && !step.is_forced();
+            return Ok(owed.then_some(Step::Sync));
         }
         if at_end {
             // Somebody made the file shorter: what is not there reads as zeroes.
@@ -280,23 +291,26 @@ impl FileQueue {
         Ok(Some(step))
     }
 
-    /// The part of a transfer after which the next one may begin: around the page cache, only
-    /// whole blocks.
-    fn whole_blocks(&self, moved: u64) -> u64 {
+    /// The part of a transfer of `moved` bytes after which the next one may begin: around the page
+    /// cache, where position and memory lie as `O_DIRECT` wants them.
+    fn resumable(&self, moved: u64, request: &Request) -> u64 {
         match self.shared.alignment {
-            Some(alignment) => moved - moved % alignment.block_bytes as u64,
-            None => moved,
+            Some(alignment) if moved != request.remaining_bytes() => {
+                moved - moved % alignment.block_bytes.max(alignment.memory_bytes) as u64
+            }
+            _ => moved,
         }
     }
 
-    /// Whether the file has no more than the `moved` bytes that were just read. Asked only when a
-    /// block was cut in two, which nothing but the end of a file should do.
-    fn ends_at(&self, request: &Request, moved: u64) -> bool {
+    /// Whether the end of the file cut a block in two, and the `moved` bytes that were just read
+    /// are all there is. Around the page cache nothing else should cut a block. The metadata of a
+    /// device have no length; it ends at a whole block.
+    fn is_cut_by_end(&self, request: &Request, moved: u64) -> bool {
         let end = request.position_bytes() + moved;
-        self.shared
-            .file
-            .metadata()
-            .is_ok_and(|file| file.len() <= end)
+        let cuts = |alignment: Alignment| !moved.is_multiple_of(alignment.block_bytes as u64);
+        self.shared.alignment.is_some_and(cuts)
+            && !self.shared.is_device
+            && (self.shared.file.metadata()).is_ok_and(|file| file.len() <= end)
     }
 
     /// Another way to the same end, where the storage does not know the one that was tried.
@@ -308,11 +322,10 @@ impl FileQueue {
         );
         match (step, request.op) {
             (step, _) if matches!(errno, libc::EINTR | libc::EAGAIN) => Ok(step),
-            (Step::Transfer | Step::Bounce { .. }, _)
-                if errno == libc::EOPNOTSUPP && self.is_forced(request) =>
-            {
+            // Asked of the step: another write may have found it out while this one was under way.
+            (step, _) if errno == libc::EOPNOTSUPP && step.is_forced() => {
                 lacks.forced_writes.store(true, Ordering::Relaxed);
-                Ok(step)
+                Ok(step.not_forced())
             }
             (Step::DiscardCommand, _) if unknown => {
                 lacks.discard_command.store(true, Ordering::Relaxed);
@@ -334,7 +347,7 @@ impl FileQueue {
     }
 
     fn end(&mut self, slot: Slot, outcome: Result<(), IoError>) -> Progress {
-        if let Step::Bounce { number } = std::mem::take(&mut self.steps[slot as usize]) {
+        if let Step::Bounce { number, .. } = std::mem::take(&mut self.steps[slot as usize]) {
             self.bounce.give_back(number);
         }
         Progress::Done(outcome)
@@ -372,8 +385,8 @@ impl BackendQueue for FileQueue {
         let step = self.steps[slot as usize];
         match self.next_step(step, request, result) {
             Ok(Some(next)) => {
-                if let Step::Bounce { number } = step
-                    && next != step
+                if let Step::Bounce { number, .. } = step
+                    && !matches!(next, Step::Bounce { .. })
                 {
                     self.bounce.give_back(number);
                 }

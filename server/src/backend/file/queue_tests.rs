@@ -68,6 +68,12 @@ fn flags(entry: &squeue::Entry) -> u32 {
     u32::from_ne_bytes(sqe(entry)[28..32].try_into().unwrap())
 }
 
+const SECTORS: Alignment = Alignment {
+    memory_bytes: 512,
+    block_bytes: 512,
+};
+const PLAIN: Step = Step::Transfer { forced: false };
+const WITH_DSYNC: Step = Step::Transfer { forced: true };
 const WRITE: Op = Op::Write { fua: false };
 const FORCED: Op = Op::Write { fua: true };
 
@@ -77,17 +83,14 @@ fn a_short_transfer_goes_on_where_it_stopped() {
         let mut queue = queue(None);
         let mut memory = Memory::new(4096);
         let mut request = memory.request(op);
-        let step = queue.next_step(Step::Transfer, &mut request, 3000);
-        assert_eq!(step, Ok(Some(Step::Transfer)));
+        let step = queue.next_step(PLAIN, &mut request, 3000);
+        assert_eq!(step, Ok(Some(PLAIN)));
         assert_eq!(
             (request.position_bytes(), request.remaining_bytes()),
             (7096, 1096)
         );
         assert_eq!(request.buffers.len_bytes(), 1096);
-        assert_eq!(
-            queue.next_step(Step::Transfer, &mut request, 1096),
-            Ok(None)
-        );
+        assert_eq!(queue.next_step(PLAIN, &mut request, 1096), Ok(None));
         request.finish();
     }
 }
@@ -97,9 +100,9 @@ fn a_read_at_the_end_of_the_file_is_zero_filled() {
     let mut queue = queue(None);
     let mut memory = Memory::new(4096);
     let mut request = memory.request(Op::Read);
-    let step = queue.next_step(Step::Transfer, &mut request, 1000);
-    assert_eq!(step, Ok(Some(Step::Transfer)));
-    assert_eq!(queue.next_step(Step::Transfer, &mut request, 0), Ok(None));
+    let step = queue.next_step(PLAIN, &mut request, 1000);
+    assert_eq!(step, Ok(Some(PLAIN)));
+    assert_eq!(queue.next_step(PLAIN, &mut request, 0), Ok(None));
     request.finish();
     assert!(memory.bytes[..1000].iter().all(|&byte| byte == 0xaa));
     assert!(memory.bytes[1000..].iter().all(|&byte| byte == 0));
@@ -110,23 +113,20 @@ fn a_write_that_moves_nothing_is_an_error() {
     let mut queue = queue(None);
     let mut memory = Memory::new(4096);
     let mut request = memory.request(WRITE);
-    let step = queue.next_step(Step::Transfer, &mut request, 0);
+    let step = queue.next_step(PLAIN, &mut request, 0);
     assert_eq!(step, Err(IoError::Io));
     request.finish();
 }
 
 #[test]
 fn around_the_page_cache_a_transfer_goes_on_at_a_whole_block() {
-    let mut queue = queue(Some(Alignment {
-        memory_bytes: 512,
-        block_bytes: 512,
-    }));
+    let mut queue = queue(Some(SECTORS));
     let mut memory = Memory::new(4096);
     let mut request = memory.request(WRITE);
-    let step = queue.next_step(Step::Transfer, &mut request, 1000);
-    assert_eq!(step, Ok(Some(Step::Transfer)));
+    let step = queue.next_step(PLAIN, &mut request, 1000);
+    assert_eq!(step, Ok(Some(PLAIN)));
     assert_eq!(request.position_bytes(), 4096 + 512);
-    let step = queue.next_step(Step::Transfer, &mut request, 511);
+    let step = queue.next_step(PLAIN, &mut request, 511);
     assert_eq!(step, Err(IoError::Io), "no whole block was written");
     request.finish();
 }
@@ -137,31 +137,32 @@ fn interruptions_are_tried_again_and_errors_are_told() {
     let mut memory = Memory::new(4096);
     let mut request = memory.request(WRITE);
     for errno in [libc::EINTR, libc::EAGAIN] {
-        let step = queue.next_step(Step::Transfer, &mut request, -errno);
-        assert_eq!(step, Ok(Some(Step::Transfer)));
+        let step = queue.next_step(PLAIN, &mut request, -errno);
+        assert_eq!(step, Ok(Some(PLAIN)));
     }
     for (errno, error) in [
         (libc::EIO, IoError::Io),
         (libc::ENOSPC, IoError::NoSpace),
         (libc::EDQUOT, IoError::NoSpace),
     ] {
-        assert_eq!(
-            queue.next_step(Step::Transfer, &mut request, -errno),
-            Err(error)
-        );
+        assert_eq!(queue.next_step(PLAIN, &mut request, -errno), Err(error));
     }
     request.finish();
 }
 
 #[test]
 fn a_forced_write_carries_rwf_dsync_and_a_plain_one_does_not() {
-    let mut queue = queue(None);
-    for (op, expected) in [(FORCED, 2), (WRITE, 0)] {
-        let mut memory = Memory::new(4096);
-        let request = memory.request(op);
-        let entry = queue.operation(Step::Transfer, &request).unwrap();
-        assert_eq!(flags(&entry), expected, "{op:?}");
-        request.finish();
+    for alignment in [None, Some(SECTORS)] {
+        let mut queue = queue(alignment);
+        for (op, expected) in [(FORCED, 2), (WRITE, 0)] {
+            let mut memory = Memory::new(4094);
+            let request = memory.request(op);
+            let step = queue.first_step(&request).unwrap().unwrap();
+            assert_eq!(matches!(step, Step::Bounce { .. }), alignment.is_some());
+            let entry = queue.operation(step, &request).unwrap();
+            assert_eq!(flags(&entry), expected, "{op:?}, {step:?}");
+            request.finish();
+        }
     }
 }
 
@@ -170,13 +171,49 @@ fn where_rwf_dsync_is_unknown_a_forced_write_is_followed_by_a_sync() {
     let mut queue = queue(None);
     let mut memory = Memory::new(4096);
     let mut request = memory.request(FORCED);
-    let step = queue.next_step(Step::Transfer, &mut request, -libc::EOPNOTSUPP);
-    assert_eq!(step, Ok(Some(Step::Transfer)));
-    let entry = queue.operation(Step::Transfer, &request).unwrap();
+    let step = queue.next_step(WITH_DSYNC, &mut request, -libc::EOPNOTSUPP);
+    assert_eq!(step, Ok(Some(PLAIN)));
+    let entry = queue.operation(PLAIN, &request).unwrap();
     assert_eq!(flags(&entry), 0);
-    let step = queue.next_step(Step::Transfer, &mut request, 4096);
+    let step = queue.next_step(PLAIN, &mut request, 4096);
     assert_eq!(step, Ok(Some(Step::Sync)));
     assert_eq!(queue.next_step(Step::Sync, &mut request, 0), Ok(None));
+    request.finish();
+    let request = memory.request(FORCED);
+    assert_eq!(queue.first_step(&request), Ok(Some(PLAIN)), "remembered");
+    request.finish();
+}
+
+#[test]
+fn forced_writes_that_were_under_way_when_it_turned_out_unknown_succeed_too() {
+    let mut queue = queue(None);
+    let mut ring = Ring::new(8).unwrap();
+    let (mut first, mut second) = (Memory::new(4096), Memory::new(4096));
+    let mut requests = [first.request(FORCED), second.request(FORCED)];
+    for (slot, request) in (0..).zip(&mut requests) {
+        assert_eq!(queue.start(&mut ring, slot, request), Progress::Pending);
+    }
+    for result in [-libc::EOPNOTSUPP, 4096] {
+        for (slot, request) in (0..).zip(&mut requests) {
+            let progress = queue.advance(&mut ring, slot, request, 0, result);
+            assert_eq!(progress, Progress::Pending, "slot {slot}, {result}");
+        }
+    }
+    for (slot, mut request) in (0..).zip(requests) {
+        assert_eq!(queue.steps[slot as usize], Step::Sync);
+        let progress = queue.advance(&mut ring, slot, &mut request, 0, 0);
+        assert_eq!(progress, Progress::Done(Ok(())));
+        request.finish();
+    }
+}
+
+#[test]
+fn a_storage_that_knows_no_writes_at_all_is_an_error_and_no_loop() {
+    let mut queue = queue(None);
+    let mut memory = Memory::new(4096);
+    let mut request = memory.request(FORCED);
+    let step = queue.next_step(PLAIN, &mut request, -libc::EOPNOTSUPP);
+    assert_eq!(step, Err(IoError::Unsupported));
     request.finish();
 }
 
@@ -239,5 +276,99 @@ fn a_discard_that_the_storage_does_not_know_is_granted() {
     assert_eq!(progress, Progress::Done(Ok(())));
     let progress = queue.start(&mut ring, 1, &mut request);
     assert_eq!(progress, Progress::Done(Ok(())), "and not tried again");
+    request.finish();
+}
+
+#[test]
+fn a_transfer_goes_on_where_the_memory_is_aligned_again() {
+    for op in [Op::Read, WRITE] {
+        let mut queue = queue(Some(Alignment {
+            memory_bytes: 4096,
+            block_bytes: 512,
+        }));
+        let mut memory = Memory::new(16 << 10);
+        let mut request = memory.request(op);
+        let step = queue.next_step(PLAIN, &mut request, 5120);
+        assert_eq!(step, Ok(Some(PLAIN)));
+        assert_eq!(request.position_bytes(), 4096 + 4096);
+        // The end of the request is its end, however much memory is left of a page.
+        let rest = request.remaining_bytes();
+        let step = queue.next_step(PLAIN, &mut request, i32::try_from(rest).unwrap());
+        assert_eq!(step, Ok(None));
+        request.finish();
+    }
+}
+
+#[test]
+fn a_block_of_a_device_that_was_cut_is_read_again_and_not_zero_filled() {
+    let mut queue = queue(Some(SECTORS));
+    let shared = Arc::get_mut(&mut queue.shared).unwrap();
+    shared.is_device = true;
+    // As a device's, its metadata have no length.
+    shared.file.set_len(0).unwrap();
+    let mut memory = Memory::new(4096);
+    let mut request = memory.request(Op::Read);
+    let step = queue.next_step(PLAIN, &mut request, 1000);
+    assert_eq!(step, Ok(Some(PLAIN)));
+    assert_eq!(request.position_bytes(), 4096 + 512);
+    request.finish();
+    assert!(memory.bytes.iter().all(|&byte| byte == 0xaa));
+}
+
+#[test]
+fn a_device_that_knows_no_discard_command_has_holes_punched_instead() {
+    let mut queue = queue(None);
+    Arc::get_mut(&mut queue.shared).unwrap().is_device = true;
+    let mut request = ranged(Op::Discard, 8192);
+    let step = queue.first_step(&request).unwrap().unwrap();
+    assert_eq!(step, Step::DiscardCommand);
+    let entry = sqe(&queue.operation(step, &request).unwrap());
+    let word = |at: usize| u64::from_ne_bytes(entry[at..at + 8].try_into().unwrap());
+    // `cmd_op`, `addr` and `addr3` of `struct io_uring_sqe`.
+    assert_eq!((word(8), word(16), word(48)), (0x1200, 0, 8192));
+    let step = queue.next_step(step, &mut request, -libc::EOPNOTSUPP);
+    assert_eq!(step, Ok(Some(Step::PunchHole)));
+    assert_eq!(queue.first_step(&request), Ok(Some(Step::PunchHole)));
+    request.finish();
+}
+
+#[test]
+fn a_request_waits_for_a_bounce_buffer_and_goes_on_with_the_first_that_comes_back() {
+    let mut queue = queue(Some(SECTORS));
+    let mut ring = Ring::new(8).unwrap();
+    let mut memory: Vec<_> = (0..5).map(|_| Memory::new(1022)).collect();
+    let mut requests: Vec<_> = memory.iter_mut().map(|one| one.request(WRITE)).collect();
+    for (slot, request) in (0..).zip(&mut requests) {
+        let expected = match slot {
+            0..4 => Progress::Pending,
+            _ => Progress::Full,
+        };
+        assert_eq!(queue.start(&mut ring, slot, request), expected);
+    }
+    let progress = queue.advance(&mut ring, 2, &mut requests[2], 0, -libc::EIO);
+    assert_eq!(progress, Progress::Done(Err(IoError::Io)));
+    let progress = queue.start(&mut ring, 4, &mut requests[4]);
+    assert_eq!(progress, Progress::Pending);
+    for request in requests {
+        request.finish();
+    }
+}
+
+#[test]
+fn a_request_that_the_ring_had_no_room_for_keeps_its_step() {
+    let mut queue = queue(None);
+    let mut ring = Ring::new(2).unwrap();
+    let token = Token {
+        owner: Owner::Nobody,
+        kind: 0,
+        index: 0,
+    };
+    // SAFETY: a NOP points to nothing.
+    while unsafe { ring.push(opcode::Nop::new().build(), token) }.is_ok() {}
+    let mut request = ranged(Op::Flush, 0);
+    assert_eq!(queue.start(&mut ring, 0, &mut request), Progress::Full);
+    ring.submit_and_wait(1).unwrap();
+    ring.reap(&mut Vec::with_capacity(8));
+    assert_eq!(queue.start(&mut ring, 0, &mut request), Progress::Pending);
     request.finish();
 }
