@@ -86,6 +86,8 @@ impl<T> Answer<T> {
 /// Where a client looks, and for how long.
 #[derive(Clone, Debug)]
 pub struct Lookup {
+    /// Whether the kernel's way is tried.
+    pub kernel: bool,
     /// Runtime directories whose registries are searched, in order; empty: the kernel's way only.
     pub runtime_dirs: Vec<PathBuf>,
     /// How long a server with a full backlog is waited for; then EAGAIN.
@@ -95,6 +97,7 @@ pub struct Lookup {
 impl Default for Lookup {
     fn default() -> Self {
         Self {
+            kernel: true,
             runtime_dirs: registry::client_runtime_dirs(),
             timeout: Duration::from_secs(5),
         }
@@ -108,7 +111,11 @@ impl Default for Lookup {
 pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Connection>, Error> {
     let fd = fd.as_fd();
     let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
-    match socket::connect(&address.to_string(), lookup.timeout) {
+    let connected = match lookup.kernel {
+        true => socket::connect(&address.to_string(), lookup.timeout),
+        false => Err(Errno::NOENT),
+    };
+    match connected {
         Ok(stream) => Ok(Answer::Found(introduce(stream, Way::Kernel)?)),
         Err(Errno::CONNREFUSED | Errno::NOENT | Errno::NOTDIR) => {
             connect_by_registry(fd, name, lookup, &mut || Key::of(fd))
@@ -214,9 +221,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let (read, _write) = std::io::pipe().expect("a pipe");
         let name = Name::new("service").expect("a name");
-        let disk = |diskseq| Key::Pipe {
+        let pipe = |ino| Key::Pipe {
             dev: 1,
-            ino: diskseq,
+            ino,
             side: object::Side::Write,
         };
         let served = Key::Pipe {
@@ -225,6 +232,7 @@ mod tests {
             side: object::Side::Read,
         };
         let options = Options {
+            kernel: false,
             runtime_dir: Some(dir.path().to_owned()),
             key: Some(served),
             backlog: 4,
@@ -234,7 +242,7 @@ mod tests {
             runtime_dirs: vec![dir.path().to_owned()],
             ..Lookup::default()
         };
-        let mut recycled = [disk(7), disk(8)].into_iter();
+        let mut recycled = [pipe(7), pipe(8)].into_iter();
         let mut next = || Ok(recycled.next().expect("asked twice"));
         let answer =
             connect_by_registry(read.as_fd(), &name, &lookup, &mut next).expect("an answer");
@@ -242,7 +250,7 @@ mod tests {
             matches!(answer, Answer::NoService(NoService::ObjectChanged)),
             "{answer:?}"
         );
-        let mut same = || Ok(disk(7));
+        let mut same = || Ok(pipe(7));
         let answer =
             connect_by_registry(read.as_fd(), &name, &lookup, &mut same).expect("an answer");
         assert!(answer.found().is_some());

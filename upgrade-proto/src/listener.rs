@@ -17,6 +17,8 @@ use crate::{Error, socket};
 /// How a service is offered.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Whether the kernel's way is tried.
+    pub kernel: bool,
     /// The runtime directory whose registry gets an entry; `None` publishes nothing.
     pub runtime_dir: Option<PathBuf>,
     /// The object's key, for a server whose descriptor does not show it: the ublk server binds through
@@ -29,6 +31,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            kernel: true,
             runtime_dir: registry::own_runtime_dir(),
             key: None,
             backlog: 16,
@@ -56,7 +59,11 @@ impl Listener {
         let fd = fd.as_fd();
         let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
         let mut kernel_errno = None;
-        let kernel = match socket::listen(&address.to_string(), options.backlog) {
+        let listening = match options.kernel {
+            true => socket::listen(&address.to_string(), options.backlog),
+            false => Err(Errno::NOENT),
+        };
+        let kernel = match listening {
             Ok(listening) => Some(listening),
             Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::OPNOTSUPP)) => {
                 kernel_errno = Some(errno);
