@@ -31,8 +31,9 @@
 //! - One service of one object has one server; of two that bind at once, one gets [`Error::InUse`].
 //! - Neither side keeps the object's descriptor: a listener keeps no pipe open and no disk busy.
 //! - A kernel's refusal is not worked around through the registry.
-//! - [`BlockUpgrade`]: while it lives, a writable disk is claimed exclusively; what was written to the disk
-//!   before is on its way through the block door no longer, and stale pages do not survive it.
+//! - [`BlockUpgrade`]: while it lives, a writable disk is claimed exclusively. What was written to the
+//!   disk before has reached the server when the connection is made, and pages that were cached
+//!   meanwhile are dropped at the end.
 //!
 //! # Limits
 //!

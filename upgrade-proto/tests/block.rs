@@ -157,6 +157,36 @@ fn the_page_cache_is_dropped_before_the_upgrade_and_at_its_end() {
 }
 
 #[test]
+fn the_disks_own_write_cache_is_flushed_before_the_upgrade() {
+    let Some(disk) = Disk::take() else { return };
+    let number = std::fs::metadata(&disk.path).expect("examined").rdev();
+    let sysfs = format!("/sys/dev/block/{}:{}", major(number), minor(number));
+    let read = |file: &str| std::fs::read_to_string(format!("{sysfs}/{file}")).expect("read");
+    if read("queue/write_cache").trim() != "write back" {
+        eprintln!("SKIPPED: the device has no volatile write cache");
+        return;
+    }
+    // Field 16 counts completed flushes; the kernel describes it in Documentation/block/stat.rst.
+    let flushes = || -> u64 {
+        let stat = read("stat");
+        stat.split_whitespace()
+            .nth(15)
+            .expect("16 fields")
+            .parse()
+            .expect("a number")
+    };
+    let _listener = disk.serve(disk.key());
+    disk.plain().write_all_at(&[1; 4096], 0).expect("written");
+    let before = flushes();
+    let _upgrade = disk
+        .upgrade()
+        .expect("an answer")
+        .found()
+        .expect("upgraded");
+    assert!(flushes() > before);
+}
+
+#[test]
 fn a_read_only_descriptor_of_a_writable_disk_gets_nothing() {
     let Some(disk) = Disk::take() else { return };
     let _listener = disk.serve(disk.key());

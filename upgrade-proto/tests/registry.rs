@@ -252,7 +252,7 @@ fn a_stale_entry_is_ignored_by_clients_and_replaced_by_the_next_server() {
 
 #[test]
 fn of_servers_that_bind_at_once_one_wins_and_the_others_learn_it() {
-    for stale in [false, true] {
+    for stale in [false, true].repeat(40) {
         let place = Place::new();
         if stale {
             place.leave_stale_entry();
@@ -399,6 +399,16 @@ fn an_unprivileged_client_cannot_use_roots_entry() {
 }
 
 #[test]
+fn an_entry_is_for_its_owner_alone() {
+    let place = Place::new();
+    let _listener = place.bind(&place.write).expect("bound");
+    let mode = |path| fs::metadata(path).expect("examined").permissions().mode() & 0o777;
+    assert_eq!(mode(place.entry()), 0o600);
+    assert_eq!(mode(place.folder()) & 0o066, 0);
+    assert_eq!(mode(place.registry()) & 0o066, 0);
+}
+
+#[test]
 fn a_full_backlog_is_an_error_in_time_and_not_a_missing_service() {
     let place = Place::new();
     let options = Options {
@@ -412,8 +422,10 @@ fn a_full_backlog_is_an_error_in_time_and_not_a_missing_service() {
         runtime_dirs: vec![place.dir.path().to_owned()],
         timeout: std::time::Duration::from_millis(50),
     };
+    let asked = std::time::Instant::now();
     let error = connect(&place.read, &place.name, &lookup).expect_err("no room");
     assert_eq!(error.errno(), Errno::AGAIN);
+    assert!(asked.elapsed() < std::time::Duration::from_secs(3));
 }
 
 #[test]
