@@ -1,0 +1,185 @@
+//! The step that only block devices have: nobody else may use the disk while a client talks to its
+//! server directly, and the page cache of the device must hold nothing that the client does not see.
+
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Advice, FileType, Mode, OFlags, fadvise, fstat, fsync, major, minor, open};
+use rustix::io::Errno;
+use rustix::ioctl::{self, opcode};
+
+use crate::address::Name;
+use crate::claim;
+use crate::connect::{Answer, Connection, Lookup, connect, is_trusted_peer};
+use crate::error::NoService;
+use crate::object::is_read_only_disk;
+use crate::{Error, socket};
+
+/// A block device whose service is in use: the exclusive claim and the connection, held together.
+///
+/// Dropping it does what [`BlockUpgrade::release`] does, without a word about failures.
+#[derive(Debug)]
+pub struct BlockUpgrade {
+    connection: Connection,
+    claim: OwnedFd,
+    device: String,
+    read_only: bool,
+    released: bool,
+}
+
+impl BlockUpgrade {
+    /// Upgrades the block device at `path`.
+    ///
+    /// A writable device is opened with O_EXCL, so a mounted or otherwise claimed one is
+    /// [`Error::Claimed`], and stays claimed until release. A read-only one is shared.
+    pub fn open(path: &Path, name: &Name, lookup: &Lookup) -> Result<Answer<Self>, Error> {
+        Self::start(path.to_owned(), path.display().to_string(), name, lookup)
+    }
+
+    /// Upgrades the block device behind an open descriptor, which the caller keeps. A descriptor without
+    /// write access to a writable device is refused: reopening it must not be a way to more rights.
+    pub fn from_fd(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Self>, Error> {
+        let fd = fd.as_fd();
+        let path = socket::proc_path(fd);
+        expect_block_device(fd, &path)?;
+        if crate::object::lacks_write_access(fd)? {
+            return Ok(Answer::NoService(NoService::ReadOnlyDescriptor));
+        }
+        Self::start(PathBuf::from(&path), path, name, lookup)
+    }
+
+    fn start(
+        path: PathBuf,
+        device: String,
+        name: &Name,
+        lookup: &Lookup,
+    ) -> Result<Answer<Self>, Error> {
+        let (claim, read_only) = open_claimed(&path, &device)?;
+        write_out(claim.as_fd(), &device)?;
+        drop_cache(claim.as_fd(), &device)?;
+        let connection = match connect(&claim, name, lookup)? {
+            Answer::Found(connection) => connection,
+            Answer::NoService(why) => return Ok(Answer::NoService(why)),
+        };
+        if !is_trusted_peer(claim.as_fd(), connection.peer())? {
+            return Ok(Answer::NoService(NoService::ForeignPeer {
+                uid: connection.peer().uid,
+            }));
+        }
+        Ok(Answer::Found(Self {
+            connection,
+            claim,
+            device,
+            read_only,
+            released: false,
+        }))
+    }
+
+    /// The connection to the server.
+    pub fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// The claimed descriptor of the device, for a caller that goes on with the block door after release.
+    pub fn device(&self) -> BorrowedFd<'_> {
+        self.claim.as_fd()
+    }
+
+    /// Whether the device is read-only, and so shared instead of claimed.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Ends the upgrade: the connection is shut down, what others read of the device meanwhile is dropped
+    /// from the page cache, and the claim ends. Stop the protocol on the connection first.
+    pub fn release(mut self) -> Result<(), Error> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), Error> {
+        if self.released {
+            return Ok(());
+        }
+        self.released = true;
+        // The peer may have gone before: that is what a shutdown wants to reach.
+        let _gone = self.connection.stream().shutdown(Shutdown::Both);
+        drop_cache(self.claim.as_fd(), &self.device)
+    }
+}
+
+impl Drop for BlockUpgrade {
+    fn drop(&mut self) {
+        let _reported_by_release = self.end();
+    }
+}
+
+fn expect_block_device(fd: BorrowedFd<'_>, device: &str) -> Result<(u32, u32), Error> {
+    let stat = fstat(fd).map_err(|errno| Error::system("examine", device, errno))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::BlockDevice {
+        return Err(Error::system("upgrade", device, Errno::NOTBLK));
+    }
+    Ok((major(stat.st_rdev), minor(stat.st_rdev)))
+}
+
+/// Opens the device: (descriptor, read-only).
+fn open_claimed(path: &Path, device: &str) -> Result<(OwnedFd, bool), Error> {
+    let flags = OFlags::DIRECT | OFlags::CLOEXEC;
+    let failed = |errno| Error::system("open", device, errno);
+    // O_PATH first: opening whatever else lies at the path can block, or do something.
+    let seen = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+    let (major, minor) = expect_block_device(seen.as_fd(), device)?;
+    let same = socket::proc_path(seen.as_fd());
+    let shared = open(&same, OFlags::RDONLY | flags, Mode::empty()).map_err(failed)?;
+    if is_read_only_disk(shared.as_fd())? {
+        return Ok((shared, true));
+    }
+    match open(&same, OFlags::RDWR | OFlags::EXCL | flags, Mode::empty()) {
+        Ok(claimed) => Ok((claimed, false)),
+        Err(Errno::BUSY) => {
+            let cause = claim::cause(Path::new("/proc"), Path::new("/sys"), major, minor);
+            Err(Error::Claimed {
+                device: device.to_owned(),
+                cause,
+            })
+        }
+        Err(errno) => Err(failed(errno)),
+    }
+}
+
+fn write_out(fd: BorrowedFd<'_>, device: &str) -> Result<(), Error> {
+    fsync(fd).map_err(|errno| Error::system("write out the page cache of", device, errno))
+}
+
+/// Drops the device's page cache. BLKFLSBUF wants CAP_SYS_ADMIN; without it, clean pages that nobody has
+/// mapped or locked are dropped by posix_fadvise(2), after a second write-out.
+fn drop_cache(fd: BorrowedFd<'_>, device: &str) -> Result<(), Error> {
+    // SAFETY: BLKFLSBUF takes no argument and touches no memory of ours.
+    let answer = unsafe { ioctl::ioctl(fd, ioctl::NoArg::<{ opcode::none(0x12, 97) }>::new()) };
+    match answer {
+        Ok(()) => Ok(()),
+        Err(Errno::ACCESS | Errno::PERM) => {
+            write_out(fd, device)?;
+            fadvise(fd, 0, None, Advice::DontNeed)
+                .map_err(|errno| Error::system("drop the page cache of", device, errno))
+        }
+        Err(errno) => Err(Error::system("drop the page cache of", device, errno)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_a_block_device_is_not_upgraded() {
+        let name = Name::new("vhost-user-blk").expect("a name");
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let error =
+            BlockUpgrade::open(file.path(), &name, &Lookup::default()).expect_err("refused");
+        assert_eq!(error.errno(), Errno::NOTBLK);
+        let error =
+            BlockUpgrade::from_fd(file.as_file(), &name, &Lookup::default()).expect_err("refused");
+        assert_eq!(error.errno(), Errno::NOTBLK);
+    }
+}

@@ -1,0 +1,129 @@
+//! Who holds a block device: the cause behind an EBUSY, in words.
+
+use std::fs;
+use std::path::Path;
+
+/// The cause, as far as `/proc` and `/sys` tell it. Never empty.
+pub(crate) fn cause(proc: &Path, sysfs: &Path, major: u32, minor: u32) -> String {
+    let device = sysfs.join(format!("dev/block/{major}:{minor}"));
+    let mut numbers = vec![format!("{major}:{minor}")];
+    numbers.extend(partitions(&device));
+    let mounts = fs::read_to_string(proc.join("self/mountinfo")).unwrap_or_default();
+    if let Some(place) = mounted_at(&mounts, &numbers) {
+        return format!("mounted at {place}");
+    }
+    let holders = names_in(&device.join("holders"));
+    if !holders.is_empty() {
+        return format!("held by {}", holders.join(", "));
+    }
+    let swaps = fs::read_to_string(proc.join("swaps")).unwrap_or_default();
+    if let Some(swap) = swap_on(&swaps, |path| numbers.contains(&number_of(path))) {
+        return format!("swap on {swap}");
+    }
+    "claimed exclusively by another program or in another mount namespace".to_owned()
+}
+
+/// The first mount point of one of the devices, from the text of mountinfo.
+fn mounted_at(mountinfo: &str, numbers: &[String]) -> Option<String> {
+    mountinfo.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(2);
+        let number = fields.next()?;
+        let place = fields.nth(1)?;
+        numbers
+            .iter()
+            .any(|wanted| wanted == number)
+            .then(|| unescape(place))
+    })
+}
+
+/// The first swap area that `is_ours`, from the text of /proc/swaps.
+fn swap_on(swaps: &str, is_ours: impl Fn(&str) -> bool) -> Option<String> {
+    let paths = swaps
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next());
+    paths.map(unescape).find(|path| is_ours(path))
+}
+
+/// Undoes the kernel's octal escapes for space, tab, newline and backslash.
+fn unescape(text: &str) -> String {
+    let escapes = [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ];
+    escapes
+        .iter()
+        .fold(text.to_owned(), |text, (escape, plain)| {
+            text.replace(escape, plain)
+        })
+}
+
+/// `major:minor` of the block device at a path; empty if there is none.
+fn number_of(path: &str) -> String {
+    use rustix::fs::{FileType, major, minor, stat};
+    match stat(path) {
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice => {
+            format!("{}:{}", major(stat.st_rdev), minor(stat.st_rdev))
+        }
+        _ => String::new(),
+    }
+}
+
+/// The device numbers of a disk's partitions: a mounted one keeps the whole disk from being claimed.
+fn partitions(device: &Path) -> Vec<String> {
+    let inside = names_in(device).into_iter().map(|name| device.join(name));
+    inside
+        .filter(|path| path.join("partition").exists())
+        .filter_map(|path| fs::read_to_string(path.join("dev")).ok())
+        .map(|number| number.trim().to_owned())
+        .collect()
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+22 1 259:0 / / rw,relatime shared:1 - ext4 /dev/root rw
+31 22 259:5 / /mnt/two\\040words rw - xfs /dev/ublkb0p1 rw
+";
+
+    #[test]
+    fn the_cause_names_the_mount_point_of_a_disk_and_of_its_partition() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (proc, sysfs) = (dir.path().join("proc"), dir.path().join("sys"));
+        let disk = sysfs.join("dev/block/259:4");
+        fs::create_dir_all(proc.join("self")).expect("made");
+        fs::create_dir_all(disk.join("ublkb0p1")).expect("made");
+        fs::write(proc.join("self/mountinfo"), MOUNTS).expect("written");
+        fs::write(disk.join("ublkb0p1/partition"), "1\n").expect("written");
+        fs::write(disk.join("ublkb0p1/dev"), "259:5\n").expect("written");
+        assert_eq!(cause(&proc, &sysfs, 259, 4), "mounted at /mnt/two words");
+        assert_eq!(cause(&proc, &sysfs, 259, 5), "mounted at /mnt/two words");
+        assert_eq!(cause(&proc, &sysfs, 259, 0), "mounted at /");
+        assert!(cause(&proc, &sysfs, 259, 9).starts_with("claimed exclusively"));
+        fs::create_dir_all(sysfs.join("dev/block/259:9/holders/dm-3")).expect("made");
+        assert_eq!(cause(&proc, &sysfs, 259, 9), "held by dm-3");
+    }
+
+    #[test]
+    fn a_swap_area_is_found_by_its_path() {
+        let swaps = "Filename Type Size Used Priority\n/dev/a partition 1 0 -2\n/dev/b\\040c partition 1 0 -3\n";
+        assert_eq!(
+            swap_on(swaps, |path| path == "/dev/b c").as_deref(),
+            Some("/dev/b c")
+        );
+        assert_eq!(swap_on(swaps, |path| path == "/dev/c"), None);
+    }
+}

@@ -1,0 +1,272 @@
+//! The client's side.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::fstat;
+use rustix::io::Errno;
+
+use crate::Error;
+use crate::address::{FdAddress, Name};
+use crate::error::NoService;
+use crate::object::{self, Key};
+use crate::registry::{self, Entry};
+use crate::socket::{self, Peer};
+
+/// How client and server met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Way {
+    /// Through the fd address: the kernel knows the service.
+    Kernel,
+    /// Through an entry in the registry.
+    Registry,
+}
+
+/// A connected stream socket, blocking and close-on-exec.
+#[derive(Debug)]
+pub struct Connection {
+    stream: UnixStream,
+    way: Way,
+    peer: Peer,
+}
+
+impl Connection {
+    pub(crate) fn new(stream: UnixStream, way: Way, peer: Peer) -> Self {
+        Self { stream, way, peer }
+    }
+
+    /// How the two met.
+    pub fn way(&self) -> Way {
+        self.way
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> Peer {
+        self.peer
+    }
+
+    /// The socket.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// The socket, to keep.
+    pub fn into_stream(self) -> UnixStream {
+        self.stream
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// What a client learns. "No service" is an answer: the client goes on with what it has.
+#[derive(Debug)]
+pub enum Answer<T> {
+    /// The service is there and this leads to it.
+    Found(T),
+    /// There is none for this client, and why.
+    NoService(NoService),
+}
+
+impl<T> Answer<T> {
+    /// What was found, without the reason if nothing was.
+    pub fn found(self) -> Option<T> {
+        match self {
+            Self::Found(found) => Some(found),
+            Self::NoService(_) => None,
+        }
+    }
+}
+
+/// Where a client looks, and for how long.
+#[derive(Clone, Debug)]
+pub struct Lookup {
+    /// Whether the kernel's way is tried.
+    pub kernel: bool,
+    /// Runtime directories whose registries are searched, in order; empty: the kernel's way only.
+    pub runtime_dirs: Vec<PathBuf>,
+    /// How long a server with a full backlog is waited for; then EAGAIN.
+    pub timeout: Duration,
+}
+
+impl Default for Lookup {
+    fn default() -> Self {
+        Self {
+            kernel: true,
+            runtime_dirs: registry::client_runtime_dirs(),
+            timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Connects to the service `name` of the object behind `fd`, by the kernel's way or else the registry's.
+///
+/// A refusal by a kernel that knows the service (EACCES, EPERM, EPROTOTYPE) is final: the registry is no
+/// way round it.
+pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Connection>, Error> {
+    let fd = fd.as_fd();
+    let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
+    let connected = match lookup.kernel {
+        true => socket::connect(&address.to_string(), lookup.timeout),
+        false => Err(Errno::NOENT),
+    };
+    match connected {
+        Ok(stream) => Ok(Answer::Found(introduce(stream, Way::Kernel)?)),
+        Err(Errno::CONNREFUSED | Errno::NOENT | Errno::NOTDIR) => {
+            connect_by_registry(fd, name, lookup, &mut || Key::of(fd))
+        }
+        Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::PROTOTYPE)) => {
+            Ok(Answer::NoService(NoService::Refused(errno)))
+        }
+        Err(errno) => Err(Error::system("connect to", address, errno)),
+    }
+}
+
+fn introduce(stream: OwnedFd, way: Way) -> Result<Connection, Error> {
+    let peer =
+        socket::peer(&stream).map_err(|errno| Error::system("examine", "the server", errno))?;
+    Ok(Connection::new(UnixStream::from(stream), way, peer))
+}
+
+/// The registry's way. `key` is asked before and after connecting, and must answer the same.
+fn connect_by_registry(
+    fd: BorrowedFd<'_>,
+    name: &Name,
+    lookup: &Lookup,
+    key: &mut dyn FnMut() -> Result<Key, Error>,
+) -> Result<Answer<Connection>, Error> {
+    let before = match key() {
+        // The kernel's answer for an object of another kind is ECONNREFUSED: nobody offers anything.
+        Err(Error::Unsupported { .. }) => return Ok(Answer::NoService(NoService::NotOffered)),
+        other => other?,
+    };
+    if matches!(before, Key::Block { .. }) && object::lacks_write_access(fd)? {
+        return Ok(Answer::NoService(NoService::ReadOnlyDescriptor));
+    }
+    let mut refusal = NoService::NotOffered;
+    for dir in &lookup.runtime_dirs {
+        for candidate in before.listeners() {
+            let stream = match try_entry(dir, &candidate, name, lookup.timeout)? {
+                Answer::Found(stream) => stream,
+                Answer::NoService(NoService::NotOffered) => continue,
+                Answer::NoService(why) => {
+                    refusal = why;
+                    continue;
+                }
+            };
+            let connection = introduce(stream, Way::Registry)?;
+            if !is_trusted_peer(fd, connection.peer())? {
+                refusal = NoService::ForeignPeer {
+                    uid: connection.peer().uid,
+                };
+                continue;
+            }
+            if key()? != before {
+                return Ok(Answer::NoService(NoService::ObjectChanged));
+            }
+            return Ok(Answer::Found(connection));
+        }
+    }
+    Ok(Answer::NoService(refusal))
+}
+
+fn try_entry(
+    dir: &Path,
+    key: &Key,
+    name: &Name,
+    timeout: Duration,
+) -> Result<Answer<OwnedFd>, Error> {
+    let entry = match Entry::find(dir, key, name) {
+        Ok(Some(entry)) => entry,
+        Ok(None) => return Ok(Answer::NoService(NoService::NotOffered)),
+        Err(error @ Error::Untrusted { .. }) => {
+            return Ok(Answer::NoService(NoService::Untrusted(error.to_string())));
+        }
+        Err(error) => return Err(error),
+    };
+    match entry.connect(timeout) {
+        Ok(stream) => Ok(Answer::Found(stream)),
+        // A server that died leaves its entry; one that left takes it along between our steps.
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(Answer::NoService(NoService::NotOffered)),
+        Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::PROTOTYPE)) => {
+            Ok(Answer::NoService(NoService::Refused(errno)))
+        }
+        Err(errno) => Err(Error::system(
+            "connect to",
+            format!("'{name}' in {}", dir.display()),
+            errno,
+        )),
+    }
+}
+
+/// Whether the server is root or the owner of the device node, or of the pipe.
+pub(crate) fn is_trusted_peer(fd: BorrowedFd<'_>, peer: Peer) -> Result<bool, Error> {
+    let stat =
+        fstat(fd).map_err(|errno| Error::system("examine descriptor", fd.as_raw_fd(), errno))?;
+    Ok(peer.uid == 0 || peer.uid == stat.st_uid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::listener::{Listener, Options};
+
+    #[test]
+    fn a_key_that_changes_while_connecting_is_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (read, _write) = std::io::pipe().expect("a pipe");
+        let name = Name::new("service").expect("a name");
+        let pipe = |ino| Key::Pipe {
+            dev: 1,
+            ino,
+            side: object::Side::Write,
+        };
+        let served = Key::Pipe {
+            dev: 1,
+            ino: 7,
+            side: object::Side::Read,
+        };
+        let options = Options {
+            kernel: false,
+            runtime_dir: Some(dir.path().to_owned()),
+            key: Some(served),
+            backlog: 4,
+        };
+        let _listener = Listener::bind(&read, &name, &options).expect("bound");
+        let lookup = Lookup {
+            runtime_dirs: vec![dir.path().to_owned()],
+            ..Lookup::default()
+        };
+        let mut recycled = [pipe(7), pipe(8)].into_iter();
+        let mut next = || Ok(recycled.next().expect("asked twice"));
+        let answer =
+            connect_by_registry(read.as_fd(), &name, &lookup, &mut next).expect("an answer");
+        assert!(
+            matches!(answer, Answer::NoService(NoService::ObjectChanged)),
+            "{answer:?}"
+        );
+        let mut same = || Ok(pipe(7));
+        let answer =
+            connect_by_registry(read.as_fd(), &name, &lookup, &mut same).expect("an answer");
+        assert!(answer.found().is_some());
+    }
+
+    #[test]
+    fn a_server_is_trusted_if_it_is_root_or_owns_the_object() {
+        let file = tempfile::tempfile().expect("a file");
+        let owner = fstat(&file).expect("examined").st_uid;
+        let peer = |uid| Peer {
+            pid: 1,
+            uid,
+            gid: 0,
+        };
+        assert!(is_trusted_peer(file.as_fd(), peer(0)).expect("examined"));
+        assert!(is_trusted_peer(file.as_fd(), peer(owner)).expect("examined"));
+        assert!(!is_trusted_peer(file.as_fd(), peer(owner + 1)).expect("examined"));
+    }
+}

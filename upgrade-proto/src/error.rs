@@ -1,0 +1,146 @@
+//! What can fail, and why a service was not found.
+
+use std::fmt;
+
+use rustix::io::Errno;
+
+/// A failure. "The object has no such service" is not one: see [`NoService`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The name of a service is malformed.
+    #[error("service name '{name}' is refused: {why}")]
+    Name {
+        /// The name as it was given, escaped.
+        name: String,
+        /// The rule it breaks.
+        why: &'static str,
+    },
+    /// An fd address is malformed.
+    #[error("address '{address}' is refused: {why}")]
+    Address {
+        /// The address as it was given, escaped.
+        address: String,
+        /// The rule it breaks.
+        why: &'static str,
+    },
+    /// Another server offers this service on this object.
+    #[error(
+        "service '{name}' of {object} is already offered by another server: stop that one first"
+    )]
+    InUse {
+        /// The service.
+        name: String,
+        /// The object.
+        object: String,
+    },
+    /// The descriptor is of a kind that can carry no service.
+    #[error("descriptor {fd} can carry no service: {why}")]
+    Unsupported {
+        /// The descriptor.
+        fd: i32,
+        /// The reason.
+        why: &'static str,
+    },
+    /// The registry cannot be trusted as it is.
+    #[error("{path} is not trusted: {why}; correct or remove it")]
+    Untrusted {
+        /// The directory or socket.
+        path: String,
+        /// The rule it breaks.
+        why: String,
+    },
+    /// A block device is in use.
+    #[error("{device} is in use ({cause}): release it first")]
+    Claimed {
+        /// The device as it was given.
+        device: String,
+        /// Who holds it, as far as can be seen.
+        cause: String,
+    },
+    /// A system call failed.
+    #[error("cannot {what} {on}: {errno}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        on: String,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+}
+
+impl Error {
+    pub(crate) fn system(what: &'static str, on: impl fmt::Display, errno: Errno) -> Self {
+        Self::System {
+            what,
+            on: on.to_string(),
+            errno,
+        }
+    }
+
+    /// The error as an errno value, as the C interface reports it.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Name { .. } | Self::Address { .. } => Errno::INVAL,
+            Self::InUse { .. } => Errno::ADDRINUSE,
+            Self::Unsupported { .. } => Errno::OPNOTSUPP,
+            Self::Untrusted { .. } => Errno::PERM,
+            Self::Claimed { .. } => Errno::BUSY,
+            Self::System { errno, .. } => *errno,
+        }
+    }
+}
+
+/// Why there is no service to use. The caller goes on without it, with the object it already has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NoService {
+    /// Nobody offers it: neither the kernel nor the registry knows the name for this object and side.
+    NotOffered,
+    /// The kernel knows the service and refuses this caller.
+    Refused(Errno),
+    /// The descriptor of a writable block device is open for reading only.
+    ReadOnlyDescriptor,
+    /// The registry has an entry that breaks a rule of trust; the text says which.
+    Untrusted(String),
+    /// The server is neither root nor the owner of the object.
+    ForeignPeer {
+        /// The server's user.
+        uid: u32,
+    },
+    /// The object became another one while the connection was made.
+    ObjectChanged,
+}
+
+impl NoService {
+    /// The refusal as one of the values on which clients fall back.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::NotOffered | Self::ObjectChanged => Errno::CONNREFUSED,
+            Self::Refused(errno) => *errno,
+            Self::ReadOnlyDescriptor => Errno::ACCESS,
+            Self::Untrusted(_) | Self::ForeignPeer { .. } => Errno::PERM,
+        }
+    }
+}
+
+impl fmt::Display for NoService {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotOffered => f.write_str("nobody offers this service on this object"),
+            Self::Refused(errno) => write!(f, "the kernel refused the connection: {errno}"),
+            Self::ReadOnlyDescriptor => {
+                f.write_str("the descriptor is read-only and the device is not")
+            }
+            Self::Untrusted(why) => write!(f, "the registry entry is not trusted: {why}"),
+            Self::ForeignPeer { uid } => {
+                write!(
+                    f,
+                    "the server runs as user {uid}, who is neither root nor the owner of the object"
+                )
+            }
+            Self::ObjectChanged => f.write_str("the object became another one while connecting"),
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The C interface, described in `include/upgrade_proto.h`. Results are descriptors or negative errno
+//! values; a panic does not cross the border (`extern "C"` aborts).
+
+use std::ffi::{CStr, OsStr, c_char, c_int, c_uint};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+
+use crate::{Answer, BlockUpgrade, Key, Listener, Lookup, Name, Options, Way, connect};
+
+const WAY_KERNEL: c_uint = 1;
+const WAY_REGISTRY: c_uint = 2;
+
+fn code(way: Way) -> c_uint {
+    match way {
+        Way::Kernel => WAY_KERNEL,
+        Way::Registry => WAY_REGISTRY,
+    }
+}
+
+/// A result as C sees it.
+fn answer(result: Result<c_int, Errno>) -> c_int {
+    result.unwrap_or_else(|errno| -errno.raw_os_error())
+}
+
+/// # Safety
+/// `text` is NULL or a string that lives, unchanged, as long as the result.
+unsafe fn text<'a>(text: *const c_char) -> Option<&'a CStr> {
+    // SAFETY: not NULL, so a string by our caller's promise.
+    (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) })
+}
+
+/// # Safety
+/// As for [`text`].
+unsafe fn name(name: *const c_char) -> Result<Name, Errno> {
+    // SAFETY: passed on.
+    let name = unsafe { text(name) }.ok_or(Errno::INVAL)?;
+    Name::new(name.to_str().map_err(|_| Errno::INVAL)?).map_err(|error| error.errno())
+}
+
+/// # Safety
+/// As for [`text`].
+unsafe fn path<'a>(path: *const c_char) -> Option<&'a Path> {
+    // SAFETY: passed on.
+    unsafe { text(path) }.map(|path| Path::new(OsStr::from_bytes(path.to_bytes())))
+}
+
+/// # Safety
+/// `fd` is not closed before the result is gone.
+unsafe fn descriptor<'a>(fd: c_int) -> Result<BorrowedFd<'a>, Errno> {
+    if fd < 0 {
+        return Err(Errno::BADF);
+    }
+    // SAFETY: not -1, and open by our caller's promise; if it is not, system calls answer EBADF.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
+/// # Safety
+/// `out` is NULL or valid for one write.
+unsafe fn put<T>(out: *mut T, value: T) {
+    if !out.is_null() {
+        // SAFETY: not NULL, so valid by our caller's promise; what was there is plain data.
+        unsafe { out.write(value) };
+    }
+}
+
+/// # Safety
+/// As for [`text`].
+unsafe fn lookup(runtime_dir: *const c_char) -> Lookup {
+    // SAFETY: passed on.
+    let dir = unsafe { path(runtime_dir) }.map(PathBuf::from);
+    dir.map_or_else(Lookup::default, |dir| Lookup {
+        runtime_dirs: vec![dir],
+        ..Lookup::default()
+    })
+}
+
+/// Offers a service; see the header.
+///
+/// # Safety
+/// Strings are NULL or NUL-terminated, `disk` is NULL or two integers, `ways` NULL or writable, `out` writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn upgrade_listen(
+    fd: c_int,
+    service: *const c_char,
+    runtime_dir: *const c_char,
+    disk: *const c_uint,
+    out: *mut *mut Listener,
+    ways: *mut c_uint,
+) -> c_int {
+    let bind = || {
+        if out.is_null() {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY: by our caller's promise; all are used during this call only.
+        let (fd, name, dir) = unsafe { (descriptor(fd)?, name(service)?, path(runtime_dir)) };
+        let mut options = Options::default();
+        if let Some(dir) = dir {
+            options.runtime_dir = Some(dir.to_owned());
+        }
+        if !disk.is_null() {
+            // SAFETY: two integers by our caller's promise.
+            let [major, minor] = unsafe { disk.cast::<[c_uint; 2]>().read() };
+            options.key = Some(Key::of_disk(major, minor).map_err(|error| error.errno())?);
+        }
+        let listener = Listener::bind(fd, &name, &options).map_err(|error| error.errno())?;
+        let open = listener
+            .ways()
+            .into_iter()
+            .fold(0, |open, way| open | code(way));
+        let poll = listener.as_fd().as_raw_fd();
+        // SAFETY: checked or promised; the box is the caller's until upgrade_listener_free.
+        unsafe {
+            put(ways, open);
+            put(out, Box::into_raw(Box::new(listener)));
+        }
+        Ok(poll)
+    };
+    answer(bind())
+}
+
+/// Takes a waiting connection; see the header.
+///
+/// # Safety
+/// `listener` comes from `upgrade_listen` and was not freed; `way` is NULL or writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn upgrade_accept(listener: *const Listener, way: *mut c_uint) -> c_int {
+    // SAFETY: NULL or alive by our caller's promise.
+    let Some(listener) = (unsafe { listener.as_ref() }) else {
+        return answer(Err(Errno::INVAL));
+    };
+    answer(match listener.accept() {
+        Ok(Some(connection)) => {
+            // SAFETY: by our caller's promise.
+            unsafe { put(way, code(connection.way())) };
+            Ok(connection.into_stream().into_raw_fd())
+        }
+        Ok(None) => Err(Errno::AGAIN),
+        Err(error) => Err(error.errno()),
+    })
+}
+
+/// Ends an offer; see the header.
+///
+/// # Safety
+/// `listener` is NULL, or comes from `upgrade_listen` and was not freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn upgrade_listener_free(listener: *mut Listener) {
+    if !listener.is_null() {
+        // SAFETY: made by Box::into_raw in upgrade_listen, and given back once.
+        drop(unsafe { Box::from_raw(listener) });
+    }
+}
+
+/// Connects to a service; see the header.
+///
+/// # Safety
+/// Strings are NULL or NUL-terminated, `way` is NULL or writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn upgrade_connect(
+    fd: c_int,
+    service: *const c_char,
+    runtime_dir: *const c_char,
+    way: *mut c_uint,
+) -> c_int {
+    let find = || {
+        // SAFETY: by our caller's promise; all are used during this call only.
+        let (fd, name, lookup) = unsafe { (descriptor(fd)?, name(service)?, lookup(runtime_dir)) };
+        match connect(fd, &name, &lookup).map_err(|error| error.errno())? {
+            Answer::Found(connection) => {
+                // SAFETY: by our caller's promise.
+                unsafe { put(way, code(connection.way())) };
+                Ok(connection.into_stream().into_raw_fd())
+            }
+            Answer::NoService(why) => Err(why.errno()),
+        }
+    };
+    answer(find())
+}
+
+/// Claims and upgrades a block device; see the header.
+///
+/// # Safety
+/// Strings are NULL or NUL-terminated, `way` is NULL or writable, `out` writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn upgrade_block(
+    fd: c_int,
+    service: *const c_char,
+    runtime_dir: *const c_char,
+    out: *mut *mut BlockUpgrade,
+    way: *mut c_uint,
+) -> c_int {
+    let upgrade = || {
+        if out.is_null() {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY: by our caller's promise; all are used during this call only.
+        let (fd, name, lookup) = unsafe { (descriptor(fd)?, name(service)?, lookup(runtime_dir)) };
+        match BlockUpgrade::from_fd(fd, &name, &lookup).map_err(|error| error.errno())? {
+            Answer::Found(upgrade) => {
+                let connection = upgrade.connection();
+                let (socket, way_taken) = (connection.as_fd().as_raw_fd(), code(connection.way()));
+                // SAFETY: checked or promised; the box is the caller's until upgrade_block_release.
+                unsafe {
+                    put(way, way_taken);
+                    put(out, Box::into_raw(Box::new(upgrade)));
+                }
+                Ok(socket)
+            }
+            Answer::NoService(why) => Err(why.errno()),
+        }
+    };
+    answer(upgrade())
+}
+
+/// Ends an upgrade; see the header.
+///
+/// # Safety
+/// `upgrade` is NULL, or comes from `upgrade_block` and was not released.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn upgrade_block_release(upgrade: *mut BlockUpgrade) -> c_int {
+    if upgrade.is_null() {
+        return answer(Err(Errno::INVAL));
+    }
+    // SAFETY: made by Box::into_raw in upgrade_block, and given back once.
+    let upgrade = unsafe { Box::from_raw(upgrade) };
+    answer(upgrade.release().map(|()| 0).map_err(|error| error.errno()))
+}

@@ -1,0 +1,160 @@
+//! The server's side.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use rustix::event::epoll;
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+
+use crate::address::{FdAddress, Name};
+use crate::connect::{Connection, Way};
+use crate::object::Key;
+use crate::registry::{self, Published};
+use crate::{Error, socket};
+
+/// How a service is offered.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Whether the kernel's way is tried.
+    pub kernel: bool,
+    /// The runtime directory whose registry gets an entry; `None` publishes nothing.
+    pub runtime_dir: Option<PathBuf>,
+    /// The object's key, for a server whose descriptor does not show it: the ublk server binds through
+    /// the character device and takes the key of its disk from [`Key::of_disk`]. `None`: [`Key::of`].
+    pub key: Option<Key>,
+    /// Connections that may wait to be accepted, for each way.
+    pub backlog: i32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            kernel: true,
+            runtime_dir: registry::own_runtime_dir(),
+            key: None,
+            backlog: 16,
+        }
+    }
+}
+
+/// A service offered on an object. Dropping it ends the offer; accepted connections live on.
+#[derive(Debug)]
+pub struct Listener {
+    epoll: OwnedFd,
+    kernel: Option<OwnedFd>,
+    registry: Option<Published>,
+    registry_error: Option<Error>,
+}
+
+impl Listener {
+    /// Offers the service `name` of the object behind `fd`.
+    ///
+    /// The kernel address is tried first. The registry gets an entry in either case, since a client may
+    /// live in a container whose seccomp rules or whose kernel know no fd addresses. One open way is enough: see
+    /// [`Listener::ways`]. A kernel that knows fd addresses and refuses this caller is an error, and so
+    /// is a rival on either way; the descriptor is not kept.
+    pub fn bind(fd: impl AsFd, name: &Name, options: &Options) -> Result<Self, Error> {
+        let fd = fd.as_fd();
+        let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
+        let mut kernel_errno = None;
+        let listening = match options.kernel {
+            true => socket::listen(&address.to_string(), options.backlog),
+            false => Err(Errno::NOENT),
+        };
+        let kernel = match listening {
+            Ok(listening) => Some(listening),
+            Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::OPNOTSUPP)) => {
+                kernel_errno = Some(errno);
+                None
+            }
+            Err(Errno::ADDRINUSE) => {
+                return Err(Error::InUse {
+                    name: name.to_string(),
+                    object: format!("descriptor {}", fd.as_raw_fd()),
+                });
+            }
+            Err(errno) => return Err(Error::system("bind", address, errno)),
+        };
+        let published = match &options.runtime_dir {
+            None => Err(Error::system(
+                "bind",
+                &address,
+                kernel_errno.unwrap_or(Errno::NOENT),
+            )),
+            Some(dir) => options
+                .key
+                .map_or_else(|| Key::of(fd), Ok)
+                .and_then(|key| Published::publish(dir, &key, name, options.backlog)),
+        };
+        let (registry, registry_error) = match published {
+            Ok(published) => (Some(published), None),
+            Err(error @ Error::InUse { .. }) => return Err(error),
+            Err(error) if kernel.is_none() => return Err(error),
+            Err(error) => (None, options.runtime_dir.is_some().then_some(error)),
+        };
+        let epoll = poll_both(kernel.as_ref(), registry.as_ref().map(Published::socket))
+            .map_err(|errno| Error::system("watch", address, errno))?;
+        Ok(Self {
+            epoll,
+            kernel,
+            registry,
+            registry_error,
+        })
+    }
+
+    /// The ways that are open to clients, the kernel's first. Never empty.
+    pub fn ways(&self) -> Vec<Way> {
+        let kernel = self.kernel.as_ref().map(|_| Way::Kernel);
+        let registry = self.registry.as_ref().map(|_| Way::Registry);
+        kernel.into_iter().chain(registry).collect()
+    }
+
+    /// Why the registry has no entry, if one was wanted and only the kernel's way is open.
+    pub fn registry_error(&self) -> Option<&Error> {
+        self.registry_error.as_ref()
+    }
+
+    /// Takes one waiting connection; `None` if nobody waits. Never blocks: poll the descriptor of
+    /// [`AsFd`] for reading first.
+    pub fn accept(&self) -> Result<Option<Connection>, Error> {
+        let ways = [
+            (Way::Kernel, self.kernel.as_ref()),
+            (Way::Registry, self.registry.as_ref().map(Published::socket)),
+        ];
+        for (way, listening) in ways {
+            let Some(listening) = listening else { continue };
+            match accept_with(listening, SocketFlags::CLOEXEC) {
+                Ok(stream) => {
+                    let peer = socket::peer(&stream)
+                        .map_err(|errno| Error::system("examine", "the client", errno))?;
+                    return Ok(Some(Connection::new(UnixStream::from(stream), way, peer)));
+                }
+                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+                Err(errno) => return Err(Error::system("accept", "a client", errno)),
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl AsFd for Listener {
+    /// Readable while a client waits on either way. For polling only.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
+fn poll_both(kernel: Option<&OwnedFd>, registry: Option<&OwnedFd>) -> Result<OwnedFd, Errno> {
+    let both = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    for socket in kernel.into_iter().chain(registry) {
+        epoll::add(
+            &both,
+            socket,
+            epoll::EventData::new_u64(0),
+            epoll::EventFlags::IN,
+        )?;
+    }
+    Ok(both)
+}

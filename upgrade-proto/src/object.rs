@@ -1,0 +1,326 @@
+//! What stands behind a descriptor, and the key under which the registry knows it.
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
+
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, fstatfs, major, minor};
+use rustix::io::Errno;
+use rustix::ioctl::{self, opcode};
+
+use crate::Error;
+
+/// The file system of anonymous pipes.
+const PIPEFS_MAGIC: u64 = 0x5049_5045;
+
+/// The side of a pipe that a descriptor is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The read end.
+    Read,
+    /// The write end.
+    Write,
+    /// Opened for both: it counts as either end.
+    Both,
+}
+
+impl Side {
+    const ALL: [Self; 3] = [Self::Read, Self::Write, Self::Both];
+
+    /// Whether a client on this side finds a listener on `other`: the ends must complement each other.
+    pub fn meets(self, other: Self) -> bool {
+        self == Self::Both || other == Self::Both || self != other
+    }
+
+    /// Whether two listeners on these sides could be found by the same client.
+    fn overlaps(self, other: Self) -> bool {
+        self == Self::Both || other == Self::Both || self == other
+    }
+}
+
+/// The identity of an object, chosen so that it does not outlive the object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Key {
+    /// A block device: its number can be used again, its disk sequence number cannot.
+    Block {
+        /// Major device number.
+        major: u32,
+        /// Minor device number; a partition has its own.
+        minor: u32,
+        /// The disk's sequence number since boot.
+        diskseq: u64,
+    },
+    /// An anonymous pipe.
+    Pipe {
+        /// `st_dev` of pipefs.
+        dev: u64,
+        /// The pipe's inode number.
+        ino: u64,
+        /// The side of the descriptor.
+        side: Side,
+    },
+}
+
+impl Key {
+    /// The key of the object behind `fd`; [`Error::Unsupported`] if it is neither a block device nor a pipe.
+    pub fn of(fd: impl AsFd) -> Result<Self, Error> {
+        let fd = fd.as_fd();
+        let number = fd.as_raw_fd();
+        let flags =
+            fcntl_getfl(fd).map_err(|errno| Error::system("examine descriptor", number, errno))?;
+        if flags.contains(OFlags::PATH) {
+            return Err(Error::system("use O_PATH descriptor", number, Errno::BADF));
+        }
+        let stat = fstat(fd).map_err(|errno| Error::system("examine descriptor", number, errno))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::BlockDevice => Ok(Self::Block {
+                major: major(stat.st_rdev),
+                minor: minor(stat.st_rdev),
+                diskseq: disk_sequence(fd)?,
+            }),
+            FileType::Fifo => {
+                let fs = fstatfs(fd)
+                    .map_err(|errno| Error::system("examine descriptor", number, errno))?;
+                if u64::try_from(fs.f_type) != Ok(PIPEFS_MAGIC) {
+                    let why = "a named FIFO has no key that ends with it";
+                    return Err(Error::Unsupported { fd: number, why });
+                }
+                let mode = flags & OFlags::ACCMODE;
+                let side = match mode {
+                    OFlags::WRONLY => Side::Write,
+                    OFlags::RDWR => Side::Both,
+                    _ => Side::Read,
+                };
+                Ok(Self::Pipe {
+                    dev: stat.st_dev,
+                    ino: stat.st_ino,
+                    side,
+                })
+            }
+            _ => Err(Error::Unsupported {
+                fd: number,
+                why: "it is neither a block device nor a pipe",
+            }),
+        }
+    }
+
+    /// The key of a block device as sysfs tells it, for a server that must not open its own device.
+    pub fn of_disk(major: u32, minor: u32) -> Result<Self, Error> {
+        Self::of_disk_in(Path::new("/sys"), major, minor)
+    }
+
+    /// [`Key::of_disk`] with another place for sysfs.
+    pub fn of_disk_in(sysfs: &Path, major: u32, minor: u32) -> Result<Self, Error> {
+        let device = sysfs.join(format!("dev/block/{major}:{minor}"));
+        // A partition has no number of its own: its directory lies inside its disk's.
+        let device = std::fs::canonicalize(&device).unwrap_or(device);
+        let own = device.join("diskseq");
+        let text = std::fs::read_to_string(&own).or_else(|error| match device.parent() {
+            Some(disk) if device.join("partition").exists() => {
+                std::fs::read_to_string(disk.join("diskseq"))
+            }
+            _ => Err(error),
+        });
+        let text = text.map_err(|error| {
+            let errno = error
+                .raw_os_error()
+                .map_or(Errno::IO, Errno::from_raw_os_error);
+            Error::system("read", own.display(), errno)
+        })?;
+        let diskseq = text
+            .trim()
+            .parse()
+            .map_err(|_| Error::system("understand", own.display(), Errno::PROTO))?;
+        Ok(Self::Block {
+            major,
+            minor,
+            diskseq,
+        })
+    }
+
+    /// The registry's folder for a listener with this key.
+    pub(crate) fn folder(&self) -> String {
+        match self {
+            Self::Block {
+                major,
+                minor,
+                diskseq,
+            } => format!("blk-{major}-{minor}-{diskseq}"),
+            Self::Pipe { dev, ino, side } => {
+                let side = match side {
+                    Side::Read => "r",
+                    Side::Write => "w",
+                    Side::Both => "rw",
+                };
+                format!("pipe-{dev}-{ino}-{side}")
+            }
+        }
+    }
+
+    /// The keys of the listeners that a client with this key may use, best first.
+    pub(crate) fn listeners(&self) -> Vec<Self> {
+        self.with_sides(Side::meets)
+    }
+
+    /// The keys of the listeners that cannot exist beside one with this key.
+    pub(crate) fn rivals(&self) -> Vec<Self> {
+        self.with_sides(Side::overlaps)
+    }
+
+    fn with_sides(&self, wanted: impl Fn(Side, Side) -> bool) -> Vec<Self> {
+        match *self {
+            Self::Block { .. } => vec![*self],
+            Self::Pipe { dev, ino, side } => Side::ALL
+                .into_iter()
+                .filter(|other| wanted(side, *other))
+                .map(|side| Self::Pipe { dev, ino, side })
+                .collect(),
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Block {
+                major,
+                minor,
+                diskseq,
+            } => {
+                write!(f, "block device {major}:{minor} (disk sequence {diskseq})")
+            }
+            Self::Pipe { ino, .. } => write!(f, "pipe:[{ino}]"),
+        }
+    }
+}
+
+/// The disk sequence number behind an open block device.
+fn disk_sequence(fd: BorrowedFd<'_>) -> Result<u64, Error> {
+    // SAFETY: BLKGETDISKSEQ writes one u64, into memory that `Getter` owns during the call.
+    let answer = unsafe {
+        ioctl::ioctl(
+            fd,
+            ioctl::Getter::<{ opcode::read::<u64>(0x12, 128) }, u64>::new(),
+        )
+    };
+    answer.map_err(|errno| {
+        Error::system(
+            "read the disk sequence number of descriptor",
+            fd.as_raw_fd(),
+            errno,
+        )
+    })
+}
+
+/// Whether an open block device is read-only as a device.
+pub(crate) fn is_read_only_disk(fd: BorrowedFd<'_>) -> Result<bool, Error> {
+    // SAFETY: BLKROGET writes one int, into memory that `Getter` owns during the call.
+    let answer =
+        unsafe { ioctl::ioctl(fd, ioctl::Getter::<{ opcode::none(0x12, 94) }, i32>::new()) };
+    let read_only = answer
+        .map_err(|errno| Error::system("read the state of descriptor", fd.as_raw_fd(), errno))?;
+    Ok(read_only != 0)
+}
+
+/// Whether a client's descriptor gives less than the service would: a writable disk, opened for reading.
+pub(crate) fn lacks_write_access(fd: BorrowedFd<'_>) -> Result<bool, Error> {
+    let flags = fcntl_getfl(fd)
+        .map_err(|errno| Error::system("examine descriptor", fd.as_raw_fd(), errno))?;
+    Ok(flags & OFlags::ACCMODE == OFlags::RDONLY && !is_read_only_disk(fd)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_complementary_ends_of_a_pipe_meet() {
+        assert!(Side::Read.meets(Side::Write) && Side::Write.meets(Side::Read));
+        assert!(!Side::Read.meets(Side::Read) && !Side::Write.meets(Side::Write));
+        assert!(
+            Side::ALL
+                .into_iter()
+                .all(|side| side.meets(Side::Both) && Side::Both.meets(side))
+        );
+    }
+
+    #[test]
+    fn the_two_ends_of_a_pipe_differ_only_in_their_side() {
+        let (read, write) = std::io::pipe().expect("a pipe");
+        let (
+            Key::Pipe {
+                ino: a,
+                side: Side::Read,
+                ..
+            },
+            Key::Pipe {
+                ino: b,
+                side: Side::Write,
+                ..
+            },
+        ) = (Key::of(&read).expect("key"), Key::of(&write).expect("key"))
+        else {
+            panic!("the ends of a pipe have pipe keys and the right sides");
+        };
+        assert_eq!(a, b);
+    }
+
+    #[test]
+    fn a_file_a_fifo_and_a_path_descriptor_have_no_key() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = tempfile::tempfile().expect("a file");
+        assert_eq!(
+            Key::of(&file).expect_err("refused").errno(),
+            Errno::OPNOTSUPP
+        );
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, 0o600.into(), 0)
+            .expect("a FIFO");
+        let fifo =
+            rustix::fs::open(&fifo, OFlags::RDWR, rustix::fs::Mode::empty()).expect("opened");
+        assert_eq!(
+            Key::of(&fifo).expect_err("refused").errno(),
+            Errno::OPNOTSUPP
+        );
+        let path =
+            rustix::fs::open(dir.path(), OFlags::PATH, rustix::fs::Mode::empty()).expect("opened");
+        assert_eq!(Key::of(&path).expect_err("refused").errno(), Errno::BADF);
+    }
+
+    #[test]
+    fn a_server_learns_the_key_of_disk_and_partition_from_sysfs() {
+        let sysfs = tempfile::tempdir().expect("a directory");
+        let disk = sysfs.path().join("devices/disk");
+        std::fs::create_dir_all(disk.join("part1")).expect("directories");
+        std::fs::create_dir_all(sysfs.path().join("dev/block")).expect("directories");
+        std::fs::write(disk.join("diskseq"), "42\n").expect("written");
+        std::fs::write(disk.join("part1/partition"), "1\n").expect("written");
+        let link = |target: &str, name: &str| {
+            std::os::unix::fs::symlink(
+                sysfs.path().join(target),
+                sysfs.path().join("dev/block").join(name),
+            )
+        };
+        link("devices/disk", "259:0").expect("linked");
+        link("devices/disk/part1", "259:1").expect("linked");
+        let key = |minor| Key::of_disk_in(sysfs.path(), 259, minor);
+        assert_eq!(
+            key(0).expect("key"),
+            Key::Block {
+                major: 259,
+                minor: 0,
+                diskseq: 42
+            }
+        );
+        assert_eq!(
+            key(1).expect("key"),
+            Key::Block {
+                major: 259,
+                minor: 1,
+                diskseq: 42
+            }
+        );
+        assert_eq!(key(2).expect_err("absent").errno(), Errno::NOENT);
+        assert_ne!(key(0).expect("key").folder(), key(1).expect("key").folder());
+    }
+}

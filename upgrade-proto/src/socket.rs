@@ -1,0 +1,87 @@
+//! The few socket calls that both sides need.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+
+/// A new AF_UNIX socket, close-on-exec.
+pub(crate) fn new(kind: SocketType) -> Result<OwnedFd, Errno> {
+    net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
+}
+
+/// A stream socket connected to `address`; a full backlog is waited for, up to `timeout`, then EAGAIN.
+pub(crate) fn connect(address: &str, timeout: Duration) -> Result<OwnedFd, Errno> {
+    let socket = new(SocketType::STREAM)?;
+    // Zero would mean "for ever".
+    let patience = timeout.max(Duration::from_millis(1));
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(patience))?;
+    let address = SocketAddrUnix::new(address)?;
+    // A timed connect is not restarted by the kernel, and one that was interrupted has not begun.
+    while let Err(errno) = net::connect(&socket, &address) {
+        if errno != Errno::INTR {
+            return Err(errno);
+        }
+    }
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, None)?;
+    Ok(socket)
+}
+
+/// A stream socket bound to `address` with mode 0600, listening.
+pub(crate) fn listen(address: &str, backlog: i32) -> Result<OwnedFd, Errno> {
+    let socket = new(SocketType::STREAM)?;
+    // The mode of the socket becomes, less the umask, that of the file: there is no moment of looseness.
+    rustix::fs::fchmod(&socket, 0o600.into())?;
+    net::bind(&socket, &SocketAddrUnix::new(address)?)?;
+    net::listen(&socket, backlog)?;
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    Ok(socket)
+}
+
+/// The name under which this process reaches an object that it holds by descriptor: no path can be
+/// exchanged between a check of the descriptor and the use of this name.
+pub(crate) fn proc_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Who called listen(2) or connect(2) on the other end of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Process id in our namespace, 0 if it has none there.
+    pub pid: i32,
+    /// Effective user id at that moment.
+    pub uid: u32,
+    /// Effective group id at that moment.
+    pub gid: u32,
+}
+
+/// SO_PEERCRED. Not rustix's: its type cannot hold process id 0, which peers from other namespaces have.
+pub(crate) fn peer(socket: impl AsFd) -> Result<Peer, Errno> {
+    let mut credentials = MaybeUninit::<libc::ucred>::zeroed();
+    let mut len_bytes =
+        libc::socklen_t::try_from(size_of::<libc::ucred>()).map_err(|_| Errno::INVAL)?;
+    // SAFETY: the kernel writes at most `len_bytes` into `credentials`, which we own throughout.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            credentials.as_mut_ptr().cast(),
+            &mut len_bytes,
+        )
+    };
+    if answer != 0 {
+        return Err(std::io::Error::last_os_error()
+            .raw_os_error()
+            .map_or(Errno::IO, Errno::from_raw_os_error));
+    }
+    // SAFETY: all of it was zeroed, and any three integers are a valid ucred.
+    let credentials = unsafe { credentials.assume_init() };
+    Ok(Peer {
+        pid: credentials.pid,
+        uid: credentials.uid,
+        gid: credentials.gid,
+    })
+}

@@ -1,0 +1,472 @@
+//! The registry's way, with its rules of trust; each test has a runtime directory of its own.
+
+use std::fs;
+use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Barrier;
+
+use rustix::io::Errno;
+use tempfile::TempDir;
+use upgrade_proto::{
+    Answer, Connection, Error, Listener, Lookup, Name, NoService, Options, Way, connect,
+};
+
+const STRANGER: u32 = 12345;
+
+struct Place {
+    dir: TempDir,
+    read: PipeReader,
+    write: PipeWriter,
+    name: Name,
+}
+
+impl Place {
+    fn new() -> Self {
+        let (read, write) = std::io::pipe().expect("a pipe");
+        let name = Name::new("service").expect("a name");
+        Self {
+            dir: tempfile::tempdir().expect("a directory"),
+            read,
+            write,
+            name,
+        }
+    }
+
+    fn options(&self) -> Options {
+        let runtime_dir = Some(self.dir.path().to_owned());
+        Options {
+            kernel: false,
+            runtime_dir,
+            ..Options::default()
+        }
+    }
+
+    fn bind(&self, fd: impl AsFd) -> Result<Listener, Error> {
+        Listener::bind(fd, &self.name, &self.options())
+    }
+
+    fn connect(&self, fd: impl AsFd) -> Answer<Connection> {
+        let runtime_dirs = vec![self.dir.path().to_owned()];
+        let lookup = Lookup {
+            kernel: false,
+            runtime_dirs,
+            ..Lookup::default()
+        };
+        connect(fd, &self.name, &lookup).expect("an answer")
+    }
+
+    fn refusal(&self) -> NoService {
+        match self.connect(&self.read) {
+            Answer::Found(connection) => panic!("connected: {connection:?}"),
+            Answer::NoService(why) => why,
+        }
+    }
+
+    fn registry(&self) -> PathBuf {
+        self.dir.path().join("fd-upgrade")
+    }
+
+    /// The one object's folder.
+    fn folder(&self) -> PathBuf {
+        let mut folders = fs::read_dir(self.registry()).expect("the registry");
+        folders.next().expect("a folder").expect("read").path()
+    }
+
+    fn entry(&self) -> PathBuf {
+        self.folder().join("service")
+    }
+
+    /// An entry whose server died.
+    fn leave_stale_entry(&self) -> PathBuf {
+        let listener = self.bind(&self.write).expect("bound");
+        let entry = self.entry();
+        drop(listener);
+        fs::create_dir(entry.parent().expect("a folder")).expect("made");
+        drop(UnixListener::bind(&entry).expect("bound"));
+        fs::set_permissions(&entry, fs::Permissions::from_mode(0o600)).expect("changed");
+        entry
+    }
+}
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("SKIPPED: needs root, to give files to another user");
+    }
+    root
+}
+
+/// Runs `work` as another user, in a thread of its own: the raw system call changes one thread only.
+fn as_stranger<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let run = || {
+        // SAFETY: no memory is involved; the credentials are this thread's, which ends with `work`.
+        let changed = unsafe { libc::syscall(libc::SYS_setresuid, STRANGER, STRANGER, STRANGER) };
+        assert_eq!(changed, 0);
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(run).join()).expect("the thread ends well")
+}
+
+#[test]
+fn the_other_end_of_a_pipe_finds_the_service_and_talks_to_it() {
+    let place = Place::new();
+    let listener = place.bind(&place.write).expect("bound");
+    assert_eq!(listener.ways(), [Way::Registry]);
+    assert!(listener.accept().expect("asked").is_none());
+    let client = place.connect(&place.read).found().expect("connected");
+    let server = listener.accept().expect("accepted").expect("a client");
+    assert_eq!((client.way(), server.way()), (Way::Registry, Way::Registry));
+    assert_eq!(client.peer().uid, rustix::process::geteuid().as_raw());
+    client.stream().write_all(b"hello").expect("sent");
+    let mut heard = [0; 5];
+    server.stream().read_exact(&mut heard).expect("heard");
+    assert_eq!(&heard, b"hello");
+}
+
+#[test]
+fn the_listener_is_readable_only_while_a_client_waits() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let place = Place::new();
+    let listener = place.bind(&place.write).expect("bound");
+    let ready = || {
+        poll(
+            &mut [PollFd::new(&listener, PollFlags::IN)],
+            Some(&Timespec::default()),
+        )
+        .expect("polled")
+    };
+    assert_eq!(ready(), 0);
+    let _client = place.connect(&place.read).found().expect("connected");
+    assert_eq!(ready(), 1);
+    let _server = listener.accept().expect("accepted").expect("a client");
+    assert_eq!(ready(), 0);
+}
+
+#[test]
+fn the_same_end_of_a_pipe_and_another_pipe_find_nothing() {
+    let place = Place::new();
+    let _listener = place.bind(&place.write).expect("bound");
+    let (other, _write) = std::io::pipe().expect("a pipe");
+    assert!(matches!(
+        place.connect(&place.write),
+        Answer::NoService(NoService::NotOffered)
+    ));
+    assert!(matches!(
+        place.connect(&other),
+        Answer::NoService(NoService::NotOffered)
+    ));
+    assert!(matches!(
+        place.connect(tempfile::tempfile().expect("file")),
+        Answer::NoService(NoService::NotOffered)
+    ));
+    assert!(place.connect(&place.read).found().is_some());
+}
+
+#[test]
+fn an_end_opened_for_both_meets_both_and_rivals_both() {
+    let place = Place::new();
+    let path = format!(
+        "/proc/self/fd/{}",
+        std::os::fd::AsRawFd::as_raw_fd(&place.read)
+    );
+    let both = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .expect("reopened");
+    let listener = place.bind(&both).expect("bound");
+    assert!(place.connect(&place.read).found().is_some());
+    assert!(place.connect(&place.write).found().is_some());
+    assert_eq!(
+        place.bind(&place.read).expect_err("a rival").errno(),
+        Errno::ADDRINUSE
+    );
+    drop(listener);
+    let _reader = place.bind(&place.read).expect("bound");
+    let _writer = place.bind(&place.write).expect("the other end is no rival");
+    assert_eq!(
+        place.bind(&both).expect_err("a rival").errno(),
+        Errno::ADDRINUSE
+    );
+}
+
+#[test]
+fn dropping_the_listener_removes_its_entry_and_keeps_connections() {
+    let place = Place::new();
+    let listener = place.bind(&place.write).expect("bound");
+    let client = place.connect(&place.read).found().expect("connected");
+    let server = listener.accept().expect("accepted").expect("a client");
+    drop(listener);
+    assert_eq!(
+        fs::read_dir(place.registry())
+            .expect("the registry")
+            .count(),
+        0
+    );
+    assert_eq!(place.refusal(), NoService::NotOffered);
+    server.stream().write_all(b"!").expect("sent");
+    let mut heard = [0];
+    client.stream().read_exact(&mut heard).expect("heard");
+}
+
+#[test]
+fn dropping_the_listener_leaves_a_successors_entry_alone() {
+    let place = Place::new();
+    let listener = place.bind(&place.write).expect("bound");
+    fs::remove_file(place.entry()).expect("removed");
+    let _successor = place.bind(&place.write).expect("bound");
+    drop(listener);
+    assert!(place.connect(&place.read).found().is_some());
+}
+
+#[test]
+fn a_listener_does_not_keep_the_pipe_open() {
+    let Place {
+        dir,
+        mut read,
+        write,
+        name,
+    } = Place::new();
+    let options = Options {
+        kernel: false,
+        runtime_dir: Some(dir.path().to_owned()),
+        ..Options::default()
+    };
+    let _listener = Listener::bind(&write, &name, &options).expect("bound");
+    drop(write);
+    assert_eq!(read.read(&mut [0]).expect("end of file"), 0);
+}
+
+#[test]
+fn a_stale_entry_is_ignored_by_clients_and_replaced_by_the_next_server() {
+    let place = Place::new();
+    let entry = place.leave_stale_entry();
+    assert_eq!(place.refusal(), NoService::NotOffered);
+    assert!(entry.exists());
+    let _listener = place.bind(&place.write).expect("bound");
+    assert!(place.connect(&place.read).found().is_some());
+}
+
+#[test]
+fn of_servers_that_bind_at_once_one_wins_and_the_others_learn_it() {
+    for stale in [false, true].repeat(40) {
+        let place = Place::new();
+        if stale {
+            place.leave_stale_entry();
+        }
+        let (start, end) = (Barrier::new(8), Barrier::new(8));
+        let race = || {
+            start.wait();
+            let result = place.bind(&place.write);
+            end.wait();
+            result.map(drop).map_err(|error| error.errno())
+        };
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let racers: Vec<_> = (0..8).map(|_| scope.spawn(race)).collect();
+            racers
+                .into_iter()
+                .map(|racer| racer.join().expect("ended"))
+                .collect()
+        });
+        assert_eq!(
+            results.iter().filter(|result| result.is_ok()).count(),
+            1,
+            "{results:?}"
+        );
+        assert_eq!(
+            results
+                .iter()
+                .filter(|result| **result == Err(Errno::ADDRINUSE))
+                .count(),
+            7,
+            "{results:?}"
+        );
+    }
+}
+
+#[test]
+fn the_probe_for_a_rival_is_not_seen_as_a_client() {
+    let place = Place::new();
+    let listener = place.bind(&place.write).expect("bound");
+    assert_eq!(
+        place.bind(&place.write).expect_err("a rival").errno(),
+        Errno::ADDRINUSE
+    );
+    assert!(listener.accept().expect("asked").is_none());
+}
+
+#[test]
+fn a_symlink_in_place_of_socket_folder_or_registry_is_refused() {
+    for part in ["socket", "folder", "registry"] {
+        let place = Place::new();
+        let _listener = place.bind(&place.write).expect("bound");
+        let path = match part {
+            "socket" => place.entry(),
+            "folder" => place.folder(),
+            _ => place.registry(),
+        };
+        assert!(place.connect(&place.read).found().is_some());
+        let moved = place.dir.path().join("moved");
+        fs::rename(&path, &moved).expect("moved");
+        symlink(&moved, &path).expect("linked");
+        let NoService::Untrusted(why) = place.refusal() else {
+            panic!("{part}: {:?}", place.refusal())
+        };
+        assert!(why.contains("symbolic link"), "{part}: {why}");
+        assert_eq!(place.refusal().errno(), Errno::PERM);
+    }
+}
+
+#[test]
+fn what_others_may_write_to_is_refused_by_clients_and_servers() {
+    for (part, mode) in [
+        ("socket", 0o602),
+        ("folder", 0o777),
+        ("registry", 0o730),
+        ("runtime", 0o777),
+    ] {
+        let place = Place::new();
+        let _listener = place.bind(&place.write).expect("bound");
+        let path = match part {
+            "socket" => place.entry(),
+            "folder" => place.folder(),
+            "registry" => place.registry(),
+            _ => place.dir.path().to_owned(),
+        };
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("changed");
+        assert!(matches!(place.refusal(), NoService::Untrusted(_)), "{part}");
+        let error = place.bind(&place.write).expect_err("refused");
+        assert!(matches!(error, Error::Untrusted { .. }), "{part}: {error}");
+    }
+}
+
+#[test]
+fn what_belongs_to_another_user_is_refused() {
+    if !is_root() {
+        return;
+    }
+    for part in ["socket", "folder", "registry"] {
+        let place = Place::new();
+        let _listener = place.bind(&place.write).expect("bound");
+        let path = match part {
+            "socket" => place.entry(),
+            "folder" => place.folder(),
+            _ => place.registry(),
+        };
+        chown(path, Some(STRANGER), None).expect("given away");
+        let NoService::Untrusted(why) = place.refusal() else {
+            panic!("{part}: {:?}", place.refusal())
+        };
+        assert!(why.contains("belongs to user 12345"), "{part}: {why}");
+    }
+}
+
+#[test]
+fn a_server_of_another_user_behind_a_trusted_entry_is_refused() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    chown(place.dir.path(), Some(STRANGER), None).expect("given away");
+    let _listener = as_stranger(|| place.bind(&place.write)).expect("bound");
+    for path in [
+        place.entry(),
+        place.folder(),
+        place.registry(),
+        place.dir.path().to_owned(),
+    ] {
+        chown(path, Some(0), None).expect("taken");
+    }
+    assert_eq!(place.refusal(), NoService::ForeignPeer { uid: STRANGER });
+}
+
+#[test]
+fn an_unprivileged_client_cannot_use_roots_entry() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    let listener = place.bind(&place.write).expect("bound");
+    fs::set_permissions(place.dir.path(), fs::Permissions::from_mode(0o755)).expect("opened");
+    assert_eq!(
+        as_stranger(|| place.refusal()),
+        NoService::Refused(Errno::ACCESS)
+    );
+    assert!(listener.accept().expect("asked").is_none());
+}
+
+#[test]
+fn an_entry_is_for_its_owner_alone() {
+    let place = Place::new();
+    let _listener = place.bind(&place.write).expect("bound");
+    let mode = |path| fs::metadata(path).expect("examined").permissions().mode() & 0o777;
+    assert_eq!(mode(place.entry()), 0o600);
+    assert_eq!(mode(place.folder()) & 0o066, 0);
+    assert_eq!(mode(place.registry()) & 0o066, 0);
+}
+
+#[test]
+fn a_full_backlog_is_an_error_in_time_and_not_a_missing_service() {
+    let place = Place::new();
+    let options = Options {
+        backlog: 0,
+        ..place.options()
+    };
+    let _listener = Listener::bind(&place.write, &place.name, &options).expect("bound");
+    let _waiting = place.connect(&place.read).found().expect("connected");
+    let lookup = Lookup {
+        kernel: false,
+        runtime_dirs: vec![place.dir.path().to_owned()],
+        timeout: std::time::Duration::from_millis(50),
+    };
+    let asked = std::time::Instant::now();
+    let error = connect(&place.read, &place.name, &lookup).expect_err("no room");
+    assert_eq!(error.errno(), Errno::AGAIN);
+    assert!(asked.elapsed() < std::time::Duration::from_secs(3));
+}
+
+#[test]
+fn the_second_registry_is_used_when_the_first_has_nothing() {
+    let place = Place::new();
+    let _listener = place.bind(&place.write).expect("bound");
+    let empty = tempfile::tempdir().expect("a directory");
+    let runtime_dirs = vec![
+        empty.path().join("absent"),
+        empty.path().to_owned(),
+        place.dir.path().to_owned(),
+    ];
+    let lookup = Lookup {
+        runtime_dirs,
+        ..Lookup::default()
+    };
+    assert!(
+        connect(&place.read, &place.name, &lookup)
+            .expect("an answer")
+            .found()
+            .is_some()
+    );
+}
+
+#[test]
+fn both_ways_together_work_on_this_kernel_whatever_it_is() {
+    let place = Place::new();
+    let options = Options {
+        kernel: true,
+        ..place.options()
+    };
+    let listener = Listener::bind(&place.write, &place.name, &options).expect("bound");
+    let lookup = Lookup {
+        runtime_dirs: vec![place.dir.path().to_owned()],
+        ..Lookup::default()
+    };
+    let client = connect(&place.read, &place.name, &lookup)
+        .expect("an answer")
+        .found()
+        .expect("connected");
+    let server = listener.accept().expect("accepted").expect("a client");
+    assert_eq!(client.way(), listener.ways()[0]);
+    assert_eq!(server.way(), client.way());
+}
