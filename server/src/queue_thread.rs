@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,9 +32,9 @@ struct Running {
 /// Drives one door queue over one backend queue.
 pub struct QueueThread<D: DoorQueue, B: Backend> {
     ring: Ring,
-    mailbox: ManuallyDrop<Mailbox<D::Command>>,
-    door: ManuallyDrop<D>,
-    backend: ManuallyDrop<B::Queue>,
+    mailbox: Mailbox<D::Command>,
+    door: D,
+    backend: B::Queue,
     running: SlotTable<Running>,
     /// Requests the backend had no room for, in order.
     backlog: VecDeque<Slot>,
@@ -65,9 +64,9 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         let slots = slots as usize;
         Ok(Self {
             ring,
-            mailbox: ManuallyDrop::new(mailbox),
-            door: ManuallyDrop::new(door),
-            backend: ManuallyDrop::new(backend),
+            mailbox,
+            door,
+            backend,
             running: SlotTable::new(slots),
             backlog: VecDeque::with_capacity(slots),
             batch: Vec::with_capacity(BATCH),
@@ -82,7 +81,17 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
     /// When the ring is broken. Requests under way are then lost to the door's clients, as if the
     /// server had died.
     pub fn run(mut self) -> io::Result<()> {
-        self.serve()
+        let result = self.serve();
+        // Whoever owned a buffer may free it only after the kernel let go of it.
+        let abandoned = self.door.abandons_operations().then_some(Owner::Door);
+        if !self.ring.drain(DRAIN_LIMIT, abandoned) {
+            tracing::error!(
+                operations = self.ring.in_flight(),
+                "the kernel still holds buffers of a queue thread that ends; they are leaked"
+            );
+            std::mem::forget(self);
+        }
+        result
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -193,27 +202,6 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         self.counters.count(running.op, running.len_bytes, outcome);
         self.door
             .complete(&mut self.ring, slot, running.request, outcome);
-    }
-}
-
-/// Also when the thread panics: whoever owns memory that the kernel was lent may free it only after
-/// the kernel let go of it.
-impl<D: DoorQueue, B: Backend> Drop for QueueThread<D, B> {
-    fn drop(&mut self) {
-        let abandoned = self.door.abandons_operations().then_some(Owner::Door);
-        if !self.ring.drain(DRAIN_LIMIT, abandoned) {
-            tracing::error!(
-                operations = self.ring.in_flight(),
-                "the kernel still holds buffers of a queue thread that ends; they are leaked"
-            );
-            return;
-        }
-        // SAFETY: nobody uses them after this, and the kernel has given back what it was lent.
-        unsafe {
-            ManuallyDrop::drop(&mut self.door);
-            ManuallyDrop::drop(&mut self.backend);
-            ManuallyDrop::drop(&mut self.mailbox);
-        }
     }
 }
 
