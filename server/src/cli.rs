@@ -120,6 +120,11 @@ pub struct Serve {
     #[arg(long, value_name = "N")]
     pub depth: Option<u16>,
 
+    /// Seconds for which the disk is kept for a vhost client that died, before the block device is
+    /// writable again [default: 10]
+    #[arg(long, value_name = "SECONDS")]
+    pub reconnect_grace: Option<u32>,
+
     /// Refuse writes at both doors
     #[arg(long)]
     pub read_only: bool,
@@ -149,6 +154,7 @@ impl Serve {
             vhost_socket: self.vhost_socket.clone(),
             queues: self.queues,
             depth: self.depth,
+            reconnect_grace: self.reconnect_grace,
         };
         let alone = self.specs.len() == 1 && self.config.is_none();
         if !alone {

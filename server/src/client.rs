@@ -132,6 +132,7 @@ fn table(exports: &[ExportStatus]) -> String {
         [
             "NAME",
             "STATE",
+            "ACCESS",
             "SIZE",
             "BLOCK DEVICE",
             "VHOST-USER-BLK",
@@ -143,6 +144,7 @@ fn table(exports: &[ExportStatus]) -> String {
         rows.push([
             export.name.clone(),
             export.state.clone(),
+            export.access.to_string(),
             format_size(export.size_bytes),
             export
                 .ublk
@@ -172,9 +174,10 @@ fn table(exports: &[ExportStatus]) -> String {
 
 fn details(status: &ExportStatus) -> String {
     let mut text = format!(
-        "{}: {}, {} of {} B blocks, {}{}, serial {}\n  backend   {}\n  server    pid {}",
+        "{}: {}, access {}, {} of {} B blocks, {}{}, serial {}\n  backend   {}\n  server    pid {}",
         status.name,
         status.state,
+        status.access,
         format_size(status.size_bytes),
         status.block_bytes,
         if status.read_only {
@@ -208,6 +211,13 @@ fn details(status: &ExportStatus) -> String {
             door.socket.display(),
             totals(&door.counters)
         );
+        if !door.upgrade.is_empty() {
+            let ways = door.upgrade.join(", ");
+            let _ = write!(
+                text,
+                "\n            upgrade from the block device by: {ways}"
+            );
+        }
         for session in &door.sessions {
             let _ = write!(
                 text,
@@ -245,6 +255,7 @@ mod tests {
         let mut one = ExportStatus {
             name: "a".into(),
             state: "serving".into(),
+            access: crate::access::AccessState::Free,
             pid: 1,
             backend: "mem:1M".into(),
             size_bytes: 1 << 20,
@@ -259,6 +270,7 @@ mod tests {
         two.name = "a-long-name".into();
         one.vhost = Some(control::VhostStatus {
             socket: "/run/x".into(),
+            upgrade: vec!["kernel".into()],
             sessions: Vec::new(),
             counters: Totals::default(),
         });
@@ -273,5 +285,6 @@ mod tests {
             "{text}"
         );
         assert!(details(&one).contains("vhost     /run/x"));
+        assert!(details(&one).contains("block device by: kernel"));
     }
 }

@@ -6,6 +6,7 @@ mod spec;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub use file::read_file;
 pub use size::{format_size, parse_size};
@@ -42,6 +43,12 @@ pub const MAX_QUEUES: u16 = 64;
 /// Requests per queue at most.
 pub const MAX_DEPTH: u16 = 1024;
 
+/// How long the disk is kept for a client that died, when nobody says.
+const DEFAULT_GRACE_SECONDS: u32 = 10;
+
+/// Longest time to keep it.
+const MAX_GRACE_SECONDS: u32 = 3600;
+
 /// One export, validated: what to serve, and through which doors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportConfig {
@@ -67,6 +74,8 @@ pub struct ExportConfig {
     pub queues: u16,
     /// Requests under way per ublk queue.
     pub depth: u16,
+    /// How long the disk is kept for a vhost client that died.
+    pub reconnect_grace: Duration,
 }
 
 /// What may be said of an export on the command line or in a file; everything may be missing.
@@ -89,6 +98,8 @@ pub struct ExportOptions {
     pub queues: Option<u16>,
     /// See [`ExportConfig::depth`].
     pub depth: Option<u16>,
+    /// See [`ExportConfig::reconnect_grace`]; in seconds.
+    pub reconnect_grace: Option<u32>,
 }
 
 /// Why a configuration cannot be served. One line each, for the person who wrote it.
@@ -115,6 +126,7 @@ impl ExportOptions {
             vhost_socket: self.vhost_socket.or_else(|| other.vhost_socket.clone()),
             queues: self.queues.or(other.queues),
             depth: self.depth.or(other.depth),
+            reconnect_grace: self.reconnect_grace.or(other.reconnect_grace),
         }
     }
 
@@ -156,6 +168,12 @@ impl ExportOptions {
                 "{name}: a depth of {depth}: give 1 to {MAX_DEPTH}"
             )));
         }
+        let grace = self.reconnect_grace.unwrap_or(DEFAULT_GRACE_SECONDS);
+        if grace > MAX_GRACE_SECONDS {
+            return Err(ConfigError::new(format!(
+                "{name}: a reconnect grace of {grace} s: give 0 to {MAX_GRACE_SECONDS}"
+            )));
+        }
         let (ublk, vhost) = (
             self.ublk.unwrap_or_default(),
             self.vhost.unwrap_or_default(),
@@ -187,6 +205,7 @@ impl ExportOptions {
             vhost_socket: self.vhost_socket,
             queues,
             depth,
+            reconnect_grace: Duration::from_secs(grace.into()),
         })
     }
 }
@@ -305,6 +324,7 @@ mod tests {
         assert!(options(|o| o.queues = Some(0)).contains("0 queues"));
         assert!(options(|o| o.queues = Some(65)).contains("65 queues"));
         assert!(options(|o| o.depth = Some(0)).contains("depth of 0"));
+        assert!(options(|o| o.reconnect_grace = Some(3601)).contains("grace of 3601 s"));
         assert!(
             options(|o| (o.ublk, o.vhost) = (Some(DoorMode::No), Some(DoorMode::No)))
                 .contains("both doors")

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::access::AccessState;
 use crate::counters::Totals;
 use crate::door::vhost::SessionState;
 
@@ -45,6 +46,8 @@ pub struct ExportStatus {
     pub name: String,
     /// `serving` or `stopping`.
     pub state: String,
+    /// Who may write.
+    pub access: AccessState,
     /// The server's process.
     pub pid: u32,
     /// The backend, as a SPEC.
@@ -83,6 +86,8 @@ pub struct UblkStatus {
 pub struct VhostStatus {
     /// Where it listens.
     pub socket: PathBuf,
+    /// How clients come from the block device: `kernel`, `registry`; empty if they cannot.
+    pub upgrade: Vec<String>,
     /// Who is connected.
     pub sessions: Vec<SessionStatus>,
     /// What it did, ended sessions included.
@@ -292,6 +297,7 @@ mod tests {
             ExportStatus {
                 name: "a".into(),
                 state: "serving".into(),
+                access: AccessState::Free,
                 pid: 1,
                 backend: "mem:1M".into(),
                 size_bytes: 1 << 20,

@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::access::Access;
 use crate::backend::{Backend, File, FileOptions, Memory, Null};
 use crate::config::{BackendSpec, DoorMode, ExportConfig, format_size};
 use crate::control::{self, ExportStatus, Listening, SessionStatus, UblkStatus, VhostStatus};
 use crate::counters::Registry;
 use crate::door::ublk::{self, DoorEnd, UblkConfig, UblkDoor, UblkError, Unavailable};
 use crate::door::vhost::{SessionInfo, VhostConfig, VhostDoor};
+use crate::offer::Offer;
 use crate::request::Limits;
 use crate::runtime::{CONTROL, Claim, RuntimeDir, VHOST_SOCKET};
 use crate::serve::Event;
@@ -59,6 +61,7 @@ pub struct Export {
 struct Shared {
     config: ExportConfig,
     limits: Limits,
+    access: Arc<Access>,
     doors: Mutex<Doors>,
     stopped: Condvar,
     events: mpsc::Sender<Event>,
@@ -67,6 +70,8 @@ struct Shared {
 #[derive(Default)]
 struct Doors {
     state: State,
+    /// Declared before the doors that it leads to.
+    offer: Option<Offer>,
     ublk: Option<(UblkDoor, Arc<Registry>)>,
     vhost: Option<(VhostDoor, Arc<Registry>)>,
 }
@@ -91,15 +96,21 @@ impl Export {
         events: mpsc::Sender<Event>,
     ) -> Result<Self> {
         let claim = dir.claim(&config.name)?;
-        let (doors, limits) = match &config.backend {
+        let house = House {
+            config: &config,
+            dir,
+            claim: &claim,
+            events: &events,
+        };
+        let (doors, limits, access) = match &config.backend {
             BackendSpec::Null { size_bytes } => {
                 let disk = Null::new(plain_limits(&config, *size_bytes));
-                open_doors(&config, &claim, disk, &events)?
+                house.open(disk)?
             }
             BackendSpec::Memory { size_bytes } => {
                 let disk = Memory::new(plain_limits(&config, *size_bytes))
                     .with_context(|| format!("cannot reserve {}", format_size(*size_bytes)))?;
-                open_doors(&config, &claim, disk, &events)?
+                house.open(disk)?
             }
             BackendSpec::File { path, cache } => {
                 let disk = File::open(FileOptions {
@@ -109,12 +120,13 @@ impl Export {
                     block_bytes: config.block_bytes,
                     serial: config.serial,
                 })?;
-                open_doors(&config, &claim, disk, &events)?
+                house.open(disk)?
             }
         };
         let shared = Arc::new(Shared {
             config,
             limits,
+            access,
             doors: Mutex::new(doors),
             stopped: Condvar::new(),
             events,
@@ -145,13 +157,19 @@ impl Export {
     /// Closes a door that closed by itself; whether another is still open.
     pub fn close(&mut self, door: Door) -> bool {
         let mut doors = self.shared.doors();
+        // Whichever door goes, nobody can come from one to the other any more.
+        let offer = doors.offer.take();
         let closed = match door {
-            Door::Ublk => doors.ublk.take().map(|(door, _)| Closing::Ublk(door)),
+            Door::Ublk => {
+                self.shared.access.forget_block_door();
+                doors.ublk.take().map(|(door, _)| Closing::Ublk(door))
+            }
             Door::Vhost => doors.vhost.take().map(|(door, _)| Closing::Vhost(door)),
         };
         let left = doors.ublk.is_some() || doors.vhost.is_some();
         // Closing takes time; `stat` must not wait for it.
         drop(doors);
+        drop(offer);
         if let Some(closed) = closed {
             closed.close(&self.shared.config.name, &self.claim);
         }
@@ -161,11 +179,14 @@ impl Export {
     /// Drains both doors, closes them and gives the name back.
     pub fn stop(self) {
         let name = &self.shared.config.name;
-        let (ublk, vhost) = {
+        let (offer, ublk, vhost) = {
             let mut doors = self.shared.doors();
             doors.state = State::Stopping;
-            (doors.ublk.take(), doors.vhost.take())
+            (doors.offer.take(), doors.ublk.take(), doors.vhost.take())
         };
+        // Before the block device, whose removal waits for clients that nobody accepts.
+        drop(offer);
+        self.shared.access.close();
         // The block door first: it may have a file system on it that wants to write.
         if let Some((door, _)) = ublk {
             Closing::Ublk(door).close(name, &self.claim);
@@ -223,6 +244,7 @@ impl control::Service for Shared {
                 State::Stopping | State::Stopped => "stopping",
             }
             .into(),
+            access: self.access.state(),
             pid: std::process::id(),
             backend: config.backend.to_string(),
             size_bytes: limits.capacity_bytes,
@@ -238,6 +260,12 @@ impl control::Service for Shared {
             }),
             vhost: doors.vhost.as_ref().map(|(door, registry)| VhostStatus {
                 socket: door.path().to_owned(),
+                upgrade: doors
+                    .offer
+                    .iter()
+                    .flat_map(Offer::ways)
+                    .map(str::to_owned)
+                    .collect(),
                 sessions: door.sessions().iter().map(session_status).collect(),
                 counters: registry.totals(),
             }),
@@ -267,33 +295,64 @@ fn session_status(info: &SessionInfo) -> SessionStatus {
     }
 }
 
-/// Opens the doors that were asked for.
-fn open_doors<B: Backend>(
-    config: &ExportConfig,
-    claim: &Claim,
-    disk: B,
-    events: &mpsc::Sender<Event>,
-) -> Result<(Doors, Limits)> {
-    let disk = Arc::new(disk);
-    let limits = disk.limits().clone();
-    let mut doors = Doors::default();
-    let name = &config.name;
-    if let Some(path) = vhost_socket(config, claim) {
+/// What doors are opened with.
+struct House<'a> {
+    config: &'a ExportConfig,
+    dir: &'a RuntimeDir,
+    claim: &'a Claim,
+    events: &'a mpsc::Sender<Event>,
+}
+
+impl House<'_> {
+    /// Opens the doors that were asked for.
+    fn open<B: Backend>(&self, disk: B) -> Result<(Doors, Limits, Arc<Access>)> {
+        let disk = Arc::new(disk);
+        let limits = disk.limits().clone();
+        let config = self.config;
+        let access = Access::new(&config.name, limits.read_only, config.reconnect_grace);
+        let mut doors = Doors {
+            vhost: self.open_vhost(&disk, &access)?,
+            ..Doors::default()
+        };
+        // Even with --ublk no: a dead device of this name is in nobody's way but ours.
+        remove_left_over_device(self.claim)?;
+        doors.ublk = self.open_ublk(&disk)?;
+        if doors.ublk.is_none() && doors.vhost.is_none() {
+            bail!("no door can be opened: there is no ublk here, and --vhost is no");
+        }
+        // Clients that were too fast have waited for this.
+        access.open(doors.ublk.as_ref().map(|(door, _)| door.writes()));
+        doors.offer = self.offer(&doors);
+        Ok((doors, limits, access))
+    }
+
+    fn open_vhost<B: Backend>(
+        &self,
+        disk: &Arc<B>,
+        access: &Arc<Access>,
+    ) -> Result<Option<(VhostDoor, Arc<Registry>)>> {
+        let Some(socket) = vhost_socket(self.config, self.claim) else {
+            return Ok(None);
+        };
         let registry = Arc::new(Registry::default());
         let vhost = VhostConfig {
-            name: name.clone(),
-            socket: path,
-            queue_threads: config.queues,
+            name: self.config.name.clone(),
+            socket,
+            queue_threads: self.config.queues,
+            access: Arc::clone(access),
         };
-        let door = VhostDoor::start(vhost, Arc::clone(&disk), Arc::clone(&registry))?;
-        doors.vhost = Some((door, registry));
+        let door = VhostDoor::start(vhost, Arc::clone(disk), Arc::clone(&registry))?;
+        Ok(Some((door, registry)))
     }
-    // Even with --ublk no: a dead device of this name is in nobody's way but ours.
-    remove_left_over_device(claim)?;
-    if may_open_ublk(config)? {
+
+    fn open_ublk<B: Backend>(&self, disk: &Arc<B>) -> Result<Option<(UblkDoor, Arc<Registry>)>> {
+        let config = self.config;
+        if !may_open_ublk(config)? {
+            return Ok(None);
+        }
         let registry = Arc::new(Registry::default());
         let counters = || registry.register();
-        let (ended, export) = (events.clone(), name.clone());
+        let (ended, export) = (self.events.clone(), config.name.clone());
         let on_end = move |end| {
             let why = match end {
                 DoorEnd::Outside => "somebody else removed its device".to_owned(),
@@ -312,16 +371,28 @@ fn open_doors<B: Backend>(
             queues: config.queues,
             depth: config.depth,
         };
-        let door = UblkDoor::start(&ublk, &disk, counters, on_end)?;
-        claim
+        let door = UblkDoor::start(&ublk, disk, counters, on_end)?;
+        let folder = self.claim.folder().display();
+        self.claim
             .note_ublk_id(door.id())
-            .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
-        doors.ublk = Some((door, registry));
+            .with_context(|| format!("cannot write to {folder}"))?;
+        Ok(Some((door, registry)))
     }
-    if doors.ublk.is_none() && doors.vhost.is_none() {
-        bail!("no door can be opened: there is no ublk here, and --vhost is no");
+
+    /// Leads from the block device to the vhost door, if there are both. Without it the doors are
+    /// still good.
+    fn offer(&self, doors: &Doors) -> Option<Offer> {
+        let ((ublk, _), (vhost, _)) = doors.ublk.as_ref().zip(doors.vhost.as_ref())?;
+        let name = &self.config.name;
+        match Offer::start(name, ublk, self.dir.path(), vhost.adopter()) {
+            Ok(offer) => Some(offer),
+            Err(error) => {
+                let disk = ublk.block_path();
+                tracing::warn!("{name}: no upgrade from {}: {error:#}", disk.display());
+                None
+            }
+        }
     }
-    Ok((doors, limits))
 }
 
 fn vhost_socket(config: &ExportConfig, claim: &Claim) -> Option<PathBuf> {

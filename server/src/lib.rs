@@ -4,6 +4,7 @@
 //! the words they share and [`io`] the ring they work on. [`device`] puts an export together from
 //! them; `docs/ARCHITECTURE.md` tells the whole story.
 
+pub mod access;
 pub mod backend;
 pub mod cli;
 pub mod client;
@@ -14,6 +15,7 @@ pub mod device;
 pub mod doctor;
 pub mod door;
 pub mod io;
+pub mod offer;
 pub mod queue_thread;
 pub mod request;
 pub mod runtime;

@@ -67,6 +67,9 @@ pub enum IoError {
     /// The storage has no room left.
     #[error("no space left")]
     NoSpace,
+    /// A write through a door that may not write now: a client of another has the disk.
+    #[error("another client has the disk")]
+    Conflict,
 }
 
 impl IoError {
@@ -78,6 +81,8 @@ impl IoError {
             Self::Unsupported => libc::EOPNOTSUPP,
             Self::ReadOnly => libc::EPERM,
             Self::NoSpace => libc::ENOSPC,
+            // What the block layer calls a reservation conflict.
+            Self::Conflict => libc::EBADE,
         }
     }
 

@@ -3,36 +3,55 @@
 use std::fs;
 use std::path::Path;
 
+/// Who uses a disk so that nobody else may: a mount, a holder (dm, md, …) or a swap area, of the disk or
+/// of one of its partitions, in words. `None` when nothing is known; a mount in another mount namespace
+/// and a program that claimed the disk (O_EXCL) are not seen.
+pub fn disk_user(major: u32, minor: u32) -> Option<String> {
+    known_user(Path::new("/proc"), Path::new("/sys"), major, minor)
+}
+
 /// The cause, as far as `/proc` and `/sys` tell it. Never empty.
 pub(crate) fn cause(proc: &Path, sysfs: &Path, major: u32, minor: u32) -> String {
+    known_user(proc, sysfs, major, minor).unwrap_or_else(|| {
+        "claimed exclusively by another program or in another mount namespace".to_owned()
+    })
+}
+
+fn known_user(proc: &Path, sysfs: &Path, major: u32, minor: u32) -> Option<String> {
     let device = sysfs.join(format!("dev/block/{major}:{minor}"));
     let mut numbers = vec![format!("{major}:{minor}")];
     numbers.extend(partitions(&device));
     let mounts = fs::read_to_string(proc.join("self/mountinfo")).unwrap_or_default();
-    if let Some(place) = mounted_at(&mounts, &numbers) {
-        return format!("mounted at {place}");
+    let is_ours = |path: &str| numbers.contains(&number_of(path));
+    if let Some(place) = mounted_at(&mounts, &numbers, is_ours) {
+        return Some(format!("mounted at {place}"));
     }
-    let holders = names_in(&device.join("holders"));
+    let holders: Vec<_> = numbers
+        .iter()
+        .flat_map(|number| names_in(&sysfs.join("dev/block").join(number).join("holders")))
+        .collect();
     if !holders.is_empty() {
-        return format!("held by {}", holders.join(", "));
+        return Some(format!("held by {}", holders.join(", ")));
     }
     let swaps = fs::read_to_string(proc.join("swaps")).unwrap_or_default();
-    if let Some(swap) = swap_on(&swaps, |path| numbers.contains(&number_of(path))) {
-        return format!("swap on {swap}");
-    }
-    "claimed exclusively by another program or in another mount namespace".to_owned()
+    swap_on(&swaps, is_ours).map(|swap| format!("swap on {swap}"))
 }
 
-/// The first mount point of one of the devices, from the text of mountinfo.
-fn mounted_at(mountinfo: &str, numbers: &[String]) -> Option<String> {
+/// The first mount point of one of the devices, from the text of mountinfo. A file system over several
+/// disks (btrfs) has a number of its own there; the source that it names `is_ours` all the same.
+fn mounted_at(
+    mountinfo: &str,
+    numbers: &[String],
+    is_ours: impl Fn(&str) -> bool,
+) -> Option<String> {
     mountinfo.lines().find_map(|line| {
         let mut fields = line.split(' ').skip(2);
         let number = fields.next()?;
         let place = fields.nth(1)?;
-        numbers
-            .iter()
-            .any(|wanted| wanted == number)
-            .then(|| unescape(place))
+        let source = fields.skip_while(|field| *field != "-").nth(2)?;
+        let used = numbers.iter().any(|wanted| wanted == number)
+            || source.starts_with('/') && is_ours(&unescape(source));
+        used.then(|| unescape(place))
     })
 }
 
@@ -115,6 +134,16 @@ mod tests {
         assert!(cause(&proc, &sysfs, 259, 9).starts_with("claimed exclusively"));
         fs::create_dir_all(sysfs.join("dev/block/259:9/holders/dm-3")).expect("made");
         assert_eq!(cause(&proc, &sysfs, 259, 9), "held by dm-3");
+    }
+
+    #[test]
+    fn a_file_system_over_several_disks_is_found_by_its_source() {
+        let mounts =
+            "40 22 0:77 / /data rw - btrfs /dev/ublkb7 rw\n41 22 0:78 / /x rw - tmpfs tmpfs rw\n";
+        let found =
+            |disk: &'static str| mounted_at(mounts, &["259:7".into()], move |path| path == disk);
+        assert_eq!(found("/dev/ublkb7").as_deref(), Some("/data"));
+        assert_eq!(found("tmpfs"), None);
     }
 
     #[test]

@@ -56,6 +56,7 @@ mod socket;
 
 pub use address::{FdAddress, Name};
 pub use block::BlockUpgrade;
+pub use claim::disk_user;
 pub use connect::{Answer, Connection, Lookup, Way, connect};
 pub use error::{Error, NoService};
 pub use listener::{Listener, Options};

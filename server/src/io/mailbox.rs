@@ -1,6 +1,7 @@
 //! Messages from other threads to a queue thread, and the eventfd that wakes its ring.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +29,12 @@ pub struct Sender<M>(Arc<Shared<M>>);
 impl<M> Clone for Sender<M> {
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
+    }
+}
+
+impl<M> fmt::Debug for Sender<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sender")
     }
 }
 

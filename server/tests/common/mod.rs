@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use ublkup::access::Access;
 use ublkup::backend::Backend;
 use ublkup::counters::Registry;
 use ublkup::door::vhost::{VhostConfig, VhostDoor};
@@ -99,6 +100,13 @@ impl Drop for Scratch {
     }
 }
 
+/// The right to a disk without a block door.
+pub fn open_access(read_only: bool) -> Arc<Access> {
+    let access = Access::new("test", read_only, Duration::from_secs(1));
+    access.open(None);
+    access
+}
+
 /// A door with its directory and counters.
 pub struct House {
     pub door: VhostDoor,
@@ -114,6 +122,7 @@ impl House {
             name: "test".into(),
             socket: scratch.0.join("s"),
             queue_threads,
+            access: open_access(disk.limits().read_only),
         };
         let door = VhostDoor::start(config, Arc::new(disk), Arc::clone(&counters)).unwrap();
         Self {

@@ -9,9 +9,9 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use super::UblkConfig;
 use super::control::{Control, NewDevice};
 use super::error::UblkError;
 use super::features::features_of;
+use super::fence::WriteFence;
 use super::memory::page_bytes;
 use super::params::{buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
@@ -111,6 +112,19 @@ impl Device {
 
     pub(super) fn queues(&self) -> usize {
         self.queues.len()
+    }
+
+    /// The switch for the writes of all queues.
+    pub(super) fn fence(&self) -> WriteFence {
+        let queues = self.queues.iter().map(|queue| queue.commands.clone());
+        WriteFence::new(self.id, queues.collect())
+    }
+
+    /// The open character device, while there is one.
+    pub(super) fn char_device(&self) -> Weak<File> {
+        self.char_device
+            .as_ref()
+            .map_or_else(Weak::new, Arc::downgrade)
     }
 
     /// Sleeps until somebody wants the device to end, or a queue thread ended. Returns whether

@@ -9,6 +9,7 @@
 //! |-----------------|--------------------------------------------------|
 //! | `device.rs`     | the life of a device                             |
 //! | `queue.rs`      | commands to requests, outcomes to commits        |
+//! | `fence.rs`      | writes, off while a vhost client has the disk    |
 //! | `memory.rs`     | descriptors and data buffers                     |
 //! | `params.rs`     | what the disk looks like to the block layer      |
 //! | `control.rs`    | commands to `/dev/ublk-control`                  |
@@ -21,23 +22,27 @@ mod control;
 mod device;
 mod error;
 mod features;
+mod fence;
 mod leftover;
 mod memory;
 mod params;
 mod queue;
 
+use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Weak};
 use std::thread;
 
 pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::{Features, available};
 pub use leftover::{Leftover, leftovers, remove};
 
+use crate::access::BlockDoor;
 use crate::backend::Backend;
 use crate::counters::Counters;
 use device::{Device, Event};
+use fence::WriteFence;
 
 /// What a ublk device shall be.
 #[derive(Clone, Debug)]
@@ -64,6 +69,9 @@ pub enum DoorEnd {
 pub struct UblkDoor {
     id: u32,
     queues: usize,
+    fence: Arc<WriteFence>,
+    /// Weak: the device can be removed only after this file was closed.
+    char_device: Weak<File>,
     events: Sender<Event>,
     /// How the device ended; `None` once that was asked. The thread that says so is not joined:
     /// one whose command hangs in the driver cannot exit before the command does.
@@ -87,6 +95,8 @@ impl UblkDoor {
     ) -> Result<Self, UblkError> {
         let (mut device, events) = Device::start(config, backend, counters)?;
         let (id, queues) = (device.id(), device.queues());
+        let fence = Arc::new(device.fence());
+        let char_device = device.char_device();
         let (say, result) = channel();
         let supervise = move || {
             let wanted = device.await_end();
@@ -107,6 +117,8 @@ impl UblkDoor {
         Ok(Self {
             id,
             queues,
+            fence,
+            char_device,
             events,
             result: Some(result),
         })
@@ -134,6 +146,25 @@ impl UblkDoor {
     #[must_use]
     pub fn char_path(&self) -> PathBuf {
         char_path(self.id)
+    }
+
+    /// The open character device, for binding sockets to the disk. Keep it no longer than that: the
+    /// device cannot be removed while it is open. `None` when the device is on its way out.
+    #[must_use]
+    pub fn char_device(&self) -> Option<Arc<File>> {
+        self.char_device.upgrade()
+    }
+
+    /// Major and minor number of the disk; `None` when it has gone.
+    #[must_use]
+    pub fn disk_number(&self) -> Option<(u32, u32)> {
+        fence::disk_number(self.id)
+    }
+
+    /// This door, as far as the right to write goes.
+    #[must_use]
+    pub fn writes(&self) -> Arc<dyn BlockDoor> {
+        Arc::<WriteFence>::clone(&self.fence)
     }
 
     /// Finishes the requests under way and removes the device. Takes some minutes at the very

@@ -9,12 +9,13 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, mpsc};
 
 use io_uring::{opcode, types};
 use libublk::sys;
 
+use super::fence::Writes;
 use super::memory::{Descriptors, IoBuffers};
 use crate::counters::Counters;
 use crate::door::{DoorQueue, Next};
@@ -26,6 +27,10 @@ pub(super) enum Command {
     /// End without waiting for the device to be stopped; requests not yet begun stay unanswered
     /// and are failed by the driver.
     Quit,
+    /// Take no more writes, and say when those under way have ended.
+    RefuseWrites(mpsc::Sender<()>),
+    /// Take writes again.
+    AcceptWrites,
 }
 
 /// What a queue is made of.
@@ -50,6 +55,7 @@ pub(super) struct UblkQueue {
     /// Tags with an answer for the driver, and the answers by tag.
     answered: Vec<u16>,
     answers: Box<[i32]>,
+    writes: Writes,
     /// Tags whose command came back for good.
     ended: u16,
     quit: bool,
@@ -65,6 +71,7 @@ impl UblkQueue {
             fetched: VecDeque::with_capacity(depth.into()),
             answered: Vec::with_capacity(depth.into()),
             answers: vec![0; depth.into()].into_boxed_slice(),
+            writes: Writes::default(),
             ended: 0,
             quit: false,
             config,
@@ -105,6 +112,15 @@ impl UblkQueue {
         self.buffers.leak();
     }
 
+    /// What a descriptor asks for, if it may be done.
+    fn admit(&mut self, descriptor: &sys::ublksrv_io_desc) -> Result<(Op, Range), IoError> {
+        let parsed = parse(descriptor, &self.config.limits, self.config.buffer_bytes)?;
+        if parsed.0.is_write() {
+            self.writes.begin()?;
+        }
+        Ok(parsed)
+    }
+
     /// A tag from a token or a slot that was made from a tag.
     fn tag(&self, index: u32) -> u16 {
         match u16::try_from(index) {
@@ -132,6 +148,8 @@ impl DoorQueue for UblkQueue {
     fn command(&mut self, _ring: &mut Ring, command: Command) {
         match command {
             Command::Quit => self.give_up(),
+            Command::RefuseWrites(drained) => self.writes.refuse(drained),
+            Command::AcceptWrites => self.writes.accept(),
         }
     }
 
@@ -152,7 +170,7 @@ impl DoorQueue for UblkQueue {
         while !self.quit {
             let tag = self.fetched.pop_front()?;
             let descriptor = self.descriptors.get(tag);
-            match parse(&descriptor, &self.config.limits, self.config.buffer_bytes) {
+            match self.admit(&descriptor) {
                 Ok((op, range)) => {
                     let buffers = if op.has_data() {
                         // No truncation: `parse` compared it to the size of a buffer.
@@ -178,6 +196,9 @@ impl DoorQueue for UblkQueue {
     fn complete(&mut self, _ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome) {
         let tag = self.tag(slot);
         let result = answer_to(request.op, request.len_bytes, outcome);
+        if request.op.is_write() {
+            self.writes.end();
+        }
         request.finish();
         self.answer(tag, result);
     }
@@ -339,6 +360,7 @@ mod tests {
             (IoError::Io, libc::EIO),
             (IoError::Unsupported, libc::EOPNOTSUPP),
             (IoError::NoSpace, libc::ENOSPC),
+            (IoError::Conflict, libc::EBADE),
         ] {
             assert_eq!(answer_to(write, 512, Err(error)), -errno);
         }

@@ -112,7 +112,9 @@ pub(super) fn status(outcome: Result<(), IoError>) -> u8 {
     let status = match outcome {
         Ok(()) => VIRTIO_BLK_S_OK,
         Err(IoError::Unsupported) => VIRTIO_BLK_S_UNSUPP,
-        Err(IoError::Io | IoError::ReadOnly | IoError::NoSpace) => VIRTIO_BLK_S_IOERR,
+        Err(IoError::Io | IoError::ReadOnly | IoError::NoSpace | IoError::Conflict) => {
+            VIRTIO_BLK_S_IOERR
+        }
     };
     u8::try_from(status).unwrap_or(1)
 }

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use crate::request::Limits;
 
 /// A session as its threads, and whoever looks at it, know it.
@@ -62,6 +64,12 @@ impl Link {
         self.peer_pid
     }
 
+    /// The client, for messages.
+    pub(super) fn client(&self) -> String {
+        let pid = self.peer_pid.map_or("?".to_owned(), |pid| pid.to_string());
+        format!("session {} of process {pid}", self.id)
+    }
+
     /// When the client connected.
     pub(super) fn since(&self) -> SystemTime {
         self.since
@@ -95,6 +103,13 @@ impl Link {
     /// The session takes no more messages.
     pub(super) fn set_ending(&self) {
         self.ending.store(true, Ordering::Release);
+    }
+
+    /// Whether the client is gone, as far as the kernel knows; its session may not have noticed.
+    pub(super) fn hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        let now = Timespec::default();
+        self.is_ending() || poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     /// Whether the session takes no more messages.

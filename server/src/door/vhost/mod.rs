@@ -25,8 +25,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
+use crate::access::Access;
 use crate::backend::Backend;
 use crate::counters::{Counters, Registry};
 use crate::io::mailbox::Mailbox;
@@ -39,8 +40,8 @@ use socket::Socket;
 /// Vrings one session may have. A vring costs nothing before it is set up.
 pub const MAX_VRINGS: u16 = 256;
 
-/// Clients a read-only disk may have at once.
-const MAX_READERS: usize = 16;
+/// Clients that may be connected at once. Of a writable disk only one of them gets vrings.
+const MAX_SESSIONS: usize = 16;
 
 /// How long a new client waits for one that hung up to be gone.
 const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
@@ -57,6 +58,8 @@ pub struct VhostConfig {
     pub socket: PathBuf,
     /// Queue threads per session, 1 at least and [`MAX_VRINGS`] at most.
     pub queue_threads: u16,
+    /// Who may write.
+    pub access: Arc<Access>,
 }
 
 /// Why a door cannot be opened.
@@ -114,7 +117,7 @@ struct Shared {
     name: String,
     limits: crate::request::Limits,
     serve: Box<Serve>,
-    max_sessions: usize,
+    access: Arc<Access>,
     sessions: Mutex<Sessions>,
     /// A session has gone, or the door closes.
     changed: Condvar,
@@ -144,22 +147,25 @@ impl VhostDoor {
             name,
             socket,
             queue_threads,
+            access,
         } = config;
         if !(1..=MAX_VRINGS).contains(&queue_threads) {
             return Err(StartError::QueueThreads(queue_threads));
         }
         let socket = Socket::bind(&socket)?;
         let limits = disk.limits().clone();
-        let max_sessions = if limits.read_only { MAX_READERS } else { 1 };
-        let serve = move |link: &Arc<Link>| {
-            let spawn = spawner(Arc::clone(link), queue_threads, &disk, &counters);
-            session::converse(link, queue_threads, spawn)
+        let serve = {
+            let access = Arc::clone(&access);
+            move |link: &Arc<Link>| {
+                let spawn = spawner(Arc::clone(link), queue_threads, &disk, &counters);
+                session::converse(link, queue_threads, spawn, &access)
+            }
         };
         let shared = Arc::new(Shared {
             name,
             limits,
             serve: Box::new(serve),
-            max_sessions,
+            access,
             sessions: Mutex::default(),
             changed: Condvar::new(),
             bell: eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?,
@@ -186,9 +192,15 @@ impl VhostDoor {
     ///
     /// # Errors
     ///
-    /// When the door has as many sessions as it may have, or is closing.
+    /// When another client has the disk, there are too many, or the door is closing.
     pub fn adopt(&self, stream: UnixStream) -> io::Result<()> {
         admit(&self.shared, stream)
+    }
+
+    /// [`adopt`](Self::adopt) for another thread, which may outlive the door.
+    pub fn adopter(&self) -> impl Fn(UnixStream) -> io::Result<()> + Send + use<> {
+        let shared = Arc::clone(&self.shared);
+        move |stream| admit(&shared, stream)
     }
 
     /// The sessions there are.
@@ -309,10 +321,15 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
         if sessions.closing {
             return Err(io::Error::other("the door is closing"));
         }
-        if sessions.list.len() >= shared.max_sessions {
-            let most = shared.max_sessions;
+        if sessions.list.len() >= MAX_SESSIONS {
             return Err(io::Error::other(format!(
-                "process {peer} is one too many, the export serves {most} at once"
+                "process {peer} is one too many, the export serves {MAX_SESSIONS} at once"
+            )));
+        }
+        // Better now than when its guest has booted that far.
+        if let Some(holder) = shared.access.holder() {
+            return Err(io::Error::other(format!(
+                "process {peer} comes too late, {holder} has the disk"
             )));
         }
         sessions.last_id += 1;
@@ -348,9 +365,13 @@ fn wait_for_room(shared: &Shared) -> MutexGuard<'_, Sessions> {
     let deadline = Instant::now() + SUCCESSION_LIMIT;
     let mut sessions = shared.sessions();
     loop {
-        let full = sessions.list.len() >= shared.max_sessions;
+        let full = sessions.list.len() >= MAX_SESSIONS;
         let now = Instant::now();
-        if sessions.closing || !full || now >= deadline || !sessions.list.iter().any(hung_up) {
+        if sessions.closing
+            || !full
+            || now >= deadline
+            || !sessions.list.iter().any(|link| link.hung_up())
+        {
             return sessions;
         }
         sessions = shared
@@ -359,13 +380,6 @@ fn wait_for_room(shared: &Shared) -> MutexGuard<'_, Sessions> {
             .unwrap_or_else(PoisonError::into_inner)
             .0;
     }
-}
-
-/// Whether a session's client is gone, as far as the kernel knows.
-fn hung_up(link: &Arc<Link>) -> bool {
-    let mut fds = [PollFd::new(link.stream(), PollFlags::RDHUP)];
-    let now = Timespec::default();
-    link.is_ending() || poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 fn report(link: &Link, ending: io::Result<Ending>) {

@@ -33,6 +33,7 @@ use super::memory::{MAX_REGIONS, MemoryMap, Region, RegionAddress};
 use super::queue::Command;
 use super::virtqueue::{MAX_QUEUE_SIZE, RingAddresses};
 use super::vring::Start;
+use crate::access::{Access, Client, Hold};
 use crate::io::mailbox::Sender;
 
 /// How often a thread that waits for a queue thread looks whether that is still alive.
@@ -59,12 +60,18 @@ pub(super) enum Ending {
 }
 
 /// Talks to the client until one of both hangs up, then ends the queue threads.
-pub(super) fn converse(link: &Arc<Link>, queue_threads: u16, spawn: Spawn) -> io::Result<Ending> {
+pub(super) fn converse(
+    link: &Arc<Link>,
+    queue_threads: u16,
+    spawn: Spawn,
+    access: &Arc<Access>,
+) -> io::Result<Ending> {
     let stream = link.stream().try_clone()?;
     let session = Arc::new(Mutex::new(Session::new(
         Arc::clone(link),
         queue_threads,
         spawn,
+        Arc::clone(access),
     )));
     let mut messages = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let error = loop {
@@ -77,12 +84,21 @@ pub(super) fn converse(link: &Arc<Link>, queue_threads: u16, spawn: Spawn) -> io
     // Only this thread ever had it; a panic in a handler has ended this thread.
     let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
     let running = link.vrings.load(Ordering::Relaxed);
+    if let Some(hold) = &session.hold {
+        hold.drain();
+    }
     session.end_threads();
-    Ok(match error {
+    let ending = match error {
         Error::Disconnected | Error::SocketBroken(_) if running == 0 => Ending::Left,
         Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => Ending::Died,
         error => Ending::Failed(error),
-    })
+    };
+    // Nothing of the client is under way any more. Whoever does not leave has died.
+    match session.hold.take() {
+        Some(hold) if matches!(ending, Ending::Left) => hold.leave(),
+        other => drop(other),
+    }
+    Ok(ending)
 }
 
 /// A vring as far as the client has described it.
@@ -103,6 +119,9 @@ struct Session {
     link: Arc<Link>,
     queue_threads: u16,
     spawn: Spawn,
+    access: Arc<Access>,
+    /// The right to the disk, from the first vring on.
+    hold: Option<Hold>,
     threads: BTreeMap<u16, QueueHandle>,
     map: Arc<MemoryMap>,
     features: u64,
@@ -118,11 +137,13 @@ fn failed(error: io::Error) -> Error {
 }
 
 impl Session {
-    fn new(link: Arc<Link>, queue_threads: u16, spawn: Spawn) -> Self {
+    fn new(link: Arc<Link>, queue_threads: u16, spawn: Spawn, access: Arc<Access>) -> Self {
         Self {
             link,
             queue_threads,
             spawn,
+            access,
+            hold: None,
             threads: BTreeMap::new(),
             map: Arc::default(),
             features: 0,
@@ -183,11 +204,23 @@ impl Session {
         if vring.started || !enabled || vring.size == 0 || map.regions().is_empty() {
             return Ok(());
         }
-        let Some(addresses) = vring.addresses else {
+        if vring.addresses.is_none() || vring.kick.is_none() {
             return Ok(());
-        };
-        let Some(kick) = vring.kick.take() else {
-            return Ok(());
+        }
+        if self.hold.is_none() {
+            let client = Client {
+                name: self.link.client(),
+                gone: Arc::new({
+                    let link = Arc::clone(&self.link);
+                    move || link.hung_up()
+                }),
+            };
+            let hold = self.access.take(client);
+            self.hold = Some(hold.map_err(|why| failed(io::Error::other(why)))?);
+        }
+        let vring = self.vring(u32::from(index))?;
+        let (Some(addresses), Some(kick)) = (vring.addresses, vring.kick.take()) else {
+            unreachable!("they were there before the disk was taken");
         };
         let start = Box::new(Start {
             index,

@@ -1,0 +1,383 @@
+//! Who may write to an export: the block door, or one client of the vhost door.
+//!
+//! ```text
+//! block ── a client starts its first vring ──▶ draining ──▶ upgraded ── it left ──▶ draining ──▶ block
+//!                                                              └─ it died ──▶ waiting ── grace over ──▶ block
+//!                                                                                └── a client comes ──▶ upgraded
+//! ```
+//!
+//! A client that has only connected has no part in this: it may look (what `probe` does) and must
+//! not disturb those who use the block device. A client *left* when it had stopped all its vrings
+//! before it hung up; anything else is dying, and then the disk is kept for it for a while.
+//!
+//! Every write that one side accepted is complete before the other side may write. A disk that
+//! nobody may write to is shared by all.
+
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a client waits for another one that is already gone, and for the doors to open.
+const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the writes under way at the block door may take to end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// The block door, as far as the right to write goes.
+pub trait BlockDoor: Send + Sync {
+    /// Refuses writes from now on. Returns when those that were accepted are complete.
+    ///
+    /// # Errors
+    ///
+    /// When they are not within `limit`; writes are then accepted as before.
+    fn close(&self, limit: Duration) -> Result<(), String>;
+
+    /// Accepts writes again.
+    fn open(&self);
+
+    /// Who uses the block device so that it cannot be taken away, if that is known: a mounted file
+    /// system, say.
+    fn in_use(&self) -> Option<String>;
+}
+
+/// What `stat` shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AccessState {
+    /// The block door may write.
+    Block,
+    /// There is no block door, and no client has the disk.
+    Free,
+    /// One side finishes its writes before the other may begin.
+    Draining,
+    /// A vhost client has the disk.
+    Upgraded,
+    /// A client died; the disk is kept for its return.
+    Waiting,
+    /// The disk is read-only: everybody may use it.
+    Shared,
+}
+
+impl fmt::Display for AccessState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Block => "block",
+            Self::Free => "free",
+            Self::Draining => "draining",
+            Self::Upgraded => "upgraded",
+            Self::Waiting => "waiting",
+            Self::Shared => "shared",
+        })
+    }
+}
+
+/// Why a client does not get the disk.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Another client has it.
+    #[error("{0} has the disk")]
+    Taken(String),
+    /// Somebody uses the block device.
+    #[error("the block device is in use ({0}): the writes of a client would go behind its back")]
+    InUse(String),
+    /// The block door's writes did not end.
+    #[error("the block door cannot be drained: {0}")]
+    Drain(String),
+    /// The export is being opened or closed.
+    #[error("the export is not open")]
+    NotOpen,
+}
+
+/// A client that wants the disk.
+#[derive(Clone)]
+pub struct Client {
+    /// Who it is, for messages: `session 3 of process 4711`.
+    pub name: String,
+    /// Whether it is gone already, and only its session has not noticed.
+    pub gone: Arc<dyn Fn() -> bool + Send + Sync>,
+}
+
+enum State {
+    Opening,
+    Block,
+    Draining,
+    Upgraded(Client),
+    /// For a client to come back; the number tells one wait from another.
+    Waiting(u64),
+    Closed,
+}
+
+struct Inner {
+    state: State,
+    block: Option<Arc<dyn BlockDoor>>,
+    waits: u64,
+}
+
+/// The right to write to one export. It is nobody's until [`Access::open`].
+pub struct Access {
+    export: String,
+    grace: Duration,
+    shared: bool,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+impl Access {
+    /// For a disk that is `read_only` or not; `grace` is how long it is kept for a client that died.
+    #[must_use]
+    pub fn new(export: &str, read_only: bool, grace: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            export: export.to_owned(),
+            grace,
+            shared: read_only,
+            inner: Mutex::new(Inner {
+                state: State::Opening,
+                block: None,
+                waits: 0,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // Every change is one assignment, so a panic leaves a state that is one.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, state: State) {
+        self.inner().state = state;
+        self.changed.notify_all();
+    }
+
+    /// Opens the export for clients, with the block door if there is one.
+    pub fn open(&self, block: Option<Arc<dyn BlockDoor>>) {
+        let mut inner = self.inner();
+        inner.block = block;
+        inner.state = State::Block;
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// The block door has gone.
+    pub fn forget_block_door(&self) {
+        self.inner().block = None;
+    }
+
+    /// No client gets the disk any more.
+    pub fn close(&self) {
+        self.set(State::Closed);
+    }
+
+    /// What `stat` shows.
+    #[must_use]
+    pub fn state(&self) -> AccessState {
+        let inner = self.inner();
+        match inner.state {
+            _ if self.shared => AccessState::Shared,
+            State::Draining => AccessState::Draining,
+            State::Upgraded(_) => AccessState::Upgraded,
+            State::Waiting(_) => AccessState::Waiting,
+            _ if inner.block.is_some() => AccessState::Block,
+            _ => AccessState::Free,
+        }
+    }
+
+    /// Who has the disk and is alive, if somebody has it for himself.
+    #[must_use]
+    pub fn holder(&self) -> Option<String> {
+        match &self.inner().state {
+            State::Upgraded(client) if !(client.gone)() => Some(client.name.clone()),
+            _ => None,
+        }
+    }
+
+    /// Gives the disk to a client. When this returns, all that the block door accepted is complete.
+    ///
+    /// # Errors
+    ///
+    /// When the client cannot have it; nothing has changed then.
+    pub fn take(self: &Arc<Self>, client: Client) -> Result<Hold, Refused> {
+        if self.shared {
+            return Ok(Hold { access: None });
+        }
+        let hold = || Hold {
+            access: Some(Arc::clone(self)),
+        };
+        let mut inner = self.wait_for_turn()?;
+        if let State::Waiting(_) = inner.state {
+            tracing::info!(export = self.export, "upgraded again: {}", client.name);
+            inner.state = State::Upgraded(client);
+            drop(inner);
+            self.changed.notify_all();
+            return Ok(hold());
+        }
+        let Some(block) = inner.block.clone() else {
+            inner.state = State::Upgraded(client);
+            return Ok(hold());
+        };
+        inner.state = State::Draining;
+        drop(inner);
+        // Whatever goes wrong from here on, a panic included, the block door gets the disk back.
+        let undo = BackToBlock(self);
+        if let Some(who) = block.in_use() {
+            return Err(Refused::InUse(who));
+        }
+        block.close(DRAIN_LIMIT).map_err(Refused::Drain)?;
+        std::mem::forget(undo);
+        let mut inner = self.inner();
+        if let State::Closed = inner.state {
+            return Err(Refused::NotOpen);
+        }
+        tracing::info!(
+            export = self.export,
+            "upgraded: {}; the block device is read-only meanwhile",
+            client.name
+        );
+        inner.state = State::Upgraded(client);
+        drop(inner);
+        self.changed.notify_all();
+        Ok(hold())
+    }
+
+    /// Waits while others are on their way in or out, and returns when the disk is to be had.
+    fn wait_for_turn(&self) -> Result<MutexGuard<'_, Inner>, Refused> {
+        let deadline = Instant::now() + SUCCESSION_LIMIT + DRAIN_LIMIT;
+        let mut inner = self.inner();
+        loop {
+            let refused = match &inner.state {
+                State::Block | State::Waiting(_) => return Ok(inner),
+                State::Closed => return Err(Refused::NotOpen),
+                State::Upgraded(client) if !(client.gone)() => {
+                    return Err(Refused::Taken(client.name.clone()));
+                }
+                State::Upgraded(client) => Refused::Taken(client.name.clone()),
+                State::Opening | State::Draining => Refused::NotOpen,
+            };
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(refused);
+            }
+            inner = self
+                .changed
+                .wait_timeout(inner, deadline - now)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Gives the disk back to the block door. A closed export stays closed.
+    fn give_back(&self, mut inner: MutexGuard<'_, Inner>) {
+        if let State::Closed = inner.state {
+            return;
+        }
+        if let Some(block) = &inner.block {
+            block.open();
+        }
+        inner.state = State::Block;
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// Keeps the disk for a client that died, and gives it back when nobody came.
+    fn await_return(self: Arc<Self>) {
+        let mut inner = self.inner();
+        if let State::Closed = inner.state {
+            return;
+        }
+        // Nobody waits for the disk, or nobody is waited for.
+        if inner.block.is_none() || self.grace.is_zero() {
+            return self.give_back(inner);
+        }
+        inner.waits += 1;
+        let wait = inner.waits;
+        inner.state = State::Waiting(wait);
+        drop(inner);
+        self.changed.notify_all();
+        let seconds = self.grace.as_secs_f32();
+        tracing::warn!(
+            export = self.export,
+            "the client died; its disk is kept for {seconds} s"
+        );
+        let access = Arc::clone(&self);
+        let spawned = std::thread::Builder::new()
+            .name("grace".into())
+            .spawn(move || access.wait_out(wait));
+        if let Err(error) = spawned {
+            tracing::error!(export = self.export, %error, "cannot wait for the client");
+            self.give_back(self.inner());
+        }
+    }
+
+    fn wait_out(&self, wait: u64) {
+        let ours = |inner: &mut Inner| matches!(inner.state, State::Waiting(w) if w == wait);
+        let (mut inner, _) = self
+            .changed
+            .wait_timeout_while(self.inner(), self.grace, ours)
+            .unwrap_or_else(PoisonError::into_inner);
+        if ours(&mut inner) {
+            tracing::info!(
+                export = self.export,
+                "nobody came back: the block device is writable again"
+            );
+            self.give_back(inner);
+        }
+    }
+}
+
+impl fmt::Debug for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Access({}: {})", self.export, self.state())
+    }
+}
+
+/// Undoes a take that failed half way.
+struct BackToBlock<'a>(&'a Access);
+
+impl Drop for BackToBlock<'_> {
+    fn drop(&mut self) {
+        self.0.give_back(self.0.inner());
+    }
+}
+
+/// A client's hold on the disk. Dropping it is dying.
+#[derive(Debug)]
+pub struct Hold {
+    /// `None` when the disk is shared, or the hold has ended.
+    access: Option<Arc<Access>>,
+}
+
+impl Hold {
+    /// The client is gone and its last requests are being finished.
+    pub fn drain(&self) {
+        if let Some(access) = &self.access {
+            let mut inner = access.inner();
+            if let State::Upgraded(_) = inner.state {
+                inner.state = State::Draining;
+            }
+        }
+    }
+
+    /// The client left, and nothing of it is under way.
+    pub fn leave(mut self) {
+        if let Some(access) = self.access.take() {
+            access.give_back(access.inner());
+            tracing::info!(
+                export = access.export,
+                "the client left: now {}",
+                access.state()
+            );
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(access) = self.access.take() {
+            access.await_return();
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "access_tests.rs"]
+mod tests;

@@ -1,0 +1,220 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+
+use super::*;
+
+/// A block door that keeps a diary, and a lock to hold up its draining.
+#[derive(Default)]
+struct Door {
+    diary: Mutex<Vec<&'static str>>,
+    mounted: AtomicBool,
+    stuck: AtomicBool,
+    draining: Mutex<()>,
+}
+
+impl Door {
+    fn diary(&self) -> Vec<&'static str> {
+        self.diary.lock().unwrap().clone()
+    }
+}
+
+impl BlockDoor for Door {
+    fn close(&self, _limit: Duration) -> Result<(), String> {
+        self.diary.lock().unwrap().push("closing");
+        if self.stuck.load(Ordering::Relaxed) {
+            return Err("stuck".into());
+        }
+        drop(self.draining.lock().unwrap());
+        self.diary.lock().unwrap().push("closed");
+        Ok(())
+    }
+
+    fn open(&self) {
+        self.diary.lock().unwrap().push("open");
+    }
+
+    fn in_use(&self) -> Option<String> {
+        let mounted = self.mounted.load(Ordering::Relaxed);
+        mounted.then(|| "mounted at /x".to_owned())
+    }
+}
+
+fn client(name: &str) -> Client {
+    Client {
+        name: name.into(),
+        gone: Arc::new(|| false),
+    }
+}
+
+fn export(grace: Duration) -> (Arc<Access>, Arc<Door>) {
+    let access = Access::new("e", false, grace);
+    let door = Arc::new(Door::default());
+    access.open(Some(Arc::<Door>::clone(&door)));
+    (access, door)
+}
+
+const LONG: Duration = Duration::from_secs(3600);
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < deadline, "it did not happen that {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn the_disk_goes_to_a_client_and_back_when_it_leaves() {
+    let (access, door) = export(LONG);
+    assert_eq!(access.state(), AccessState::Block);
+    let hold = access.take(client("a")).unwrap();
+    assert_eq!(access.state(), AccessState::Upgraded);
+    assert_eq!(door.diary(), ["closing", "closed"]);
+    assert_eq!(access.holder().as_deref(), Some("a"));
+    let refused = access.take(client("b")).unwrap_err();
+    assert_eq!(refused, Refused::Taken("a".into()));
+    hold.drain();
+    assert_eq!(access.state(), AccessState::Draining);
+    assert_eq!(door.diary(), ["closing", "closed"], "not before it left");
+    hold.leave();
+    assert_eq!(access.state(), AccessState::Block);
+    assert_eq!(door.diary(), ["closing", "closed", "open"]);
+}
+
+#[test]
+fn no_client_gets_the_disk_before_the_block_door_is_drained() {
+    let (access, door) = export(LONG);
+    let draining = door.draining.lock().unwrap();
+    let (sender, got) = mpsc::channel();
+    std::thread::spawn({
+        let access = Arc::clone(&access);
+        move || sender.send(access.take(client("a"))).unwrap()
+    });
+    eventually("the door is being closed", || door.diary() == ["closing"]);
+    assert_eq!(access.state(), AccessState::Draining);
+    assert!(got.try_recv().is_err());
+    drop(draining);
+    let hold = got.recv().unwrap().unwrap();
+    assert_eq!(access.state(), AccessState::Upgraded);
+    hold.leave();
+}
+
+#[test]
+fn the_disk_is_kept_for_a_client_that_died_and_given_back_after_the_grace() {
+    let (access, door) = export(LONG);
+    drop(access.take(client("a")).unwrap());
+    assert_eq!(access.state(), AccessState::Waiting);
+    let again = access.take(client("a again")).unwrap();
+    assert_eq!(access.state(), AccessState::Upgraded);
+    assert_eq!(door.diary(), ["closing", "closed"], "closed all the time");
+    again.leave();
+
+    let (access, door) = export(Duration::from_millis(50));
+    drop(access.take(client("a")).unwrap());
+    eventually("the disk is given back", || {
+        access.state() == AccessState::Block
+    });
+    assert_eq!(door.diary(), ["closing", "closed", "open"]);
+}
+
+#[test]
+fn a_wait_that_ended_well_does_not_end_the_next_one() {
+    let (access, door) = export(Duration::from_millis(200));
+    drop(access.take(client("a")).unwrap());
+    let again = access.take(client("a again")).unwrap();
+    // The thread of the first wait has ended, or sees that it is not its wait any more.
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(access.state(), AccessState::Upgraded);
+    assert_eq!(door.diary(), ["closing", "closed"]);
+    again.leave();
+}
+
+#[test]
+fn a_disk_in_use_stays_with_the_block_door() {
+    let (access, door) = export(LONG);
+    door.mounted.store(true, Ordering::Relaxed);
+    let refused = access.take(client("a")).unwrap_err();
+    assert_eq!(refused, Refused::InUse("mounted at /x".into()));
+    assert!(!door.diary().contains(&"closing"));
+    assert_eq!(access.state(), AccessState::Block);
+    door.mounted.store(false, Ordering::Relaxed);
+    assert!(access.take(client("a")).is_ok());
+}
+
+#[test]
+fn a_block_door_that_cannot_be_drained_stays_open() {
+    let (access, door) = export(LONG);
+    door.stuck.store(true, Ordering::Relaxed);
+    let refused = access.take(client("a")).unwrap_err();
+    assert_eq!(refused, Refused::Drain("stuck".into()));
+    assert_eq!(access.state(), AccessState::Block);
+    assert_eq!(door.diary().last(), Some(&"open"));
+}
+
+#[test]
+fn who_comes_before_its_own_past_has_ended_waits_for_it() {
+    let (access, _door) = export(LONG);
+    let gone = Arc::new(AtomicBool::new(false));
+    let hold = access
+        .take(Client {
+            name: "a".into(),
+            gone: Arc::new({
+                let gone = Arc::clone(&gone);
+                move || gone.load(Ordering::Relaxed)
+            }),
+        })
+        .unwrap();
+    gone.store(true, Ordering::Relaxed);
+    assert_eq!(access.holder(), None);
+    let next = std::thread::spawn({
+        let access = Arc::clone(&access);
+        move || access.take(client("b")).unwrap()
+    });
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(!next.is_finished());
+    drop(hold);
+    let _next = next.join().unwrap();
+    assert_eq!(access.holder().as_deref(), Some("b"));
+}
+
+#[test]
+fn early_clients_wait_for_the_doors_to_open() {
+    let access = Access::new("e", false, LONG);
+    let early = std::thread::spawn({
+        let access = Arc::clone(&access);
+        move || access.take(client("a"))
+    });
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(!early.is_finished());
+    access.open(None);
+    let _hold = early.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_closed_export_has_no_clients() {
+    let (access, door) = export(LONG);
+    let hold = access.take(client("a")).unwrap();
+    access.close();
+    assert_eq!(access.take(client("b")).unwrap_err(), Refused::NotOpen);
+    hold.leave();
+    assert!(!door.diary().contains(&"open"), "it is on its way out");
+}
+
+#[test]
+fn without_a_block_door_nobody_is_waited_for() {
+    let access = Access::new("e", false, LONG);
+    access.open(None);
+    assert_eq!(access.state(), AccessState::Free);
+    drop(access.take(client("a")).unwrap());
+    assert_eq!(access.state(), AccessState::Free);
+}
+
+#[test]
+fn a_read_only_disk_is_shared() {
+    let access = Access::new("e", true, LONG);
+    access.open(None);
+    let _one = access.take(client("a")).unwrap();
+    let _two = access.take(client("b")).unwrap();
+    assert_eq!(access.state(), AccessState::Shared);
+    assert_eq!(access.holder(), None);
+}
