@@ -6,6 +6,11 @@
 
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
+mod common;
+mod serving;
+#[path = "ublk/upgrade.rs"]
+mod upgrade;
+
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};

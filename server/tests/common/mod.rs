@@ -142,6 +142,15 @@ impl House {
     }
 }
 
+/// What a driver does that may not succeed: its helpers panic when the device refuses.
+pub fn attempt<T>(what: impl FnOnce() -> T) -> Result<T, String> {
+    let what = std::panic::AssertUnwindSafe(what);
+    std::panic::catch_unwind(what).map_err(|panic| match panic.downcast::<String>() {
+        Ok(text) => *text,
+        Err(_) => "the device refused".to_owned(),
+    })
+}
+
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {

@@ -1,5 +1,7 @@
 //! A runtime directory of its own for each test, and servers in it.
 
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
