@@ -13,8 +13,9 @@ mod io;
 mod kernel;
 mod qemu;
 mod selftest;
-pub mod story;
+mod story;
 mod ublk_control;
+pub mod upgraded;
 mod vhost;
 
 use crate::test::{Place, Test};
@@ -94,7 +95,7 @@ pub const SUITES: &[Suite] = &[
         about: "a server process on the host and guests that use its disk",
         place: Place::Host,
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
-        tests: &[story::TESTS, vhost::TESTS, qemu::TESTS],
+        tests: &[story::TESTS, upgraded::TESTS, vhost::TESTS, qemu::TESTS],
         with_cargo_test: false,
     },
     Suite {
@@ -118,6 +119,7 @@ pub const SUITES: &[Suite] = &[
 /// machines they boot, and tests that are meant to fail.
 const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, guest::STEPS),
+    (STEPS, upgraded::STEPS),
     (selftest::PATIENTS, selftest::PATIENT_TESTS),
 ];
 
