@@ -9,6 +9,7 @@ mod block;
 mod docs;
 mod fd_address;
 mod guest;
+mod hand_over;
 mod io;
 mod kernel;
 mod qemu;
@@ -86,6 +87,7 @@ pub const SUITES: &[Suite] = &[
             fd_address::TESTS,
             block::TESTS,
             agree::TESTS,
+            hand_over::TESTS,
             qemu::NESTED,
         ],
         with_cargo_test: false,
@@ -119,6 +121,7 @@ pub const SUITES: &[Suite] = &[
 /// machines they boot, and tests that are meant to fail.
 const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, guest::STEPS),
+    (STEPS, hand_over::STEPS),
     (STEPS, upgraded::STEPS),
     (selftest::PATIENTS, selftest::PATIENT_TESTS),
 ];

@@ -217,36 +217,10 @@ impl Story<'_> {
         writeln!(self.told, "{text}").context("cannot tell")
     }
 
-    fn stat(&self) -> Result<serde_json::Value> {
-        let stat = ublkup(self.cx, &["stat", "disk", "--json"]).run()?;
-        Ok(serde_json::from_str(&stat)?)
-    }
-
     /// Reads that have come by a door.
     fn reads(&self, door: Door) -> Result<u64> {
-        let reads = &self.stat()?[door.name()]["counters"]["reads"];
+        let reads = &stat(self.cx)?[door.name()]["counters"]["reads"];
         reads.as_u64().context("stat counts no reads")
-    }
-
-    fn access(&self) -> Result<String> {
-        let stat = self.stat()?;
-        let access = stat["access"].as_str().context("stat shows no access")?;
-        Ok(access.to_owned())
-    }
-
-    fn expect_access(&self, wanted: &str) -> Result<()> {
-        let deadline = Instant::now() + self.cx.patience(20);
-        loop {
-            let access = self.access()?;
-            if access == wanted {
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "the access is {access}, not {wanted}"
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
     }
 
     /// Measures a job that `run` runs somewhere, at each depth, and adds it to the table. All its
@@ -341,6 +315,29 @@ fn ublkup(cx: &Context, args: &[&str]) -> Shell {
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
 }
 
+/// What `stat` says about the export `disk`.
+fn stat(cx: &Context) -> Result<serde_json::Value> {
+    let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
+    Ok(serde_json::from_str(&stat)?)
+}
+
+/// Waits until the export `disk` is in this state of access.
+pub(super) fn expect_access(cx: &Context, wanted: &str) -> Result<()> {
+    let deadline = Instant::now() + cx.patience(20);
+    loop {
+        let stat = stat(cx)?;
+        let access = stat["access"].as_str().context("stat shows no access")?;
+        if access == wanted {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the access is {access}, not {wanted}"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 fn upgrade_and_back(cx: &Context) -> Result<()> {
     let image = cx.scratch().join("disk.ext4");
     let known = images::ext4_with_known_files(&image, DISK_BYTES, 1)?;
@@ -381,7 +378,7 @@ fn upgrade_and_back(cx: &Context) -> Result<()> {
     let new = after(&mut story, &known)?;
     let known = known.and(new);
 
-    story.expect_access("block")?;
+    expect_access(cx, "block")?;
     let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), false)?;
     known.verify(mounted.dir())?;
     let more = KnownFiles::generate(mounted.dir(), 9)?;
@@ -435,20 +432,9 @@ fn before(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
 
 /// The same QEMU and the same disk; the path is all that leads to the server.
 fn after(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
-    sh(&format!("blockdev --flushbufs {}", story.disk.display())).run()?;
-    let held = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&story.disk)
-        .context("cannot open the block device")?;
-    // For QEMU to inherit, as after a shell's redirection.
-    rustix::io::fcntl_setfd(&held, rustix::io::FdFlags::empty())?;
-    let address = format!("/dev/self/fd/{}/vhost-user-blk", held.as_raw_fd());
-    let qemu = client(story.cx)?.vhost_disk(Path::new(&address));
-    let mut guest = Machine::boot(&qemu, &story.cx.paths, "upgrade-after")?;
-    drop(held);
+    let (mut guest, address) = boot_upgraded(story.cx, &story.disk, "upgrade-after")?;
     let new = add_files(story, &mut guest, known, 3)?;
-    story.expect_access("upgraded")?;
+    expect_access(story.cx, "upgraded")?;
     story.say(&format!(
         "the same QEMU connected to {address}: upgraded; its guest found them all and added {}",
         new.len()
@@ -467,6 +453,22 @@ fn after(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
     guest.power_off();
     story.say("the same fio has run in the upgraded guest")?;
     Ok(new)
+}
+
+/// A stock QEMU that upgrades from the block device by nothing but its path; and that path.
+pub(super) fn boot_upgraded(cx: &Context, disk: &Path, log: &str) -> Result<(Machine, String)> {
+    sh(&format!("blockdev --flushbufs {}", disk.display())).run()?;
+    let held = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(disk)
+        .context("cannot open the block device")?;
+    // For QEMU to inherit, as after a shell's redirection.
+    rustix::io::fcntl_setfd(&held, rustix::io::FdFlags::empty())?;
+    let address = format!("/dev/self/fd/{}/vhost-user-blk", held.as_raw_fd());
+    let qemu = client(cx)?.vhost_disk(Path::new(&address));
+    let guest = Machine::boot(&qemu, &cx.paths, log)?;
+    Ok((guest, address))
 }
 
 fn client(cx: &Context) -> Result<Qemu> {
