@@ -15,6 +15,7 @@ mod kernel;
 mod qemu;
 mod selftest;
 mod story;
+mod survive;
 mod ublk_control;
 pub mod upgraded;
 mod vhost;
@@ -97,7 +98,13 @@ pub const SUITES: &[Suite] = &[
         about: "a server process on the host and guests that use its disk",
         place: Place::Host,
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
-        tests: &[story::TESTS, upgraded::TESTS, vhost::TESTS, qemu::TESTS],
+        tests: &[
+            story::TESTS,
+            upgraded::TESTS,
+            vhost::TESTS,
+            survive::TESTS,
+            qemu::TESTS,
+        ],
         with_cargo_test: false,
     },
     Suite {
