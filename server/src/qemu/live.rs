@@ -82,24 +82,40 @@ fn upgrade(qmp: &mut Qmp, wanted: &str, runtime_dir: Option<&Path>) -> Result<St
     };
     check_quiet(qmp, &old)?;
     // QEMU keeps the claim as long as it lives, and finds the service again through it.
-    let fd = hand_over(qmp, &claim)?;
-    let address = address(&connection, fd)?;
+    let given = hand_over(qmp, &claim)?;
     let way = way_name(connection.way());
-    drop(connection);
-
-    unplug(qmp, &old)?;
-    let plugged = close_node(qmp, &old)
-        .and_then(|()| claim.settle().map_err(Into::into))
-        .and_then(|()| plug_new(qmp, &old, &address));
-    match plugged {
-        Ok(()) => Ok(format!(
-            "{}: upgraded by the {way}'s way: the guest has the disk back, as {} '{}'",
-            path.display(),
-            "vhost-user-blk-pci",
-            new_id(&old)
-        )),
-        Err(error) => Err(roll_back(qmp, &old, error)),
+    let exchanged = address(&connection, given.fd).and_then(|address| {
+        // The server takes one client at a time.
+        drop(connection);
+        exchange(qmp, &old, &address, || Ok(claim.settle()?))
+    });
+    if let Err(error) = exchanged {
+        let taken = qmp.command("remove-fd", json!({ "fdset-id": given.set }));
+        return Err(match taken {
+            Ok(_) => error,
+            Err(also) => error.context(format!("QEMU keeps the claim on the disk ({also:#})")),
+        });
     }
+    Ok(format!(
+        "{}: upgraded by the {way}'s way: the guest has its disk back, as vhost-user-blk-pci '{}'",
+        path.display(),
+        new_id(&old)
+    ))
+}
+
+/// Unplugs the old device and plugs the new one in, or else the old one again. `settle` empties the
+/// page cache once nobody uses the block device any more.
+fn exchange(
+    qmp: &mut Qmp,
+    old: &OldDisk,
+    address: &str,
+    settle: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    unplug(qmp, old)?;
+    close_node(qmp, old)
+        .and_then(|()| settle())
+        .and_then(|()| plug_new(qmp, old, address))
+        .map_err(|error| roll_back(qmp, old, error))
 }
 
 /// Finds the disk among QEMU's block devices.
@@ -269,11 +285,22 @@ fn requests(qmp: &mut Qmp, old: &OldDisk) -> Result<Vec<u64>> {
         .collect())
 }
 
-/// Gives QEMU the claimed descriptor; its number there.
-fn hand_over(qmp: &mut Qmp, claim: &DiskClaim) -> Result<RawFd> {
-    let added = qmp.command_with("add-fd", json!({ "opaque": "ublkup" }), &[claim.as_fd()])?;
+/// A descriptor in QEMU's hands.
+struct Given {
+    fd: RawFd,
+    set: i64,
+}
+
+/// Gives QEMU the claimed descriptor.
+fn hand_over(qmp: &mut Qmp, claim: &DiskClaim) -> Result<Given> {
+    let opaque = json!({ "opaque": "ublkup" });
+    let added = qmp.command_with("add-fd", opaque, &[claim.as_fd()])?;
     let fd = added["fd"].as_i64().context("add-fd: no descriptor")?;
-    Ok(RawFd::try_from(fd)?)
+    let set = added["fdset-id"].as_i64().context("add-fd: no set")?;
+    Ok(Given {
+        fd: RawFd::try_from(fd)?,
+        set,
+    })
 }
 
 fn address(connection: &Connection, fd: RawFd) -> Result<String> {
@@ -392,3 +419,7 @@ fn has_node(qmp: &mut Qmp, node: &str) -> Result<bool> {
         .context("query-named-block-nodes: no list")?;
     Ok(nodes.iter().any(|one| one["node-name"] == node))
 }
+
+#[cfg(test)]
+#[path = "live_tests.rs"]
+mod tests;

@@ -15,6 +15,7 @@ mod qemu;
 mod selftest;
 pub mod story;
 mod ublk_control;
+mod upgrade;
 mod vhost;
 
 use crate::test::{Place, Test};
@@ -95,6 +96,14 @@ pub const SUITES: &[Suite] = &[
         place: Place::Host,
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
         tests: &[story::TESTS, vhost::TESTS, qemu::TESTS],
+        with_cargo_test: false,
+    },
+    Suite {
+        name: "upgrade",
+        about: "probe, launcher and recipes with a stock QEMU, inside User Mode Linux",
+        place: Place::Uml,
+        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        tests: &[upgrade::TESTS],
         with_cargo_test: false,
     },
     Suite {
