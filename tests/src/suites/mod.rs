@@ -48,7 +48,7 @@ pub enum Need {
     Server,
     /// The server's own tests that need a ublk driver.
     DriverTests,
-    /// QEMU, its storage daemon, fio, e2fsprogs, strace.
+    /// QEMU, its storage daemon, fio, e2fsprogs, strace, libvirt's schemas.
     Tools,
 }
 
@@ -95,7 +95,12 @@ pub const SUITES: &[Suite] = &[
         about: "a server process on the host and guests that use its disk",
         place: Place::Host,
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
-        tests: &[story::TESTS, vhost::TESTS, qemu::TESTS],
+        tests: &[
+            story::TESTS,
+            vhost::TESTS,
+            qemu::TESTS,
+            upgrade::STOCK_KERNEL_TESTS,
+        ],
         with_cargo_test: false,
     },
     Suite {

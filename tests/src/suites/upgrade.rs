@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::fs::OFlags;
@@ -21,8 +22,8 @@ use crate::kit::server::{Serve, Server};
 use crate::kit::shell::{Finished, Shell, sh};
 use crate::machine::{Board, Machine, Qemu};
 use crate::process;
-use crate::test;
-use crate::test::{Context, Test};
+use crate::test::{Context, Place, Test};
+use crate::{skip, test};
 
 /// The table.
 pub const TESTS: &[Test] = &[
@@ -30,7 +31,9 @@ pub const TESTS: &[Test] = &[
     test!(the_raw_recipe_upgrades_an_unmodified_qemu_by_path_alone),
     test!(the_launcher_boots_from_the_disk_and_its_claim_and_cache_are_right),
     test!(the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing),
+    test!(qemu_comes_back_to_a_server_that_was_started_again),
     test!(without_a_service_qemu_gets_the_block_device),
+    test!(without_a_service_the_raw_recipe_ends_and_the_launcher_goes_on),
     test!(a_mounted_disk_is_refused_by_name_of_the_mount),
     test!(two_disks_are_upgraded_and_the_second_boots),
     test!(the_printed_command_runs_in_a_shell),
@@ -40,6 +43,13 @@ pub const TESTS: &[Test] = &[
     test!(a_running_guest_moves_to_the_service_and_back_to_the_host_without_losing_a_byte)
         .limit_s(240),
     test!(a_disk_is_plugged_into_a_running_guest).limit_s(240),
+];
+
+/// On a host whose kernel knows nothing of all this. There the block devices are loop devices.
+pub const STOCK_KERNEL_TESTS: &[Test] = &[
+    test!(the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing),
+    test!(qemu_comes_back_to_a_server_that_was_started_again),
+    test!(without_a_service_the_raw_recipe_ends_and_the_launcher_goes_on),
 ];
 
 /// A server with a boot sector on its disk, or on each of them.
@@ -233,6 +243,12 @@ fn the_raw_recipe_upgrades_an_unmodified_qemu_by_path_alone(cx: &Context) -> Res
 fn the_launcher_boots_from_the_disk_and_its_claim_and_cache_are_right(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &[])?;
     let device = served.device()?;
+    // What makes the disk bootable is in the page cache only when QEMU comes, and a writer stays, or
+    // the kernel itself would write it out.
+    let writer = OpenOptions::new().write(true).open(&device)?;
+    writer.write_all_at(&[0; SECTOR_BYTES], 0)?;
+    writer.sync_all()?;
+    writer.write_all_at(&boot_sector::sector(), 0)?;
     let mut launcher = recipe(cx, "launcher-q35.sh");
     let guest = boot(cx, launcher.env("DEVICE", &device).args(OPTIONS))?;
     let stat = served.stat(cx, "disk")?;
@@ -261,7 +277,10 @@ fn the_launcher_boots_from_the_disk_and_its_claim_and_cache_are_right(cx: &Conte
 struct LoopDevice(PathBuf);
 
 impl LoopDevice {
-    fn new(image: &Path) -> Result<Self> {
+    fn new(cx: &Context, image: &Path) -> Result<Self> {
+        if cx.place == Place::Host && !rustix::process::geteuid().is_root() {
+            skip!("a loop device needs root");
+        }
         let made = sh(&format!("losetup -f --show {}", image.display())).run()?;
         Ok(LoopDevice(made.trim().into()))
     }
@@ -285,11 +304,8 @@ fn image(cx: &Context) -> Result<PathBuf> {
 
 /// A loop device has no service in the kernel, so a client goes on to the registry, where the
 /// server of the same image has an entry for it.
-fn the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing(cx: &Context) -> Result<()> {
-    let image = image(cx)?;
-    let disk = LoopDevice::new(&image)?;
+fn serve_loop(cx: &Context, image: &Path, disk: &LoopDevice) -> Result<Served> {
     let run = cx.scratch().join("run");
-    let socket = run.join("exports/disk/vhost-user-blk");
     let server = Serve::new(cx)
         .env("UBLKUP_RUNTIME_DIR", &run)
         .ublk("no")
@@ -298,17 +314,47 @@ fn the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing(cx: &Context
     let (major, minor, sequence) = number_of(&disk.0)?;
     let folder = run.join(format!("fd-upgrade/blk-{major}-{minor}-{sequence}"));
     fs::create_dir_all(&folder)?;
-    fs::hard_link(&socket, folder.join("vhost-user-blk"))?;
+    let entry = folder.join("vhost-user-blk");
+    if entry.exists() {
+        fs::remove_file(&entry)?;
+    }
+    fs::hard_link(run.join("exports/disk/vhost-user-blk"), entry)?;
+    Ok(Served { server })
+}
 
+fn the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing(cx: &Context) -> Result<()> {
+    let image = image(cx)?;
+    let disk = LoopDevice::new(cx, &image)?;
+    let served = serve_loop(cx, &image, &disk)?;
     let path = disk.0.to_string_lossy().into_owned();
     let said = ublkup(cx, &["probe", &path]).finish()?;
     expect(&said, 0, "by the registry's way")?;
     let asked = [&format!("{path},bootindex=0"), "--require-upgrade"];
     let guest = boot(cx, &mut launcher(cx, &asked))?;
+    let stat = served.stat(cx, "disk")?;
+    ensure!(stat["access"] == "upgraded", "{stat}");
     guest.write_and_end()?;
-    let log = server.stop()?;
-    ensure!(log.contains("upgraded") || log.contains("session"), "{log}");
+    served.stop()?;
     // The image, not the loop device, which has a cache of the file in between.
+    expect_written(&image)
+}
+
+/// With a block device that outlives the server, which a loop device does.
+fn qemu_comes_back_to_a_server_that_was_started_again(cx: &Context) -> Result<()> {
+    let image = image(cx)?;
+    let disk = LoopDevice::new(cx, &image)?;
+    let served = serve_loop(cx, &image, &disk)?;
+    let path = format!("{},bootindex=0", disk.0.display());
+    let guest = boot(cx, &mut launcher(cx, &[&path]))?;
+    served.server.kill()?;
+    let served = serve_loop(cx, &image, &disk)?;
+    let deadline = Instant::now() + cx.patience(20);
+    while served.stat(cx, "disk")?["access"] != "upgraded" {
+        ensure!(Instant::now() < deadline, "QEMU did not come back");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    guest.write_and_end()?;
+    served.stop()?;
     expect_written(&image)
 }
 
@@ -327,6 +373,26 @@ fn without_a_service_qemu_gets_the_block_device(cx: &Context) -> Result<()> {
     guest.write_and_end()?;
     expect_written(&device)?;
     served.stop()
+}
+
+/// Whatever kind of "no" the kernel says: it knows no fd addresses, or no service of a loop device.
+fn without_a_service_the_raw_recipe_ends_and_the_launcher_goes_on(cx: &Context) -> Result<()> {
+    let image = image(cx)?;
+    let disk = LoopDevice::new(cx, &image)?;
+    let mut raw = recipe(cx, "raw.sh");
+    raw.env("DEVICE", &disk.0)
+        .env("RECONNECT", "")
+        .args(OPTIONS);
+    let ended = raw.output()?;
+    let said = String::from_utf8_lossy(&ended.stderr);
+    ensure!(
+        ended.status.code() == Some(1) && said.contains("Failed to connect to '/dev/self/fd/9/"),
+        "{ended:?}"
+    );
+    let asked = format!("{},bootindex=0", disk.0.display());
+    let guest = boot(cx, &mut launcher(cx, &[&asked]))?;
+    guest.write_and_end()?;
+    expect_written(&disk.0)
 }
 
 fn a_mounted_disk_is_refused_by_name_of_the_mount(cx: &Context) -> Result<()> {
@@ -562,7 +628,7 @@ fn a_running_guest_moves_to_the_service_and_back_to_the_host_without_losing_a_by
     );
     let refused = std::thread::scope(|scope| {
         let early = scope.spawn(|| {
-            std::thread::sleep(std::time::Duration::from_secs(3));
+            std::thread::sleep(Duration::from_secs(3));
             live("disk").output()
         });
         machine.sh(
