@@ -7,8 +7,10 @@ mod common;
 mod disks;
 
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -21,7 +23,7 @@ use ublkup::door::vhost::{SessionState, StartError, VhostConfig, VhostDoor};
 use ublkup::request::Op;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 use vmm_sys_util::eventfd::EventFd;
 
 fn house() -> House {
@@ -507,6 +509,78 @@ fn closing_the_door_finishes_what_is_under_way() {
     assert!(!path.exists());
     opener.join().unwrap();
     drop(scratch);
+}
+
+/// What a server that was killed left behind: three chains taken, in another order than they lie on the
+/// ring, one of them returned. The next one does the other two, in the order in which they were taken.
+#[test]
+fn requests_of_a_server_that_died_are_done_by_the_next_one() {
+    let house = house();
+    let told = VhostUserInflight::new(0, 0, 1, 128);
+    let mut asking = Driver::connect(house.connect(), USUAL);
+    let (told, record) = asking.frontend.get_inflight_fd(&told).unwrap();
+    drop(asking);
+    house.wait_empty();
+
+    let mut driver = Driver::connect(house.connect(), USUAL);
+    let fd = record.as_raw_fd();
+    driver.frontend.set_inflight_fd(&told, fd).unwrap();
+    // Chains 0, 3 and 6 read sectors 0, 8 and 16; all three are on the ring.
+    let mut vring = Vring::new(0, 128);
+    for (head, sector) in [(0, 0), (3, 8), (6, 16)] {
+        let at = DATA + 0x1_0000 * u64::from(head);
+        driver.header(at, T_IN, sector);
+        driver.memory.put(at + 16, &[UNTOUCHED]);
+        let chain = [
+            (at, 16, NEXT, head + 1),
+            (at + 4096, 4096, WRITE | NEXT, head + 2),
+            (at + 16, 1, WRITE, 0),
+        ];
+        for (index, descriptor) in (head..).zip(chain) {
+            driver
+                .memory
+                .descriptor(vring.descriptors, index, descriptor);
+        }
+        vring.offer(&driver.memory, head);
+    }
+    // The dead server's record: 6 was taken first, then 0 and 3; 0 has been returned.
+    driver
+        .memory
+        .word(vring.used + 2)
+        .store(1, Ordering::Relaxed);
+    vring.next_used = 1;
+    let entry = |head: u64, inflight: u8, number: u64| {
+        record.write_all_at(&[inflight], 16 + 16 * head).unwrap();
+        record
+            .write_all_at(&number.to_le_bytes(), 16 + 16 * head + 8)
+            .unwrap();
+    };
+    // Version 1, 128 descriptors, last batch began at 0, used index 0: the end of it was not noted.
+    let header: Vec<u8> = [1u16, 128, 0, 0]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    record.write_all_at(&header, 8).unwrap();
+    entry(0, 1, 11);
+    entry(3, 1, 12);
+    entry(6, 1, 10);
+    driver.vrings.push(vring);
+    // The base that a client sends after a reconnect is the used index.
+    driver.start(0, 1);
+
+    let memory = &driver.memory;
+    let heads: Vec<u32> = (0..2).map(|_| driver.vrings[0].wait(memory).0).collect();
+    assert_eq!(heads, [6, 3]);
+    // And it goes on with what is new.
+    assert_eq!(driver.read(0, 512).0, OK);
+    let mut left = [0; 2];
+    record.read_exact_at(&mut left, 14).unwrap();
+    assert_eq!(u16::from_le_bytes(left), 4, "the record's used index");
+    for head in [0, 3, 6] {
+        let mut flag = [9];
+        record.read_exact_at(&mut flag, 16 + 16 * head).unwrap();
+        assert_eq!(flag, [0], "chain {head} is on record as under way");
+    }
 }
 
 #[test]

@@ -14,6 +14,7 @@
 //! # anyhow::Ok(())
 //! ```
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -156,6 +157,27 @@ pub struct Direction {
     pub io_bytes: u64,
     /// Requests per second; never assert on it.
     pub iops: f64,
+    /// From submission to completion.
+    #[serde(default)]
+    pub clat_ns: Latency,
+}
+
+/// A latency as fio writes it.
+#[derive(Debug, Default, Deserialize)]
+pub struct Latency {
+    #[serde(default)]
+    mean: f64,
+    #[serde(default)]
+    percentile: BTreeMap<String, u64>,
+}
+
+/// A latency in microseconds; never assert on it.
+#[derive(Clone, Copy, Debug)]
+pub struct LatencyUs {
+    /// Mean.
+    pub mean_us: f64,
+    /// 99th percentile.
+    pub p99_us: f64,
 }
 
 impl Report {
@@ -175,6 +197,17 @@ impl Report {
     #[must_use]
     pub fn trims(&self) -> u64 {
         self.jobs.iter().map(|job| job.trim.total_ios).sum()
+    }
+
+    /// The completion latency of the first job's reads, if fio told it.
+    #[must_use]
+    pub fn read_latency(&self) -> Option<LatencyUs> {
+        let latency = &self.jobs.first()?.read.clat_ns;
+        let p99_ns = *latency.percentile.get("99.000000")?;
+        Some(LatencyUs {
+            mean_us: latency.mean / 1e3,
+            p99_us: p99_ns as f64 / 1e3,
+        })
     }
 
     /// Reads, writes and discards per second of all jobs together.

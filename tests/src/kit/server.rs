@@ -43,6 +43,16 @@ impl Serve {
         self
     }
 
+    /// Adds several arguments.
+    #[must_use]
+    pub fn args<I, S>(self, args: I) -> Self
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<OsStr>,
+    {
+        args.into_iter().fold(self, Self::arg)
+    }
+
     /// `--name`.
     #[must_use]
     pub fn name(self, name: &str) -> Self {

@@ -233,6 +233,12 @@ impl Machine {
         &self.kernel
     }
 
+    /// The machine's process on this side.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The exchange directory as this side sees it.
     #[must_use]
     pub fn exchange(&self) -> PathBuf {

@@ -193,13 +193,13 @@ impl Qemu {
         if *mode != Mode::Agent {
             words.push("quiet".to_owned());
         }
-        if self.board == Board::Microvm {
-            // The board has no clock to measure the processor's counter by but
-            // the PIT, which is too coarse when the emulator is not scheduled
-            // in time: in User Mode Linux always. A kernel that knows no
-            // frequency waits for its first tick for ever.
-            words.push(format!("tsc_early_khz={}", counter_khz()));
-        }
+        // An emulator that is not scheduled in time (in User Mode Linux always)
+        // makes every clock but the processor's counter useless for measuring
+        // that counter by: a microvm without a known frequency waits for its
+        // first tick for ever, and a PC takes the counter for broken, and from
+        // then on reads a slow device each time it wants to know the time.
+        words.push(format!("tsc_early_khz={}", counter_khz()));
+        words.push("tsc=reliable".to_owned());
         words.extend(self.kernel_arguments.iter().cloned());
         words.join(" ")
     }

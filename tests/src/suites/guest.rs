@@ -6,7 +6,6 @@ use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::io::{Exercise, open_direct, write_direct};
-use crate::kit::fio::Fio;
 use crate::kit::images::{self, KnownFiles, Random};
 use crate::kit::server::{Serve, Server};
 use crate::kit::shell::sh;
@@ -23,8 +22,6 @@ pub const STEPS: &[Test] = &[
     test!(write_through).limit_s(120),
     test!(serve_and_add_files).limit_s(120),
     test!(serve_and_check_files).limit_s(120),
-    test!(measure_block_door).limit_s(120),
-    test!(measure_disk).limit_s(120),
 ];
 
 /// Runs a shell script (the argument is its text) and replies with its output.
@@ -191,38 +188,4 @@ fn serve_and_check_files(cx: &Context) -> Result<()> {
     mounted.unmount()?;
     server.stop()?;
     Ok(())
-}
-
-/// Random reads of 4 KiB, 32 at a time: requests per second.
-fn random_reads(cx: &Context, device: &std::path::Path) -> Result<f64> {
-    let report = Fio::new(device)
-        .option("rw", "randread")
-        .option("bs", "4k")
-        .option("direct", 1)
-        .option("ioengine", "io_uring")
-        .option("time_based", 1)
-        .option("runtime", 3)
-        .depth(32)
-        .size("64m")
-        .limit(cx.patience(60))
-        .run()?;
-    Ok(report.iops())
-}
-
-/// Serves a memory disk through the block door and replies with what [`random_reads`] measures.
-fn measure_block_door(cx: &Context) -> Result<()> {
-    let server = Serve::new(cx)
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg("mem:64M")
-        .start()?;
-    let iops = random_reads(cx, &server.block_device()?)?;
-    server.stop()?;
-    cx.reply(&iops)
-}
-
-/// Replies with what [`random_reads`] measures on the disk that is the argument.
-fn measure_disk(cx: &Context) -> Result<()> {
-    let device: PathBuf = cx.args()?;
-    cx.reply(&random_reads(cx, &device)?)
 }

@@ -9,13 +9,16 @@ mod block;
 mod docs;
 mod fd_address;
 mod guest;
+mod hand_over;
 mod io;
 mod kernel;
+mod launcher;
 mod qemu;
 mod selftest;
-pub mod story;
+mod story;
+mod survive;
 mod ublk_control;
-mod upgrade;
+pub mod upgraded;
 mod vhost;
 
 use crate::test::{Place, Test};
@@ -86,6 +89,7 @@ pub const SUITES: &[Suite] = &[
             fd_address::TESTS,
             block::TESTS,
             agree::TESTS,
+            hand_over::TESTS,
             qemu::NESTED,
         ],
         with_cargo_test: false,
@@ -97,9 +101,11 @@ pub const SUITES: &[Suite] = &[
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
         tests: &[
             story::TESTS,
+            upgraded::TESTS,
             vhost::TESTS,
+            survive::TESTS,
             qemu::TESTS,
-            upgrade::STOCK_KERNEL_TESTS,
+            launcher::STOCK_KERNEL_TESTS,
         ],
         with_cargo_test: false,
     },
@@ -108,7 +114,7 @@ pub const SUITES: &[Suite] = &[
         about: "probe, launcher and recipes with a stock QEMU, inside User Mode Linux",
         place: Place::Uml,
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
-        tests: &[upgrade::TESTS],
+        tests: &[launcher::TESTS],
         with_cargo_test: false,
     },
     Suite {
@@ -132,6 +138,8 @@ pub const SUITES: &[Suite] = &[
 /// machines they boot, and tests that are meant to fail.
 const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, guest::STEPS),
+    (STEPS, hand_over::STEPS),
+    (STEPS, upgraded::STEPS),
     (selftest::PATIENTS, selftest::PATIENT_TESTS),
 ];
 

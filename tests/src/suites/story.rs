@@ -19,7 +19,7 @@ pub const TESTS: &[Test] =
 const IMAGE_BYTES: u64 = 96 << 20;
 
 /// Tells the story to `say` while it happens.
-pub fn tell(cx: &Context, say: &dyn Fn(&str)) -> Result<()> {
+fn tell(cx: &Context, say: &dyn Fn(&str)) -> Result<()> {
     let name = "disk.ext4";
     let image = cx.exchange().join(name);
     let known = images::ext4_with_known_files(&image, IMAGE_BYTES, 1)?;
@@ -80,28 +80,6 @@ pub fn tell(cx: &Context, say: &dyn Fn(&str)) -> Result<()> {
         all.len()
     ));
     linux.power_off();
-    Ok(())
-}
-
-/// Random reads per second through each door; what they are worth depends on the emulators.
-pub fn measure(cx: &Context, say: &dyn Fn(&str)) -> Result<()> {
-    let mut linux = boot_uml(cx, "measure-block")?;
-    let block: f64 = linux.run_step(&cx.paths, "measure_block_door", &())?;
-    linux.power_off();
-    let socket = cx.scratch().join("measure.sock");
-    let server = serve(cx, "mem:64M", &socket)?;
-    let mut guest = boot_guest(cx, Board::Q35, &socket)?;
-    let vhost: f64 = guest.run_step(&cx.paths, "measure_disk", &Path::new("/dev/vda"))?;
-    guest.power_off();
-    server.stop()?;
-    say("4 KiB random reads from a memory disk, 32 at a time (not to be compared with each other:");
-    say("one client is a kernel in user mode, the other an emulated PC)");
-    say(&format!(
-        "  block door   {block:>8.0} IOPS   fio in User Mode Linux on /dev/ublkb0"
-    ));
-    say(&format!(
-        "  vhost door   {vhost:>8.0} IOPS   fio in a QEMU TCG guest on /dev/vda"
-    ));
     Ok(())
 }
 

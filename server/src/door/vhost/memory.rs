@@ -101,6 +101,11 @@ impl Region {
         self.address
     }
 
+    /// Where it begins here. Whoever uses it keeps the region.
+    pub(super) fn start(&self) -> *mut u8 {
+        self.base
+    }
+
     /// Where byte `offset` of the region is here. The caller has checked that it lies inside.
     fn at(&self, offset: u64) -> *mut u8 {
         // The region was mapped, so every offset in it fits an address.

@@ -5,6 +5,7 @@
 //! All of them end with the session, and nothing of it stays.
 
 mod block;
+mod inflight;
 mod link;
 mod memory;
 mod queue;

@@ -113,14 +113,15 @@ impl VhostQueues {
         self.vrings.get_mut(local)?.as_deref_mut()
     }
 
-    fn begin(&mut self, ring: &mut Ring, start: Start) -> Result<(), RingError> {
+    fn begin(&mut self, ring: &mut Ring, mut start: Start) -> Result<(), RingError> {
         let local = usize::from(start.index / self.threads);
         let options = RingOptions {
             size: start.size,
             event_index: start.features & mask(VIRTIO_RING_F_EVENT_IDX) != 0,
             indirect: start.features & mask(VIRTIO_RING_F_INDIRECT_DESC) != 0,
         };
-        let queue = Virtqueue::new(options, start.addresses, start.base, &start.map)?;
+        let inflight = start.inflight.take();
+        let queue = Virtqueue::new(options, start.addresses, start.base, &start.map, inflight)?;
         self.map = Rc::new(HeldMap(Arc::clone(&start.map)));
         let mut vring = Box::new(Vring::new(start, queue));
         self.expect_room(vring.arm_kick(ring));
@@ -414,7 +415,8 @@ impl DoorQueue for VhostQueues {
         let poisonings = sigbus::poisonings();
         if self.poisonings != poisonings {
             self.poisonings = poisonings;
-            if self.map.0.is_poisoned() {
+            let mut vrings = self.vrings.iter().flatten();
+            if self.map.0.is_poisoned() || vrings.any(|vring| vring.queue.lost_its_record()) {
                 self.link.hang_up("the client cut its memory file short");
             }
         }

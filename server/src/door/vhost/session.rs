@@ -28,6 +28,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 
 use super::MAX_VRINGS;
 use super::block::{self, mask};
+use super::inflight::InflightBuffer;
 use super::link::Link;
 use super::memory::{MAX_REGIONS, MemoryMap, Region, RegionAddress};
 use super::queue::Command;
@@ -124,6 +125,7 @@ struct Session {
     hold: Option<Hold>,
     threads: BTreeMap<u16, QueueHandle>,
     map: Arc<MemoryMap>,
+    inflight: Option<InflightBuffer>,
     features: u64,
     vrings: Vec<VringSetup>,
 }
@@ -146,6 +148,7 @@ impl Session {
             hold: None,
             threads: BTreeMap::new(),
             map: Arc::default(),
+            inflight: None,
             features: 0,
             vrings: Vec::new(),
         }
@@ -218,6 +221,10 @@ impl Session {
             let hold = self.access.take(client);
             self.hold = Some(hold.map_err(|why| failed(io::Error::other(why)))?);
         }
+        let size = self.vring(u32::from(index))?.size;
+        let record = self.inflight.as_ref();
+        let inflight = record.map(|record| record.queue(index, size)).transpose();
+        let inflight = inflight.map_err(failed)?;
         let vring = self.vring(u32::from(index))?;
         let (Some(addresses), Some(kick)) = (vring.addresses, vring.kick.take()) else {
             unreachable!("they were there before the disk was taken");
@@ -232,6 +239,7 @@ impl Session {
             call: vring.call.take(),
             error: vring.error.take(),
             map,
+            inflight,
         });
         let thread = index % self.queue_threads;
         if !self.threads.contains_key(&thread) {
@@ -450,6 +458,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 
@@ -510,15 +519,17 @@ impl VhostUserBackendReqHandlerMut for Session {
         not_offered()
     }
 
-    fn get_inflight_fd(
-        &mut self,
-        _inflight: &VhostUserInflight,
-    ) -> Result<(VhostUserInflight, File)> {
-        not_offered()
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        // It is used when the client sends it back.
+        InflightBuffer::create(wanted).map_err(failed)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered()
+    fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
+        if self.vrings.iter().any(|vring| vring.started) {
+            return refuse("the inflight buffer cannot change while vrings are running");
+        }
+        self.inflight = Some(InflightBuffer::map(told, &file).map_err(failed)?);
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

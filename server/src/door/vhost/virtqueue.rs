@@ -6,6 +6,7 @@
 
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use super::inflight::InflightQueue;
 use super::memory::MemoryMap;
 
 /// Largest queue (virtio 1.3, 2.7).
@@ -49,6 +50,8 @@ pub(super) enum RingError {
     AvailableIndex,
     #[error("a chain begins at a descriptor that does not exist")]
     Head,
+    #[error("the record of requests under way contradicts it")]
+    Inflight,
 }
 
 /// Why a chain cannot be followed to its end.
@@ -105,10 +108,15 @@ pub(super) struct Virtqueue {
     published_used: u16,
     /// Whether the driver was notified since the start; the first time it always is.
     notified: bool,
+    /// Where the client remembers what is under way.
+    inflight: Option<InflightQueue>,
+    /// Chains that a server before this one took and did not return, last one first.
+    again: Vec<u16>,
 }
 
 impl Virtqueue {
-    /// A queue that goes on at available index `base`.
+    /// A queue that goes on at available index `base`, or where the record of requests under way
+    /// says.
     ///
     /// # Errors
     ///
@@ -118,6 +126,7 @@ impl Virtqueue {
         addresses: RingAddresses,
         base: u16,
         map: &MemoryMap,
+        inflight: Option<InflightQueue>,
     ) -> Result<Self, RingError> {
         if !options.size.is_power_of_two() || u32::from(options.size) > MAX_QUEUE_SIZE {
             return Err(RingError::Size);
@@ -131,12 +140,23 @@ impl Virtqueue {
             next_used: 0,
             published_used: 0,
             notified: false,
+            inflight,
+            again: Vec::new(),
         };
         // Used entries go on where the ring in memory stands (vhost-user has no message for it).
         let used = u16::from_le(queue.used_word(1).load(Ordering::Acquire));
         queue.next_used = used;
         queue.published_used = used;
         queue.used_word(0).store(0, Ordering::Relaxed);
+        if let Some(inflight) = &mut queue.inflight {
+            let mut again = inflight.recover(used).map_err(|_| RingError::Inflight)?;
+            again.reverse();
+            // There are at most as many as the queue is long.
+            let taken = u16::try_from(again.len()).unwrap_or(u16::MAX);
+            queue.again = again;
+            queue.next_available = used.wrapping_add(taken);
+            queue.seen_available = queue.next_available;
+        }
         Ok(queue)
     }
 
@@ -156,6 +176,9 @@ impl Virtqueue {
     ///
     /// When the driver broke the ring. There is no way on from there.
     pub(super) fn pop(&mut self) -> Result<Option<u16>, RingError> {
+        if let Some(head) = self.again.pop() {
+            return Ok(Some(head));
+        }
         if self.next_available == self.seen_available {
             let seen = u16::from_le(self.available_word(1).load(Ordering::Acquire));
             if seen.wrapping_sub(self.next_available) > self.options.size {
@@ -172,7 +195,23 @@ impl Virtqueue {
             return Err(RingError::Head);
         }
         self.next_available = self.next_available.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.take(head);
+        }
         Ok(Some(head))
+    }
+
+    /// Whether the client took away the record of requests under way.
+    pub(super) fn lost_its_record(&self) -> bool {
+        self.inflight
+            .as_ref()
+            .is_some_and(InflightQueue::is_poisoned)
+    }
+
+    /// Whether chains are to be done again that were taken before this queue began: they are not
+    /// on the ring any more, so a stop must not leave them.
+    pub(super) fn has_old_chains(&self) -> bool {
+        !self.again.is_empty()
     }
 
     /// Where the queue stands: what `GET_VRING_BASE` answers.
@@ -193,6 +232,9 @@ impl Virtqueue {
 
     /// Returns a chain to the driver, who sees it after [`publish`](Self::publish).
     pub(super) fn push_used(&mut self, head: u16, written_bytes: u32) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.put_back(head);
+        }
         let entry = 2 + 4 * usize::from(self.next_used & (self.options.size - 1));
         // Two u16 words hold a u32.
         let entry = self.memory.used.wrapping_add(entry).cast::<u32>();
@@ -216,6 +258,9 @@ impl Virtqueue {
         let new = self.next_used;
         self.published_used = new;
         self.used_word(1).store(new.to_le(), Ordering::Release);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.shown(new);
+        }
         // The driver stores its event index and then reads ours; we do the reverse (2.7.10).
         fence(Ordering::SeqCst);
         if self.options.event_index {

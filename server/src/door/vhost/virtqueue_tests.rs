@@ -35,7 +35,7 @@ impl Bench {
             event_index,
             indirect: true,
         };
-        Virtqueue::new(options, addresses(), base, &self.map).unwrap()
+        Virtqueue::new(options, addresses(), base, &self.map, None).unwrap()
     }
 
     fn set(&self, at: u64, value: u16) {
@@ -110,7 +110,7 @@ fn rings_that_are_no_rings_are_refused() {
             event_index: true,
             indirect: true,
         };
-        Virtqueue::new(options, addresses, 0, &bench.map).err()
+        Virtqueue::new(options, addresses, 0, &bench.map, None).err()
     };
     let good = addresses();
     assert_eq!(try_ring(8, good), None);
@@ -241,7 +241,7 @@ fn chains_that_lead_nowhere_end_with_an_error() {
         event_index: false,
         indirect: false,
     };
-    let queue = Virtqueue::new(options, addresses(), 0, &bench.map).unwrap();
+    let queue = Virtqueue::new(options, addresses(), 0, &bench.map, None).unwrap();
     assert_eq!(bench.walk(&queue, 0), Err(ChainError::Indirect));
 }
 

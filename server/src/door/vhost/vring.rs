@@ -6,6 +6,7 @@ use std::sync::mpsc;
 
 use io_uring::{opcode, squeue, types};
 
+use super::inflight::InflightQueue;
 use super::memory::MemoryMap;
 use super::virtqueue::{RingAddresses, Virtqueue};
 use crate::io::{Full, Owner, Ring, Token};
@@ -24,6 +25,7 @@ pub(super) struct Start {
     pub call: Option<OwnedFd>,
     pub error: Option<OwnedFd>,
     pub map: Arc<MemoryMap>,
+    pub inflight: Option<InflightQueue>,
 }
 
 /// What is left of a vring that was stopped.
@@ -113,7 +115,14 @@ impl Vring {
     }
 
     pub(super) fn takes_chains(&self) -> bool {
-        self.busy && self.enabled && !self.broken && self.stopping.is_none()
+        if self.broken {
+            return false;
+        }
+        match &self.stopping {
+            None => (self.busy && self.enabled) || self.queue.has_old_chains(),
+            // Who goes on later expects them done; who died has them on record.
+            Some(stopping) => stopping.reply.is_some() && self.queue.has_old_chains(),
+        }
     }
 
     pub(super) fn token(&self, kind: Kind) -> Token {
@@ -178,7 +187,8 @@ impl Vring {
         };
         // A driver that is only paused must not miss its last notification.
         let paused = stopping.reply.is_some();
-        if self.in_flight > 0 || (paused && self.call_armed && self.call_due) {
+        let old_chains = paused && !self.broken && self.queue.has_old_chains();
+        if self.in_flight > 0 || old_chains || (paused && self.call_armed && self.call_due) {
             return Ok(false);
         }
         if !stopping.cancelled {

@@ -1,0 +1,356 @@
+//! What a client remembers for us: the requests under way, in memory that outlives this process
+//! (vhost-user, "Inflight I/O tracking", split virtqueues).
+//!
+//! A server that comes after one that died finds in it which chains were taken and not returned,
+//! and in which order, and takes them again. The client could write to it; everything is checked.
+//!
+//! ```text
+//! queue i, at i * stride:   features u64, version u16, desc_num u16, last_batch_head u16, used_idx u16
+//! then per descriptor:      inflight u8, padding [u8; 5], next u16, counter u64
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use vhost::vhost_user::message::VhostUserInflight;
+
+use super::MAX_VRINGS;
+use super::memory::{MemoryMap, Region, RegionAddress};
+use super::virtqueue::MAX_QUEUE_SIZE;
+
+const HEADER_BYTES: u64 = 16;
+const ENTRY_BYTES: u64 = 16;
+/// Each queue's part begins at a multiple of this.
+const ALIGNMENT: u64 = 64;
+/// The version of the layout above.
+const VERSION: u16 = 1;
+
+const VERSION_AT: usize = 8;
+const DESC_NUM_AT: usize = 10;
+const LAST_BATCH_AT: usize = 12;
+const USED_AT: usize = 14;
+const NEXT_AT: usize = 6;
+const COUNTER_AT: usize = 8;
+
+/// The shared buffer of a session.
+#[derive(Clone, Debug)]
+pub(super) struct InflightBuffer {
+    map: Arc<MemoryMap>,
+    base: *mut u8,
+    queues: u16,
+    queue_size: u16,
+}
+
+// SAFETY: `base` is an address in shared memory that `map` keeps; all access is atomic.
+unsafe impl Send for InflightBuffer {}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, what.to_owned())
+}
+
+fn stride_bytes(queue_size: u16) -> u64 {
+    (HEADER_BYTES + ENTRY_BYTES * u64::from(queue_size)).next_multiple_of(ALIGNMENT)
+}
+
+fn checked(queues: u16, queue_size: u16) -> io::Result<u64> {
+    let fits = (1..=MAX_VRINGS).contains(&queues)
+        && queue_size > 0
+        && u32::from(queue_size) <= MAX_QUEUE_SIZE;
+    if !fits {
+        return Err(invalid("an inflight buffer for queues that there are not"));
+    }
+    Ok(u64::from(queues) * stride_bytes(queue_size))
+}
+
+impl InflightBuffer {
+    /// A new buffer: what the client is told, and the file that it is to keep.
+    ///
+    /// # Errors
+    ///
+    /// When the client asks for queues that are not offered, or there is no memory.
+    pub(super) fn create(wanted: &VhostUserInflight) -> io::Result<(VhostUserInflight, File)> {
+        let (queues, queue_size) = (wanted.num_queues, wanted.queue_size);
+        let len_bytes = checked(queues, queue_size)?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = memfd_create("vhost-inflight", flags)?;
+        ftruncate(&file, len_bytes)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let told = VhostUserInflight::new(len_bytes, 0, queues, queue_size);
+        Ok((told, File::from(file)))
+    }
+
+    /// The buffer that a client sent back.
+    ///
+    /// # Errors
+    ///
+    /// When it is too small for its queues or cannot be mapped.
+    pub(super) fn map(told: &VhostUserInflight, file: &File) -> io::Result<Self> {
+        let needed = checked(told.num_queues, told.queue_size)?;
+        if told.mmap_size < needed {
+            return Err(invalid("an inflight buffer is too small for its queues"));
+        }
+        if !told.mmap_offset.is_multiple_of(ALIGNMENT) {
+            return Err(invalid("an inflight buffer is not aligned"));
+        }
+        let address = RegionAddress {
+            guest: 0,
+            len_bytes: needed,
+            user: 0,
+        };
+        let region = Region::map(address, file, told.mmap_offset)?;
+        let base = region.start();
+        Ok(Self {
+            map: Arc::new(MemoryMap::new(vec![region])?),
+            base,
+            queues: told.num_queues,
+            queue_size: told.queue_size,
+        })
+    }
+
+    /// The part of vring `index`.
+    ///
+    /// # Errors
+    ///
+    /// When the buffer has none for a ring of this size.
+    pub(super) fn queue(&self, index: u16, size: u16) -> io::Result<InflightQueue> {
+        if index >= self.queues || size > self.queue_size {
+            return Err(invalid("the inflight buffer has no room for this vring"));
+        }
+        let offset = u64::from(index) * stride_bytes(self.queue_size);
+        let offset = usize::try_from(offset).map_err(|_| invalid("a buffer too large"))?;
+        Ok(InflightQueue {
+            map: Arc::clone(&self.map),
+            base: self.base.wrapping_add(offset),
+            size,
+            counter: 0,
+            batch: Vec::with_capacity(size.into()),
+        })
+    }
+}
+
+/// The record of one vring.
+#[derive(Debug)]
+pub(super) struct InflightQueue {
+    /// Keeps what `base` points to.
+    map: Arc<MemoryMap>,
+    base: *mut u8,
+    size: u16,
+    /// The number of the next chain that is taken.
+    counter: u64,
+    /// Chains returned and not yet shown to the driver.
+    batch: Vec<u16>,
+}
+
+// SAFETY: as for `InflightBuffer`; the value moves to the queue thread as a whole.
+unsafe impl Send for InflightQueue {}
+
+/// The record contradicts the ring or itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct BadRecord;
+
+impl InflightQueue {
+    /// Chains that were under way when the last server ended, in the order in which it took them.
+    /// `used` is the ring's used index.
+    ///
+    /// # Errors
+    ///
+    /// When the record makes no sense.
+    pub(super) fn recover(&mut self, used: u16) -> Result<Vec<u16>, BadRecord> {
+        if self.word(VERSION_AT).load(Ordering::Acquire) == 0 {
+            // Nobody has used it yet.
+            self.word(DESC_NUM_AT).store(self.size, Ordering::Relaxed);
+            self.word(USED_AT).store(used, Ordering::Relaxed);
+            self.word(VERSION_AT).store(VERSION, Ordering::Release);
+        }
+        if self.word(VERSION_AT).load(Ordering::Relaxed) != VERSION
+            || self.word(DESC_NUM_AT).load(Ordering::Relaxed) != self.size
+        {
+            return Err(BadRecord);
+        }
+        // The last server ended between showing a batch to the driver and noting that it had.
+        let shown = used.wrapping_sub(self.word(USED_AT).load(Ordering::Relaxed));
+        if shown > self.size {
+            return Err(BadRecord);
+        }
+        let mut head = self.word(LAST_BATCH_AT).load(Ordering::Relaxed);
+        for _ in 0..shown {
+            if head >= self.size {
+                return Err(BadRecord);
+            }
+            self.flag(head).store(0, Ordering::Relaxed);
+            head = self.next(head).load(Ordering::Relaxed);
+        }
+        self.word(USED_AT).store(used, Ordering::Release);
+        let mut taken: Vec<(u64, u16)> = (0..self.size)
+            .filter(|&head| self.flag(head).load(Ordering::Relaxed) != 0)
+            .map(|head| (self.number(head).load(Ordering::Relaxed), head))
+            .collect();
+        taken.sort_unstable();
+        self.counter = taken
+            .last()
+            .map_or(0, |&(number, _)| number.wrapping_add(1));
+        Ok(taken.into_iter().map(|(_, head)| head).collect())
+    }
+
+    /// A chain was taken from the ring. The caller has checked its head.
+    pub(super) fn take(&mut self, head: u16) {
+        self.number(head).store(self.counter, Ordering::Relaxed);
+        self.counter = self.counter.wrapping_add(1);
+        self.flag(head).store(1, Ordering::Release);
+    }
+
+    /// A chain is being returned; the driver does not see it yet.
+    pub(super) fn put_back(&mut self, head: u16) {
+        let last = self.word(LAST_BATCH_AT).load(Ordering::Relaxed);
+        self.next(head).store(last, Ordering::Relaxed);
+        self.word(LAST_BATCH_AT).store(head, Ordering::Release);
+        self.batch.push(head);
+    }
+
+    /// The driver sees what was returned: the ring's used index is `used`.
+    pub(super) fn shown(&mut self, used: u16) {
+        for &head in &self.batch {
+            self.flag(head).store(0, Ordering::Relaxed);
+        }
+        self.batch.clear();
+        self.word(USED_AT).store(used, Ordering::Release);
+    }
+
+    /// Whether the client took the memory away.
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.map.is_poisoned()
+    }
+
+    fn entry(&self, head: u16) -> *mut u8 {
+        debug_assert!(head < self.size);
+        let offset = HEADER_BYTES + ENTRY_BYTES * u64::from(head);
+        // A queue's part is at most half a MiB.
+        #[expect(clippy::cast_possible_truncation)]
+        self.base.wrapping_add(offset as usize)
+    }
+
+    fn word(&self, at: usize) -> &AtomicU16 {
+        // SAFETY: `queue` checked that the part is mapped and aligned, `map` keeps it, and the
+        // client's own accesses are atomic or its own problem.
+        unsafe { AtomicU16::from_ptr(self.base.wrapping_add(at).cast()) }
+    }
+
+    fn flag(&self, head: u16) -> &AtomicU8 {
+        // SAFETY: as for `word`; heads are smaller than `size`.
+        unsafe { AtomicU8::from_ptr(self.entry(head)) }
+    }
+
+    fn next(&self, head: u16) -> &AtomicU16 {
+        // SAFETY: as for `flag`.
+        unsafe { AtomicU16::from_ptr(self.entry(head).wrapping_add(NEXT_AT).cast()) }
+    }
+
+    fn number(&self, head: u16) -> &AtomicU64 {
+        // SAFETY: as for `flag`.
+        unsafe { AtomicU64::from_ptr(self.entry(head).wrapping_add(COUNTER_AT).cast()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: u16 = 8;
+
+    fn buffer() -> InflightBuffer {
+        let wanted = VhostUserInflight::new(0, 0, 2, SIZE);
+        let (told, file) = InflightBuffer::create(&wanted).unwrap();
+        assert_eq!(told.mmap_size, 2 * 192);
+        InflightBuffer::map(&told, &file).unwrap()
+    }
+
+    fn fresh(buffer: &InflightBuffer) -> InflightQueue {
+        buffer.queue(1, SIZE).unwrap()
+    }
+
+    #[test]
+    fn what_was_taken_and_not_returned_is_found_in_its_order() {
+        let buffer = buffer();
+        let mut queue = fresh(&buffer);
+        assert_eq!(queue.recover(100), Ok(vec![]));
+        for head in [5, 2, 7, 0] {
+            queue.take(head);
+        }
+        queue.put_back(2);
+        queue.shown(101);
+        assert_eq!(fresh(&buffer).recover(101), Ok(vec![5, 7, 0]));
+        // The next one numbers on from there.
+        let mut next = fresh(&buffer);
+        next.recover(101).unwrap();
+        next.take(2);
+        assert_eq!(fresh(&buffer).recover(101), Ok(vec![5, 7, 0, 2]));
+        // The other queue has nothing to do with it.
+        assert_eq!(buffer.queue(0, SIZE).unwrap().recover(0), Ok(vec![]));
+    }
+
+    #[test]
+    fn a_batch_that_was_shown_and_not_noted_is_not_done_again() {
+        let buffer = buffer();
+        let mut queue = fresh(&buffer);
+        queue.recover(0).unwrap();
+        for head in [1, 2, 3, 4] {
+            queue.take(head);
+        }
+        queue.put_back(3);
+        queue.put_back(1);
+        // It dies here: before the driver sees them all are done again, after that two are not.
+        assert_eq!(fresh(&buffer).recover(0), Ok(vec![1, 2, 3, 4]));
+        assert_eq!(fresh(&buffer).recover(2), Ok(vec![2, 4]));
+        assert_eq!(fresh(&buffer).recover(2), Ok(vec![2, 4]));
+    }
+
+    #[test]
+    fn a_record_that_makes_no_sense_is_refused() {
+        let spoil = |what: fn(&mut InflightQueue)| {
+            let buffer = buffer();
+            let mut queue = fresh(&buffer);
+            queue.recover(0).unwrap();
+            what(&mut queue);
+            fresh(&buffer).recover(3)
+        };
+        assert!(spoil(|_| {}).is_ok());
+        assert_eq!(
+            spoil(|q| q.word(VERSION_AT).store(2, Ordering::Relaxed)),
+            Err(BadRecord)
+        );
+        assert_eq!(
+            spoil(|q| q.word(DESC_NUM_AT).store(4, Ordering::Relaxed)),
+            Err(BadRecord)
+        );
+        assert_eq!(
+            spoil(|q| q.word(USED_AT).store(9, Ordering::Relaxed)),
+            Err(BadRecord)
+        );
+        assert_eq!(
+            spoil(|q| q.word(LAST_BATCH_AT).store(SIZE, Ordering::Relaxed)),
+            Err(BadRecord)
+        );
+    }
+
+    #[test]
+    fn buffers_that_do_not_fit_are_refused() {
+        for (queues, size) in [(0, 8), (MAX_VRINGS + 1, 8), (1, 0), (1, 32769)] {
+            let wanted = VhostUserInflight::new(0, 0, queues, size);
+            assert!(InflightBuffer::create(&wanted).is_err(), "{queues} {size}");
+        }
+        let (told, file) = InflightBuffer::create(&VhostUserInflight::new(0, 0, 1, 8)).unwrap();
+        let map = |size, offset| {
+            InflightBuffer::map(&VhostUserInflight::new(size, offset, 1, 8), &file).is_ok()
+        };
+        assert!(map(told.mmap_size, 0));
+        assert!(!map(told.mmap_size - 1, 0));
+        assert!(!map(told.mmap_size, 64), "longer than its file");
+        assert!(!map(told.mmap_size, 1));
+        let buffer = buffer();
+        assert!(buffer.queue(2, SIZE).is_err());
+        assert!(buffer.queue(0, SIZE * 2).is_err());
+    }
+}

@@ -1,0 +1,649 @@
+//! The upgrade, told and measured in one Linux with the kernel series: a disk is used as a block
+//! device, by a guest of a stock QEMU on that block device, and by the same guest upgraded.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::guest::FilesOnDisk;
+use crate::kit::fio::Fio;
+use crate::kit::images::{self, KnownFiles};
+use crate::kit::server::{Serve, Server};
+use crate::kit::shell::{Shell, sh};
+use crate::machine::{Machine, Qemu, Uml};
+use crate::process;
+use crate::test;
+use crate::test::{Context, Test};
+
+/// The table.
+pub const TESTS: &[Test] = &[test!(a_guest_upgrades_from_the_block_device_and_back).limit_s(900)];
+
+/// What runs inside User Mode Linux and in the guests inside that.
+pub const STEPS: &[Test] = &[
+    test!(upgrade_and_back).limit_s(700),
+    test!(bench_disk).limit_s(300),
+];
+
+const DISK_BYTES: u64 = 96 << 20;
+
+/// Where the step tells how far it is.
+const TOLD: &str = "told";
+
+/// How long a job runs.
+const JOB_SECONDS: u32 = 8;
+
+/// For how long its costs are looked at.
+const WINDOW: Duration = Duration::from_secs(3);
+
+/// What one fio job measured.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Bench {
+    /// Requests.
+    pub requests: u64,
+    /// Per second.
+    pub iops: f64,
+    /// Mean completion latency.
+    pub mean_us: f64,
+    /// Its 99th percentile.
+    pub p99_us: f64,
+}
+
+/// A fio job: 4 KiB random reads.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Job {
+    disk: PathBuf,
+    depth: u32,
+}
+
+/// The way of a request into the server.
+#[derive(Clone, Copy, Debug)]
+enum Door {
+    Block,
+    Vhost,
+}
+
+impl Door {
+    /// In what `stat` prints.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Block => "ublk",
+            Self::Vhost => "vhost",
+        }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Self::Block => Self::Vhost,
+            Self::Vhost => Self::Block,
+        }
+    }
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// Who read, and how.
+    pub what: String,
+    /// Requests under way.
+    pub depth: u32,
+    /// What fio saw.
+    pub bench: Bench,
+    /// Processor time of the server per request.
+    pub server_us: f64,
+    /// Processor time of QEMU per request, the emulated guest included.
+    pub qemu_us: Option<f64>,
+    /// System calls of server and QEMU together per request.
+    pub calls: f64,
+}
+
+/// What the story found.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Findings {
+    /// The table.
+    pub rows: Vec<Row>,
+    /// The kernel that it was measured on.
+    pub kernel: String,
+    /// The emulator's version.
+    pub qemu: String,
+}
+
+/// Tells the story to `say` while it happens; fio keeps `depths` requests under way.
+pub fn tell(cx: &Context, depths: &[u32], say: &(dyn Fn(&str) + Sync)) -> Result<Findings> {
+    let kernel = cx.paths.uml_kernel.as_deref();
+    let kernel = kernel.context("this run has no UML kernel")?;
+    let mut linux = Machine::boot(&Uml::new(kernel).memory_mib(4096), &cx.paths, "upgrade")?;
+    say(&format!(
+        "booted User Mode Linux {} with ublk and fd addresses",
+        linux.kernel()
+    ));
+    let told = linux.exchange().join(TOLD);
+    let over = AtomicBool::new(false);
+    let findings = std::thread::scope(|scope| {
+        scope.spawn(|| follow(&told, &over, say));
+        let findings = linux.run_step(&cx.paths, "upgrade_and_back", &depths);
+        over.store(true, Ordering::Release);
+        findings
+    })?;
+    linux.power_off();
+    Ok(findings)
+}
+
+/// Passes on the lines of a growing file until it is over.
+fn follow(path: &Path, over: &AtomicBool, say: &dyn Fn(&str)) {
+    let mut seen = 0;
+    loop {
+        let last = over.load(Ordering::Acquire);
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        // A line that is being written has no end yet.
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        text[seen..whole].lines().for_each(say);
+        seen = whole;
+        if last {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// The table, as lines.
+pub fn table(findings: &Findings) -> Vec<String> {
+    let mut lines = vec![format!(
+        "{:<34} {:>5} {:>8} {:>9} {:>9} {:>11} {:>9} {:>9}",
+        "4 KiB random reads, memory disk",
+        "depth",
+        "IOPS",
+        "mean µs",
+        "p99 µs",
+        "server µs",
+        "QEMU µs",
+        "calls"
+    )];
+    for row in &findings.rows {
+        let qemu = row.qemu_us.map_or("-".to_owned(), |us| format!("{us:.1}"));
+        lines.push(format!(
+            "{:<34} {:>5} {:>8.0} {:>9.0} {:>9.0} {:>11.1} {:>9} {:>9.2}",
+            row.what,
+            row.depth,
+            row.bench.iops,
+            row.bench.mean_us,
+            row.bench.p99_us,
+            row.server_us,
+            qemu,
+            row.calls
+        ));
+    }
+    lines.push(format!(
+        "User Mode Linux {}, one processor; {}, TCG: figures to compare with each other only.",
+        findings.kernel, findings.qemu
+    ));
+    lines.push(
+        "µs: processor time per request, QEMU's with the emulated guest in it; calls: system calls \
+         of server and QEMU per request."
+            .to_owned(),
+    );
+    lines
+}
+
+fn a_guest_upgrades_from_the_block_device_and_back(cx: &Context) -> Result<()> {
+    let findings = tell(cx, &[16], &|line| println!("{line}"))?;
+    for line in table(&findings) {
+        println!("{line}");
+    }
+    ensure!(findings.rows.len() == 3, "rows are missing");
+    Ok(())
+}
+
+/// The story as it happens inside User Mode Linux.
+struct Story<'a> {
+    cx: &'a Context,
+    told: File,
+    disk: PathBuf,
+    server: u32,
+    /// Of the fio jobs.
+    depths: Vec<u32>,
+    rows: Vec<Row>,
+}
+
+impl Story<'_> {
+    fn say(&mut self, text: &str) -> Result<()> {
+        println!("{text}");
+        writeln!(self.told, "{text}").context("cannot tell")
+    }
+
+    /// Reads that have come by a door.
+    fn reads(&self, door: Door) -> Result<u64> {
+        let reads = &stat(self.cx)?[door.name()]["counters"]["reads"];
+        reads.as_u64().context("stat counts no reads")
+    }
+
+    /// Measures a job that `run` runs somewhere, at each depth, and adds it to the table. All its
+    /// reads must reach the server by this door.
+    fn measure(
+        &mut self,
+        what: &str,
+        door: Door,
+        qemu: Option<u32>,
+        mut run: impl FnMut(u32) -> Result<Bench> + Send,
+    ) -> Result<()> {
+        for depth in self.depths.clone() {
+            let other = self.reads(door.other())?;
+            let (bench, cost) = during(|| run(depth), || self.processor_time(door, qemu))?;
+            // A run of its own: being watched makes it slow.
+            let (_, calls) = during(|| run(depth), || self.system_calls(door, qemu))?;
+            ensure!(
+                self.reads(door.other())? == other,
+                "{what}: reads came by another door than {door:?}"
+            );
+            self.rows.push(Row {
+                what: what.to_owned(),
+                depth,
+                bench,
+                server_us: cost.0,
+                qemu_us: qemu.map(|_| cost.1),
+                calls,
+            });
+        }
+        Ok(())
+    }
+
+    /// Waits until a job is under way, as the door's counters show.
+    fn await_load(&self, door: Door) -> Result<()> {
+        let deadline = Instant::now() + self.cx.patience(60);
+        let mut before = self.reads(door)?;
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let now = self.reads(door)?;
+            // More than a program that starts reads from a disk.
+            if now - before > 20 {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "no reads came by {door:?}");
+            before = now;
+        }
+    }
+
+    /// Microseconds per read of server and QEMU.
+    fn processor_time(&self, door: Door, qemu: Option<u32>) -> Result<(f64, f64)> {
+        self.await_load(door)?;
+        let now = || -> Result<(f64, f64, f64)> {
+            let reads = self.reads(door)? as f64;
+            Ok((cpu_us(self.server)?, qemu.map_or(Ok(0.0), cpu_us)?, reads))
+        };
+        let before = now()?;
+        std::thread::sleep(WINDOW);
+        let after = now()?;
+        let reads = after.2 - before.2;
+        ensure!(reads > 0.0, "the job ended too early");
+        Ok(((after.0 - before.0) / reads, (after.1 - before.1) / reads))
+    }
+
+    /// System calls per read of server and QEMU together.
+    fn system_calls(&self, door: Door, qemu: Option<u32>) -> Result<f64> {
+        self.await_load(door)?;
+        let counted = SystemCalls::of(self.cx, [Some(self.server), qemu])?;
+        let before = self.reads(door)?;
+        std::thread::sleep(WINDOW);
+        let reads = self.reads(door)? - before;
+        let calls = counted.end()?;
+        ensure!(reads > 0, "the job ended too early");
+        Ok(calls as f64 / reads as f64)
+    }
+
+    fn measure_in_guest(&mut self, what: &str, door: Door, guest: &mut Machine) -> Result<()> {
+        let paths = &self.cx.paths;
+        let pid = guest.pid();
+        self.measure(what, door, Some(pid), |depth| {
+            let job = Job {
+                disk: "/dev/vda".into(),
+                depth,
+            };
+            guest.run_step(paths, "bench_disk", &job)
+        })
+    }
+}
+
+fn ublkup(cx: &Context, args: &[&str]) -> Shell {
+    Shell::new(&cx.paths.server)
+        .args(args)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+}
+
+/// What `stat` says about the export `disk`.
+fn stat(cx: &Context) -> Result<serde_json::Value> {
+    let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
+    Ok(serde_json::from_str(&stat)?)
+}
+
+/// Waits until the export `disk` is in this state of access.
+pub(super) fn expect_access(cx: &Context, wanted: &str) -> Result<()> {
+    let deadline = Instant::now() + cx.patience(20);
+    loop {
+        let stat = stat(cx)?;
+        let access = stat["access"].as_str().context("stat shows no access")?;
+        if access == wanted {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the access is {access}, not {wanted}"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn upgrade_and_back(cx: &Context) -> Result<()> {
+    let image = cx.scratch().join("disk.ext4");
+    let known = images::ext4_with_known_files(&image, DISK_BYTES, 1)?;
+    let server = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("yes")
+        .args(["--name", "disk", "--reconnect-grace", "60"])
+        .arg(format!("mem:{DISK_BYTES}"))
+        .start()?;
+    let mut story = Story {
+        cx,
+        told: File::create(cx.exchange().join(TOLD)).context("cannot tell")?,
+        disk: server.block_device()?,
+        server: server.pid(),
+        depths: cx.args()?,
+        rows: Vec::new(),
+    };
+    let disk = story.disk.clone();
+    sh(&format!(
+        "dd if={} of={} bs=1M oflag=direct status=none",
+        image.display(),
+        disk.display()
+    ))
+    .run()?;
+    story.say(&format!(
+        "ublkup serves a memory disk as {}, with an ext4 file system of {} known files on it",
+        disk.display(),
+        known.len()
+    ))?;
+    story.measure("block device, no guest", Door::Block, None, |depth| {
+        let disk = disk.clone();
+        random_reads(cx, &Job { disk, depth })
+    })?;
+    story.say("fio has read it through the block device")?;
+
+    let new = before(&mut story, &known)?;
+    let known = known.and(new);
+    let new = after(&mut story, &known)?;
+    let known = known.and(new);
+
+    expect_access(cx, "block")?;
+    let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), false)?;
+    known.verify(mounted.dir())?;
+    let more = KnownFiles::generate(mounted.dir(), 9)?;
+    mounted.unmount()?;
+    images::fsck(&disk)?;
+    story.say(&format!(
+        "QEMU has left: {} is writable again, holds all {} files, took {} more, and is clean",
+        disk.display(),
+        known.len(),
+        more.len()
+    ))?;
+    let rows = story.rows;
+    stop(server)?;
+    cx.reply(&Findings {
+        rows,
+        kernel: sh("uname -r").run()?.trim().to_owned(),
+        qemu: qemu_version()?,
+    })
+}
+
+fn stop(server: Server) -> Result<()> {
+    let log = server.stop()?;
+    for wanted in ["upgraded: session", "the client left"] {
+        ensure!(log.contains(wanted), "the server never said '{wanted}'");
+    }
+    Ok(())
+}
+
+/// A stock QEMU whose guest has the block device as its virtio-blk disk.
+fn before(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
+    let blockdev = format!(
+        "driver=host_device,filename={},node-name=disk,cache.direct=on,aio=io_uring",
+        story.disk.display()
+    );
+    let qemu = client(story.cx)?
+        .argument("-blockdev")
+        .argument(blockdev)
+        .argument("-device")
+        .argument("virtio-blk-pci,drive=disk");
+    let mut guest = Machine::boot(&qemu, &story.cx.paths, "upgrade-before")?;
+    let new = add_files(story, &mut guest, known, 2)?;
+    story.say(&format!(
+        "a stock QEMU guest on the block device (virtio-blk) found them all and added {}",
+        new.len()
+    ))?;
+    story.measure_in_guest("guest, virtio-blk on block device", Door::Block, &mut guest)?;
+    guest.power_off();
+    story.say("the same fio has run in the guest")?;
+    Ok(new)
+}
+
+/// The same QEMU and the same disk; the path is all that leads to the server.
+fn after(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
+    let (mut guest, address) = boot_upgraded(story.cx, &story.disk, "upgrade-after")?;
+    let new = add_files(story, &mut guest, known, 3)?;
+    expect_access(story.cx, "upgraded")?;
+    story.say(&format!(
+        "the same QEMU connected to {address}: upgraded; its guest found them all and added {}",
+        new.len()
+    ))?;
+    let write = sh(&format!(
+        "dd if=/dev/zero of={} bs=4096 count=1 oflag=direct 2>&1 || true",
+        story.disk.display()
+    ))
+    .run()?;
+    ensure!(
+        write.contains("exchange"),
+        "the block device took a write while upgraded: {write}"
+    );
+    story.say("meanwhile the block device refuses writes (EBADE, a reservation conflict)")?;
+    story.measure_in_guest("guest, upgraded", Door::Vhost, &mut guest)?;
+    guest.power_off();
+    story.say("the same fio has run in the upgraded guest")?;
+    Ok(new)
+}
+
+/// A stock QEMU that upgrades from the block device by nothing but its path; and that path.
+pub(super) fn boot_upgraded(cx: &Context, disk: &Path, log: &str) -> Result<(Machine, String)> {
+    sh(&format!("blockdev --flushbufs {}", disk.display())).run()?;
+    let held = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(disk)
+        .context("cannot open the block device")?;
+    // For QEMU to inherit, as after a shell's redirection.
+    rustix::io::fcntl_setfd(&held, rustix::io::FdFlags::empty())?;
+    let address = format!("/dev/self/fd/{}/vhost-user-blk", held.as_raw_fd());
+    let qemu = client(cx)?.vhost_disk(Path::new(&address));
+    let guest = Machine::boot(&qemu, &cx.paths, log)?;
+    Ok((guest, address))
+}
+
+fn client(cx: &Context) -> Result<Qemu> {
+    let kernel = cx.paths.x86_kernel.as_deref();
+    let kernel = kernel.context("this run has no x86-64 kernel")?;
+    Ok(Qemu::new(kernel).processors(1).memory_mib(512))
+}
+
+fn add_files(
+    story: &Story<'_>,
+    guest: &mut Machine,
+    known: &KnownFiles,
+    seed: u64,
+) -> Result<KnownFiles> {
+    let files = FilesOnDisk {
+        device: "/dev/vda".into(),
+        known: known.clone(),
+        seed,
+    };
+    guest.run_step(&story.cx.paths, "add_files_to_disk", &files)
+}
+
+/// Replies with the [`Bench`] of a [`Job`].
+fn bench_disk(cx: &Context) -> Result<()> {
+    cx.reply(&random_reads(cx, &cx.args()?)?)
+}
+
+fn random_reads(cx: &Context, job: &Job) -> Result<Bench> {
+    let fio = Fio::new(&job.disk)
+        .depth(job.depth)
+        .size("64m")
+        .option("time_based", 1)
+        .option("runtime", JOB_SECONDS)
+        .limit(cx.patience(120));
+    let report = fio.run()?;
+    let latency = report.read_latency().context("fio told no latency")?;
+    Ok(Bench {
+        requests: report.reads(),
+        iops: report.iops(),
+        mean_us: latency.mean_us,
+        p99_us: latency.p99_us,
+    })
+}
+
+/// Does something while a job runs, and returns both results.
+fn during<A: Send, B>(
+    job: impl FnOnce() -> Result<A> + Send,
+    look: impl FnOnce() -> Result<B>,
+) -> Result<(A, B)> {
+    std::thread::scope(|scope| {
+        let job = scope.spawn(job);
+        let seen = look();
+        let ended = job.join().map_err(|_| anyhow!("the job panicked"))?;
+        Ok((ended?, seen?))
+    })
+}
+
+/// User and system time of a process so far.
+fn cpu_us(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    // proc_pid_stat(5): the name, field 2, is in parentheses and may hold anything.
+    let fields: Vec<_> = stat
+        .rsplit_once(')')
+        .context("no name in it")?
+        .1
+        .split_whitespace()
+        .collect();
+    let ticks = |field: usize| -> Result<f64> {
+        let text = fields.get(field - 3).context("too few fields")?;
+        Ok(text.parse::<f64>()?)
+    };
+    let per_second = rustix::param::clock_ticks_per_second() as f64;
+    Ok((ticks(14)? + ticks(15)?) / per_second * 1e6)
+}
+
+/// Counts the system calls of processes until its end.
+struct SystemCalls {
+    strace: std::process::Child,
+    output: PathBuf,
+    patience: Duration,
+}
+
+impl SystemCalls {
+    fn of(cx: &Context, pids: [Option<u32>; 2]) -> Result<Self> {
+        let output = cx.scratch().join("strace");
+        let said = cx.scratch().join("strace.err");
+        let mut command = Command::new("strace");
+        command.args(["-f", "-c", "-qq", "-o"]).arg(&output);
+        let mut threads = 0;
+        for pid in pids.into_iter().flatten() {
+            command.arg("-p").arg(pid.to_string());
+            threads += std::fs::read_dir(format!("/proc/{pid}/task"))?.count();
+        }
+        let stderr = File::create(&said).context("cannot create a file")?;
+        let strace = process::spawn_bound(command.stderr(stderr))?;
+        let counting = Self {
+            strace,
+            output,
+            patience: cx.patience(20),
+        };
+        // It is attached when the kernel says so of every thread.
+        let deadline = Instant::now() + counting.patience;
+        while pids.into_iter().flatten().map(traced).sum::<usize>() < threads {
+            if Instant::now() > deadline {
+                bail!(
+                    "strace attached to nothing: {}",
+                    std::fs::read_to_string(&said)?
+                );
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(counting)
+    }
+
+    fn end(mut self) -> Result<u64> {
+        process::signal(&self.strace, rustix::process::Signal::INT)?;
+        process::wait_limited(&mut self.strace, self.patience)?.context("strace does not end")?;
+        let text = std::fs::read_to_string(&self.output).context("strace wrote nothing")?;
+        total_calls(&text).with_context(|| format!("strace's table cannot be read:\n{text}"))
+    }
+}
+
+/// Threads of a process that are being traced.
+fn traced(pid: u32) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter();
+    tasks
+        .flatten()
+        .flatten()
+        .filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok())
+        .filter(|status| {
+            status
+                .lines()
+                .any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+        })
+        .count()
+}
+
+/// The sum in the table of `strace -c`: the `calls` column of the line named `total`.
+fn total_calls(table: &str) -> Option<u64> {
+    let line = table.lines().find(|line| line.ends_with(" total"))?;
+    line.split_whitespace().nth(3)?.parse().ok()
+}
+
+fn qemu_version() -> Result<String> {
+    let text = Shell::new("qemu-system-x86_64").arg("--version").run()?;
+    let line = text.lines().next().unwrap_or_default();
+    let number = line.split_whitespace().nth(3).unwrap_or(line);
+    Ok(format!("QEMU {number}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_calls_of_a_table_are_those_of_its_last_line() {
+        let table = "\
+% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 74.31    0.004233           4      1041           io_uring_enter
+ 25.69    0.001463           1       959        12 futex
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.005696           2      2000        12 total
+";
+        assert_eq!(total_calls(table), Some(2000));
+        assert_eq!(total_calls(""), None);
+    }
+
+    #[test]
+    fn the_processor_time_of_this_process_grows() {
+        let before = cpu_us(std::process::id()).expect("readable");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while cpu_us(std::process::id()).expect("readable") <= before {
+            assert!(Instant::now() < deadline, "no time passed");
+        }
+    }
+}
