@@ -12,6 +12,7 @@ mod guest;
 mod hand_over;
 mod io;
 mod kernel;
+mod launcher;
 mod qemu;
 mod selftest;
 mod story;
@@ -50,7 +51,7 @@ pub enum Need {
     Server,
     /// The server's own tests that need a ublk driver.
     DriverTests,
-    /// QEMU, its storage daemon, fio, e2fsprogs, strace.
+    /// QEMU, its storage daemon, fio, e2fsprogs, strace, libvirt's schemas.
     Tools,
 }
 
@@ -104,7 +105,16 @@ pub const SUITES: &[Suite] = &[
             vhost::TESTS,
             survive::TESTS,
             qemu::TESTS,
+            launcher::STOCK_KERNEL_TESTS,
         ],
+        with_cargo_test: false,
+    },
+    Suite {
+        name: "upgrade",
+        about: "probe, launcher and recipes with a stock QEMU, inside User Mode Linux",
+        place: Place::Uml,
+        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        tests: &[launcher::TESTS],
         with_cargo_test: false,
     },
     Suite {
