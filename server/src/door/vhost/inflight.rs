@@ -124,6 +124,7 @@ impl InflightBuffer {
         Ok(InflightQueue {
             map: Arc::clone(&self.map),
             base: self.base.wrapping_add(offset),
+            entries: self.queue_size,
             size,
             counter: 0,
             batch: Vec::with_capacity(size.into()),
@@ -137,6 +138,9 @@ pub(super) struct InflightQueue {
     /// Keeps what `base` points to.
     map: Arc<MemoryMap>,
     base: *mut u8,
+    /// Descriptors that the record has room for.
+    entries: u16,
+    /// Descriptors of the ring, no more than that.
     size: u16,
     /// The number of the next chain that is taken.
     counter: u64,
@@ -159,14 +163,19 @@ impl InflightQueue {
     ///
     /// When the record makes no sense.
     pub(super) fn recover(&mut self, used: u16) -> Result<Vec<u16>, BadRecord> {
-        if self.word(VERSION_AT).load(Ordering::Acquire) == 0 {
-            // Nobody has used it yet.
-            self.word(DESC_NUM_AT).store(self.size, Ordering::Relaxed);
+        let taken = |head: &u16| self.flag(*head).load(Ordering::Acquire) != 0;
+        if !(0..self.entries).any(|head| taken(&head)) {
+            // New, or of a ring that was stopped in order: a guest that was reset begins again, and
+            // its next driver may like another size.
+            self.word(DESC_NUM_AT)
+                .store(self.entries, Ordering::Relaxed);
             self.word(USED_AT).store(used, Ordering::Relaxed);
             self.word(VERSION_AT).store(VERSION, Ordering::Release);
+            return Ok(Vec::new());
         }
         if self.word(VERSION_AT).load(Ordering::Relaxed) != VERSION
-            || self.word(DESC_NUM_AT).load(Ordering::Relaxed) != self.size
+            || self.word(DESC_NUM_AT).load(Ordering::Relaxed) != self.entries
+            || (self.size..self.entries).any(|head| taken(&head))
         {
             return Err(BadRecord);
         }
@@ -185,7 +194,7 @@ impl InflightQueue {
         }
         self.word(USED_AT).store(used, Ordering::Release);
         let mut taken: Vec<(u64, u16)> = (0..self.size)
-            .filter(|&head| self.flag(head).load(Ordering::Relaxed) != 0)
+            .filter(taken)
             .map(|head| (self.number(head).load(Ordering::Relaxed), head))
             .collect();
         taken.sort_unstable();
@@ -225,7 +234,7 @@ impl InflightQueue {
     }
 
     fn entry(&self, head: u16) -> *mut u8 {
-        debug_assert!(head < self.size);
+        debug_assert!(head < self.entries);
         let offset = HEADER_BYTES + ENTRY_BYTES * u64::from(head);
         // A queue's part is at most half a MiB.
         #[expect(clippy::cast_possible_truncation)]
@@ -239,7 +248,7 @@ impl InflightQueue {
     }
 
     fn flag(&self, head: u16) -> &AtomicU8 {
-        // SAFETY: as for `word`; heads are smaller than `size`.
+        // SAFETY: as for `word`; heads are smaller than `entries`.
         unsafe { AtomicU8::from_ptr(self.entry(head)) }
     }
 
@@ -313,6 +322,7 @@ mod tests {
             let buffer = buffer();
             let mut queue = fresh(&buffer);
             queue.recover(0).unwrap();
+            queue.take(1);
             what(&mut queue);
             fresh(&buffer).recover(3)
         };
@@ -333,6 +343,22 @@ mod tests {
             spoil(|q| q.word(LAST_BATCH_AT).store(SIZE, Ordering::Relaxed)),
             Err(BadRecord)
         );
+    }
+
+    #[test]
+    fn a_ring_that_was_stopped_in_order_may_begin_again_in_another_size() {
+        let buffer = buffer();
+        let mut queue = fresh(&buffer);
+        queue.recover(0).unwrap();
+        queue.take(7);
+        queue.put_back(7);
+        queue.shown(1);
+        let mut small = buffer.queue(1, SIZE / 2).unwrap();
+        assert_eq!(small.recover(0), Ok(vec![]));
+        small.take(3);
+        assert_eq!(buffer.queue(1, SIZE / 2).unwrap().recover(0), Ok(vec![3]));
+        // A head that the ring does not have is nothing that was under way on it.
+        assert_eq!(buffer.queue(1, 2).unwrap().recover(0), Err(BadRecord));
     }
 
     #[test]
