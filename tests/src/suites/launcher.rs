@@ -583,7 +583,8 @@ fn microvms_upgrade_through_recipe_and_launcher(cx: &Context) -> Result<()> {
     let device = served.device()?;
     for (seed, name) in [(2, "raw-microvm.sh"), (3, "launcher-microvm.sh")] {
         let guest = linux(cx, name, &device)?.board(Board::Microvm);
-        let mut machine = Machine::boot(&guest, &cx.paths, &format!("upgrade-{name}"))?;
+        let mut machine = Machine::boot(&guest, &cx.paths, &format!("upgrade-{name}"))
+            .with_context(|| format!("the server said:\n{}", served.server.log()))?;
         let stat = served.stat(cx, "disk")?;
         ensure!(stat["access"] == "upgraded", "{name}: {stat}");
         let new: KnownFiles = machine.run_step(

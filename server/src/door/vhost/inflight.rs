@@ -65,6 +65,18 @@ fn checked(queues: u16, queue_size: u16) -> io::Result<u64> {
     Ok(u64::from(queues) * stride_bytes(queue_size))
 }
 
+/// The largest ring that the buffer has room for. It is a matter of the buffer's length, because QEMU
+/// gives back the length that it was told and the queue size that it asked for.
+fn room(told: &VhostUserInflight) -> u16 {
+    let stride = told.mmap_size / u64::from(told.num_queues) / ALIGNMENT * ALIGNMENT;
+    let entries = stride.saturating_sub(HEADER_BYTES) / ENTRY_BYTES;
+    let entries = entries.min(u64::from(MAX_QUEUE_SIZE));
+    u16::try_from(entries).unwrap_or(u16::MAX)
+}
+
+/// The largest ring of a virtio-mmio device in QEMU, whatever its `queue-size=` says.
+const LARGEST_MMIO_RING: u16 = 1024;
+
 impl InflightBuffer {
     /// A new buffer: what the client is told, and the file that it is to keep.
     ///
@@ -73,7 +85,8 @@ impl InflightBuffer {
     /// When the client asks for queues that are not offered, or there is no memory.
     pub(super) fn create(wanted: &VhostUserInflight) -> io::Result<(VhostUserInflight, File)> {
         let (queues, queue_size) = (wanted.num_queues, wanted.queue_size);
-        let len_bytes = checked(queues, queue_size)?;
+        checked(queues, queue_size)?;
+        let len_bytes = checked(queues, queue_size.max(LARGEST_MMIO_RING))?;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = memfd_create("vhost-inflight", flags)?;
         ftruncate(&file, len_bytes)?;
@@ -92,6 +105,8 @@ impl InflightBuffer {
         if told.mmap_size < needed {
             return Err(invalid("an inflight buffer is too small for its queues"));
         }
+        let queue_size = room(told);
+        let needed = checked(told.num_queues, queue_size)?;
         if !told.mmap_offset.is_multiple_of(ALIGNMENT) {
             return Err(invalid("an inflight buffer is not aligned"));
         }
@@ -106,7 +121,7 @@ impl InflightBuffer {
             map: Arc::new(MemoryMap::new(vec![region])?),
             base,
             queues: told.num_queues,
-            queue_size: told.queue_size,
+            queue_size,
         })
     }
 
@@ -272,7 +287,7 @@ mod tests {
     fn buffer() -> InflightBuffer {
         let wanted = VhostUserInflight::new(0, 0, 2, SIZE);
         let (told, file) = InflightBuffer::create(&wanted).unwrap();
-        assert_eq!(told.mmap_size, 2 * 192);
+        assert_eq!(told.mmap_size, 2 * stride_bytes(LARGEST_MMIO_RING));
         InflightBuffer::map(&told, &file).unwrap()
     }
 
@@ -372,11 +387,13 @@ mod tests {
             InflightBuffer::map(&VhostUserInflight::new(size, offset, 1, 8), &file).is_ok()
         };
         assert!(map(told.mmap_size, 0));
-        assert!(!map(told.mmap_size - 1, 0));
+        assert!(!map(192 - 1, 0));
+        // QEMU's virtio-mmio: rings longer than what was asked for.
+        assert!(buffer().queue(1, LARGEST_MMIO_RING).is_ok());
         assert!(!map(told.mmap_size, 64), "longer than its file");
         assert!(!map(told.mmap_size, 1));
         let buffer = buffer();
         assert!(buffer.queue(2, SIZE).is_err());
-        assert!(buffer.queue(0, SIZE * 2).is_err());
+        assert!(buffer.queue(0, LARGEST_MMIO_RING * 2).is_err());
     }
 }
