@@ -14,6 +14,7 @@
 //! nobody may write to is shared by all.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -83,6 +84,9 @@ pub enum Refused {
     /// The block door's writes did not end.
     #[error("the block door cannot be drained: {0}")]
     Drain(String),
+    /// The runtime directory is full, say.
+    #[error("cannot note in the runtime directory that a client has the disk: {0}")]
+    Note(String),
     /// The export is being opened or closed.
     #[error("the export is not open")]
     NotOpen,
@@ -118,18 +122,23 @@ pub struct Access {
     export: String,
     grace: Duration,
     shared: bool,
+    /// A file that is there while a client has the disk, or is waited for.
+    note: Option<PathBuf>,
     inner: Mutex<Inner>,
     changed: Condvar,
 }
 
 impl Access {
     /// For a disk that is `read_only` or not; `grace` is how long it is kept for a client that died.
+    /// The file `note` is there while a client has the disk: a server that comes after a crash reads
+    /// it.
     #[must_use]
-    pub fn new(export: &str, read_only: bool, grace: Duration) -> Arc<Self> {
+    pub fn new(export: &str, read_only: bool, grace: Duration, note: Option<PathBuf>) -> Arc<Self> {
         Arc::new(Self {
             export: export.to_owned(),
             grace,
             shared: read_only,
+            note,
             inner: Mutex::new(Inner {
                 state: State::Opening,
                 block: None,
@@ -155,7 +164,32 @@ impl Access {
         inner.block = block;
         inner.state = State::Block;
         drop(inner);
+        self.unnote();
         self.changed.notify_all();
+    }
+
+    /// Opens the export of a server that died while a client had the disk: the client may come
+    /// back. The block door is refusing writes already.
+    pub fn open_for_return(self: &Arc<Self>, block: Arc<dyn BlockDoor>) {
+        self.inner().block = Some(block);
+        Arc::clone(self).await_return("the last server died while a client had the disk");
+    }
+
+    fn note(&self) -> std::io::Result<()> {
+        match &self.note {
+            Some(path) => std::fs::write(path, ""),
+            None => Ok(()),
+        }
+    }
+
+    fn unnote(&self) {
+        if let Some(path) = &self.note
+            && let Err(error) = std::fs::remove_file(path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            let path = path.display();
+            tracing::warn!(export = self.export, "cannot remove {path}: {error}");
+        }
     }
 
     /// The block door has gone.
@@ -223,6 +257,9 @@ impl Access {
             return Err(Refused::InUse(who));
         }
         block.close(DRAIN_LIMIT).map_err(Refused::Drain)?;
+        // Before the client's first write: whoever comes after a crash must know.
+        self.note()
+            .map_err(|error| Refused::Note(error.to_string()))?;
         std::mem::forget(undo);
         let mut inner = self.inner();
         if let State::Closed = inner.state {
@@ -270,6 +307,7 @@ impl Access {
         if let State::Closed = inner.state {
             return;
         }
+        self.unnote();
         if let Some(block) = &inner.block {
             block.open();
         }
@@ -278,8 +316,8 @@ impl Access {
         self.changed.notify_all();
     }
 
-    /// Keeps the disk for a client that died, and gives it back when nobody came.
-    fn await_return(self: Arc<Self>) {
+    /// Keeps the disk for a client that may come back, and gives it back when nobody did.
+    fn await_return(self: Arc<Self>, why: &str) {
         let mut inner = self.inner();
         if let State::Closed = inner.state {
             return;
@@ -294,10 +332,7 @@ impl Access {
         drop(inner);
         self.changed.notify_all();
         let seconds = self.grace.as_secs_f32();
-        tracing::warn!(
-            export = self.export,
-            "the client died; its disk is kept for {seconds} s"
-        );
+        tracing::warn!(export = self.export, "{why}: it is kept for {seconds} s");
         let access = Arc::clone(&self);
         let spawned = std::thread::Builder::new()
             .name("grace".into())
@@ -373,7 +408,7 @@ impl Hold {
 impl Drop for Hold {
     fn drop(&mut self) {
         if let Some(access) = self.access.take() {
-            access.await_return();
+            access.await_return("the client died that had the disk");
         }
     }
 }

@@ -47,7 +47,7 @@ fn client(name: &str) -> Client {
 }
 
 fn export(grace: Duration) -> (Arc<Access>, Arc<Door>) {
-    let access = Access::new("e", false, grace);
+    let access = Access::new("e", false, grace, None);
     let door = Arc::new(Door::default());
     access.open(Some(Arc::<Door>::clone(&door)));
     (access, door)
@@ -179,7 +179,7 @@ fn who_comes_before_its_own_past_has_ended_waits_for_it() {
 
 #[test]
 fn early_clients_wait_for_the_doors_to_open() {
-    let access = Access::new("e", false, LONG);
+    let access = Access::new("e", false, LONG, None);
     let early = std::thread::spawn({
         let access = Arc::clone(&access);
         move || access.take(client("a"))
@@ -202,7 +202,7 @@ fn a_closed_export_has_no_clients() {
 
 #[test]
 fn without_a_block_door_nobody_is_waited_for() {
-    let access = Access::new("e", false, LONG);
+    let access = Access::new("e", false, LONG, None);
     access.open(None);
     assert_eq!(access.state(), AccessState::Free);
     drop(access.take(client("a")).unwrap());
@@ -211,10 +211,37 @@ fn without_a_block_door_nobody_is_waited_for() {
 
 #[test]
 fn a_read_only_disk_is_shared() {
-    let access = Access::new("e", true, LONG);
+    let access = Access::new("e", true, LONG, None);
     access.open(None);
     let _one = access.take(client("a")).unwrap();
     let _two = access.take(client("b")).unwrap();
     assert_eq!(access.state(), AccessState::Shared);
     assert_eq!(access.holder(), None);
+}
+
+#[test]
+fn a_note_is_there_while_a_client_has_the_disk_or_is_waited_for() {
+    let temp = tempfile::tempdir().unwrap();
+    let note = temp.path().join("upgraded");
+    let access = Access::new("e", false, LONG, Some(note.clone()));
+    access.open(Some(Arc::new(Door::default())));
+    assert!(!note.exists());
+    let hold = access.take(client("a")).unwrap();
+    assert!(note.exists());
+    drop(hold);
+    assert_eq!(access.state(), AccessState::Waiting);
+    assert!(note.exists());
+    access.take(client("a")).unwrap().leave();
+    assert!(!note.exists());
+}
+
+#[test]
+fn after_a_crash_the_disk_is_kept_for_the_client_that_had_it() {
+    let access = Access::new("e", false, LONG, None);
+    let door = Arc::new(Door::default());
+    access.open_for_return(Arc::<Door>::clone(&door));
+    assert_eq!(access.state(), AccessState::Waiting);
+    access.take(client("a")).unwrap().leave();
+    assert_eq!(door.diary(), ["open"], "it was closed from the beginning");
+    assert_eq!(access.state(), AccessState::Block);
 }

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -63,6 +64,20 @@ pub enum Command {
         /// The export
         name: String,
     },
+    /// Say whether a block device can be upgraded, and how; disturbs nobody
+    Probe {
+        /// The block device
+        device: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run QEMU with disks that go straight to the servers behind their block devices
+    #[command(
+        override_usage = "ublkup qemu [OPTIONS] DEVICE[,key=value…]... -- QEMU [ARGUMENT]...\n       \
+                          ublkup qemu --live QMP-SOCKET DEVICE"
+    )]
+    Qemu(Qemu),
     /// Say what this machine can and cannot do, and find what dead servers left
     Doctor {
         /// Print JSON
@@ -136,6 +151,32 @@ pub struct Serve {
     /// A TOML file with `[[export]]` tables; may be given along with SPECs
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+}
+
+/// `qemu`
+#[derive(Debug, Args)]
+pub struct Qemu {
+    /// A block device for the guest; the keys are properties of QEMU's -device, like id=root,
+    /// bootindex=1, num-queues=2. With --live: the id of the guest's disk, its block node, or the
+    /// path of the block device
+    #[arg(value_name = "DEVICE", required = true)]
+    pub devices: Vec<String>,
+
+    /// Print the shell command instead of running it
+    #[arg(long, conflicts_with = "live")]
+    pub print: bool,
+
+    /// Fail with 3 when a device has no service, instead of using the block device
+    #[arg(long, conflicts_with = "live")]
+    pub require_upgrade: bool,
+
+    /// Move a disk of the running guest whose monitor is here; the guest must have unmounted it
+    #[arg(long, value_name = "QMP-SOCKET", conflicts_with = "command")]
+    pub live: Option<PathBuf>,
+
+    /// QEMU and its arguments; the launcher adds the disks, and shared memory if there is none
+    #[arg(last = true, value_name = "QEMU", required_unless_present = "live")]
+    pub command: Vec<OsString>,
 }
 
 impl Serve {

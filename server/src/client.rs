@@ -120,7 +120,7 @@ pub fn man(folder: &Path) -> Result<ExitCode> {
 }
 
 /// Writes to standard output; a reader that went away ends the program quietly, as for any filter.
-fn print(text: &str) -> Result<()> {
+pub(crate) fn print(text: &str) -> Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => Ok(other?),

@@ -309,19 +309,31 @@ impl House<'_> {
         let disk = Arc::new(disk);
         let limits = disk.limits().clone();
         let config = self.config;
-        let access = Access::new(&config.name, limits.read_only, config.reconnect_grace);
+        let access = Access::new(
+            &config.name,
+            limits.read_only,
+            config.reconnect_grace,
+            Some(self.claim.upgraded_note()),
+        );
         let mut doors = Doors {
             vhost: self.open_vhost(&disk, &access)?,
             ..Doors::default()
         };
-        // Even with --ublk no: a dead device of this name is in nobody's way but ours.
-        remove_left_over_device(self.claim)?;
-        doors.ublk = self.open_ublk(&disk)?;
+        let survivor = self.survivor(&limits)?;
+        if survivor.is_none() {
+            // Even with --ublk no: a dead device of this name is in nobody's way but ours.
+            remove_left_over_device(self.claim)?;
+        }
+        let returns = survivor.is_some() && self.claim.was_upgraded();
+        doors.ublk = self.open_ublk(&disk, survivor, returns)?;
         if doors.ublk.is_none() && doors.vhost.is_none() {
             bail!("no door can be opened: there is no ublk here, and --vhost is no");
         }
         // Clients that were too fast have waited for this.
-        access.open(doors.ublk.as_ref().map(|(door, _)| door.writes()));
+        match doors.ublk.as_ref().map(|(door, _)| door.writes()) {
+            Some(writes) if returns => access.open_for_return(writes),
+            writes => access.open(writes),
+        }
         doors.offer = self.offer(&doors);
         Ok((doors, limits, access))
     }
@@ -345,7 +357,27 @@ impl House<'_> {
         Ok(Some((door, registry)))
     }
 
-    fn open_ublk<B: Backend>(&self, disk: &Arc<B>) -> Result<Option<(UblkDoor, Arc<Registry>)>> {
+    /// The block device of a server of this name that died, if it can be gone on with.
+    fn survivor(&self, limits: &Limits) -> Result<Option<u32>> {
+        let Some((id, Some(sequence))) = self.claim.left_ublk_id() else {
+            return Ok(None);
+        };
+        let wanted = self.config.ublk_id.is_none_or(|wanted| wanted == id);
+        if !wanted || !may_open_ublk(self.config)? || ublk::disk_sequence(id) != Some(sequence) {
+            return Ok(None);
+        }
+        if ublk::is_waiting_for(id, limits)? {
+            return Ok(Some(id));
+        }
+        Ok(None)
+    }
+
+    fn open_ublk<B: Backend>(
+        &self,
+        disk: &Arc<B>,
+        survivor: Option<u32>,
+        refuse_writes: bool,
+    ) -> Result<Option<(UblkDoor, Arc<Registry>)>> {
         let config = self.config;
         if !may_open_ublk(config)? {
             return Ok(None);
@@ -370,11 +402,19 @@ impl House<'_> {
             id: config.ublk_id,
             queues: config.queues,
             depth: config.depth,
+            // What was in memory has gone with the server; requests had better fail.
+            recoverable: matches!(config.backend, BackendSpec::File { .. }),
+            take_over: survivor,
+            refuse_writes,
         };
         let door = UblkDoor::start(&ublk, disk, counters, on_end)?;
+        if survivor.is_some() {
+            let (name, disk) = (&config.name, door.block_path());
+            tracing::info!("{name}: goes on with {}, whose server died", disk.display());
+        }
         let folder = self.claim.folder().display();
         self.claim
-            .note_ublk_id(door.id())
+            .note_ublk_id(door.id(), door.disk_sequence())
             .with_context(|| format!("cannot write to {folder}"))?;
         Ok(Some((door, registry)))
     }
@@ -425,10 +465,12 @@ fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
 ///
 /// When it cannot be removed, or has a living server.
 pub fn remove_left_over_device(claim: &Claim) -> Result<()> {
-    let Some(id) = claim.left_ublk_id() else {
+    let Some((id, sequence)) = claim.left_ublk_id() else {
         return Ok(());
     };
-    match ublk::remove(id) {
+    // One that waits for its server was ours if its disk is the one that was noted.
+    let ours = sequence.is_some() && ublk::disk_sequence(id) == sequence;
+    match ublk::remove(id, ours) {
         // Without the driver there are no devices: the machine was booted again.
         Ok(()) | Err(UblkError::Unavailable(Unavailable::NoDriver)) => {}
         // The number went to somebody else in the meantime.

@@ -189,7 +189,7 @@ fn dead_devices(clean: bool) -> Vec<Check> {
     dead.into_iter()
         .map(|device| {
             let id = device.id;
-            let (verdict, finding) = match clean.then(|| ublk::remove(id)) {
+            let (verdict, finding) = match clean.then(|| ublk::remove(id, false)) {
                 Some(Ok(())) => (Verdict::Ok, format!("/dev/ublkc{id}: removed")),
                 Some(Err(error)) => (Verdict::Problem, error.to_string()),
                 None => (

@@ -16,6 +16,8 @@ pub mod doctor;
 pub mod door;
 pub mod io;
 pub mod offer;
+pub mod probe;
+pub mod qemu;
 pub mod queue_thread;
 pub mod request;
 pub mod runtime;

@@ -1,13 +1,14 @@
 //! The `ublkup` command.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
-use ublkup::cli::{Cli, Command};
+use ublkup::cli::{Cli, Command, Qemu};
 use ublkup::runtime::RuntimeDir;
-use ublkup::{client, doctor, serve};
+use ublkup::{client, doctor, probe, qemu, serve};
 
 /// Exit code for wrong usage; clap uses the same.
 const USAGE: u8 = 2;
@@ -52,8 +53,29 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::List { json } => client::list(&dir()?, json),
         Command::Stat { name, json, watch } => client::stat(&dir()?, &name, json, watch),
         Command::Stop { name } => client::stop(&dir()?, &name),
+        Command::Probe { device, json } => probe::run(&device, cli.runtime_dir.as_deref(), json),
+        Command::Qemu(asked) => run_qemu(&asked, cli.runtime_dir.as_deref()),
         Command::Doctor { json, clean } => doctor::run(&dir()?, json, clean),
         Command::Completions { shell } => client::completions(shell),
         Command::Man { folder } => client::man(&folder),
+    }
+}
+
+fn run_qemu(asked: &Qemu, runtime_dir: Option<&Path>) -> anyhow::Result<ExitCode> {
+    let Some(monitor) = &asked.live else {
+        return qemu::launch(&qemu::Launch {
+            disks: &asked.devices,
+            print: asked.print,
+            require_upgrade: asked.require_upgrade,
+            command: &asked.command,
+            runtime_dir,
+        });
+    };
+    match &asked.devices[..] {
+        [device] => qemu::live::run(monitor, device, runtime_dir),
+        _ => {
+            eprintln!("ublkup: --live moves one DEVICE at a time");
+            Ok(USAGE.into())
+        }
     }
 }

@@ -4,7 +4,8 @@
 //! /run/ublkup/exports/NAME/lock             held (flock) by the server as long as it lives
 //!                          control          admin socket: stat, stop
 //!                          vhost-user-blk   the vhost door, unless --vhost-socket says otherwise
-//!                          ublk-id          number of the block device, while there is one
+//!                          ublk-id          number of the block device and of its disk, while there is one
+//!                          upgraded         there while a vhost client has the disk
 //! ```
 //!
 //! The lock tells the living from the dead: whoever can take it may clear the folder away.
@@ -25,6 +26,7 @@ pub const VHOST_SOCKET: &str = "vhost-user-blk";
 
 const LOCK: &str = "lock";
 const UBLK_ID: &str = "ublk-id";
+const UPGRADED: &str = "upgraded";
 
 /// Where servers of this user keep their state.
 #[derive(Clone, Debug)]
@@ -167,22 +169,38 @@ impl Claim {
         &self.folder
     }
 
-    /// The block device that a dead server of this name left behind, if it left one.
+    /// The block device that a dead server of this name left behind, if it left one, and the
+    /// sequence number of its disk.
     #[must_use]
-    pub fn left_ublk_id(&self) -> Option<u32> {
+    pub fn left_ublk_id(&self) -> Option<(u32, Option<u64>)> {
         let text = fs::read_to_string(self.folder.join(UBLK_ID)).ok()?;
-        text.trim().parse().ok()
+        let mut words = text.split_whitespace();
+        let id = words.next()?.parse().ok()?;
+        Some((id, words.next().and_then(|word| word.parse().ok())))
     }
 
-    /// Notes the number of the block device, so that it can be found after a crash.
+    /// Notes the numbers of the block device and its disk, so that it can be found after a crash.
     ///
     /// # Errors
     ///
     /// When the folder cannot be written.
-    pub fn note_ublk_id(&self, id: u32) -> io::Result<()> {
+    pub fn note_ublk_id(&self, id: u32, disk_sequence: Option<u64>) -> io::Result<()> {
         let new = self.folder.join(".ublk-id.new");
-        fs::write(&new, format!("{id}\n"))?;
+        let sequence = disk_sequence.map_or(String::new(), |number| format!(" {number}"));
+        fs::write(&new, format!("{id}{sequence}\n"))?;
         fs::rename(new, self.folder.join(UBLK_ID))
+    }
+
+    /// Whether a vhost client had the disk when the last server of this name died.
+    #[must_use]
+    pub fn was_upgraded(&self) -> bool {
+        self.folder.join(UPGRADED).exists()
+    }
+
+    /// Where it is noted that a vhost client has the disk.
+    #[must_use]
+    pub fn upgraded_note(&self) -> PathBuf {
+        self.folder.join(UPGRADED)
     }
 
     /// Forgets the number: the device is gone.
@@ -190,12 +208,12 @@ impl Claim {
         remove(&self.folder.join(UBLK_ID));
     }
 
-    /// Removes the sockets of a dead server; keeps the note of its device, which the block door
-    /// reads.
+    /// Removes the sockets of a dead server; keeps its notes, which the doors read.
     fn clear_left_over(&self) -> Result<()> {
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
-            if entry.file_name() != LOCK && entry.file_name() != UBLK_ID {
+            let keep = [LOCK, UBLK_ID, UPGRADED];
+            if !keep.iter().any(|name| entry.file_name() == *name) {
                 fs::remove_file(entry.path())
                     .with_context(|| format!("cannot remove {}", entry.path().display()))?;
             }
@@ -206,7 +224,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        for file in [CONTROL, VHOST_SOCKET, LOCK] {
+        for file in [CONTROL, VHOST_SOCKET, UPGRADED, LOCK] {
             remove(&self.folder.join(file));
         }
         // Not empty when a device was left noted on purpose: then the folder stays.
@@ -258,7 +276,9 @@ mod tests {
         assert!(!dir.is_alive("a"));
         let claim = dir.claim("a").unwrap();
         assert!(!folder.join(CONTROL).exists());
-        assert_eq!(claim.left_ublk_id(), Some(7));
+        assert_eq!(claim.left_ublk_id(), Some((7, None)));
+        claim.note_ublk_id(7, Some(12)).unwrap();
+        assert_eq!(claim.left_ublk_id(), Some((7, Some(12))));
         claim.forget_ublk_id();
         drop(claim);
         assert!(!folder.exists());

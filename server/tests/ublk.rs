@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod common;
+#[path = "ublk/recovery.rs"]
+mod recovery;
 mod serving;
 #[path = "ublk/upgrade.rs"]
 mod upgrade;
@@ -52,6 +54,9 @@ fn config() -> UblkConfig {
         id: None,
         queues: 4,
         depth: 32,
+        recoverable: false,
+        take_over: None,
+        refuse_writes: false,
     }
 }
 
@@ -251,7 +256,7 @@ fn a_taken_id_is_refused_and_its_device_lives_on() {
     };
     let second = UblkDoor::start(&same, &Arc::new(Null::new(limits())), Arc::default, no_end);
     assert!(matches!(second, Err(UblkError::IdInUse { id }) if id == door.id()));
-    let error = ublk::remove(door.id()).unwrap_err();
+    let error = ublk::remove(door.id(), false).unwrap_err();
     assert!(matches!(error, UblkError::Alive { .. }), "{error}");
     assert!(error.to_string().contains(&std::process::id().to_string()));
     assert!(ublk::leftovers().unwrap().iter().all(|l| l.id != door.id()));
@@ -493,9 +498,9 @@ fn a_killed_server_leaves_a_dead_device_that_can_be_removed() {
         .expect("the victim serves");
     victim.kill().unwrap();
     victim.wait().unwrap();
-    ublk::remove(id).unwrap();
+    ublk::remove(id, false).unwrap();
     assert!(is_gone(id));
-    ublk::remove(id).unwrap();
+    ublk::remove(id, false).unwrap();
     assert!(ublk::leftovers().unwrap().iter().all(|l| l.id != id));
 }
 

@@ -3,7 +3,7 @@
 
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{Advice, FileType, Mode, OFlags, fadvise, fstat, fsync, major, minor, open};
 use rustix::io::Errno;
@@ -16,15 +16,80 @@ use crate::error::NoService;
 use crate::object::is_read_only_disk;
 use crate::{Error, socket};
 
+/// A block device that nobody else may claim, with nothing in its page cache.
+///
+/// Dropping it ends the claim without touching the page cache; see [`DiskClaim::release`].
+#[derive(Debug)]
+pub struct DiskClaim {
+    fd: OwnedFd,
+    device: String,
+    read_only: bool,
+}
+
+impl DiskClaim {
+    /// Opens the block device at `path` with `O_RDWR|O_DIRECT|O_EXCL` and touches nothing else.
+    ///
+    /// A writable device that is mounted or otherwise claimed is [`Error::Claimed`]. A read-only one is
+    /// opened for reading and shared.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        Self::open_as(path, path.display().to_string())
+    }
+
+    fn open_as(path: &Path, device: String) -> Result<Self, Error> {
+        let (fd, read_only) = open_claimed(path, &device)?;
+        Ok(Self {
+            fd,
+            device,
+            read_only,
+        })
+    }
+
+    /// Writes the page cache of the device out and drops it: what was written before is the server's
+    /// now, and what is read later is read from the server.
+    pub fn settle(&self) -> Result<(), Error> {
+        write_out(self.fd.as_fd(), &self.device)?;
+        drop_cache(self.fd.as_fd(), &self.device)
+    }
+
+    /// Connects to a service of the device, and checks on both ways that its server is root or the
+    /// owner of the device.
+    pub fn connect(&self, name: &Name, lookup: &Lookup) -> Result<Answer<Connection>, Error> {
+        let connection = match connect(&self.fd, name, lookup)? {
+            Answer::Found(connection) => connection,
+            Answer::NoService(why) => return Ok(Answer::NoService(why)),
+        };
+        if !is_trusted_peer(self.fd.as_fd(), connection.peer())? {
+            return Ok(Answer::NoService(NoService::ForeignPeer {
+                uid: connection.peer().uid,
+            }));
+        }
+        Ok(Answer::Found(connection))
+    }
+
+    /// Whether the device is read-only, and so shared instead of claimed.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Drops what others read of the device meanwhile from the page cache, and ends the claim.
+    pub fn release(self) -> Result<(), Error> {
+        drop_cache(self.fd.as_fd(), &self.device)
+    }
+}
+
+impl AsFd for DiskClaim {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 /// A block device whose service is in use: the exclusive claim and the connection, held together.
 ///
 /// Dropping it does what [`BlockUpgrade::release`] does, without a word about failures.
 #[derive(Debug)]
 pub struct BlockUpgrade {
     connection: Connection,
-    claim: OwnedFd,
-    device: String,
-    read_only: bool,
+    claim: DiskClaim,
     released: bool,
 }
 
@@ -34,7 +99,7 @@ impl BlockUpgrade {
     /// A writable device is opened with O_EXCL, so a mounted or otherwise claimed one is
     /// [`Error::Claimed`], and stays claimed until release. A read-only one is shared.
     pub fn open(path: &Path, name: &Name, lookup: &Lookup) -> Result<Answer<Self>, Error> {
-        Self::start(path.to_owned(), path.display().to_string(), name, lookup)
+        Self::start(path, path.display().to_string(), name, lookup)
     }
 
     /// Upgrades the block device behind an open descriptor, which the caller keeps. A descriptor without
@@ -46,34 +111,25 @@ impl BlockUpgrade {
         if crate::object::lacks_write_access(fd)? {
             return Ok(Answer::NoService(NoService::ReadOnlyDescriptor));
         }
-        Self::start(PathBuf::from(&path), path, name, lookup)
+        Self::start(Path::new(&path), path.clone(), name, lookup)
     }
 
     fn start(
-        path: PathBuf,
+        path: &Path,
         device: String,
         name: &Name,
         lookup: &Lookup,
     ) -> Result<Answer<Self>, Error> {
-        let (claim, read_only) = open_claimed(&path, &device)?;
-        write_out(claim.as_fd(), &device)?;
-        drop_cache(claim.as_fd(), &device)?;
-        let connection = match connect(&claim, name, lookup)? {
-            Answer::Found(connection) => connection,
-            Answer::NoService(why) => return Ok(Answer::NoService(why)),
-        };
-        if !is_trusted_peer(claim.as_fd(), connection.peer())? {
-            return Ok(Answer::NoService(NoService::ForeignPeer {
-                uid: connection.peer().uid,
-            }));
-        }
-        Ok(Answer::Found(Self {
-            connection,
-            claim,
-            device,
-            read_only,
-            released: false,
-        }))
+        let claim = DiskClaim::open_as(path, device)?;
+        claim.settle()?;
+        Ok(match claim.connect(name, lookup)? {
+            Answer::Found(connection) => Answer::Found(Self {
+                connection,
+                claim,
+                released: false,
+            }),
+            Answer::NoService(why) => Answer::NoService(why),
+        })
     }
 
     /// The connection to the server.
@@ -88,7 +144,7 @@ impl BlockUpgrade {
 
     /// Whether the device is read-only, and so shared instead of claimed.
     pub fn is_read_only(&self) -> bool {
-        self.read_only
+        self.claim.is_read_only()
     }
 
     /// Ends the upgrade: the connection is shut down, what others read of the device meanwhile is dropped
@@ -104,7 +160,7 @@ impl BlockUpgrade {
         self.released = true;
         // The peer may have gone before: that is what a shutdown wants to reach.
         let _gone = self.connection.stream().shutdown(Shutdown::Both);
-        drop_cache(self.claim.as_fd(), &self.device)
+        drop_cache(self.claim.as_fd(), &self.claim.device)
     }
 }
 

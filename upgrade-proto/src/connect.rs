@@ -30,11 +30,17 @@ pub struct Connection {
     stream: UnixStream,
     way: Way,
     peer: Peer,
+    entry: Option<PathBuf>,
 }
 
 impl Connection {
     pub(crate) fn new(stream: UnixStream, way: Way, peer: Peer) -> Self {
-        Self { stream, way, peer }
+        Self {
+            stream,
+            way,
+            peer,
+            entry: None,
+        }
     }
 
     /// How the two met.
@@ -45,6 +51,12 @@ impl Connection {
     /// Who is at the other end.
     pub fn peer(&self) -> Peer {
         self.peer
+    }
+
+    /// The socket in the registry through which a client came, for a program that can only be given a
+    /// path. Its directories were trusted when this connection was made.
+    pub fn entry(&self) -> Option<&Path> {
+        self.entry.as_deref()
     }
 
     /// The socket.
@@ -159,7 +171,8 @@ fn connect_by_registry(
                     continue;
                 }
             };
-            let connection = introduce(stream, Way::Registry)?;
+            let mut connection = introduce(stream, Way::Registry)?;
+            connection.entry = Some(registry::entry_path(dir, &candidate, name));
             if !is_trusted_peer(fd, connection.peer())? {
                 refusal = NoService::ForeignPeer {
                     uid: connection.peer().uid,
@@ -253,7 +266,9 @@ mod tests {
         let mut same = || Ok(pipe(7));
         let answer =
             connect_by_registry(read.as_fd(), &name, &lookup, &mut same).expect("an answer");
-        assert!(answer.found().is_some());
+        let connection = answer.found().expect("a connection");
+        let path = connection.entry().expect("a path");
+        UnixStream::connect(path).expect("the path leads to the same server");
     }
 
     #[test]

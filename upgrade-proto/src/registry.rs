@@ -49,6 +49,12 @@ pub fn client_runtime_dirs() -> Vec<PathBuf> {
     dirs
 }
 
+/// Where the service's socket is, or would be.
+pub(crate) fn entry_path(runtime_dir: &Path, key: &Key, name: &Name) -> PathBuf {
+    let folder = runtime_dir.join(FOLDER).join(key.folder());
+    folder.join(name.as_str())
+}
+
 /// Checks what is true of everything in the registry: ours or root's, the right kind, writable only by its owner.
 fn check(stat: &Stat, kind: FileType, path: &Path) -> Result<(), Error> {
     let refuse = |why: String| {

@@ -102,7 +102,7 @@ impl Drop for Scratch {
 
 /// The right to a disk without a block door.
 pub fn open_access(read_only: bool) -> Arc<Access> {
-    let access = Access::new("test", read_only, Duration::from_secs(1));
+    let access = Access::new("test", read_only, Duration::from_secs(1), None);
     access.open(None);
     access
 }

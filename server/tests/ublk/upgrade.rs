@@ -16,15 +16,15 @@ use super::common::{self, Driver, INDIRECT, OK, PATIENCE, PROTOCOL, VERSION_1, e
 use super::run;
 use super::serving::{Lab, Server};
 
-const BLOCK: usize = 4096;
+pub const BLOCK: usize = 4096;
 
 /// What a driver of a read-only disk in memory may accept.
-const PLAIN: u64 = VERSION_1 | INDIRECT | PROTOCOL;
+pub const PLAIN: u64 = VERSION_1 | INDIRECT | PROTOCOL;
 
 /// A block of memory that O_DIRECT takes.
 #[repr(align(4096))]
 #[derive(Clone)]
-struct Block([u8; BLOCK]);
+pub struct Block(pub [u8; BLOCK]);
 
 impl Block {
     fn of(byte: u8) -> Box<Self> {
@@ -51,7 +51,7 @@ fn serve(args: &[&str]) -> Export {
     Export { lab, server, disk }
 }
 
-fn stat(lab: &Lab) -> serde_json::Value {
+pub fn stat(lab: &Lab) -> serde_json::Value {
     serde_json::from_str(&lab.ok(&["stat", "d", "--json"])).unwrap()
 }
 
@@ -101,11 +101,11 @@ impl Export {
     }
 }
 
-fn service() -> Name {
+pub fn service() -> Name {
     Name::new("vhost-user-blk").unwrap()
 }
 
-fn direct(disk: &Path) -> File {
+pub fn direct(disk: &Path) -> File {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -114,15 +114,15 @@ fn direct(disk: &Path) -> File {
         .unwrap()
 }
 
-fn errno(result: std::io::Result<()>) -> Option<i32> {
+pub fn errno(result: std::io::Result<()>) -> Option<i32> {
     result.err().map(|error| error.raw_os_error().unwrap())
 }
 
-fn write_block(file: &File, number: u64, byte: u8) -> std::io::Result<()> {
+pub fn write_block(file: &File, number: u64, byte: u8) -> std::io::Result<()> {
     file.write_all_at(&Block::of(byte).0, number * BLOCK as u64)
 }
 
-fn read_block(file: &File, number: u64) -> Box<Block> {
+pub fn read_block(file: &File, number: u64) -> Box<Block> {
     let mut block = Block::of(0);
     file.read_exact_at(&mut block.0, number * BLOCK as u64)
         .unwrap();
@@ -141,7 +141,7 @@ const BLKDISCARD: libc::Ioctl = 0x1277;
 const BLKZEROOUT: libc::Ioctl = 0x127f;
 
 /// Stops all vrings and hangs up: the client leaves.
-fn leave(driver: Driver) {
+pub fn leave(driver: Driver) {
     for index in 0..driver.vrings.len() {
         driver.frontend.get_vring_base(index).unwrap();
     }

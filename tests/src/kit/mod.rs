@@ -1,5 +1,6 @@
 //! Helpers for test bodies: commands, images, fio, the server.
 
+pub mod boot_sector;
 pub mod fio;
 pub mod images;
 pub mod server;

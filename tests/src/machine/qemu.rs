@@ -1,5 +1,6 @@
 //! QEMU without hardware help: an emulated PC, slow and exact.
 
+use std::ffi::OsString;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -40,6 +41,7 @@ pub struct Qemu {
     arguments: Vec<String>,
     kernel_arguments: Vec<String>,
     recipe: Option<PathBuf>,
+    environment: Vec<(OsString, OsString)>,
 }
 
 impl Qemu {
@@ -55,11 +57,11 @@ impl Qemu {
             arguments: Vec::new(),
             kernel_arguments: Vec::new(),
             recipe: None,
+            environment: Vec::new(),
         }
     }
 
-    /// Starts QEMU through a script of `qemu-config/`, which brings board, memory and the one
-    /// vhost-user-blk disk itself.
+    /// Starts QEMU through a script of `qemu-config/`, which brings board, memory and disks itself.
     #[must_use]
     pub fn recipe(mut self, script: &Path) -> Self {
         self.recipe = Some(script.to_owned());
@@ -74,6 +76,13 @@ impl Qemu {
             .processors(1)
             .memory_mib(512)
             .vhost_disk(socket)
+    }
+
+    /// Sets an environment variable of the recipe.
+    #[must_use]
+    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
     }
 
     /// The board.
@@ -120,13 +129,17 @@ impl Qemu {
 
     /// Board, memory and disks as a script of `qemu-config/` brings them.
     fn recipe_command(&self, script: &Path) -> Result<Command> {
-        let [socket] = &self.vhost_sockets[..] else {
-            bail!("a recipe has one vhost-user-blk disk");
-        };
         let mut command = Command::new(script);
+        match &self.vhost_sockets[..] {
+            [] => {}
+            [socket] => {
+                command.env("SOCKET", socket);
+            }
+            _ => bail!("a recipe has one vhost-user-blk disk"),
+        }
         command
-            .env("SOCKET", socket)
-            .env("MEMORY", format!("{}M", self.memory_mib));
+            .env("MEMORY", format!("{}M", self.memory_mib))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
         Ok(command)
     }
 

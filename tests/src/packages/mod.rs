@@ -96,6 +96,12 @@ const NEEDED: &[Needed] = &[
         "qemu-utils",
         Sign::Qemu("qemu-storage-daemon"),
     ),
+    needed(
+        Purpose::Tests,
+        "libvirt-clients",
+        Sign::Program("virt-xml-validate"),
+    ),
+    needed(Purpose::Tests, "libxml2-utils", Sign::Program("xmllint")),
 ];
 
 const fn needed(purpose: Purpose, package: &'static str, sign: Sign) -> Needed {

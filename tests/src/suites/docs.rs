@@ -5,11 +5,30 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
+use crate::kit::shell::Shell;
 use crate::test;
 use crate::test::{Context, Test};
 
 /// The table.
-pub const TESTS: &[Test] = &[test!(every_link_to_a_file_leads_somewhere)];
+pub const TESTS: &[Test] = &[
+    test!(every_link_to_a_file_leads_somewhere),
+    test!(the_libvirt_domain_is_valid),
+];
+
+fn the_libvirt_domain_is_valid(cx: &Context) -> Result<()> {
+    let domain = cx.paths.repo.join("qemu-config/libvirt.xml");
+    Shell::new("virt-xml-validate")
+        .arg(&domain)
+        .arg("domain")
+        .run()?;
+    // The schema does not know that a vhost-user disk needs shared memory.
+    let text = fs::read_to_string(&domain)?;
+    ensure!(
+        text.contains("<access mode='shared'/>"),
+        "the guest's memory is not shared"
+    );
+    Ok(())
+}
 
 fn every_link_to_a_file_leads_somewhere(cx: &Context) -> Result<()> {
     let mut pages = Vec::new();

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
-use super::io::{open_direct, read_direct, write_direct};
+use super::io::{Exercise, open_direct, read_direct, write_direct};
 use super::upgraded::{boot_upgraded, expect_access};
 use crate::kit::fio::Fio;
 use crate::kit::images::Random;
@@ -23,6 +23,7 @@ use crate::test::{Context, Test};
 pub const TESTS: &[Test] = &[
     test!(no_write_is_lost_when_a_guest_takes_the_disk_and_gives_it_back).limit_s(500),
     test!(no_acknowledged_write_is_missing_after_qemu_was_killed).limit_s(400),
+    test!(a_guest_and_its_path_outlive_servers_that_are_killed).limit_s(500),
 ];
 
 /// What the guests do.
@@ -121,12 +122,16 @@ fn compare(part: &Part, acknowledged: u64) -> Result<()> {
 }
 
 fn serve(cx: &Context, grace_s: u32) -> Result<Server> {
+    serve_spec(cx, grace_s, &format!("mem:{DISK_BYTES}"))
+}
+
+fn serve_spec(cx: &Context, grace_s: u32, spec: &str) -> Result<Server> {
     Serve::new(cx)
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .args(["--name", "disk", "--reconnect-grace"])
         .arg(grace_s.to_string())
-        .arg(format!("mem:{DISK_BYTES}"))
+        .arg(spec)
         .start()
 }
 
@@ -224,6 +229,48 @@ fn no_acknowledged_write_is_missing_after_qemu_was_killed(cx: &Context) -> Resul
     part.fio(cx).run()?;
     let log = server.stop()?;
     ensure!(log.contains("the client died"), "it did not die:\n{log}");
+    Ok(())
+}
+
+/// QEMU has the block device's descriptor and a path, nothing else. Servers die; the next one takes the
+/// device over, and QEMU finds it by the same path.
+fn a_guest_and_its_path_outlive_servers_that_are_killed(cx: &Context) -> Result<()> {
+    let image = cx.scratch().join("disk.img");
+    fs::File::create(&image)?.set_len(DISK_BYTES)?;
+    let spec = format!("file:{},cache=buffered", image.display());
+    let mut server = serve_spec(cx, 120, &spec)?;
+    let disk = server.block_device()?;
+    let (mut guest, _) = boot_upgraded(cx, &disk, "outlives")?;
+    let mut plan = Exercise::new(Path::new("/dev/vda"), DISK_BYTES);
+    plan.depths = vec![1, 32];
+    plan.run_mib = 8;
+    let (kills, server) = std::thread::scope(|scope| {
+        let running = scope.spawn(|| guest.run_step::<_, ()>(&cx.paths, "exercise_disk", &plan));
+        let mut kills = 0;
+        while !running.is_finished() {
+            std::thread::sleep(Duration::from_secs(2));
+            server.kill()?;
+            server = serve_spec(cx, 120, &spec)?;
+            kills += 1;
+            ensure!(
+                server.block_device()? == disk,
+                "the device was not taken over"
+            );
+            expect_access(cx, "upgraded")?;
+        }
+        running.join().map_err(|_| anyhow!("the step panicked"))??;
+        anyhow::Ok((kills, server))
+    })?;
+    ensure!(kills >= 3, "only {kills} servers were killed");
+    guest.power_off();
+    expect_access(cx, "block")?;
+    let part = Part {
+        disk,
+        offset_bytes: 0,
+        len_bytes: 16 * MIB,
+    };
+    part.fio(cx).run()?;
+    server.stop()?;
     Ok(())
 }
 

@@ -12,9 +12,11 @@ mod guest;
 mod hand_over;
 mod io;
 mod kernel;
+mod launcher;
 mod qemu;
 mod selftest;
 mod story;
+mod survive;
 mod ublk_control;
 pub mod upgraded;
 mod vhost;
@@ -49,7 +51,7 @@ pub enum Need {
     Server,
     /// Cargo's test programs whose ignored tests need a ublk driver or root.
     DriverTests,
-    /// QEMU, its storage daemon, fio, e2fsprogs, strace.
+    /// QEMU, its storage daemon, fio, e2fsprogs, strace, libvirt's schemas.
     Tools,
 }
 
@@ -97,7 +99,22 @@ pub const SUITES: &[Suite] = &[
         about: "a server process on the host and guests that use its disk",
         place: Place::Host,
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
-        tests: &[story::TESTS, upgraded::TESTS, vhost::TESTS, qemu::TESTS],
+        tests: &[
+            story::TESTS,
+            upgraded::TESTS,
+            vhost::TESTS,
+            survive::TESTS,
+            qemu::TESTS,
+            launcher::STOCK_KERNEL_TESTS,
+        ],
+        with_cargo_test: false,
+    },
+    Suite {
+        name: "upgrade",
+        about: "probe, launcher and recipes with a stock QEMU, inside User Mode Linux",
+        place: Place::Uml,
+        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        tests: &[launcher::TESTS],
         with_cargo_test: false,
     },
     Suite {

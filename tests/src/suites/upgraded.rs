@@ -466,7 +466,11 @@ pub(super) fn boot_upgraded(cx: &Context, disk: &Path, log: &str) -> Result<(Mac
     // For QEMU to inherit, as after a shell's redirection.
     rustix::io::fcntl_setfd(&held, rustix::io::FdFlags::empty())?;
     let address = format!("/dev/self/fd/{}/vhost-user-blk", held.as_raw_fd());
-    let qemu = client(cx)?.vhost_disk(Path::new(&address));
+    let qemu = client(cx)?
+        .argument("-chardev")
+        .argument(format!("socket,id=disk,path={address},reconnect-ms=200"))
+        .argument("-device")
+        .argument("vhost-user-blk-pci,chardev=disk");
     let guest = Machine::boot(&qemu, &cx.paths, log)?;
     Ok((guest, address))
 }

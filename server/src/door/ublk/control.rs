@@ -62,6 +62,18 @@ const GET_DEV_INFO: Command = Command {
     number: sys::UBLK_U_CMD_GET_DEV_INFO,
     name: "GET_DEV_INFO",
 };
+const GET_PARAMS: Command = Command {
+    number: sys::UBLK_U_CMD_GET_PARAMS,
+    name: "GET_PARAMS",
+};
+const START_USER_RECOVERY: Command = Command {
+    number: sys::UBLK_U_CMD_START_USER_RECOVERY,
+    name: "START_USER_RECOVERY",
+};
+const END_USER_RECOVERY: Command = Command {
+    number: sys::UBLK_U_CMD_END_USER_RECOVERY,
+    name: "END_USER_RECOVERY",
+};
 const GET_FEATURES: Command = Command {
     number: sys::UBLK_U_CMD_GET_FEATURES,
     name: "GET_FEATURES",
@@ -74,6 +86,8 @@ pub(super) struct NewDevice {
     pub(super) queues: u16,
     pub(super) depth: u16,
     pub(super) buffer_bytes: u32,
+    /// `UBLK_F_*` bits besides the one that is always set.
+    pub(super) flags: u32,
 }
 
 /// What became of a deleted device.
@@ -125,7 +139,7 @@ impl Control {
             queue_depth: new.depth,
             max_io_buf_bytes: new.buffer_bytes,
             dev_id: new.id.unwrap_or(ANY_ID),
-            flags: u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE),
+            flags: u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE | new.flags),
             ..Default::default()
         };
         self.exchange(ADD_DEV, new.id, info)
@@ -151,14 +165,36 @@ impl Control {
         self.exchange(SET_PARAMS, Some(id), params).map(drop)
     }
 
+    /// What the disk of a device is like.
+    pub(super) fn params(&self, id: u32) -> Result<sys::ublk_params, UblkError> {
+        let params = sys::ublk_params {
+            // A struct of some hundred bytes.
+            len: u32::try_from(size_of::<sys::ublk_params>()).unwrap_or(u32::MAX),
+            ..Default::default()
+        };
+        self.exchange(GET_PARAMS, Some(id), params)
+    }
+
+    /// Begins to take over a device whose server has died. EBUSY while the driver still cleans up
+    /// behind that.
+    pub(super) fn start_recovery(&self, id: u32) -> Result<(), UblkError> {
+        self.exchange(START_USER_RECOVERY, Some(id), ())
+    }
+
+    /// Ends the taking over: the disk's requests go on. Waits as [`start`](Self::start) does.
+    pub(super) fn end_recovery(
+        &self,
+        id: u32,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<(), UblkError> {
+        self.run(END_USER_RECOVERY, Some(id), our_pid(), (), Some(give_up))
+            .map(drop)
+    }
+
     /// Makes the disk appear. The driver waits until every tag of every queue was fetched; when
     /// `give_up` says so, because a queue failed, we do not.
     pub(super) fn start(&self, id: u32, give_up: &dyn Fn() -> bool) -> Result<(), UblkError> {
-        let command = sys::ublksrv_ctrl_cmd {
-            data: [u64::from(std::process::id())],
-            ..Default::default()
-        };
-        self.run(START_DEV, Some(id), command, (), Some(give_up))
+        self.run(START_DEV, Some(id), our_pid(), (), Some(give_up))
             .map(drop)
     }
 
@@ -250,6 +286,14 @@ impl Control {
         };
         Box::leak(payload);
         Err(end)
+    }
+}
+
+/// A command that names this process as the server.
+fn our_pid() -> sys::ublksrv_ctrl_cmd {
+    sys::ublksrv_ctrl_cmd {
+        data: [u64::from(std::process::id())],
+        ..Default::default()
     }
 }
 

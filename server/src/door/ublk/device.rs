@@ -15,11 +15,14 @@ use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use libublk::sys;
+
 use super::UblkConfig;
 use super::control::{Control, NewDevice};
 use super::error::UblkError;
 use super::features::features_of;
 use super::fence::WriteFence;
+use super::leftover;
 use super::memory::page_bytes;
 use super::params::{buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
@@ -65,6 +68,9 @@ pub(super) struct Device {
     /// The first queue that failed, and why.
     failure: Option<(u16, String)>,
     removed: bool,
+    /// It was made by a server that died, and is not ours yet: if it cannot be taken over, it stays
+    /// for the next who tries.
+    others: bool,
 }
 
 impl Device {
@@ -79,13 +85,21 @@ impl Device {
         let page = page_bytes();
         let params = params(limits, buffer_bytes(limits, page), page)?;
         let control = Control::open()?;
-        features_of(&control)?;
-        let info = control.add(NewDevice {
-            id: config.id,
-            queues: config.queues,
-            depth: config.depth,
-            buffer_bytes: buffer_bytes(limits, page),
-        })?;
+        let features = features_of(&control)?;
+        let recovery = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE;
+        let info = match config.take_over {
+            Some(id) => leftover::take_over(&control, id)?,
+            None => control.add(NewDevice {
+                id: config.id,
+                queues: config.queues,
+                depth: config.depth,
+                buffer_bytes: buffer_bytes(limits, page),
+                flags: match config.recoverable && features.has(recovery) {
+                    true => recovery,
+                    false => 0,
+                },
+            })?,
+        };
         let (sender, events) = channel();
         // From here on the device goes away with this value.
         let mut device = Self {
@@ -97,12 +111,16 @@ impl Device {
             running: 0,
             failure: None,
             removed: false,
+            others: config.take_over.is_some(),
         };
-        device.control.set_params(device.id, params)?;
+        if !device.others {
+            device.control.set_params(device.id, params)?;
+        }
         device.char_device = Some(Arc::new(open_char_device(device.id)?));
-        device.spawn(&info, backend, counters, &sender)?;
+        device.spawn(&info, config.refuse_writes, backend, counters, &sender)?;
         device.await_ready()?;
         device.start_disk()?;
+        device.others = false;
         Ok((device, sender))
     }
 
@@ -150,6 +168,12 @@ impl Device {
         if std::mem::replace(&mut self.removed, true) {
             return Ok(());
         }
+        if self.others {
+            self.tell_to_quit();
+            let ended = self.await_threads();
+            self.char_device = None;
+            return self.take_failure().and(ended);
+        }
         let stopped = if self.failure.is_none() && self.char_device.is_some() {
             gone_is_fine(self.control.stop(self.id))
         } else {
@@ -163,20 +187,24 @@ impl Device {
         // Also when a thread is stuck: its end, or that of the process, then removes the device.
         let deleted = self.control.delete(self.id);
         let deleted = gone_is_fine(deleted.map(|deleted| deleted.tell(self.id)));
-        let failed = match self.failure.take() {
+        self.take_failure().and(stopped).and(ended).and(deleted)
+    }
+
+    fn take_failure(&mut self) -> Result<(), UblkError> {
+        match self.failure.take() {
             Some((queue, reason)) => Err(UblkError::Queue {
                 id: self.id,
                 queue,
                 reason,
             }),
             None => Ok(()),
-        };
-        failed.and(stopped).and(ended).and(deleted)
+        }
     }
 
     fn spawn<B: Backend>(
         &mut self,
-        info: &libublk::sys::ublksrv_ctrl_dev_info,
+        info: &sys::ublksrv_ctrl_dev_info,
+        refuse_writes: bool,
         backend: &Arc<B>,
         mut counters: impl FnMut() -> Arc<Counters>,
         events: &Sender<Event>,
@@ -197,6 +225,7 @@ impl Device {
                 limits: backend.limits().clone(),
                 counters: counters(),
                 fault: Arc::new(AtomicI32::new(0)),
+                refuse_writes,
             };
             let backend = Arc::clone(backend);
             let events = events.clone();
@@ -240,7 +269,10 @@ impl Device {
     fn start_disk(&mut self) -> Result<(), UblkError> {
         let threads: Vec<_> = self.queues.iter().map(|q| &q.thread).collect();
         let some_ended = || threads.iter().any(|thread| thread.is_finished());
-        let started = self.control.start(self.id, &some_ended);
+        let started = match self.others {
+            true => self.control.end_recovery(self.id, &some_ended),
+            false => self.control.start(self.id, &some_ended),
+        };
         if started.is_err() {
             // A queue that failed is the better explanation.
             while let Ok(Event::Ended { queue, result }) = self.events.try_recv() {

@@ -13,7 +13,7 @@ use crate::io::mailbox;
 use crate::request::IoError;
 
 /// Whether a queue takes writes, and how many it has under way.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Writes {
     refused: bool,
     running: u32,
@@ -22,6 +22,15 @@ pub(super) struct Writes {
 }
 
 impl Writes {
+    /// None is under way.
+    pub(super) fn new(refused: bool) -> Self {
+        Self {
+            refused,
+            running: 0,
+            waiting: Vec::new(),
+        }
+    }
+
     /// A write is about to begin.
     pub(super) fn begin(&mut self) -> Result<(), IoError> {
         if self.refused {
@@ -124,13 +133,19 @@ pub(super) fn disk_number(id: u32) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
+/// The sequence number of the disk with this id: no other disk ever has it, until the next boot.
+pub(super) fn disk_sequence(id: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/sys/block/ublkb{id}/diskseq")).ok()?;
+    text.trim().parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn who_shuts_writes_off_hears_when_the_last_of_them_ended() {
-        let mut writes = Writes::default();
+        let mut writes = Writes::new(false);
         writes.begin().unwrap();
         writes.begin().unwrap();
         let (reply, drained) = mpsc::channel();
@@ -146,7 +161,7 @@ mod tests {
 
     #[test]
     fn without_writes_the_answer_comes_at_once() {
-        let mut writes = Writes::default();
+        let mut writes = Writes::new(false);
         let (reply, drained) = mpsc::channel();
         writes.refuse(reply);
         assert_eq!(drained.try_recv(), Ok(()));

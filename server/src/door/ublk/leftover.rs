@@ -3,8 +3,8 @@
 //! After SIGKILL the driver stops the device by itself, but nobody deletes it: its id stays taken.
 //! A device is removed here only if nobody can be its server: the driver has it as dead, and its
 //! character device, which a server holds open from the beginning to the end, is free. That
-//! includes devices of other programs; a device that waits for its server to come back (user
-//! recovery) is not dead.
+//! includes devices of other programs. A device that waits for its server to come back (user
+//! recovery) is not dead; it is taken over, or removed, by whoever knows that it was his.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -15,6 +15,9 @@ use libublk::sys;
 
 use super::control::Control;
 use super::error::{UblkError, Unavailable};
+use super::memory::page_bytes;
+use super::params::{params, same_disk};
+use crate::request::Limits;
 
 /// How long the driver may take to stop the device of a server that was killed.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -46,14 +49,82 @@ pub fn leftovers() -> Result<Vec<Leftover>, UblkError> {
     Ok(found)
 }
 
-/// Removes a device whose server is dead. It is no error if there is no such device.
+/// Whether a device waits for a server, and would look to its users as a disk with these limits
+/// does.
+///
+/// # Errors
+///
+/// What the driver answered.
+pub fn is_waiting_for(id: u32, limits: &Limits) -> Result<bool, UblkError> {
+    let control = Control::open()?;
+    let Some(info) = settled(&control, id)? else {
+        return Ok(false);
+    };
+    if !is_waiting(&info) {
+        return Ok(false);
+    }
+    let wanted = params(limits, info.max_io_buf_bytes, page_bytes())?;
+    Ok(same_disk(&wanted, &control.params(id)?))
+}
+
+/// Begins to take over a device that waits for a server: how it was made.
+pub(super) fn take_over(
+    control: &Control,
+    id: u32,
+) -> Result<sys::ublksrv_ctrl_dev_info, UblkError> {
+    claim_waiting(control, id)?;
+    control.info(id)
+}
+
+/// Makes sure that a waiting device has no server, also none that is on its way out or in.
+fn claim_waiting(control: &Control, id: u32) -> Result<(), UblkError> {
+    let deadline = Instant::now() + STOP_LIMIT;
+    loop {
+        match control.start_recovery(id) {
+            Err(UblkError::Command { source, .. })
+                if source.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline =>
+            {
+                thread::sleep(Duration::from_millis(10));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// What the driver knows of a device once it has noticed that its server is dead. `None` if there
+/// is no such device.
+fn settled(control: &Control, id: u32) -> Result<Option<sys::ublksrv_ctrl_dev_info>, UblkError> {
+    let deadline = Instant::now() + STOP_LIMIT;
+    loop {
+        let info = match control.info(id) {
+            Ok(info) => info,
+            Err(error) if error.is_gone() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if u32::from(info.state) != sys::UBLK_S_DEV_LIVE || Instant::now() > deadline {
+            return Ok(Some(info));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Removes a device whose server is dead. It is no error if there is no such device. With
+/// `even_if_waiting` one that waits for its server is removed as well: the caller knows that it was
+/// his.
 ///
 /// # Errors
 ///
 /// [`UblkError::Alive`] when the device has a server, or may get one again; otherwise what the
 /// driver answered.
-pub fn remove(id: u32) -> Result<(), UblkError> {
+pub fn remove(id: u32, even_if_waiting: bool) -> Result<(), UblkError> {
     let control = Control::open()?;
+    if even_if_waiting && settled(&control, id)?.is_some_and(|info| is_waiting(&info)) {
+        claim_waiting(&control, id)?;
+        return match control.delete(id) {
+            Err(error) if error.is_gone() => Ok(()),
+            other => other.map(|deleted| deleted.tell(id)),
+        };
+    }
     let deadline = Instant::now() + STOP_LIMIT;
     let alive = |why: String| UblkError::Alive { id, why };
     loop {
@@ -114,6 +185,11 @@ pub fn remove(id: u32) -> Result<(), UblkError> {
 
 fn is_dead(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::from(info.state) == sys::UBLK_S_DEV_DEAD && info.ublksrv_pid <= 0
+}
+
+fn is_waiting(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    u32::from(info.state) == sys::UBLK_S_DEV_QUIESCED
+        && info.flags & u64::from(sys::UBLK_F_USER_RECOVERY) != 0
 }
 
 /// The ids that the driver has, from sysfs.

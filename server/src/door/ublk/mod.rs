@@ -36,7 +36,7 @@ use std::thread;
 
 pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::{Features, available};
-pub use leftover::{Leftover, leftovers, remove};
+pub use leftover::{Leftover, is_waiting_for, leftovers, remove};
 
 use crate::access::BlockDoor;
 use crate::backend::Backend;
@@ -53,6 +53,14 @@ pub struct UblkConfig {
     pub queues: u16,
     /// Requests under way per queue, 4096 at most.
     pub depth: u16,
+    /// Whether the device outlives a server that dies, where the driver can do that: requests then
+    /// wait for the next server instead of failing.
+    pub recoverable: bool,
+    /// A device that waits for a server ([`is_waiting_for`]), to be taken over instead of a new one
+    /// being made. It keeps its id, its queues and its depth.
+    pub take_over: Option<u32>,
+    /// Begin without writes; see [`UblkDoor::writes`].
+    pub refuse_writes: bool,
 }
 
 /// How a door ended that nobody stopped.
@@ -161,6 +169,12 @@ impl UblkDoor {
         fence::disk_number(self.id)
     }
 
+    /// The sequence number of the disk; `None` when it has gone.
+    #[must_use]
+    pub fn disk_sequence(&self) -> Option<u64> {
+        disk_sequence(self.id)
+    }
+
     /// This door, as far as the right to write goes.
     #[must_use]
     pub fn writes(&self) -> Arc<dyn BlockDoor> {
@@ -199,6 +213,12 @@ impl Drop for UblkDoor {
             tracing::error!("{error}");
         }
     }
+}
+
+/// The sequence number of `/dev/ublkbN`: no other disk has it until the next boot.
+#[must_use]
+pub fn disk_sequence(id: u32) -> Option<u64> {
+    fence::disk_sequence(id)
 }
 
 /// The character device with this number.

@@ -96,6 +96,30 @@ pub(super) fn params(
     Ok(params)
 }
 
+/// Whether two disks look the same to those who use them.
+pub(super) fn same_disk(one: &sys::ublk_params, other: &sys::ublk_params) -> bool {
+    let facts = |params: &sys::ublk_params| {
+        let (basic, discard) = (&params.basic, &params.discard);
+        let types = sys::UBLK_PARAM_TYPE_BASIC | sys::UBLK_PARAM_TYPE_DISCARD;
+        let basic = [
+            basic.dev_sectors,
+            u64::from(basic.attrs),
+            u64::from(basic.max_sectors),
+            u64::from(basic.logical_bs_shift),
+            u64::from(basic.physical_bs_shift),
+            u64::from(basic.io_opt_shift),
+            u64::from(basic.io_min_shift),
+        ];
+        let discard = [
+            discard.discard_granularity,
+            discard.max_discard_sectors,
+            discard.max_write_zeroes_sectors,
+        ];
+        (params.types & types, basic, discard)
+    };
+    facts(one) == facts(other)
+}
+
 /// log2 of a size that is a power of two; of the next smaller one otherwise.
 fn shift(bytes: u32) -> u8 {
     // At most 31.
@@ -117,6 +141,27 @@ mod tests {
 
     fn of(limits: &Limits) -> sys::ublk_params {
         params(limits, buffer_bytes(limits, PAGE), PAGE).unwrap()
+    }
+
+    #[test]
+    fn disks_are_the_same_if_their_users_see_no_difference() {
+        let disk = small_disk(1 << 30);
+        assert!(same_disk(&of(&disk), &of(&disk)));
+        let mut driver = of(&disk);
+        // What the driver adds to its answer.
+        driver.types |= sys::UBLK_PARAM_TYPE_DEVT;
+        assert!(same_disk(&of(&disk), &driver));
+        for change in [
+            |disk: &mut Limits| disk.capacity_bytes += 512,
+            |disk: &mut Limits| disk.read_only = true,
+            |disk: &mut Limits| disk.write_cache = !disk.write_cache,
+            |disk: &mut Limits| disk.max_discard_bytes = 0,
+            |disk: &mut Limits| disk.block_bytes = 4096,
+        ] {
+            let mut other = disk.clone();
+            change(&mut other);
+            assert!(!same_disk(&of(&disk), &of(&other)));
+        }
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub(super) struct QueueConfig {
     pub(super) counters: Arc<Counters>,
     /// Where the queue leaves the errno of a command that the driver refused.
     pub(super) fault: Arc<AtomicI32>,
+    /// Begins without writes, until they are accepted.
+    pub(super) refuse_writes: bool,
 }
 
 /// One queue of a ublk device. The slot of a request is its tag.
@@ -71,7 +73,7 @@ impl UblkQueue {
             fetched: VecDeque::with_capacity(depth.into()),
             answered: Vec::with_capacity(depth.into()),
             answers: vec![0; depth.into()].into_boxed_slice(),
-            writes: Writes::default(),
+            writes: Writes::new(config.refuse_writes),
             ended: 0,
             quit: false,
             config,
