@@ -7,6 +7,8 @@ use std::io::{BufReader, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -19,6 +21,9 @@ use crate::klog;
 use crate::machine::{SETUP_VARIABLE, Setup};
 use crate::report::TestResult;
 
+/// How often the guest says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
 /// Serves the channel until it is told to end the machine, or the channel ends.
 ///
 /// # Errors
@@ -26,16 +31,37 @@ use crate::report::TestResult;
 pub fn main() -> Result<ExitCode> {
     let path = std::env::var_os(SETUP_VARIABLE).context("no setup is named")?;
     let setup = Setup::read(Path::new(&path))?;
-    let mut channel = open_channel(&setup)?;
-    match serve(&mut channel) {
+    let channel = Arc::new(Mutex::new(open_channel(&setup)?));
+    match serve(&channel) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
             let why = format!("{error:#}");
             kernel_log(&format!("agent: {why}"));
-            send(&mut channel, &FromGuest::Broken { why })?;
+            say(&channel, &FromGuest::Broken { why })?;
             Ok(ExitCode::FAILURE)
         }
     }
+}
+
+/// Says one thing whole, although the heart beats in between.
+fn say(channel: &Mutex<File>, message: &FromGuest) -> Result<()> {
+    let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+    send(&mut *channel, message)
+}
+
+/// Beats as long as this process runs and somebody listens.
+fn start_heart(channel: &Arc<Mutex<File>>) -> Result<()> {
+    let channel = Arc::clone(channel);
+    let beat = move || {
+        while say(&channel, &FromGuest::Beat).is_ok() {
+            thread::sleep(HEARTBEAT);
+        }
+    };
+    thread::Builder::new()
+        .name("heart".to_owned())
+        .spawn(beat)
+        .context("cannot start the heartbeat")?;
+    Ok(())
 }
 
 /// Reports the exit code of a shell machine's command.
@@ -46,20 +72,25 @@ pub fn report_exit(setup: &Setup, code: i32) -> Result<()> {
     send(&mut open_channel(setup)?, &FromGuest::Exit { code })
 }
 
-fn serve(channel: &mut File) -> Result<()> {
+fn serve(channel: &Arc<Mutex<File>>) -> Result<()> {
     let mut log = KernelLog::open()?;
     let trouble = klog::trouble(log.new_messages()?.iter().map(String::as_str));
     let kernel = rustix::system::uname()
         .release()
         .to_string_lossy()
         .into_owned();
-    send(channel, &FromGuest::Hello { kernel, trouble })?;
-    let mut orders = BufReader::new(channel.try_clone().context("cannot share the channel")?);
+    say(channel, &FromGuest::Hello { kernel, trouble })?;
+    start_heart(channel)?;
+    let orders = {
+        let channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+        channel.try_clone().context("cannot share the channel")?
+    };
+    let mut orders = BufReader::new(orders);
     loop {
         match hear::<ToGuest>(&mut orders)? {
             Heard::Message(ToGuest::Run(job)) => {
                 let result = run(&job, &mut log)?;
-                send(channel, &FromGuest::Done(Box::new(result)))?;
+                say(channel, &FromGuest::Done(Box::new(result)))?;
             }
             Heard::Message(ToGuest::PowerOff) | Heard::End => return Ok(()),
             Heard::Noise(text) => kernel_log(&format!("agent: not an order: {text}")),
@@ -116,7 +147,7 @@ impl Leftovers {
             if new.is_empty() || Instant::now() > deadline {
                 return Ok(new);
             }
-            std::thread::sleep(Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(50));
         }
     }
 }
@@ -169,7 +200,7 @@ fn open_channel(setup: &Setup) -> Result<File> {
         if Instant::now() > deadline {
             bail!("there is no channel {}", setup.channel);
         }
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     };
     let channel = File::options()
         .read(true)

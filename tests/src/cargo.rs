@@ -1,6 +1,7 @@
 //! cargo, for what the lab does not run itself: the server's build and the
 //! unit tests of the workspace.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -70,24 +71,39 @@ pub fn build_server(repo: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Builds the server's tests that need a ublk driver; where they are. Guests with a driver run them.
+/// Test programs with tests that need more than a build machine has: a ublk driver, a scratch disk,
+/// root. Those are `#[ignore]`d in `cargo test`; guests run them.
+pub const DRIVER_TESTS: [&str; 3] = ["ublk", "block", "registry"];
+
+/// Builds the test programs that guests run; where they are.
 ///
 /// # Errors
 /// They do not build.
-pub fn build_driver_tests(repo: &Path) -> Result<PathBuf> {
+pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let target = target_dir()?;
     let log = target.join("lab-build-driver-tests.log");
     let mut build = cargo(repo);
+    build.args(["test", "--release", "--locked", "--no-run"]);
+    build.args(["-p", "ublkup", "-p", "upgrade-proto"]);
+    for name in DRIVER_TESTS {
+        build.args(["--test", name]);
+    }
     build
-        .args(["test", "--release", "--locked", "-p", "ublkup"])
-        .args(["--test", "ublk", "--no-run"])
         .args(["--message-format", "json-render-diagnostics"])
         .arg("--target-dir")
         .arg(&target);
-    progress::run("building the block door's tests", build, &log, HOUR)?;
+    progress::run("building the tests for guests", build, &log, HOUR)?;
     let output = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
-    executable(&String::from_utf8_lossy(&output), "ublk")
-        .with_context(|| format!("cargo named no test binary in {}", log.display()))
+    let output = String::from_utf8_lossy(&output);
+    DRIVER_TESTS
+        .iter()
+        .map(|name| {
+            let program = executable(&output, name).with_context(|| {
+                format!("cargo named no test program {name} in {}", log.display())
+            })?;
+            Ok(((*name).to_owned(), program))
+        })
+        .collect()
 }
 
 /// The executable of the target `name` in cargo's messages.
@@ -122,15 +138,25 @@ pub fn test_workspace(repo: &Path) -> Result<(Totals, Option<TestResult>)> {
     let output = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
     let output = String::from_utf8_lossy(&output);
     let totals = count(&output);
+    let ignored = ignored(&output);
+    let forgotten: Vec<&str> = ignored
+        .iter()
+        .filter(|test| !DRIVER_TESTS.contains(&test.program))
+        .map(|test| test.name)
+        .collect();
     let complaint = match &ran {
         Err(_) if totals.failed > 0 => None,
         Err(error) => Some(format!("{error:#}")),
+        Ok(()) if !forgotten.is_empty() => Some(format!(
+            "no suite runs these ignored tests: {}",
+            forgotten.join(", ")
+        )),
         Ok(()) if totals.failed > 0 => Some("cargo succeeded, but tests failed".to_owned()),
         Ok(()) if totals.passed == 0 => Some("cargo ran no test".to_owned()),
         Ok(()) => None,
     };
-    for (name, reason) in ignored(&output) {
-        line(&format!("skip host: {name}: {reason}"));
+    for test in &ignored {
+        line(&format!("skip host: {}: {}", test.name, test.reason));
     }
     if totals.failed > 0 {
         eprintln!("{}", failures(&output));
@@ -167,15 +193,44 @@ fn count(output: &str) -> Totals {
     totals
 }
 
-/// Names of ignored tests, and why.
-fn ignored(output: &str) -> Vec<(&str, &str)> {
-    output
-        .lines()
-        .filter_map(|line| {
-            let (name, rest) = line.strip_prefix("test ")?.split_once(" ... ignored")?;
-            Some((name, rest.strip_prefix(", ").unwrap_or("no reason given")))
-        })
-        .collect()
+/// An ignored test in cargo's output.
+#[derive(Debug, PartialEq, Eq)]
+struct Ignored<'a> {
+    /// The file that the test program is made of, without its folder and ending.
+    program: &'a str,
+    name: &'a str,
+    reason: &'a str,
+}
+
+fn ignored(output: &str) -> Vec<Ignored<'_>> {
+    let mut program = "";
+    let mut found = Vec::new();
+    for line in output.lines() {
+        let heading = line.trim_start();
+        if let Some(rest) = heading.strip_prefix("Running ") {
+            let file = rest.split(" (").next().unwrap_or(rest);
+            program = Path::new(file)
+                .file_stem()
+                .and_then(|stem| stem.to_str())
+                .unwrap_or("");
+            if !file.starts_with("tests/") {
+                program = "";
+            }
+        } else if heading.starts_with("Doc-tests ") {
+            program = "";
+        } else if let Some((name, rest)) = line
+            .strip_prefix("test ")
+            .and_then(|line| line.split_once(" ... ignored"))
+        {
+            let reason = rest.strip_prefix(", ").unwrap_or("no reason given");
+            found.push(Ignored {
+                program,
+                name,
+                reason,
+            });
+        }
+    }
+    found
 }
 
 /// The parts of the output that explain failures.
@@ -215,6 +270,7 @@ mod tests {
     }
 
     const RECORDED: &str = "\
+     Running tests/ublk.rs (target/debug/deps/ublk-0123456789abcdef)
 running 3 tests
 test a ... ok
 test b ... FAILED
@@ -233,6 +289,7 @@ failures:
 test result: FAILED. 1 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.00s
 
    Doc-tests lab
+test src/lib.rs - e (line 3) ... ignored
 test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.31s
 ";
 
@@ -248,11 +305,17 @@ test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; fini
     }
 
     #[test]
-    fn every_skip_has_its_reason() {
+    fn every_skip_has_its_program_and_its_reason() {
         let expected = [
-            ("c", "no reason given"),
-            ("d::e", "needs a kernel with ublk"),
-        ];
+            ("ublk", "c", "no reason given"),
+            ("ublk", "d::e", "needs a kernel with ublk"),
+            ("", "src/lib.rs - e (line 3)", "no reason given"),
+        ]
+        .map(|(program, name, reason)| Ignored {
+            program,
+            name,
+            reason,
+        });
         assert_eq!(ignored(RECORDED), expected);
     }
 

@@ -38,6 +38,8 @@ pub enum FromGuest {
         /// Trouble in the log of the boot.
         trouble: Vec<String>,
     },
+    /// The guest lives: said every second from [`FromGuest::Hello`] on, whatever else it does.
+    Beat,
     /// The test has ended.
     Done(Box<TestResult>),
     /// The command of a shell machine has ended with this code.

@@ -168,7 +168,7 @@ pub fn prepare(repo: &Path, needs: &[Need], yes: bool) -> Result<Paths> {
         cargo::build_server(repo)?;
     }
     if needs(Need::DriverTests) {
-        paths.driver_tests = Some(cargo::build_driver_tests(repo)?);
+        paths.driver_tests = cargo::build_driver_tests(repo)?;
     }
     let kernels: Vec<Kernel> = [(Need::Uml, Kernel::Uml), (Need::X86, Kernel::X86)]
         .into_iter()

@@ -1,5 +1,6 @@
 //! What a test is: a function, a line in a table, and what it is given.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -135,8 +136,8 @@ pub struct Paths {
     pub repo: PathBuf,
     /// The server's binary, `ublkup`.
     pub server: PathBuf,
-    /// The server's own tests that need a ublk driver, if they were built for this run.
-    pub driver_tests: Option<PathBuf>,
+    /// Cargo's test programs that need a guest, by target name, if they were built for this run.
+    pub driver_tests: BTreeMap<String, PathBuf>,
     /// The User Mode Linux kernel, if it was built for this run.
     pub uml_kernel: Option<PathBuf>,
     /// The x86-64 kernel image, if it was built for this run.

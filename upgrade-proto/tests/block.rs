@@ -1,5 +1,7 @@
 //! The block device's step, on a real block device. These tests overwrite the device named by
-//! `UPGRADE_TEST_DEVICE` (loop, brd, ublk: any scratch disk) and need root; without it they are skipped.
+//! `UPGRADE_TEST_DEVICE` (loop, brd, ublk: any scratch disk with a volatile write cache), go the way
+//! named by `UPGRADE_TEST_WAY` (`registry`, or `kernel` on a kernel with fd addresses) and need root.
+//! `cargo test` shows them as ignored; the lab's guests run them with `-- --ignored`, both ways.
 
 use std::fs::File;
 use std::io::{IoSliceMut, Write};
@@ -22,25 +24,31 @@ static DEVICE: Mutex<()> = Mutex::new(());
 
 struct Disk {
     path: PathBuf,
+    way: Way,
     dir: TempDir,
     name: Name,
     _turn: MutexGuard<'static, ()>,
 }
 
 impl Disk {
-    fn take() -> Option<Self> {
-        let Some(path) = std::env::var_os("UPGRADE_TEST_DEVICE") else {
-            eprintln!("SKIPPED: set UPGRADE_TEST_DEVICE to a block device that may be overwritten");
-            return None;
+    fn take() -> Self {
+        let path = std::env::var_os("UPGRADE_TEST_DEVICE")
+            .expect("UPGRADE_TEST_DEVICE names a block device that may be overwritten");
+        let way = match std::env::var("UPGRADE_TEST_WAY").as_deref() {
+            Ok("kernel") => Way::Kernel,
+            Ok("registry") | Err(_) => Way::Registry,
+            Ok(other) => panic!("UPGRADE_TEST_WAY is kernel or registry, not {other}"),
         };
         let turn = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
-        let name = Name::new("vhost-user-blk").expect("a name");
-        Some(Self {
+        // Not the name a real server of the same disk uses.
+        let name = Name::new("upgrade-test").expect("a name");
+        Self {
             path: path.into(),
+            way,
             dir: tempfile::tempdir().expect("a directory"),
             name,
             _turn: turn,
-        })
+        }
     }
 
     fn plain(&self) -> File {
@@ -56,8 +64,25 @@ impl Disk {
         Key::of_disk(major(number), minor(number)).expect("a key from sysfs")
     }
 
-    /// A server as ublk's is: it holds another descriptor than the disk's and gives the key itself.
-    fn serve(&self, key: Key) -> Listener {
+    /// A server that is found the way under test.
+    fn serve(&self) -> Listener {
+        match self.way {
+            Way::Kernel => {
+                let options = Options {
+                    kernel: true,
+                    runtime_dir: None,
+                    key: None,
+                    backlog: 4,
+                };
+                Listener::bind(self.plain(), &self.name, &options).expect("bound")
+            }
+            Way::Registry => self.publish(self.key()),
+        }
+    }
+
+    /// A server in the registry, as ublk's is on a kernel without fd addresses: it holds another
+    /// descriptor than the disk's and gives the key itself.
+    fn publish(&self, key: Key) -> Listener {
         let own = File::open("/dev/null").expect("opened");
         let runtime_dir = Some(self.dir.path().to_owned());
         let options = Options {
@@ -71,7 +96,7 @@ impl Disk {
 
     fn lookup(&self) -> Lookup {
         Lookup {
-            kernel: false,
+            kernel: self.way == Way::Kernel,
             runtime_dirs: vec![self.dir.path().to_owned()],
             ..Lookup::default()
         }
@@ -106,21 +131,23 @@ fn is_cached(disk: &File) -> bool {
 }
 
 #[test]
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
 fn sysfs_and_the_open_device_give_the_same_key() {
-    let Some(disk) = Disk::take() else { return };
+    let disk = Disk::take();
     assert_eq!(Key::of(disk.plain()).expect("a key"), disk.key());
 }
 
 #[test]
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
 fn a_disk_is_claimed_while_the_upgrade_lives_and_free_afterwards() {
-    let Some(disk) = Disk::take() else { return };
-    let listener = disk.serve(disk.key());
+    let disk = Disk::take();
+    let listener = disk.serve();
     let upgrade = disk
         .upgrade()
         .expect("an answer")
         .found()
         .expect("upgraded");
-    assert_eq!(upgrade.connection().way(), Way::Registry);
+    assert_eq!(upgrade.connection().way(), disk.way);
     assert!(!upgrade.is_read_only());
     assert!(listener.accept().expect("accepted").is_some());
     let exclusive = || {
@@ -141,9 +168,10 @@ fn a_disk_is_claimed_while_the_upgrade_lives_and_free_afterwards() {
 }
 
 #[test]
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
 fn the_page_cache_is_dropped_before_the_upgrade_and_at_its_end() {
-    let Some(disk) = Disk::take() else { return };
-    let _listener = disk.serve(disk.key());
+    let disk = Disk::take();
+    let _listener = disk.serve();
     let plain = disk.plain();
     plain.write_all_at(&[0x5a; 4096], 0).expect("written");
     assert!(is_cached(&plain), "what was just written is in the cache");
@@ -157,15 +185,17 @@ fn the_page_cache_is_dropped_before_the_upgrade_and_at_its_end() {
 }
 
 #[test]
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
 fn the_disks_own_write_cache_is_flushed_before_the_upgrade() {
-    let Some(disk) = Disk::take() else { return };
+    let disk = Disk::take();
     let number = std::fs::metadata(&disk.path).expect("examined").rdev();
     let sysfs = format!("/sys/dev/block/{}:{}", major(number), minor(number));
     let read = |file: &str| std::fs::read_to_string(format!("{sysfs}/{file}")).expect("read");
-    if read("queue/write_cache").trim() != "write back" {
-        eprintln!("SKIPPED: the device has no volatile write cache");
-        return;
-    }
+    assert_eq!(
+        read("queue/write_cache").trim(),
+        "write back",
+        "this test needs a disk with a volatile write cache"
+    );
     // Field 16 counts completed flushes; the kernel describes it in Documentation/block/stat.rst.
     let flushes = || -> u64 {
         let stat = read("stat");
@@ -175,7 +205,7 @@ fn the_disks_own_write_cache_is_flushed_before_the_upgrade() {
             .parse()
             .expect("a number")
     };
-    let _listener = disk.serve(disk.key());
+    let _listener = disk.serve();
     disk.plain().write_all_at(&[1; 4096], 0).expect("written");
     let before = flushes();
     let _upgrade = disk
@@ -187,37 +217,45 @@ fn the_disks_own_write_cache_is_flushed_before_the_upgrade() {
 }
 
 #[test]
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
 fn a_read_only_descriptor_of_a_writable_disk_gets_nothing() {
-    let Some(disk) = Disk::take() else { return };
-    let _listener = disk.serve(disk.key());
+    let disk = Disk::take();
+    let _listener = disk.serve();
     let reader = File::open(&disk.path).expect("opened");
-    let refused = [
-        BlockUpgrade::from_fd(&reader, &disk.name, &disk.lookup()).map(|answer| match answer {
-            Answer::NoService(why) => Some(why),
-            Answer::Found(_) => None,
-        }),
-        upgrade_proto::connect(reader.as_fd(), &disk.name, &disk.lookup()).map(
-            |answer| match answer {
-                Answer::NoService(why) => Some(why),
-                Answer::Found(_) => None,
-            },
-        ),
-    ];
-    for answer in refused {
-        assert_eq!(
-            answer.expect("an answer"),
-            Some(NoService::ReadOnlyDescriptor)
-        );
+    match BlockUpgrade::from_fd(&reader, &disk.name, &disk.lookup()).expect("an answer") {
+        Answer::NoService(why) => assert_eq!(why, NoService::ReadOnlyDescriptor),
+        Answer::Found(_) => panic!("upgraded"),
+    }
+    // Here the kernel itself refuses, or the library that asks the registry.
+    let expected = match disk.way {
+        Way::Kernel => NoService::Refused(Errno::ACCESS),
+        Way::Registry => NoService::ReadOnlyDescriptor,
+    };
+    match upgrade_proto::connect(reader.as_fd(), &disk.name, &disk.lookup()).expect("an answer") {
+        Answer::NoService(why) => assert_eq!(why, expected),
+        Answer::Found(_) => panic!("connected"),
     }
 }
 
 #[test]
-fn a_read_only_disk_is_shared() {
-    let Some(disk) = Disk::take() else { return };
-    let _listener = disk.serve(disk.key());
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
+fn a_disk_made_read_only_is_shared_by_the_registry_and_refused_by_the_kernel() {
+    let disk = Disk::take();
+    let _listener = disk.serve();
     disk.set_read_only(1);
     let both = (disk.upgrade(), disk.upgrade());
     disk.set_read_only(0);
+    if disk.way == Way::Kernel {
+        // What counts there is the driver's flag, not the administrator's wish.
+        let refused = |answer: &Result<Answer<BlockUpgrade>, Error>| {
+            matches!(
+                answer,
+                Ok(Answer::NoService(NoService::Refused(Errno::ACCESS)))
+            )
+        };
+        assert!(refused(&both.0) && refused(&both.1), "{both:?}");
+        return;
+    }
     let (Ok(Answer::Found(first)), Ok(Answer::Found(second))) = both else {
         panic!("{both:?}")
     };
@@ -226,8 +264,9 @@ fn a_read_only_disk_is_shared() {
 }
 
 #[test]
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
 fn an_entry_of_the_numbers_earlier_disk_is_not_found() {
-    let Some(disk) = Disk::take() else { return };
+    let disk = Disk::take();
     let Key::Block {
         major,
         minor,
@@ -236,7 +275,7 @@ fn an_entry_of_the_numbers_earlier_disk_is_not_found() {
     else {
         panic!("a disk's key")
     };
-    let _listener = disk.serve(Key::Block {
+    let _listener = disk.publish(Key::Block {
         major,
         minor,
         diskseq: diskseq - 1,
@@ -249,17 +288,15 @@ fn an_entry_of_the_numbers_earlier_disk_is_not_found() {
 }
 
 #[test]
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
 fn a_mounted_disk_is_refused_and_the_message_names_the_place() {
-    let Some(disk) = Disk::take() else { return };
-    let _listener = disk.serve(disk.key());
+    let disk = Disk::take();
+    let _listener = disk.serve();
     let made = Command::new("mkfs.ext4")
         .args(["-q", "-F"])
         .arg(&disk.path)
-        .status();
-    let Ok(made) = made else {
-        eprintln!("SKIPPED: no mkfs.ext4: install e2fsprogs");
-        return;
-    };
+        .status()
+        .expect("mkfs.ext4 of e2fsprogs runs");
     assert!(made.success());
     let place = tempfile::tempdir().expect("a directory");
     assert!(

@@ -2,9 +2,11 @@
 //!
 //! In this order: `LINUX_SRC` (a source tree), `LINUX_TARBALL` (a packed one),
 //! a Debian source package in the cache, a Debian source package from the
-//! suites below. What was found once is kept, so that a later run needs no
-//! network.
+//! suites below: of the version the series was made for, or, when that is gone,
+//! the newest one the series applies to. What was found once is kept, so that a
+//! later run needs no network.
 
+use std::cmp::Reverse;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,6 +14,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
 
 use super::KernelPatch;
 use crate::cache;
@@ -22,6 +25,9 @@ use crate::progress;
 /// Suites that have (or had) a package `linux-source-VERSION`, beside the
 /// release's own backports. Tried in this order: all of a step together.
 const SUITES: [&[&str]; 2] = [&["trixie-backports"], &["forky", "sid"]];
+
+/// How many versions other than the base are tried: each is a large download.
+const MAX_CANDIDATES: usize = 3;
 
 /// Linux source that can be unpacked.
 #[derive(Clone, Debug)]
@@ -54,6 +60,10 @@ pub fn find(patch: &KernelPatch) -> Result<Source> {
     if let Some(deb) = newest_package(&store, &base) {
         return Ok(package(deb));
     }
+    let series = digest(&patch.series()?)?;
+    if let Some(deb) = accepted_package(&store, &series) {
+        return Ok(package(deb));
+    }
     let Some(release) = Release::of_this_system() else {
         bail!(
             "no Linux source: this is not Debian; \
@@ -61,7 +71,8 @@ pub fn find(patch: &KernelPatch) -> Result<Source> {
         );
     };
     let own_backports = format!("{}-backports", release.codename);
-    let mut seen = Vec::new();
+    let mut seen: Vec<(String, String, usize)> = Vec::new();
+    let mut prepared = Vec::new();
     for (step, suites) in SUITES.iter().enumerate() {
         let mut suites = suites.to_vec();
         if step == 0 && !suites.contains(&own_backports.as_str()) {
@@ -75,20 +86,92 @@ pub fn find(patch: &KernelPatch) -> Result<Source> {
                 continue;
             }
         };
-        let versions = apt.versions("linux-source-")?;
-        if let Some((name, version)) = versions
-            .iter()
-            .find(|(name, _)| *name == format!("linux-source-{base}"))
-        {
-            return Ok(package(apt.download(name, version, &store)?));
+        for (name, version) in apt.versions("linux-source-")? {
+            if name == format!("linux-source-{base}") {
+                return Ok(package(apt.download(&name, &version, &store)?));
+            }
+            if !seen.iter().any(|(known, _, _)| *known == name) {
+                seen.push((name, version, step));
+            }
         }
-        seen.extend(versions.into_iter().map(|(name, _)| name));
+        prepared.push((step, apt));
+    }
+    seen.sort_by_key(|(name, _, _)| Reverse(number(name)));
+    let mut refused = Vec::new();
+    for (name, version, step) in &seen {
+        let apt = prepared.iter().find(|(known, _)| known == step);
+        let (Some((_, apt)), Some(_)) = (apt, number(name)) else {
+            continue;
+        };
+        if refused.len() == MAX_CANDIDATES {
+            break;
+        }
+        eprintln!("lab: there is no linux-source-{base} any more; trying {name}");
+        let deb = apt.download(name, version, &store)?;
+        match accept(&deb, &patch.series()?, &series) {
+            Ok(()) => return Ok(package(deb)),
+            Err(error) => {
+                fs::remove_file(&deb)
+                    .with_context(|| format!("cannot remove {}", deb.display()))?;
+                refused.push(format!("{name}: {error:#}"));
+            }
+        }
     }
     bail!(
-        "no Linux source: the series is for {base}, and the package suites have only {}; \
-         set LINUX_SRC=DIRECTORY or LINUX_TARBALL=FILE, or move the series to another base",
-        seen.join(", ")
+        "no Linux source: the series is for {base}, and what the package suites have does not \
+         take it ({}); set LINUX_SRC=DIRECTORY or LINUX_TARBALL=FILE, or move the series to \
+         another base",
+        match refused.is_empty() {
+            true => "they have none".to_owned(),
+            false => refused.join("; "),
+        }
     )
+}
+
+/// `(7, 4)` of `linux-source-7.4`; nothing for a package of another kind.
+fn number(name: &str) -> Option<(u32, u32)> {
+    let (major, minor) = name.strip_prefix("linux-source-")?.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// Notes beside the package that this series applies to it.
+///
+/// # Errors
+/// It does not, or it cannot be tried.
+fn accept(deb: &Path, series: &[PathBuf], digest: &str) -> Result<()> {
+    let parent = deb.parent().context("a package without a folder")?;
+    let trial = tempfile::tempdir_in(parent).context("cannot make a directory")?;
+    let into = trial.path().join("source");
+    fs::create_dir(&into).context("cannot make a directory")?;
+    package(deb.to_owned()).unpack(&into, series)?;
+    fs::write(stamp(deb), digest).context("cannot keep a note beside the source package")
+}
+
+fn stamp(deb: &Path) -> PathBuf {
+    deb.with_extension("deb.takes-series")
+}
+
+/// The newest downloaded package of another version that took this very series.
+fn accepted_package(store: &Path, digest: &str) -> Option<PathBuf> {
+    fs::read_dir(store)
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| file_name(path).ends_with(".deb"))
+        .filter(|path| fs::read_to_string(stamp(path)).is_ok_and(|noted| noted == digest))
+        .max_by_key(|path| file_name(path).split('_').next().and_then(number))
+}
+
+/// A name for the content of a series.
+fn digest(series: &[PathBuf]) -> Result<String> {
+    let mut hash = Sha256::new();
+    for file in series {
+        let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+        hash.update(text.len().to_le_bytes());
+        hash.update(text);
+    }
+    let bytes = hash.finalize();
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn variable(name: &str) -> Option<PathBuf> {
@@ -286,6 +369,38 @@ mod tests {
         let right = store.path().join("linux-source-7.3_7.3.4-1_all.deb");
         fs::write(&right, b"").expect("a file");
         assert_eq!(newest_package(store.path(), "7.3"), Some(right));
+    }
+
+    #[test]
+    fn versions_are_ordered_by_number_and_other_packages_are_none() {
+        assert!(number("linux-source-7.10") > number("linux-source-7.9"));
+        assert!(number("linux-source-10.1") > number("linux-source-9.30"));
+        for other in ["linux-source", "linux-source-7.4-rt", "linux-headers-7.4"] {
+            assert_eq!(number(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn another_version_is_kept_only_for_the_series_it_took() {
+        let store = tempfile::tempdir().expect("a temporary directory");
+        let deb = |name: &str| {
+            let path = store.path().join(name);
+            fs::write(&path, b"").expect("a file");
+            path
+        };
+        let older = deb("linux-source-7.9_7.9.1-1_all.deb");
+        let newer = deb("linux-source-7.10_7.10.2-1_all.deb");
+        let untried = deb("linux-source-7.11_7.11-1_all.deb");
+        assert_eq!(accepted_package(store.path(), "series"), None);
+        fs::write(stamp(&older), "series").expect("a file");
+        assert_eq!(
+            accepted_package(store.path(), "series"),
+            Some(older.clone())
+        );
+        fs::write(stamp(&newer), "series").expect("a file");
+        assert_eq!(accepted_package(store.path(), "series"), Some(newer));
+        fs::write(stamp(&untried), "another series").expect("a file");
+        assert_ne!(accepted_package(store.path(), "series"), Some(untried));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -127,6 +128,8 @@ pub struct Machine {
     console: Console,
     to_guest: UnixStream,
     from_guest: Receiver<Result<FromGuest>>,
+    pulse: Pulse,
+    silence_limit: Duration,
     run: RunDir,
     kernel: String,
     over: bool,
@@ -181,10 +184,12 @@ impl Machine {
         let deadline = Instant::now() + hypervisor.boot_limit();
         let connected = connect(end, &mut child, deadline).and_then(|stream| {
             let reader = stream.try_clone().context("cannot share the channel")?;
-            Ok((stream, listen(reader, console.sink())))
+            let pulse = Pulse::default();
+            let messages = listen(reader, console.sink(), pulse.clone());
+            Ok((stream, messages, pulse))
         });
-        let (to_guest, from_guest) = match connected {
-            Ok(both) => both,
+        let (to_guest, from_guest, pulse) = match connected {
+            Ok(connected) => connected,
             Err(error) => {
                 process::kill_group(&mut child);
                 return Err(console.explain(&error));
@@ -196,6 +201,8 @@ impl Machine {
             console,
             to_guest,
             from_guest,
+            pulse,
+            silence_limit: SILENCE_LIMIT,
             run,
             kernel: String::new(),
             over: false,
@@ -326,20 +333,41 @@ impl Machine {
         }
     }
 
+    /// Sets how long the guest may go without a heartbeat.
+    pub fn set_silence_limit(&mut self, limit: Duration) {
+        self.silence_limit = limit;
+    }
+
     fn next(&mut self, deadline: Instant) -> Result<FromGuest> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        match self.from_guest.recv_timeout(left) {
-            Ok(Ok(FromGuest::Broken { why })) => bail!("the agent gave up: {why}"),
-            Ok(message) => message,
-            Err(RecvTimeoutError::Timeout) => bail!("the machine fell silent"),
-            Err(RecvTimeoutError::Disconnected) => bail!("the machine ended"),
+        loop {
+            // Before the first beat only the deadline of the boot counts.
+            let dead_at = self.pulse.last().map(|beat| beat + self.silence_limit);
+            let until = dead_at.map_or(deadline, |dead_at| dead_at.min(deadline));
+            let left = until.saturating_duration_since(Instant::now());
+            match self.from_guest.recv_timeout(left) {
+                Ok(Ok(FromGuest::Broken { why })) => bail!("the agent gave up: {why}"),
+                Ok(message) => return message,
+                Err(RecvTimeoutError::Disconnected) => bail!("the machine ended"),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let now = Instant::now();
+            let beat = self.pulse.last();
+            if beat.is_some_and(|beat| now.duration_since(beat) >= self.silence_limit) {
+                bail!(
+                    "the machine is dead: no heartbeat for {} s",
+                    self.silence_limit.as_secs()
+                );
+            }
+            if now >= deadline {
+                bail!("the machine fell silent: its heart beats, its agent does not answer");
+            }
         }
     }
 
     fn crashed(&mut self, job: &Job, started: Instant, error: &anyhow::Error) -> TestResult {
         let ended = self.child.try_wait().ok().flatten();
         self.end();
-        let mut message = format!("{error:#}");
+        let mut message = format!("while {}: {} ran: {error:#}", job.suite, job.test);
         if let Some(status) = ended {
             message.push_str(&format!(" ({status})"));
         }
@@ -378,6 +406,26 @@ impl Drop for Machine {
     }
 }
 
+/// How long a guest may go without a heartbeat before it is given up. One that is merely slow still
+/// beats, once a second by its own clock.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+
+/// When the guest was last heard; nothing until its agent is up.
+#[derive(Clone, Debug, Default)]
+struct Pulse(Arc<Mutex<Option<Instant>>>);
+
+impl Pulse {
+    fn last(&self) -> Option<Instant> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn felt(&self, heard: &Result<Heard<FromGuest>>) {
+        if matches!(heard, Ok(Heard::Message(_))) {
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        }
+    }
+}
+
 /// Waits for the machine to connect, if it has to.
 fn connect(end: ChannelEnd, child: &mut Child, deadline: Instant) -> Result<UnixStream> {
     let listener = match end {
@@ -412,13 +460,16 @@ fn connect(end: ChannelEnd, child: &mut Child, deadline: Instant) -> Result<Unix
 fn listen(
     stream: UnixStream,
     mut noise: impl Write + Send + 'static,
+    pulse: Pulse,
 ) -> Receiver<Result<FromGuest>> {
     let (sender, receiver) = channel();
     thread::spawn(move || {
         let mut reader = BufReader::new(stream);
         loop {
             let heard = hear::<FromGuest>(&mut reader);
+            pulse.felt(&heard);
             let goes_on = match heard {
+                Ok(Heard::Message(FromGuest::Beat)) => true,
                 Ok(Heard::Message(message)) => sender.send(Ok(message)).is_ok(),
                 // Noise belongs with the console; a full disk loses it.
                 Ok(Heard::Noise(text)) => writeln!(noise, "{text}").is_ok(),

@@ -63,7 +63,7 @@ impl Setup {
             [
                 Some(paths.repo.clone()),
                 parent(&Some(paths.server.clone())),
-                parent(&paths.driver_tests),
+                parent(&paths.driver_tests.values().next().cloned()),
                 parent(&paths.uml_kernel),
                 parent(&paths.x86_kernel),
             ]

@@ -42,7 +42,7 @@ pub fn run(hypervisor: &dyn Hypervisor, repo: &Path, command: Vec<String>) -> Re
     drop(boot);
     let deadline = Instant::now() + hypervisor.boot_limit();
     let code = connect(end, &mut child, deadline).and_then(|stream| {
-        let messages = listen(stream, std::io::sink());
+        let messages = listen(stream, std::io::sink(), super::Pulse::default());
         loop {
             match messages.recv_timeout(Duration::from_secs(1)) {
                 Ok(Ok(FromGuest::Exit { code })) => return Ok(code),

@@ -49,7 +49,7 @@ pub enum Need {
     X86,
     /// The `ublkup` binary.
     Server,
-    /// The server's own tests that need a ublk driver.
+    /// Cargo's test programs whose ignored tests need a ublk driver or root.
     DriverTests,
     /// QEMU, its storage daemon, fio, e2fsprogs, strace, libvirt's schemas.
     Tools,

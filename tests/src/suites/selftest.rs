@@ -18,6 +18,8 @@ pub const TESTS: &[Test] = &[
     test!(in_uml_everything_that_goes_wrong_is_a_failure).limit_s(300),
     test!(in_an_emulated_pc_everything_that_goes_wrong_is_a_failure).limit_s(400),
     test!(a_kernel_that_cannot_boot_is_an_error_with_its_console),
+    test!(a_machine_whose_heart_stops_is_given_up_long_before_the_tests_limit).limit_s(120),
+    test!(a_machine_that_is_merely_slow_is_not_given_up).limit_s(120),
 ];
 
 /// The name of the table of patients.
@@ -33,6 +35,8 @@ pub const PATIENT_TESTS: &[Test] = &[
     test!(leaves_a_mount_behind),
     test!(crashes_the_kernel).limit_s(20),
     test!(kills_the_agent).limit_s(1),
+    test!(hangs_for_long).limit_s(600),
+    test!(keeps_every_processor_busy),
 ];
 
 fn healthy(_cx: &Context) -> Result<()> {
@@ -56,6 +60,22 @@ fn hangs(_cx: &Context) -> Result<()> {
     loop {
         std::thread::sleep(Duration::from_secs(1000));
     }
+}
+
+fn hangs_for_long(cx: &Context) -> Result<()> {
+    std::fs::write(cx.exchange().join("begun"), "").context("cannot tell")?;
+    hangs(cx)
+}
+
+/// Longer than [`a_machine_that_is_merely_slow_is_not_given_up`] lets the guest be silent.
+fn keeps_every_processor_busy(_cx: &Context) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(15);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| while Instant::now() < end {});
+        }
+    });
+    Ok(())
 }
 
 fn leaves_a_mount_behind(_cx: &Context) -> Result<()> {
@@ -156,6 +176,50 @@ impl Ward<'_> {
         );
         Ok(())
     }
+}
+
+fn a_machine_whose_heart_stops_is_given_up_long_before_the_tests_limit(cx: &Context) -> Result<()> {
+    let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+    let mut machine = Machine::boot(&Uml::new(kernel), &cx.paths, "lab-heart")?;
+    machine.set_silence_limit(Duration::from_secs(5));
+    let test = suites::find(PATIENTS, "hangs_for_long").context("no such patient")?;
+    let job = machine.job(PATIENTS, test, &cx.paths);
+    let group = i32::try_from(machine.pid())
+        .ok()
+        .and_then(rustix::process::Pid::from_raw)
+        .context("no process")?;
+    let begun = machine.exchange().join("begun");
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let deadline = Instant::now() + cx.patience(60);
+            while !begun.exists() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            rustix::process::kill_process_group(group, rustix::process::Signal::STOP)
+        });
+        machine.run(&job)
+    });
+    let Outcome::Fail { message } = &result.outcome else {
+        bail!("a dead machine was reported as {:?}", result.outcome);
+    };
+    ensure!(
+        begun.exists() && message.contains("no heartbeat") && message.contains("hangs_for_long"),
+        "another message: {message}"
+    );
+    ensure!(machine.is_over(), "the dead machine is still used");
+    Ok(())
+}
+
+fn a_machine_that_is_merely_slow_is_not_given_up(cx: &Context) -> Result<()> {
+    let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+    let mut machine = Machine::boot(&Uml::new(kernel), &cx.paths, "lab-slow")?;
+    machine.set_silence_limit(Duration::from_secs(10));
+    let test = suites::find(PATIENTS, "keeps_every_processor_busy").context("no such patient")?;
+    let job = machine.job(PATIENTS, test, &cx.paths);
+    let result = machine.run(&job);
+    ensure!(result.outcome == Outcome::Pass, "{:?}", result.outcome);
+    ensure!(!machine.is_over(), "the slow machine was given up");
+    Ok(())
 }
 
 fn a_kernel_that_cannot_boot_is_an_error_with_its_console(cx: &Context) -> Result<()> {
