@@ -555,8 +555,9 @@ fn requests_of_a_server_that_died_are_done_by_the_next_one() {
             .write_all_at(&number.to_le_bytes(), 16 + 16 * head + 8)
             .unwrap();
     };
-    // Version 1, 128 descriptors, last batch began at 0, used index 0: the end of it was not noted.
-    let header: Vec<u8> = [1u16, 128, 0, 0]
+    // Version 1, descriptors, last batch began at 0, used index 0: the end of it was not noted.
+    let room = u16::try_from((told.mmap_size - 16) / 16).unwrap();
+    let header: Vec<u8> = [1u16, room, 0, 0]
         .iter()
         .flat_map(|word| word.to_le_bytes())
         .collect();
