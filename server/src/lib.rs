@@ -22,3 +22,4 @@ pub mod queue_thread;
 pub mod request;
 pub mod runtime;
 pub mod serve;
+pub mod signals;

@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use std::sync::mpsc;
 
 use anyhow::{Context, Result, anyhow};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::config::ExportConfig;
 use crate::device::{Door, Export};
 use crate::runtime::RuntimeDir;
+use crate::signals;
 
 /// What happens to a running server.
 #[derive(Debug)]
@@ -96,7 +96,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, keep_going: bool) -> Re
 
 /// Signals become events; from here on they no longer end the process by themselves.
 fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot handle signals")?;
+    let mut signals = Signals::new(signals::that_end()).context("cannot handle signals")?;
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {

@@ -246,6 +246,14 @@ fn the_service_manager_is_told_when_the_server_is_ready() {
 }
 
 #[test]
+fn a_server_started_to_outlive_its_terminal_does() {
+    let lab = Lab::new();
+    let server = lab.serve_without_hangups(&["a=mem:1M"]);
+    assert!(!server.hears_hangups());
+    server.stop();
+}
+
+#[test]
 fn completions_and_man_pages_are_made() {
     let lab = Lab::new();
     assert!(lab.ok(&["completions", "bash"]).contains("ublkup"));

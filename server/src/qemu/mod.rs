@@ -19,12 +19,12 @@ use std::process::{Child, Command, ExitCode, ExitStatus};
 use anyhow::{Context, Result, bail};
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use upgrade_proto::{Connection, DiskClaim, Lookup, Way};
 
 use crate::client::print;
 use crate::probe::{Found, NOT_UPGRADABLE, lookup, service, way_name};
+use crate::signals;
 use disk::{Disk, Link, fd_address, quote};
 
 /// Exit code for wrong usage.
@@ -202,7 +202,7 @@ fn print_command(command: &[OsString], options: &[String], disks: &[Attached]) -
 fn run(words: &[OsString], options: Vec<String>, attached: Vec<Attached>) -> Result<ExitCode> {
     let (program, rest) = words.split_first().context("no QEMU to run")?;
     // Before there is a child: a signal must not come between.
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot handle signals")?;
+    let signals = Signals::new(signals::that_end()).context("cannot handle signals")?;
     let mut command = Command::new(program);
     command.args(rest).args(options);
     let fds: Vec<_> = attached
@@ -271,6 +271,7 @@ fn exit_code(status: ExitStatus) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use signal_hook::consts::SIGUSR1;
 
     #[test]
     fn exit_codes_and_signals_are_told_as_a_shell_does() {
@@ -285,7 +286,7 @@ mod tests {
         let mut command = Command::new("sh");
         command.args([
             "-c",
-            "trap 'exit 7' HUP; echo up; while :; do sleep 0.01; done",
+            "trap 'exit 7' USR1; echo up; while :; do sleep 0.01; done",
         ]);
         let mut child = command
             .stdout(std::process::Stdio::piped())
@@ -293,8 +294,8 @@ mod tests {
             .unwrap();
         let mut up = [0; 3];
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut up).unwrap();
-        let signals = Signals::new([SIGHUP]).unwrap();
-        signal_hook::low_level::raise(SIGHUP).unwrap();
+        let signals = Signals::new([SIGUSR1]).unwrap();
+        signal_hook::low_level::raise(SIGUSR1).unwrap();
         assert_eq!(wait(&mut child, signals).unwrap().code(), Some(7));
     }
 

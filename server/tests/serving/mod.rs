@@ -119,6 +119,23 @@ impl Lab {
     pub fn serve_with(&self, args: &[&str], env: &[(&str, &str)]) -> Server {
         let mut command = self.command(&[&["serve"], args].concat());
         command.envs(env.iter().copied());
+        Self::start(command)
+    }
+
+    /// As [`Lab::serve`], started as nohup(1) does.
+    pub fn serve_without_hangups(&self, args: &[&str]) -> Server {
+        let server = self.command(&[&["serve"], args].concat());
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "trap '' HUP; exec \"$0\" \"$@\""])
+            .arg(server.get_program())
+            .args(server.get_args())
+            .env("UBLKUP_RUNTIME_DIR", self.path("run"))
+            .stdin(Stdio::null());
+        Self::start(command)
+    }
+
+    fn start(mut command: Command) -> Server {
         let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -141,7 +158,7 @@ impl Lab {
                 Ok(_) => {}
                 Err(_) => {
                     let _ = server.child.kill();
-                    panic!("{args:?} is not ready: {}", server.log());
+                    panic!("{command:?} is not ready: {}", server.log());
                 }
             }
         }
@@ -223,6 +240,17 @@ impl Server {
             .read_to_string(&mut log)
             .unwrap();
         log
+    }
+
+    /// Whether it would notice SIGHUP.
+    pub fn hears_hangups(&self) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let caught = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))
+            .unwrap();
+        // SIGHUP is 1, the lowest bit.
+        u64::from_str_radix(caught.trim(), 16).unwrap() & 1 == 1
     }
 
     /// Context switches of all its threads so far.

@@ -1,0 +1,38 @@
+//! The signals that end the program in order.
+
+use std::ptr;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+/// Those to listen for. SIGHUP is not among them if the program was started with it ignored, as
+/// nohup(1) does: then it is to outlive its terminal.
+#[must_use]
+pub fn that_end() -> Vec<i32> {
+    let mut signals = vec![SIGTERM, SIGINT];
+    if !is_ignored(SIGHUP) {
+        signals.push(SIGHUP);
+    }
+    signals
+}
+
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: all zeroes is a `sigaction` (plain numbers and a null handler).
+    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: asks only; `now` is ours and outlives the call.
+    let result = unsafe { libc::sigaction(signal, ptr::null(), &raw mut now) };
+    result == 0 && now.sa_sigaction == libc::SIG_IGN
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use signal_hook::consts::SIGPIPE;
+
+    #[test]
+    fn what_was_ignored_from_the_start_is_left_alone() {
+        // The runtime of every Rust program ignores SIGPIPE, and nobody ignores SIGTERM.
+        assert!(is_ignored(SIGPIPE));
+        assert!(!is_ignored(SIGTERM));
+        assert_eq!(that_end().contains(&SIGHUP), !is_ignored(SIGHUP));
+    }
+}
