@@ -76,6 +76,12 @@ const NEEDED: &[Needed] = &[
         "libc6-dev",
         Sign::File(&["/usr/include/stdio.h"]),
     ),
+    // For the kernel's own test programs.
+    needed(
+        Purpose::KernelBuild,
+        "libcap-dev",
+        Sign::File(&["/usr/include/sys/capability.h"]),
+    ),
     needed(Purpose::ServerBuild, "gcc", Sign::Program("cc")),
     needed(Purpose::ServerBuild, "libclang-dev", Sign::Libclang),
     needed(
@@ -102,6 +108,7 @@ const NEEDED: &[Needed] = &[
         Sign::Program("virt-xml-validate"),
     ),
     needed(Purpose::Tests, "libxml2-utils", Sign::Program("xmllint")),
+    needed(Purpose::Tests, "apparmor", Sign::Program("apparmor_parser")),
 ];
 
 const fn needed(purpose: Purpose, package: &'static str, sign: Sign) -> Needed {
