@@ -108,7 +108,6 @@ const NEEDED: &[Needed] = &[
         Sign::Program("virt-xml-validate"),
     ),
     needed(Purpose::Tests, "libxml2-utils", Sign::Program("xmllint")),
-    needed(Purpose::Tests, "apparmor", Sign::Program("apparmor_parser")),
 ];
 
 const fn needed(purpose: Purpose, package: &'static str, sign: Sign) -> Needed {
