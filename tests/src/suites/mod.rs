@@ -12,6 +12,7 @@ mod docs;
 mod fd_address;
 mod guest;
 mod hand_over;
+mod handshakes;
 mod io;
 mod kernel;
 mod launcher;
@@ -19,6 +20,7 @@ mod qemu;
 mod races;
 mod selftest;
 pub mod series;
+mod soak;
 mod story;
 mod survive;
 mod ublk_control;
@@ -81,7 +83,7 @@ pub const SUITES: &[Suite] = &[
         about: "unit tests of every package, and tests that need no other kernel",
         place: Place::Host,
         needs: &[Need::Server, Need::Tools],
-        tests: &[docs::TESTS],
+        tests: &[docs::TESTS, handshakes::TESTS],
         with_cargo_test: true,
         full: false,
     },
@@ -119,6 +121,7 @@ pub const SUITES: &[Suite] = &[
             block::TESTS,
             agree::TESTS,
             qemu::NESTED,
+            soak::BLOCK_TESTS,
         ],
         with_cargo_test: false,
         full: false,
@@ -137,6 +140,7 @@ pub const SUITES: &[Suite] = &[
             story::TESTS,
             upgraded::TESTS,
             vhost::TESTS,
+            soak::VHOST_TESTS,
             qemu::TESTS,
             launcher::STOCK_KERNEL_TESTS,
         ],
@@ -255,6 +259,7 @@ const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, hand_over::STEPS),
     (STEPS, series::STEPS),
     (STEPS, upgraded::STEPS),
+    (STEPS, soak::STEPS),
     (selftest::PATIENTS, selftest::PATIENT_TESTS),
 ];
 
