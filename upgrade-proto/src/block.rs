@@ -102,14 +102,15 @@ impl BlockUpgrade {
         Self::start(path, path.display().to_string(), name, lookup)
     }
 
-    /// Upgrades the block device behind an open descriptor, which the caller keeps. A descriptor without
-    /// write access to a writable device is refused: reopening it must not be a way to more rights.
+    /// Upgrades the block device behind an open descriptor, which the caller keeps. A descriptor that
+    /// reads only, of a writable device, or writes only is refused: reopening it must not be a way to
+    /// more rights.
     pub fn from_fd(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Self>, Error> {
         let fd = fd.as_fd();
         let path = socket::proc_path(fd);
         expect_block_device(fd, &path)?;
-        if crate::object::lacks_write_access(fd)? {
-            return Ok(Answer::NoService(NoService::ReadOnlyDescriptor));
+        if let Some(why) = crate::object::lacking_access(fd)? {
+            return Ok(Answer::NoService(why));
         }
         Self::start(Path::new(&path), path.clone(), name, lookup)
     }

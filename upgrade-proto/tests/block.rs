@@ -218,22 +218,34 @@ fn the_disks_own_write_cache_is_flushed_before_the_upgrade() {
 
 #[test]
 #[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
-fn a_read_only_descriptor_of_a_writable_disk_gets_nothing() {
+fn half_a_descriptor_of_a_writable_disk_gets_nothing() {
     let disk = Disk::take();
     let _listener = disk.serve();
-    let reader = File::open(&disk.path).expect("opened");
-    match BlockUpgrade::from_fd(&reader, &disk.name, &disk.lookup()).expect("an answer") {
-        Answer::NoService(why) => assert_eq!(why, NoService::ReadOnlyDescriptor),
-        Answer::Found(_) => panic!("upgraded"),
-    }
-    // Here the kernel itself refuses, or the library that asks the registry.
-    let expected = match disk.way {
-        Way::Kernel => NoService::Refused(Errno::ACCESS),
-        Way::Registry => NoService::ReadOnlyDescriptor,
-    };
-    match upgrade_proto::connect(reader.as_fd(), &disk.name, &disk.lookup()).expect("an answer") {
-        Answer::NoService(why) => assert_eq!(why, expected),
-        Answer::Found(_) => panic!("connected"),
+    let writer = File::options()
+        .write(true)
+        .open(&disk.path)
+        .expect("opened");
+    let halves = [
+        (
+            File::open(&disk.path).expect("opened"),
+            NoService::ReadOnlyDescriptor,
+        ),
+        (writer, NoService::WriteOnlyDescriptor),
+    ];
+    for (half, why) in halves {
+        match BlockUpgrade::from_fd(&half, &disk.name, &disk.lookup()).expect("an answer") {
+            Answer::NoService(told) => assert_eq!(told, why),
+            Answer::Found(_) => panic!("upgraded in spite of {why}"),
+        }
+        // Here the kernel itself refuses, or the library that asks the registry.
+        let expected = match disk.way {
+            Way::Kernel => NoService::Refused(Errno::ACCESS),
+            Way::Registry => why,
+        };
+        match upgrade_proto::connect(half.as_fd(), &disk.name, &disk.lookup()).expect("an answer") {
+            Answer::NoService(told) => assert_eq!(told, expected),
+            Answer::Found(_) => panic!("connected in spite of {expected}"),
+        }
     }
 }
 
