@@ -53,8 +53,8 @@ pub const STOCK_KERNEL_TESTS: &[Test] = &[
 ];
 
 /// A server with a boot sector on its disk, or on each of them.
-struct Served {
-    server: Server,
+pub(super) struct Served {
+    pub(super) server: Server,
 }
 
 /// Serves `names` as memory disks of 8 MiB with block doors.
@@ -78,7 +78,7 @@ fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Served> {
 }
 
 impl Served {
-    fn device(&self) -> Result<PathBuf> {
+    pub(super) fn device(&self) -> Result<PathBuf> {
         self.server.block_device()
     }
 
@@ -87,14 +87,14 @@ impl Served {
         serde_json::from_str(&stat).context("stat is no JSON")
     }
 
-    fn stop(self) -> Result<()> {
+    pub(super) fn stop(self) -> Result<()> {
         let log = self.server.stop()?;
         ensure!(!log.contains("panicked"), "{log}");
         Ok(())
     }
 }
 
-fn write_sector(device: &Path) -> Result<()> {
+pub(super) fn write_sector(device: &Path) -> Result<()> {
     let disk = OpenOptions::new().write(true).open(device)?;
     disk.write_all_at(&boot_sector::sector(), 0)
         .and_then(|()| disk.sync_all())
@@ -110,7 +110,7 @@ fn second_sector(device: &Path) -> Result<Vec<u8>> {
     Ok(sector)
 }
 
-fn expect_written(device: &Path) -> Result<()> {
+pub(super) fn expect_written(device: &Path) -> Result<()> {
     ensure!(
         second_sector(device)? == boot_sector::sector(),
         "what the guest wrote is not on {}",
@@ -139,12 +139,12 @@ fn command(cx: &Context, program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
-fn recipe(cx: &Context, name: &str) -> Command {
+pub(super) fn recipe(cx: &Context, name: &str) -> Command {
     command(cx, cx.paths.repo.join("qemu-config").join(name))
 }
 
 /// `ublkup qemu`, on a PC without much.
-fn launcher(cx: &Context, args: &[&str]) -> Command {
+pub(super) fn launcher(cx: &Context, args: &[&str]) -> Command {
     let mut launcher = command(cx, &cx.paths.server);
     launcher
         .arg("qemu")
@@ -154,7 +154,7 @@ fn launcher(cx: &Context, args: &[&str]) -> Command {
     launcher
 }
 
-fn boot(cx: &Context, command: &mut Command) -> Result<Guest> {
+pub(super) fn boot(cx: &Context, command: &mut Command) -> Result<Guest> {
     Guest::boot(command, cx.patience(45))
 }
 
@@ -459,7 +459,7 @@ fn the_printed_command_runs_in_a_shell(cx: &Context) -> Result<()> {
 }
 
 /// The only child of a process.
-fn child_of(parent: u32) -> Result<Pid> {
+pub(super) fn child_of(parent: u32) -> Result<Pid> {
     let mut children = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let name = entry.file_name();
@@ -530,7 +530,7 @@ fn a_second_launcher_is_refused(cx: &Context) -> Result<()> {
 }
 
 /// Linux in QEMU, started by a recipe.
-fn linux(cx: &Context, name: &str, device: &Path) -> Result<Qemu> {
+pub(super) fn linux(cx: &Context, name: &str, device: &Path) -> Result<Qemu> {
     let kernel = cx.paths.x86_kernel.as_deref();
     let kernel = kernel.context("this run has no x86-64 kernel")?;
     let script = cx.paths.repo.join("qemu-config").join(name);
@@ -556,18 +556,22 @@ fn files(known: KnownFiles, seed: u64, device: &str) -> FilesOnDisk {
     }
 }
 
+/// Serves a file as the export `disk` with a block device, which outlives its server.
+pub(super) fn serve_file(cx: &Context, image: &Path) -> Result<Served> {
+    let server = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("yes")
+        .args(["--queues", "1", "--reconnect-grace", "120"])
+        .arg(format!("disk=file:{}", image.display()))
+        .start()?;
+    Ok(Served { server })
+}
+
 /// An ext4 file system with known files on a block device of 64 MiB.
 fn serve_ext4(cx: &Context) -> Result<(Served, KnownFiles)> {
     let image = cx.scratch().join("disk.ext4");
     let known = images::ext4_with_known_files(&image, 64 << 20, 1)?;
-    let server = Serve::new(cx)
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg("--queues")
-        .arg("1")
-        .arg(format!("disk=file:{}", image.display()))
-        .start()?;
-    Ok((Served { server }, known))
+    Ok((serve_file(cx, &image)?, known))
 }
 
 /// The block device has all the files, as the host sees it.

@@ -14,6 +14,7 @@ mod io;
 mod kernel;
 mod launcher;
 mod qemu;
+mod restart;
 mod selftest;
 mod story;
 mod survive;
@@ -112,7 +113,7 @@ pub const SUITES: &[Suite] = &[
         about: "a disk goes from the block device to a stock QEMU and back, in User Mode Linux",
         place: Place::Uml,
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
-        tests: &[launcher::TESTS, hand_over::TESTS],
+        tests: &[launcher::TESTS, restart::TESTS, hand_over::TESTS],
         with_cargo_test: false,
     },
     Suite {
