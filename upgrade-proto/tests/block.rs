@@ -16,7 +16,8 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::ioctl::{self, opcode};
 use tempfile::TempDir;
 use upgrade_proto::{
-    Answer, BlockUpgrade, Error, Key, Listener, Lookup, Name, NoService, Options, Way,
+    Answer, BlockUpgrade, DiskClaim, Error, Key, Listener, Lookup, Name, NoService, Options, Way,
+    connect_to_disk,
 };
 
 /// One device, so one test at a time.
@@ -165,6 +166,19 @@ fn a_disk_is_claimed_while_the_upgrade_lives_and_free_afterwards() {
     assert!(error.to_string().contains("claimed exclusively"), "{error}");
     upgrade.release().expect("released");
     exclusive().expect("free");
+}
+
+#[test]
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
+fn a_claim_that_is_given_up_leaves_a_descriptor_that_leads_to_the_service() {
+    let disk = Disk::take();
+    let _listener = disk.serve();
+    let kept = DiskClaim::open(&disk.path).expect("claimed");
+    assert!(DiskClaim::open(&disk.path).is_err(), "claimed twice");
+    let kept = kept.give_up().expect("given up");
+    let _other = DiskClaim::open(&disk.path).expect("free");
+    let answer = connect_to_disk(&kept, &disk.name, &disk.lookup()).expect("an answer");
+    assert_eq!(answer.found().expect("connected").way(), disk.way);
 }
 
 #[test]

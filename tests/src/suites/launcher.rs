@@ -1,4 +1,4 @@
-//! The upgrade as users of QEMU have it: `probe`, the launcher, and the recipes of `qemu-config/`,
+//! The upgrade as users of QEMU have it: the launcher, and the recipes of `qemu-config/`,
 //! with a stock QEMU on a `/dev/ublkbN`.
 
 use std::ffi::OsString;
@@ -27,7 +27,6 @@ use crate::{skip, test};
 
 /// The table.
 pub const TESTS: &[Test] = &[
-    test!(probe_tells_what_can_be_upgraded_and_why_not),
     test!(the_raw_recipe_upgrades_an_unmodified_qemu_by_path_alone),
     test!(the_launcher_boots_from_the_disk_and_its_claim_and_cache_are_right),
     test!(the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing),
@@ -58,7 +57,7 @@ pub(super) struct Served {
 }
 
 /// Serves `names` as memory disks of 8 MiB with block doors.
-fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Served> {
+pub(super) fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Served> {
     let mut serve = Serve::new(cx)
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
@@ -82,7 +81,7 @@ impl Served {
         self.server.block_device()
     }
 
-    fn stat(&self, cx: &Context, name: &str) -> Result<Value> {
+    pub(super) fn stat(&self, cx: &Context, name: &str) -> Result<Value> {
         let stat = ublkup(cx, &["stat", name, "--json"]).run()?;
         serde_json::from_str(&stat).context("stat is no JSON")
     }
@@ -119,7 +118,7 @@ pub(super) fn expect_written(device: &Path) -> Result<()> {
     Ok(())
 }
 
-fn ublkup(cx: &Context, args: &[&str]) -> Shell {
+pub(super) fn ublkup(cx: &Context, args: &[&str]) -> Shell {
     Shell::new(&cx.paths.server)
         .args(args)
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
@@ -165,7 +164,7 @@ fn number_of(device: &Path) -> Result<(u32, u32, u64)> {
     Ok((major, minor, sequence.trim().parse()?))
 }
 
-fn expect(finished: &Finished, code: i32, says: &str) -> Result<()> {
+pub(super) fn expect(finished: &Finished, code: i32, says: &str) -> Result<()> {
     let said = finished.tail();
     ensure!(
         finished.code() == code && said.contains(says),
@@ -173,55 +172,6 @@ fn expect(finished: &Finished, code: i32, says: &str) -> Result<()> {
         finished.code()
     );
     Ok(())
-}
-
-fn probe_tells_what_can_be_upgraded_and_why_not(cx: &Context) -> Result<()> {
-    let served = serve(cx, &["disk"], &[])?;
-    let device = served.device()?;
-    let path = device.to_string_lossy().into_owned();
-    let probe = |path: &str| ublkup(cx, &["probe", path]).finish();
-
-    expect(&probe(&path)?, 0, "by the kernel's way")?;
-    let json: Value = serde_json::from_str(&ublkup(cx, &["probe", &path, "--json"]).run()?)?;
-    ensure!(
-        json["way"] == "kernel"
-            && json["server_pid"] == served.server.pid()
-            && json["size_bytes"] == 8 << 20
-            && json["read_only"] == false,
-        "{json}"
-    );
-    ensure!(
-        served.stat(cx, "disk")?["access"] == "block",
-        "a probe takes nothing"
-    );
-
-    let claim = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(i32::try_from(OFlags::EXCL.bits())?)
-        .open(&device)?;
-    expect(&probe(&path)?, 3, "claimed exclusively")?;
-    drop(claim);
-
-    sh(&format!("mkfs.ext4 -q -F {path}")).run()?;
-    let mounted = images::mount_ext4(&device, &cx.scratch().join("mnt"), false)?;
-    expect(
-        &probe(&path)?,
-        3,
-        &format!("mounted at {}", mounted.dir().display()),
-    )?;
-    fs::write(mounted.dir().join("file"), "still writable").context("the mount was disturbed")?;
-    mounted.unmount()?;
-
-    expect(&probe("/dev/null")?, 3, "not a block device")?;
-    expect(&probe("/dev/no-such-disk")?, 1, "no-such-disk")?;
-    expect(&ublkup(cx, &["probe"]).finish()?, 2, "Usage")?;
-    served.stop()?;
-
-    let served = serve(cx, &["disk"], &["--vhost", "no"])?;
-    let path = served.device()?.to_string_lossy().into_owned();
-    expect(&probe(&path)?, 3, "nobody offers this service")?;
-    served.stop()
 }
 
 fn the_raw_recipe_upgrades_an_unmodified_qemu_by_path_alone(cx: &Context) -> Result<()> {

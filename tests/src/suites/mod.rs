@@ -13,6 +13,7 @@ mod hand_over;
 mod io;
 mod kernel;
 mod launcher;
+mod probe;
 mod qemu;
 mod restart;
 mod selftest;
@@ -113,7 +114,12 @@ pub const SUITES: &[Suite] = &[
         about: "a disk goes from the block device to a stock QEMU and back, in User Mode Linux",
         place: Place::Uml,
         needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
-        tests: &[launcher::TESTS, restart::TESTS, hand_over::TESTS],
+        tests: &[
+            probe::TESTS,
+            launcher::TESTS,
+            restart::TESTS,
+            hand_over::TESTS,
+        ],
         with_cargo_test: false,
     },
     Suite {

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::process::{PidfdFlags, Signal, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use super::io::Exercise;
 use super::launcher::{self, Served, child_of, expect_written, linux, serve_file, write_sector};
@@ -72,18 +72,28 @@ fn outlives_servers(cx: &Context, recipe: &str) -> Result<()> {
     let mut plan = Exercise::new(Path::new("/dev/vda"), DISK_BYTES);
     plan.depths = vec![32];
     plan.run_mib = 8;
+    let group = i32::try_from(guest.pid()).ok().and_then(Pid::from_raw);
     let (kills, replaced) = std::thread::scope(|scope| {
         let running = scope.spawn(|| guest.run_step::<_, ()>(&cx.paths, "exercise_disk", &plan));
-        let mut kills = 0;
-        while !running.is_finished() {
-            std::thread::sleep(Duration::from_secs(2));
-            served = replace(cx, served, &image)?;
-            kills += 1;
-            // QEMU tries once in a second.
-            expect_access(cx, "upgraded")?;
+        let kill = || {
+            let mut kills = 0;
+            while !running.is_finished() {
+                std::thread::sleep(Duration::from_secs(2));
+                served = replace(cx, served, &image)?;
+                kills += 1;
+                // QEMU tries once in a second.
+                expect_access(cx, "upgraded")?;
+            }
+            anyhow::Ok((kills, served))
+        };
+        let killed = kill();
+        if let (Err(_), Some(group)) = (&killed, group) {
+            // The guest would wait for its disk for ever.
+            let _gone = kill_process_group(group, Signal::KILL);
         }
-        running.join().map_err(|_| anyhow!("the step panicked"))??;
-        anyhow::Ok((kills, served))
+        let ran = running.join().map_err(|_| anyhow!("the step panicked"))?;
+        let killed = killed?;
+        ran.map(|()| killed)
     })?;
     ensure!(kills >= 2, "only {kills} servers were killed");
 
