@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use regex::Regex;
 
-use crate::kernel::{Kernel, build, tree};
+use crate::kernel::{Kernel, build, mutants, tree};
 use crate::machine::{Hypervisor, Qemu, Uml, shell};
 use crate::packages::{self, Purpose};
 use crate::report::line;
@@ -80,7 +80,7 @@ enum Action {
 enum KernelAction {
     /// Builds kernels, unless the cache has them; prints their paths
     Build {
-        /// Which; all of them if none is named
+        /// Which; those that tests usually need if none is named
         kernels: Vec<Kernel>,
         /// Install what is missing without asking
         #[arg(long)]
@@ -99,6 +99,15 @@ enum KernelAction {
     Edit,
     /// Turns the commits of the editable tree into kernel-patch/series
     Refresh,
+    /// Breaks the series in each of the ways of kernel-patch/mutants; its tests must notice (half an hour)
+    Mutants {
+        /// Only those with this in their name
+        #[arg(default_value = "")]
+        pattern: String,
+        /// Install what is missing without asking
+        #[arg(long)]
+        yes: bool,
+    },
 }
 
 /// Runs the command line and says what went wrong.
@@ -162,26 +171,26 @@ fn run_kernel(action: KernelAction) -> Result<ExitCode> {
     match action {
         KernelAction::Build { kernels, yes } => {
             let kernels = if kernels.is_empty() {
-                Kernel::ALL.to_vec()
+                Kernel::USUAL.to_vec()
             } else {
                 kernels
             };
-            for image in build::ensure(&repo, &kernels, yes)? {
+            for image in build::kernels(&repo, &kernels, yes)? {
                 line(&image.display().to_string());
             }
         }
         KernelAction::Shell { kernel, command } => {
-            let images = build::ensure(&repo, &[kernel], false)?;
+            let images = build::kernels(&repo, &[kernel], false)?;
             let image = images.first().context("no kernel was built")?;
-            let hypervisor: Box<dyn Hypervisor> = match kernel {
-                Kernel::Uml => Box::new(Uml::new(image)),
-                Kernel::X86 => {
-                    packages::ensure(&[Purpose::Tests], false)?;
-                    Box::new(Qemu::new(image))
-                }
+            let hypervisor: Box<dyn Hypervisor> = if kernel.is_uml() {
+                Box::new(Uml::new(image))
+            } else {
+                packages::ensure(&[Purpose::Tests], false)?;
+                Box::new(Qemu::new(image))
             };
             return shell::run(hypervisor.as_ref(), &repo, command);
         }
+        KernelAction::Mutants { pattern, yes } => return mutants::run(&repo, &pattern, yes),
         KernelAction::Edit => {
             let dir = tree::ensure_tree(&repo)?;
             line(&dir.display().to_string());

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
+use crate::kernel::Kernel;
 use crate::report::line;
 use crate::runner;
 use crate::suites::{Need, upgraded};
@@ -17,7 +18,12 @@ use crate::test::{Context, Place};
 /// # Errors
 /// Something cannot be had, or the story does not end well.
 pub fn run(repo: &Path, yes: bool) -> Result<ExitCode> {
-    let needs = [Need::Tools, Need::Server, Need::Uml, Need::X86];
+    let needs = [
+        Need::Tools,
+        Need::Server,
+        Need::Kernel(Kernel::Uml),
+        Need::Kernel(Kernel::X86),
+    ];
     let paths = runner::prepare(repo, &needs, yes)?;
     let folder = tempfile::tempdir().context("cannot make a temporary directory")?;
     let part = |name: &str| {

@@ -166,6 +166,7 @@ fn mount_kernel_file_systems() -> Result<()> {
     for (kind, dir) in [
         ("debugfs", "/sys/kernel/debug"),
         ("tracefs", "/sys/kernel/tracing"),
+        ("securityfs", "/sys/kernel/security"),
     ] {
         // The directory exists exactly if the kernel has the file system.
         if Path::new(dir).exists() {

@@ -1,7 +1,7 @@
 //! What counts as trouble in a kernel log.
 
 /// Pieces of text that a healthy kernel never prints.
-const TROUBLE: [&str; 16] = [
+const TROUBLE: [&str; 15] = [
     "BUG: ",
     "kernel BUG at",
     "Oops: ",
@@ -17,7 +17,6 @@ const TROUBLE: [&str; 16] = [
     "detected stall",
     "self-detected stall",
     "UBSAN: ",
-    "new suspected memory leaks",
 ];
 
 /// The lines that say that something is wrong with the kernel, in order.
@@ -89,7 +88,6 @@ mod tests {
             "[  1.0] rcu: INFO: rcu_preempt self-detected stall on CPU",
             "[  1.0] watchdog: BUG: soft lockup - CPU#0 stuck for 26s! [fio:77]",
             "[  1.0] UBSAN: array-index-out-of-bounds in fs/x.c:1:2",
-            "[  1.0] kmemleak: 3 new suspected memory leaks (see /sys/kernel/debug/kmemleak)",
             "[  1.0] general protection fault, probably for non-canonical address",
             "[  1.0] Unable to handle kernel paging request at virtual address 0",
         ];

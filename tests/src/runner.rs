@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::cargo;
 use crate::job::{self, Job};
-use crate::kernel::{Kernel, build};
+use crate::kernel::build::{self, Product};
 use crate::machine::{Hypervisor, Machine, Qemu, Uml};
 use crate::packages::{self, Purpose};
 use crate::report::{Outcome, SuiteResult, TestResult, Totals, line};
@@ -49,7 +49,11 @@ const BOOT_ATTEMPTS: u32 = 2;
 /// There is no such suite.
 pub fn list(request: &Request) -> Result<ExitCode> {
     for chosen in choose(request)? {
-        line(&format!("{} - {}", chosen.suite.name, chosen.suite.about));
+        let full = if chosen.suite.full { " (--full)" } else { "" };
+        line(&format!(
+            "{} - {}{full}",
+            chosen.suite.name, chosen.suite.about
+        ));
         if chosen.cargo_test {
             line("    cargo test --workspace");
         }
@@ -106,7 +110,7 @@ pub fn run(repo: &Path, request: &Request) -> Result<ExitCode> {
 fn choose(request: &Request) -> Result<Vec<Chosen>> {
     let mut wanted: Vec<&'static Suite> = Vec::new();
     if request.suites.is_empty() {
-        wanted.extend(SUITES);
+        wanted.extend(SUITES.iter().filter(|suite| request.full || !suite.full));
     }
     for name in &request.suites {
         let suite = suites::suite(name).with_context(|| {
@@ -148,8 +152,8 @@ fn matches(request: &Request, suite: &Suite, name: &str) -> bool {
 ///
 /// # Errors
 /// Something cannot be had.
-pub fn prepare(repo: &Path, needs: &[Need], yes: bool) -> Result<Paths> {
-    let needs = |need: Need| needs.contains(&need);
+pub fn prepare(repo: &Path, wanted: &[Need], yes: bool) -> Result<Paths> {
+    let needs = |need: Need| wanted.contains(&need);
     let mut purposes = Vec::new();
     if needs(Need::Tools) {
         purposes.push(Purpose::Tests);
@@ -170,17 +174,25 @@ pub fn prepare(repo: &Path, needs: &[Need], yes: bool) -> Result<Paths> {
     if needs(Need::DriverTests) {
         paths.driver_tests = cargo::build_driver_tests(repo)?;
     }
-    let kernels: Vec<Kernel> = [(Need::Uml, Kernel::Uml), (Need::X86, Kernel::X86)]
-        .into_iter()
-        .filter(|(need, _)| needs(*need))
-        .map(|(_, kernel)| kernel)
-        .collect();
-    if !kernels.is_empty() {
-        let images = build::ensure(repo, &kernels, yes)?;
-        for (kernel, image) in kernels.into_iter().zip(images) {
-            match kernel {
-                Kernel::Uml => paths.uml_kernel = Some(image),
-                Kernel::X86 => paths.x86_kernel = Some(image),
+    let mut products: Vec<Product> = Vec::new();
+    for need in wanted {
+        let product = match need {
+            Need::Kernel(kernel) => Product::Kernel(*kernel),
+            Need::Selftests => Product::Selftests,
+            Need::Server | Need::DriverTests | Need::Tools => continue,
+        };
+        if !products.contains(&product) {
+            products.push(product);
+        }
+    }
+    if !products.is_empty() {
+        let made = build::ensure(repo, &products, yes)?;
+        for (product, path) in products.into_iter().zip(made) {
+            match product {
+                Product::Kernel(kernel) => {
+                    paths.kernels.insert(kernel, path);
+                }
+                Product::Selftests => paths.selftests = Some(path),
             }
         }
     }
@@ -195,15 +207,15 @@ fn run_suite(chosen: &Chosen, paths: &Paths) -> Result<SuiteResult> {
         result.counted = counted;
         result.tests.extend(verdict);
     }
-    match chosen.suite.place {
-        Place::Host => run_on_host(chosen, paths, &mut result)?,
-        Place::Uml => {
-            let kernel = paths.uml_kernel.as_deref().context("no UML kernel")?;
-            run_in_machines(chosen, paths, &Uml::new(kernel), &mut result);
+    match chosen.suite.machine() {
+        None => run_on_host(chosen, paths, &mut result)?,
+        Some(kernel) if kernel.is_uml() => {
+            let machine = Uml::new(paths.kernel(kernel)?);
+            run_in_machines(chosen, paths, &machine, &mut result);
         }
-        Place::Vm => {
-            let kernel = paths.x86_kernel.as_deref().context("no x86-64 kernel")?;
-            run_in_machines(chosen, paths, &Qemu::new(kernel).processors(4), &mut result);
+        Some(kernel) => {
+            let machine = Qemu::new(paths.kernel(kernel)?).processors(4);
+            run_in_machines(chosen, paths, &machine, &mut result);
         }
     }
     complete(chosen, &mut result);
@@ -338,6 +350,7 @@ mod tests {
             needs: &[],
             tests,
             with_cargo_test: false,
+            full: false,
         }))
     }
 
@@ -382,7 +395,14 @@ mod tests {
 
     #[test]
     fn every_suite_is_chosen_when_none_is_named() {
-        let chosen = choose(&Request::default()).expect("all of them");
+        let everything = Request {
+            full: true,
+            ..Request::default()
+        };
+        let chosen = choose(&everything).expect("all of them");
         assert_eq!(chosen.len(), SUITES.len());
+        let usual = choose(&Request::default()).expect("most of them");
+        assert!(usual.len() < chosen.len());
+        assert!(usual.iter().all(|one| !one.suite.full));
     }
 }

@@ -11,6 +11,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::kernel::Kernel;
+
 /// Where a test body runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -138,10 +140,23 @@ pub struct Paths {
     pub server: PathBuf,
     /// Cargo's test programs that need a guest, by target name, if they were built for this run.
     pub driver_tests: BTreeMap<String, PathBuf>,
-    /// The User Mode Linux kernel, if it was built for this run.
-    pub uml_kernel: Option<PathBuf>,
-    /// The x86-64 kernel image, if it was built for this run.
-    pub x86_kernel: Option<PathBuf>,
+    /// The images of the kernels that were built for this run.
+    pub kernels: BTreeMap<Kernel, PathBuf>,
+    /// The directory of the kernel's own test programs, if they were built for this run.
+    pub selftests: Option<PathBuf>,
+}
+
+impl Paths {
+    /// The image of a kernel.
+    ///
+    /// # Errors
+    /// It was not built for this run.
+    pub fn kernel(&self, kernel: Kernel) -> Result<&Path> {
+        let image = self.kernels.get(&kernel);
+        image
+            .map(PathBuf::as_path)
+            .with_context(|| format!("this run has no {kernel} kernel"))
+    }
 }
 
 /// What a test body is given.

@@ -3,6 +3,8 @@
 
 pub mod build;
 pub mod config;
+pub mod mutants;
+pub mod selftests;
 pub mod source;
 pub mod tree;
 
@@ -10,9 +12,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 /// The kernels there are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum, Serialize, Deserialize,
+)]
 pub enum Kernel {
     /// User Mode Linux.
     #[value(name = "uml")]
@@ -20,42 +25,84 @@ pub enum Kernel {
     /// For emulated PCs.
     #[value(name = "x86_64")]
     X86,
+    /// User Mode Linux with everything that finds mistakes.
+    #[value(name = "uml-debug")]
+    UmlDebug,
+    /// For emulated PCs, with everything that finds mistakes.
+    #[value(name = "x86_64-debug")]
+    X86Debug,
+    /// User Mode Linux without the series, to compare with.
+    #[value(name = "uml-base")]
+    UmlBase,
 }
 
 impl Kernel {
-    /// All of them.
-    pub const ALL: [Kernel; 2] = [Kernel::Uml, Kernel::X86];
+    /// The ones that everything but `--full` runs on.
+    pub const USUAL: [Kernel; 2] = [Kernel::Uml, Kernel::X86];
 
-    /// The name of the config fragment and of the cached build.
+    /// The name on the command line and of the cached build.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Kernel::Uml => "uml",
             Kernel::X86 => "x86_64",
+            Kernel::UmlDebug => "uml-debug",
+            Kernel::X86Debug => "x86_64-debug",
+            Kernel::UmlBase => "uml-base",
+        }
+    }
+
+    /// Whether it is User Mode Linux, a program of the host.
+    #[must_use]
+    pub fn is_uml(self) -> bool {
+        self.arch() == "um"
+    }
+
+    /// Whether it has KASAN and the like, and is many times slower for it.
+    #[must_use]
+    pub fn is_debug(self) -> bool {
+        matches!(self, Kernel::UmlDebug | Kernel::X86Debug)
+    }
+
+    /// Whether our series is in it.
+    fn has_series(self) -> bool {
+        self != Kernel::UmlBase
+    }
+
+    /// The config fragments, in `kernel-patch/config`, put on top of each other.
+    fn fragments(self) -> &'static [&'static str] {
+        match self {
+            Kernel::Uml => &["uml", "series"],
+            Kernel::X86 => &["x86_64", "series"],
+            Kernel::UmlDebug => &["uml", "series", "debug"],
+            Kernel::X86Debug => &["x86_64", "series", "debug"],
+            Kernel::UmlBase => &["uml"],
         }
     }
 
     /// The kernel's name of the architecture.
     fn arch(self) -> &'static str {
         match self {
-            Kernel::Uml => "um",
-            Kernel::X86 => "x86_64",
+            Kernel::Uml | Kernel::UmlDebug | Kernel::UmlBase => "um",
+            Kernel::X86 | Kernel::X86Debug => "x86_64",
         }
     }
 
-    /// The configuration the fragment is put on.
+    /// The configuration the fragments are put on.
     fn base_config(self) -> &'static str {
-        match self {
-            Kernel::Uml => "defconfig",
-            Kernel::X86 => "tinyconfig",
+        if self.is_uml() {
+            "defconfig"
+        } else {
+            "tinyconfig"
         }
     }
 
     /// What to make, and where it appears.
     fn image(self) -> (&'static str, &'static str) {
-        match self {
-            Kernel::Uml => ("linux", "linux"),
-            Kernel::X86 => ("bzImage", "arch/x86/boot/bzImage"),
+        if self.is_uml() {
+            ("linux", "linux")
+        } else {
+            ("bzImage", "arch/x86/boot/bzImage")
         }
     }
 }
@@ -98,6 +145,12 @@ impl KernelPatch {
         self.dir.join("series")
     }
 
+    /// Where the patches are that break the series.
+    #[must_use]
+    pub fn mutants_dir(&self) -> PathBuf {
+        self.dir.join("mutants")
+    }
+
     /// The patches, in the order they apply, without the cover letter. There may be none.
     ///
     /// # Errors
@@ -120,13 +173,31 @@ impl KernelPatch {
         Ok(patches)
     }
 
-    /// A kernel's config fragment.
+    /// A kernel's config fragments, as one.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// A file cannot be read.
     pub fn fragment(&self, kernel: Kernel) -> Result<String> {
-        let path = self.dir.join("config").join(format!("{kernel}.config"));
-        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+        let dir = self.dir.join("config");
+        let mut all = String::new();
+        for name in kernel.fragments() {
+            let path = dir.join(format!("{name}.config"));
+            all += &std::fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+        }
+        Ok(all)
+    }
+
+    /// The patches that go into a kernel.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn series_of(&self, kernel: Kernel) -> Result<Vec<PathBuf>> {
+        if kernel.has_series() {
+            self.series()
+        } else {
+            Ok(Vec::new())
+        }
     }
 }
 

@@ -44,26 +44,36 @@ enum Kind {
     Package(PathBuf),
 }
 
-/// Finds source for the series.
+/// The source for the series, if it is on this machine.
+///
+/// # Errors
+/// What is there cannot be read.
+pub fn find_here(patch: &KernelPatch) -> Result<Option<Source>> {
+    if let Some(dir) = variable("LINUX_SRC") {
+        return Source::of_tree(&dir).map(Some);
+    }
+    if let Some(file) = variable("LINUX_TARBALL") {
+        return tarball(&file).map(Some);
+    }
+    let store = cache::dir()?.join("sources");
+    if let Some(deb) = newest_package(&store, &patch.base()?) {
+        return Ok(Some(package(deb)));
+    }
+    let series = digest(&patch.series()?)?;
+    Ok(accepted_package(&store, &series).map(package))
+}
+
+/// Finds source for the series, and downloads it if need be.
 ///
 /// # Errors
 /// There is none; the message says how to provide it.
 pub fn find(patch: &KernelPatch) -> Result<Source> {
-    if let Some(dir) = variable("LINUX_SRC") {
-        return Source::of_tree(&dir);
-    }
-    if let Some(file) = variable("LINUX_TARBALL") {
-        return tarball(&file);
+    if let Some(source) = find_here(patch)? {
+        return Ok(source);
     }
     let base = patch.base()?;
     let store = cache::dir()?.join("sources");
-    if let Some(deb) = newest_package(&store, &base) {
-        return Ok(package(deb));
-    }
     let series = digest(&patch.series()?)?;
-    if let Some(deb) = accepted_package(&store, &series) {
-        return Ok(package(deb));
-    }
     let Some(release) = Release::of_this_system() else {
         bail!(
             "no Linux source: this is not Debian; \

@@ -57,19 +57,17 @@ impl Setup {
     /// Adds the directories that tests need.
     #[must_use]
     pub fn keeping(mut self, paths: &Paths) -> Self {
-        let parent =
-            |path: &Option<PathBuf>| path.as_deref().and_then(Path::parent).map(Path::to_owned);
-        self.keep.extend(
-            [
-                Some(paths.repo.clone()),
-                parent(&Some(paths.server.clone())),
-                parent(&paths.driver_tests.values().next().cloned()),
-                parent(&paths.uml_kernel),
-                parent(&paths.x86_kernel),
-            ]
+        let programs = [&paths.server]
             .into_iter()
-            .flatten()
-            .filter(|path| !path.as_os_str().is_empty()),
+            .chain(paths.driver_tests.values().take(1))
+            .chain(paths.kernels.values());
+        self.keep.extend(
+            programs
+                .filter_map(|program| program.parent())
+                .chain([paths.repo.as_path()])
+                .chain(paths.selftests.as_deref())
+                .filter(|path| !path.as_os_str().is_empty())
+                .map(Path::to_owned),
         );
         self
     }

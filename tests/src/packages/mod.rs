@@ -76,6 +76,12 @@ const NEEDED: &[Needed] = &[
         "libc6-dev",
         Sign::File(&["/usr/include/stdio.h"]),
     ),
+    // For the kernel's own test programs.
+    needed(
+        Purpose::KernelBuild,
+        "libcap-dev",
+        Sign::File(&["/usr/include/sys/capability.h"]),
+    ),
     needed(Purpose::ServerBuild, "gcc", Sign::Program("cc")),
     needed(Purpose::ServerBuild, "libclang-dev", Sign::Libclang),
     needed(

@@ -16,12 +16,16 @@ use crate::test::{Context, Test};
 
 const MIB: u64 = 1 << 20;
 
-/// For every guest.
-pub const TESTS: &[Test] = &[
+/// cargo's test programs, for every guest.
+pub const DRIVER_TESTS: &[Test] = &[
     test!(the_block_doors_own_tests_pass).limit_s(300),
     test!(the_registrys_tests_that_need_root_pass),
     test!(a_disks_upgrade_passes_its_tests_by_the_kernels_way).limit_s(120),
     test!(a_disks_upgrade_passes_its_tests_by_the_registrys_way).limit_s(120),
+];
+
+/// For every guest.
+pub const TESTS: &[Test] = &[
     test!(verified_io_on_memory).limit_s(300),
     test!(verified_io_on_a_file_in_tmpfs).limit_s(300),
     test!(verified_io_on_a_file_in_ext4_around_the_page_cache).limit_s(300),

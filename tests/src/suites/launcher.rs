@@ -16,6 +16,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 use super::guest::FilesOnDisk;
+use crate::kernel::Kernel;
 use crate::kit::boot_sector::{self, Guest, OPTIONS, SECTOR_BYTES};
 use crate::kit::images::{self, KnownFiles};
 use crate::kit::server::{Serve, Server};
@@ -481,8 +482,7 @@ fn a_second_launcher_is_refused(cx: &Context) -> Result<()> {
 
 /// Linux in QEMU, started by a recipe.
 pub(super) fn linux(cx: &Context, name: &str, device: &Path) -> Result<Qemu> {
-    let kernel = cx.paths.x86_kernel.as_deref();
-    let kernel = kernel.context("this run has no x86-64 kernel")?;
+    let kernel = cx.paths.kernel(Kernel::X86)?;
     let script = cx.paths.repo.join("qemu-config").join(name);
     let settings = recipe(cx, name);
     let mut guest = Qemu::new(kernel)

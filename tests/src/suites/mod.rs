@@ -6,6 +6,8 @@
 
 mod agree;
 mod block;
+mod compare;
+mod debug;
 mod docs;
 mod fd_address;
 mod guest;
@@ -15,14 +17,17 @@ mod kernel;
 mod launcher;
 mod probe;
 mod qemu;
+mod races;
 mod restart;
 mod selftest;
+pub mod series;
 mod story;
 mod survive;
 mod ublk_control;
 pub mod upgraded;
 mod vhost;
 
+use crate::kernel::Kernel;
 use crate::test::{Place, Test};
 
 /// A named table of tests and what it takes to run them.
@@ -32,7 +37,7 @@ pub struct Suite {
     pub name: &'static str,
     /// One line for `--list`.
     pub about: &'static str,
-    /// Where the bodies run.
+    /// Where the bodies run: on the first kernel of `needs`, if it is not the host.
     pub place: Place,
     /// What must be there before the first test.
     pub needs: &'static [Need],
@@ -40,15 +45,29 @@ pub struct Suite {
     pub tests: &'static [&'static [Test]],
     /// Also runs `cargo test --workspace` and counts its tests.
     pub with_cargo_test: bool,
+    /// Runs only with `--full`, or when it is named.
+    pub full: bool,
+}
+
+impl Suite {
+    /// The kernel that the bodies run on, or nothing for the host's own.
+    #[must_use]
+    pub fn machine(&self) -> Option<Kernel> {
+        let first = self.needs.iter().find_map(|need| match need {
+            Need::Kernel(kernel) => Some(*kernel),
+            _ => None,
+        });
+        first.filter(|_| self.place != Place::Host)
+    }
 }
 
 /// Something a suite needs that takes time to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
-    /// The User Mode Linux kernel.
-    Uml,
-    /// The x86-64 kernel.
-    X86,
+    /// A kernel of the lab.
+    Kernel(Kernel),
+    /// The kernel's own test programs.
+    Selftests,
     /// The `ublkup` binary.
     Server,
     /// Cargo's test programs whose ignored tests need a ublk driver or root.
@@ -66,40 +85,56 @@ pub const SUITES: &[Suite] = &[
         needs: &[Need::Server, Need::Tools],
         tests: &[docs::TESTS],
         with_cargo_test: true,
+        full: false,
     },
     Suite {
         name: "lab",
         about: "the lab itself: what goes wrong in a machine is reported as a failure",
         place: Place::Host,
-        needs: &[Need::Uml, Need::X86, Need::Tools],
+        needs: &[
+            Need::Kernel(Kernel::Uml),
+            Need::Kernel(Kernel::X86),
+            Need::Tools,
+        ],
         tests: &[selftest::TESTS],
         with_cargo_test: false,
+        full: false,
     },
     Suite {
         name: "uml",
         about: "inside a User Mode Linux kernel, one processor",
         place: Place::Uml,
         needs: &[
-            Need::Uml,
-            Need::X86,
+            Need::Kernel(Kernel::Uml),
+            Need::Kernel(Kernel::X86),
+            Need::Selftests,
             Need::Server,
             Need::DriverTests,
             Need::Tools,
         ],
         tests: &[
             kernel::TESTS,
+            series::TESTS,
             fd_address::TESTS,
+            races::TESTS,
+            block::DRIVER_TESTS,
             block::TESTS,
             agree::TESTS,
             qemu::NESTED,
         ],
         with_cargo_test: false,
+        full: false,
     },
     Suite {
         name: "qemu",
         about: "a server process on the host and guests that use its disk",
         place: Place::Host,
-        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        needs: &[
+            Need::Kernel(Kernel::Uml),
+            Need::Kernel(Kernel::X86),
+            Need::Server,
+            Need::Tools,
+        ],
         tests: &[
             story::TESTS,
             upgraded::TESTS,
@@ -108,12 +143,18 @@ pub const SUITES: &[Suite] = &[
             launcher::STOCK_KERNEL_TESTS,
         ],
         with_cargo_test: false,
+        full: false,
     },
     Suite {
         name: "upgrade",
         about: "a disk goes from the block device to a stock QEMU and back, in User Mode Linux",
         place: Place::Uml,
-        needs: &[Need::Uml, Need::X86, Need::Server, Need::Tools],
+        needs: &[
+            Need::Kernel(Kernel::Uml),
+            Need::Kernel(Kernel::X86),
+            Need::Server,
+            Need::Tools,
+        ],
         tests: &[
             probe::TESTS,
             launcher::TESTS,
@@ -121,37 +162,105 @@ pub const SUITES: &[Suite] = &[
             hand_over::TESTS,
         ],
         with_cargo_test: false,
+        full: false,
     },
     Suite {
         name: "survive",
         about: "servers that die under a guest of the vhost door, on the host",
         place: Place::Host,
-        needs: &[Need::X86, Need::Server, Need::Tools],
+        needs: &[Need::Kernel(Kernel::X86), Need::Server, Need::Tools],
         tests: &[survive::TESTS],
         with_cargo_test: false,
+        full: false,
     },
     Suite {
         name: "vm",
         about: "inside an emulated x86 PC with four processors",
         place: Place::Vm,
-        needs: &[Need::X86, Need::Server, Need::DriverTests, Need::Tools],
+        needs: &[
+            Need::Kernel(Kernel::X86),
+            Need::Selftests,
+            Need::Server,
+            Need::DriverTests,
+            Need::Tools,
+        ],
         tests: &[
             kernel::TESTS,
             kernel::SMP_TESTS,
+            series::TESTS,
             fd_address::TESTS,
+            races::TESTS,
+            block::DRIVER_TESTS,
             block::TESTS,
             block::SMP_TESTS,
             agree::TESTS,
         ],
         with_cargo_test: false,
+        full: false,
     },
+    Suite {
+        name: "compare",
+        about: "the kernel's own tests with the series and without",
+        place: Place::Host,
+        needs: &[
+            Need::Kernel(Kernel::Uml),
+            Need::Kernel(Kernel::UmlBase),
+            Need::Selftests,
+            Need::Tools,
+        ],
+        tests: &[compare::TESTS],
+        with_cargo_test: false,
+        full: true,
+    },
+    Suite {
+        name: "debug-uml",
+        about: "the series under KASAN, lockdep, kmemleak and failslab, one processor",
+        place: Place::Uml,
+        needs: &[
+            Need::Kernel(Kernel::UmlDebug),
+            Need::Selftests,
+            Need::Server,
+            Need::DriverTests,
+            Need::Tools,
+        ],
+        tests: DEBUG_TESTS,
+        with_cargo_test: false,
+        full: true,
+    },
+    Suite {
+        name: "debug-vm",
+        about: "the series under KASAN, lockdep, kmemleak and failslab, four processors",
+        place: Place::Vm,
+        needs: &[
+            Need::Kernel(Kernel::X86Debug),
+            Need::Selftests,
+            Need::Server,
+            Need::DriverTests,
+            Need::Tools,
+        ],
+        tests: DEBUG_TESTS,
+        with_cargo_test: false,
+        full: true,
+    },
+];
+
+/// What the debug kernels run.
+const DEBUG_TESTS: &[&[Test]] = &[
+    debug::FIRST,
+    series::TESTS,
+    fd_address::TESTS,
+    races::LONG_TESTS,
+    block::DRIVER_TESTS,
+    debug::LAST,
 ];
 
 /// Tables that `cargo lab test` never runs by itself: steps that tests run in
 /// machines they boot, and tests that are meant to fail.
 const HIDDEN: &[(&str, &[Test])] = &[
+    (STEPS, compare::STEPS),
     (STEPS, guest::STEPS),
     (STEPS, hand_over::STEPS),
+    (STEPS, series::STEPS),
     (STEPS, upgraded::STEPS),
     (selftest::PATIENTS, selftest::PATIENT_TESTS),
 ];

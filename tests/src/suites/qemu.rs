@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::guest::{DiskFacts, FilesOnDisk};
+use crate::kernel::Kernel;
 use crate::kit::images::{self, KnownFiles};
 use crate::machine::{Board, Hypervisor, Machine, Qemu, Uml};
 use crate::process;
@@ -26,19 +27,19 @@ pub const NESTED: &[Test] =
 
 fn a_q35_guest_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
     guest_finds_files(cx, 4, |socket| {
-        Ok(Qemu::client(x86_kernel(cx)?, socket).processors(4))
+        Ok(Qemu::client(cx.paths.kernel(Kernel::X86)?, socket).processors(4))
     })
 }
 
 fn a_microvm_guest_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
     guest_finds_files(cx, 1, |socket| {
-        Ok(Qemu::client(x86_kernel(cx)?, socket).board(Board::Microvm))
+        Ok(Qemu::client(cx.paths.kernel(Kernel::X86)?, socket).board(Board::Microvm))
     })
 }
 
 fn a_uml_guest_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
     guest_finds_files(cx, 1, |socket| {
-        let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+        let kernel = cx.paths.kernel(Kernel::Uml)?;
         Ok(Uml::new(kernel).vhost_disk(socket))
     })
 }
@@ -85,14 +86,6 @@ fn guest_finds_files<H: Hypervisor>(
 
     // What the guest wrote is in the image.
     images::fsck(&image)
-}
-
-/// The x86-64 kernel of this run.
-fn x86_kernel(cx: &Context) -> Result<&Path> {
-    cx.paths
-        .x86_kernel
-        .as_deref()
-        .context("this run has no x86-64 kernel")
 }
 
 /// `qemu-storage-daemon` serving an image on a vhost-user-blk socket.

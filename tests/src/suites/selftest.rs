@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::kernel::Kernel;
 use crate::machine::{Hypervisor, Machine, Qemu, Uml};
 use crate::report::{Outcome, TestResult};
 use crate::suites;
@@ -102,12 +103,12 @@ fn kills_the_agent(_cx: &Context) -> Result<()> {
 }
 
 fn in_uml_everything_that_goes_wrong_is_a_failure(cx: &Context) -> Result<()> {
-    let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+    let kernel = cx.paths.kernel(Kernel::Uml)?;
     every_patient(cx, &Uml::new(kernel), true)
 }
 
 fn in_an_emulated_pc_everything_that_goes_wrong_is_a_failure(cx: &Context) -> Result<()> {
-    let kernel = cx.paths.x86_kernel.as_deref().context("no x86-64 kernel")?;
+    let kernel = cx.paths.kernel(Kernel::X86)?;
     every_patient(cx, &Qemu::new(kernel), false)
 }
 
@@ -179,7 +180,7 @@ impl Ward<'_> {
 }
 
 fn a_machine_whose_heart_stops_is_given_up_long_before_the_tests_limit(cx: &Context) -> Result<()> {
-    let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+    let kernel = cx.paths.kernel(Kernel::Uml)?;
     let mut machine = Machine::boot(&Uml::new(kernel), &cx.paths, "lab-heart")?;
     machine.set_silence_limit(Duration::from_secs(5));
     let test = suites::find(PATIENTS, "hangs_for_long").context("no such patient")?;
@@ -211,7 +212,7 @@ fn a_machine_whose_heart_stops_is_given_up_long_before_the_tests_limit(cx: &Cont
 }
 
 fn a_machine_that_is_merely_slow_is_not_given_up(cx: &Context) -> Result<()> {
-    let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+    let kernel = cx.paths.kernel(Kernel::Uml)?;
     let mut machine = Machine::boot(&Uml::new(kernel), &cx.paths, "lab-slow")?;
     machine.set_silence_limit(Duration::from_secs(10));
     let test = suites::find(PATIENTS, "keeps_every_processor_busy").context("no such patient")?;
@@ -223,7 +224,7 @@ fn a_machine_that_is_merely_slow_is_not_given_up(cx: &Context) -> Result<()> {
 }
 
 fn a_kernel_that_cannot_boot_is_an_error_with_its_console(cx: &Context) -> Result<()> {
-    let kernel = cx.paths.uml_kernel.as_deref().context("no UML kernel")?;
+    let kernel = cx.paths.kernel(Kernel::Uml)?;
     let broken = Uml::new(kernel).argument("init=/no/such/init");
     let error = match Machine::boot(&broken, &cx.paths, "lab-no-init") {
         Ok(_) => bail!("a kernel without init was taken for a machine"),

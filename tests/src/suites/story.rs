@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use super::guest::{FilesInImage, FilesOnDisk};
+use crate::kernel::Kernel;
 use crate::kit::images::{self, KnownFiles};
 use crate::kit::server::Serve;
 use crate::machine::{Board, Machine, Qemu, Uml};
@@ -88,14 +89,12 @@ fn a_block_device_and_a_guest_find_the_same_files_in_both_directions(cx: &Contex
 }
 
 fn boot_uml(cx: &Context, log: &str) -> Result<Machine> {
-    let kernel = cx.paths.uml_kernel.as_deref();
-    let kernel = kernel.context("this run has no UML kernel")?;
+    let kernel = cx.paths.kernel(Kernel::Uml)?;
     Machine::boot(&Uml::new(kernel), &cx.paths, log)
 }
 
 fn boot_guest(cx: &Context, board: Board, socket: &Path) -> Result<Machine> {
-    let kernel = cx.paths.x86_kernel.as_deref();
-    let kernel = kernel.context("this run has no x86-64 kernel")?;
+    let kernel = cx.paths.kernel(Kernel::X86)?;
     let guest = Qemu::client(kernel, socket).board(board);
     Machine::boot(&guest, &cx.paths, &format!("story-{board:?}"))
 }

@@ -4,9 +4,10 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 
 use super::io::Exercise;
+use crate::kernel::Kernel;
 use crate::kit::server::{Serve, Server};
 use crate::machine::{Machine, Qemu};
 use crate::test;
@@ -36,8 +37,7 @@ fn a_guest_verifies_its_disk_while_servers_are_killed_under_it(cx: &Context) -> 
     std::fs::File::create(&image)?.set_len(DISK_BYTES)?;
     let socket = cx.scratch().join("disk.sock");
     let mut server = serve(cx, &image, &socket)?;
-    let kernel = cx.paths.x86_kernel.as_deref();
-    let kernel = kernel.context("this run has no x86-64 kernel")?;
+    let kernel = cx.paths.kernel(Kernel::X86)?;
     let qemu = Qemu::new(kernel)
         .processors(2)
         .memory_mib(512)

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::guest::FilesOnDisk;
+use crate::kernel::Kernel;
 use crate::kit::fio::Fio;
 use crate::kit::images::{self, KnownFiles};
 use crate::kit::server::{Serve, Server};
@@ -116,8 +117,7 @@ pub struct Findings {
 
 /// Tells the story to `say` while it happens; fio keeps `depths` requests under way.
 pub fn tell(cx: &Context, depths: &[u32], say: &(dyn Fn(&str) + Sync)) -> Result<Findings> {
-    let kernel = cx.paths.uml_kernel.as_deref();
-    let kernel = kernel.context("this run has no UML kernel")?;
+    let kernel = cx.paths.kernel(Kernel::Uml)?;
     let mut linux = Machine::boot(&Uml::new(kernel).memory_mib(4096), &cx.paths, "upgrade")?;
     say(&format!(
         "booted User Mode Linux {} with ublk and fd addresses",
@@ -476,8 +476,7 @@ pub(super) fn boot_upgraded(cx: &Context, disk: &Path, log: &str) -> Result<(Mac
 }
 
 fn client(cx: &Context) -> Result<Qemu> {
-    let kernel = cx.paths.x86_kernel.as_deref();
-    let kernel = kernel.context("this run has no x86-64 kernel")?;
+    let kernel = cx.paths.kernel(Kernel::X86)?;
     Ok(Qemu::new(kernel).processors(1).memory_mib(512))
 }
 

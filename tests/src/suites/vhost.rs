@@ -14,6 +14,7 @@ use super::guest::{
     DiskFacts, WRITE_THROUGH_BLOCK_BYTES, WRITE_THROUGH_BLOCKS, write_through_data,
 };
 use super::io::Exercise;
+use crate::kernel::Kernel;
 use crate::kit::server::{Serve, Server};
 use crate::kit::shell::Shell;
 use crate::machine::{Board, Hypervisor, Machine, Qemu, Uml};
@@ -113,8 +114,7 @@ fn verify(cx: &Context, host: Host, hypervisor: &dyn Hypervisor, size: u64) -> R
 }
 
 fn guest(cx: &Context, host: &Host) -> Result<Qemu> {
-    let kernel = cx.paths.x86_kernel.as_deref();
-    let kernel = kernel.context("this run has no x86-64 kernel")?;
+    let kernel = cx.paths.kernel(Kernel::X86)?;
     Ok(Qemu::client(kernel, &host.socket))
 }
 
@@ -159,8 +159,7 @@ fn the_recipes_boot_guests_as_they_stand(cx: &Context) -> Result<()> {
 }
 
 fn uml(cx: &Context, host: &Host) -> Result<Uml> {
-    let kernel = cx.paths.uml_kernel.as_deref();
-    let kernel = kernel.context("this run has no UML kernel")?;
+    let kernel = cx.paths.kernel(Kernel::Uml)?;
     let device = format!("virtio_uml.device={}:2", host.socket.display());
     Ok(Uml::new(kernel).argument(device))
 }

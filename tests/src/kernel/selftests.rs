@@ -1,0 +1,123 @@
+//! The kernel's own test programs (`tools/testing/selftests`): those of the series, and the ones
+//! that were there before for the parts that it touches.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::build::plain_make;
+use crate::progress;
+
+/// One directory of test programs.
+struct Collection {
+    /// Below `tools/testing/selftests`, and below the build's own directory.
+    dir: &'static str,
+    /// What to build there. Not built: what needs a BPF toolchain or a newer liburing than the
+    /// oldest supported Debian has.
+    programs: &'static [&'static str],
+    /// Settings for make.
+    settings: &'static [&'static str],
+}
+
+const COLLECTIONS: [Collection; 3] = [
+    Collection {
+        dir: "net/af_unix",
+        programs: &[
+            "unix_fd_addr",
+            "unix_fd_addr_blk",
+            "diag_anchor",
+            "diag_uid",
+            "msg_oob",
+            "scm_inq",
+            "scm_pidfd",
+            "scm_rights",
+            "so_peek_off",
+            "unix_connect",
+            "unix_connreset",
+            "unix_listen",
+        ],
+        settings: &[],
+    },
+    Collection {
+        dir: "landlock",
+        programs: &[
+            "fd_addr_test",
+            "base_test",
+            "fs_test",
+            "net_test",
+            "ptrace_test",
+            "scoped_abstract_unix_test",
+            "scoped_signal_test",
+            "scoped_test",
+            "tsync_test",
+            "true",
+            "sandbox-and-launch",
+            "wait-pipe",
+            "wait-pipe-sandbox",
+        ],
+        settings: &[],
+    },
+    Collection {
+        dir: "ublk",
+        programs: &["fd_addr"],
+        // The Makefile links everything there with liburing, which this program does not use.
+        settings: &["LDLIBS=-lpthread"],
+    },
+];
+
+/// Everything that decides what is built.
+pub(super) fn ingredients() -> String {
+    let mut all = String::new();
+    for collection in &COLLECTIONS {
+        all += collection.dir;
+        for part in collection.programs.iter().chain(collection.settings) {
+            all.push(' ');
+            all += part;
+        }
+        all.push('\n');
+    }
+    all
+}
+
+/// Builds them of `tree` into subdirectories of `into`, with the headers of that tree.
+pub(super) fn build(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
+    let minute = Duration::from_secs(60);
+    let headers = into.join("headers");
+    let mut install = plain_make();
+    install
+        .arg("-C")
+        .arg(tree)
+        .arg(format!("O={}", headers.display()))
+        .args(["ARCH=x86_64", "headers"]);
+    fs::create_dir(&headers).context("cannot make a directory for headers")?;
+    progress::run(
+        "collecting the kernel's headers",
+        install,
+        &logs.join("selftests-headers.log"),
+        10 * minute,
+    )?;
+    let include = headers.join("usr/include");
+    for collection in &COLLECTIONS {
+        let output = into.join(collection.dir);
+        fs::create_dir_all(&output)
+            .with_context(|| format!("cannot create {}", output.display()))?;
+        let name = collection.dir.replace('/', "-");
+        let mut make = plain_make();
+        make.arg("-C")
+            .arg(tree.join("tools/testing/selftests").join(collection.dir))
+            .arg(format!("OUTPUT={}", output.display()))
+            .args(collection.settings)
+            .args(collection.programs.iter().map(|name| output.join(name)))
+            // The Makefiles differ in where they expect the headers; this they all leave alone.
+            .env("CPATH", &include);
+        progress::run(
+            &format!("building the kernel's tests of {}", collection.dir),
+            make,
+            &logs.join(format!("selftests-{name}.log")),
+            20 * minute,
+        )?;
+    }
+    fs::remove_dir_all(&headers).context("cannot remove the headers")
+}
