@@ -145,8 +145,8 @@ fn a_disk_that_moved_while_the_guest_ran_outlives_its_server(cx: &Context) -> Re
     };
     guest.sh(&cx.paths, &write(0))?;
     let served = replace(cx, served, &image)?;
-    let written = guest.sh(&cx.paths, &write(1))?;
     expect_access(cx, "upgraded")?;
+    let written = guest.sh(&cx.paths, &write(1))?;
     guest.power_off();
     expect_access(cx, "block")?;
     let found = sh(&format!(
