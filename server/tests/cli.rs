@@ -132,24 +132,6 @@ fn a_socket_path_that_is_taken_is_refused() {
 }
 
 #[test]
-fn without_a_driver_the_block_door_says_what_to_load() {
-    let lab = Lab::new();
-    if std::path::Path::new("/dev/ublk-control").exists() {
-        eprintln!("skipped: this machine has ublk; the virtual machines test that side");
-        return;
-    }
-    lab.serve_fails(&["--ublk", "yes", "mem:1M"], 1, &["modprobe ublk_drv"]);
-    let server = lab.serve(&["--ublk", "auto", "a=mem:1M", "b=mem:1M"]);
-    let log = server.stop();
-    assert_eq!(
-        log.matches("modprobe").count(),
-        1,
-        "said once, not per export: {log}"
-    );
-    lab.is_clean();
-}
-
-#[test]
 fn an_export_that_cannot_start_takes_the_others_with_it_unless_told_to_keep_going() {
     let lab = Lab::new();
     lab.serve_fails(
@@ -266,19 +248,7 @@ fn completions_and_man_pages_are_made() {
 fn an_idle_server_is_never_scheduled_and_small() {
     let lab = Lab::new();
     let server = lab.serve(&["a=mem:1G", "b=null:1T"]);
-    // After `ready` the threads still have to lie down.
-    let mut before = server.switches();
-    for _ in 0..100 {
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        let now = server.switches();
-        if now == before {
-            break;
-        }
-        before = now;
-    }
-    // The time something periodic would need to show itself.
-    std::thread::sleep(std::time::Duration::from_secs(3));
-    assert_eq!(server.switches(), before, "an idle server woke up");
+    server.is_idle("without a client");
     let resident_kib = server.resident_kib();
     assert!(resident_kib < 16 << 10, "{resident_kib} KiB resident");
     server.stop();

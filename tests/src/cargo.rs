@@ -71,9 +71,9 @@ pub fn build_server(repo: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Test programs with tests that need more than a build machine has: a ublk driver, a scratch disk,
-/// root. Those are `#[ignore]`d in `cargo test`; guests run them.
-pub const DRIVER_TESTS: [&str; 3] = ["ublk", "block", "registry"];
+/// Test programs with tests that need more than a build machine has: a ublk driver, loop devices, a
+/// scratch disk, root. Those are `#[ignore]`d in `cargo test`; guests run them.
+pub const DRIVER_TESTS: [&str; 4] = ["ublk", "block", "registry", "file"];
 
 /// Builds the test programs that guests run; where they are.
 ///

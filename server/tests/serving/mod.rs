@@ -253,13 +253,28 @@ impl Server {
         u64::from_str_radix(caught.trim(), 16).unwrap() & 1 == 1
     }
 
-    /// Context switches of all its threads so far.
+    /// Context switches of all its threads so far, of their own will or not.
     pub fn switches(&self) -> u64 {
-        std::fs::read_dir(format!("/proc/{}/task", self.pid()))
-            .unwrap()
-            .map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap())
-            .map(|status| field(&status, "voluntary_ctxt_switches:"))
-            .sum()
+        let of = |task: std::io::Result<std::fs::DirEntry>| {
+            let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            field(&status, "voluntary_ctxt_switches:")
+                + field(&status, "nonvoluntary_ctxt_switches:")
+        };
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+        tasks.unwrap().map(of).sum()
+    }
+
+    /// Waits until all threads have lain down, then asserts that none is scheduled for the time
+    /// that something periodic would need to show itself.
+    pub fn is_idle(&self, when: &str) {
+        let mut before = self.switches();
+        let settled = (0..100).any(|_| {
+            std::thread::sleep(Duration::from_millis(200));
+            std::mem::replace(&mut before, self.switches()) == before
+        });
+        assert!(settled && before > 0, "{when}, the server never sleeps");
+        std::thread::sleep(Duration::from_secs(10));
+        assert_eq!(self.switches(), before, "{when}, an idle server woke up");
     }
 
     /// Resident memory.

@@ -20,6 +20,7 @@ const MIB: u64 = 1 << 20;
 pub const DRIVER_TESTS: &[Test] = &[
     test!(the_block_doors_own_tests_pass).limit_s(300),
     test!(the_registrys_tests_that_need_root_pass),
+    test!(the_file_backends_tests_that_need_loop_devices_pass),
     test!(a_disks_upgrade_passes_its_tests_by_the_kernels_way).limit_s(120),
     test!(a_disks_upgrade_passes_its_tests_by_the_registrys_way).limit_s(120),
 ];
@@ -33,6 +34,7 @@ pub const TESTS: &[Test] = &[
     test!(a_file_system_is_made_mounted_and_checked),
     test!(a_read_only_disk_refuses_writes),
     test!(flushes_and_forced_writes_reach_the_storage),
+    test!(without_a_driver_the_block_door_says_what_to_load),
     test!(an_id_in_use_is_told),
     test!(a_user_without_rights_is_told),
     test!(a_mounted_disk_is_not_served),
@@ -118,6 +120,35 @@ fn the_block_doors_own_tests_pass(cx: &Context) -> Result<()> {
 
 fn the_registrys_tests_that_need_root_pass(cx: &Context) -> Result<()> {
     pass_ignored_tests(cx, "registry", &[])
+}
+
+fn the_file_backends_tests_that_need_loop_devices_pass(cx: &Context) -> Result<()> {
+    pass_ignored_tests(cx, "file", &[])
+}
+
+/// Every guest has a driver; here it is out of sight.
+fn without_a_driver_the_block_door_says_what_to_load(cx: &Context) -> Result<()> {
+    let without_dev = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        "mount -t tmpfs none /dev && exec \"$0\" \"$@\"",
+    ];
+    let run = cx.scratch().join("run");
+    let serve = Serve::new(cx)
+        .under(without_dev)
+        .env("UBLKUP_RUNTIME_DIR", &run);
+    let (status, said) = serve.ublk("yes").arg("mem:1M").launch()?.wait()?;
+    ensure!(status.code() == Some(1), "{status}: {said}");
+    ensure!(said.contains("modprobe ublk_drv"), "{said}");
+    // Left to itself it opens the other door, and says once, not per export, what is missing.
+    let serve = Serve::new(cx)
+        .under(without_dev)
+        .env("UBLKUP_RUNTIME_DIR", &run);
+    let log = serve.arg("a=mem:1M").arg("b=mem:1M").start()?.stop()?;
+    ensure!(log.matches("modprobe").count() == 1, "{log}");
+    nothing_left(cx)
 }
 
 fn a_disks_upgrade_passes_its_tests_by_the_kernels_way(cx: &Context) -> Result<()> {

@@ -62,7 +62,9 @@ impl Exercise {
         }
         let depth = self.depths.iter().copied().max().unwrap_or(1);
         thread::scope(|scope| {
-            let zeroes = scope.spawn(|| self.zeroes_and_discards(half, self.size_bytes));
+            let zeroes = scope.spawn(|| {
+                zeroes_and_discards(&self.device, self.block_bytes, half, self.size_bytes, 0)
+            });
             let writers = self.verified(cx, depth, self.jobs, self.run_mib, half);
             match zeroes.join() {
                 Ok(zeroes) => writers.and(zeroes),
@@ -79,96 +81,140 @@ impl Exercise {
         run_mib: u64,
         limit_bytes: u64,
     ) -> Result<()> {
-        let each_mib = (run_mib / u64::from(jobs)).max(4);
+        let block = self.block_bytes;
+        let sizes = match depth {
+            1 => Sizes::Mixed,
+            2..=8 => Sizes::One(block),
+            9..=32 => Sizes::One(64 << 10),
+            _ if jobs == 1 => Sizes::One(1 << 20),
+            _ => Sizes::One(4 << 10),
+        };
+        let load = Load {
+            sizes,
+            // At this depth each block is discarded before it is written.
+            discards: depth == 8,
+            depth,
+            jobs,
+            each_mib: (run_mib / u64::from(jobs)).max(4),
+            seed: u64::from(depth) * 1000 + u64::from(jobs),
+        };
         ensure!(
-            each_mib * u64::from(jobs) * MIB <= limit_bytes,
+            load.each_mib * u64::from(jobs) * MIB <= limit_bytes,
             "the disk is too small for {jobs} writers"
         );
-        let block = self.block_bytes;
-        // fio verifies a mix of sizes only as long as one request follows the other: with more under
-        // way it loses count of what overlaps, on any disk. Deeper runs have one size each.
-        let (what, sizes) = match depth {
-            1 => ("bssplit", format!("{block}/35:4k/35:20k/10:64k/12:1m/8")),
-            2..=8 => ("bs", block.to_string()),
-            9..=32 => ("bs", "64k".to_owned()),
-            _ if jobs == 1 => ("bs", "1m".to_owned()),
-            _ => ("bs", "4k".to_owned()),
+        load.run(cx, &self.device, block)
+    }
+}
+
+/// The sizes of a load's requests.
+#[derive(Clone, Copy, Debug)]
+pub enum Sizes {
+    /// One block to 1 MiB, mixed. fio verifies a mix only as long as one request follows the other:
+    /// with more under way it loses count of what overlaps, on any disk.
+    Mixed,
+    /// All of this many bytes.
+    One(u64),
+}
+
+/// One run of fio: random reads and writes with checksums, and flushes among them.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Of the requests.
+    pub sizes: Sizes,
+    /// Each block is discarded before it is written, and nothing is read meanwhile.
+    pub discards: bool,
+    /// Requests under way, per writer.
+    pub depth: u32,
+    /// Writers, one behind the other on the disk.
+    pub jobs: u32,
+    /// What each of them has of the disk, in MiB.
+    pub each_mib: u64,
+    /// Another seed, other places.
+    pub seed: u64,
+}
+
+impl Load {
+    /// Runs it from the beginning of the disk, whose smallest request is `block` bytes.
+    pub fn run(&self, cx: &Context, device: &Path, block: u64) -> Result<()> {
+        let (what, sizes) = match self.sizes {
+            Sizes::Mixed => ("bssplit", format!("{block}/35:4k/35:20k/10:64k/12:1m/8")),
+            Sizes::One(bytes) => ("bs", bytes.to_string()),
         };
-        // At this depth each block is discarded before it is written.
-        let pattern = if depth == 8 {
-            "randtrimwrite"
-        } else {
-            "randrw"
+        let pattern = match self.discards {
+            true => "randtrimwrite",
+            false => "randrw",
         };
-        let report = Fio::new(&self.device)
+        let report = Fio::new(device)
             .option(what, sizes)
             .option("rw", pattern)
             .option("direct", 1)
             .option("ioengine", "io_uring")
             .option("fsync", 24)
-            .option("offset_increment", format!("{each_mib}m"))
-            .option("randseed", u64::from(depth) * 1000 + u64::from(jobs))
+            .option("offset_increment", format!("{}m", self.each_mib))
+            .option("randseed", self.seed)
             .option("group_reporting", 1)
-            .size(&format!("{each_mib}m"))
-            .depth(depth)
-            .jobs(jobs)
+            .size(&format!("{}m", self.each_mib))
+            .depth(self.depth)
+            .jobs(self.jobs)
             .verify()
             .limit(cx.patience(120))
             .run()
-            .with_context(|| format!("depth {depth}, {jobs} jobs"))?;
+            .with_context(|| format!("{self:?}"))?;
         ensure!(report.writes() > 0, "nothing was written: {report:?}");
         ensure!(
-            pattern == "randrw" || report.trims() > 0,
+            !self.discards || report.trims() > 0,
             "nothing was discarded: {report:?}"
         );
         ensure!(
             report.reads() > report.writes() / 2,
-            "too little was read back at depth {depth}: {} reads, {} writes",
+            "too little was read back: {} reads, {} writes, {self:?}",
             report.reads(),
             report.writes()
         );
         Ok(())
     }
+}
 
-    /// Fills a part of the disk, then zeroes (with and without unmapping) and discards pieces of it
-    /// at odd places, and compares all of it after each step.
-    fn zeroes_and_discards(&self, from: u64, to: u64) -> Result<()> {
-        let len = (to - from).min(8 * MIB);
-        let disk = open_direct(&self.device)?;
-        let mut model = Random(from).bytes(usize::try_from(len)?);
-        write_direct(&disk, from, &model)?;
-        let block = self.block_bytes;
-        let mut random = Random(len);
-        for round in 0..12 {
-            let first = random.below(len / block) * block;
-            let longest = (len - first).min(MIB);
-            let count = (random.below(longest / block) + 1) * block;
-            let mut command = Shell::new("blkdiscard")
-                .args(["--offset", &(from + first).to_string()])
-                .args(["--length", &count.to_string()]);
-            let zeroes = round % 3 != 2;
-            if zeroes {
-                command = command.arg("--zeroout");
-            }
-            command.arg(&self.device).run()?;
-            let (first, count) = (usize::try_from(first)?, usize::try_from(count)?);
-            let got = read_direct(&disk, from, model.len())?;
-            let range = &mut model[first..first + count];
-            if zeroes {
-                range.fill(0);
-            } else {
-                // What a discarded block reads as is the disk's choice.
-                range.copy_from_slice(&got[first..first + count]);
-            }
-            if let Some(at) = got.iter().zip(&model).position(|(a, b)| a != b) {
-                bail!(
-                    "after {} of {count} bytes at {first}, byte {at} is wrong",
-                    if zeroes { "zeroing" } else { "discarding" }
-                );
-            }
+/// Fills a part of the disk, then zeroes (with and without unmapping) and discards pieces of it
+/// at odd places, and compares all of it after each step.
+pub fn zeroes_and_discards(device: &Path, block: u64, from: u64, to: u64, seed: u64) -> Result<()> {
+    let len = (to - from).min(8 * MIB);
+    let disk = open_direct(device)?;
+    let mut model = Random(from ^ seed).bytes(usize::try_from(len)?);
+    write_direct(&disk, from, &model)?;
+    let mut random = Random(len ^ seed);
+    for round in 0..12 {
+        let first = random.below(len / block) * block;
+        let longest = (len - first).min(MIB);
+        let count = (random.below(longest / block) + 1) * block;
+        // By force: it would want the disk for itself, and meanwhile the kernel refuses fio's
+        // discards as busy.
+        let mut command = Shell::new("blkdiscard")
+            .arg("--force")
+            .args(["--offset", &(from + first).to_string()])
+            .args(["--length", &count.to_string()]);
+        let zeroes = round % 3 != 2;
+        if zeroes {
+            command = command.arg("--zeroout");
         }
-        Ok(())
+        command.arg(device).run()?;
+        let (first, count) = (usize::try_from(first)?, usize::try_from(count)?);
+        let got = read_direct(&disk, from, model.len())?;
+        let range = &mut model[first..first + count];
+        if zeroes {
+            range.fill(0);
+        } else {
+            // What a discarded block reads as is the disk's choice.
+            range.copy_from_slice(&got[first..first + count]);
+        }
+        if let Some(at) = got.iter().zip(&model).position(|(a, b)| a != b) {
+            bail!(
+                "after {} of {count} bytes at {first}, byte {at} is wrong",
+                if zeroes { "zeroing" } else { "discarding" }
+            );
+        }
     }
+    Ok(())
 }
 
 /// Opens a disk around the page cache.

@@ -12,6 +12,7 @@ mod docs;
 mod fd_address;
 mod guest;
 mod hand_over;
+mod handshakes;
 mod io;
 mod kernel;
 mod launcher;
@@ -21,6 +22,7 @@ mod races;
 mod restart;
 mod selftest;
 pub mod series;
+mod soak;
 mod story;
 mod survive;
 mod ublk_control;
@@ -83,7 +85,7 @@ pub const SUITES: &[Suite] = &[
         about: "unit tests of every package, and tests that need no other kernel",
         place: Place::Host,
         needs: &[Need::Server, Need::Tools],
-        tests: &[docs::TESTS],
+        tests: &[docs::TESTS, handshakes::TESTS],
         with_cargo_test: true,
         full: false,
     },
@@ -121,6 +123,7 @@ pub const SUITES: &[Suite] = &[
             block::TESTS,
             agree::TESTS,
             qemu::NESTED,
+            soak::BLOCK_TESTS,
         ],
         with_cargo_test: false,
         full: false,
@@ -139,6 +142,7 @@ pub const SUITES: &[Suite] = &[
             story::TESTS,
             upgraded::TESTS,
             vhost::TESTS,
+            soak::VHOST_TESTS,
             qemu::TESTS,
             launcher::STOCK_KERNEL_TESTS,
         ],
@@ -262,6 +266,7 @@ const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, hand_over::STEPS),
     (STEPS, series::STEPS),
     (STEPS, upgraded::STEPS),
+    (STEPS, soak::STEPS),
     (selftest::PATIENTS, selftest::PATIENT_TESTS),
 ];
 

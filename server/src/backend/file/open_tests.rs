@@ -77,37 +77,6 @@ fn direct_is_refused_where_the_file_system_cannot_and_auto_goes_through_the_page
 }
 
 #[test]
-fn direct_is_refused_for_a_file_whose_data_are_journalled() {
-    let run = |program: &str, arguments: &[&str]| {
-        let ran = std::process::Command::new(program).args(arguments).output();
-        ran.is_ok_and(|output| output.status.success())
-    };
-    let dir = tempfile::tempdir().unwrap();
-    let (disk, mounted) = (dir.path().join("ext4.img"), dir.path().join("mounted"));
-    fs::File::create(&disk).unwrap().set_len(32 << 20).unwrap();
-    fs::create_dir(&mounted).unwrap();
-    let (image_name, folder_name) = (disk.to_str().unwrap(), mounted.to_str().unwrap());
-    let ready = run("mkfs.ext4", &["-q", image_name])
-        && run(
-            "mount",
-            &["-o", "loop,data=journal", image_name, folder_name],
-        );
-    if !ready {
-        eprintln!("skipped: mounting an ext4 image needs root, mkfs.ext4 and loop devices");
-        return;
-    }
-    let tried = std::panic::catch_unwind(|| {
-        let path = image(&mounted);
-        let error = refusal(options(&path, CacheMode::Direct, false));
-        assert!(matches!(error, OpenError::NotDirect(_)), "{error}");
-        let (_, shared) = open(options(&path, CacheMode::Auto, false)).unwrap();
-        assert_eq!(shared.alignment, None);
-    });
-    assert!(run("umount", &[folder_name]));
-    tried.unwrap();
-}
-
-#[test]
 fn a_block_size_that_is_too_small_is_refused_with_a_hint_that_helps() {
     for (is_device, hints) in [(false, true), (true, false)] {
         let message = OpenError::BlockSize {

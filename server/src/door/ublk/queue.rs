@@ -297,6 +297,62 @@ mod tests {
         )
     }
 
+    /// A queue of one tag over a file that is no device: what it does without hearing from a driver.
+    fn queue() -> UblkQueue {
+        let file = rustix::fs::memfd_create("no device", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, 1 << 16).unwrap();
+        UblkQueue::new(QueueConfig {
+            char_device: Arc::new(file.into()),
+            queue: 0,
+            depth: 1,
+            buffer_bytes: BUFFER,
+            limits: small_disk(1 << 30),
+            counters: Arc::default(),
+            fault: Arc::default(),
+            refuse_writes: false,
+        })
+        .unwrap()
+    }
+
+    fn ended(result: i32) -> Completion {
+        let token = Token {
+            owner: Owner::Door,
+            kind: 0,
+            index: 0,
+        };
+        Completion {
+            token,
+            result,
+            flags: 0,
+        }
+    }
+
+    #[test]
+    fn a_queue_told_to_quit_leaves_its_commands_to_the_kernel() {
+        let (mut ring, mut queue) = (Ring::new(8).unwrap(), queue());
+        assert_eq!(queue.end_batch(&mut ring), Next::Sleep);
+        queue.command(&mut ring, Command::Quit);
+        assert_eq!(queue.end_batch(&mut ring), Next::Exit);
+        assert!(queue.abandons_operations());
+    }
+
+    #[test]
+    fn a_queue_with_a_refused_command_leaves_the_others_to_the_kernel() {
+        let (mut ring, mut queue) = (Ring::new(8).unwrap(), queue());
+        queue.event(&mut ring, ended(-libc::EINVAL));
+        assert_eq!(queue.config.fault.load(Ordering::Relaxed), libc::EINVAL);
+        assert_eq!(queue.end_batch(&mut ring), Next::Exit);
+        assert!(queue.abandons_operations());
+    }
+
+    #[test]
+    fn a_queue_whose_device_was_stopped_has_nothing_to_leave() {
+        let (mut ring, mut queue) = (Ring::new(8).unwrap(), queue());
+        queue.event(&mut ring, ended(sys::UBLK_IO_RES_ABORT));
+        assert_eq!(queue.end_batch(&mut ring), Next::Exit);
+        assert!(!queue.abandons_operations());
+    }
+
     #[test]
     fn operations_and_their_flags_are_understood() {
         let fua = sys::UBLK_IO_F_FUA;

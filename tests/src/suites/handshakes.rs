@@ -1,0 +1,457 @@
+//! Clients of the vhost door that leave in the middle of the handshake, whatever they had said.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{IoSlice, Read, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+use crate::kit::images::Random;
+use crate::kit::server::{Serve, Server};
+use crate::test;
+use crate::test::{Context, Test};
+
+/// The table.
+pub const TESTS: &[Test] = &[
+    test!(clients_that_leave_in_the_middle_of_the_handshake_leave_nothing),
+    test!(a_thousand_clients_that_leave_in_the_middle_of_the_handshake_leave_nothing)
+        .limit_s(400)
+        .full(),
+];
+
+/// Numbers of messages ("Front-end message types" of QEMU's vhost-user specification).
+const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+const SET_OWNER: u32 = 3;
+const SET_MEM_TABLE: u32 = 5;
+const SET_VRING_NUM: u32 = 8;
+const SET_VRING_ADDR: u32 = 9;
+const SET_VRING_BASE: u32 = 10;
+const GET_VRING_BASE: u32 = 11;
+const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
+const SET_VRING_ERR: u32 = 14;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const SET_PROTOCOL_FEATURES: u32 = 16;
+const SET_VRING_ENABLE: u32 = 18;
+
+/// The version that is in every message's flags.
+const VERSION: u32 = 1;
+
+const HEADER_BYTES: usize = 12;
+
+/// Where a client claims to have its memory mapped, and how much it has.
+const USER_BASE: u64 = 0x7000_0000_0000;
+const MEMORY_BYTES: u64 = 1 << 20;
+
+/// Vrings of a client that comes that far.
+const VRINGS: u32 = 4;
+
+/// What a client has that is passed as a descriptor.
+struct Things {
+    memory: File,
+    bell: File,
+    /// Things that are neither memory nor a bell.
+    odd: Vec<File>,
+}
+
+impl Things {
+    fn new() -> Result<Self> {
+        let memory = File::from(memfd_create("guest", MemfdFlags::CLOEXEC)?);
+        ftruncate(&memory, MEMORY_BYTES)?;
+        let (pipe, _) = rustix::pipe::pipe()?;
+        Ok(Self {
+            memory,
+            bell: File::from(eventfd(0, EventfdFlags::CLOEXEC)?),
+            odd: vec![
+                File::open("/dev/null")?,
+                File::open("/")?,
+                File::open("/proc/self/status")?,
+                File::from(pipe),
+                // Shorter than any region of it.
+                File::from(memfd_create("short", MemfdFlags::CLOEXEC)?),
+            ],
+        })
+    }
+}
+
+/// Which descriptor belongs to a message.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Passes {
+    Nothing,
+    Memory,
+    Bell,
+}
+
+struct Message {
+    number: u32,
+    body: Vec<u8>,
+    passes: Passes,
+}
+
+impl Message {
+    fn new(number: u32, words: &[u64], passes: Passes) -> Self {
+        let body = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        Self {
+            number,
+            body,
+            passes,
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let len = u32::try_from(self.body.len()).unwrap_or(u32::MAX);
+        let header = [self.number, VERSION, len];
+        let mut bytes: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
+        bytes.extend(&self.body);
+        bytes
+    }
+
+    fn descriptors<'a>(&self, things: &'a Things) -> Vec<BorrowedFd<'a>> {
+        match self.passes {
+            Passes::Nothing => Vec::new(),
+            Passes::Memory => vec![things.memory.as_fd()],
+            Passes::Bell => vec![things.bell.as_fd()],
+        }
+    }
+}
+
+/// Two 32-bit numbers as one word of a message.
+fn pair(first: u32, second: u32) -> u64 {
+    u64::from(first) | u64::from(second) << 32
+}
+
+/// What a client says that means it, after it has asked for features.
+fn handshake(features: u64, protocol: u64) -> Vec<Message> {
+    let mut messages = vec![
+        Message::new(SET_OWNER, &[], Passes::Nothing),
+        Message::new(SET_PROTOCOL_FEATURES, &[protocol], Passes::Nothing),
+        Message::new(SET_FEATURES, &[features], Passes::Nothing),
+        Message::new(
+            SET_MEM_TABLE,
+            &[pair(1, 0), 0, MEMORY_BYTES, USER_BASE, 0],
+            Passes::Memory,
+        ),
+    ];
+    for vring in 0..VRINGS {
+        let at = USER_BASE + u64::from(vring) * 0x1_0000;
+        let index = u64::from(vring);
+        messages.extend([
+            Message::new(SET_VRING_NUM, &[pair(vring, 64)], Passes::Nothing),
+            Message::new(SET_VRING_BASE, &[pair(vring, 0)], Passes::Nothing),
+            Message::new(
+                SET_VRING_ADDR,
+                // Descriptors, used, available, log.
+                &[pair(vring, 0), at, at + 0x2000, at + 0x1000, 0],
+                Passes::Nothing,
+            ),
+            Message::new(SET_VRING_CALL, &[index], Passes::Bell),
+            Message::new(SET_VRING_ERR, &[index], Passes::Bell),
+            Message::new(SET_VRING_KICK, &[index], Passes::Bell),
+            Message::new(SET_VRING_ENABLE, &[pair(vring, 1)], Passes::Nothing),
+        ]);
+    }
+    messages
+}
+
+/// How a client leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Leaving {
+    AtOnce,
+    Silent,
+    HalfAHeader,
+    HalfABody,
+    WithoutItsDescriptor,
+    WithAnOddDescriptor,
+    WithTooManyDescriptors,
+    WithNoise,
+    WithAnEndlessMessage,
+}
+
+const LEAVINGS: [Leaving; 9] = [
+    Leaving::AtOnce,
+    Leaving::Silent,
+    Leaving::HalfAHeader,
+    Leaving::HalfABody,
+    Leaving::WithoutItsDescriptor,
+    Leaving::WithAnOddDescriptor,
+    Leaving::WithTooManyDescriptors,
+    Leaving::WithNoise,
+    Leaving::WithAnEndlessMessage,
+];
+
+struct Client {
+    stream: UnixStream,
+    features: u64,
+    protocol: u64,
+}
+
+impl Client {
+    /// Connects and asks for features; again as long as the client before still has the disk.
+    fn connect(socket: &Path, patience: Duration) -> Result<Self> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let stream = UnixStream::connect(socket)
+                .with_context(|| format!("cannot connect to {}", socket.display()))?;
+            stream.set_read_timeout(Some(patience))?;
+            let mut client = Self {
+                stream,
+                features: 0,
+                protocol: 0,
+            };
+            match client.introduce() {
+                Ok(()) => return Ok(client),
+                Err(error) if Instant::now() > deadline => {
+                    return Err(error.context("the server takes no client any more"));
+                }
+                Err(_) => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    fn introduce(&mut self) -> Result<()> {
+        self.features = self.ask(GET_FEATURES, &[])?;
+        self.protocol = self.ask(GET_PROTOCOL_FEATURES, &[])?;
+        Ok(())
+    }
+
+    /// Sends a message without descriptors; the first word of the answer.
+    fn ask(&mut self, number: u32, words: &[u64]) -> Result<u64> {
+        let message = Message::new(number, words, Passes::Nothing);
+        self.stream.write_all(&message.bytes())?;
+        let mut answer = [0; HEADER_BYTES + 8];
+        self.stream.read_exact(&mut answer)?;
+        ensure!(
+            answer[..4] == number.to_le_bytes(),
+            "message {number} was answered as another: {answer:?}"
+        );
+        let mut word = [0; 8];
+        word.copy_from_slice(&answer[HEADER_BYTES..]);
+        Ok(u64::from_le_bytes(word))
+    }
+
+    /// Sends bytes and descriptors in one piece. A server that has hung up is no error: it may
+    /// have had enough.
+    fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() {
+            let pushed = ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+            ensure!(pushed, "{} descriptors are too many", descriptors.len());
+        }
+        let sent = sendmsg(
+            &self.stream,
+            &[IoSlice::new(bytes)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        );
+        match sent {
+            Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => Ok(()),
+            Err(error) => Err(error).context("cannot send"),
+        }
+    }
+
+    fn say(&self, message: &Message, things: &Things) -> Result<()> {
+        self.send(&message.bytes(), &message.descriptors(things))
+    }
+
+    /// Leaves, maybe with a part of `next` or something like it.
+    fn leave(
+        self,
+        how: Leaving,
+        next: &Message,
+        things: &Things,
+        random: &mut Random,
+    ) -> Result<()> {
+        let bytes = next.bytes();
+        let some = |random: &mut Random, from: usize, to: usize| -> Result<usize> {
+            Ok(from + usize::try_from(random.below((to - from).max(1) as u64))?)
+        };
+        match how {
+            Leaving::AtOnce => {}
+            Leaving::Silent => thread::sleep(Duration::from_millis(random.below(8))),
+            Leaving::HalfAHeader => {
+                let end = some(random, 1, HEADER_BYTES)?;
+                self.send(&bytes[..end], &next.descriptors(things))?;
+            }
+            Leaving::HalfABody => {
+                let end = some(random, HEADER_BYTES, bytes.len())?;
+                self.send(&bytes[..end], &next.descriptors(things))?;
+            }
+            Leaving::WithoutItsDescriptor => self.send(&bytes, &[])?,
+            Leaving::WithAnOddDescriptor => {
+                let odd = &things.odd[some(random, 0, things.odd.len())?];
+                self.send(&bytes, &[odd.as_fd()])?;
+            }
+            Leaving::WithTooManyDescriptors => {
+                let count = some(random, 2, 32)?;
+                self.send(&bytes, &vec![things.memory.as_fd(); count])?;
+            }
+            Leaving::WithNoise => {
+                let count = some(random, 1, 200)?;
+                self.send(&random.bytes(count), &[things.bell.as_fd()])?;
+            }
+            Leaving::WithAnEndlessMessage => {
+                let mut header = bytes;
+                header[8..HEADER_BYTES].copy_from_slice(&u32::MAX.to_le_bytes());
+                self.send(&header, &next.descriptors(things))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a process has.
+#[derive(Debug)]
+struct Holdings {
+    descriptors: usize,
+    threads: usize,
+    mappings: usize,
+    resident_kib: u64,
+}
+
+impl Holdings {
+    fn of(pid: u32) -> Result<Self> {
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let count = |name: &str| -> Result<usize> { Ok(fs::read_dir(proc.join(name))?.count()) };
+        let status = fs::read_to_string(proc.join("status"))?;
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let resident = resident.and_then(|text| text.trim().strip_suffix(" kB")?.parse().ok());
+        Ok(Self {
+            descriptors: count("fd")?,
+            threads: count("task")?,
+            mappings: fs::read_to_string(proc.join("maps"))?.lines().count(),
+            resident_kib: resident.context("no VmRSS")?,
+        })
+    }
+
+    /// What the server has when its sessions are over: nobody who has left holds a thread.
+    fn at_rest(server: &Server, threads: usize, patience: Duration) -> Result<Self> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let holdings = Self::of(server.pid())?;
+            if holdings.threads == threads {
+                return Ok(holdings);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{threads} threads at first, and with nobody there any more: {holdings:?}"
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Clients come, get a random part of the way, and leave in a random way; how many came how far,
+/// and how many left how.
+fn come_and_go(
+    cx: &Context,
+    socket: &Path,
+    clients: u64,
+    random: &mut Random,
+) -> Result<(Vec<u64>, BTreeMap<Leaving, u64>)> {
+    let things = Things::new()?;
+    let mut reached = vec![0; handshake(0, 0).len() + 1];
+    let mut left = BTreeMap::new();
+    for number in 0..clients {
+        let mut client = Client::connect(socket, cx.patience(20))?;
+        let messages = handshake(client.features, client.protocol);
+        let steps = usize::try_from(random.below(messages.len() as u64 + 1))?;
+        for message in &messages[..steps] {
+            client.say(message, &things)?;
+        }
+        // Half of them wait until the server has done all that, the others do not.
+        if random.below(2) == 0 {
+            let features = client.ask(GET_FEATURES, &[]);
+            let features = features.with_context(|| format!("client {number}, {steps} steps"))?;
+            ensure!(features == client.features, "the features change");
+        }
+        // After the last message comes the first, once more.
+        let next = messages.get(steps).unwrap_or(&messages[0]);
+        let how = LEAVINGS[usize::try_from(random.below(LEAVINGS.len() as u64))?];
+        client.leave(how, next, &things, random)?;
+        reached[steps] += 1;
+        *left.entry(how).or_default() += 1;
+    }
+    Ok((reached, left))
+}
+
+/// A client of good manners is served from the first to the last message.
+fn a_whole_handshake_works(cx: &Context, socket: &Path) -> Result<()> {
+    let things = Things::new()?;
+    let mut client = Client::connect(socket, cx.patience(20))?;
+    for message in handshake(client.features, client.protocol) {
+        client.say(&message, &things)?;
+    }
+    for vring in 0..VRINGS {
+        // Answered when the queue's thread has stopped the vring.
+        let base = client.ask(GET_VRING_BASE, &[pair(vring, 0)])?;
+        ensure!(base == pair(vring, 0), "vring {vring} stopped at {base:#x}");
+    }
+    let mut rest = Vec::new();
+    client.stream.shutdown(std::net::Shutdown::Write)?;
+    client.stream.read_to_end(&mut rest)?;
+    ensure!(rest.is_empty(), "the server said more: {rest:?}");
+    Ok(())
+}
+
+fn leave_nothing(cx: &Context, clients: u64) -> Result<()> {
+    let socket = cx.scratch().join("disk.sock");
+    let server = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("no")
+        .name("disk")
+        .vhost_socket(&socket)
+        .arg("--queues")
+        .arg("2")
+        .arg("mem:64M")
+        .start()?;
+    let threads = Holdings::of(server.pid())?.threads;
+    let mut random = Random(clients);
+    // The first ones make what stays, such as the heaps of threads.
+    come_and_go(cx, &socket, 50, &mut random)?;
+    let before = Holdings::at_rest(&server, threads, cx.patience(20))?;
+    let (reached, left) = come_and_go(cx, &socket, clients, &mut random)?;
+    let after = Holdings::at_rest(&server, threads, cx.patience(20))?;
+    println!("{clients} clients: {before:?}, then {after:?}; left: {left:?}");
+    if let Some(step) = reached.iter().position(|&count| count == 0) {
+        bail!("no client got as far as step {step}: {reached:?}");
+    }
+    ensure!(left.len() == LEAVINGS.len(), "ways to leave: {left:?}");
+    ensure!(
+        after.descriptors <= before.descriptors,
+        "descriptors are left: {before:?}, then {after:?}"
+    );
+    // What grows with each client has grown by far more than this.
+    ensure!(
+        after.mappings <= before.mappings + 20,
+        "mappings are left: {before:?}, then {after:?}"
+    );
+    ensure!(
+        after.resident_kib <= before.resident_kib + 1024,
+        "memory is left: {before:?}, then {after:?}"
+    );
+    a_whole_handshake_works(cx, &socket)?;
+    let log = server.stop()?;
+    ensure!(!log.contains("panicked"), "{log}");
+    Ok(())
+}
+
+fn clients_that_leave_in_the_middle_of_the_handshake_leave_nothing(cx: &Context) -> Result<()> {
+    leave_nothing(cx, 250)
+}
+
+fn a_thousand_clients_that_leave_in_the_middle_of_the_handshake_leave_nothing(
+    cx: &Context,
+) -> Result<()> {
+    leave_nothing(cx, 1000)
+}
