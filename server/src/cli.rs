@@ -65,6 +65,10 @@ pub enum Command {
         name: String,
     },
     /// Say whether a block device can be upgraded, and how; disturbs nobody
+    ///
+    /// Exit code 0: it can; 3: it cannot, and why. The device is claimed (O_EXCL) for the moment between an open
+    /// and a close, in which somebody else's mount or claim gets EBUSY, and nothing is written. The
+    /// server sees a client that comes and goes; only one that starts a ring gets the disk.
     Probe {
         /// The block device
         device: PathBuf,

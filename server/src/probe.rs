@@ -1,4 +1,5 @@
-//! `ublkup probe`: whether a block device leads to a vhost-user-blk service, without disturbing anyone.
+//! `ublkup probe`: whether a block device leads to a vhost-user-blk service, without disturbing anyone
+//! for longer than an open(2).
 
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd;
@@ -10,7 +11,9 @@ use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use serde::Serialize;
-use upgrade_proto::{Answer, Connection, DiskClaim, Error, Lookup, Name, Way, client_runtime_dirs};
+use upgrade_proto::{
+    Answer, Connection, DiskClaim, Error, Lookup, Name, Way, client_runtime_dirs, connect_to_disk,
+};
 
 use crate::client::print;
 use crate::config::format_size;
@@ -90,13 +93,16 @@ fn look(device: &Path, lookup: &Lookup) -> Result<Finding> {
         size_bytes: None,
         read_only: None,
     };
-    // The claim shows whether an upgrade would get it. It is held for milliseconds and writes nothing.
+    // The claim shows whether an upgrade would get it, and is given up at once: a program that wants
+    // the disk meanwhile, mount(8) say, must not be refused because somebody looks.
     let claim = match DiskClaim::open(device) {
         Ok(claim) => claim,
         Err(error) => return not_openable(error).map(no),
     };
-    let size_bytes = size_bytes(&claim).with_context(|| device.display().to_string())?;
-    Ok(match service(&claim, lookup)? {
+    let read_only = claim.is_read_only();
+    let disk = claim.give_up()?;
+    let size_bytes = size_bytes(&disk).with_context(|| device.display().to_string())?;
+    Ok(match service(&disk, lookup)? {
         Found::Service(connection) => Finding {
             device: device.display().to_string(),
             upgradable: true,
@@ -104,7 +110,7 @@ fn look(device: &Path, lookup: &Lookup) -> Result<Finding> {
             way: Some(way_name(connection.way())),
             server_pid: Some(connection.peer().pid),
             size_bytes: Some(size_bytes),
-            read_only: Some(claim.is_read_only()),
+            read_only: Some(read_only),
         },
         Found::Nothing(why) => no(why),
         Found::Taken => no("another client has the disk".into()),
@@ -128,8 +134,8 @@ fn not_openable(error: Error) -> Result<String> {
 /// # Errors
 ///
 /// When the kernel or the registry cannot be asked.
-pub fn service(claim: &DiskClaim, lookup: &Lookup) -> Result<Found> {
-    let connection = match claim.connect(&Name::new(SERVICE)?, lookup)? {
+pub fn service(disk: impl AsFd, lookup: &Lookup) -> Result<Found> {
+    let connection = match connect_to_disk(disk, &Name::new(SERVICE)?, lookup)? {
         Answer::Found(connection) => connection,
         Answer::NoService(why) => return Ok(Found::Nothing(why.to_string())),
     };
@@ -152,8 +158,8 @@ pub fn way_name(way: Way) -> &'static str {
     }
 }
 
-fn size_bytes(claim: &DiskClaim) -> Result<u64> {
-    let fd = claim.as_fd().try_clone_to_owned()?;
+fn size_bytes(disk: impl AsFd) -> Result<u64> {
+    let fd = disk.as_fd().try_clone_to_owned()?;
     Ok(std::fs::File::from(fd).seek(SeekFrom::End(0))?)
 }
 

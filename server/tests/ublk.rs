@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod common;
+#[path = "ublk/nobody.rs"]
+mod nobody;
 #[path = "ublk/recovery.rs"]
 mod recovery;
 mod serving;

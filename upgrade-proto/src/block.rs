@@ -51,19 +51,21 @@ impl DiskClaim {
         drop_cache(self.fd.as_fd(), &self.device)
     }
 
-    /// Connects to a service of the device, and checks on both ways that its server is root or the
-    /// owner of the device.
+    /// [`connect_to_disk`] with the claimed descriptor.
     pub fn connect(&self, name: &Name, lookup: &Lookup) -> Result<Answer<Connection>, Error> {
-        let connection = match connect(&self.fd, name, lookup)? {
-            Answer::Found(connection) => connection,
-            Answer::NoService(why) => return Ok(Answer::NoService(why)),
+        connect_to_disk(&self.fd, name, lookup)
+    }
+
+    /// Ends the claim and keeps the device open: for one who only wanted to know whether it can be
+    /// claimed.
+    pub fn give_up(self) -> Result<OwnedFd, Error> {
+        let mode = match self.read_only {
+            true => OFlags::RDONLY,
+            false => OFlags::RDWR,
         };
-        if !is_trusted_peer(self.fd.as_fd(), connection.peer())? {
-            return Ok(Answer::NoService(NoService::ForeignPeer {
-                uid: connection.peer().uid,
-            }));
-        }
-        Ok(Answer::Found(connection))
+        let flags = mode | OFlags::DIRECT | OFlags::CLOEXEC;
+        open(socket::proc_path(self.fd.as_fd()), flags, Mode::empty())
+            .map_err(|errno| Error::system("open", &self.device, errno))
     }
 
     /// Whether the device is read-only, and so shared instead of claimed.
@@ -75,6 +77,25 @@ impl DiskClaim {
     pub fn release(self) -> Result<(), Error> {
         drop_cache(self.fd.as_fd(), &self.device)
     }
+}
+
+/// Connects to a service of the block device behind `fd`, and checks on both ways that its server is root
+/// or the owner of the device.
+pub fn connect_to_disk(
+    fd: impl AsFd,
+    name: &Name,
+    lookup: &Lookup,
+) -> Result<Answer<Connection>, Error> {
+    let connection = match connect(&fd, name, lookup)? {
+        Answer::Found(connection) => connection,
+        Answer::NoService(why) => return Ok(Answer::NoService(why)),
+    };
+    if !is_trusted_peer(fd.as_fd(), connection.peer())? {
+        return Ok(Answer::NoService(NoService::ForeignPeer {
+            uid: connection.peer().uid,
+        }));
+    }
+    Ok(Answer::Found(connection))
 }
 
 impl AsFd for DiskClaim {
@@ -102,14 +123,15 @@ impl BlockUpgrade {
         Self::start(path, path.display().to_string(), name, lookup)
     }
 
-    /// Upgrades the block device behind an open descriptor, which the caller keeps. A descriptor without
-    /// write access to a writable device is refused: reopening it must not be a way to more rights.
+    /// Upgrades the block device behind an open descriptor, which the caller keeps. A descriptor that
+    /// reads only, of a writable device, or writes only is refused: reopening it must not be a way to
+    /// more rights.
     pub fn from_fd(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Self>, Error> {
         let fd = fd.as_fd();
         let path = socket::proc_path(fd);
         expect_block_device(fd, &path)?;
-        if crate::object::lacks_write_access(fd)? {
-            return Ok(Answer::NoService(NoService::ReadOnlyDescriptor));
+        if let Some(why) = crate::object::lacking_access(fd)? {
+            return Ok(Answer::NoService(why));
         }
         Self::start(Path::new(&path), path.clone(), name, lookup)
     }

@@ -157,8 +157,10 @@ fn connect_by_registry(
         Err(Error::Unsupported { .. }) => return Ok(Answer::NoService(NoService::NotOffered)),
         other => other?,
     };
-    if matches!(before, Key::Block { .. }) && object::lacks_write_access(fd)? {
-        return Ok(Answer::NoService(NoService::ReadOnlyDescriptor));
+    if matches!(before, Key::Block { .. })
+        && let Some(why) = object::lacking_access(fd)?
+    {
+        return Ok(Answer::NoService(why));
     }
     let mut refusal = NoService::NotOffered;
     for dir in &lookup.runtime_dirs {

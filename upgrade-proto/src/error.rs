@@ -102,6 +102,8 @@ pub enum NoService {
     Refused(Errno),
     /// The descriptor of a writable block device is open for reading only.
     ReadOnlyDescriptor,
+    /// The descriptor of a block device is open for writing only.
+    WriteOnlyDescriptor,
     /// The registry has an entry that breaks a rule of trust; the text says which.
     Untrusted(String),
     /// The server is neither root nor the owner of the object.
@@ -119,7 +121,7 @@ impl NoService {
         match self {
             Self::NotOffered | Self::ObjectChanged => Errno::CONNREFUSED,
             Self::Refused(errno) => *errno,
-            Self::ReadOnlyDescriptor => Errno::ACCESS,
+            Self::ReadOnlyDescriptor | Self::WriteOnlyDescriptor => Errno::ACCESS,
             Self::Untrusted(_) | Self::ForeignPeer { .. } => Errno::PERM,
         }
     }
@@ -132,6 +134,9 @@ impl fmt::Display for NoService {
             Self::Refused(errno) => write!(f, "the kernel refused the connection: {errno}"),
             Self::ReadOnlyDescriptor => {
                 f.write_str("the descriptor is read-only and the device is not")
+            }
+            Self::WriteOnlyDescriptor => {
+                f.write_str("the descriptor is write-only, and the service reads too")
             }
             Self::Untrusted(why) => write!(f, "the registry entry is not trusted: {why}"),
             Self::ForeignPeer { uid } => {

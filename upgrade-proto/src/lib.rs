@@ -55,7 +55,7 @@ mod registry;
 mod socket;
 
 pub use address::{FdAddress, Name};
-pub use block::{BlockUpgrade, DiskClaim};
+pub use block::{BlockUpgrade, DiskClaim, connect_to_disk};
 pub use claim::disk_user;
 pub use connect::{Answer, Connection, Lookup, Way, connect};
 pub use error::{Error, NoService};

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{self, opcode};
 
 use crate::Error;
+use crate::error::NoService;
 
 /// The file system of anonymous pipes.
 const PIPEFS_MAGIC: u64 = 0x5049_5045;
@@ -222,11 +223,17 @@ pub(crate) fn is_read_only_disk(fd: BorrowedFd<'_>) -> Result<bool, Error> {
     Ok(read_only != 0)
 }
 
-/// Whether a client's descriptor gives less than the service would: a writable disk, opened for reading.
-pub(crate) fn lacks_write_access(fd: BorrowedFd<'_>) -> Result<bool, Error> {
+/// What a client's descriptor of a disk gives less than the service would: that reads, and writes unless
+/// the disk is read-only. The kernel's rule, which a registry cannot enforce and a client can keep.
+pub(crate) fn lacking_access(fd: BorrowedFd<'_>) -> Result<Option<NoService>, Error> {
     let flags = fcntl_getfl(fd)
         .map_err(|errno| Error::system("examine descriptor", fd.as_raw_fd(), errno))?;
-    Ok(flags & OFlags::ACCMODE == OFlags::RDONLY && !is_read_only_disk(fd)?)
+    Ok(match flags & OFlags::ACCMODE {
+        OFlags::RDWR => None,
+        OFlags::RDONLY if is_read_only_disk(fd)? => None,
+        OFlags::RDONLY => Some(NoService::ReadOnlyDescriptor),
+        _ => Some(NoService::WriteOnlyDescriptor),
+    })
 }
 
 #[cfg(test)]

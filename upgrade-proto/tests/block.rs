@@ -16,7 +16,8 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::ioctl::{self, opcode};
 use tempfile::TempDir;
 use upgrade_proto::{
-    Answer, BlockUpgrade, Error, Key, Listener, Lookup, Name, NoService, Options, Way,
+    Answer, BlockUpgrade, DiskClaim, Error, Key, Listener, Lookup, Name, NoService, Options, Way,
+    connect_to_disk,
 };
 
 /// One device, so one test at a time.
@@ -169,6 +170,19 @@ fn a_disk_is_claimed_while_the_upgrade_lives_and_free_afterwards() {
 
 #[test]
 #[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
+fn a_claim_that_is_given_up_leaves_a_descriptor_that_leads_to_the_service() {
+    let disk = Disk::take();
+    let _listener = disk.serve();
+    let kept = DiskClaim::open(&disk.path).expect("claimed");
+    assert!(DiskClaim::open(&disk.path).is_err(), "claimed twice");
+    let kept = kept.give_up().expect("given up");
+    let _other = DiskClaim::open(&disk.path).expect("free");
+    let answer = connect_to_disk(&kept, &disk.name, &disk.lookup()).expect("an answer");
+    assert_eq!(answer.found().expect("connected").way(), disk.way);
+}
+
+#[test]
+#[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
 fn the_page_cache_is_dropped_before_the_upgrade_and_at_its_end() {
     let disk = Disk::take();
     let _listener = disk.serve();
@@ -218,22 +232,34 @@ fn the_disks_own_write_cache_is_flushed_before_the_upgrade() {
 
 #[test]
 #[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
-fn a_read_only_descriptor_of_a_writable_disk_gets_nothing() {
+fn half_a_descriptor_of_a_writable_disk_gets_nothing() {
     let disk = Disk::take();
     let _listener = disk.serve();
-    let reader = File::open(&disk.path).expect("opened");
-    match BlockUpgrade::from_fd(&reader, &disk.name, &disk.lookup()).expect("an answer") {
-        Answer::NoService(why) => assert_eq!(why, NoService::ReadOnlyDescriptor),
-        Answer::Found(_) => panic!("upgraded"),
-    }
-    // Here the kernel itself refuses, or the library that asks the registry.
-    let expected = match disk.way {
-        Way::Kernel => NoService::Refused(Errno::ACCESS),
-        Way::Registry => NoService::ReadOnlyDescriptor,
-    };
-    match upgrade_proto::connect(reader.as_fd(), &disk.name, &disk.lookup()).expect("an answer") {
-        Answer::NoService(why) => assert_eq!(why, expected),
-        Answer::Found(_) => panic!("connected"),
+    let writer = File::options()
+        .write(true)
+        .open(&disk.path)
+        .expect("opened");
+    let halves = [
+        (
+            File::open(&disk.path).expect("opened"),
+            NoService::ReadOnlyDescriptor,
+        ),
+        (writer, NoService::WriteOnlyDescriptor),
+    ];
+    for (half, why) in halves {
+        match BlockUpgrade::from_fd(&half, &disk.name, &disk.lookup()).expect("an answer") {
+            Answer::NoService(told) => assert_eq!(told, why),
+            Answer::Found(_) => panic!("upgraded in spite of {why}"),
+        }
+        // Here the kernel itself refuses, or the library that asks the registry.
+        let expected = match disk.way {
+            Way::Kernel => NoService::Refused(Errno::ACCESS),
+            Way::Registry => why,
+        };
+        match upgrade_proto::connect(half.as_fd(), &disk.name, &disk.lookup()).expect("an answer") {
+            Answer::NoService(told) => assert_eq!(told, expected),
+            Answer::Found(_) => panic!("connected in spite of {expected}"),
+        }
     }
 }
 

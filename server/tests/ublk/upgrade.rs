@@ -33,15 +33,18 @@ impl Block {
 }
 
 /// A server with a disk of 64 MiB in memory, and ways to look at it.
-struct Export {
-    lab: Lab,
-    server: Server,
-    disk: PathBuf,
+pub struct Export {
+    pub lab: Lab,
+    pub server: Server,
+    pub disk: PathBuf,
 }
 
-fn serve(args: &[&str]) -> Export {
-    let lab = Lab::new();
-    let server = lab.serve(&[&["--ublk", "yes", "--name", "d", "mem:64M"], args].concat());
+pub fn serve(args: &[&str]) -> Export {
+    serve_in(Lab::new(), "mem:64M", args)
+}
+
+pub fn serve_in(lab: Lab, spec: &str, args: &[&str]) -> Export {
+    let server = lab.serve(&[&["--ublk", "yes", "--name", "d", spec], args].concat());
     let stat = stat(&lab);
     let disk = stat["ublk"]["device"].as_str().unwrap().into();
     assert_eq!(
@@ -56,11 +59,11 @@ pub fn stat(lab: &Lab) -> serde_json::Value {
 }
 
 impl Export {
-    fn access(&self) -> String {
+    pub fn access(&self) -> String {
         stat(&self.lab)["access"].as_str().unwrap().to_owned()
     }
 
-    fn lookup(&self, way: Way) -> Lookup {
+    pub fn lookup(&self, way: Way) -> Lookup {
         match way {
             Way::Kernel => Lookup {
                 runtime_dirs: Vec::new(),
@@ -74,12 +77,12 @@ impl Export {
         }
     }
 
-    fn answer(&self, fd: &File, way: Way) -> Answer<upgrade_proto::Connection> {
+    pub fn answer(&self, fd: &File, way: Way) -> Answer<upgrade_proto::Connection> {
         connect(fd, &service(), &self.lookup(way)).unwrap()
     }
 
     /// A client that holds nothing but the descriptor of the disk.
-    fn come(&self, way: Way) -> UnixStream {
+    pub fn come(&self, way: Way) -> UnixStream {
         match self.answer(&direct(&self.disk), way) {
             Answer::Found(found) => {
                 assert_eq!(found.way(), way);
@@ -89,13 +92,13 @@ impl Export {
         }
     }
 
-    fn expect_access(&self, wanted: &str) {
+    pub fn expect_access(&self, wanted: &str) {
         eventually(&format!("the access is {wanted}"), || {
             self.access() == wanted
         });
     }
 
-    fn end(self) {
+    pub fn end(self) {
         self.server.stop();
         self.lab.is_clean();
     }

@@ -149,13 +149,21 @@ impl Guest {
         &self.child
     }
 
+    /// Lets the guest write sector 1 and end.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    pub fn tell(&mut self) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("no input")?;
+        stdin.write_all(b"!").context("cannot tell the guest")
+    }
+
     /// Lets the guest write sector 1 and end, and checks that it could.
     ///
     /// # Errors
     /// It could not write, or does not end.
     pub fn write_and_end(mut self) -> Result<()> {
-        let stdin = self.child.stdin.as_mut().context("no input")?;
-        stdin.write_all(b"!").context("cannot tell the guest")?;
+        self.tell()?;
         let code = self.wait()?.code();
         ensure!(
             code == Some(WRITTEN),

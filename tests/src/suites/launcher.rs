@@ -1,4 +1,4 @@
-//! The upgrade as users of QEMU have it: `probe`, the launcher, and the recipes of `qemu-config/`,
+//! The upgrade as users of QEMU have it: the launcher, and the recipes of `qemu-config/`,
 //! with a stock QEMU on a `/dev/ublkbN`.
 
 use std::ffi::OsString;
@@ -28,7 +28,6 @@ use crate::{skip, test};
 
 /// The table.
 pub const TESTS: &[Test] = &[
-    test!(probe_tells_what_can_be_upgraded_and_why_not),
     test!(the_raw_recipe_upgrades_an_unmodified_qemu_by_path_alone),
     test!(the_launcher_boots_from_the_disk_and_its_claim_and_cache_are_right),
     test!(the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing),
@@ -54,12 +53,12 @@ pub const STOCK_KERNEL_TESTS: &[Test] = &[
 ];
 
 /// A server with a boot sector on its disk, or on each of them.
-struct Served {
-    server: Server,
+pub(super) struct Served {
+    pub(super) server: Server,
 }
 
 /// Serves `names` as memory disks of 8 MiB with block doors.
-fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Served> {
+pub(super) fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Served> {
     let mut serve = Serve::new(cx)
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
@@ -79,23 +78,23 @@ fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Served> {
 }
 
 impl Served {
-    fn device(&self) -> Result<PathBuf> {
+    pub(super) fn device(&self) -> Result<PathBuf> {
         self.server.block_device()
     }
 
-    fn stat(&self, cx: &Context, name: &str) -> Result<Value> {
+    pub(super) fn stat(&self, cx: &Context, name: &str) -> Result<Value> {
         let stat = ublkup(cx, &["stat", name, "--json"]).run()?;
         serde_json::from_str(&stat).context("stat is no JSON")
     }
 
-    fn stop(self) -> Result<()> {
+    pub(super) fn stop(self) -> Result<()> {
         let log = self.server.stop()?;
         ensure!(!log.contains("panicked"), "{log}");
         Ok(())
     }
 }
 
-fn write_sector(device: &Path) -> Result<()> {
+pub(super) fn write_sector(device: &Path) -> Result<()> {
     let disk = OpenOptions::new().write(true).open(device)?;
     disk.write_all_at(&boot_sector::sector(), 0)
         .and_then(|()| disk.sync_all())
@@ -111,7 +110,7 @@ fn second_sector(device: &Path) -> Result<Vec<u8>> {
     Ok(sector)
 }
 
-fn expect_written(device: &Path) -> Result<()> {
+pub(super) fn expect_written(device: &Path) -> Result<()> {
     ensure!(
         second_sector(device)? == boot_sector::sector(),
         "what the guest wrote is not on {}",
@@ -120,7 +119,7 @@ fn expect_written(device: &Path) -> Result<()> {
     Ok(())
 }
 
-fn ublkup(cx: &Context, args: &[&str]) -> Shell {
+pub(super) fn ublkup(cx: &Context, args: &[&str]) -> Shell {
     Shell::new(&cx.paths.server)
         .args(args)
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
@@ -140,12 +139,12 @@ fn command(cx: &Context, program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
-fn recipe(cx: &Context, name: &str) -> Command {
+pub(super) fn recipe(cx: &Context, name: &str) -> Command {
     command(cx, cx.paths.repo.join("qemu-config").join(name))
 }
 
 /// `ublkup qemu`, on a PC without much.
-fn launcher(cx: &Context, args: &[&str]) -> Command {
+pub(super) fn launcher(cx: &Context, args: &[&str]) -> Command {
     let mut launcher = command(cx, &cx.paths.server);
     launcher
         .arg("qemu")
@@ -155,7 +154,7 @@ fn launcher(cx: &Context, args: &[&str]) -> Command {
     launcher
 }
 
-fn boot(cx: &Context, command: &mut Command) -> Result<Guest> {
+pub(super) fn boot(cx: &Context, command: &mut Command) -> Result<Guest> {
     Guest::boot(command, cx.patience(45))
 }
 
@@ -166,7 +165,7 @@ fn number_of(device: &Path) -> Result<(u32, u32, u64)> {
     Ok((major, minor, sequence.trim().parse()?))
 }
 
-fn expect(finished: &Finished, code: i32, says: &str) -> Result<()> {
+pub(super) fn expect(finished: &Finished, code: i32, says: &str) -> Result<()> {
     let said = finished.tail();
     ensure!(
         finished.code() == code && said.contains(says),
@@ -174,55 +173,6 @@ fn expect(finished: &Finished, code: i32, says: &str) -> Result<()> {
         finished.code()
     );
     Ok(())
-}
-
-fn probe_tells_what_can_be_upgraded_and_why_not(cx: &Context) -> Result<()> {
-    let served = serve(cx, &["disk"], &[])?;
-    let device = served.device()?;
-    let path = device.to_string_lossy().into_owned();
-    let probe = |path: &str| ublkup(cx, &["probe", path]).finish();
-
-    expect(&probe(&path)?, 0, "by the kernel's way")?;
-    let json: Value = serde_json::from_str(&ublkup(cx, &["probe", &path, "--json"]).run()?)?;
-    ensure!(
-        json["way"] == "kernel"
-            && json["server_pid"] == served.server.pid()
-            && json["size_bytes"] == 8 << 20
-            && json["read_only"] == false,
-        "{json}"
-    );
-    ensure!(
-        served.stat(cx, "disk")?["access"] == "block",
-        "a probe takes nothing"
-    );
-
-    let claim = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(i32::try_from(OFlags::EXCL.bits())?)
-        .open(&device)?;
-    expect(&probe(&path)?, 3, "claimed exclusively")?;
-    drop(claim);
-
-    sh(&format!("mkfs.ext4 -q -F {path}")).run()?;
-    let mounted = images::mount_ext4(&device, &cx.scratch().join("mnt"), false)?;
-    expect(
-        &probe(&path)?,
-        3,
-        &format!("mounted at {}", mounted.dir().display()),
-    )?;
-    fs::write(mounted.dir().join("file"), "still writable").context("the mount was disturbed")?;
-    mounted.unmount()?;
-
-    expect(&probe("/dev/null")?, 3, "not a block device")?;
-    expect(&probe("/dev/no-such-disk")?, 1, "no-such-disk")?;
-    expect(&ublkup(cx, &["probe"]).finish()?, 2, "Usage")?;
-    served.stop()?;
-
-    let served = serve(cx, &["disk"], &["--vhost", "no"])?;
-    let path = served.device()?.to_string_lossy().into_owned();
-    expect(&probe(&path)?, 3, "nobody offers this service")?;
-    served.stop()
 }
 
 fn the_raw_recipe_upgrades_an_unmodified_qemu_by_path_alone(cx: &Context) -> Result<()> {
@@ -460,7 +410,7 @@ fn the_printed_command_runs_in_a_shell(cx: &Context) -> Result<()> {
 }
 
 /// The only child of a process.
-fn child_of(parent: u32) -> Result<Pid> {
+pub(super) fn child_of(parent: u32) -> Result<Pid> {
     let mut children = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let name = entry.file_name();
@@ -531,7 +481,7 @@ fn a_second_launcher_is_refused(cx: &Context) -> Result<()> {
 }
 
 /// Linux in QEMU, started by a recipe.
-fn linux(cx: &Context, name: &str, device: &Path) -> Result<Qemu> {
+pub(super) fn linux(cx: &Context, name: &str, device: &Path) -> Result<Qemu> {
     let kernel = cx.paths.kernel(Kernel::X86)?;
     let script = cx.paths.repo.join("qemu-config").join(name);
     let settings = recipe(cx, name);
@@ -556,18 +506,22 @@ fn files(known: KnownFiles, seed: u64, device: &str) -> FilesOnDisk {
     }
 }
 
+/// Serves a file as the export `disk` with a block device, which outlives its server.
+pub(super) fn serve_file(cx: &Context, image: &Path) -> Result<Served> {
+    let server = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("yes")
+        .args(["--queues", "1", "--reconnect-grace", "120"])
+        .arg(format!("disk=file:{}", image.display()))
+        .start()?;
+    Ok(Served { server })
+}
+
 /// An ext4 file system with known files on a block device of 64 MiB.
 fn serve_ext4(cx: &Context) -> Result<(Served, KnownFiles)> {
     let image = cx.scratch().join("disk.ext4");
     let known = images::ext4_with_known_files(&image, 64 << 20, 1)?;
-    let server = Serve::new(cx)
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg("--queues")
-        .arg("1")
-        .arg(format!("disk=file:{}", image.display()))
-        .start()?;
-    Ok((Served { server }, known))
+    Ok((serve_file(cx, &image)?, known))
 }
 
 /// The block device has all the files, as the host sees it.

@@ -16,8 +16,10 @@ mod handshakes;
 mod io;
 mod kernel;
 mod launcher;
+mod probe;
 mod qemu;
 mod races;
+mod restart;
 mod selftest;
 pub mod series;
 mod soak;
@@ -157,7 +159,12 @@ pub const SUITES: &[Suite] = &[
             Need::Server,
             Need::Tools,
         ],
-        tests: &[launcher::TESTS, hand_over::TESTS],
+        tests: &[
+            probe::TESTS,
+            launcher::TESTS,
+            restart::TESTS,
+            hand_over::TESTS,
+        ],
         with_cargo_test: false,
         full: false,
     },

@@ -1,0 +1,216 @@
+//! A guest that was upgraded on a kernel with fd addresses, and what it notices when the server, or
+//! its launcher, is killed. The servers' exports are files, so their block devices outlive them.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+use super::io::Exercise;
+use super::launcher::{self, Served, child_of, expect_written, linux, serve_file, write_sector};
+use super::upgraded::expect_access;
+use crate::kit::boot_sector::SECTOR_BYTES;
+use crate::kit::shell::sh;
+use crate::machine::{Board, Machine};
+use crate::process;
+use crate::test;
+use crate::test::{Context, Test};
+
+/// Inside User Mode Linux.
+pub const TESTS: &[Test] = &[
+    test!(a_guest_of_the_launcher_outlives_servers_that_are_killed).limit_s(400),
+    test!(a_guest_of_the_raw_recipe_outlives_servers_that_are_killed).limit_s(400),
+    test!(a_disk_that_moved_while_the_guest_ran_outlives_its_server).limit_s(240),
+    test!(a_guest_outlives_its_launcher_and_then_its_server),
+];
+
+const DISK_BYTES: u64 = 64 << 20;
+
+fn image(cx: &Context) -> Result<PathBuf> {
+    let image = cx.scratch().join("disk.img");
+    File::create(&image)?.set_len(DISK_BYTES)?;
+    Ok(image)
+}
+
+/// Kills the server and starts another one, which takes the block device over.
+fn replace(cx: &Context, served: Served, image: &Path) -> Result<Served> {
+    let device = served.device()?;
+    served.server.kill()?;
+    let served = serve_file(cx, image)?;
+    ensure!(
+        served.device()? == device,
+        "{} was not taken over",
+        device.display()
+    );
+    Ok(served)
+}
+
+fn a_guest_of_the_launcher_outlives_servers_that_are_killed(cx: &Context) -> Result<()> {
+    outlives_servers(cx, "launcher-microvm.sh")
+}
+
+fn a_guest_of_the_raw_recipe_outlives_servers_that_are_killed(cx: &Context) -> Result<()> {
+    outlives_servers(cx, "raw-microvm.sh")
+}
+
+/// A guest writes and verifies while servers die; what it wrote last is there when it has gone.
+fn outlives_servers(cx: &Context, recipe: &str) -> Result<()> {
+    let image = image(cx)?;
+    let mut served = serve_file(cx, &image)?;
+    let device = served.device()?;
+    let qemu = linux(cx, recipe, &device)?.board(Board::Microvm);
+    let mut guest = Machine::boot(&qemu, &cx.paths, &format!("restart-{recipe}"))?;
+    expect_access(cx, "upgraded")?;
+    let mut plan = Exercise::new(Path::new("/dev/vda"), DISK_BYTES);
+    plan.depths = vec![32];
+    plan.run_mib = 8;
+    let group = i32::try_from(guest.pid()).ok().and_then(Pid::from_raw);
+    let (kills, replaced) = std::thread::scope(|scope| {
+        let running = scope.spawn(|| guest.run_step::<_, ()>(&cx.paths, "exercise_disk", &plan));
+        let kill = || {
+            let mut kills = 0;
+            while !running.is_finished() {
+                std::thread::sleep(Duration::from_secs(2));
+                served = replace(cx, served, &image)?;
+                kills += 1;
+                // QEMU tries once in a second.
+                expect_access(cx, "upgraded")?;
+            }
+            anyhow::Ok((kills, served))
+        };
+        let killed = kill();
+        if let (Err(_), Some(group)) = (&killed, group) {
+            // The guest would wait for its disk for ever.
+            let _gone = kill_process_group(group, Signal::KILL);
+        }
+        let ran = running.join().map_err(|_| anyhow!("the step panicked"))?;
+        let killed = killed?;
+        ran.map(|()| killed)
+    })?;
+    ensure!(kills >= 2, "only {kills} servers were killed");
+
+    let written = guest.sh(
+        &cx.paths,
+        "dd if=/dev/urandom of=/run/data bs=1M count=4 status=none; \
+         dd if=/run/data of=/dev/vda bs=1M oflag=direct conv=fsync status=none; \
+         sha256sum < /run/data",
+    )?;
+    let served = replace(cx, replaced, &image)?;
+    expect_access(cx, "upgraded")?;
+    guest.power_off();
+    expect_access(cx, "block")?;
+    let found = sh(&format!(
+        "dd if={} bs=1M count=4 iflag=direct status=none | sha256sum",
+        device.display()
+    ))
+    .run()?;
+    ensure!(found == written, "{found:?} instead of {written:?}");
+    served.stop()
+}
+
+/// `ublkup qemu --live`: the descriptor that QEMU was given leads to the next server too.
+fn a_disk_that_moved_while_the_guest_ran_outlives_its_server(cx: &Context) -> Result<()> {
+    let image = image(cx)?;
+    let served = serve_file(cx, &image)?;
+    let device = served.device()?;
+    let monitor = cx.scratch().join("qmp");
+    let qemu = linux(cx, "block-device.sh", &device)?.env("QMP", &monitor);
+    let mut guest = Machine::boot(&qemu, &cx.paths, "restart-live")?;
+    let moved = launcher::recipe(cx, "live.sh")
+        .env("QMP", &monitor)
+        .env("DISK", "disk")
+        .output()?;
+    ensure!(moved.status.success(), "{moved:?}");
+    let name = guest.sh(
+        &cx.paths,
+        "for i in $(seq 100); do ls /sys/block | grep vd && break; sleep 0.1; done",
+    )?;
+    expect_access(cx, "upgraded")?;
+    // Half of it before the server dies, half of it after.
+    let write = |half: u32| {
+        format!(
+            "test -e /run/data || dd if=/dev/urandom of=/run/data bs=1M count=2 status=none; \
+             dd if=/run/data of=/dev/{} bs=1M count=1 skip={half} seek={half} oflag=direct \
+             conv=fsync status=none; sha256sum < /run/data",
+            name.trim()
+        )
+    };
+    guest.sh(&cx.paths, &write(0))?;
+    let served = replace(cx, served, &image)?;
+    expect_access(cx, "upgraded")?;
+    let written = guest.sh(&cx.paths, &write(1))?;
+    guest.power_off();
+    expect_access(cx, "block")?;
+    let found = sh(&format!(
+        "dd if={} bs=1M count=2 iflag=direct status=none | sha256sum",
+        device.display()
+    ))
+    .run()?;
+    ensure!(found == written, "{found:?} instead of {written:?}");
+    served.stop()
+}
+
+/// Opens the disk as one who wants it for himself.
+fn claim(device: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::EXCL.bits().cast_signed())
+        .open(device)
+}
+
+/// The launcher is there to tidy up. Killed, it takes nothing along: QEMU has the claim, the way to the
+/// service, and the guest.
+fn a_guest_outlives_its_launcher_and_then_its_server(cx: &Context) -> Result<()> {
+    let image = image(cx)?;
+    let served = serve_file(cx, &image)?;
+    let device = served.device()?;
+    write_sector(&device)?;
+    let disk = format!("{},bootindex=0", device.display());
+    let mut guest = launcher::boot(cx, &mut launcher::launcher(cx, &[&disk]))?;
+    let qemu = child_of(guest.process().id())?;
+    let ended = pidfd_open(qemu, PidfdFlags::empty()).context("cannot watch QEMU")?;
+    process::signal(guest.process(), Signal::KILL)?;
+    let status = guest.wait()?;
+    ensure!(!status.success(), "the launcher was killed: {status}");
+
+    expect_access(cx, "upgraded")?;
+    let served = replace(cx, served, &image)?;
+    expect_access(cx, "upgraded")?;
+    let refused = claim(&device).err().and_then(|error| error.raw_os_error());
+    ensure!(
+        refused == Some(Errno::BUSY.raw_os_error()),
+        "QEMU does not hold the claim: {refused:?}"
+    );
+    guest.tell()?;
+    wait_for_end(cx, &ended)?;
+    expect_access(cx, "block")?;
+
+    // Nobody has dropped the page cache; that is left to the user.
+    sh(&format!("blockdev --flushbufs {}", device.display())).run()?;
+    expect_written(&device)?;
+    // The disk is free and whole, for the next guest too.
+    let own = claim(&device).context("the claim outlived QEMU")?;
+    own.write_all_at(&[0; SECTOR_BYTES], SECTOR_BYTES as u64)?;
+    own.sync_all()?;
+    drop(own);
+    launcher::boot(cx, &mut launcher::launcher(cx, &[&disk]))?.write_and_end()?;
+    expect_written(&device)?;
+    served.stop()
+}
+
+/// Waits for the end of a process that is not our child.
+fn wait_for_end(cx: &Context, process: &impl AsFd) -> Result<()> {
+    let patience = process::timespec(cx.patience(30));
+    let ended = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&patience))?;
+    ensure!(ended > 0, "QEMU does not end");
+    Ok(())
+}
