@@ -25,6 +25,13 @@ const BATCH: usize = 256;
 /// size, so that it can go on while the next ones are being worked on.
 const ANSWERS: u64 = 16;
 
+/// Requests given to the storage per round: two while it has little to do, more when it is busy
+/// anyway. From the third submission of one system call on the kernel collects them, and a storage
+/// that has run empty sees none before all have been prepared (docs/decisions.md).
+const LEAST_BEGUN: usize = 2;
+const MOST_BEGUN: usize = 16;
+const BUSY_PER_BEGUN: usize = 8;
+
 /// An idle thread that looks for work looks at the clock after this many times.
 const LOOKS_PER_CLOCK: u32 = 64;
 
@@ -208,13 +215,10 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
                 return;
             }
         }
-        // A client that refills its queue as fast as it is emptied must not keep the thread from
-        // its other completions: one table full per round.
         let enough = self.answered + ANSWERS;
-        for _ in 0..self.door.slots() {
-            if self.answered >= enough {
-                return;
-            }
+        let busy = self.running.used();
+        let most = busy + (busy / BUSY_PER_BEGUN).clamp(LEAST_BEGUN, MOST_BEGUN);
+        while self.answered < enough && self.running.used() < most {
             let Some((slot, request)) = self.door.next(&mut self.ring) else {
                 return;
             };
