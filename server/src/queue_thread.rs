@@ -35,9 +35,6 @@ const BUSY_PER_BEGUN: usize = 8;
 /// An idle thread that looks for work looks at the clock after this many times.
 const LOOKS_PER_CLOCK: u32 = 64;
 
-/// A thread that did not get to its clock for so long while it looked was not running.
-const INTERRUPTION: Duration = Duration::from_micros(500);
-
 /// How long a thread that ends waits for operations it cancelled.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
@@ -148,7 +145,6 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         };
         // What others wait for goes first.
         self.ring.submit_and_wait(0)?;
-        let mut last = None;
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 if self.ring.has_news() || self.door.has_news() {
@@ -157,14 +153,9 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
                 std::hint::spin_loop();
             }
             let Some(until) = until else { continue };
-            let now = Instant::now();
-            if last.is_some_and(|last| now - last > INTERRUPTION) {
-                self.poller.was_interrupted();
-            }
-            if now >= until {
+            if Instant::now() >= until {
                 return Ok(false);
             }
-            last = Some(now);
         }
     }
 
