@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, Spec};
 use crate::config::{check_together, read_file};
+use crate::door::ublk::DataPath;
 use crate::polling::Polling;
 use crate::threads::Cpus;
 
@@ -125,6 +126,11 @@ pub struct Serve {
     #[arg(long, value_name = "N")]
     pub ublk_id: Option<u32>,
 
+    /// How the block door's data gets to the backend and back: without a copy where the kernel can and
+    /// it saves work, or as told [default: auto]
+    #[arg(long, value_enum)]
+    pub ublk_data: Option<DataPath>,
+
     /// The vhost-user-blk door [default: auto]
     #[arg(long, value_enum)]
     pub vhost: Option<DoorMode>,
@@ -208,6 +214,7 @@ impl Serve {
             read_only: self.read_only.then_some(true),
             ublk: self.ublk,
             ublk_id: self.ublk_id,
+            ublk_data: self.ublk_data,
             vhost: self.vhost,
             vhost_socket: self.vhost_socket.clone(),
             queues: self.queues,

@@ -13,6 +13,7 @@ use crate::cli::Cli;
 use crate::config::{check_name, format_size};
 use crate::control::{self, ExportStatus};
 use crate::counters::Totals;
+use crate::door::ublk::DataPath;
 use crate::runtime::{CONTROL, RuntimeDir};
 
 /// A server that does not answer within this time has a problem that must be told.
@@ -199,10 +200,14 @@ fn details(status: &ExportStatus) -> String {
     if let Some(door) = &status.ublk {
         let _ = write!(
             text,
-            "\n  block     {} ({} queues of {})\n{}",
+            "\n  block     {} ({} queues of {}{})\n{}",
             door.device.display(),
             door.queues,
             door.depth,
+            match door.data {
+                DataPath::ZeroCopy => ", data without a copy",
+                DataPath::Auto | DataPath::Copy => "",
+            },
             totals(&door.counters)
         );
     }

@@ -12,6 +12,7 @@ pub use file::read_file;
 pub use size::{format_size, parse_size};
 pub use spec::{BackendSpec, Spec};
 
+use crate::door::ublk::DataPath;
 use crate::polling::Polling;
 use crate::request::Serial;
 use crate::threads::{Cpus, ThreadOptions};
@@ -68,6 +69,8 @@ pub struct ExportConfig {
     pub ublk: DoorMode,
     /// The number N of `/dev/ublkbN`; the kernel chooses when there is none.
     pub ublk_id: Option<u32>,
+    /// How data gets from the block door to the backend and back.
+    pub ublk_data: DataPath,
     /// The vhost door.
     pub vhost: DoorMode,
     /// Where the vhost door listens; in the runtime directory when there is no path.
@@ -94,6 +97,8 @@ pub struct ExportOptions {
     pub ublk: Option<DoorMode>,
     /// See [`ExportConfig::ublk_id`].
     pub ublk_id: Option<u32>,
+    /// See [`ExportConfig::ublk_data`].
+    pub ublk_data: Option<DataPath>,
     /// See [`ExportConfig::vhost`].
     pub vhost: Option<DoorMode>,
     /// See [`ExportConfig::vhost_socket`].
@@ -130,6 +135,7 @@ impl ExportOptions {
             read_only: self.read_only.or(other.read_only),
             ublk: self.ublk.or(other.ublk),
             ublk_id: self.ublk_id.or(other.ublk_id),
+            ublk_data: self.ublk_data.or(other.ublk_data),
             vhost: self.vhost.or(other.vhost),
             vhost_socket: self.vhost_socket.or_else(|| other.vhost_socket.clone()),
             queues: self.queues.or(other.queues),
@@ -211,6 +217,7 @@ impl ExportOptions {
             block_bytes: spec.block_bytes,
             ublk,
             ublk_id: self.ublk_id,
+            ublk_data: self.ublk_data.unwrap_or_default(),
             vhost,
             vhost_socket: self.vhost_socket,
             queues,

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::access::AccessState;
 use crate::counters::Totals;
+use crate::door::ublk::DataPath;
 use crate::door::vhost::SessionState;
 
 /// A request may be this long.
@@ -81,6 +82,8 @@ pub struct UblkStatus {
     pub queues: u16,
     /// Requests under way per queue at most.
     pub depth: u16,
+    /// How data gets to the backend and back.
+    pub data: DataPath,
     /// What it did.
     pub counters: Totals,
 }

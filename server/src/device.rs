@@ -258,6 +258,7 @@ impl control::Service for Shared {
                 device: door.block_path(),
                 queues: config.queues,
                 depth: config.depth,
+                data: door.data_path(),
                 counters: registry.totals(),
             }),
             vhost: doors.vhost.as_ref().map(|(door, registry)| VhostStatus {
@@ -406,6 +407,7 @@ impl House<'_> {
             queues: config.queues,
             depth: config.depth,
             threads: config.threads.clone(),
+            data: config.ublk_data,
             // What was in memory has gone with the server; requests had better fail.
             recoverable: matches!(config.backend, BackendSpec::File { .. }),
             take_over: survivor,

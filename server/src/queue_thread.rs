@@ -92,6 +92,15 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         })
     }
 
+    /// Makes room for `count` buffers in the ring's table.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn reserve_buffers(&self, count: u32) -> io::Result<()> {
+        self.ring.submitter().register_buffers_sparse(count)
+    }
+
     /// Serves until the door is closed.
     ///
     /// # Errors

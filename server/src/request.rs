@@ -116,22 +116,38 @@ pub enum Progress {
 /// Memory that a request reads into or writes from, as the kernel's `struct iovec`.
 pub type Buffer = libc::iovec;
 
-/// The buffers of one request: borrowed from the slot of the door that made the request.
+/// The buffers of one request: borrowed from the slot of the door that made the request, or
+/// registered with its thread's ring.
 ///
 /// The door guarantees that the list and the memory it names stay valid and mapped until the
-/// request is finished. The backend may move the list forward (short transfers).
+/// request is finished. The backend may move them forward (short transfers).
 #[derive(Debug)]
-pub struct Buffers {
-    first: *mut Buffer,
-    count: usize,
+pub struct Buffers(Place);
+
+#[derive(Debug)]
+enum Place {
+    Memory { first: *mut Buffer, count: usize },
+    Ring(RingBuffer),
+}
+
+/// Data that only the kernel can reach: what is left of a buffer in the ring's table, for
+/// `IORING_OP_READ_FIXED` and `WRITE_FIXED`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingBuffer {
+    /// Its index in the table.
+    pub index: u16,
+    /// Where the rest begins.
+    pub offset_bytes: usize,
+    /// How long the rest is.
+    pub len_bytes: usize,
 }
 
 impl Buffers {
     /// No buffers (flush, discard, write-zeroes).
-    pub const NONE: Self = Self {
+    pub const NONE: Self = Self(Place::Memory {
         first: std::ptr::null_mut(),
         count: 0,
-    };
+    });
 
     /// Borrows `list` for the life of a request.
     ///
@@ -140,35 +156,72 @@ impl Buffers {
     /// `list` and the memory that its entries name must stay valid, and `list` must not be touched
     /// by anyone else, until the [`Request`] that holds the result is finished.
     pub unsafe fn from_list(list: &mut [Buffer]) -> Self {
-        Self {
+        Self(Place::Memory {
             first: list.as_mut_ptr(),
             count: list.len(),
+        })
+    }
+
+    /// The first `len_bytes` of a buffer in the ring's table. Only for backends that take such
+    /// (`Backend::ring_buffers`).
+    #[must_use]
+    pub fn in_ring(index: u16, len_bytes: usize) -> Self {
+        Self(Place::Ring(RingBuffer {
+            index,
+            offset_bytes: 0,
+            len_bytes,
+        }))
+    }
+
+    /// The buffer in the ring's table, if the data is there.
+    #[must_use]
+    pub fn ring(&self) -> Option<RingBuffer> {
+        match self.0 {
+            Place::Memory { .. } => None,
+            Place::Ring(buffer) => Some(buffer),
         }
     }
 
-    /// The buffers still to be transferred.
+    /// The buffers still to be transferred, if they are in memory.
     #[must_use]
     pub fn list(&self) -> &[Buffer] {
-        if self.count == 0 {
-            return &[];
+        match self.0 {
+            Place::Memory { first, count } if count > 0 => {
+                // SAFETY: `from_list` requires the list to outlive the request, which owns `self`;
+                // nobody else writes to it meanwhile.
+                unsafe { std::slice::from_raw_parts(first, count) }
+            }
+            _ => &[],
         }
-        // SAFETY: `from_list` requires the list to outlive the request, which owns `self`; nobody
-        // else writes to it meanwhile.
-        unsafe { std::slice::from_raw_parts(self.first, self.count) }
     }
 
     /// Bytes still to be transferred.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
-        self.list().iter().map(|b| b.iov_len as u64).sum()
+        match &self.0 {
+            Place::Memory { .. } => self.list().iter().map(|b| b.iov_len as u64).sum(),
+            Place::Ring(buffer) => buffer.len_bytes as u64,
+        }
     }
 
     /// Moves the list forward past `done_bytes` transferred bytes.
     fn advance(&mut self, mut done_bytes: usize) {
-        while self.count > 0 && done_bytes > 0 {
+        let (first, count) = match &mut self.0 {
+            Place::Memory { first, count } => (first, count),
+            Place::Ring(buffer) => {
+                assert!(
+                    done_bytes <= buffer.len_bytes,
+                    "more bytes transferred than asked for"
+                );
+                buffer.offset_bytes += done_bytes;
+                buffer.len_bytes -= done_bytes;
+                return;
+            }
+        };
+        while *count > 0 && done_bytes > 0 {
             // SAFETY: `first` points at the `count` valid entries of the list (`from_list`), which
             // this request alone may write.
-            let head = unsafe { &mut *self.first };
+            let head = unsafe { &mut **first };
             if done_bytes < head.iov_len {
                 head.iov_base = head.iov_base.wrapping_byte_add(done_bytes);
                 head.iov_len -= done_bytes;
@@ -176,20 +229,20 @@ impl Buffers {
             }
             done_bytes -= head.iov_len;
             // SAFETY: as above; one past the last entry is still a valid pointer to form.
-            self.first = unsafe { self.first.add(1) };
-            self.count -= 1;
+            *first = unsafe { first.add(1) };
+            *count -= 1;
         }
         assert!(done_bytes == 0, "more bytes transferred than asked for");
     }
 
-    /// Fills what is left of the buffers with zeroes.
+    /// Fills what is left of the buffers in memory with zeroes.
     pub fn zero_fill(&mut self) {
         for buffer in self.list() {
             // SAFETY: the door keeps the memory mapped and writable until the request is finished
             // (`from_list`); a client that races with us only hurts its own data.
             unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0, buffer.iov_len) };
         }
-        self.count = 0;
+        *self = Self::NONE;
     }
 }
 

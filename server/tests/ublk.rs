@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod common;
+#[path = "ublk/data.rs"]
+mod data;
 #[path = "ublk/nobody.rs"]
 mod nobody;
 #[path = "ublk/recovery.rs"]
@@ -28,7 +30,7 @@ use libublk::ctrl::UblkCtrl;
 use serving::Lab;
 use ublkup::backend::{Backend, BackendQueue, Memory, Null};
 use ublkup::counters::{Counters, Totals};
-use ublkup::door::ublk::{self, DoorEnd, UblkConfig, UblkDoor, UblkError};
+use ublkup::door::ublk::{self, DataPath, DoorEnd, UblkConfig, UblkDoor, UblkError};
 use ublkup::io::{Ring, Slot};
 use ublkup::request::{Limits, Op, Progress, Request, Serial};
 
@@ -60,6 +62,7 @@ fn config() -> UblkConfig {
         depth: 32,
         threads: ublkup::threads::ThreadOptions::default(),
         recoverable: false,
+        data: DataPath::Auto,
         take_over: None,
         refuse_writes: false,
     }

@@ -25,12 +25,33 @@ pub trait Backend: Send + Sync + 'static {
     /// What the disk is and what it takes.
     fn limits(&self) -> &Limits;
 
+    /// Whether requests may come with their data in the ring's table ([`Buffers::ring`]).
+    ///
+    /// [`Buffers::ring`]: crate::request::Buffers::ring
+    fn ring_buffers(&self) -> RingBuffers {
+        RingBuffers::No
+    }
+
     /// A queue for requests in slots 0 to `slots` - 1, to be used with `ring` only.
     ///
     /// # Errors
     ///
     /// When the kernel refuses what the queue needs.
     fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<Self::Queue>;
+}
+
+/// What a backend makes of data in the ring's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingBuffers {
+    /// It has to reach the data itself.
+    No,
+    /// It takes them, and is no better for it.
+    Possible,
+    /// It does less with them.
+    Better {
+        /// Of pieces of memory: a power of two.
+        alignment_bytes: u32,
+    },
 }
 
 /// One thread's access to a disk.

@@ -19,7 +19,7 @@ use std::sync::atomic::AtomicBool;
 pub use open::OpenError;
 pub use queue::FileQueue;
 
-use super::Backend;
+use super::{Backend, RingBuffers};
 use crate::io::Ring;
 use crate::request::{Limits, Serial};
 
@@ -116,6 +116,16 @@ impl Backend for File {
 
     fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    fn ring_buffers(&self) -> RingBuffers {
+        if self.shared.is_in_memory {
+            return RingBuffers::No;
+        }
+        let alignment_bytes = (self.shared.alignment)
+            .and_then(|alignment| u32::try_from(alignment.memory_bytes).ok())
+            .unwrap_or(1);
+        RingBuffers::Better { alignment_bytes }
     }
 
     fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<FileQueue> {

@@ -4,6 +4,7 @@
 //! comes next, and what is left to do is what is left of the request: its position and its buffers
 //! move forward as the transfer does.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -40,6 +41,8 @@ enum Step {
     Begin,
     /// Data between the client's buffers and the file; `forced`: with `RWF_DSYNC`.
     Transfer { forced: bool },
+    /// What lies behind the end of the file, into a buffer of the ring.
+    ReadZeroes,
     /// Data by way of this bounce buffer.
     Bounce { number: usize, forced: bool },
     /// `BLOCK_URING_CMD_DISCARD`.
@@ -83,6 +86,8 @@ pub struct FileQueue {
     bounce: Pool,
     /// Never written to; mapped when first needed.
     zeroes: Option<Aligned>,
+    /// `/dev/zero`, opened when first needed.
+    zero_device: Option<fs::File>,
 }
 
 impl FileQueue {
@@ -98,6 +103,7 @@ impl FileQueue {
             steps: vec![Step::default(); slots as usize].into(),
             bounce: Pool::new(),
             zeroes: None,
+            zero_device: None,
         })
     }
 
@@ -109,10 +115,10 @@ impl FileQueue {
     fn first_step(&mut self, request: &Request) -> Result<Option<Step>, IoError> {
         Ok(Some(match request.op {
             Op::Read | Op::Write { .. } => {
-                let aligned = self
-                    .shared
-                    .alignment
-                    .is_none_or(|alignment| is_aligned(request, alignment));
+                // The block layer aligns what lies in the ring's table.
+                let aligned = request.buffers.ring().is_some()
+                    || (self.shared.alignment)
+                        .is_none_or(|alignment| is_aligned(request, alignment));
                 let fua = request.op == Op::Write { fua: true };
                 let forced = fua && !self.lacks(|l| &l.forced_writes);
                 if aligned {
@@ -150,10 +156,14 @@ impl FileQueue {
             kind: 0,
             index: slot,
         };
+        let flags = match step {
+            Step::ReadZeroes => squeue::Flags::empty(),
+            _ => self.fd_flags,
+        };
         // SAFETY: what the operation points to is the request's buffers and their list, valid until
         // the request is finished (`Buffers::from_list`), or a bounce buffer or the zeroes, which
         // this queue keeps until the thread has drained its ring.
-        match unsafe { ring.push(sqe.flags(self.fd_flags), token) } {
+        match unsafe { ring.push(sqe.flags(flags), token) } {
             Ok(()) => Progress::Pending,
             Err(crate::io::Full) => Progress::Full,
         }
@@ -165,6 +175,28 @@ impl FileQueue {
         let write_flags = if step.is_forced() { RWF_DSYNC } else { 0 };
         Ok(match step {
             Step::Begin => unreachable!("a request without a step"),
+            Step::Transfer { .. } if request.buffers.ring().is_some() => {
+                let (at, len, index) = in_ring(request);
+                if request.op == Op::Read {
+                    opcode::ReadFixed::new(fd, at.cast_mut(), len, index)
+                        .offset(offset)
+                        .build()
+                } else {
+                    opcode::WriteFixed::new(fd, at, len, index)
+                        .offset(offset)
+                        .rw_flags(write_flags)
+                        .build()
+                }
+            }
+            Step::ReadZeroes => {
+                let zeroes = match &self.zero_device {
+                    Some(device) => device,
+                    None => self.zero_device.insert(fs::File::open("/dev/zero")?),
+                };
+                let fd = types::Fd(zeroes.as_raw_fd());
+                let (at, len, index) = in_ring(request);
+                opcode::ReadFixed::new(fd, at.cast_mut(), len, index).build()
+            }
             Step::Transfer { .. } => match (request.op, request.buffers.list()) {
                 (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), clamp(one.iov_len))
                     .offset(offset)
@@ -247,6 +279,11 @@ impl FileQueue {
             Step::Transfer { .. } | Step::Bounce { .. } => {
                 self.after_transfer(step, request, moved)
             }
+            Step::ReadZeroes if moved == 0 => Err(IoError::Io),
+            Step::ReadZeroes => {
+                request.advance(moved);
+                Ok((request.remaining_bytes() > 0).then_some(step))
+            }
             Step::WriteZeroes => {
                 let resumable = self.resumable(moved, request);
                 if resumable == 0 {
@@ -290,6 +327,9 @@ impl FileQueue {
         }
         if at_end {
             // Somebody made the file shorter: what is not there reads as zeroes.
+            if request.buffers.ring().is_some() {
+                return Ok(Some(Step::ReadZeroes));
+            }
             request.buffers.zero_fill();
             return Ok(None);
         }
@@ -454,6 +494,16 @@ impl BackendQueue for FileQueue {
             Err(error) => self.end(slot, Err(error)),
         }
     }
+}
+
+/// What is left of a request's buffer in the ring's table: where it begins, its length, its index.
+/// Such a buffer begins at address 0.
+fn in_ring(request: &Request) -> (*const u8, u32, u16) {
+    let Some(buffer) = request.buffers.ring() else {
+        unreachable!("the data of this request is in memory")
+    };
+    let at = std::ptr::without_provenance(buffer.offset_bytes);
+    (at, clamp(buffer.len_bytes), buffer.index)
 }
 
 fn after_zeroing(request: &Request) -> Option<Step> {

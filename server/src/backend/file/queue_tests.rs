@@ -111,6 +111,62 @@ fn a_read_at_the_end_of_the_file_is_zero_filled() {
 }
 
 #[test]
+fn data_in_the_table_of_the_ring_is_read_and_written_there() {
+    for (op, code) in [
+        (Op::Read, opcode::ReadFixed::CODE),
+        (FORCED, opcode::WriteFixed::CODE),
+    ] {
+        let mut queue = queue(Some(SECTORS));
+        let range = Range {
+            offset_bytes: 8192,
+            len_bytes: 4096,
+        };
+        let mut request = Request::new(op, range, Buffers::in_ring(7, 4096));
+        let first = queue.first_step(&request).unwrap().unwrap();
+        assert!(
+            matches!(first, Step::Transfer { .. }),
+            "no bounce buffer can help"
+        );
+        assert_eq!(queue.next_step(first, &mut request, 1024), Ok(Some(first)));
+        let entry = queue.operation(first, &request).unwrap();
+        let bytes = sqe(&entry);
+        let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
+        assert_eq!(bytes[0], code);
+        // Position on the disk, position in the buffer, what is left, the buffer.
+        assert_eq!((word(8), word(16)), (8192 + 1024, 1024));
+        assert_eq!(bytes[24..28], 3072u32.to_ne_bytes());
+        assert_eq!(bytes[40..42], 7u16.to_ne_bytes());
+        assert_eq!(flags(&entry) != 0, op == FORCED);
+        assert_eq!(queue.next_step(first, &mut request, 3072), Ok(None));
+        request.finish();
+    }
+}
+
+#[test]
+fn what_lies_behind_the_end_of_the_file_comes_from_the_zero_device() {
+    let mut queue = queue(None);
+    let range = Range {
+        offset_bytes: 0,
+        len_bytes: 4096,
+    };
+    let mut request = Request::new(Op::Read, range, Buffers::in_ring(0, 4096));
+    assert_eq!(queue.next_step(PLAIN, &mut request, 1000), Ok(Some(PLAIN)));
+    let zeroes = Ok(Some(Step::ReadZeroes));
+    assert_eq!(queue.next_step(PLAIN, &mut request, 0), zeroes);
+    let bytes = sqe(&queue.operation(Step::ReadZeroes, &request).unwrap());
+    assert_eq!(bytes[0], opcode::ReadFixed::CODE);
+    assert_eq!(bytes[16..24], 1000u64.to_ne_bytes());
+    let device = queue.zero_device.as_ref().unwrap().as_raw_fd();
+    assert_eq!(bytes[4..8], device.to_ne_bytes());
+    assert_eq!(queue.next_step(Step::ReadZeroes, &mut request, 96), zeroes);
+    assert_eq!(
+        queue.next_step(Step::ReadZeroes, &mut request, 3000),
+        Ok(None)
+    );
+    request.finish();
+}
+
+#[test]
 fn a_write_that_moves_nothing_is_an_error() {
     let mut queue = queue(None);
     let mut memory = Memory::new(4096);

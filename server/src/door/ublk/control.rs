@@ -16,6 +16,7 @@ use libublk::sys;
 
 use super::error::{DeviceName, UblkError, Unavailable};
 use super::features::Features;
+use super::params::Params;
 
 const CONTROL_PATH: &str = "/dev/ublk-control";
 
@@ -161,7 +162,7 @@ impl Control {
     }
 
     /// Says what the disk of a device is like.
-    pub(super) fn set_params(&self, id: u32, params: sys::ublk_params) -> Result<(), UblkError> {
+    pub(super) fn set_params(&self, id: u32, params: Params) -> Result<(), UblkError> {
         self.exchange(SET_PARAMS, Some(id), params).map(drop)
     }
 

@@ -17,16 +17,16 @@ use std::time::{Duration, Instant};
 
 use libublk::sys;
 
-use super::UblkConfig;
 use super::control::{Control, NewDevice};
 use super::error::UblkError;
-use super::features::features_of;
+use super::features::{Features, features_of};
 use super::fence::WriteFence;
 use super::leftover;
 use super::memory::page_bytes;
-use super::params::{buffer_bytes, check_queues, params};
+use super::params::{Params, buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
-use crate::backend::Backend;
+use super::{DataPath, UblkConfig};
+use crate::backend::{Backend, RingBuffers};
 use crate::counters::Counters;
 use crate::io::mailbox::{self, Mailbox};
 use crate::queue_thread::QueueThread;
@@ -71,6 +71,7 @@ pub(super) struct Device {
     /// It was made by a server that died, and is not ours yet: if it cannot be taken over, it stays
     /// for the next who tries.
     others: bool,
+    zero_copy: bool,
 }
 
 impl Device {
@@ -86,6 +87,12 @@ impl Device {
         let params = params(limits, buffer_bytes(limits, page), page)?;
         let control = Control::open()?;
         let features = features_of(&control)?;
+        let ring_buffers = backend.ring_buffers();
+        let zero_copy = wants_zero_copy(config.data, ring_buffers, features)?;
+        let alignment_bytes = match ring_buffers {
+            RingBuffers::Better { alignment_bytes } if zero_copy => Some(alignment_bytes),
+            _ => None,
+        };
         let recovery = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE;
         let info = match config.take_over {
             Some(id) => leftover::take_over(&control, id)?,
@@ -94,10 +101,13 @@ impl Device {
                 queues: config.queues,
                 depth: config.depth,
                 buffer_bytes: buffer_bytes(limits, page),
-                flags: match config.recoverable && features.has(recovery) {
-                    true => recovery,
-                    false => 0,
-                },
+                flags: [
+                    (config.recoverable && features.has(recovery), recovery),
+                    (zero_copy, sys::UBLK_F_AUTO_BUF_REG),
+                ]
+                .into_iter()
+                .filter_map(|(wanted, bits)| wanted.then_some(bits))
+                .sum(),
             })?,
         };
         let (sender, events) = channel();
@@ -112,8 +122,17 @@ impl Device {
             failure: None,
             removed: false,
             others: config.take_over.is_some(),
+            zero_copy: is_zero_copy(&info),
         };
+        if device.zero_copy && ring_buffers == RingBuffers::No {
+            return Err(UblkError::Config(
+                "the device was made for data without a copy, which this disk cannot do; remove it \
+                 with ublkup doctor --clean"
+                    .into(),
+            ));
+        }
         if !device.others {
+            let params = Params::new(params, alignment_bytes);
             device.control.set_params(device.id, params)?;
         }
         device.char_device = Some(Arc::new(open_char_device(device.id)?));
@@ -126,6 +145,10 @@ impl Device {
 
     pub(super) fn id(&self) -> u32 {
         self.id
+    }
+
+    pub(super) fn is_zero_copy(&self) -> bool {
+        self.zero_copy
     }
 
     pub(super) fn queues(&self) -> usize {
@@ -226,6 +249,7 @@ impl Device {
                 counters: counters(),
                 fault: Arc::new(AtomicI32::new(0)),
                 refuse_writes: config.refuse_writes,
+                zero_copy: self.zero_copy,
                 threads: config.threads.clone(),
             };
             let backend = Arc::clone(backend);
@@ -354,6 +378,31 @@ impl Drop for Device {
     }
 }
 
+/// Whether a new device shall have the driver register the data of its requests.
+fn wants_zero_copy(
+    wanted: DataPath,
+    backend: RingBuffers,
+    features: Features,
+) -> Result<bool, UblkError> {
+    let driver = features.has(sys::UBLK_F_AUTO_BUF_REG);
+    match wanted {
+        DataPath::Copy => Ok(false),
+        DataPath::Auto => Ok(driver && matches!(backend, RingBuffers::Better { .. })),
+        DataPath::ZeroCopy if !driver => Err(UblkError::Config(
+            "this kernel's driver cannot do without a copy (UBLK_F_AUTO_BUF_REG, Linux 6.16)"
+                .into(),
+        )),
+        DataPath::ZeroCopy if backend == RingBuffers::No => Err(UblkError::Config(
+            "a disk in memory cannot do without a copy; leave --ublk-data away".into(),
+        )),
+        DataPath::ZeroCopy => Ok(true),
+    }
+}
+
+fn is_zero_copy(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    info.flags & u64::from(sys::UBLK_F_AUTO_BUF_REG) != 0
+}
+
 /// What a queue thread does, from its first to its last instruction.
 fn serve_queue<B: Backend>(
     config: QueueConfig,
@@ -366,8 +415,12 @@ fn serve_queue<B: Backend>(
     let text = |error: io::Error| error.to_string();
     let threads = config.threads.clone();
     threads.settle(config.queue).map_err(text)?;
+    let (zero_copy, depth) = (config.zero_copy, config.depth);
     let queue = UblkQueue::new(config).map_err(text)?;
     let thread = QueueThread::new(queue, backend, mailbox, &counters, &threads).map_err(text)?;
+    if zero_copy {
+        thread.reserve_buffers(depth.into()).map_err(text)?;
+    }
     let _ = events.send(Event::Ready);
     thread.run().map_err(text)?;
     match fault.load(Ordering::Relaxed) {

@@ -56,6 +56,8 @@ pub struct UblkConfig {
     pub depth: u16,
     /// How queue threads run.
     pub threads: ThreadOptions,
+    /// How data gets to the backend and back.
+    pub data: DataPath,
     /// Whether the device outlives a server that dies, where the driver can do that: requests then
     /// wait for the next server instead of failing.
     pub recoverable: bool,
@@ -64,6 +66,29 @@ pub struct UblkConfig {
     pub take_over: Option<u32>,
     /// Begin without writes; see [`UblkDoor::writes`].
     pub refuse_writes: bool,
+}
+
+/// How the data of a request gets to the backend and back.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataPath {
+    /// Without a copy if the driver can and the backend does less work for it.
+    #[default]
+    Auto,
+    /// The driver copies between the request's pages and a buffer of the server.
+    Copy,
+    /// The driver registers the request's pages with the ring (`UBLK_F_AUTO_BUF_REG`, Linux 6.16).
+    ZeroCopy,
 }
 
 /// How a door ended that nobody stopped.
@@ -80,6 +105,7 @@ pub enum DoorEnd {
 pub struct UblkDoor {
     id: u32,
     queues: usize,
+    zero_copy: bool,
     fence: Arc<WriteFence>,
     /// Weak: the device can be removed only after this file was closed.
     char_device: Weak<File>,
@@ -105,7 +131,7 @@ impl UblkDoor {
         on_end: impl FnOnce(DoorEnd) + Send + 'static,
     ) -> Result<Self, UblkError> {
         let (mut device, events) = Device::start(config, backend, counters)?;
-        let (id, queues) = (device.id(), device.queues());
+        let (id, queues, zero_copy) = (device.id(), device.queues(), device.is_zero_copy());
         let fence = Arc::new(device.fence());
         let char_device = device.char_device();
         let (say, result) = channel();
@@ -128,6 +154,7 @@ impl UblkDoor {
         Ok(Self {
             id,
             queues,
+            zero_copy,
             fence,
             char_device,
             events,
@@ -145,6 +172,15 @@ impl UblkDoor {
     #[must_use]
     pub fn queues(&self) -> usize {
         self.queues
+    }
+
+    /// How data gets to the backend and back: [`DataPath::Copy`] or [`DataPath::ZeroCopy`].
+    #[must_use]
+    pub fn data_path(&self) -> DataPath {
+        match self.zero_copy {
+            true => DataPath::ZeroCopy,
+            false => DataPath::Copy,
+        }
     }
 
     /// The disk.

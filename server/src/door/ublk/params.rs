@@ -96,6 +96,51 @@ pub(super) fn params(
     Ok(params)
 }
 
+/// The parameters as Linux 6.16 knows them (`struct ublk_params`); the bindings end before the
+/// alignment of data.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct Params {
+    len: u32,
+    types: u32,
+    basic: sys::ublk_param_basic,
+    discard: sys::ublk_param_discard,
+    devt: sys::ublk_param_devt,
+    zoned: sys::ublk_param_zoned,
+    dma: sys::ublk_param_dma_align,
+}
+
+const _: () = {
+    use std::mem::offset_of;
+    // The driver takes as much as `len` says, from the beginning.
+    assert!(offset_of!(Params, zoned) == offset_of!(sys::ublk_params, zoned));
+    let zoned_end = offset_of!(Params, zoned) + size_of::<sys::ublk_param_zoned>();
+    assert!(offset_of!(Params, dma) == zoned_end);
+};
+
+impl Params {
+    /// Parameters; and if backends reach the data of requests themselves, how it must lie in memory.
+    pub(super) fn new(known: sys::ublk_params, alignment_bytes: Option<u32>) -> Self {
+        let mut params = Self {
+            len: known.len,
+            types: known.types,
+            basic: known.basic,
+            discard: known.discard,
+            devt: known.devt,
+            zoned: known.zoned,
+            ..Self::default()
+        };
+        if let Some(bytes) = alignment_bytes {
+            params.types |= sys::UBLK_PARAM_TYPE_DMA_ALIGN;
+            // The driver wants a mask, and four bytes at least.
+            params.dma.alignment = bytes.max(4) - 1;
+            // A struct of some hundred bytes.
+            params.len = u32::try_from(size_of::<Self>()).unwrap_or(u32::MAX);
+        }
+        params
+    }
+}
+
 /// Whether two disks look the same to those who use them.
 pub(super) fn same_disk(one: &sys::ublk_params, other: &sys::ublk_params) -> bool {
     let facts = |params: &sys::ublk_params| {

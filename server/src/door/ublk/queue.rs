@@ -8,11 +8,11 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, mpsc};
 
-use io_uring::{opcode, types};
+use io_uring::{opcode, squeue, types};
 use libublk::sys;
 
 use super::fence::Writes;
@@ -46,6 +46,8 @@ pub(super) struct QueueConfig {
     pub(super) fault: Arc<AtomicI32>,
     /// Begins without writes, until they are accepted.
     pub(super) refuse_writes: bool,
+    /// The driver registers the data of requests with the ring, at the index of the tag.
+    pub(super) zero_copy: bool,
     /// How the queue's thread runs.
     pub(super) threads: ThreadOptions,
 }
@@ -54,7 +56,11 @@ pub(super) struct QueueConfig {
 pub(super) struct UblkQueue {
     config: QueueConfig,
     descriptors: Descriptors,
-    buffers: IoBuffers,
+    /// The character device in the ring's table, or the descriptor itself; the flags tell which.
+    fd: types::Fd,
+    fd_flags: squeue::Flags,
+    /// Not there when the driver registers the data of requests.
+    buffers: Option<IoBuffers>,
     /// Tags with a request that was not begun.
     fetched: VecDeque<u16>,
     /// Tags with an answer for the driver, and the answers by tag.
@@ -72,7 +78,12 @@ impl UblkQueue {
         let depth = config.depth;
         Ok(Self {
             descriptors: Descriptors::map(&config.char_device, config.queue, depth)?,
-            buffers: IoBuffers::new(depth, config.buffer_bytes)?,
+            fd: types::Fd(config.char_device.as_raw_fd()),
+            fd_flags: squeue::Flags::empty(),
+            buffers: match config.zero_copy {
+                true => None,
+                false => Some(IoBuffers::new(depth, config.buffer_bytes)?),
+            },
             fetched: VecDeque::with_capacity(depth.into()),
             answered: Vec::with_capacity(depth.into()),
             answers: vec![0; depth.into()].into_boxed_slice(),
@@ -88,12 +99,15 @@ impl UblkQueue {
             q_id: self.config.queue,
             tag,
             result,
-            addr: self.buffers.address(tag),
+            addr: (self.buffers.as_ref()).map_or(0, |buffers| buffers.address(tag)),
         };
-        let fd = types::Fd(self.config.char_device.as_raw_fd());
-        let sqe = opcode::UringCmd16::new(fd, number)
+        // Where the buffer goes in the ring's table: `struct ublk_auto_buf_reg`, all in one word.
+        let index = self.config.zero_copy.then_some(u64::from(tag));
+        let sqe = opcode::UringCmd16::new(self.fd, number)
+            .addr(index)
             .cmd(command_bytes(words))
-            .build();
+            .build()
+            .flags(self.fd_flags);
         let token = Token {
             owner: Owner::Door,
             kind: 0,
@@ -114,7 +128,9 @@ impl UblkQueue {
     /// ring closes, and a request may arrive until then.
     fn give_up(&mut self) {
         self.quit = true;
-        self.buffers.leak();
+        if let Some(buffers) = &mut self.buffers {
+            buffers.leak();
+        }
     }
 
     /// What a descriptor asks for, if it may be done.
@@ -147,6 +163,10 @@ impl DoorQueue for UblkQueue {
     }
 
     fn start(&mut self, ring: &mut Ring) -> Result<(), Full> {
+        if let Some(index) = ring.register_file(self.config.char_device.as_fd()) {
+            self.fd = types::Fd(index);
+            self.fd_flags = squeue::Flags::FIXED_FILE;
+        }
         (0..self.config.depth).try_for_each(|tag| self.push(ring, sys::UBLK_U_IO_FETCH_REQ, tag, 0))
     }
 
@@ -180,10 +200,12 @@ impl DoorQueue for UblkQueue {
                     let buffers = if op.has_data() {
                         // No truncation: `parse` compared it to the size of a buffer.
                         let len = usize::try_from(range.len_bytes).unwrap_or(usize::MAX);
-                        let list = self.buffers.list(tag, len);
-                        // SAFETY: list and memory belong to this request until `complete`: the
-                        // driver hands out a tag again only after its commit.
-                        unsafe { Buffers::from_list(list) }
+                        match &mut self.buffers {
+                            // SAFETY: list and memory belong to this request until `complete`: the
+                            // driver hands out a tag again only after its commit.
+                            Some(buffers) => unsafe { Buffers::from_list(buffers.list(tag, len)) },
+                            None => Buffers::in_ring(tag, len),
+                        }
                     } else {
                         Buffers::NONE
                     };
@@ -313,6 +335,7 @@ mod tests {
             counters: Arc::default(),
             fault: Arc::default(),
             refuse_writes: false,
+            zero_copy: false,
             threads: ThreadOptions::default(),
         })
         .unwrap()

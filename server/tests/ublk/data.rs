@@ -1,0 +1,137 @@
+//! The ways of data between a block device's requests and the storage.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::serving::{Lab, Server};
+use crate::{MIB, dd, noise, run};
+
+/// Serves a disk through the block door; its server and its device.
+fn serve(lab: &Lab, name: &str, spec: &str, args: &[&str]) -> (Server, PathBuf) {
+    let doors = ["--ublk", "yes", "--vhost", "no", "--name", name];
+    let server = lab.serve(&[&doors, args, &[spec]].concat());
+    let stat = stat(lab, name);
+    let device = stat["ublk"]["device"].as_str().unwrap().into();
+    (server, device)
+}
+
+fn stat(lab: &Lab, name: &str) -> serde_json::Value {
+    serde_json::from_str(&lab.ok(&["stat", name, "--json"])).unwrap()
+}
+
+/// Storage that takes data without a copy: a block device of another server, in memory.
+fn storage(lab: &Lab, name: &str) -> (Server, PathBuf) {
+    serve(lab, name, "mem:64M", &[])
+}
+
+fn same(one: &Path, other: &Path, skip: u64, bytes: u64) {
+    let (skip, bytes) = (format!("{skip}:0"), bytes.to_string());
+    let files = [one.to_str().unwrap(), other.to_str().unwrap()];
+    run("cmp", &[&["-i", &skip, "-n", &bytes], &files[..]].concat()).unwrap();
+}
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn data_that_the_driver_registers_arrives_whole() {
+    let lab = Lab::new();
+    for mode in ["copy", "zero-copy", "auto"] {
+        let (lower, storage) = storage(&lab, "lower");
+        let spec = format!("file:{}", storage.display());
+        let (upper, disk) = serve(&lab, "upper", &spec, &["--ublk-data", mode]);
+        let used = if mode == "copy" { "copy" } else { "zero-copy" };
+        assert_eq!(stat(&lab, "upper")["ublk"]["data"], used);
+        let wanted = noise("data", 16 * MIB);
+        let got = wanted.with_extension("back");
+        for block in ["bs=512", "bs=24k", "bs=2M"] {
+            let write = ["oflag=direct,seek_bytes", "seek=512", "conv=fsync", block];
+            dd(&wanted, &disk, &write).unwrap();
+            let count = format!("count={}", 16 * MIB);
+            let read = [
+                "iflag=direct,skip_bytes,count_bytes",
+                "skip=512",
+                "bs=1M",
+                &count,
+            ];
+            dd(&disk, &got, &read).unwrap();
+            same(&wanted, &got, 0, 16 * MIB);
+        }
+        // Through the page cache, whose pages come in all orders.
+        dd(
+            &wanted,
+            &disk,
+            &["oflag=seek_bytes", "seek=20M", "bs=3k", "conv=fsync"],
+        )
+        .unwrap();
+        run("blockdev", &["--flushbufs", disk.to_str().unwrap()]).unwrap();
+        dd(
+            &disk,
+            &got,
+            &[
+                "iflag=skip_bytes,count_bytes",
+                "skip=20M",
+                "bs=7k",
+                "count=16M",
+            ],
+        )
+        .unwrap();
+        same(&wanted, &got, 0, 16 * MIB);
+        let counters = stat(&lab, "upper")["ublk"]["counters"].clone();
+        assert_eq!(counters["errors"], 0);
+        upper.stop();
+        // What the other one served is what is there.
+        same(&storage, &wanted, 512, 16 * MIB);
+        lower.stop();
+        let _ = (fs::remove_file(wanted), fs::remove_file(got));
+    }
+    lab.is_clean();
+}
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_disk_that_must_reach_its_data_gets_a_copy_or_says_so() {
+    let lab = Lab::new();
+    let (memory, _) = storage(&lab, "memory");
+    assert_eq!(stat(&lab, "memory")["ublk"]["data"], "copy");
+    memory.stop();
+    let zero_copy = ["--ublk", "yes", "--vhost", "no", "--ublk-data", "zero-copy"];
+    let refused = [&zero_copy[..], &["mem:1M"]].concat();
+    lab.serve_fails(&refused, 1, &["without a copy", "--ublk-data"]);
+    // Nobody fills what a null disk is to read: only for who asks.
+    let (null, _) = serve(&lab, "null", "null:1M", &[]);
+    assert_eq!(stat(&lab, "null")["ublk"]["data"], "copy");
+    null.stop();
+    let (null, disk) = serve(&lab, "null", "null:1M", &["--ublk-data", "zero-copy"]);
+    assert_eq!(stat(&lab, "null")["ublk"]["data"], "zero-copy");
+    dd(&disk, Path::new("/dev/null"), &["bs=64k", "iflag=direct"]).unwrap();
+    dd(
+        Path::new("/dev/zero"),
+        &disk,
+        &["bs=64k", "count=16", "oflag=direct"],
+    )
+    .unwrap();
+    null.stop();
+    lab.is_clean();
+}
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_device_without_copies_outlives_its_server() {
+    let lab = Lab::new();
+    let (lower, storage) = storage(&lab, "lower");
+    let spec = format!("file:{}", storage.display());
+    let (upper, disk) = serve(&lab, "upper", &spec, &[]);
+    assert_eq!(stat(&lab, "upper")["ublk"]["data"], "zero-copy");
+    let wanted = noise("outlives", 8 * MIB);
+    dd(&wanted, &disk, &["bs=64k", "oflag=direct"]).unwrap();
+    upper.kill();
+    // However the next one is told to do it, the device stays as it was made.
+    let (upper, again) = serve(&lab, "upper", &spec, &["--ublk-data", "copy"]);
+    assert_eq!(again, disk);
+    assert_eq!(stat(&lab, "upper")["ublk"]["data"], "zero-copy");
+    run("blockdev", &["--flushbufs", disk.to_str().unwrap()]).unwrap();
+    same(&disk, &wanted, 0, 8 * MIB);
+    upper.stop();
+    lower.stop();
+    let _ = fs::remove_file(wanted);
+    lab.is_clean();
+}
