@@ -29,7 +29,10 @@ fn cargo(repo: &Path) -> Command {
 }
 
 /// The target directory this binary is in.
-fn target_dir() -> Result<PathBuf> {
+///
+/// # Errors
+/// The lab's binary is in a strange place.
+pub fn target_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe().context("cannot find the lab's own binary")?;
     exe.ancestors()
         .nth(2)
