@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, Spec};
 use crate::config::{check_together, read_file};
+use crate::polling::Polling;
+use crate::threads::Cpus;
 
 /// Serves disks as /dev/ublkbN block devices and as vhost-user-blk sockets, from one backend.
 #[derive(Debug, Parser)]
@@ -139,6 +141,17 @@ pub struct Serve {
     #[arg(long, value_name = "N")]
     pub depth: Option<u16>,
 
+    /// How long an idle queue thread looks for work before it sleeps, where that has paid off lately,
+    /// in microseconds; 0: not at all; always: it never sleeps and keeps a processor to itself
+    /// [default: 100]
+    #[arg(long, value_name = "N|always")]
+    pub poll_us: Option<Polling>,
+
+    /// Processors for the queue threads of each door, like 2,4-7: one each, from the first again
+    /// when there are more threads [default: wherever there is room]
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<Cpus>,
+
     /// Seconds for which the disk is kept for a vhost client that died, before the block device is
     /// writable again [default: 10]
     #[arg(long, value_name = "SECONDS")]
@@ -199,6 +212,8 @@ impl Serve {
             vhost_socket: self.vhost_socket.clone(),
             queues: self.queues,
             depth: self.depth,
+            poll_us: self.poll_us,
+            cpus: self.cpus.clone(),
             reconnect_grace: self.reconnect_grace,
         };
         let alone = self.specs.len() == 1 && self.config.is_none();

@@ -12,7 +12,9 @@ pub use file::read_file;
 pub use size::{format_size, parse_size};
 pub use spec::{BackendSpec, Spec};
 
+use crate::polling::Polling;
 use crate::request::Serial;
+use crate::threads::{Cpus, ThreadOptions};
 
 /// Whether a door is to be opened.
 #[derive(
@@ -74,6 +76,8 @@ pub struct ExportConfig {
     pub queues: u16,
     /// Requests under way per ublk queue.
     pub depth: u16,
+    /// How queue threads run.
+    pub threads: ThreadOptions,
     /// How long the disk is kept for a vhost client that died.
     pub reconnect_grace: Duration,
 }
@@ -98,6 +102,10 @@ pub struct ExportOptions {
     pub queues: Option<u16>,
     /// See [`ExportConfig::depth`].
     pub depth: Option<u16>,
+    /// See [`ThreadOptions::polling`]; in microseconds, or `always`.
+    pub poll_us: Option<Polling>,
+    /// See [`ThreadOptions::cpus`].
+    pub cpus: Option<Cpus>,
     /// See [`ExportConfig::reconnect_grace`]; in seconds.
     pub reconnect_grace: Option<u32>,
 }
@@ -126,6 +134,8 @@ impl ExportOptions {
             vhost_socket: self.vhost_socket.or_else(|| other.vhost_socket.clone()),
             queues: self.queues.or(other.queues),
             depth: self.depth.or(other.depth),
+            poll_us: self.poll_us.or(other.poll_us),
+            cpus: self.cpus.or_else(|| other.cpus.clone()),
             reconnect_grace: self.reconnect_grace.or(other.reconnect_grace),
         }
     }
@@ -205,6 +215,10 @@ impl ExportOptions {
             vhost_socket: self.vhost_socket,
             queues,
             depth,
+            threads: ThreadOptions {
+                polling: self.poll_us.unwrap_or_default(),
+                cpus: self.cpus,
+            },
             reconnect_grace: Duration::from_secs(grace.into()),
         })
     }

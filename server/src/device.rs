@@ -351,6 +351,7 @@ impl House<'_> {
             name: self.config.name.clone(),
             socket,
             queue_threads: self.config.queues,
+            threads: self.config.threads.clone(),
             access: Arc::clone(access),
         };
         let door = VhostDoor::start(vhost, Arc::clone(disk), Arc::clone(&registry))?;
@@ -402,6 +403,7 @@ impl House<'_> {
             id: config.ublk_id,
             queues: config.queues,
             depth: config.depth,
+            threads: config.threads.clone(),
             // What was in memory has gone with the server; requests had better fail.
             recoverable: matches!(config.backend, BackendSpec::File { .. }),
             take_over: survivor,

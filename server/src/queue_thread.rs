@@ -7,27 +7,32 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, BackendQueue};
 use crate::counters::Counters;
 use crate::door::{DoorQueue, Next};
 use crate::io::mailbox::Mailbox;
 use crate::io::{Completion, Owner, Ring, Slot, SlotTable};
-use crate::request::{Op, Outcome, Progress, Request};
+use crate::polling::{Look, Poller};
+use crate::request::{Outcome, Progress, Request};
+use crate::threads::ThreadOptions;
 
 /// Completions dispatched per round at most.
 const BATCH: usize = 256;
 
+/// Requests begun and ended per round at most: answers are shown to the client in batches of this
+/// size, so that it can go on while the next ones are being worked on.
+const ANSWERS: u64 = 16;
+
+/// An idle thread that looks for work looks at the clock after this many times.
+const LOOKS_PER_CLOCK: u32 = 64;
+
+/// A thread that did not get to its clock for so long while it looked was not running.
+const INTERRUPTION: Duration = Duration::from_micros(500);
+
 /// How long a thread that ends waits for operations it cancelled.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
-
-/// A request under way and what the counters want to know when it ends.
-struct Running {
-    request: Request,
-    op: Op,
-    len_bytes: u64,
-}
 
 /// Drives one door queue over one backend queue.
 pub struct QueueThread<D: DoorQueue, B: Backend> {
@@ -35,11 +40,16 @@ pub struct QueueThread<D: DoorQueue, B: Backend> {
     mailbox: Mailbox<D::Command>,
     door: D,
     backend: B::Queue,
-    running: SlotTable<Running>,
+    running: SlotTable<Request>,
     /// Requests the backend had no room for, in order.
     backlog: VecDeque<Slot>,
     batch: Vec<Completion>,
     counters: Arc<Counters>,
+    poller: Poller,
+    /// Requests ended so far.
+    answered: u64,
+    /// Whether a request was begun or ended in this round.
+    worked: bool,
 }
 
 impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
@@ -54,7 +64,8 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         door: D,
         disk: &B,
         mailbox: Mailbox<D::Command>,
-        counters: Arc<Counters>,
+        counters: &Arc<Counters>,
+        options: &ThreadOptions,
     ) -> io::Result<Self> {
         let slots = door.slots();
         // Each request has at most one operation on the ring, the mailbox one, and a cancellation
@@ -70,7 +81,10 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
             running: SlotTable::new(slots),
             backlog: VecDeque::with_capacity(slots),
             batch: Vec::with_capacity(BATCH),
-            counters,
+            counters: Arc::clone(counters),
+            poller: Poller::new(options.polling),
+            answered: 0,
+            worked: false,
         })
     }
 
@@ -99,17 +113,51 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         self.mailbox.arm(&mut self.ring).map_err(full)?;
         self.door.start(&mut self.ring).map_err(full)?;
         loop {
+            self.worked = false;
             self.dispatch();
             self.start_requests();
             self.counters.count_batch(self.ring.enters());
+            if self.worked {
+                self.poller.worked();
+            }
             let want = match self.door.end_batch(&mut self.ring) {
                 Next::Exit if self.running.used() == 0 => return Ok(()),
                 // A backlog waits for completions like everything else.
-                Next::Exit | Next::Sleep => 1,
+                Next::Exit => 1,
                 Next::Again => usize::from(!self.backlog.is_empty()),
+                Next::Idle => usize::from(!self.look()? && self.door.listen(&mut self.ring)),
             };
             self.ring.submit_and_wait(want)?;
             self.ring.reap(&mut self.batch);
+        }
+    }
+
+    /// Looks for work, for as long as it seems worth it. Says whether there is some.
+    fn look(&mut self) -> io::Result<bool> {
+        let until = match self.poller.look(self.running.used()) {
+            Look::Sleep => return Ok(false),
+            Look::Until(end) => Some(end),
+            Look::ForEver => None,
+        };
+        // What others wait for goes first.
+        self.ring.submit_and_wait(0)?;
+        let mut last = None;
+        loop {
+            for _ in 0..LOOKS_PER_CLOCK {
+                if self.ring.has_news() || self.door.has_news() {
+                    return Ok(true);
+                }
+                std::hint::spin_loop();
+            }
+            let Some(until) = until else { continue };
+            let now = Instant::now();
+            if last.is_some_and(|last| now - last > INTERRUPTION) {
+                self.poller.was_interrupted();
+            }
+            if now >= until {
+                return Ok(false);
+            }
+            last = Some(now);
         }
     }
 
@@ -124,11 +172,10 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
                 Owner::Door => self.door.event(&mut self.ring, completion),
                 Owner::Backend => {
                     let slot = completion.token.index;
-                    let running = self.running.get_mut(slot);
                     let progress = self.backend.advance(
                         &mut self.ring,
                         slot,
-                        &mut running.request,
+                        self.running.get_mut(slot),
                         completion.token.kind,
                         completion.result,
                     );
@@ -163,16 +210,16 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         }
         // A client that refills its queue as fast as it is emptied must not keep the thread from
         // its other completions: one table full per round.
+        let enough = self.answered + ANSWERS;
         for _ in 0..self.door.slots() {
+            if self.answered >= enough {
+                return;
+            }
             let Some((slot, request)) = self.door.next(&mut self.ring) else {
                 return;
             };
-            let running = Running {
-                op: request.op,
-                len_bytes: request.len_bytes,
-                request,
-            };
-            self.running.put(slot, running);
+            self.worked = true;
+            self.running.put(slot, request);
             if self.start(slot) == Started::NoRoom {
                 return;
             }
@@ -180,7 +227,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
     }
 
     fn start(&mut self, slot: Slot) -> Started {
-        let request = &mut self.running.get_mut(slot).request;
+        let request = self.running.get_mut(slot);
         let progress = self.backend.start(&mut self.ring, slot, request);
         self.settle(slot, progress)
     }
@@ -198,10 +245,11 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
     }
 
     fn complete(&mut self, slot: Slot, outcome: Outcome) {
-        let running = self.running.take(slot);
-        self.counters.count(running.op, running.len_bytes, outcome);
-        self.door
-            .complete(&mut self.ring, slot, running.request, outcome);
+        self.worked = true;
+        self.answered += 1;
+        let request = self.running.take(slot);
+        self.counters.count(request.op, request.len_bytes, outcome);
+        self.door.complete(&mut self.ring, slot, request, outcome);
     }
 }
 
@@ -312,7 +360,7 @@ mod tests {
         }
 
         fn end_batch(&mut self, _: &mut Ring) -> Next {
-            if self.quit { Next::Exit } else { Next::Sleep }
+            if self.quit { Next::Exit } else { Next::Idle }
         }
 
         fn abandons_operations(&self) -> bool {
@@ -342,7 +390,14 @@ mod tests {
         let (commands, mailbox) = Mailbox::new().unwrap();
         let thread = thread::spawn(move || {
             let disk = Null::new(small_disk(1 << 20));
-            let thread = QueueThread::new(door, &disk, mailbox, Arc::default()).unwrap();
+            let thread = QueueThread::new(
+                door,
+                &disk,
+                mailbox,
+                &Arc::default(),
+                &ThreadOptions::default(),
+            )
+            .unwrap();
             thread.run().unwrap();
             // The end of a thread waits for its kernel workers in any case: look before it.
             target.ended.load(Ordering::Acquire) == 0

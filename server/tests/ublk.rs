@@ -58,6 +58,7 @@ fn config() -> UblkConfig {
         id: None,
         queues: 4,
         depth: 32,
+        threads: ublkup::threads::ThreadOptions::default(),
         recoverable: false,
         take_over: None,
         refuse_writes: false,

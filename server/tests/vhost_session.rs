@@ -600,6 +600,7 @@ fn socket_paths_are_taken_over_only_when_nobody_is_there() {
             name: "test".into(),
             socket: scratch.0.join(name),
             queue_threads: 1,
+            threads: ublkup::threads::ThreadOptions::default(),
             access: open_access(false),
         };
         let disk = Arc::new(MemoryDisk::new(limits(1 << 20)).unwrap());

@@ -13,7 +13,8 @@ use crate::request::{Outcome, Request};
 ///
 /// In each round the thread calls [`command`](Self::command) and [`event`](Self::event) for what
 /// arrived, then [`next`](Self::next) until there is nothing, [`complete`](Self::complete) for what
-/// ended, and [`end_batch`](Self::end_batch) last. Completions of what the door puts on the ring
+/// ended, and [`end_batch`](Self::end_batch) last; before it sleeps it calls
+/// [`listen`](Self::listen). Completions of what the door puts on the ring
 /// must carry [`crate::io::Owner::Door`].
 pub trait DoorQueue {
     /// What other threads may ask of this one.
@@ -45,11 +46,20 @@ pub trait DoorQueue {
     /// Answers a request. The answer may wait for [`end_batch`](Self::end_batch).
     fn complete(&mut self, ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome);
 
-    /// Publishes the answers of this round, notifies clients, gets ready to sleep.
-    ///
-    /// Returns what the thread does next. A door that returns [`Next::Sleep`] has made sure that
-    /// whatever arrives from now on completes an operation on the ring.
+    /// Publishes the answers of this round, notifies clients, and says what the thread does next.
     fn end_batch(&mut self, ring: &mut Ring) -> Next;
+
+    /// Whether something arrived that no completion on the ring tells of. Asked again and again
+    /// by a thread that looks for work before it sleeps.
+    fn has_news(&self) -> bool {
+        false
+    }
+
+    /// Gets ready to sleep: whatever arrives from now on completes an operation on the ring.
+    /// False when something is there already.
+    fn listen(&mut self, _ring: &mut Ring) -> bool {
+        true
+    }
 
     /// Whether the door leaves what it still has on the ring to the kernel when the thread ends,
     /// because no cancellation reaches it. It then leaks the memory that these operations point to.
@@ -63,8 +73,8 @@ pub trait DoorQueue {
 pub enum Next {
     /// Another round at once: there are requests waiting.
     Again,
-    /// Sleep until a completion arrives.
-    Sleep,
+    /// Nothing to do until something arrives.
+    Idle,
     /// The door is closed and everything is answered: the thread ends.
     Exit,
 }

@@ -33,7 +33,12 @@ pub struct Ring {
     in_flight_by_owner: [usize; 4],
     /// Counted for `stat`: `io_uring_enter` calls.
     enters: u64,
+    /// How many more times the kernel's flag is not believed.
+    ignored_flags: u32,
 }
+
+/// For how many looks the kernel's flag is not believed after it stood for nothing.
+const IGNORED_FLAGS: u32 = 16;
 
 impl Ring {
     /// A ring for at most `in_flight` operations at once.
@@ -72,6 +77,7 @@ impl Ring {
             in_flight: 0,
             in_flight_by_owner: [0; 4],
             enters: 0,
+            ignored_flags: 0,
         })
     }
 
@@ -130,11 +136,9 @@ impl Ring {
     ///
     /// What `io_uring_enter` answers beyond that: the ring is broken.
     pub fn submit_and_wait(&mut self, want: usize) -> io::Result<()> {
-        let submissions = self.uring.submission();
-        let queued = submissions.len();
-        let held_back = submissions.taskrun() || submissions.cq_overflow();
-        drop(submissions);
-        if queued == 0 && want == 0 && !held_back {
+        let queued = self.uring.submission().len();
+        let for_the_flag = queued == 0 && want == 0;
+        if for_the_flag && !self.holds_back() {
             return Ok(());
         }
         self.enters += 1;
@@ -148,7 +152,26 @@ impl Ring {
                 .submitter()
                 .enter::<libc::sigset_t>(queued, want, GETEVENTS, None)
         };
+        if for_the_flag && self.uring.completion().is_empty() {
+            self.ignored_flags = IGNORED_FLAGS;
+        }
         ignore_passing(result)
+    }
+
+    /// Whether the kernel says that it has completions which it makes only when it is entered.
+    ///
+    /// It sets the flag a moment after it notes what there is to do, and clears it when it does
+    /// that. Where the thread comes in between, the flag stays without a reason until there is one
+    /// again; whoever believes it every time enters the kernel all the time.
+    fn holds_back(&mut self) -> bool {
+        let submissions = self.uring.submission();
+        if !submissions.taskrun() && !submissions.cq_overflow() {
+            self.ignored_flags = 0;
+            return false;
+        }
+        let believed = self.ignored_flags == 0;
+        self.ignored_flags = self.ignored_flags.saturating_sub(1);
+        believed
     }
 
     /// As [`Ring::submit_and_wait`], but waits for one completion until `limit` at the longest.
@@ -181,6 +204,12 @@ impl Ring {
                 flags: cqe.flags(),
             });
         }
+    }
+
+    /// Whether completions are there, or would be after a call of [`Ring::submit_and_wait`]. Makes no
+    /// system call.
+    pub fn has_news(&mut self) -> bool {
+        !self.uring.completion().is_empty() || self.holds_back()
     }
 
     /// Operations queued or under way.

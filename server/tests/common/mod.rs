@@ -19,7 +19,9 @@ use ublkup::access::Access;
 use ublkup::backend::Backend;
 use ublkup::counters::Registry;
 use ublkup::door::vhost::{VhostConfig, VhostDoor};
+use ublkup::polling::Polling;
 use ublkup::request::{Limits, Serial};
+use ublkup::threads::ThreadOptions;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -116,12 +118,21 @@ pub struct House {
 
 impl House {
     pub fn new<B: Backend>(disk: B, queue_threads: u16) -> Self {
+        Self::polling(disk, queue_threads, Polling::default())
+    }
+
+    /// A house whose queue threads wait in this way.
+    pub fn polling<B: Backend>(disk: B, queue_threads: u16, polling: Polling) -> Self {
         let scratch = Scratch::new();
         let counters = Arc::new(Registry::default());
         let config = VhostConfig {
             name: "test".into(),
             socket: scratch.0.join("s"),
             queue_threads,
+            threads: ThreadOptions {
+                polling,
+                cpus: None,
+            },
             access: open_access(disk.limits().read_only),
         };
         let door = VhostDoor::start(config, Arc::new(disk), Arc::clone(&counters)).unwrap();

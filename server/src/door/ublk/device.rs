@@ -117,7 +117,7 @@ impl Device {
             device.control.set_params(device.id, params)?;
         }
         device.char_device = Some(Arc::new(open_char_device(device.id)?));
-        device.spawn(&info, config.refuse_writes, backend, counters, &sender)?;
+        device.spawn(&info, config, backend, counters, &sender)?;
         device.await_ready()?;
         device.start_disk()?;
         device.others = false;
@@ -204,7 +204,7 @@ impl Device {
     fn spawn<B: Backend>(
         &mut self,
         info: &sys::ublksrv_ctrl_dev_info,
-        refuse_writes: bool,
+        config: &UblkConfig,
         backend: &Arc<B>,
         mut counters: impl FnMut() -> Arc<Counters>,
         events: &Sender<Event>,
@@ -225,7 +225,8 @@ impl Device {
                 limits: backend.limits().clone(),
                 counters: counters(),
                 fault: Arc::new(AtomicI32::new(0)),
-                refuse_writes,
+                refuse_writes: config.refuse_writes,
+                threads: config.threads.clone(),
             };
             let backend = Arc::clone(backend);
             let events = events.clone();
@@ -363,8 +364,10 @@ fn serve_queue<B: Backend>(
     let counters = Arc::clone(&config.counters);
     let fault = Arc::clone(&config.fault);
     let text = |error: io::Error| error.to_string();
+    let threads = config.threads.clone();
+    threads.settle(config.queue).map_err(text)?;
     let queue = UblkQueue::new(config).map_err(text)?;
-    let thread = QueueThread::new(queue, backend, mailbox, counters).map_err(text)?;
+    let thread = QueueThread::new(queue, backend, mailbox, &counters, &threads).map_err(text)?;
     let _ = events.send(Event::Ready);
     thread.run().map_err(text)?;
     match fault.load(Ordering::Relaxed) {

@@ -41,6 +41,7 @@ pub use leftover::{Leftover, is_waiting_for, leftovers, remove};
 use crate::access::BlockDoor;
 use crate::backend::Backend;
 use crate::counters::Counters;
+use crate::threads::ThreadOptions;
 use device::{Device, Event};
 use fence::WriteFence;
 
@@ -53,6 +54,8 @@ pub struct UblkConfig {
     pub queues: u16,
     /// Requests under way per queue, 4096 at most.
     pub depth: u16,
+    /// How queue threads run.
+    pub threads: ThreadOptions,
     /// Whether the device outlives a server that dies, where the driver can do that: requests then
     /// wait for the next server instead of failing.
     pub recoverable: bool,

@@ -21,6 +21,7 @@ use crate::counters::Counters;
 use crate::door::{DoorQueue, Next};
 use crate::io::{Completion, Full, Owner, Ring, Slot, Token};
 use crate::request::{Buffers, IoError, Limits, Op, Outcome, Range, Request, SECTOR_SHIFT};
+use crate::threads::ThreadOptions;
 
 /// What other threads may ask of a queue.
 pub(super) enum Command {
@@ -45,6 +46,8 @@ pub(super) struct QueueConfig {
     pub(super) fault: Arc<AtomicI32>,
     /// Begins without writes, until they are accepted.
     pub(super) refuse_writes: bool,
+    /// How the queue's thread runs.
+    pub(super) threads: ThreadOptions,
 }
 
 /// One queue of a ublk device. The slot of a request is its tag.
@@ -218,7 +221,7 @@ impl DoorQueue for UblkQueue {
         if self.quit || self.ended == self.config.depth {
             Next::Exit
         } else if self.fetched.is_empty() {
-            Next::Sleep
+            Next::Idle
         } else {
             Next::Again
         }
@@ -310,6 +313,7 @@ mod tests {
             counters: Arc::default(),
             fault: Arc::default(),
             refuse_writes: false,
+            threads: ThreadOptions::default(),
         })
         .unwrap()
     }
@@ -330,7 +334,7 @@ mod tests {
     #[test]
     fn a_queue_told_to_quit_leaves_its_commands_to_the_kernel() {
         let (mut ring, mut queue) = (Ring::new(8).unwrap(), queue());
-        assert_eq!(queue.end_batch(&mut ring), Next::Sleep);
+        assert_eq!(queue.end_batch(&mut ring), Next::Idle);
         queue.command(&mut ring, Command::Quit);
         assert_eq!(queue.end_batch(&mut ring), Next::Exit);
         assert!(queue.abandons_operations());

@@ -166,6 +166,7 @@ pub(super) enum Verdict {
 impl Parts {
     /// Collects a chain's memory into `list`. Goes on after what is wrong with a descriptor, to
     /// find the status byte.
+    #[inline]
     pub(super) fn gather(
         chain: Chain<'_>,
         map: &MemoryMap,
@@ -190,35 +191,30 @@ impl Parts {
             if descriptor.len_bytes == 0 {
                 continue;
             }
-            let len_bytes = u64::from(descriptor.len_bytes);
+            let (address, len_bytes) = (descriptor.address, u64::from(descriptor.len_bytes));
+            // In one region, but for the buffer that straddles two.
+            let whole = map.guest(address, len_bytes);
             let added = if descriptor.is_writable() {
                 writing = true;
                 parts.in_bytes += len_bytes;
-                let last = descriptor.address.checked_add(len_bytes - 1);
-                parts.status = last.and_then(|last| map.guest(last, 1));
-                map.pieces(descriptor.address, len_bytes, |at, len| {
-                    let first = parts.out_count;
-                    add(list, first, &mut parts.in_count, at, len)
-                })
+                if let Some(at) = whole {
+                    parts.status = Some(at.wrapping_add(descriptor.len_bytes as usize - 1));
+                    parts.receive(list, at, descriptor.len_bytes as usize)
+                } else {
+                    let last = address.checked_add(len_bytes - 1);
+                    parts.status = last.and_then(|last| map.guest(last, 1));
+                    map.pieces(address, len_bytes, |at, len| parts.receive(list, at, len))
+                }
             } else if writing {
                 // All that the device reads comes before all that it writes (2.7.4.2).
                 None
             } else {
                 parts.out_bytes += len_bytes;
-                map.pieces(descriptor.address, len_bytes, |mut at, mut len| {
-                    let take = len.min(HEADER_BYTES - parts.header_bytes);
-                    let header = &mut parts.header[parts.header_bytes..];
-                    // SAFETY: `pieces` names mapped bytes of a map that is borrowed meanwhile;
-                    // `take` fits what is left of the header.
-                    unsafe { at.copy_to_nonoverlapping(header.as_mut_ptr(), take) };
-                    parts.header_bytes += take;
-                    at = at.wrapping_add(take);
-                    len -= take;
-                    if len == 0 {
-                        return Some(());
-                    }
-                    add(list, 0, &mut parts.out_count, at, len)
-                })
+                if let Some(at) = whole {
+                    parts.send(list, at, descriptor.len_bytes as usize)
+                } else {
+                    map.pieces(address, len_bytes, |at, len| parts.send(list, at, len))
+                }
             };
             parts.broken |= added.is_none();
         }
@@ -235,6 +231,42 @@ impl Parts {
             }
         }
         parts
+    }
+
+    /// Adds memory that the driver sends: the header first, then data. The caller's map holds it.
+    #[inline]
+    fn send(
+        &mut self,
+        list: &mut [MaybeUninit<Buffer>],
+        mut at: *mut u8,
+        mut len: usize,
+    ) -> Option<()> {
+        if self.header_bytes == 0 && len >= HEADER_BYTES {
+            // SAFETY: mapped bytes of a map that is borrowed meanwhile; the driver may change them
+            // under the copy, and what was copied is checked afterwards.
+            self.header = unsafe { at.cast::<[u8; HEADER_BYTES]>().read_unaligned() };
+            self.header_bytes = HEADER_BYTES;
+            at = at.wrapping_add(HEADER_BYTES);
+            len -= HEADER_BYTES;
+        } else if self.header_bytes < HEADER_BYTES {
+            let take = len.min(HEADER_BYTES - self.header_bytes);
+            let header = &mut self.header[self.header_bytes..];
+            // SAFETY: as above; `take` fits what is left of the header.
+            unsafe { at.copy_to_nonoverlapping(header.as_mut_ptr(), take) };
+            self.header_bytes += take;
+            at = at.wrapping_add(take);
+            len -= take;
+        }
+        if len == 0 {
+            return Some(());
+        }
+        add(list, 0, &mut self.out_count, at, len)
+    }
+
+    /// Adds memory that the driver receives.
+    #[inline]
+    fn receive(&mut self, list: &mut [MaybeUninit<Buffer>], at: *mut u8, len: usize) -> Option<()> {
+        add(list, self.out_count, &mut self.in_count, at, len)
     }
 
     /// What the chain asks for.
@@ -403,6 +435,7 @@ fn done(written_bytes: u32) -> Verdict {
 
 /// Adds a buffer after the `count` that are in the list from `first`; extends the last one when
 /// the memory goes on there.
+#[inline]
 fn add(
     list: &mut [MaybeUninit<Buffer>],
     first: usize,

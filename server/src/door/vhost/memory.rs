@@ -205,6 +205,7 @@ impl MemoryMap {
     }
 
     /// The region that holds a guest address.
+    #[inline]
     fn region(&self, guest: u64) -> Option<(&Region, u64)> {
         let after = self
             .regions
@@ -215,6 +216,7 @@ impl MemoryMap {
     }
 
     /// Where a guest range is here, if it lies in one region.
+    #[inline]
     pub(super) fn guest(&self, guest: u64, len_bytes: u64) -> Option<*mut u8> {
         let (region, offset) = self.region(guest)?;
         (len_bytes <= region.address.len_bytes - offset).then(|| region.at(offset))
@@ -223,6 +225,7 @@ impl MemoryMap {
     /// Hands the pieces of a guest range to `piece`; several when it straddles regions.
     ///
     /// Returns `None`, perhaps after some pieces, when a part is not mapped or `piece` says so.
+    #[cold]
     pub(super) fn pieces(
         &self,
         mut guest: u64,

@@ -30,9 +30,10 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::access::Access;
 use crate::backend::Backend;
-use crate::counters::{Counters, Registry};
+use crate::counters::Registry;
 use crate::io::mailbox::Mailbox;
 use crate::queue_thread::QueueThread;
+use crate::threads::ThreadOptions;
 use link::Link;
 use queue::VhostQueues;
 use session::{Ending, QueueHandle, Spawn};
@@ -59,6 +60,8 @@ pub struct VhostConfig {
     pub socket: PathBuf,
     /// Queue threads per session, 1 at least and [`MAX_VRINGS`] at most.
     pub queue_threads: u16,
+    /// How they run.
+    pub threads: ThreadOptions,
     /// Who may write.
     pub access: Arc<Access>,
 }
@@ -148,6 +151,7 @@ impl VhostDoor {
             name,
             socket,
             queue_threads,
+            threads,
             access,
         } = config;
         if !(1..=MAX_VRINGS).contains(&queue_threads) {
@@ -158,7 +162,12 @@ impl VhostDoor {
         let serve = {
             let access = Arc::clone(&access);
             move |link: &Arc<Link>| {
-                let spawn = spawner(Arc::clone(link), queue_threads, &disk, &counters);
+                let spawn = spawner(
+                    Arc::clone(link),
+                    (queue_threads, threads.clone()),
+                    &disk,
+                    &counters,
+                );
                 session::converse(link, queue_threads, spawn, &access)
             }
         };
@@ -416,7 +425,7 @@ impl Drop for Membership {
 /// How a session starts its queue threads.
 fn spawner<B: Backend>(
     link: Arc<Link>,
-    queue_threads: u16,
+    (queue_threads, options): (u16, ThreadOptions),
     disk: &Arc<B>,
     counters: &Arc<Registry>,
 ) -> Spawn {
@@ -425,11 +434,28 @@ fn spawner<B: Backend>(
         let (mail, mailbox) = Mailbox::new()?;
         let (ready, started) = mpsc::channel();
         let (link, disk, registry) = (Arc::clone(&link), Arc::clone(&disk), Arc::clone(&registry));
+        let options = options.clone();
         let thread = Builder::new()
             .name(format!("vhost-{}-q{number}", link.id()))
             .spawn(move || {
                 let counters = registry.register();
-                serve_queues(&link, queue_threads, &*disk, mailbox, &counters, &ready);
+                let queues =
+                    VhostQueues::new(Arc::clone(&link), Arc::clone(&counters), queue_threads);
+                let thread = (options.settle(number))
+                    .and_then(|()| QueueThread::new(queues, &*disk, mailbox, &counters, &options));
+                // Whoever waits for the answer waits for it and nothing else.
+                match thread {
+                    Ok(thread) => {
+                        let _ = ready.send(Ok(()));
+                        if let Err(error) = thread.run() {
+                            tracing::error!(export = link.export(), %error, "a queue thread failed");
+                            link.hang_up("a queue thread failed");
+                        }
+                    }
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                    }
+                }
                 registry.retire(&counters);
             })?;
         match started.recv() {
@@ -438,28 +464,4 @@ fn spawner<B: Backend>(
             Err(_) => Err(io::Error::other("a queue thread panicked at its start")),
         }
     })
-}
-
-fn serve_queues<B: Backend>(
-    link: &Arc<Link>,
-    queue_threads: u16,
-    disk: &B,
-    mailbox: Mailbox<queue::Command>,
-    counters: &Arc<Counters>,
-    ready: &mpsc::Sender<io::Result<()>>,
-) {
-    let queues = VhostQueues::new(Arc::clone(link), Arc::clone(counters), queue_threads);
-    // Whoever waits for the answer waits for it and nothing else.
-    match QueueThread::new(queues, disk, mailbox, Arc::clone(counters)) {
-        Err(error) => {
-            let _ = ready.send(Err(error));
-        }
-        Ok(thread) => {
-            let _ = ready.send(Ok(()));
-            if let Err(error) = thread.run() {
-                tracing::error!(export = link.export(), %error, "a queue thread failed");
-                link.hang_up("a queue thread failed");
-            }
-        }
-    }
 }

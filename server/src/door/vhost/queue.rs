@@ -297,7 +297,7 @@ impl DoorQueue for VhostQueues {
             Command::Enable(index, on, reply) => {
                 if let Some(vring) = self.vring(index) {
                     vring.enabled = on;
-                    vring.busy = true;
+                    vring.listening = false;
                 }
                 let _ = reply.send(());
             }
@@ -358,8 +358,7 @@ impl DoorQueue for VhostQueues {
                 .hang_up("the kick descriptor of a vring cannot be read");
             return;
         }
-        if !vring.busy && !vring.broken {
-            vring.busy = true;
+        if std::mem::take(&mut vring.listening) && !vring.broken {
             vring.queue.disable_kicks();
         }
         let pushed = vring.arm_kick(ring);
@@ -372,19 +371,14 @@ impl DoorQueue for VhostQueues {
             let vring = self.vrings[local].as_deref_mut()?;
             match vring.queue.pop() {
                 Ok(Some(head)) => {
+                    vring.queue.look_ahead(&self.map.0);
                     if let Some(started) = self.admit(local, head) {
                         return Some(started);
                     }
                     self.answers_left -= 1;
                 }
-                Ok(None) => {
-                    if vring.queue.enable_kicks() {
-                        vring.queue.disable_kicks();
-                        self.answers_left -= 1;
-                    } else {
-                        vring.busy = false;
-                    }
-                }
+                // `choose` saw one.
+                Ok(None) => return None,
                 Err(error) => self.give_up(ring, local, error),
             }
         }
@@ -431,6 +425,11 @@ impl DoorQueue for VhostQueues {
             }
             let called = vring.call(ring);
             let wound_up = called.and_then(|()| vring.wind_up(ring));
+            let looked = if vring.is_watched() {
+                vring.queue.look().map(|_| ())
+            } else {
+                Ok(())
+            };
             waiting |= vring.takes_chains();
             if wound_up == Ok(true)
                 && let Some(vring) = self.vrings[local].take()
@@ -445,6 +444,9 @@ impl DoorQueue for VhostQueues {
             } else {
                 left = true;
                 self.expect_room(wound_up.map(|_| ()));
+                if let Err(error) = looked {
+                    self.give_up(ring, local, error);
+                }
             }
         }
         if self.exiting && !left {
@@ -452,7 +454,33 @@ impl DoorQueue for VhostQueues {
         } else if waiting && !self.free.is_empty() {
             Next::Again
         } else {
-            Next::Sleep
+            Next::Idle
         }
+    }
+
+    fn has_news(&self) -> bool {
+        // Without a slot news is of no use: completions come first.
+        !self.free.is_empty()
+            && (self.vrings.iter().flatten())
+                .any(|vring| vring.is_watched() && vring.queue.has_news())
+    }
+
+    fn listen(&mut self, _ring: &mut Ring) -> bool {
+        if self.free.is_empty() {
+            return true;
+        }
+        let mut nothing = true;
+        for vring in self.vrings.iter_mut().flatten() {
+            if !vring.is_watched() {
+                continue;
+            }
+            if vring.queue.enable_kicks() {
+                vring.queue.disable_kicks();
+                nothing = false;
+            } else {
+                vring.listening = true;
+            }
+        }
+        nothing
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use io_uring::{opcode, squeue, types};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 
 use super::inflight::InflightQueue;
 use super::memory::MemoryMap;
@@ -59,6 +60,8 @@ pub(super) struct Vring {
     pub(super) count: Box<u64>,
     pub(super) kick_armed: bool,
     pub(super) call: Option<OwnedFd>,
+    /// How it is to be written, once that was found out.
+    call_flags: Option<squeue::Flags>,
     /// The descriptor of the write that is under way.
     pub(super) calling: Option<OwnedFd>,
     pub(super) call_armed: bool,
@@ -68,8 +71,8 @@ pub(super) struct Vring {
     pub(super) error: Option<OwnedFd>,
     pub(super) error_armed: bool,
     pub(super) enabled: bool,
-    /// There may be chains to take.
-    pub(super) busy: bool,
+    /// The driver kicks at the next chain; until then nobody looks at the ring.
+    pub(super) listening: bool,
     pub(super) broken: bool,
     pub(super) in_flight: u32,
     pub(super) stopping: Option<Stopping>,
@@ -90,6 +93,7 @@ impl Vring {
             count: Box::new(0),
             kick_armed: false,
             call: start.call,
+            call_flags: None,
             calling: None,
             call_armed: false,
             call_cancelled: false,
@@ -97,8 +101,8 @@ impl Vring {
             error: start.error,
             error_armed: false,
             enabled: true,
-            // A kick may have come and gone before we listen.
-            busy: true,
+            // A kick may have come and gone before.
+            listening: false,
             broken: false,
             in_flight: 0,
             stopping: None,
@@ -114,12 +118,23 @@ impl Vring {
         });
     }
 
+    /// Whether the driver's chains are of interest.
+    pub(super) fn is_served(&self) -> bool {
+        self.enabled && !self.broken && self.stopping.is_none()
+    }
+
+    /// Whether somebody has to look at the ring: no kick comes.
+    pub(super) fn is_watched(&self) -> bool {
+        self.is_served() && !self.listening
+    }
+
+    /// Whether there is a chain that may be taken.
     pub(super) fn takes_chains(&self) -> bool {
         if self.broken {
             return false;
         }
         match &self.stopping {
-            None => (self.busy && self.enabled) || self.queue.has_old_chains(),
+            None => (self.enabled && self.queue.has_chains()) || self.queue.has_old_chains(),
             // Who goes on later expects them done; who died has them on record.
             Some(stopping) => stopping.reply.is_some() && self.queue.has_old_chains(),
         }
@@ -148,7 +163,8 @@ impl Vring {
             // Kept for the descriptor that may come.
             return Ok(());
         };
-        let sqe = write_one(call);
+        let flags = *self.call_flags.get_or_insert_with(|| write_flags(call));
+        let sqe = write_one(call).flags(flags);
         // SAFETY: `ONE` lives for ever. The descriptor stays open until the operation completed:
         // `replace_call` keeps it in `calling`.
         unsafe { ring.push(sqe, self.token(Kind::Call))? };
@@ -163,6 +179,7 @@ impl Vring {
         call: Option<OwnedFd>,
     ) -> Result<(), Full> {
         let old = std::mem::replace(&mut self.call, call);
+        self.call_flags = None;
         if self.call_armed && self.calling.is_none() {
             self.calling = old;
             // It may have gone to the old descriptor, where nobody looks any more.
@@ -211,6 +228,24 @@ pub(super) fn token(index: u16, kind: Kind) -> Token {
         owner: Owner::Door,
         kind: kind as u16,
         index: u32::from(index),
+    }
+}
+
+/// How a call descriptor is written. `io_uring` tries a descriptor that blocks again and again (128
+/// times in Linux 6.18) before it hands it to a worker, where it belongs.
+///
+/// To be asked at the first notification: clients are known to change the mode of a descriptor after
+/// they sent it. Pipes and sockets say at once when they would block.
+fn write_flags(call: &OwnedFd) -> squeue::Flags {
+    let blocks = fcntl_getfl(call).is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK));
+    let is_stream = fstat(call).is_ok_and(|stat| {
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        matches!(kind, FileType::Fifo | FileType::Socket)
+    });
+    if blocks && !is_stream {
+        squeue::Flags::ASYNC
+    } else {
+        squeue::Flags::empty()
     }
 }
 

@@ -1,0 +1,131 @@
+//! How queue threads run: where, and what they do when they have nothing to do.
+
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use crate::polling::Polling;
+
+/// What all queue threads of an export have in common.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ThreadOptions {
+    /// What they do when they have nothing to do.
+    pub polling: Polling,
+    /// Where they run; anywhere when there is none.
+    pub cpus: Option<Cpus>,
+}
+
+impl ThreadOptions {
+    /// Puts the calling thread, the `number`th of its door, where it belongs.
+    ///
+    /// # Errors
+    ///
+    /// When the processor does not exist or this process may not use it.
+    pub fn settle(&self, number: u16) -> io::Result<()> {
+        let Some(cpus) = &self.cpus else {
+            return Ok(());
+        };
+        let cpu = cpus.of(number);
+        let mut set = CpuSet::new();
+        set.set(cpu.into());
+        sched_setaffinity(None, &set).map_err(|error| {
+            io::Error::other(format!(
+                "a queue thread cannot run on processor {cpu}: {error}"
+            ))
+        })
+    }
+}
+
+/// Processors, in the order in which threads get them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cpus(Arc<[u16]>);
+
+impl Cpus {
+    /// The processor of the `number`th thread: when there are more threads, they begin again with
+    /// the first.
+    #[must_use]
+    pub fn of(&self, number: u16) -> u16 {
+        self.0[usize::from(number) % self.0.len()]
+    }
+}
+
+/// Why a text is no list of processors.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is no list of processors below {MAX} like 0,2,4-7")]
+pub struct BadCpus(String);
+
+/// Processors that an affinity mask has room for.
+const MAX: usize = CpuSet::MAX_CPU;
+
+impl FromStr for Cpus {
+    type Err = BadCpus;
+
+    fn from_str(text: &str) -> Result<Self, BadCpus> {
+        let mut cpus = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            match (first.parse::<u16>(), last.parse::<u16>()) {
+                (Ok(first), Ok(last)) if first <= last && usize::from(last) < MAX => {
+                    cpus.extend(first..=last);
+                }
+                _ => return Err(BadCpus(text.to_owned())),
+            }
+        }
+        Ok(Self(cpus.into()))
+    }
+}
+
+impl fmt::Display for Cpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cpus: Vec<_> = self.0.iter().map(u16::to_string).collect();
+        f.write_str(&cpus.join(","))
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Cpus {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_processors_are_read_in_their_order() {
+        let cpus: Cpus = "3,0-1,7".parse().unwrap();
+        assert_eq!(cpus.to_string(), "3,0,1,7");
+        let got: Vec<_> = (0..6).map(|number| cpus.of(number)).collect();
+        assert_eq!(got, [3, 0, 1, 7, 3, 0]);
+    }
+
+    #[test]
+    fn what_is_no_list_of_processors_is_refused() {
+        for bad in ["", ",", "1,", "a", "3-1", "-1", "1-", "1024", "0-70000"] {
+            let error = bad.parse::<Cpus>().unwrap_err().to_string();
+            assert!(error.contains(bad), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_thread_settles_on_its_processor_or_says_why_not() {
+        let on = |cpus: &str| ThreadOptions {
+            cpus: Some(cpus.parse().unwrap()),
+            ..ThreadOptions::default()
+        };
+        // SAFETY: asks where the thread is.
+        let here = unsafe { libc::sched_getcpu() };
+        let settled = std::thread::spawn(move || {
+            on(&here.to_string()).settle(0).unwrap();
+            rustix::thread::sched_getaffinity(None).unwrap().count()
+        });
+        assert_eq!(settled.join().unwrap(), 1);
+        let error = on("1023").settle(0).unwrap_err().to_string();
+        assert!(error.contains("processor 1023"), "{error}");
+    }
+}
