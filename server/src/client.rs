@@ -174,7 +174,7 @@ fn table(exports: &[ExportStatus]) -> String {
 
 fn details(status: &ExportStatus) -> String {
     let mut text = format!(
-        "{}: {}, access {}, {} of {} B blocks, {}{}, serial {}\n  backend   {}\n  server    pid {}",
+        "{}: {}, access {}, {} of {} B blocks, {}{}, serial {}\n  backend   {}\n  server    pid {}\n  threads   poll-us {}{}",
         status.name,
         status.state,
         status.access,
@@ -193,6 +193,8 @@ fn details(status: &ExportStatus) -> String {
         status.serial,
         status.backend,
         status.pid,
+        status.poll_us,
+        (status.cpus.as_ref()).map_or(String::new(), |cpus| format!(", on processors {cpus}")),
     );
     if let Some(door) = &status.ublk {
         let _ = write!(
@@ -263,6 +265,8 @@ mod tests {
             read_only: false,
             write_cache: false,
             serial: "a".into(),
+            poll_us: "100".into(),
+            cpus: Some("2,3".into()),
             ublk: None,
             vhost: None,
         };

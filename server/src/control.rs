@@ -62,6 +62,10 @@ pub struct ExportStatus {
     pub write_cache: bool,
     /// What the disk calls itself.
     pub serial: String,
+    /// How long an idle queue thread looks for work, as `--poll-us` says it.
+    pub poll_us: String,
+    /// The processors of the queue threads, if they have some of their own.
+    pub cpus: Option<String>,
     /// The block door, if it is open.
     pub ublk: Option<UblkStatus>,
     /// The vhost door, if it is open.
@@ -305,6 +309,8 @@ mod tests {
                 read_only: false,
                 write_cache: false,
                 serial: "a".into(),
+                poll_us: "100".into(),
+                cpus: Some("2,3".into()),
                 ublk: None,
                 vhost: None,
             }

@@ -252,6 +252,8 @@ impl control::Service for Shared {
             read_only: limits.read_only,
             write_cache: limits.write_cache,
             serial: limits.serial.as_str().to_owned(),
+            poll_us: config.threads.polling.to_string(),
+            cpus: config.threads.cpus.as_ref().map(ToString::to_string),
             ublk: doors.ublk.as_ref().map(|(door, registry)| UblkStatus {
                 device: door.block_path(),
                 queues: config.queues,

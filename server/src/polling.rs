@@ -6,6 +6,8 @@
 //! only where the work that came of late came soon enough.
 
 use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -93,15 +95,29 @@ const DOUBT: u8 = 2;
 /// thread alone, and a nap collects several completions for one wake-up.
 const FEW: usize = 1;
 
+/// How often a thread that looks asks whether others need its processor.
+const WINDOW: Duration = Duration::from_millis(10);
+
+/// The part of a window, one in so many, for which the thread may wait for a processor before it takes
+/// the hint.
+const TOLERATED_WAIT: u32 = 10;
+
+/// How long a thread does without looking after that, at first and at most.
+const SHORT_PAUSE: Duration = Duration::from_millis(100);
+const LONG_PAUSE: Duration = Duration::from_secs(2);
+
 /// Decides for one thread; learns from how long it was idle each time.
 #[derive(Debug)]
 pub(crate) struct Poller {
     polling: Polling,
     idle_since: Option<Instant>,
     confidence: u8,
+    crowd: Crowd,
+    waits: Waits,
 }
 
 impl Poller {
+    /// A poller for the calling thread.
     pub(crate) fn new(polling: Polling) -> Self {
         // SAFETY: asks for a number. Not for those that this thread may use: a client has others.
         let alone = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) } == 1;
@@ -113,6 +129,8 @@ impl Poller {
             },
             idle_since: None,
             confidence: 0,
+            crowd: Crowd::default(),
+            waits: Waits::open(),
         }
     }
 
@@ -142,18 +160,77 @@ impl Poller {
             Polling::Always => Look::ForEver,
             Polling::Adaptive(longest) => {
                 let since = *self.idle_since.get_or_insert_with(Instant::now);
-                if self.confidence < LIKELY || under_way > FEW {
-                    Look::Sleep
-                } else {
+                let pays = self.confidence >= LIKELY && under_way <= FEW;
+                if pays && !self.crowd.is_waiting(since, || self.waits.so_far()) {
                     Look::Until(since + longest)
+                } else {
+                    Look::Sleep
                 }
             }
         }
     }
+}
 
-    /// Somebody else needed the processor while this thread was looking.
-    pub(crate) fn was_interrupted(&mut self) {
-        self.confidence = 0;
+/// Whether others want the processor that a thread looks for work on: then looking takes from them,
+/// perhaps from the very client that it looks for.
+#[derive(Debug, Default)]
+struct Crowd {
+    /// Beginning of the window, and how long the thread had waited for a processor then.
+    window: Option<(Instant, Duration)>,
+    /// No looking before this.
+    pause_until: Option<Instant>,
+    pause: Duration,
+}
+
+impl Crowd {
+    fn is_waiting(&mut self, now: Instant, waited: impl FnOnce() -> Duration) -> bool {
+        if let Some(end) = self.pause_until {
+            if now < end {
+                return true;
+            }
+            self.pause_until = None;
+            self.window = Some((now, waited()));
+            return false;
+        }
+        let Some((begin, before)) = self.window else {
+            self.window = Some((now, waited()));
+            return false;
+        };
+        let length = now.saturating_duration_since(begin);
+        if length < WINDOW {
+            return false;
+        }
+        let waited = waited();
+        self.window = Some((now, waited));
+        if waited.saturating_sub(before) <= length / TOLERATED_WAIT {
+            self.pause = Duration::ZERO;
+            return false;
+        }
+        self.pause = (self.pause * 2).clamp(SHORT_PAUSE, LONG_PAUSE);
+        self.pause_until = Some(now + self.pause);
+        true
+    }
+}
+
+/// How long the thread that opened it has been ready to run while others ran: the second number of
+/// `/proc/thread-self/schedstat` (Documentation/scheduler/sched-stats.rst).
+#[derive(Debug, Default)]
+struct Waits(Option<File>);
+
+impl Waits {
+    fn open() -> Self {
+        Self(File::open("/proc/thread-self/schedstat").ok())
+    }
+
+    /// Zero where the kernel does not tell.
+    fn so_far(&self) -> Duration {
+        let mut text = [0; 64];
+        let read = self.0.as_ref().map(|file| file.read_at(&mut text, 0));
+        let len = read.and_then(Result::ok).unwrap_or(0);
+        std::str::from_utf8(&text[..len])
+            .ok()
+            .and_then(|text| text.split_ascii_whitespace().nth(1)?.parse().ok())
+            .map_or(Duration::ZERO, Duration::from_nanos)
     }
 }
 
@@ -168,6 +245,7 @@ pub(crate) enum Look {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::threads::ThreadOptions;
 
     const LONGEST: Duration = Duration::from_micros(100);
     const SOON: Duration = Duration::from_micros(99);
@@ -178,6 +256,8 @@ mod tests {
             polling,
             idle_since: None,
             confidence: 0,
+            crowd: Crowd::default(),
+            waits: Waits::default(),
         }
     }
 
@@ -235,11 +315,67 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_whose_processor_others_need_begins_anew() {
-        let mut poller = poller(Polling::Adaptive(LONGEST));
-        (0..SURE).for_each(|_| poller.learn(SOON));
-        poller.was_interrupted();
-        assert!(!looks(&mut poller, 0));
+    fn a_thread_whose_processor_others_need_pauses_longer_each_time() {
+        let (mut crowd, start) = (Crowd::default(), Instant::now());
+        let mut at = |millis, waited_micros: Option<u64>| {
+            crowd.is_waiting(start + Duration::from_millis(millis), || {
+                Duration::from_micros(waited_micros.expect("nobody has to ask"))
+            })
+        };
+        assert!(!at(0, Some(7000)));
+        assert!(!at(9, None), "too soon to ask");
+        assert!(!at(10, Some(8000)), "a tenth is nothing");
+        assert!(at(20, Some(9001)));
+        assert!(at(119, None), "in the pause");
+        assert!(!at(120, Some(50_000)), "not its own doing");
+        assert!(at(130, Some(51_001)));
+        assert!(at(329, None), "in the longer pause");
+        assert!(!at(330, Some(51_001)));
+        assert!(!at(340, Some(51_001)), "it is quiet again");
+        assert!(at(350, Some(52_002)));
+        assert!(!at(450, Some(52_002)), "a short pause again");
+        assert!(!at(1450, Some(152_002)), "a tenth of a longer window");
+    }
+
+    #[test]
+    fn pauses_have_an_end() {
+        let (mut crowd, mut now) = (Crowd::default(), Instant::now());
+        let mut waited = Duration::ZERO;
+        for _ in 0..20 {
+            crowd.is_waiting(now, || waited);
+            waited += WINDOW;
+            now += WINDOW;
+            if crowd.is_waiting(now, || waited) {
+                now += LONG_PAUSE;
+            }
+        }
+        assert_eq!(crowd.pause, LONG_PAUSE);
+    }
+
+    #[test]
+    fn the_kernel_tells_how_long_a_thread_waited_for_a_processor() {
+        assert_eq!(Waits::default().so_far(), Duration::ZERO);
+        let threads: Vec<_> = (0..2)
+            .map(|_| {
+                std::thread::spawn(|| {
+                    // Both on one processor, until one of them has waited for it.
+                    let cpus = ThreadOptions {
+                        cpus: Some("0".parse().unwrap()),
+                        ..ThreadOptions::default()
+                    };
+                    cpus.settle(0).unwrap();
+                    let (waits, start) = (Waits::open(), Instant::now());
+                    let mut last = Duration::ZERO;
+                    while last == Duration::ZERO && start.elapsed() < Duration::from_secs(60) {
+                        std::hint::spin_loop();
+                        last = waits.so_far();
+                    }
+                    last
+                })
+            })
+            .collect();
+        let waited = threads.into_iter().map(|thread| thread.join().unwrap());
+        assert!(waited.max() > Some(Duration::ZERO));
     }
 
     #[test]

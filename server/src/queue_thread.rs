@@ -25,11 +25,15 @@ const BATCH: usize = 256;
 /// size, so that it can go on while the next ones are being worked on.
 const ANSWERS: u64 = 16;
 
+/// Requests given to the storage per round: two while it has little to do, more when it is busy
+/// anyway. From the third submission of one system call on the kernel collects them, and a storage
+/// that has run empty sees none before all have been prepared (docs/decisions.md).
+const LEAST_BEGUN: usize = 2;
+const MOST_BEGUN: usize = 16;
+const BUSY_PER_BEGUN: usize = 8;
+
 /// An idle thread that looks for work looks at the clock after this many times.
 const LOOKS_PER_CLOCK: u32 = 64;
-
-/// A thread that did not get to its clock for so long while it looked was not running.
-const INTERRUPTION: Duration = Duration::from_micros(500);
 
 /// How long a thread that ends waits for operations it cancelled.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -141,7 +145,6 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         };
         // What others wait for goes first.
         self.ring.submit_and_wait(0)?;
-        let mut last = None;
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 if self.ring.has_news() || self.door.has_news() {
@@ -150,14 +153,9 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
                 std::hint::spin_loop();
             }
             let Some(until) = until else { continue };
-            let now = Instant::now();
-            if last.is_some_and(|last| now - last > INTERRUPTION) {
-                self.poller.was_interrupted();
-            }
-            if now >= until {
+            if Instant::now() >= until {
                 return Ok(false);
             }
-            last = Some(now);
         }
     }
 
@@ -208,13 +206,10 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
                 return;
             }
         }
-        // A client that refills its queue as fast as it is emptied must not keep the thread from
-        // its other completions: one table full per round.
         let enough = self.answered + ANSWERS;
-        for _ in 0..self.door.slots() {
-            if self.answered >= enough {
-                return;
-            }
+        let busy = self.running.used();
+        let most = busy + (busy / BUSY_PER_BEGUN).clamp(LEAST_BEGUN, MOST_BEGUN);
+        while self.answered < enough && self.running.used() < most {
             let Some((slot, request)) = self.door.next(&mut self.ring) else {
                 return;
             };

@@ -31,6 +31,16 @@ fn malformed_specs_are_wrong_usage() {
         2,
         &["both doors"],
     );
+    for (option, value, why) in [
+        ("--poll-us", "1.5", "neither a number"),
+        ("--poll-us", "1000001", "neither a number"),
+        ("--cpus", "3-1", "no list of processors"),
+    ] {
+        let output = lab.output(&["serve", option, value, "mem:1M"]);
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        assert!(told.contains(why), "{told}");
+    }
     lab.serve_fails(&["--config", "/does/not/exist"], 2, &["/does/not/exist"]);
     lab.is_clean();
 }
@@ -150,7 +160,9 @@ fn an_export_that_cannot_start_takes_the_others_with_it_unless_told_to_keep_goin
 #[test]
 fn exports_are_listed_shown_and_stopped_one_by_one() {
     let lab = Lab::new();
-    let server = lab.serve(&["a=mem:1M,serial=ABC", "b=null:2G,read-only"]);
+    let threads = ["--poll-us", "always", "--cpus", "0"];
+    let exports = ["a=mem:1M,serial=ABC", "b=null:2G,read-only"];
+    let server = lab.serve(&[&threads[..], &exports].concat());
     let list: serde_json::Value = serde_json::from_str(&lab.ok(&["list", "--json"])).unwrap();
     let names: Vec<_> = list
         .as_array()
@@ -165,6 +177,10 @@ fn exports_are_listed_shown_and_stopped_one_by_one() {
     assert_eq!(list[0]["pid"], server.pid());
     let stat: serde_json::Value = serde_json::from_str(&lab.ok(&["stat", "a", "--json"])).unwrap();
     assert_eq!(stat["vhost"]["counters"]["reads"], 0);
+    assert_eq!(
+        (&stat["poll_us"], &stat["cpus"]),
+        (&"always".into(), &"0".into())
+    );
     assert!(lab.ok(&["stat", "b"]).contains("read-only"));
     lab.ok(&["stop", "a"]);
     lab.fails(&["stat", "a"], 1, &["no export called 'a'"]);

@@ -128,6 +128,10 @@ impl Mapping {
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )?
         };
+        // A hint: random access to small pages spends its time with their tables. Memory that is
+        // touched here and there takes up to 512 times as much.
+        // SAFETY: changes nothing of what the memory holds.
+        let _ = unsafe { madvise(base, len_bytes, Advice::LinuxHugepage) };
         Ok(Self {
             base: base.cast(),
             len_bytes,

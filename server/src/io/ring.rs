@@ -1,7 +1,7 @@
 //! One io_uring, used by one thread.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -33,9 +33,14 @@ pub struct Ring {
     in_flight_by_owner: [usize; 4],
     /// Counted for `stat`: `io_uring_enter` calls.
     enters: u64,
+    /// Files in the ring's table.
+    files: u32,
     /// How many more times the kernel's flag is not believed.
     ignored_flags: u32,
 }
+
+/// Files that a ring's table has room for.
+const FILES: u32 = 8;
 
 /// For how many looks the kernel's flag is not believed after it stood for nothing.
 const IGNORED_FLAGS: u32 = 16;
@@ -77,6 +82,7 @@ impl Ring {
             in_flight: 0,
             in_flight_by_owner: [0; 4],
             enters: 0,
+            files: 0,
             ignored_flags: 0,
         })
     }
@@ -206,6 +212,24 @@ impl Ring {
         }
     }
 
+    /// Puts a file into the ring's table, so that no operation has to look it up. Returns its index,
+    /// to be used in place of a descriptor with the flag `FIXED_FILE`; none when the kernel refuses,
+    /// and the descriptor itself does as well.
+    ///
+    /// The ring keeps the file open until it ends.
+    pub fn register_file(&mut self, file: BorrowedFd<'_>) -> Option<i32> {
+        if self.files == 0 {
+            self.uring.submitter().register_files_sparse(FILES).ok()?;
+        }
+        let index = self.files;
+        let fds = [file.as_raw_fd()];
+        let updated = self.uring.submitter().register_files_update(index, &fds);
+        (updated.ok()? == 1).then(|| {
+            self.files += 1;
+            index.cast_signed()
+        })
+    }
+
     /// Whether completions are there, or would be after a call of [`Ring::submit_and_wait`]. Makes no
     /// system call.
     pub fn has_news(&mut self) -> bool {
@@ -265,6 +289,16 @@ impl Ring {
     #[must_use]
     pub fn submitter(&self) -> io_uring::Submitter<'_> {
         self.uring.submitter()
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if self.files > 0 {
+            // The kernel takes a closed ring apart at its leisure; locks on the files shall go now.
+            // It fails only if there is nothing to let go of.
+            let _ = self.uring.submitter().unregister_files();
+        }
     }
 }
 

@@ -51,7 +51,7 @@ impl Lab {
         command
     }
 
-    fn output(&self, args: &[&str]) -> Output {
+    pub fn output(&self, args: &[&str]) -> Output {
         let mut child = self
             .command(args)
             .stdout(Stdio::piped())

@@ -62,6 +62,8 @@ pub struct File {
 struct Shared {
     file: fs::File,
     is_device: bool,
+    /// The file has no storage but memory.
+    is_in_memory: bool,
     alignment: Option<Alignment>,
     /// What the storage turned out not to know; each is tried until then.
     lacks: Lacks,
@@ -116,7 +118,7 @@ impl Backend for File {
         &self.limits
     }
 
-    fn queue(&self, _ring: &mut Ring, slots: u32) -> io::Result<FileQueue> {
-        FileQueue::new(Arc::clone(&self.shared), slots)
+    fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<FileQueue> {
+        FileQueue::new(Arc::clone(&self.shared), ring, slots)
     }
 }

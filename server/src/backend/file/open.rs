@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, OFlags};
-use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl, fstatfs};
 use rustix::fs::{ioctl_blkpbszget, ioctl_blksszget};
 
 use super::bounce::Aligned;
@@ -196,13 +196,23 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
         write_cache: true,
         serial,
     };
+    let is_in_memory = !is_device && is_in_memory(&file);
     let shared = Shared {
         file,
         is_device,
+        is_in_memory,
         alignment,
         lacks: Lacks::default(),
     };
     Ok((limits, shared))
+}
+
+/// Whether the file lies in a file system that has no storage but memory (linux/magic.h).
+fn is_in_memory(file: &fs::File) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    const RAMFS_MAGIC: i64 = 0x8584_58f6;
+    // Without an answer everything works all the same.
+    fstatfs(file).is_ok_and(|fs| matches!(fs.f_type, TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
 /// Opens without hanging on a FIFO, and refuses everything that is not made of blocks.

@@ -5,7 +5,7 @@
 //! move forward as the transfer does.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -76,6 +76,9 @@ impl Step {
 #[derive(Debug)]
 pub struct FileQueue {
     shared: Arc<Shared>,
+    /// The file in the ring's table, or the descriptor itself; the flags of an operation tell which.
+    fd: types::Fd,
+    fd_flags: squeue::Flags,
     steps: Box<[Step]>,
     bounce: Pool,
     /// Never written to; mapped when first needed.
@@ -83,9 +86,15 @@ pub struct FileQueue {
 }
 
 impl FileQueue {
-    pub(super) fn new(shared: Arc<Shared>, slots: u32) -> io::Result<Self> {
+    pub(super) fn new(shared: Arc<Shared>, ring: &mut Ring, slots: u32) -> io::Result<Self> {
+        let (fd, fd_flags) = match ring.register_file(shared.file.as_fd()) {
+            Some(index) => (index, squeue::Flags::FIXED_FILE),
+            None => (shared.file.as_raw_fd(), squeue::Flags::empty()),
+        };
         Ok(Self {
             shared,
+            fd: types::Fd(fd),
+            fd_flags,
             steps: vec![Step::default(); slots as usize].into(),
             bounce: Pool::new(),
             zeroes: None,
@@ -144,15 +153,14 @@ impl FileQueue {
         // SAFETY: what the operation points to is the request's buffers and their list, valid until
         // the request is finished (`Buffers::from_list`), or a bounce buffer or the zeroes, which
         // this queue keeps until the thread has drained its ring.
-        match unsafe { ring.push(sqe, token) } {
+        match unsafe { ring.push(sqe.flags(self.fd_flags), token) } {
             Ok(()) => Progress::Pending,
             Err(crate::io::Full) => Progress::Full,
         }
     }
 
     fn operation(&mut self, step: Step, request: &Request) -> io::Result<squeue::Entry> {
-        let raw: RawFd = self.shared.file.as_raw_fd();
-        let fd = types::Fd(raw);
+        let fd = self.fd;
         let (offset, len) = (request.position_bytes(), request.remaining_bytes());
         let write_flags = if step.is_forced() { RWF_DSYNC } else { 0 };
         Ok(match step {
@@ -346,6 +354,51 @@ impl FileQueue {
         }
     }
 
+    /// A transfer from or to memory, done at once: `io_uring` would hand each to a worker of the
+    /// kernel, because such file systems cannot promise not to wait for the swap device.
+    fn transfer_now(&self, request: &mut Request) -> Progress {
+        let fd = self.shared.file.as_raw_fd();
+        while request.remaining_bytes() > 0 {
+            let list = request.buffers.list();
+            let count = list.len().min(MAX_BUFFERS).cast_signed();
+            // Positions were checked against the size of a file.
+            let position = request.position_bytes().cast_signed();
+            // One buffer is what most requests have, and the shorter way.
+            let moved = match (request.op, list, i32::try_from(count).unwrap_or(1)) {
+                // SAFETY: the buffers and their list are valid until the request is finished
+                // (`Buffers::from_list`).
+                (Op::Read, [one], _) => unsafe {
+                    libc::pread(fd, one.iov_base, one.iov_len, position)
+                },
+                // SAFETY: as above.
+                (Op::Read, list, count) => unsafe {
+                    libc::preadv(fd, list.as_ptr(), count, position)
+                },
+                // SAFETY: as above.
+                (_, [one], _) => unsafe { libc::pwrite(fd, one.iov_base, one.iov_len, position) },
+                // SAFETY: as above.
+                (_, list, count) => unsafe { libc::pwritev(fd, list.as_ptr(), count, position) },
+            };
+            match u64::try_from(moved) {
+                Ok(0) if request.op == Op::Read => {
+                    // Somebody made the file shorter: what is not there reads as zeroes.
+                    request.buffers.zero_fill();
+                    break;
+                }
+                Ok(0) => return Progress::Done(Err(IoError::Io)),
+                Ok(moved) => request.advance(moved),
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                        return Progress::Done(Err(IoError::from_errno(errno)));
+                    }
+                }
+            }
+        }
+        Progress::Done(Ok(()))
+    }
+
     fn end(&mut self, slot: Slot, outcome: Result<(), IoError>) -> Progress {
         if let Step::Bounce { number, .. } = std::mem::take(&mut self.steps[slot as usize]) {
             self.bounce.give_back(number);
@@ -359,6 +412,9 @@ impl BackendQueue for FileQueue {
         if request.op != Op::Flush && request.len_bytes == 0 {
             // fallocate(2) answers EINVAL to it, which must not look like "cannot punch holes".
             return Progress::Done(Ok(()));
+        }
+        if self.shared.is_in_memory && matches!(request.op, Op::Read | Op::Write { fua: false }) {
+            return self.transfer_now(request);
         }
         if self.steps[slot as usize] == Step::Begin {
             match self.first_step(request) {
