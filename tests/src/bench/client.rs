@@ -73,6 +73,8 @@ pub struct Order {
     pub window: End,
     /// The server, whose counters are read.
     pub server: u32,
+    /// Stays connected, with nothing to do, for this long after it has answered.
+    pub hold_ms: u64,
 }
 
 /// What was measured.
@@ -100,15 +102,17 @@ pub fn child_main() -> Result<ExitCode> {
         .read_to_string(&mut text)
         .context("cannot read the order")?;
     let order: Order = serde_json::from_str(&text).context("cannot understand the order")?;
-    let answer = run(&order).with_context(|| format!("client of {}", order.socket.display()))?;
+    pin(order.cpu)?;
+    let of = || format!("client of {}", order.socket.display());
+    let mut load = Load::connect(&order).with_context(of)?;
+    let answer = run(&order, &mut load).with_context(of)?;
     let text = serde_json::to_string(&answer).context("cannot encode the answer")?;
     writeln!(std::io::stdout(), "{text}").context("cannot write the answer")?;
+    std::thread::sleep(Duration::from_millis(order.hold_ms));
     Ok(ExitCode::SUCCESS)
 }
 
-fn run(order: &Order) -> Result<Answer> {
-    pin(order.cpu)?;
-    let mut load = Load::connect(order)?;
+fn run(order: &Order, load: &mut Load) -> Result<Answer> {
     let warm_up = load.phase(order.warm_up)?;
     let me = std::process::id();
     let before = (Usage::of(order.server)?, Usage::of(me)?);

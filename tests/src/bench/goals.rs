@@ -2,7 +2,8 @@
 //! of a run; a goal whose rows were not measured is not mentioned.
 
 use super::figures::Samples;
-use super::record::{Bound, Candidate, Document, Goal};
+use super::record::{Bound, Document, Goal};
+use super::{exports, upgrade, vm};
 
 use Bound::{AtLeast, AtMost};
 
@@ -21,6 +22,9 @@ const TMPFS: &str = "file, tmpfs: 4 KiB random reads";
 pub fn of(document: &Document) -> Vec<Goal> {
     let mut goals = native_ratios(document);
     goals.extend(native_costs(document));
+    goals.extend(block_door(document));
+    goals.extend(upgraded(document));
+    goals.extend(many_exports(document));
     goals
 }
 
@@ -78,32 +82,87 @@ fn native_ratios(document: &Document) -> Vec<Goal> {
 
 /// What a request may cost by itself.
 fn native_costs(document: &Document) -> Vec<Goal> {
-    type Cost = fn(&Candidate) -> Option<f64>;
-    let syscalls: Cost = |one| one.syscalls_per_io;
-    let instructions: Cost = |one| one.instructions_per_io;
-    let costs = [
-        ("system calls", "depth 32, client sleeps", 0.1, syscalls),
-        ("system calls", "depth 32, client polls", 0.1, syscalls),
-        (
-            "instructions",
-            "depth 32, client polls",
-            400.0,
-            instructions,
-        ),
-    ];
-    let goals = costs.iter().filter_map(|(name, load, most, cost)| {
+    let loads = ["depth 32, client sleeps", "depth 32, client polls"];
+    let goals = loads.iter().filter_map(|load| {
         let row = document.row("native", NULL, load)?;
-        let value = cost(row.candidate(ADAPTIVE)?)?;
-        let what = format!("{NULL}, {load}: {name} for a request, {ADAPTIVE}");
-        Some(Goal::new(&what, AtMost(*most), &Samples::of(&[value])?))
+        let calls = row.candidate(ADAPTIVE)?.syscalls_per_io?;
+        let what = format!("{NULL}, {load}: system calls for a request, {ADAPTIVE}");
+        Some(Goal::new(&what, AtMost(0.1), &Samples::of(&[calls])?))
     });
     goals.collect()
+}
+
+/// The block door in the machine that the others run in too.
+fn block_door(document: &Document) -> Vec<Goal> {
+    let mut goals = Vec::new();
+    for row in document.rows.iter().filter(|row| row.lane == vm::LANE) {
+        let Some(ours) = row.candidate(vm::OURS) else {
+            continue;
+        };
+        let all: &[(&str, f64)] = match row.title.as_str() {
+            vm::NULL => &[(vm::KUBLK, 1.0), (vm::RUBLK, 1.2)],
+            vm::LARGE => &[(vm::KUBLK_ZERO_COPY, 1.0), (vm::KUBLK_AUTO, 1.0)],
+            _ => &[],
+        };
+        for (name, least) in all {
+            let ratio = row
+                .candidate(name)
+                .and_then(|theirs| ours.iops.ratio(&theirs.iops));
+            if let Some(ratio) = ratio {
+                let what = format!("{}, {}: IOPS of {} ÷ {name}", row.title, row.load, vm::OURS);
+                goals.push(Goal::new(&what, AtLeast(*least), &ratio));
+            }
+        }
+    }
+    goals
+}
+
+/// A guest before and after the upgrade.
+fn upgraded(document: &Document) -> Vec<Goal> {
+    let goals = || {
+        let row = document.row(upgrade::LANE, upgrade::TITLE, "depth 32")?;
+        let before = row.candidate(upgrade::BEFORE)?;
+        let after = row.candidate(upgrade::AFTER)?;
+        let iops = after.iops.ratio(&before.iops)?;
+        let calls = Samples::of(&[before.syscalls_per_io? / after.syscalls_per_io?])?;
+        Some(vec![
+            Goal::new(
+                "guest, depth 32: IOPS after ÷ before the upgrade",
+                AtLeast(2.0),
+                &iops,
+            ),
+            Goal::new(
+                "guest, depth 32: system calls for a request before ÷ after the upgrade",
+                AtLeast(5.0),
+                &calls,
+            ),
+        ])
+    };
+    goals().unwrap_or_default()
+}
+
+/// Many exports in one process.
+fn many_exports(document: &Document) -> Vec<Goal> {
+    let mut goals = Vec::new();
+    for (part, bound) in [
+        (": CPU", AtMost(0.1)),
+        (": memory for each beyond the first", AtMost(2.0)),
+        (": the least share, of the mean", AtLeast(0.7)),
+    ] {
+        for one in &document.measures {
+            if one.lane == exports::LANE && one.what.ends_with(part) {
+                let what = format!("{} {}", one.what, one.unit);
+                goals.push(Goal::new(what.trim(), bound, &one.value));
+            }
+        }
+    }
+    goals
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::native;
-    use super::super::record::{FORMAT, Row};
+    use super::super::record::{Candidate, FORMAT, Row};
     use super::*;
 
     fn document(rows: Vec<Row>) -> Document {
@@ -115,6 +174,8 @@ mod tests {
             started: 0,
             seconds: 0,
             rows,
+            measures: Vec::new(),
+            ratios: Vec::new(),
             goals: Vec::new(),
             left_out: Vec::new(),
         }

@@ -1,14 +1,20 @@
 //! `cargo lab bench`: measures against others in the same run, and writes down everything.
 
+pub mod attach;
 pub mod chart;
 pub mod client;
+pub mod compare;
+pub mod exports;
 pub mod figures;
 pub mod goals;
 pub mod machine;
 pub mod native;
+pub mod peers;
 pub mod record;
 pub mod table;
+pub mod upgrade;
 pub mod usage;
+pub mod vm;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,6 +36,12 @@ use crate::report::line;
 pub enum Lane {
     /// The vhost door against qemu-storage-daemon, as two host processes
     Native,
+    /// The block door against kublk, rublk and the loop driver, in an emulated PC
+    Vm,
+    /// A guest before and after the upgrade, in User Mode Linux
+    Upgrade,
+    /// Many exports in one process, idle and busy
+    Exports,
 }
 
 /// The command line.
@@ -64,6 +76,9 @@ pub struct Arguments {
     /// Measure this program instead of building one
     #[arg(long, value_name = "FILE")]
     pub server: Option<PathBuf>,
+    /// Compare the servers of two revisions, or of one and of this checkout, with each other
+    #[arg(long, value_name = "REV", num_args = 1..=2, conflicts_with = "server")]
+    pub compare: Vec<String>,
     /// Where results go [default: bench in the target directory]
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
@@ -78,6 +93,10 @@ pub struct Arguments {
 /// What the lanes have to know.
 #[derive(Debug)]
 pub struct Settings {
+    /// The checkout.
+    pub repo: PathBuf,
+    /// Install without asking.
+    pub yes: bool,
     /// Names (a prefix in tables) and programs of our servers.
     pub servers: Vec<(String, PathBuf)>,
     /// Whether others are measured too.
@@ -94,8 +113,10 @@ pub struct Settings {
     pub server_cpu: usize,
     /// The processor of the clients.
     pub client_cpu: usize,
-    /// For sockets and disks.
+    /// For disks.
     pub work: PathBuf,
+    /// For sockets, whose names must be short.
+    pub scratch: tempfile::TempDir,
     /// Only these.
     pub only: Option<Regex>,
 }
@@ -111,6 +132,17 @@ impl Settings {
     #[must_use]
     pub fn short_window(&self) -> End {
         End::Milliseconds(self.window_ms.min(500))
+    }
+
+    /// The server of the lanes that measure one only.
+    ///
+    /// # Errors
+    /// Two revisions are compared.
+    pub fn server(&self) -> Result<&Path> {
+        let [(_, server)] = &self.servers[..] else {
+            bail!("--compare is for the native lane");
+        };
+        Ok(server)
     }
 
     /// Whether a load was asked for.
@@ -147,19 +179,33 @@ pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
         started: started.as_secs(),
         seconds: 0,
         rows: Vec::new(),
+        measures: Vec::new(),
+        ratios: Vec::new(),
         goals: Vec::new(),
         left_out: Vec::new(),
     };
     for lane in chosen(arguments) {
+        let Document {
+            rows,
+            measures,
+            left_out,
+            ..
+        } = &mut document;
         let mut keep = |row: Row| {
             eprintln!("lab: {}", table::summary(&row));
-            document.rows.push(row);
+            rows.push(row);
         };
         match lane {
             Lane::Native => native::run(&settings, &mut keep)?,
+            Lane::Vm => vm::run(&settings, &mut keep, left_out)?,
+            Lane::Upgrade => upgrade::run(&settings, &mut keep)?,
+            Lane::Exports => exports::run(&settings, &mut keep, &mut |one| measures.push(one))?,
         }
     }
-    if document.rows.is_empty() {
+    if let [(first, _), (second, _)] = &settings.servers[..] {
+        document.ratios = compare::ratios(&document.rows, first, second);
+    }
+    if document.rows.is_empty() && document.measures.is_empty() {
         bail!("nothing was measured: no load matches");
     }
     document.goals = goals::of(&document);
@@ -175,7 +221,9 @@ pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
 }
 
 fn chosen(arguments: &Arguments) -> Vec<Lane> {
-    if arguments.lanes.is_empty() {
+    if !arguments.compare.is_empty() && arguments.lanes.is_empty() {
+        vec![Lane::Native]
+    } else if arguments.lanes.is_empty() {
         Lane::value_variants().to_vec()
     } else {
         arguments.lanes.clone()
@@ -183,13 +231,7 @@ fn chosen(arguments: &Arguments) -> Vec<Lane> {
 }
 
 fn settings(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Settings> {
-    let server = match &arguments.server {
-        Some(server) => server.clone(),
-        None => {
-            cargo::build_server(repo)?;
-            cargo::server_binary()?
-        }
-    };
+    let servers = servers(repo, arguments)?;
     let seconds = arguments
         .seconds
         .unwrap_or(if arguments.quick { 0.2 } else { 1.0 });
@@ -204,7 +246,9 @@ fn settings(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Setting
     let work = output.join("work");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
     Ok(Settings {
-        servers: vec![("ublkup".to_owned(), server)],
+        repo: repo.to_owned(),
+        yes: arguments.yes,
+        servers,
         peers: !arguments.no_peers,
         counts: !arguments.no_counts,
         rounds,
@@ -216,8 +260,26 @@ fn settings(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Setting
         work: work
             .canonicalize()
             .with_context(|| format!("cannot use {}", work.display()))?,
+        scratch: tempfile::tempdir().context("cannot make a temporary directory")?,
         only: arguments.only.clone(),
     })
+}
+
+/// Our servers by their names in tables: the one of this checkout, or those that are compared.
+fn servers(repo: &Path, arguments: &Arguments) -> Result<Vec<(String, PathBuf)>> {
+    let mut all = Vec::new();
+    for revision in &arguments.compare {
+        let (short, program) = compare::build(repo, revision)?;
+        all.push((format!("ublkup {short}"), program));
+    }
+    if let Some(server) = &arguments.server {
+        all.push(("ublkup".to_owned(), server.clone()));
+    } else if all.len() < 2 {
+        packages::ensure(&[Purpose::ServerBuild], arguments.yes)?;
+        cargo::build_server(repo)?;
+        all.push(("ublkup".to_owned(), cargo::server_binary()?));
+    }
+    Ok(all)
 }
 
 /// Writes the document, its tables and its pictures into a folder.

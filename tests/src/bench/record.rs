@@ -22,6 +22,12 @@ pub struct Document {
     pub seconds: u64,
     /// The measurements.
     pub rows: Vec<Row>,
+    /// Figures that are no requests per second.
+    #[serde(default)]
+    pub measures: Vec<Measure>,
+    /// Two revisions of ours, with `--compare`.
+    #[serde(default)]
+    pub ratios: Vec<Ratio>,
     /// The goals that the rows have something to say about.
     pub goals: Vec<Goal>,
     /// What was not measured, and why.
@@ -60,9 +66,34 @@ pub struct Candidate {
     /// System calls of the server for a request, counted in a run of their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub syscalls_per_io: Option<f64>,
-    /// Instructions of the server for a request, counted in a run of their own.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub instructions_per_io: Option<f64>,
+}
+
+/// A figure by itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Measure {
+    /// The lane it belongs to.
+    pub lane: String,
+    /// What was measured.
+    pub what: String,
+    /// Its unit.
+    pub unit: String,
+    /// The figure.
+    pub value: Samples,
+}
+
+/// Two candidates of one row, in the rounds they have in common.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ratio {
+    /// Title and load of the row.
+    pub what: String,
+    /// Who is above the line.
+    pub above: String,
+    /// Who is below it.
+    pub below: String,
+    /// Requests per second.
+    pub iops: Samples,
+    /// Processor time for a request.
+    pub cpu: Option<Samples>,
 }
 
 /// Something that was to be reached, and what was.

@@ -47,7 +47,7 @@ pub fn markdown(document: &Document) -> String {
         text,
         "Revision {}; {}, {} processors, {} MiB, Linux {}, {}, governor: {}. `{}`, {} s.\n\n\
          Requests per second, median (least–most) of the rounds; processor time of the server in µs \
-         for a request; sleeps, system calls and instructions of the server for a request.",
+         for a request; sleeps and system calls of the server for a request.",
         document.revision,
         machine.processor,
         machine.processors,
@@ -66,8 +66,8 @@ pub fn markdown(document: &Document) -> String {
             let _ = write!(
                 text,
                 "\n### {}: {}\n\n\
-                 | load | server | IOPS | CPU µs/IO | sleeps/IO | syscalls/IO | instr./IO |\n\
-                 |---|---|---:|---:|---:|---:|---:|\n",
+                 | load | server | IOPS | CPU µs/IO | sleeps/IO | syscalls/IO |\n\
+                 |---|---|---:|---:|---:|---:|\n",
                 row.lane, row.title
             );
         }
@@ -79,16 +79,36 @@ pub fn markdown(document: &Document) -> String {
             };
             let _ = writeln!(
                 text,
-                "| {} | {} | {} | {} | {} | {} | {} |",
+                "| {} | {} | {} | {} | {} | {} |",
                 row.load,
                 one.name,
                 spread(&one.iops),
                 median(&one.cpu_us_per_io),
                 median(&one.waits_per_io),
                 one.syscalls_per_io.map(small).unwrap_or_default(),
-                one.instructions_per_io.map(number).unwrap_or_default(),
             );
         }
+    }
+    if !document.measures.is_empty() {
+        text.push_str("\n### Other figures\n\n| lane | what | value |\n|---|---|---:|\n");
+    }
+    for one in &document.measures {
+        let value = format!("{} {}", spread(&one.value), one.unit);
+        let _ = writeln!(text, "| {} | {} | {} |", one.lane, one.what, value.trim());
+    }
+    if !document.ratios.is_empty() {
+        text.push_str("\n### Compared\n\n| load | | IOPS | CPU/IO |\n|---|---|---:|---:|\n");
+    }
+    for one in &document.ratios {
+        let cpu = one.cpu.as_ref().map_or_else(String::new, spread);
+        let _ = writeln!(
+            text,
+            "| {} | {} ÷ {} | {} | {cpu} |",
+            one.what,
+            one.above,
+            one.below,
+            spread(&one.iops)
+        );
     }
     if !document.goals.is_empty() {
         text.push_str("\n### Goals\n\n| what | goal | reached | |\n|---|---|---|---|\n");
@@ -153,6 +173,8 @@ mod tests {
                     ..Candidate::default()
                 }],
             }],
+            measures: Vec::new(),
+            ratios: Vec::new(),
             goals: vec![goal],
             left_out: vec!["rublk: no compiler".to_owned()],
         }
@@ -161,7 +183,7 @@ mod tests {
     #[test]
     fn the_table_has_medians_spreads_goals_and_what_was_left_out() {
         let text = markdown(&sample());
-        let row = "| depth 32 | ublkup | 1.00 M (900 k–1.10 M) |  |  | 0.013 |  |";
+        let row = "| depth 32 | ublkup | 1.00 M (900 k–1.10 M) |  |  | 0.013 |";
         assert!(text.contains(row), "{text}");
         assert!(text.contains("| twice as fast | >= 2 |"), "{text}");
         assert!(text.contains("- rublk: no compiler"), "{text}");

@@ -50,13 +50,26 @@ impl Usage {
 }
 
 fn of_thread(folder: &Path) -> Option<Usage> {
-    let schedstat = fs::read_to_string(folder.join("schedstat")).ok()?;
+    let cpu_ns = match fs::read_to_string(folder.join("schedstat")) {
+        Ok(schedstat) => schedstat.split_whitespace().next()?.parse().ok()?,
+        // A kernel without that counts in ticks.
+        Err(_) => ticks(&fs::read_to_string(folder.join("stat")).ok()?)?
+            .checked_mul(1_000_000_000 / rustix::param::clock_ticks_per_second())?,
+    };
     let status = fs::read_to_string(folder.join("status")).ok()?;
     Some(Usage {
-        cpu_ns: schedstat.split_whitespace().next()?.parse().ok()?,
+        cpu_ns,
         waits: field(&status, "voluntary_ctxt_switches:")?,
         threads: 1,
     })
+}
+
+/// User and system time in `stat` (proc_pid_stat(5): fields 14 and 15). The name, field 2, is in
+/// parentheses and may hold anything.
+fn ticks(stat: &str) -> Option<u64> {
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    Some(next()? + next()?)
 }
 
 /// A number in `/proc/PID/status` by the name of its line.
@@ -89,6 +102,13 @@ mod tests {
         let used = after.since(before);
         assert!(used.cpu_ns > 20_000_000, "{used:?}");
         assert!(used.waits >= 20, "{used:?}");
+    }
+
+    #[test]
+    fn ticks_are_the_fourteenth_and_fifteenth_field() {
+        let stat = "12 (a) b) S 1 12 12 0 -1 4194304 100 0 0 0 30 12 0 0 20 0 1 0 5 1 2";
+        assert_eq!(ticks(stat), Some(42));
+        assert_eq!(ticks("12 (a) S 1"), None);
     }
 
     #[test]

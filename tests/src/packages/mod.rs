@@ -2,6 +2,7 @@
 //! come: through apt on Debian, by a clear message elsewhere.
 
 pub mod apt;
+pub mod liburing;
 pub mod sources;
 
 use std::io::{BufRead, IsTerminal, Write};

@@ -266,6 +266,7 @@ const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, hand_over::STEPS),
     (STEPS, series::STEPS),
     (STEPS, upgraded::STEPS),
+    (STEPS, crate::bench::vm::STEPS),
     (STEPS, soak::STEPS),
     (selftest::PATIENTS, selftest::PATIENT_TESTS),
 ];

@@ -22,7 +22,7 @@ use crate::process;
 pub fn syscalls(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<Option<f64>> {
     let socket = files.scratch.join("bench.sock");
     let cpu = settings.server_cpu;
-    let server = servers::start(who, load.backend, files, &socket, cpu, &[])?;
+    let server = servers::start(who, load.backend, files, &socket, cpu)?;
     let output = files.scratch.join("syscalls.txt");
     let Some(counter) = Counter::start(server.pid(), &output)? else {
         server.stop()?;

@@ -5,21 +5,18 @@ pub mod counts;
 pub mod servers;
 
 use std::fs;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 
 use self::servers::{Backend, DISK_BYTES, Files, Who};
 use super::Settings;
-use super::client::{self, Answer, End, Op, Order, Waiting};
+use super::attach::Client;
+use super::client::{Answer, End, Op, Order, Waiting};
 use super::figures::Samples;
 use super::record::{Candidate, Row};
 use crate::kit::fio::Fio;
-use crate::kit::shell::last_lines;
-use crate::process;
 
 /// The lane's name.
 pub const LANE: &str = "native";
@@ -124,7 +121,7 @@ const FIO: &str = "fio on the file";
 /// # Errors
 /// A server or the client failed.
 pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
-    let files = make_files(&settings.work)?;
+    let files = make_files(settings)?;
     let candidates = candidates(settings);
     let result = loads(settings.quick)
         .iter()
@@ -142,10 +139,10 @@ pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
 }
 
 /// Files full of data, so that no read is answered from a hole.
-fn make_files(work: &Path) -> Result<Files> {
+fn make_files(settings: &Settings) -> Result<Files> {
     let files = Files {
-        scratch: work.to_owned(),
-        direct: work.join("disk.img"),
+        scratch: settings.scratch.path().to_owned(),
+        direct: settings.work.join("disk.img"),
         tmpfs: Path::new("/dev/shm").join(format!("ublkup-bench-{}.img", std::process::id())),
     };
     let mut piece = vec![0u8; 1 << 20];
@@ -183,15 +180,8 @@ fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) 
             order.reverse();
         }
         for index in order {
-            let answer = once(
-                settings,
-                files,
-                &candidates[index],
-                load,
-                &[],
-                settings.window(),
-            )
-            .with_context(|| candidates[index].name().to_owned())?;
+            let answer = once(settings, files, &candidates[index], load)
+                .with_context(|| candidates[index].name().to_owned())?;
             let per_io = |count: u64| count as f64 / answer.requests as f64;
             series[index].iops.push(answer.iops);
             series[index]
@@ -222,7 +212,6 @@ fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) 
             cpu_us_per_io: Samples::of(&series.cpu_us),
             waits_per_io: Samples::of(&series.waits),
             syscalls_per_io: syscalls,
-            instructions_per_io: None,
         });
     }
     if let Some(iops) = Samples::of(&fio.iops) {
@@ -236,18 +225,10 @@ fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) 
 }
 
 /// A server, a connection, a load.
-fn once(
-    settings: &Settings,
-    files: &Files,
-    who: &Who,
-    load: &Load,
-    wrapper: &[std::ffi::OsString],
-    window: End,
-) -> Result<Answer> {
+fn once(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<Answer> {
     let socket = files.scratch.join("bench.sock");
-    let cpu = settings.server_cpu;
-    let server = servers::start(who, load.backend, files, &socket, cpu, wrapper)?;
-    let answer = attach(settings, load, &socket, server.pid(), window)?;
+    let server = servers::start(who, load.backend, files, &socket, settings.server_cpu)?;
+    let answer = attach(settings, load, &socket, server.pid(), settings.window())?;
     server.stop()?;
     Ok(answer)
 }
@@ -260,7 +241,11 @@ fn attach(
     server: u32,
     window: End,
 ) -> Result<Answer> {
-    let order = Order {
+    Client::start(&order(settings, load, socket, server, window))?.finish()
+}
+
+fn order(settings: &Settings, load: &Load, socket: &Path, server: u32, window: End) -> Order {
+    Order {
         socket: socket.to_owned(),
         op: load.op,
         block_bytes: load.block_bytes(),
@@ -273,35 +258,8 @@ fn attach(
         },
         window,
         server,
-    };
-    let file = || tempfile::tempfile().context("cannot make a temporary file");
-    let (mut stdin, mut stdout, mut stderr) = (file()?, file()?, file()?);
-    serde_json::to_writer(&mut stdin, &order).context("cannot write the client's order")?;
-    stdin.seek(SeekFrom::Start(0)).context("cannot rewind")?;
-    let mut child = process::spawn_bound(
-        Command::new("/proc/self/exe")
-            .arg(client::SUBCOMMAND)
-            .stdin(Stdio::from(stdin))
-            .stdout(stdout.try_clone().context("cannot share a file")?)
-            .stderr(stderr.try_clone().context("cannot share a file")?),
-    )?;
-    let limit = match window {
-        End::Milliseconds(ms) => Duration::from_millis(ms * 2) + Duration::from_secs(30),
-        End::Requests(_) => Duration::from_secs(300),
-    };
-    let Some(status) = process::wait_limited(&mut child, limit)? else {
-        child.kill().context("cannot kill the client")?;
-        let _stuck = process::wait_limited(&mut child, Duration::from_secs(5))?;
-        bail!("the client got no answer within {} s", limit.as_secs());
-    };
-    let (said, complaint) = (text(&mut stdout)?, text(&mut stderr)?);
-    ensure!(status.success(), "{}", last_lines(&complaint, 10));
-    serde_json::from_str(&said).context("the client gave no answer")
-}
-
-fn text(file: &mut fs::File) -> Result<String> {
-    file.seek(SeekFrom::Start(0)).context("cannot rewind")?;
-    std::io::read_to_string(file).context("cannot read what the client said")
+        hold_ms: 0,
+    }
 }
 
 /// The same load by fio on the file, with no server between.

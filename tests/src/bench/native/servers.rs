@@ -137,10 +137,10 @@ impl Running {
     }
 }
 
-/// How long a server may take until it listens; valgrind makes all of it slow.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a server may take until it listens.
+const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Starts a server on one processor, under another program if `wrapper` has words.
+/// Starts a server on one processor.
 ///
 /// # Errors
 /// It does not come up.
@@ -150,12 +150,10 @@ pub fn start(
     files: &Files,
     socket: &Path,
     cpu: usize,
-    wrapper: &[OsString],
 ) -> Result<Running> {
     // A socket that is left over would look like one that listens.
     let _none = std::fs::remove_file(socket);
     let mut words: Vec<OsString> = vec!["taskset".into(), "-c".into(), cpu.to_string().into()];
-    words.extend(wrapper.iter().cloned());
     match who {
         Who::Ublkup {
             binary, poll_us, ..
