@@ -61,7 +61,7 @@ pub struct Arguments {
     /// Only loads whose `lane: title: load` matches this regular expression
     #[arg(long, value_name = "RE")]
     pub only: Option<Regex>,
-    /// Do not count system calls and instructions, which takes runs of its own
+    /// Do not count system calls, which takes runs of its own
     #[arg(long)]
     pub no_counts: bool,
     /// Ours alone
@@ -82,6 +82,9 @@ pub struct Arguments {
     /// Where results go [default: bench in the target directory]
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
+    /// Put the tables into docs/benchmarks.md too
+    #[arg(long)]
+    pub write_docs: bool,
     /// Print the JSON instead of the tables
     #[arg(long)]
     pub json: bool,
@@ -101,7 +104,7 @@ pub struct Settings {
     pub servers: Vec<(String, PathBuf)>,
     /// Whether others are measured too.
     pub peers: bool,
-    /// Whether system calls and instructions are counted.
+    /// Whether system calls are counted.
     pub counts: bool,
     /// Interleaved rounds.
     pub rounds: usize,
@@ -162,7 +165,11 @@ pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
     let started = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .context("the clock is before 1970")?;
-    packages::ensure(&[Purpose::Tests, Purpose::Bench], arguments.yes)?;
+    let mut purposes = vec![Purpose::Tests];
+    if !arguments.no_counts {
+        purposes.push(Purpose::Bench);
+    }
+    packages::ensure(&purposes, arguments.yes)?;
     let output = match &arguments.output {
         Some(output) => output.clone(),
         None => cargo::target_dir()?.join("bench"),
@@ -211,6 +218,9 @@ pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
     document.goals = goals::of(&document);
     document.seconds = clock.elapsed().as_secs();
     write(&document, &output)?;
+    if arguments.write_docs {
+        write_docs(&document, &repo.join("docs/benchmarks.md"))?;
+    }
     if arguments.json {
         line(&serde_json::to_string_pretty(&document).context("cannot encode the results")?);
     } else {
@@ -295,4 +305,52 @@ fn write(document: &Document, folder: &Path) -> Result<()> {
         put(&name, &picture)?;
     }
     Ok(())
+}
+
+/// Between these lines of the page is what a run wrote.
+const MARKS: [&str; 2] = ["<!-- results begin -->\n", "<!-- results end -->\n"];
+
+/// Replaces the results in the page about benchmarks.
+fn write_docs(document: &Document, page: &Path) -> Result<()> {
+    let text =
+        fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
+    let text = with_results(&text, &table::markdown(document))
+        .with_context(|| format!("{} has no place for results", page.display()))?;
+    fs::write(page, text).with_context(|| format!("cannot write {}", page.display()))
+}
+
+/// A page with other results.
+fn with_results(page: &str, results: &str) -> Option<String> {
+    let (before, rest) = page.split_once(MARKS[0])?;
+    let (_, after) = rest.split_once(MARKS[1])?;
+    Some(format!(
+        "{before}{}\n{}\n\n{}{after}",
+        MARKS[0],
+        results.trim(),
+        MARKS[1]
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_replace_results_and_nothing_else() {
+        let page = format!("# a\n\n{}old\n{}\nend\n", MARKS[0], MARKS[1]);
+        let once = with_results(&page, "new\n").expect("there is a place");
+        assert!(
+            once.starts_with("# a\n") && once.ends_with("\nend\n"),
+            "{once}"
+        );
+        assert!(once.contains("\nnew\n") && !once.contains("old"), "{once}");
+        assert_eq!(with_results(&once, "new"), Some(once));
+        assert_eq!(with_results("# a\n", "new"), None);
+    }
+
+    #[test]
+    fn the_page_about_benchmarks_has_a_place_for_results() {
+        let page = include_str!("../../../docs/benchmarks.md");
+        assert!(with_results(page, "new").is_some());
+    }
 }
