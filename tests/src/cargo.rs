@@ -29,7 +29,10 @@ fn cargo(repo: &Path) -> Command {
 }
 
 /// The target directory this binary is in.
-fn target_dir() -> Result<PathBuf> {
+///
+/// # Errors
+/// The lab's binary is in a strange place.
+pub fn target_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe().context("cannot find the lab's own binary")?;
     exe.ancestors()
         .nth(2)
@@ -50,7 +53,15 @@ pub fn server_binary() -> Result<PathBuf> {
 /// # Errors
 /// It does not build.
 pub fn build_server(repo: &Path) -> Result<()> {
-    let target = target_dir()?;
+    build_server_of(repo, &target_dir()?).map(drop)
+}
+
+/// Builds the server of a checkout in a target directory; where it is.
+///
+/// # Errors
+/// It does not build.
+pub fn build_server_of(repo: &Path, target: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(target).with_context(|| format!("cannot create {}", target.display()))?;
     let log = target.join("lab-build-server.log");
     let mut build = cargo(repo);
     build
@@ -62,13 +73,13 @@ pub fn build_server(repo: &Path) -> Result<()> {
             "ublkup",
             "--target-dir",
         ])
-        .arg(&target);
+        .arg(target);
     progress::run("building the server", build, &log, HOUR)?;
-    let server = server_binary()?;
+    let server = target.join("release/ublkup");
     if !server.exists() {
         bail!("cargo built no {}", server.display());
     }
-    Ok(())
+    Ok(server)
 }
 
 /// Test programs with tests that need more than a build machine has: a ublk driver, loop devices, a

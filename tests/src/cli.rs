@@ -12,7 +12,7 @@ use crate::machine::{Hypervisor, Qemu, Uml, shell};
 use crate::packages::{self, Purpose};
 use crate::report::line;
 use crate::runner::{self, Request};
-use crate::{agent, demo, doctor, guest, job};
+use crate::{agent, bench, demo, doctor, guest, job};
 
 /// Kernels, machines and tests for ublkup.
 #[derive(Parser)]
@@ -51,6 +51,8 @@ enum Action {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// Measures against others in the same run; writes JSON, tables and pictures
+    Bench(bench::Arguments),
     /// Builds, boots and edits the lab's kernels
     Kernel {
         #[command(subcommand)]
@@ -71,6 +73,9 @@ enum Action {
     /// Runs one test; the lab calls itself with this
     #[command(name = job::SUBCOMMAND, hide = true)]
     RunOneTest,
+    /// Loads a vhost-user-blk socket; the lab calls itself with this
+    #[command(name = bench::client::SUBCOMMAND, hide = true)]
+    BenchClient,
     /// Serves a guest's channel; the lab calls itself with this
     #[command(name = guest::AGENT, hide = true)]
     GuestAgent,
@@ -149,6 +154,7 @@ fn run(action: Action) -> Result<ExitCode> {
                 runner::run(&runner::repo()?, &request)
             }
         }
+        Action::Bench(arguments) => bench::run(&runner::repo()?, &arguments),
         Action::Kernel { action } => run_kernel(action),
         Action::Doctor { json } => Ok(if doctor::run(json)? {
             ExitCode::SUCCESS
@@ -156,12 +162,18 @@ fn run(action: Action) -> Result<ExitCode> {
             ExitCode::FAILURE
         }),
         Action::Setup { yes } => {
-            let all = [Purpose::KernelBuild, Purpose::ServerBuild, Purpose::Tests];
+            let all = [
+                Purpose::KernelBuild,
+                Purpose::ServerBuild,
+                Purpose::Tests,
+                Purpose::Bench,
+            ];
             packages::ensure(&all, yes)?;
             line("everything that builds and tests need is installed");
             Ok(ExitCode::SUCCESS)
         }
         Action::RunOneTest => job::child_main(),
+        Action::BenchClient => bench::client::child_main(),
         Action::GuestAgent => agent::main(),
     }
 }

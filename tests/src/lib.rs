@@ -6,6 +6,7 @@
 //! story.
 
 pub mod agent;
+pub mod bench;
 pub mod cache;
 pub mod cargo;
 pub mod channel;

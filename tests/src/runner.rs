@@ -193,6 +193,8 @@ pub fn prepare(repo: &Path, wanted: &[Need], yes: bool) -> Result<Paths> {
                     paths.kernels.insert(kernel, path);
                 }
                 Product::Selftests => paths.selftests = Some(path),
+                // No suite needs it.
+                Product::Kublk => {}
             }
         }
     }

@@ -26,13 +26,15 @@ pub enum Product {
     Kernel(Kernel),
     /// The kernel's own test programs, of the source with the series.
     Selftests,
+    /// The kernel's own ublk server, to be measured against.
+    Kublk,
 }
 
 impl Product {
     fn series(self, patch: &KernelPatch) -> Result<Vec<PathBuf>> {
         match self {
             Product::Kernel(kernel) => patch.series_of(kernel),
-            Product::Selftests => patch.series(),
+            Product::Selftests | Product::Kublk => patch.series(),
         }
     }
 
@@ -41,6 +43,7 @@ impl Product {
         match self {
             Product::Kernel(kernel) => patch.fragment(kernel),
             Product::Selftests => Ok(selftests::ingredients()),
+            Product::Kublk => Ok(String::new()),
         }
     }
 }
@@ -50,6 +53,7 @@ impl fmt::Display for Product {
         match self {
             Product::Kernel(kernel) => kernel.fmt(f),
             Product::Selftests => f.write_str("selftests"),
+            Product::Kublk => f.write_str("kublk"),
         }
     }
 }
@@ -65,7 +69,7 @@ pub fn kernels(repo: &Path, kernels: &[Kernel], yes: bool) -> Result<Vec<PathBuf
 }
 
 /// Makes sure that these products are in the cache. Returns, in the same order, the images of
-/// kernels, and the directory of the test programs.
+/// kernels, the directory of the test programs, kublk itself.
 ///
 /// # Errors
 /// A package, the source or an option is missing, or the build failed.
@@ -113,6 +117,7 @@ fn results(homes: Vec<(Product, PathBuf)>) -> Vec<PathBuf> {
         .map(|(product, home)| match product {
             Product::Kernel(kernel) => home.join(image_name(kernel)),
             Product::Selftests => home,
+            Product::Kublk => home.join("kublk"),
         })
         .collect()
 }
@@ -180,6 +185,10 @@ fn build_all(patch: &KernelPatch, source: &Source, missing: &[&(Product, PathBuf
                 }
                 Product::Selftests => {
                     selftests::build(&tree, &objects, &logs)?;
+                    put(&objects, home)?;
+                }
+                Product::Kublk => {
+                    selftests::build_kublk(&tree, &objects, &logs)?;
                     put(&objects, home)?;
                 }
             }

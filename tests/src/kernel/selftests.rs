@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::build::plain_make;
+use crate::packages::liburing;
 use crate::progress;
 
 /// One directory of test programs.
@@ -86,6 +87,42 @@ pub(super) fn ingredients() -> String {
         all.push('\n');
     }
     all
+}
+
+/// Builds kublk, the kernel's own ublk server, of `tree` into `into`, with that tree's headers.
+pub(super) fn build_kublk(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
+    let minute = Duration::from_secs(60);
+    let liburing = liburing::unpacked()?;
+    let headers = into.join("headers");
+    let mut install = plain_make();
+    install
+        .arg("-C")
+        .arg(tree)
+        .arg(format!("O={}", headers.display()))
+        .args(["ARCH=x86_64", "headers"]);
+    fs::create_dir(&headers).context("cannot make a directory for headers")?;
+    progress::run(
+        "collecting the kernel's headers",
+        install,
+        &logs.join("kublk-headers.log"),
+        10 * minute,
+    )?;
+    let (include, newer) = (headers.join("usr/include"), liburing.join("usr/include"));
+    let archive = liburing.join("usr/lib/x86_64-linux-gnu/liburing.a");
+    let mut make = plain_make();
+    make.arg("-C")
+        .arg(tree.join("tools/testing/selftests/ublk"))
+        .arg(format!("OUTPUT={}", into.display()))
+        // Into the program: the guest has the machine's own liburing.
+        .arg(format!("LDLIBS=-lpthread -lm {}", archive.display()))
+        .arg(into.join("kublk"))
+        .env(
+            "CPATH",
+            format!("{}:{}", include.display(), newer.display()),
+        )
+        .env("LIBRARY_PATH", liburing.join("usr/lib/x86_64-linux-gnu"));
+    progress::run("building kublk", make, &logs.join("kublk.log"), 10 * minute)?;
+    fs::remove_dir_all(&headers).context("cannot remove the headers")
 }
 
 /// Builds them of `tree` into subdirectories of `into`, with the headers of that tree.

@@ -2,6 +2,7 @@
 //! come: through apt on Debian, by a clear message elsewhere.
 
 pub mod apt;
+pub mod liburing;
 pub mod sources;
 
 use std::io::{BufRead, IsTerminal, Write};
@@ -22,6 +23,8 @@ pub enum Purpose {
     ServerBuild,
     /// Running tests.
     Tests,
+    /// Measuring, beyond what tests need.
+    Bench,
 }
 
 /// How to see that something is there.
@@ -108,6 +111,7 @@ const NEEDED: &[Needed] = &[
         Sign::Program("virt-xml-validate"),
     ),
     needed(Purpose::Tests, "libxml2-utils", Sign::Program("xmllint")),
+    needed(Purpose::Bench, "linux-perf", Sign::Program("perf")),
 ];
 
 const fn needed(purpose: Purpose, package: &'static str, sign: Sign) -> Needed {

@@ -5,6 +5,7 @@
 //! the tables. To add a suite, add an entry to [`SUITES`].
 
 mod agree;
+mod bench;
 mod block;
 mod compare;
 mod debug;
@@ -85,7 +86,7 @@ pub const SUITES: &[Suite] = &[
         about: "unit tests of every package, and tests that need no other kernel",
         place: Place::Host,
         needs: &[Need::Server, Need::Tools],
-        tests: &[docs::TESTS, handshakes::TESTS],
+        tests: &[docs::TESTS, handshakes::TESTS, bench::TESTS],
         with_cargo_test: true,
         full: false,
     },
@@ -266,6 +267,7 @@ const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, hand_over::STEPS),
     (STEPS, series::STEPS),
     (STEPS, upgraded::STEPS),
+    (STEPS, crate::bench::vm::STEPS),
     (STEPS, soak::STEPS),
     (selftest::PATIENTS, selftest::PATIENT_TESTS),
 ];

@@ -1,0 +1,292 @@
+//! The load on a vhost-user-blk socket: a process of its own on one processor, with libblkio's
+//! core (the crate `blkio`) as the driver.
+//!
+//! One connection, one queue. Requests of one size, `depth` of them in flight; whatever completed
+//! is asked for anew in one batch. The client reads the server's counters itself, with nothing in
+//! flight, just before and after the time that counts, so that nobody else has to wake up for it.
+
+use std::io::{Read, Write};
+use std::mem::MaybeUninit;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use blkio::{Blkio, Blkioq, Completion, ReqFlags};
+use serde::{Deserialize, Serialize};
+
+use super::usage::Usage;
+
+/// The hidden subcommand that makes the lab a client.
+pub const SUBCOMMAND: &str = "bench-client";
+
+/// What the requests do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Op {
+    /// Reads at random places.
+    RandRead,
+    /// Writes at random places.
+    RandWrite,
+    /// Reads one after the other.
+    Read,
+}
+
+/// How the client waits for completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Waiting {
+    /// It asks for a notification and sleeps.
+    Sleeps,
+    /// It looks again and again.
+    Polls,
+}
+
+/// When the part that counts is over.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum End {
+    /// After this time.
+    Milliseconds(u64),
+    /// After this many requests.
+    Requests(u64),
+}
+
+/// What the client is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Order {
+    /// Where the server listens.
+    pub socket: PathBuf,
+    /// What to ask for.
+    pub op: Op,
+    /// How much at a time.
+    pub block_bytes: usize,
+    /// How many requests are in flight.
+    pub depth: usize,
+    /// How to wait.
+    pub waiting: Waiting,
+    /// The processor to run on.
+    pub cpu: usize,
+    /// Not counted, first.
+    pub warm_up: End,
+    /// What counts.
+    pub window: End,
+    /// The server, whose counters are read.
+    pub server: u32,
+    /// Stays connected, with nothing to do, for this long after it has answered.
+    pub hold_ms: u64,
+}
+
+/// What was measured.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Answer {
+    /// Requests per second.
+    pub iops: f64,
+    /// Requests whose cost is in `server` and `client`.
+    pub requests: u64,
+    /// All requests of the connection.
+    pub all_requests: u64,
+    /// What the server used for `requests`.
+    pub server: Usage,
+    /// What the client used for `requests`.
+    pub client: Usage,
+}
+
+/// The child's side: order from standard input, answer to standard output.
+///
+/// # Errors
+/// The order makes no sense, the server does not do as it should, or a request failed.
+pub fn child_main() -> Result<ExitCode> {
+    let mut text = String::new();
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .context("cannot read the order")?;
+    let order: Order = serde_json::from_str(&text).context("cannot understand the order")?;
+    pin(order.cpu)?;
+    let of = || format!("client of {}", order.socket.display());
+    let mut load = Load::connect(&order).with_context(of)?;
+    let answer = run(&order, &mut load).with_context(of)?;
+    let text = serde_json::to_string(&answer).context("cannot encode the answer")?;
+    writeln!(std::io::stdout(), "{text}").context("cannot write the answer")?;
+    std::thread::sleep(Duration::from_millis(order.hold_ms));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(order: &Order, load: &mut Load) -> Result<Answer> {
+    let warm_up = load.phase(order.warm_up)?;
+    let me = std::process::id();
+    let before = (Usage::of(order.server)?, Usage::of(me)?);
+    let counted = load.phase(order.window)?;
+    let after = (Usage::of(order.server)?, Usage::of(me)?);
+    Ok(Answer {
+        iops: counted.in_time as f64 / counted.time.as_secs_f64(),
+        requests: counted.all,
+        all_requests: warm_up.all + counted.all,
+        server: after.0.since(before.0),
+        client: after.1.since(before.1),
+    })
+}
+
+fn pin(cpu: usize) -> Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set)
+        .with_context(|| format!("cannot run on processor {cpu}"))
+}
+
+/// A phase that is over.
+struct Phase {
+    /// Requests completed within `time`.
+    in_time: u64,
+    /// Requests completed, those included that were waited for at the end.
+    all: u64,
+    time: Duration,
+}
+
+/// A connected disk and what is asked of it.
+struct Load {
+    // Dropped before `_blkio`, as its documentation wants it.
+    queue: Blkioq,
+    completions: Vec<MaybeUninit<Completion>>,
+    buffers: *mut u8,
+    op: Op,
+    block_bytes: usize,
+    depth: usize,
+    min_completions: usize,
+    blocks: u64,
+    random: u64,
+    next_block: u64,
+    _blkio: Blkio,
+}
+
+/// A polling client gives up on a server that is silent for this long.
+const SILENCE: Duration = Duration::from_secs(20);
+
+impl Load {
+    fn connect(order: &Order) -> Result<Self> {
+        ensure!(order.depth > 0, "a depth of zero does nothing");
+        let mut blkio = Blkio::new("virtio-blk-vhost-user").map_err(plain)?;
+        let path = order.socket.to_str().context("a path that is no text")?;
+        blkio.set_str("path", path).map_err(plain)?;
+        blkio.connect().map_err(plain)?;
+        blkio.set_i32("num-queues", 1).map_err(plain)?;
+        // A request takes three descriptors.
+        let size = (order.depth * 3).next_power_of_two().max(256);
+        blkio
+            .set_i32("queue-size", i32::try_from(size)?)
+            .map_err(plain)?;
+        let mut started = blkio.start().map_err(plain)?;
+        let queue = started.queues.pop().context("the disk has no queue")?;
+        let capacity_bytes = blkio.get_u64("capacity").map_err(plain)?;
+        let blocks = capacity_bytes / order.block_bytes as u64;
+        ensure!(blocks > 0, "the disk is smaller than a request");
+        let len_bytes = (order.depth * order.block_bytes).next_multiple_of(2 << 20);
+        let region = blkio.alloc_mem_region(len_bytes).map_err(plain)?;
+        let buffers = region.addr as *mut u8;
+        // SAFETY: the region is `len_bytes` of memory of ours until `_blkio` is dropped, and the
+        // server has not been told of it yet.
+        unsafe { std::ptr::write_bytes(buffers, 0x5a, len_bytes) };
+        blkio.map_mem_region(&region).map_err(plain)?;
+        Ok(Load {
+            queue,
+            completions: (0..order.depth).map(|_| MaybeUninit::uninit()).collect(),
+            buffers,
+            op: order.op,
+            block_bytes: order.block_bytes,
+            depth: order.depth,
+            min_completions: match order.waiting {
+                Waiting::Sleeps => 1,
+                Waiting::Polls => 0,
+            },
+            blocks,
+            random: 0x9e37_79b9_7f4a_7c15,
+            next_block: 0,
+            _blkio: blkio,
+        })
+    }
+
+    /// Keeps `depth` requests in flight until the end, then waits for the last.
+    fn phase(&mut self, end: End) -> Result<Phase> {
+        let started = Instant::now();
+        let over = |done: u64| match end {
+            End::Milliseconds(ms) => started.elapsed() >= Duration::from_millis(ms),
+            End::Requests(count) => done >= count,
+        };
+        for slot in 0..self.depth {
+            self.submit(slot);
+        }
+        let mut in_flight = self.depth;
+        let mut done = 0;
+        let mut in_time = None;
+        let mut looks = 0u32;
+        let mut heard = started;
+        while in_flight > 0 {
+            let count = self
+                .queue
+                .do_io(&mut self.completions, self.min_completions, None, None)
+                .map_err(plain)?;
+            // The clock costs as much as a request: it is asked now and then.
+            looks = looks.wrapping_add(1);
+            let ask = looks.is_multiple_of(if count > 0 { 8 } else { 4096 });
+            if count == 0 {
+                if ask && heard.elapsed() > SILENCE {
+                    bail!("no completion for {} s", SILENCE.as_secs());
+                }
+                continue;
+            }
+            in_flight -= count;
+            done += count as u64;
+            if ask {
+                heard = Instant::now();
+            }
+            if in_time.is_none() && (ask || self.min_completions > 0) && over(done) {
+                in_time = Some((done, started.elapsed()));
+            }
+            for index in 0..count {
+                // SAFETY: do_io says that it wrote the first `count` entries.
+                let completion = unsafe { self.completions[index].assume_init_ref() };
+                ensure!(completion.ret == 0, "a request failed: {}", completion.ret);
+                let slot = completion.user_data;
+                if in_time.is_none() {
+                    self.submit(slot);
+                    in_flight += 1;
+                }
+            }
+        }
+        let (in_time, time) = in_time.context("the load ended before its time")?;
+        Ok(Phase {
+            in_time,
+            all: done,
+            time,
+        })
+    }
+
+    fn submit(&mut self, slot: usize) {
+        let block = match self.op {
+            Op::Read => {
+                self.next_block = (self.next_block + 1) % self.blocks;
+                self.next_block
+            }
+            Op::RandRead | Op::RandWrite => {
+                // xorshift64
+                self.random ^= self.random << 13;
+                self.random ^= self.random >> 7;
+                self.random ^= self.random << 17;
+                self.random % self.blocks
+            }
+        };
+        let start = block * self.block_bytes as u64;
+        // SAFETY: slots are below `depth`, and the region has a block for each.
+        let buffer = unsafe { self.buffers.add(slot * self.block_bytes) };
+        let (len, none) = (self.block_bytes, ReqFlags::empty());
+        match self.op {
+            Op::RandRead | Op::Read => self.queue.read(start, buffer, len, slot, none),
+            Op::RandWrite => self.queue.write(start, buffer, len, slot, none),
+        }
+    }
+}
+
+/// libblkio's errors carry no source.
+fn plain(error: blkio::Error) -> anyhow::Error {
+    anyhow!("{}", error.message())
+}

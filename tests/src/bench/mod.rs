@@ -1,0 +1,356 @@
+//! `cargo lab bench`: measures against others in the same run, and writes down everything.
+
+pub mod attach;
+pub mod chart;
+pub mod client;
+pub mod compare;
+pub mod exports;
+pub mod figures;
+pub mod goals;
+pub mod machine;
+pub mod native;
+pub mod peers;
+pub mod record;
+pub mod table;
+pub mod upgrade;
+pub mod usage;
+pub mod vm;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use regex::Regex;
+
+use self::client::End;
+use self::record::{Document, FORMAT, Row};
+use crate::cargo;
+use crate::packages::{self, Purpose};
+use crate::report::line;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Lane {
+    /// The vhost door against qemu-storage-daemon, as two host processes
+    Native,
+    /// The block door against kublk, rublk and the loop driver, in an emulated PC
+    Vm,
+    /// A guest before and after the upgrade, in User Mode Linux
+    Upgrade,
+    /// Many exports in one process, idle and busy
+    Exports,
+}
+
+/// The command line.
+#[derive(Args, Debug)]
+pub struct Arguments {
+    /// What to measure; everything if nothing is named
+    pub lanes: Vec<Lane>,
+    /// Interleaved rounds, a new connection in each [default: 5]
+    #[arg(long, value_name = "N")]
+    pub rounds: Option<usize>,
+    /// Length of one measurement [default: 1]
+    #[arg(long, value_name = "SECONDS")]
+    pub seconds: Option<f64>,
+    /// Few loads, two rounds, a fifth of a second: shows that it works, measures nothing
+    #[arg(long)]
+    pub quick: bool,
+    /// Only loads whose `lane: title: load` matches this regular expression
+    #[arg(long, value_name = "RE")]
+    pub only: Option<Regex>,
+    /// Do not count system calls, which takes runs of its own
+    #[arg(long)]
+    pub no_counts: bool,
+    /// Ours alone
+    #[arg(long)]
+    pub no_peers: bool,
+    /// The processor of the servers
+    #[arg(long, value_name = "CPU", default_value_t = 1)]
+    pub server_cpu: usize,
+    /// The processor of the clients
+    #[arg(long, value_name = "CPU", default_value_t = 0)]
+    pub client_cpu: usize,
+    /// Measure this program instead of building one
+    #[arg(long, value_name = "FILE")]
+    pub server: Option<PathBuf>,
+    /// Compare the servers of two revisions, or of one and of this checkout, with each other
+    #[arg(long, value_name = "REV", num_args = 1..=2, conflicts_with = "server")]
+    pub compare: Vec<String>,
+    /// Where results go [default: bench in the target directory]
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// Put the tables into docs/benchmarks.md too
+    #[arg(long)]
+    pub write_docs: bool,
+    /// Print the JSON instead of the tables
+    #[arg(long)]
+    pub json: bool,
+    /// Install what is missing without asking
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// What the lanes have to know.
+#[derive(Debug)]
+pub struct Settings {
+    /// The checkout.
+    pub repo: PathBuf,
+    /// Install without asking.
+    pub yes: bool,
+    /// Names (a prefix in tables) and programs of our servers.
+    pub servers: Vec<(String, PathBuf)>,
+    /// Whether others are measured too.
+    pub peers: bool,
+    /// Whether system calls are counted.
+    pub counts: bool,
+    /// Interleaved rounds.
+    pub rounds: usize,
+    /// Length of one measurement in milliseconds.
+    pub window_ms: u64,
+    /// Few loads only.
+    pub quick: bool,
+    /// The processor of the servers.
+    pub server_cpu: usize,
+    /// The processor of the clients.
+    pub client_cpu: usize,
+    /// For disks.
+    pub work: PathBuf,
+    /// For sockets, whose names must be short.
+    pub scratch: tempfile::TempDir,
+    /// Only these.
+    pub only: Option<Regex>,
+}
+
+impl Settings {
+    /// One measurement.
+    #[must_use]
+    pub fn window(&self) -> End {
+        End::Milliseconds(self.window_ms)
+    }
+
+    /// One run in which something is counted.
+    #[must_use]
+    pub fn short_window(&self) -> End {
+        End::Milliseconds(self.window_ms.min(500))
+    }
+
+    /// The server of the lanes that measure one only.
+    ///
+    /// # Errors
+    /// Two revisions are compared.
+    pub fn server(&self) -> Result<&Path> {
+        let [(_, server)] = &self.servers[..] else {
+            bail!("--compare is for the native lane");
+        };
+        Ok(server)
+    }
+
+    /// Whether a load was asked for.
+    #[must_use]
+    pub fn wants(&self, lane: &str, title: &str, load: &str) -> bool {
+        let name = format!("{lane}: {title}: {load}");
+        self.only.as_ref().is_none_or(|only| only.is_match(&name))
+    }
+}
+
+/// Measures and writes everything down.
+///
+/// # Errors
+/// Something that is needed cannot be had, or a measurement failed.
+pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
+    let clock = Instant::now();
+    let started = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .context("the clock is before 1970")?;
+    let mut purposes = vec![Purpose::Tests];
+    if !arguments.no_counts {
+        purposes.push(Purpose::Bench);
+    }
+    packages::ensure(&purposes, arguments.yes)?;
+    let output = match &arguments.output {
+        Some(output) => output.clone(),
+        None => cargo::target_dir()?.join("bench"),
+    };
+    let settings = settings(repo, arguments, &output)?;
+    let mut document = Document {
+        format: FORMAT,
+        machine: machine::Facts::here(),
+        revision: machine::revision(repo),
+        command: std::iter::once("cargo lab".to_owned())
+            .chain(std::env::args().skip(1))
+            .collect::<Vec<_>>()
+            .join(" "),
+        started: started.as_secs(),
+        seconds: 0,
+        rows: Vec::new(),
+        measures: Vec::new(),
+        ratios: Vec::new(),
+        goals: Vec::new(),
+        left_out: Vec::new(),
+    };
+    for lane in chosen(arguments) {
+        let Document {
+            rows,
+            measures,
+            left_out,
+            ..
+        } = &mut document;
+        let mut keep = |row: Row| {
+            eprintln!("lab: {}", table::summary(&row));
+            rows.push(row);
+        };
+        match lane {
+            Lane::Native => native::run(&settings, &mut keep)?,
+            Lane::Vm => vm::run(&settings, &mut keep, left_out)?,
+            Lane::Upgrade => upgrade::run(&settings, &mut keep)?,
+            Lane::Exports => exports::run(&settings, &mut keep, &mut |one| measures.push(one))?,
+        }
+    }
+    if let [(first, _), (second, _)] = &settings.servers[..] {
+        document.ratios = compare::ratios(&document.rows, first, second);
+    }
+    if document.rows.is_empty() && document.measures.is_empty() {
+        bail!("nothing was measured: no load matches");
+    }
+    document.goals = goals::of(&document);
+    document.seconds = clock.elapsed().as_secs();
+    write(&document, &output)?;
+    if arguments.write_docs {
+        write_docs(&document, &repo.join("docs/benchmarks.md"))?;
+    }
+    if arguments.json {
+        line(&serde_json::to_string_pretty(&document).context("cannot encode the results")?);
+    } else {
+        line(&table::markdown(&document));
+    }
+    eprintln!("lab: results are in {}", output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn chosen(arguments: &Arguments) -> Vec<Lane> {
+    if !arguments.compare.is_empty() && arguments.lanes.is_empty() {
+        vec![Lane::Native]
+    } else if arguments.lanes.is_empty() {
+        Lane::value_variants().to_vec()
+    } else {
+        arguments.lanes.clone()
+    }
+}
+
+fn settings(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Settings> {
+    let servers = servers(repo, arguments)?;
+    let seconds = arguments
+        .seconds
+        .unwrap_or(if arguments.quick { 0.2 } else { 1.0 });
+    ensure!(
+        (0.01..=3600.0).contains(&seconds),
+        "--seconds {seconds}: choose between 0.01 and 3600"
+    );
+    let rounds = arguments
+        .rounds
+        .unwrap_or(if arguments.quick { 2 } else { 5 });
+    ensure!(rounds > 0, "--rounds 0 measures nothing");
+    let work = output.join("work");
+    fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
+    Ok(Settings {
+        repo: repo.to_owned(),
+        yes: arguments.yes,
+        servers,
+        peers: !arguments.no_peers,
+        counts: !arguments.no_counts,
+        rounds,
+        #[allow(clippy::cast_possible_truncation, reason = "it is below 3.6 million")]
+        window_ms: (seconds * 1e3) as u64,
+        quick: arguments.quick,
+        server_cpu: arguments.server_cpu,
+        client_cpu: arguments.client_cpu,
+        work: work
+            .canonicalize()
+            .with_context(|| format!("cannot use {}", work.display()))?,
+        scratch: tempfile::tempdir().context("cannot make a temporary directory")?,
+        only: arguments.only.clone(),
+    })
+}
+
+/// Our servers by their names in tables: the one of this checkout, or those that are compared.
+fn servers(repo: &Path, arguments: &Arguments) -> Result<Vec<(String, PathBuf)>> {
+    let mut all = Vec::new();
+    for revision in &arguments.compare {
+        let (short, program) = compare::build(repo, revision)?;
+        all.push((format!("ublkup {short}"), program));
+    }
+    if let Some(server) = &arguments.server {
+        all.push(("ublkup".to_owned(), server.clone()));
+    } else if all.len() < 2 {
+        packages::ensure(&[Purpose::ServerBuild], arguments.yes)?;
+        cargo::build_server(repo)?;
+        all.push(("ublkup".to_owned(), cargo::server_binary()?));
+    }
+    Ok(all)
+}
+
+/// Writes the document, its tables and its pictures into a folder.
+fn write(document: &Document, folder: &Path) -> Result<()> {
+    let put = |name: &str, text: &str| {
+        let path = folder.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    };
+    let json = serde_json::to_string_pretty(document).context("cannot encode the results")?;
+    put("bench.json", &json)?;
+    put("bench.md", &table::markdown(document))?;
+    for (name, picture) in chart::all(document) {
+        put(&name, &picture)?;
+    }
+    Ok(())
+}
+
+/// Between these lines of the page is what a run wrote.
+const MARKS: [&str; 2] = ["<!-- results begin -->\n", "<!-- results end -->\n"];
+
+/// Replaces the results in the page about benchmarks.
+fn write_docs(document: &Document, page: &Path) -> Result<()> {
+    let text =
+        fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
+    let text = with_results(&text, &table::markdown(document))
+        .with_context(|| format!("{} has no place for results", page.display()))?;
+    fs::write(page, text).with_context(|| format!("cannot write {}", page.display()))
+}
+
+/// A page with other results.
+fn with_results(page: &str, results: &str) -> Option<String> {
+    let (before, rest) = page.split_once(MARKS[0])?;
+    let (_, after) = rest.split_once(MARKS[1])?;
+    Some(format!(
+        "{before}{}\n{}\n\n{}{after}",
+        MARKS[0],
+        results.trim(),
+        MARKS[1]
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_replace_results_and_nothing_else() {
+        let page = format!("# a\n\n{}old\n{}\nend\n", MARKS[0], MARKS[1]);
+        let once = with_results(&page, "new\n").expect("there is a place");
+        assert!(
+            once.starts_with("# a\n") && once.ends_with("\nend\n"),
+            "{once}"
+        );
+        assert!(once.contains("\nnew\n") && !once.contains("old"), "{once}");
+        assert_eq!(with_results(&once, "new"), Some(once));
+        assert_eq!(with_results("# a\n", "new"), None);
+    }
+
+    #[test]
+    fn the_page_about_benchmarks_has_a_place_for_results() {
+        let page = include_str!("../../../docs/benchmarks.md");
+        assert!(with_results(page, "new").is_some());
+    }
+}

@@ -1,0 +1,293 @@
+//! The vhost door as two host processes see it: a client on one processor, a server on another,
+//! ublkup and qemu-storage-daemon in turn.
+
+pub mod counts;
+pub mod servers;
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+
+use self::servers::{Backend, DISK_BYTES, Files, Who};
+use super::Settings;
+use super::attach::Client;
+use super::client::{Answer, End, Op, Order, Waiting};
+use super::figures::Samples;
+use super::record::{Candidate, Row};
+use crate::kit::fio::Fio;
+
+/// The lane's name.
+pub const LANE: &str = "native";
+
+/// A load on a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// What is behind the disk.
+    pub backend: Backend,
+    /// What is asked for.
+    pub op: Op,
+    /// Requests in flight.
+    pub depth: usize,
+    /// How the client waits.
+    pub waiting: Waiting,
+}
+
+impl Load {
+    /// The title of its table.
+    #[must_use]
+    pub fn title(&self) -> String {
+        let op = match self.op {
+            Op::RandRead => "4 KiB random reads",
+            Op::RandWrite => "4 KiB random writes",
+            Op::Read => "128 KiB sequential reads",
+        };
+        format!("{}: {op}", self.backend.name())
+    }
+
+    /// Its words in the table.
+    #[must_use]
+    pub fn words(&self) -> String {
+        let waiting = match self.waiting {
+            Waiting::Sleeps => "sleeps",
+            Waiting::Polls => "polls",
+        };
+        format!("depth {}, client {waiting}", self.depth)
+    }
+
+    fn block_bytes(&self) -> usize {
+        match self.op {
+            Op::RandRead | Op::RandWrite => 4 << 10,
+            Op::Read => 128 << 10,
+        }
+    }
+}
+
+/// The loads of a run.
+#[must_use]
+pub fn loads(quick: bool) -> Vec<Load> {
+    let mut all = Vec::new();
+    for backend in Backend::ALL {
+        for op in [Op::RandRead, Op::RandWrite, Op::Read] {
+            for depth in [1, 32, 128] {
+                for waiting in [Waiting::Sleeps, Waiting::Polls] {
+                    let load = Load {
+                        backend,
+                        op,
+                        depth,
+                        waiting,
+                    };
+                    // The null disk moves nothing: all its requests are alike.
+                    let same = backend == Backend::Null && op != Op::RandRead;
+                    let short = op == Op::RandRead && depth != 128;
+                    if !same && (!quick || short) {
+                        all.push(load);
+                    }
+                }
+            }
+        }
+    }
+    all
+}
+
+/// Who is measured: ours in every way of polling it knows, and the others.
+#[must_use]
+pub fn candidates(settings: &Settings) -> Vec<Who> {
+    let mut all = Vec::new();
+    for (prefix, binary) in &settings.servers {
+        let ours = |name: &str, poll_us| Who::Ublkup {
+            name: format!("{prefix}{name}"),
+            binary: binary.clone(),
+            poll_us,
+        };
+        all.push(ours("", None));
+        if servers::knows(binary, "--poll-us") {
+            all.push(ours(" --poll-us 0", Some("0")));
+            all.push(ours(" --poll-us always", Some("always")));
+        }
+    }
+    if settings.peers {
+        all.push(Who::Qemu);
+    }
+    all
+}
+
+/// fio itself on the file, which no server can beat.
+const FIO: &str = "fio on the file";
+
+/// Measures; rows are handed to `row` as they come.
+///
+/// # Errors
+/// A server or the client failed.
+pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
+    let files = make_files(settings)?;
+    let candidates = candidates(settings);
+    let result = loads(settings.quick)
+        .iter()
+        .filter(|load| settings.wants(LANE, &load.title(), &load.words()))
+        .try_for_each(|load| {
+            let measured = measure(settings, &files, &candidates, load)
+                .with_context(|| format!("{}, {}", load.title(), load.words()))?;
+            row(measured);
+            anyhow::Ok(())
+        });
+    for file in [&files.direct, &files.tmpfs] {
+        fs::remove_file(file).with_context(|| format!("cannot remove {}", file.display()))?;
+    }
+    result
+}
+
+/// Files full of data, so that no read is answered from a hole.
+fn make_files(settings: &Settings) -> Result<Files> {
+    let files = Files {
+        scratch: settings.scratch.path().to_owned(),
+        direct: settings.work.join("disk.img"),
+        tmpfs: Path::new("/dev/shm").join(format!("ublkup-bench-{}.img", std::process::id())),
+    };
+    let mut piece = vec![0u8; 1 << 20];
+    for (index, byte) in piece.iter_mut().enumerate() {
+        *byte = u8::try_from(index % 251)?;
+    }
+    for path in [&files.direct, &files.tmpfs] {
+        let mut file =
+            fs::File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+        for _ in 0..DISK_BYTES / piece.len() as u64 {
+            file.write_all(&piece)
+                .with_context(|| format!("cannot fill {}", path.display()))?;
+        }
+        file.sync_all().context("cannot write a file out")?;
+    }
+    Ok(files)
+}
+
+/// The samples of one candidate.
+#[derive(Default)]
+struct Series {
+    iops: Vec<f64>,
+    cpu_us: Vec<f64>,
+    waits: Vec<f64>,
+}
+
+fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) -> Result<Row> {
+    let mut series: Vec<Series> = candidates.iter().map(|_| Series::default()).collect();
+    let mut fio = Series::default();
+    let with_fio = settings.peers && matches!(load.backend, Backend::Direct | Backend::Tmpfs);
+    for round in 0..settings.rounds {
+        // Every other round backwards: nobody always follows the same neighbour.
+        let mut order: Vec<usize> = (0..candidates.len()).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        for index in order {
+            let answer = once(settings, files, &candidates[index], load)
+                .with_context(|| candidates[index].name().to_owned())?;
+            let per_io = |count: u64| count as f64 / answer.requests as f64;
+            series[index].iops.push(answer.iops);
+            series[index]
+                .cpu_us
+                .push(per_io(answer.server.cpu_ns) / 1e3);
+            series[index].waits.push(per_io(answer.server.waits));
+        }
+        if with_fio {
+            fio.iops.push(fio_on_file(settings, files, load)?);
+        }
+    }
+    let mut row = Row {
+        lane: LANE.to_owned(),
+        title: load.title(),
+        load: load.words(),
+        candidates: Vec::new(),
+    };
+    for (who, series) in candidates.iter().zip(series) {
+        let syscalls = if settings.counts {
+            counts::syscalls(settings, files, who, load)
+                .with_context(|| format!("counting for {}", who.name()))?
+        } else {
+            None
+        };
+        row.candidates.push(Candidate {
+            name: who.name().to_owned(),
+            iops: Samples::of(&series.iops).context("no round was measured")?,
+            cpu_us_per_io: Samples::of(&series.cpu_us),
+            waits_per_io: Samples::of(&series.waits),
+            syscalls_per_io: syscalls,
+        });
+    }
+    if let Some(iops) = Samples::of(&fio.iops) {
+        row.candidates.push(Candidate {
+            name: FIO.to_owned(),
+            iops,
+            ..Candidate::default()
+        });
+    }
+    Ok(row)
+}
+
+/// A server, a connection, a load.
+fn once(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<Answer> {
+    let socket = files.scratch.join("bench.sock");
+    let server = servers::start(who, load.backend, files, &socket, settings.server_cpu)?;
+    let answer = attach(settings, load, &socket, server.pid(), settings.window())?;
+    server.stop()?;
+    Ok(answer)
+}
+
+/// Runs the client on a socket and waits for what it says.
+fn attach(
+    settings: &Settings,
+    load: &Load,
+    socket: &Path,
+    server: u32,
+    window: End,
+) -> Result<Answer> {
+    Client::start(&order(settings, load, socket, server, window))?.finish()
+}
+
+fn order(settings: &Settings, load: &Load, socket: &Path, server: u32, window: End) -> Order {
+    Order {
+        socket: socket.to_owned(),
+        op: load.op,
+        block_bytes: load.block_bytes(),
+        depth: load.depth,
+        waiting: load.waiting,
+        cpu: settings.client_cpu,
+        warm_up: match window {
+            End::Milliseconds(ms) => End::Milliseconds((ms / 5).max(50)),
+            End::Requests(_) => End::Requests(load.depth as u64),
+        },
+        window,
+        server,
+        hold_ms: 0,
+    }
+}
+
+/// The same load by fio on the file, with no server between.
+fn fio_on_file(settings: &Settings, files: &Files, load: &Load) -> Result<f64> {
+    let (file, direct) = match load.backend {
+        Backend::Direct => (&files.direct, 1),
+        _ => (&files.tmpfs, 0),
+    };
+    let rw = match load.op {
+        Op::RandRead => "randread",
+        Op::RandWrite => "randwrite",
+        Op::Read => "read",
+    };
+    let End::Milliseconds(ms) = settings.window() else {
+        bail!("fio is measured by time");
+    };
+    let batch = u32::try_from(load.depth)?;
+    let report = Fio::new(file)
+        .option("direct", direct)
+        .option("rw", rw)
+        .option("bs", load.block_bytes())
+        .option("iodepth_batch_submit", batch)
+        .option("iodepth_batch_complete_max", batch)
+        .option("time_based", 1)
+        .option("ramp_time", format!("{}ms", (ms / 5).max(50)))
+        .option("runtime", format!("{ms}ms"))
+        .option("cpus_allowed", settings.client_cpu)
+        .depth(batch)
+        .run()?;
+    Ok(report.iops())
+}

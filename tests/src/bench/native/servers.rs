@@ -1,0 +1,244 @@
+//! The servers that are compared, one process per connection.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
+
+use crate::kit::server::{Serve, Server};
+use crate::kit::shell::{Shell, last_lines};
+use crate::process;
+use crate::test::{Context, Paths, Place};
+
+/// What is behind the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// Nothing.
+    Null,
+    /// Memory; QEMU's daemon has none and shows its null disk instead.
+    Mem,
+    /// A file on the disk's file system, without its page cache.
+    Direct,
+    /// A file in memory, through the page cache.
+    Tmpfs,
+}
+
+impl Backend {
+    /// All of them.
+    pub const ALL: [Backend; 4] = [Backend::Null, Backend::Mem, Backend::Direct, Backend::Tmpfs];
+
+    /// Its word in tables.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Backend::Null => "null",
+            Backend::Mem => "mem",
+            Backend::Direct => "file, O_DIRECT",
+            Backend::Tmpfs => "file, tmpfs",
+        }
+    }
+}
+
+/// How big every disk is.
+pub const DISK_BYTES: u64 = 1 << 30;
+
+/// The files behind the disks.
+#[derive(Debug)]
+pub struct Files {
+    /// Where sockets and logs go.
+    pub scratch: PathBuf,
+    /// On a file system that knows O_DIRECT.
+    pub direct: PathBuf,
+    /// On tmpfs.
+    pub tmpfs: PathBuf,
+}
+
+/// Who serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// ublkup, with this many microseconds of polling, or `always`; its default if nothing is said.
+    Ublkup {
+        /// The name in tables.
+        name: String,
+        /// The program.
+        binary: PathBuf,
+        /// `--poll-us`.
+        poll_us: Option<&'static str>,
+    },
+    /// qemu-storage-daemon.
+    Qemu,
+}
+
+impl Who {
+    /// Its name in tables.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Who::Ublkup { name, .. } => name,
+            Who::Qemu => "qemu-storage-daemon",
+        }
+    }
+}
+
+/// Whether a ublkup knows a flag of `serve`.
+#[must_use]
+pub fn knows(binary: &Path, flag: &str) -> bool {
+    let help = Shell::new(binary).args(["serve", "--help"]).run();
+    help.is_ok_and(|text| text.contains(flag))
+}
+
+/// A server that listens.
+#[derive(Debug)]
+pub enum Running {
+    /// ublkup.
+    Ublkup(Server),
+    /// Somebody else.
+    Other(Other),
+}
+
+/// A process that ends with this value.
+#[derive(Debug)]
+pub struct Other(Child);
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _gone = self.0.kill();
+        let _stuck = process::wait_limited(&mut self.0, Duration::from_secs(5));
+    }
+}
+
+impl Running {
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        match self {
+            Running::Ublkup(server) => server.pid(),
+            Running::Other(other) => other.0.id(),
+        }
+    }
+
+    /// Ends the server in good order.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn stop(self) -> Result<()> {
+        match self {
+            Running::Ublkup(server) => server.stop().map(drop),
+            Running::Other(mut other) => {
+                process::signal(&other.0, Signal::TERM)?;
+                let status = process::wait_limited(&mut other.0, Duration::from_secs(30))?;
+                ensure!(status.is_some(), "the server did not end after SIGTERM");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// How long a server may take until it listens.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Starts a server on one processor.
+///
+/// # Errors
+/// It does not come up.
+pub fn start(
+    who: &Who,
+    backend: Backend,
+    files: &Files,
+    socket: &Path,
+    cpu: usize,
+) -> Result<Running> {
+    // A socket that is left over would look like one that listens.
+    let _none = std::fs::remove_file(socket);
+    let mut words: Vec<OsString> = vec!["taskset".into(), "-c".into(), cpu.to_string().into()];
+    match who {
+        Who::Ublkup {
+            binary, poll_us, ..
+        } => {
+            let paths = Paths {
+                server: binary.clone(),
+                ..Paths::default()
+            };
+            let scratch = files.scratch.clone();
+            let nothing = serde_json::Value::Null;
+            let cx = Context::new(Place::Host, paths, scratch.clone(), scratch, nothing);
+            let mut serve = Serve::new(&cx)
+                .under(words)
+                .env("UBLKUP_RUNTIME_DIR", files.scratch.join("run"))
+                .ublk("no")
+                .name("bench")
+                .vhost_socket(socket)
+                .args(["--queues", "1"]);
+            if let Some(poll_us) = poll_us {
+                serve = serve.arg("--poll-us").arg(poll_us);
+            }
+            let server = serve.arg(spec(backend, files)).start()?;
+            Ok(Running::Ublkup(server))
+        }
+        Who::Qemu => {
+            words.push("qemu-storage-daemon".into());
+            let node = match backend {
+                Backend::Null | Backend::Mem => {
+                    format!("driver=null-co,node-name=n0,size={DISK_BYTES},read-zeroes=off")
+                }
+                Backend::Direct => format!(
+                    "driver=file,node-name=n0,filename={},aio=io_uring,cache.direct=on",
+                    files.direct.display()
+                ),
+                Backend::Tmpfs => format!(
+                    "driver=file,node-name=n0,filename={},aio=io_uring,cache.direct=off",
+                    files.tmpfs.display()
+                ),
+            };
+            let export = format!(
+                "type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={},writable=on,\
+                 num-queues=1,iothread=io0",
+                socket.display()
+            );
+            for word in ["--blockdev", &node, "--object", "iothread,id=io0"] {
+                words.push(word.into());
+            }
+            for word in ["--export", &export] {
+                words.push(word.into());
+            }
+            other(&words, socket, &files.scratch.join("qemu.log"))
+        }
+    }
+}
+
+fn spec(backend: Backend, files: &Files) -> String {
+    match backend {
+        Backend::Null => format!("null:{DISK_BYTES}"),
+        Backend::Mem => format!("mem:{DISK_BYTES}"),
+        Backend::Direct => format!("file:{},cache=direct", files.direct.display()),
+        Backend::Tmpfs => format!("file:{},cache=buffered", files.tmpfs.display()),
+    }
+}
+
+/// Starts a program that will listen on a socket.
+fn other(words: &[OsString], socket: &Path, log: &Path) -> Result<Running> {
+    let file = std::fs::File::create(log).context("cannot create a server's log")?;
+    let child = process::spawn_bound(
+        Command::new(&words[0])
+            .args(&words[1..])
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().context("cannot share a server's log")?)
+            .stderr(file),
+    )?;
+    let mut other = Other(child);
+    let deadline = Instant::now() + PATIENCE;
+    while !socket.exists() {
+        let ended = other.0.try_wait().context("cannot wait for a server")?;
+        ensure!(
+            ended.is_none() && Instant::now() < deadline,
+            "{:?} does not listen; it said:\n{}",
+            words,
+            last_lines(&std::fs::read_to_string(log).unwrap_or_default(), 10)
+        );
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(Running::Other(other))
+}

@@ -1,0 +1,157 @@
+//! The document a run leaves behind: what ran where, every sample, and the goals.
+
+use serde::{Deserialize, Serialize};
+
+use super::figures::Samples;
+use super::machine::Facts;
+
+/// Everything about one run; `bench.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Document {
+    /// The shape of this document.
+    pub format: u32,
+    /// Where it ran.
+    pub machine: Facts,
+    /// What was measured, in git's words.
+    pub revision: String,
+    /// How it was called.
+    pub command: String,
+    /// When it started, in seconds since 1970.
+    pub started: u64,
+    /// How long it took.
+    pub seconds: u64,
+    /// The measurements.
+    pub rows: Vec<Row>,
+    /// Figures that are no requests per second.
+    #[serde(default)]
+    pub measures: Vec<Measure>,
+    /// Two revisions of ours, with `--compare`.
+    #[serde(default)]
+    pub ratios: Vec<Ratio>,
+    /// The goals that the rows have something to say about.
+    pub goals: Vec<Goal>,
+    /// What was not measured, and why.
+    pub left_out: Vec<String>,
+}
+
+/// The current shape.
+pub const FORMAT: u32 = 1;
+
+/// Candidates under one load, measured in turn.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// The lane it belongs to.
+    pub lane: String,
+    /// Rows of one table have the same title.
+    pub title: String,
+    /// The load, in the order and words of the table's first columns.
+    pub load: String,
+    /// Who was measured.
+    pub candidates: Vec<Candidate>,
+}
+
+/// One server under one load.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Candidate {
+    /// Its name, the same in all rows.
+    pub name: String,
+    /// Requests per second.
+    pub iops: Samples,
+    /// Microseconds of processor time of the server for a request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_us_per_io: Option<Samples>,
+    /// Times a thread of the server went to sleep for a request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waits_per_io: Option<Samples>,
+    /// System calls of the server for a request, counted in a run of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub syscalls_per_io: Option<f64>,
+}
+
+/// A figure by itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Measure {
+    /// The lane it belongs to.
+    pub lane: String,
+    /// What was measured.
+    pub what: String,
+    /// Its unit.
+    pub unit: String,
+    /// The figure.
+    pub value: Samples,
+}
+
+/// Two candidates of one row, in the rounds they have in common.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ratio {
+    /// Title and load of the row.
+    pub what: String,
+    /// Who is above the line.
+    pub above: String,
+    /// Who is below it.
+    pub below: String,
+    /// Requests per second.
+    pub iops: Samples,
+    /// Processor time for a request.
+    pub cpu: Option<Samples>,
+}
+
+/// Something that was to be reached, and what was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Goal {
+    /// What is compared, under which load.
+    pub what: String,
+    /// `>=` or `<=` and a number.
+    pub goal: String,
+    /// The median.
+    pub reached: f64,
+    /// The spread over the rounds, if there were several.
+    pub spread: Option<(f64, f64)>,
+    /// Whether the median is on the right side.
+    pub met: bool,
+}
+
+/// On which side of a number a goal is.
+#[derive(Clone, Copy, Debug)]
+pub enum Bound {
+    /// No less than this.
+    AtLeast(f64),
+    /// No more than this.
+    AtMost(f64),
+}
+
+impl Goal {
+    /// A goal that has been measured.
+    #[must_use]
+    pub fn new(what: &str, bound: Bound, reached: &Samples) -> Self {
+        let (goal, met) = match bound {
+            Bound::AtLeast(least) => (format!(">= {least}"), reached.median >= least),
+            Bound::AtMost(most) => (format!("<= {most}"), reached.median <= most),
+        };
+        Goal {
+            what: what.to_owned(),
+            goal,
+            reached: reached.median,
+            spread: (reached.samples.len() > 1).then_some((reached.min, reached.max)),
+            met,
+        }
+    }
+}
+
+impl Document {
+    /// The row of a lane with this title and load.
+    #[must_use]
+    pub fn row(&self, lane: &str, title: &str, load: &str) -> Option<&Row> {
+        self.rows
+            .iter()
+            .find(|row| row.lane == lane && row.title == title && row.load == load)
+    }
+}
+
+impl Row {
+    /// The candidate of this name.
+    #[must_use]
+    pub fn candidate(&self, name: &str) -> Option<&Candidate> {
+        self.candidates.iter().find(|one| one.name == name)
+    }
+}

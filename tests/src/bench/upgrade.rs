@@ -1,0 +1,94 @@
+//! The same job in the same guest before and after the upgrade, in one User Mode Linux; see
+//! [`upgraded`], whose story also checks that the data is right.
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use super::Settings;
+use super::figures::Samples;
+use super::record::{Candidate, Row};
+use crate::kernel::Kernel;
+use crate::runner;
+use crate::suites::{Need, upgraded};
+use crate::test::{Context, Place};
+
+/// The lane's name.
+pub const LANE: &str = "upgrade";
+
+/// The title of its table.
+pub const TITLE: &str = "4 KiB random reads of a memory disk, in User Mode Linux";
+
+/// The three ways to the disk, as the story names them.
+pub const BEFORE: &str = "guest, virtio-blk on block device";
+/// After the upgrade.
+pub const AFTER: &str = "guest, upgraded";
+
+const NEEDS: &[Need] = &[
+    Need::Tools,
+    Need::Kernel(Kernel::Uml),
+    Need::Kernel(Kernel::X86),
+];
+
+/// Measures: one boot, and one telling of the story, in each round.
+///
+/// # Errors
+/// The story does not end well.
+pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
+    let depths: &[u32] = if settings.quick { &[32] } else { &[1, 32] };
+    let words = |depth: u32| format!("depth {depth}");
+    let depths: Vec<u32> = depths
+        .iter()
+        .copied()
+        .filter(|depth| settings.wants(LANE, TITLE, &words(*depth)))
+        .collect();
+    if depths.is_empty() {
+        return Ok(());
+    }
+    let mut paths = runner::prepare(&settings.repo, NEEDS, settings.yes)?;
+    paths.server = settings.server()?.to_owned();
+    let mut rounds = Vec::new();
+    for round in 1..=settings.rounds {
+        let folder = tempfile::tempdir().context("cannot make a temporary directory")?;
+        let part = |name: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir(&path)
+                .with_context(|| format!("cannot make {}", path.display()))?;
+            anyhow::Ok(path)
+        };
+        let (scratch, exchange) = (part("scratch")?, part("exchange")?);
+        let cx = Context::new(Place::Host, paths.clone(), scratch, exchange, Value::Null);
+        eprintln!("lab: upgrade, round {round} of {}", settings.rounds);
+        let say = |text: &str| eprintln!("lab:   {text}");
+        rounds.push(upgraded::tell(&cx, &depths, &say)?);
+    }
+    for depth in depths {
+        let of_depth = |what: &str| -> Vec<&upgraded::Row> {
+            let rows = rounds.iter().flat_map(|round| &round.rows);
+            rows.filter(|row| row.depth == depth && row.what == what)
+                .collect()
+        };
+        let mut candidates = Vec::new();
+        for what in ["block device, no guest", BEFORE, AFTER] {
+            let rows = of_depth(what);
+            let series = |of: fn(&upgraded::Row) -> f64| {
+                let values: Vec<f64> = rows.iter().map(|row| of(row)).collect();
+                Samples::of(&values)
+            };
+            candidates.push(Candidate {
+                name: what.to_owned(),
+                iops: series(|row| row.bench.iops)
+                    .with_context(|| format!("the story has no '{what}'"))?,
+                cpu_us_per_io: series(|row| row.server_us),
+                syscalls_per_io: series(|row| row.calls).map(|calls| calls.median),
+                ..Candidate::default()
+            });
+        }
+        row(Row {
+            lane: LANE.to_owned(),
+            title: TITLE.to_owned(),
+            load: words(depth),
+            candidates,
+        });
+    }
+    Ok(())
+}

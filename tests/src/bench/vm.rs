@@ -1,0 +1,358 @@
+//! The block door against the kernel's own ublk server, rublk and the loop driver: fio on the block
+//! device, all in one emulated PC, in turn.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::figures::Samples;
+use super::record::{Candidate, Row};
+use super::usage::Usage;
+use super::{Settings, peers};
+use crate::kernel::Kernel;
+use crate::kit::fio::Fio;
+use crate::kit::server::{Serve, Server};
+use crate::kit::shell::{Shell, last_lines};
+use crate::machine::{Machine, Qemu};
+use crate::process;
+use crate::runner;
+use crate::suites::Need;
+use crate::test;
+use crate::test::{Context, Test};
+
+/// The lane's name.
+pub const LANE: &str = "vm";
+
+/// What runs in the machine.
+pub const STEPS: &[Test] = &[test!(bench_block_device).limit_s(120)];
+
+/// Ours, in tables.
+pub const OURS: &str = "ublkup";
+/// The kernel's own.
+pub const KUBLK: &str = "kublk";
+/// The kernel's own, with buffers it registers itself.
+pub const KUBLK_ZERO_COPY: &str = "kublk -z";
+/// The kernel's own, with buffers that the driver registers.
+pub const KUBLK_AUTO: &str = "kublk --auto_zc";
+/// rublk.
+pub const RUBLK: &str = "rublk";
+/// rublk with buffers that the driver registers.
+const RUBLK_ZERO_COPY: &str = "rublk -z";
+/// The kernel's loop driver.
+const LOOP: &str = "loop driver";
+
+/// The tables.
+pub const NULL: &str = "null: 4 KiB random reads of the block device";
+/// Where copying would show.
+pub const LARGE: &str = "null: 64 KiB random reads of the block device";
+const FILE: &str = "file on tmpfs: 4 KiB random reads of the block device";
+
+/// Who serves a block device in the machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum Peer {
+    Ublkup,
+    /// kublk or rublk, and what it is told beyond the usual.
+    Ublk {
+        binary: PathBuf,
+        args: Vec<String>,
+    },
+    Loop,
+}
+
+/// One measurement.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Job {
+    peer: Peer,
+    file: bool,
+    queues: u32,
+    depth: u32,
+    block_bytes: u32,
+    milliseconds: u64,
+}
+
+/// What it found.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Found {
+    iops: f64,
+    cpu_us_per_io: Option<f64>,
+}
+
+/// A table's row before it is measured.
+struct Load {
+    title: &'static str,
+    words: String,
+    queues: u32,
+    depth: u32,
+    block_bytes: u32,
+    peers: Vec<(&'static str, Peer)>,
+}
+
+/// Measures; what cannot be built is left out.
+///
+/// # Errors
+/// The machine, the server or a measurement failed.
+pub fn run(
+    settings: &Settings,
+    row: &mut dyn FnMut(Row),
+    left_out: &mut Vec<String>,
+) -> Result<()> {
+    let needs = [Need::Tools, Need::Kernel(Kernel::X86)];
+    let mut paths = runner::prepare(&settings.repo, &needs, settings.yes)?;
+    paths.server = settings.server()?.to_owned();
+    let mut others = |name: &str, built: Result<PathBuf>| match built {
+        Ok(binary) => Some(binary),
+        Err(error) => {
+            left_out.push(format!("vm: {name}: {error:#}").replace('\n', "; "));
+            None
+        }
+    };
+    let (mut kublk, mut rublk) = (None, None);
+    if settings.peers {
+        kublk = others("kublk", peers::kublk(&settings.repo, settings.yes));
+        rublk = others("rublk", peers::rublk());
+    }
+    let loads: Vec<Load> = loads(settings, kublk.as_deref(), rublk.as_deref())
+        .into_iter()
+        .filter(|load| settings.wants(LANE, load.title, &load.words))
+        .collect();
+    if loads.is_empty() {
+        return Ok(());
+    }
+    let processors = u32::try_from(std::thread::available_parallelism()?.get())?.clamp(2, 4);
+    let kernel = paths.kernel(Kernel::X86)?;
+    let machine = Qemu::new(kernel).processors(processors).memory_mib(4096);
+    let mut machine = Machine::boot(&machine, &paths, "bench-vm")?;
+    eprintln!(
+        "lab: vm: Linux {}, {processors} processors",
+        machine.kernel()
+    );
+    for load in loads {
+        row(measure(settings, &mut machine, &paths, &load)
+            .with_context(|| format!("{}, {}", load.title, load.words))?);
+    }
+    machine.power_off();
+    Ok(())
+}
+
+fn loads(settings: &Settings, kublk: Option<&Path>, rublk: Option<&Path>) -> Vec<Load> {
+    let ublk = |name, binary: Option<&Path>, args: &[&str]| {
+        let binary = binary?.to_owned();
+        let args = args.iter().map(|&word| word.to_owned()).collect();
+        Some((name, Peer::Ublk { binary, args }))
+    };
+    let null = [
+        Some((OURS, Peer::Ublkup)),
+        ublk(KUBLK, kublk, &["-t", "null"]),
+        ublk(RUBLK, rublk, &["null"]),
+    ];
+    let large = [
+        Some((OURS, Peer::Ublkup)),
+        ublk(KUBLK_ZERO_COPY, kublk, &["-t", "null", "-z"]),
+        ublk(KUBLK_AUTO, kublk, &["-t", "null", "--auto_zc"]),
+        ublk(RUBLK_ZERO_COPY, rublk, &["null", "-z"]),
+    ];
+    let file = [Some((OURS, Peer::Ublkup)), Some((LOOP, Peer::Loop))];
+    let load = |title, queues: u32, depth, block_bytes, peers: &[Option<(_, Peer)>]| Load {
+        title,
+        words: match queues {
+            1 => format!("1 queue, depth {depth}"),
+            _ => format!("{queues} queues, depth {depth}"),
+        },
+        queues,
+        depth,
+        block_bytes,
+        peers: peers.iter().flatten().cloned().collect(),
+    };
+    let mut all = vec![load(NULL, 1, 32, 4096, &null)];
+    if !settings.quick {
+        all.push(load(NULL, 1, 1, 4096, &null));
+        all.push(load(NULL, 2, 32, 4096, &null));
+        all.push(load(NULL, 2, 1, 4096, &null));
+    }
+    all.push(load(LARGE, 1, 32, 65536, &large));
+    all.push(load(FILE, 1, 32, 4096, &file));
+    all
+}
+
+fn measure(
+    settings: &Settings,
+    machine: &mut Machine,
+    paths: &crate::test::Paths,
+    load: &Load,
+) -> Result<Row> {
+    let mut found: Vec<Vec<Found>> = vec![Vec::new(); load.peers.len()];
+    for round in 0..settings.rounds {
+        let mut order: Vec<usize> = (0..load.peers.len()).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        for index in order {
+            let (name, peer) = &load.peers[index];
+            let job = Job {
+                peer: peer.clone(),
+                file: load.title == FILE,
+                queues: load.queues,
+                depth: load.depth,
+                block_bytes: load.block_bytes,
+                milliseconds: settings.window_ms * 2,
+            };
+            let one = machine.run_step(paths, "bench_block_device", &job);
+            found[index].push(one.with_context(|| (*name).to_owned())?);
+        }
+    }
+    let mut candidates = Vec::new();
+    for ((name, _), found) in load.peers.iter().zip(found) {
+        let iops: Vec<f64> = found.iter().map(|one| one.iops).collect();
+        let cpu: Vec<f64> = found.iter().filter_map(|one| one.cpu_us_per_io).collect();
+        candidates.push(Candidate {
+            name: (*name).to_owned(),
+            iops: Samples::of(&iops).context("no round was measured")?,
+            cpu_us_per_io: Samples::of(&cpu),
+            ..Candidate::default()
+        });
+    }
+    Ok(Row {
+        lane: LANE.to_owned(),
+        title: load.title.to_owned(),
+        load: load.words.clone(),
+        candidates,
+    })
+}
+
+/// A served block device in the machine.
+struct Device {
+    path: PathBuf,
+    /// Its server; the loop driver has none.
+    pid: Option<u32>,
+    how: How,
+}
+
+enum How {
+    Ublkup(Server),
+    Ublk { child: Child, binary: PathBuf },
+    Loop,
+}
+
+/// The number of the device that kublk and rublk make.
+const NUMBER: &str = "7";
+
+fn bench_block_device(cx: &Context) -> Result<()> {
+    let job: Job = cx.args()?;
+    let device = start(cx, &job)?;
+    let used = || device.pid.map(Usage::of).transpose();
+    let before = used()?;
+    let report = Fio::new(&device.path)
+        .option("bs", job.block_bytes)
+        .option("numjobs", job.queues)
+        .option("time_based", 1)
+        .option("runtime", format!("{}ms", job.milliseconds))
+        .size("256m")
+        .depth(job.depth)
+        .limit(cx.patience(60))
+        .run()?;
+    let cpu_us_per_io = used()?
+        .zip(before)
+        .map(|(after, before)| after.since(before).cpu_ns as f64 / 1e3 / report.reads() as f64);
+    stop(cx, device)?;
+    cx.reply(&Found {
+        iops: report.iops(),
+        cpu_us_per_io,
+    })
+}
+
+fn start(cx: &Context, job: &Job) -> Result<Device> {
+    let image = cx.scratch().join("disk.img");
+    if job.file {
+        let fill = format!("of={}", image.display());
+        Shell::new("dd")
+            .args(["if=/dev/zero", &fill, "bs=1M", "count=256", "status=none"])
+            .run()?;
+    }
+    let queues = job.queues.to_string();
+    match &job.peer {
+        Peer::Ublkup => {
+            let spec = if job.file {
+                format!("file:{},cache=buffered", image.display())
+            } else {
+                "null:1G".to_owned()
+            };
+            let server = Serve::new(cx)
+                .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+                .ublk("yes")
+                .args(["--vhost", "no", "--name", "bench", "--queues", &queues])
+                .arg(spec)
+                .start()?;
+            Ok(Device {
+                path: server.block_device()?,
+                pid: Some(server.pid()),
+                how: How::Ublkup(server),
+            })
+        }
+        Peer::Ublk { binary, args } => {
+            let log = cx.scratch().join("peer.log");
+            let output = File::create(&log).context("cannot create a log")?;
+            let mut child = process::spawn_bound(
+                Command::new(binary)
+                    .arg("add")
+                    .args(args)
+                    .args(["-n", NUMBER, "-q", &queues, "-d", "128", "--foreground"])
+                    .stdin(Stdio::null())
+                    .stdout(output.try_clone().context("cannot share a log")?)
+                    .stderr(output),
+            )?;
+            let path = PathBuf::from(format!("/dev/ublkb{NUMBER}"));
+            let deadline = Instant::now() + cx.patience(20);
+            while !path.exists() {
+                let ended = child.try_wait().context("cannot look at a server")?;
+                ensure!(
+                    ended.is_none() && Instant::now() < deadline,
+                    "{} made no device; it said:\n{}",
+                    binary.display(),
+                    last_lines(&std::fs::read_to_string(&log).unwrap_or_default(), 10)
+                );
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(Device {
+                path,
+                pid: Some(child.id()),
+                how: How::Ublk {
+                    child,
+                    binary: binary.clone(),
+                },
+            })
+        }
+        Peer::Loop => {
+            let losetup = Shell::new("losetup").args(["--find", "--show"]).arg(&image);
+            Ok(Device {
+                path: losetup.run()?.trim().into(),
+                pid: None,
+                how: How::Loop,
+            })
+        }
+    }
+}
+
+fn stop(cx: &Context, device: Device) -> Result<()> {
+    match device.how {
+        How::Ublkup(server) => server.stop().map(drop),
+        How::Ublk { mut child, binary } => {
+            Shell::new(binary).args(["del", "-n", NUMBER]).run()?;
+            let ended = process::wait_limited(&mut child, cx.patience(10))?;
+            ensure!(ended.is_some(), "the server of a deleted device lives on");
+            let deadline = Instant::now() + cx.patience(10);
+            while device.path.exists() {
+                ensure!(Instant::now() < deadline, "{:?} stays", device.path);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(())
+        }
+        How::Loop => {
+            let detach = Shell::new("losetup").arg("--detach").arg(&device.path);
+            detach.run().map(drop)
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! `cargo lab bench` itself: what it counts is what happened. Nothing here is about speed.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::bench::attach::Client;
+use crate::bench::client::{End, Op, Order, Waiting};
+use crate::bench::record::Document;
+use crate::kit::server::Serve;
+use crate::kit::shell::Shell;
+use crate::test;
+use crate::test::{Context, Test};
+
+/// The table.
+pub const TESTS: &[Test] = &[
+    test!(the_client_and_the_server_count_the_same_requests).limit_s(120),
+    test!(a_quick_run_leaves_a_document_with_every_sample).limit_s(240),
+    test!(fio_understands_the_job_files),
+];
+
+fn the_client_and_the_server_count_the_same_requests(cx: &Context) -> Result<()> {
+    let socket = cx.scratch().join("s");
+    let runtime = cx.scratch().join("run");
+    let server = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", &runtime)
+        .ublk("no")
+        .name("disk")
+        .vhost_socket(&socket)
+        .arg("mem:16M")
+        .start()?;
+    let order = |op, waiting, depth| Order {
+        socket: socket.clone(),
+        op,
+        block_bytes: 4096,
+        depth,
+        waiting,
+        cpu: 0,
+        warm_up: End::Requests(100),
+        window: End::Requests(2_000),
+        server: server.pid(),
+        hold_ms: 0,
+    };
+    let (mut reads, mut writes) = (0, 0);
+    for waiting in [Waiting::Sleeps, Waiting::Polls] {
+        for depth in [1, 32, 128] {
+            for op in [Op::RandRead, Op::RandWrite, Op::Read] {
+                let answer = Client::start(&order(op, waiting, depth))?
+                    .finish()
+                    .with_context(|| format!("{op:?}, {waiting:?}, depth {depth}"))?;
+                ensure!(answer.requests >= 2_000, "{answer:?}");
+                match op {
+                    Op::RandRead | Op::Read => reads += answer.all_requests,
+                    Op::RandWrite => writes += answer.all_requests,
+                }
+            }
+        }
+    }
+    let stat = Shell::new(&cx.paths.server)
+        .args(["stat", "disk", "--json"])
+        .env("UBLKUP_RUNTIME_DIR", &runtime)
+        .run()?;
+    let stat: serde_json::Value = serde_json::from_str(&stat)?;
+    let counters = &stat["vhost"]["counters"];
+    let served = (counters["reads"].as_u64(), counters["writes"].as_u64());
+    ensure!(
+        served == (Some(reads), Some(writes)),
+        "the clients count {reads} reads and {writes} writes, the server {counters}"
+    );
+    server.stop().map(drop)
+}
+
+fn a_quick_run_leaves_a_document_with_every_sample(cx: &Context) -> Result<()> {
+    let output = cx.scratch().join("bench");
+    let server = cx.paths.server.to_str().context("a path that is no text")?;
+    let printed = Shell::new("/proc/self/exe")
+        .args(["bench", "native", "--quick", "--rounds", "3", "--no-counts"])
+        .args(["--only", "null.*depth 32", "--server", server, "--json"])
+        .args(["--client-cpu", "0", "--server-cpu", "0", "--output"])
+        .arg(&output)
+        .limit(cx.patience(200))
+        .run()?;
+    let document: Document = serde_json::from_str(&printed).context("no document was printed")?;
+    let kept = fs::read_to_string(output.join("bench.json")).context("no document was kept")?;
+    ensure!(
+        kept.trim() == printed.trim(),
+        "another document was kept than printed"
+    );
+    ensure!(document.rows.len() == 2, "{} rows", document.rows.len());
+    for row in &document.rows {
+        let names: Vec<&str> = row.candidates.iter().map(|one| one.name.as_str()).collect();
+        for wanted in ["ublkup", "ublkup --poll-us always", "qemu-storage-daemon"] {
+            ensure!(names.contains(&wanted), "no {wanted} in {names:?}");
+        }
+        for one in &row.candidates {
+            ensure!(one.iops.samples.len() == 3 && one.iops.min > 0.0, "{one:?}");
+        }
+    }
+    ensure!(!document.goals.is_empty(), "no goal is mentioned");
+    let table = fs::read_to_string(output.join("bench.md")).context("no table was kept")?;
+    ensure!(table.contains("| qemu-storage-daemon |"), "{table}");
+    let picture = output.join("native-null-4-kib-random-reads.svg");
+    Shell::new("xmllint").arg("--noout").arg(&picture).run()?;
+    Ok(())
+}
+
+fn fio_understands_the_job_files(cx: &Context) -> Result<()> {
+    let engines = Shell::new("fio").arg("--enghelp").run()?;
+    let jobs = cx.paths.repo.join("tests/bench/jobs");
+    let mut seen = 0;
+    for entry in fs::read_dir(&jobs).context("there are no job files")? {
+        let path = entry.context("cannot list the job files")?.path();
+        let mut text = fs::read_to_string(&path).context("cannot read a job file")?;
+        if text.contains("ioengine=libblkio") && !engines.contains("libblkio") {
+            // A fio without that engine knows all the rest of the file.
+            let rest = text.lines().filter(|line| !line.starts_with("libblkio_"));
+            text = rest.collect::<Vec<_>>().join("\n");
+            text = text.replace("ioengine=libblkio", "ioengine=null");
+        }
+        parse(cx, &text).with_context(|| path.display().to_string())?;
+        ensure!(
+            parse(cx, &text.replace("runtime=20s", "runtime=soon")).is_err(),
+            "fio takes anything in {}",
+            path.display()
+        );
+        seen += 1;
+    }
+    ensure!(seen == 3, "{seen} job files");
+    Ok(())
+}
+
+fn parse(cx: &Context, job: &str) -> Result<()> {
+    let path = cx.scratch().join("job.fio");
+    fs::write(&path, job).context("cannot write a job file")?;
+    let mut fio = Shell::new("fio").arg("--parse-only").arg(&path);
+    let words = [
+        ("DISK", "/dev/null"),
+        ("SOCKET", "/nowhere"),
+        ("RW", "randread"),
+        ("DEPTH", "32"),
+        ("JOBS", "1"),
+        ("CPU", "0"),
+        ("WAIT", "block"),
+    ];
+    for (name, value) in words {
+        fio = fio.env(name, value);
+    }
+    fio.dir(Path::new("/")).run().map(drop)
+}
