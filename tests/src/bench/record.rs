@@ -66,6 +66,9 @@ pub struct Candidate {
     /// System calls of the server for a request, counted in a run of their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub syscalls_per_io: Option<f64>,
+    /// Instructions of the server in user mode for a request, in the same run as the system calls.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instructions_per_io: Option<f64>,
 }
 
 /// A figure by itself.

@@ -47,7 +47,7 @@ pub fn markdown(document: &Document) -> String {
         text,
         "Revision {}; {}, {} processors, {} MiB, Linux {}, {}, governor: {}. `{}`, {} s.\n\n\
          Requests per second, median (least–most) of the rounds; processor time of the server in µs \
-         for a request; sleeps and system calls of the server for a request.",
+         for a request; sleeps, system calls and user-mode instructions of the server for a request.",
         document.revision,
         machine.processor,
         machine.processors,
@@ -66,8 +66,8 @@ pub fn markdown(document: &Document) -> String {
             let _ = write!(
                 text,
                 "\n### {}: {}\n\n\
-                 | load | server | IOPS | CPU µs/IO | sleeps/IO | syscalls/IO |\n\
-                 |---|---|---:|---:|---:|---:|\n",
+                 | load | server | IOPS | CPU µs/IO | sleeps/IO | syscalls/IO | instr./IO |\n\
+                 |---|---|---:|---:|---:|---:|---:|\n",
                 row.lane, row.title
             );
         }
@@ -79,13 +79,14 @@ pub fn markdown(document: &Document) -> String {
             };
             let _ = writeln!(
                 text,
-                "| {} | {} | {} | {} | {} | {} |",
+                "| {} | {} | {} | {} | {} | {} | {} |",
                 row.load,
                 one.name,
                 spread(&one.iops),
                 median(&one.cpu_us_per_io),
                 median(&one.waits_per_io),
                 one.syscalls_per_io.map(small).unwrap_or_default(),
+                one.instructions_per_io.map(number).unwrap_or_default(),
             );
         }
     }
@@ -183,7 +184,7 @@ mod tests {
     #[test]
     fn the_table_has_medians_spreads_goals_and_what_was_left_out() {
         let text = markdown(&sample());
-        let row = "| depth 32 | ublkup | 1.00 M (900 k–1.10 M) |  |  | 0.013 |";
+        let row = "| depth 32 | ublkup | 1.00 M (900 k–1.10 M) |  |  | 0.013 |  |";
         assert!(text.contains(row), "{text}");
         assert!(text.contains("| twice as fast | >= 2 |"), "{text}");
         assert!(text.contains("- rublk: no compiler"), "{text}");

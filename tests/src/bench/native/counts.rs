@@ -14,19 +14,27 @@ use crate::bench::Settings;
 use crate::packages::find_program;
 use crate::process;
 
-/// System calls of a server for one request, counted by perf, or else by strace; `None` if there is
-/// neither.
+/// What a server does for one request; `None` is "cannot be counted here".
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counts {
+    /// System calls.
+    pub syscalls: Option<f64>,
+    /// Instructions in user mode, where perf finds a counter for them.
+    pub instructions: Option<f64>,
+}
+
+/// Counts by perf, or else, system calls only, by strace.
 ///
 /// # Errors
 /// A server or a counting program failed.
-pub fn syscalls(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<Option<f64>> {
+pub fn of(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<Counts> {
     let socket = files.scratch.join("bench.sock");
     let cpu = settings.server_cpu;
     let server = servers::start(who, load.backend, files, &socket, cpu)?;
     let output = files.scratch.join("syscalls.txt");
     let Some(counter) = Counter::start(server.pid(), &output)? else {
         server.stop()?;
-        return Ok(None);
+        return Ok(Counts::default());
     };
     let answer = attach(
         settings,
@@ -35,10 +43,18 @@ pub fn syscalls(settings: &Settings, files: &Files, who: &Who, load: &Load) -> R
         server.pid(),
         settings.short_window(),
     )?;
-    let count = counter.stop(&output)?;
+    let (syscalls, instructions) = counter.stop(&output)?;
     server.stop()?;
-    Ok(Some(count as f64 / answer.all_requests as f64))
+    let per_io = |count: u64| count as f64 / answer.all_requests as f64;
+    Ok(Counts {
+        syscalls: Some(per_io(syscalls)),
+        instructions: instructions.map(per_io),
+    })
 }
+
+/// perf's names of what is counted.
+const SYSCALLS: &str = "raw_syscalls:sys_enter";
+const INSTRUCTIONS: &str = "instructions:u";
 
 /// A program that counts the system calls of a process.
 enum Counter {
@@ -60,8 +76,8 @@ impl Counter {
         };
         let (pid, file) = (pid.to_string(), output.display().to_string());
         if perf_counts_syscalls() {
-            let event = "raw_syscalls:sys_enter";
-            let args = ["stat", "-x", ",", "-e", event, "-p", &pid, "-o", &file];
+            let events = format!("{SYSCALLS},{INSTRUCTIONS}");
+            let args = ["stat", "-x", ",", "-e", &events, "-p", &pid, "-o", &file];
             let child = spawn("perf", &args)?;
             std::thread::sleep(Duration::from_millis(300));
             return Ok(Some(Counter::Perf(child)));
@@ -74,33 +90,34 @@ impl Counter {
         Ok(None)
     }
 
-    fn stop(self, output: &Path) -> Result<u64> {
+    /// System calls, and instructions if they could be counted.
+    fn stop(self, output: &Path) -> Result<(u64, Option<u64>)> {
         let (mut child, read): (Child, fn(&str) -> Option<u64>) = match self {
-            Counter::Perf(child) => (child, perf_total),
+            Counter::Perf(child) => (child, |text| perf_total(text, SYSCALLS)),
             Counter::Strace(child) => (child, strace_total),
         };
         process::signal(&child, Signal::INT)?;
         let ended = process::wait_limited(&mut child, Duration::from_secs(10))?;
         ensure!(ended.is_some(), "the counting program does not end");
         let text = fs::read_to_string(output).context("the system calls were not written")?;
-        read(&text).with_context(|| format!("no total of system calls in:\n{text}"))
+        let syscalls =
+            read(&text).with_context(|| format!("no total of system calls in:\n{text}"))?;
+        Ok((syscalls, perf_total(&text, INSTRUCTIONS)))
     }
 }
 
 /// perf may be there and not allowed, or the kernel may have no such event.
 fn perf_counts_syscalls() -> bool {
-    let args = ["stat", "-x", ",", "-e", "raw_syscalls:sys_enter", "true"];
+    let args = ["stat", "-x", ",", "-e", SYSCALLS, "true"];
     crate::kit::shell::Shell::new("perf")
         .args(args)
         .finish()
-        .is_ok_and(|said| said.status.success() && perf_total(&said.stderr).is_some())
+        .is_ok_and(|said| said.status.success() && perf_total(&said.stderr, SYSCALLS).is_some())
 }
 
-/// The count in `perf stat -x,`.
-fn perf_total(text: &str) -> Option<u64> {
-    let line = text
-        .lines()
-        .find(|line| line.contains("raw_syscalls:sys_enter"))?;
+/// The count of an event in `perf stat -x,`, if perf could count it.
+fn perf_total(text: &str, event: &str) -> Option<u64> {
+    let line = text.lines().find(|line| line.contains(event))?;
     line.split(',').next()?.parse().ok()
 }
 
@@ -116,10 +133,12 @@ mod tests {
 
     #[test]
     fn totals_are_found_in_what_the_counting_programs_write() {
-        let perf = "# started on Mon\n\n1234,,raw_syscalls:sys_enter,16,100.00,,\n";
-        assert_eq!(perf_total(perf), Some(1234));
-        let not = "<not supported>,,raw_syscalls:sys_enter,0,100.00,,\n";
-        assert_eq!(perf_total(not), None);
+        let perf = "# started on Mon\n\n1234,,raw_syscalls:sys_enter,16,100.00,,\n\
+                    <not supported>,,instructions:u,0,100.00,,\n";
+        assert_eq!(perf_total(perf, SYSCALLS), Some(1234));
+        assert_eq!(perf_total(perf, INSTRUCTIONS), None);
+        let both = "12,,raw_syscalls:sys_enter,16,100.00,,\n99,,instructions:u,16,100.00,,\n";
+        assert_eq!(perf_total(both, INSTRUCTIONS), Some(99));
         let strace = "% time     seconds  usecs/call     calls    errors syscall\n\
                       ------ ----------- ----------- --------- --------- ----------------\n \
                       99.00    0.000010           1        10         2 read\n\

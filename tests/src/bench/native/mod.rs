@@ -200,18 +200,19 @@ fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) 
         candidates: Vec::new(),
     };
     for (who, series) in candidates.iter().zip(series) {
-        let syscalls = if settings.counts {
-            counts::syscalls(settings, files, who, load)
+        let counts = if settings.counts {
+            counts::of(settings, files, who, load)
                 .with_context(|| format!("counting for {}", who.name()))?
         } else {
-            None
+            counts::Counts::default()
         };
         row.candidates.push(Candidate {
             name: who.name().to_owned(),
             iops: Samples::of(&series.iops).context("no round was measured")?,
             cpu_us_per_io: Samples::of(&series.cpu_us),
             waits_per_io: Samples::of(&series.waits),
-            syscalls_per_io: syscalls,
+            syscalls_per_io: counts.syscalls,
+            instructions_per_io: counts.instructions,
         });
     }
     if let Some(iops) = Samples::of(&fio.iops) {
