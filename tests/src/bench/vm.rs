@@ -32,6 +32,10 @@ pub const STEPS: &[Test] = &[test!(bench_block_device).limit_s(120)];
 
 /// Ours, in tables.
 pub const OURS: &str = "ublkup";
+/// Ours, without looking for work.
+const OURS_SLEEPING: &str = "ublkup --poll-us 0";
+/// Ours, with a copy where the others have none.
+const OURS_COPYING: &str = "ublkup --ublk-data copy";
 /// The kernel's own.
 pub const KUBLK: &str = "kublk";
 /// The kernel's own, with buffers it registers itself.
@@ -54,7 +58,10 @@ const FILE: &str = "file on tmpfs: 4 KiB random reads of the block device";
 /// Who serves a block device in the machine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Peer {
-    Ublkup,
+    /// Ours, and what it is told beyond the usual.
+    Ublkup {
+        args: Vec<String>,
+    },
     /// kublk or rublk, and what it is told beyond the usual.
     Ublk {
         binary: PathBuf,
@@ -144,18 +151,24 @@ fn loads(settings: &Settings, kublk: Option<&Path>, rublk: Option<&Path>) -> Vec
         let args = args.iter().map(|&word| word.to_owned()).collect();
         Some((name, Peer::Ublk { binary, args }))
     };
+    let ours = |name, args: &[&str]| {
+        let args = args.iter().map(ToString::to_string).collect();
+        Some((name, Peer::Ublkup { args }))
+    };
     let null = [
-        Some((OURS, Peer::Ublkup)),
+        ours(OURS, &[]),
+        ours(OURS_SLEEPING, &["--poll-us", "0"]),
         ublk(KUBLK, kublk, &["-t", "null"]),
         ublk(RUBLK, rublk, &["null"]),
     ];
     let large = [
-        Some((OURS, Peer::Ublkup)),
+        ours(OURS, &["--ublk-data", "zero-copy"]),
+        ours(OURS_COPYING, &["--ublk-data", "copy"]),
         ublk(KUBLK_ZERO_COPY, kublk, &["-t", "null", "-z"]),
         ublk(KUBLK_AUTO, kublk, &["-t", "null", "--auto_zc"]),
         ublk(RUBLK_ZERO_COPY, rublk, &["null", "-z"]),
     ];
-    let file = [Some((OURS, Peer::Ublkup)), Some((LOOP, Peer::Loop))];
+    let file = [ours(OURS, &[]), Some((LOOP, Peer::Loop))];
     let load = |title, queues: u32, depth, block_bytes, peers: &[Option<(_, Peer)>]| Load {
         title,
         words: match queues {
@@ -274,7 +287,7 @@ fn start(cx: &Context, job: &Job) -> Result<Device> {
     }
     let queues = job.queues.to_string();
     match &job.peer {
-        Peer::Ublkup => {
+        Peer::Ublkup { args } => {
             let spec = if job.file {
                 format!("file:{},cache=buffered", image.display())
             } else {
@@ -284,6 +297,7 @@ fn start(cx: &Context, job: &Job) -> Result<Device> {
                 .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
                 .ublk("yes")
                 .args(["--vhost", "no", "--name", "bench", "--queues", &queues])
+                .args(args)
                 .arg(spec)
                 .start()?;
             Ok(Device {
