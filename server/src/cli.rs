@@ -139,9 +139,14 @@ pub struct Serve {
     #[arg(long, value_name = "PATH")]
     pub vhost_socket: Option<PathBuf>,
 
-    /// Queue threads of each door [default: the processors, at most 4]
+    /// Queues of each door [default: the processors, at most 4]
     #[arg(long, value_name = "N")]
     pub queues: Option<u16>,
+
+    /// Threads that serve the queues of a vhost client, in turns; each queue of the block door has one
+    /// of its own [default: one for each queue]
+    #[arg(long, value_name = "N")]
+    pub vhost_threads: Option<u16>,
 
     /// Requests under way per ublk queue [default: 128]
     #[arg(long, value_name = "N")]
@@ -218,6 +223,7 @@ impl Serve {
             vhost: self.vhost,
             vhost_socket: self.vhost_socket.clone(),
             queues: self.queues,
+            vhost_threads: self.vhost_threads,
             depth: self.depth,
             poll_us: self.poll_us,
             cpus: self.cpus.clone(),

@@ -214,8 +214,10 @@ fn details(status: &ExportStatus) -> String {
     if let Some(door) = &status.vhost {
         let _ = write!(
             text,
-            "\n  vhost     {}\n{}",
+            "\n  vhost     {} ({} queues, {} threads)\n{}",
             door.socket.display(),
+            door.queues,
+            door.threads,
             totals(&door.counters)
         );
         if !door.upgrade.is_empty() {
@@ -279,6 +281,8 @@ mod tests {
         two.name = "a-long-name".into();
         one.vhost = Some(control::VhostStatus {
             socket: "/run/x".into(),
+            queues: 4,
+            threads: 2,
             upgrade: vec!["kernel".into()],
             sessions: Vec::new(),
             counters: Totals::default(),

@@ -75,8 +75,10 @@ pub struct ExportConfig {
     pub vhost: DoorMode,
     /// Where the vhost door listens; in the runtime directory when there is no path.
     pub vhost_socket: Option<PathBuf>,
-    /// Queue threads of each door.
+    /// Queues of each door.
     pub queues: u16,
+    /// Threads that serve the queues of a vhost client. Each queue of the block door has its own.
+    pub vhost_threads: u16,
     /// Requests under way per ublk queue.
     pub depth: u16,
     /// How queue threads run.
@@ -105,6 +107,8 @@ pub struct ExportOptions {
     pub vhost_socket: Option<PathBuf>,
     /// See [`ExportConfig::queues`].
     pub queues: Option<u16>,
+    /// See [`ExportConfig::vhost_threads`].
+    pub vhost_threads: Option<u16>,
     /// See [`ExportConfig::depth`].
     pub depth: Option<u16>,
     /// See [`ThreadOptions::polling`]; in microseconds, or `always`.
@@ -139,6 +143,7 @@ impl ExportOptions {
             vhost: self.vhost.or(other.vhost),
             vhost_socket: self.vhost_socket.or_else(|| other.vhost_socket.clone()),
             queues: self.queues.or(other.queues),
+            vhost_threads: self.vhost_threads.or(other.vhost_threads),
             depth: self.depth.or(other.depth),
             poll_us: self.poll_us.or(other.poll_us),
             cpus: self.cpus.or_else(|| other.cpus.clone()),
@@ -176,6 +181,12 @@ impl ExportOptions {
         if queues == 0 || queues > MAX_QUEUES {
             return Err(ConfigError::new(format!(
                 "{name}: {queues} queues: give 1 to {MAX_QUEUES}"
+            )));
+        }
+        let vhost_threads = self.vhost_threads.unwrap_or(queues);
+        if vhost_threads == 0 || vhost_threads > queues {
+            return Err(ConfigError::new(format!(
+                "{name}: {vhost_threads} threads for {queues} queues: give 1 to {queues}"
             )));
         }
         let depth = self.depth.unwrap_or(128);
@@ -221,6 +232,7 @@ impl ExportOptions {
             vhost,
             vhost_socket: self.vhost_socket,
             queues,
+            vhost_threads,
             depth,
             threads: ThreadOptions {
                 polling: self.poll_us.unwrap_or_default(),
@@ -344,6 +356,17 @@ mod tests {
         };
         assert!(options(|o| o.queues = Some(0)).contains("0 queues"));
         assert!(options(|o| o.queues = Some(65)).contains("65 queues"));
+        let threads = |queues, threads| {
+            let options = ExportOptions {
+                queues: Some(queues),
+                vhost_threads: threads,
+                ..ExportOptions::default()
+            };
+            export("null:1G", options).map(|export| export.vhost_threads)
+        };
+        assert_eq!((threads(8, None), threads(8, Some(2))), (Ok(8), Ok(2)));
+        assert!(threads(2, Some(3)).unwrap_err().contains("3 threads for 2"));
+        assert!(threads(2, Some(0)).unwrap_err().contains("0 threads"));
         assert!(options(|o| o.depth = Some(0)).contains("depth of 0"));
         assert!(options(|o| o.reconnect_grace = Some(3601)).contains("grace of 3601 s"));
         assert!(

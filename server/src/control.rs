@@ -93,6 +93,10 @@ pub struct UblkStatus {
 pub struct VhostStatus {
     /// Where it listens.
     pub socket: PathBuf,
+    /// Queues that clients are told to use.
+    pub queues: u16,
+    /// Threads that serve the queues of a client.
+    pub threads: u16,
     /// How clients come from the block device: `kernel`, `registry`; empty if they cannot.
     pub upgrade: Vec<String>,
     /// Who is connected.

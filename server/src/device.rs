@@ -263,6 +263,8 @@ impl control::Service for Shared {
             }),
             vhost: doors.vhost.as_ref().map(|(door, registry)| VhostStatus {
                 socket: door.path().to_owned(),
+                queues: config.queues,
+                threads: config.vhost_threads,
                 upgrade: doors
                     .offer
                     .iter()
@@ -353,7 +355,8 @@ impl House<'_> {
         let vhost = VhostConfig {
             name: self.config.name.clone(),
             socket,
-            queue_threads: self.config.queues,
+            queues: self.config.queues,
+            queue_threads: self.config.vhost_threads,
             threads: self.config.threads.clone(),
             access: Arc::clone(access),
         };

@@ -95,6 +95,14 @@ const DOUBT: u8 = 2;
 /// thread alone, and a nap collects several completions for one wake-up.
 const FEW: usize = 1;
 
+/// Requests between two idle times on the average, from which on a wake-up is shared by many and looking
+/// pays only where work comes very soon: within this part of the longest time.
+const MANY: u64 = 4;
+const VERY_SOON: u32 = 4;
+
+/// Averages follow a change within about so many idle times.
+const MEMORY: u32 = 8;
+
 /// How often a thread that looks asks whether others need its processor.
 const WINDOW: Duration = Duration::from_millis(10);
 
@@ -112,6 +120,11 @@ pub(crate) struct Poller {
     polling: Polling,
     idle_since: Option<Instant>,
     confidence: u8,
+    /// How long idle times are on the average.
+    idle: Duration,
+    /// Requests since the last idle time, and how many there are on the average, times [`MEMORY`].
+    requests: u64,
+    burst: u64,
     crowd: Crowd,
     waits: Waits,
 }
@@ -129,22 +142,30 @@ impl Poller {
             },
             idle_since: None,
             confidence: 0,
+            idle: Duration::ZERO,
+            requests: 0,
+            burst: 0,
             crowd: Crowd::default(),
             waits: Waits::open(),
         }
     }
 
-    /// There was work.
-    pub(crate) fn worked(&mut self) {
+    /// There was work, and `requests` ended.
+    pub(crate) fn worked(&mut self, requests: u64) {
         if let Some(since) = self.idle_since.take() {
             self.learn(since.elapsed());
         }
+        self.requests += requests;
     }
 
     fn learn(&mut self, idle: Duration) {
         let Polling::Adaptive(longest) = self.polling else {
             return;
         };
+        let burst = std::mem::take(&mut self.requests);
+        self.burst = self.burst - self.burst / u64::from(MEMORY) + burst;
+        // What is late is late; how much does not matter.
+        self.idle = self.idle - self.idle / MEMORY + idle.min(2 * longest) / MEMORY;
         self.confidence = if idle <= longest {
             SURE.min(self.confidence + 1)
         } else {
@@ -160,7 +181,9 @@ impl Poller {
             Polling::Always => Look::ForEver,
             Polling::Adaptive(longest) => {
                 let since = *self.idle_since.get_or_insert_with(Instant::now);
-                let pays = self.confidence >= LIKELY && under_way <= FEW;
+                let pays = self.confidence >= LIKELY
+                    && under_way <= FEW
+                    && (self.burst < MANY * u64::from(MEMORY) || self.idle <= longest / VERY_SOON);
                 if pays && !self.crowd.is_waiting(since, || self.waits.so_far()) {
                     Look::Until(since + longest)
                 } else {
@@ -256,6 +279,9 @@ mod tests {
             polling,
             idle_since: None,
             confidence: 0,
+            idle: Duration::ZERO,
+            requests: 0,
+            burst: 0,
             crowd: Crowd::default(),
             waits: Waits::default(),
         }
@@ -385,15 +411,33 @@ mod tests {
         let first = poller.look(0);
         assert_eq!(poller.look(0), first);
         std::thread::sleep(LATE);
-        poller.worked();
+        poller.worked(1);
         assert_eq!(poller.confidence, SURE - DOUBT);
-        poller.worked();
+        poller.worked(1);
         assert_eq!(
             poller.confidence,
             SURE - DOUBT,
             "there was no time without work"
         );
         assert_ne!(poller.look(0), first);
+    }
+
+    #[test]
+    fn a_thread_that_gets_much_at_once_looks_only_for_what_comes_very_soon() {
+        let mut poller = poller(Polling::Adaptive(LONGEST));
+        let mut come = |requests, idle| {
+            for _ in 0..100 {
+                poller.requests += requests;
+                poller.learn(idle);
+            }
+            looks(&mut poller, 0)
+        };
+        let very_soon = LONGEST / (VERY_SOON + 1);
+        assert!(come(1, SOON));
+        assert!(come(1, very_soon));
+        assert!(come(32, very_soon));
+        assert!(!come(32, SOON));
+        assert!(come(1, SOON), "it learns again");
     }
 
     #[test]

@@ -30,7 +30,7 @@ const ANSWERS: u64 = 16;
 /// that has run empty sees none before all have been prepared (docs/decisions.md).
 const LEAST_BEGUN: usize = 2;
 const MOST_BEGUN: usize = 16;
-const BUSY_PER_BEGUN: usize = 8;
+const BUSY_PER_BEGUN: usize = 4;
 
 /// An idle thread that looks for work looks at the clock after this many times.
 const LOOKS_PER_CLOCK: u32 = 64;
@@ -127,11 +127,12 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         self.door.start(&mut self.ring).map_err(full)?;
         loop {
             self.worked = false;
+            let before = self.answered;
             self.dispatch();
             self.start_requests();
             self.counters.count_batch(self.ring.enters());
             if self.worked {
-                self.poller.worked();
+                self.poller.worked(self.answered - before);
             }
             let want = match self.door.end_batch(&mut self.ring) {
                 Next::Exit if self.running.used() == 0 => return Ok(()),

@@ -160,9 +160,10 @@ fn an_export_that_cannot_start_takes_the_others_with_it_unless_told_to_keep_goin
 #[test]
 fn exports_are_listed_shown_and_stopped_one_by_one() {
     let lab = Lab::new();
+    let queues = ["--queues", "3", "--vhost-threads", "2"];
     let threads = ["--poll-us", "always", "--cpus", "0"];
     let exports = ["a=mem:1M,serial=ABC", "b=null:2G,read-only"];
-    let server = lab.serve(&[&threads[..], &exports].concat());
+    let server = lab.serve(&[&threads[..], &queues, &exports].concat());
     let list: serde_json::Value = serde_json::from_str(&lab.ok(&["list", "--json"])).unwrap();
     let names: Vec<_> = list
         .as_array()

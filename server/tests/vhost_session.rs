@@ -20,6 +20,7 @@ use rustix::fs::ftruncate;
 use ublkup::backend::Memory as MemoryDisk;
 use ublkup::counters::Registry;
 use ublkup::door::vhost::{SessionState, StartError, VhostConfig, VhostDoor};
+use ublkup::polling::Polling;
 use ublkup::request::Op;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -138,7 +139,9 @@ fn buffers_may_straddle_memory_regions() {
 
 #[test]
 fn the_configuration_is_answered_in_exactly_the_length_asked_for() {
-    let house = house();
+    // Two queues are told of, and one thread would serve them.
+    let disk = MemoryDisk::new(limits(64 << 20)).unwrap();
+    let house = House::with(disk, (2, 1), Polling::default());
     let mut driver = Driver::connect(house.connect(), USUAL);
     let flags = VhostUserConfigFlags::WRITABLE;
     for len in [1, 8, 60, 96, 256] {
@@ -599,6 +602,7 @@ fn socket_paths_are_taken_over_only_when_nobody_is_there() {
         let config = VhostConfig {
             name: "test".into(),
             socket: scratch.0.join(name),
+            queues: 1,
             queue_threads: 1,
             threads: ublkup::threads::ThreadOptions::default(),
             access: open_access(false),

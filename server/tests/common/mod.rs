@@ -123,11 +123,21 @@ impl House {
 
     /// A house whose queue threads wait in this way.
     pub fn polling<B: Backend>(disk: B, queue_threads: u16, polling: Polling) -> Self {
+        Self::with(disk, (queue_threads, queue_threads), polling)
+    }
+
+    /// A house with so many queues and so many threads for them.
+    pub fn with<B: Backend>(
+        disk: B,
+        (queues, queue_threads): (u16, u16),
+        polling: Polling,
+    ) -> Self {
         let scratch = Scratch::new();
         let counters = Arc::new(Registry::default());
         let config = VhostConfig {
             name: "test".into(),
             socket: scratch.0.join("s"),
+            queues,
             queue_threads,
             threads: ThreadOptions {
                 polling,

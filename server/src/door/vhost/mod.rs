@@ -36,7 +36,7 @@ use crate::queue_thread::QueueThread;
 use crate::threads::ThreadOptions;
 use link::Link;
 use queue::VhostQueues;
-use session::{Ending, QueueHandle, Spawn};
+use session::{Ending, QueueHandle, Sizes, Spawn};
 use socket::Socket;
 
 /// Vrings one session may have. A vring costs nothing before it is set up.
@@ -58,6 +58,8 @@ pub struct VhostConfig {
     pub name: String,
     /// Where clients connect.
     pub socket: PathBuf,
+    /// Virtqueues that clients are told to use; they may have [`MAX_VRINGS`].
+    pub queues: u16,
     /// Queue threads per session, 1 at least and [`MAX_VRINGS`] at most.
     pub queue_threads: u16,
     /// How they run.
@@ -150,6 +152,7 @@ impl VhostDoor {
         let VhostConfig {
             name,
             socket,
+            queues,
             queue_threads,
             threads,
             access,
@@ -168,7 +171,11 @@ impl VhostDoor {
                     &disk,
                     &counters,
                 );
-                session::converse(link, queue_threads, spawn, &access)
+                let sizes = Sizes {
+                    queues,
+                    threads: queue_threads,
+                };
+                session::converse(link, sizes, spawn, &access)
             }
         };
         let shared = Arc::new(Shared {

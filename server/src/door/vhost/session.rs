@@ -1,7 +1,7 @@
 //! One client's conversation: the vhost-user protocol, on a thread of its own.
 //!
 //! The messages and their framing are the `vhost` crate's; what they mean is here. Vring `i` is
-//! served by queue thread `i % queue_threads`; a thread is started with its first vring and ends
+//! served by queue thread `i % threads`; a thread is started with its first vring and ends
 //! with the session.
 
 use std::collections::BTreeMap;
@@ -63,14 +63,14 @@ pub(super) enum Ending {
 /// Talks to the client until one of both hangs up, then ends the queue threads.
 pub(super) fn converse(
     link: &Arc<Link>,
-    queue_threads: u16,
+    sizes: Sizes,
     spawn: Spawn,
     access: &Arc<Access>,
 ) -> io::Result<Ending> {
     let stream = link.stream().try_clone()?;
     let session = Arc::new(Mutex::new(Session::new(
         Arc::clone(link),
-        queue_threads,
+        sizes,
         spawn,
         Arc::clone(access),
     )));
@@ -115,10 +115,19 @@ struct VringSetup {
     started: bool,
 }
 
+/// How many queues and threads a session has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    /// Virtqueues that the client is told of.
+    pub queues: u16,
+    /// Threads that serve them.
+    pub threads: u16,
+}
+
 /// What the client has set up so far.
 struct Session {
     link: Arc<Link>,
-    queue_threads: u16,
+    sizes: Sizes,
     spawn: Spawn,
     access: Arc<Access>,
     /// The right to the disk, from the first vring on.
@@ -139,10 +148,10 @@ fn failed(error: io::Error) -> Error {
 }
 
 impl Session {
-    fn new(link: Arc<Link>, queue_threads: u16, spawn: Spawn, access: Arc<Access>) -> Self {
+    fn new(link: Arc<Link>, sizes: Sizes, spawn: Spawn, access: Arc<Access>) -> Self {
         Self {
             link,
-            queue_threads,
+            sizes,
             spawn,
             access,
             hold: None,
@@ -241,7 +250,7 @@ impl Session {
             map,
             inflight,
         });
-        let thread = index % self.queue_threads;
+        let thread = index % self.sizes.threads;
         if !self.threads.contains_key(&thread) {
             let handle = (self.spawn)(thread).map_err(failed)?;
             self.threads.insert(thread, handle);
@@ -407,7 +416,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         vring.kick = None;
         if vring.started {
             let number = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
-            let thread = number % self.queue_threads;
+            let thread = number % self.sizes.threads;
             let stopped = self.ask(thread, |reply| Command::Stop(number, reply))?;
             let vring = self.vring(index)?;
             vring.base = stopped.base;
@@ -433,7 +442,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let vring = self.vring(u32::from(index))?;
         if vring.started {
             let index = u16::from(index);
-            return self.ask(index % self.queue_threads, |reply| {
+            return self.ask(index % self.sizes.threads, |reply| {
                 Command::Call(index, call, reply)
             });
         }
@@ -446,7 +455,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let vring = self.vring(u32::from(index))?;
         if vring.started {
             let index = u16::from(index);
-            return self.ask(index % self.queue_threads, |reply| {
+            return self.ask(index % self.sizes.threads, |reply| {
                 Command::Error(index, error, reply)
             });
         }
@@ -479,7 +488,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let vring = self.vring(index)?;
         vring.enabled = enable;
         if vring.started {
-            return self.ask(number % self.queue_threads, |reply| {
+            return self.ask(number % self.sizes.threads, |reply| {
                 Command::Enable(number, enable, reply)
             });
         }
@@ -491,7 +500,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let limits = self.link.limits();
         Ok(block::config(
             limits,
-            self.queue_threads,
+            self.sizes.queues,
             writeback,
             offset,
             size,
