@@ -220,13 +220,21 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         let busy = self.running.used();
         let most = busy + (busy / BUSY_PER_BEGUN).clamp(LEAST_BEGUN, MOST_BEGUN);
         while self.answered < enough && self.running.used() < most {
-            let Some((slot, request)) = self.door.next(&mut self.ring) else {
+            let Some((slot, mut request)) = self.door.next(&mut self.ring) else {
                 return;
             };
             self.worked = true;
-            self.running.put(slot, request);
-            if self.start(slot) == Started::NoRoom {
-                return;
+            match self.backend.start(&mut self.ring, slot, &mut request) {
+                // What is done at once need not be kept.
+                Progress::Done(outcome) => self.finish(slot, request, outcome),
+                Progress::Pending => {
+                    self.running.put(slot, request);
+                }
+                Progress::Full => {
+                    self.running.put(slot, request);
+                    self.backlog.push_back(slot);
+                    return;
+                }
             }
         }
     }
@@ -250,9 +258,13 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
     }
 
     fn complete(&mut self, slot: Slot, outcome: Outcome) {
+        let request = self.running.take(slot);
+        self.finish(slot, request, outcome);
+    }
+
+    fn finish(&mut self, slot: Slot, request: Request, outcome: Outcome) {
         self.worked = true;
         self.answered += 1;
-        let request = self.running.take(slot);
         self.counters.count(request.op, request.len_bytes, outcome);
         self.door.complete(&mut self.ring, slot, request, outcome);
     }

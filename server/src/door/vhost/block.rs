@@ -12,8 +12,8 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::memory::MemoryMap;
-use super::virtqueue::Chain;
+use super::memory::HeldMap;
+use super::virtqueue::{Chain, Descriptor, Virtqueue};
 use crate::request::{Buffer, IoError, Limits, Op, Range, SECTOR_SHIFT, SERIAL_BYTES};
 
 /// Data segments of one request, as advertised.
@@ -168,10 +168,58 @@ impl Parts {
     /// find the status byte.
     #[inline]
     pub(super) fn gather(
-        chain: Chain<'_>,
-        map: &MemoryMap,
+        queue: &Virtqueue,
+        head: u16,
+        map: &HeldMap,
         list: &mut [MaybeUninit<Buffer>],
     ) -> Self {
+        let three = queue.three(head, map);
+        match three.and_then(|three| Self::usual(three, map, list)) {
+            Some(parts) => parts,
+            None => Self::any(queue.chain(head, map), map, list),
+        }
+    }
+
+    /// The usual chain, without a loop: header, data and status each have a descriptor and lie in one
+    /// memory region. `None` for any other.
+    #[inline]
+    fn usual(
+        [header, data, status]: [Descriptor; 3],
+        map: &HeldMap,
+        list: &mut [MaybeUninit<Buffer>],
+    ) -> Option<Self> {
+        let is_usual = !header.is_writable()
+            && header.len_bytes as usize == HEADER_BYTES
+            && data.len_bytes > 0
+            && status.is_writable()
+            && status.len_bytes == 1;
+        if !is_usual {
+            return None;
+        }
+        let header = map.guest(header.address, HEADER_BYTES as u64)?;
+        let len_bytes = u64::from(data.len_bytes);
+        list.first_mut()?.write(Buffer {
+            iov_base: map.guest(data.address, len_bytes)?.cast(),
+            iov_len: data.len_bytes as usize,
+        });
+        let receives = data.is_writable();
+        Some(Self {
+            // SAFETY: mapped bytes of a map that is borrowed meanwhile; the driver may change them
+            // under the copy, and what was copied is checked afterwards.
+            header: unsafe { header.cast::<[u8; HEADER_BYTES]>().read_unaligned() },
+            header_bytes: HEADER_BYTES,
+            out_count: usize::from(!receives),
+            out_bytes: if receives { 0 } else { len_bytes },
+            in_count: usize::from(receives),
+            in_bytes: if receives { len_bytes } else { 0 },
+            status: Some(map.guest(status.address, 1)?),
+            broken: false,
+        })
+    }
+
+    /// A chain in any layout.
+    #[cold]
+    fn any(chain: Chain<'_>, map: &HeldMap, list: &mut [MaybeUninit<Buffer>]) -> Self {
         let mut parts = Self {
             header: [0; HEADER_BYTES],
             header_bytes: 0,

@@ -3,6 +3,7 @@
 //! A [`MemoryMap`] never changes; a change makes a new one that shares the mappings of the regions
 //! that stay. Whoever works with a map keeps it alive, and with it the mappings.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -252,6 +253,84 @@ impl MemoryMap {
     }
 }
 
+/// A map as one thread uses it: it remembers the two regions where it found something last, which is
+/// where it finds the next thing. Requests hold it by `Rc`, so that holding it costs no atomic operation.
+#[derive(Debug)]
+pub(super) struct HeldMap {
+    map: Arc<MemoryMap>,
+    last: [Cell<Found>; 2],
+}
+
+/// A region in short. It stays where it is as long as the map.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    guest: u64,
+    len_bytes: u64,
+    base: *mut u8,
+}
+
+impl Default for HeldMap {
+    fn default() -> Self {
+        Self::new(Arc::default())
+    }
+}
+
+impl HeldMap {
+    pub(super) fn new(map: Arc<MemoryMap>) -> Self {
+        let nothing = Found {
+            guest: 0,
+            len_bytes: 0,
+            base: ptr::null_mut(),
+        };
+        Self {
+            map,
+            last: [Cell::new(nothing), Cell::new(nothing)],
+        }
+    }
+
+    /// The map itself.
+    pub(super) fn map(&self) -> &MemoryMap {
+        &self.map
+    }
+
+    /// Where a guest range is here, if it lies in one region.
+    #[inline]
+    pub(super) fn guest(&self, guest: u64, len_bytes: u64) -> Option<*mut u8> {
+        for last in &self.last {
+            let last = last.get();
+            let offset = guest.wrapping_sub(last.guest);
+            if offset < last.len_bytes && len_bytes <= last.len_bytes - offset {
+                // The region was mapped, so every offset in it fits an address.
+                #[expect(clippy::cast_possible_truncation)]
+                return Some(last.base.wrapping_add(offset as usize));
+            }
+        }
+        self.find(guest, len_bytes)
+    }
+
+    #[cold]
+    fn find(&self, guest: u64, len_bytes: u64) -> Option<*mut u8> {
+        let (region, _) = self.map.region(guest)?;
+        self.last[1].set(self.last[0].get());
+        self.last[0].set(Found {
+            guest: region.address.guest,
+            len_bytes: region.address.len_bytes,
+            base: region.base,
+        });
+        self.map.guest(guest, len_bytes)
+    }
+
+    /// As [`MemoryMap::pieces`].
+    pub(super) fn pieces(
+        &self,
+        guest: u64,
+        len_bytes: u64,
+        piece: impl FnMut(*mut u8, usize) -> Option<()>,
+    ) -> Option<()> {
+        self.map.pieces(guest, len_bytes, piece)
+    }
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -289,6 +368,16 @@ pub(super) mod tests {
         for (user, len) in [(0xf_ffff, 1), (0x10_0000, 0x2001), (0, 0), (u64::MAX, 1)] {
             assert_eq!(map.user(user, len), None, "{user:#x}+{len:#x}");
         }
+        let held = HeldMap::new(Arc::new(map.clone()));
+        for _ in 0..2 {
+            // Each from the region of the one before.
+            assert_eq!(held.guest(0x1000, 0x2000), Some(low_base));
+            assert_eq!(held.guest(0x3ff8, 8), Some(high_base.wrapping_add(0xff8)));
+            for (guest, len) in [(0x3ff8, 9), (0xfff, 1), (0x2fff, 2), (0x4000, 1)] {
+                assert_eq!(held.guest(guest, len), None, "{guest:#x}+{len:#x}");
+            }
+        }
+        assert_eq!(HeldMap::default().guest(0, 0), None);
         let mut seen = Vec::new();
         let mut note = |at: *mut u8, len| {
             seen.push((at, len));

@@ -16,7 +16,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::block::{self, MAX_BUFFERS, Parts, Terms, Verdict, mask};
 use super::link::Link;
-use super::memory::MemoryMap;
+use super::memory::{HeldMap, MemoryMap};
 use super::sigbus;
 use super::virtqueue::{RingError, RingOptions, Virtqueue};
 use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
@@ -52,11 +52,6 @@ pub(super) enum Command {
     /// Finish everything and end.
     Exit,
 }
-
-/// A memory map in use on this thread. Requests share it by `Rc`, so that holding it costs no
-/// atomic operation.
-#[derive(Default)]
-struct HeldMap(Arc<MemoryMap>);
 
 /// A chain under way.
 struct Taken {
@@ -122,7 +117,7 @@ impl VhostQueues {
         };
         let inflight = start.inflight.take();
         let queue = Virtqueue::new(options, start.addresses, start.base, &start.map, inflight)?;
-        self.map = Rc::new(HeldMap(Arc::clone(&start.map)));
+        self.map = Rc::new(HeldMap::new(Arc::clone(&start.map)));
         let mut vring = Box::new(Vring::new(start, queue));
         self.expect_room(vring.arm_kick(ring));
         if self.vrings.len() <= local {
@@ -134,10 +129,10 @@ impl VhostQueues {
 
     fn set_map(&mut self, ring: &mut Ring, map: Arc<MemoryMap>) {
         // Requests under way keep the old map; rings must be in the new one.
-        self.map = Rc::new(HeldMap(map));
+        self.map = Rc::new(HeldMap::new(map));
         for local in 0..self.vrings.len() {
             if let Some(vring) = &mut self.vrings[local]
-                && let Err(error) = vring.queue.remap(&self.map.0)
+                && let Err(error) = vring.queue.remap(self.map.map())
             {
                 self.give_up(ring, local, error);
             }
@@ -203,7 +198,7 @@ impl VhostQueues {
         let slot = self.free.take()?;
         let first = slot as usize * MAX_BUFFERS;
         let list = &mut self.buffers[first..first + MAX_BUFFERS];
-        let parts = Parts::gather(vring.queue.chain(head, &self.map.0), &self.map.0, list);
+        let parts = Parts::gather(&vring.queue, head, &self.map, list);
         let limits = self.link.limits();
         let writeback = if vring.features & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
             self.link.writeback.load(Ordering::Acquire)
@@ -371,7 +366,7 @@ impl DoorQueue for VhostQueues {
             let vring = self.vrings[local].as_deref_mut()?;
             match vring.queue.pop() {
                 Ok(Some(head)) => {
-                    vring.queue.look_ahead(&self.map.0);
+                    vring.queue.look_ahead(&self.map);
                     if let Some(started) = self.admit(local, head) {
                         return Some(started);
                     }
@@ -410,7 +405,7 @@ impl DoorQueue for VhostQueues {
         if self.poisonings != poisonings {
             self.poisonings = poisonings;
             let mut vrings = self.vrings.iter().flatten();
-            if self.map.0.is_poisoned() || vrings.any(|vring| vring.queue.lost_its_record()) {
+            if self.map.map().is_poisoned() || vrings.any(|vring| vring.queue.lost_its_record()) {
                 self.link.hang_up("the client cut its memory file short");
             }
         }

@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::inflight::InflightQueue;
-use super::memory::MemoryMap;
+use super::memory::{HeldMap, MemoryMap};
 
 /// Largest queue (virtio 1.3, 2.7).
 pub(super) const MAX_QUEUE_SIZE: u32 = 32768;
@@ -216,7 +216,7 @@ impl Virtqueue {
     /// Lets the processor fetch what the chain after the next begins with (the header or the
     /// indirect table) while the next one is being worked on.
     #[inline]
-    pub(super) fn look_ahead(&self, map: &MemoryMap) {
+    pub(super) fn look_ahead(&self, map: &HeldMap) {
         let index = self.next_available.wrapping_add(1);
         if self.seen_available.wrapping_sub(index).wrapping_sub(1) >= LOOK_AHEAD {
             return;
@@ -284,14 +284,68 @@ impl Virtqueue {
     }
 
     /// The descriptors of a chain.
-    pub(super) fn chain<'a>(&'a self, head: u16, map: &'a MemoryMap) -> Chain<'a> {
+    #[inline]
+    pub(super) fn chain<'a>(&'a self, head: u16, map: &'a HeldMap) -> Chain<'a> {
         Chain {
             queue: self,
             map,
-            table: Table::Ring,
+            table: Table::Here(self.memory.descriptors),
+            count: u32::from(self.options.size),
+            is_indirect: false,
             next: Some(head),
             left: u32::from(self.options.size),
         }
+    }
+
+    /// The descriptors of a chain that has three of them, in the ring or in one indirect table. `None`
+    /// for any other, also for a broken one.
+    #[inline]
+    pub(super) fn three(&self, head: u16, map: &HeldMap) -> Option<[Descriptor; 3]> {
+        let mut table = self.memory.descriptors;
+        let mut count = u32::from(self.options.size);
+        // SAFETY: whoever calls it names a table of `count` descriptors, mapped and aligned, and an
+        // index below that.
+        let read = |table: *const u8, index: u16| unsafe { descriptor_at(table, index) };
+        if u32::from(head) >= count {
+            return None;
+        }
+        let mut first = read(table, head);
+        if first.flags & FLAG_INDIRECT != 0 {
+            let at = self.indirect(first).and_then(|_| {
+                let at = map.guest(first.address, u64::from(first.len_bytes))?;
+                (at as usize)
+                    .is_multiple_of(align_of::<u64>())
+                    .then_some(at)
+            });
+            (table, count) = (at?, first.len_bytes / 16);
+            first = read(table, 0);
+        }
+        let goes_on = |descriptor: Descriptor| {
+            descriptor.flags & (FLAG_NEXT | FLAG_INDIRECT) == FLAG_NEXT
+                && u32::from(descriptor.next) < count
+        };
+        if !goes_on(first) {
+            return None;
+        }
+        let second = read(table, first.next);
+        if !goes_on(second) {
+            return None;
+        }
+        let third = read(table, second.next);
+        (third.flags & (FLAG_NEXT | FLAG_INDIRECT) == 0).then_some([first, second, third])
+    }
+
+    /// How many descriptors the indirect table has that a descriptor names; `None` when it may not.
+    fn indirect(&self, descriptor: Descriptor) -> Option<u32> {
+        let count = descriptor.len_bytes / 16;
+        let fits = self.options.indirect
+            && descriptor.flags & FLAG_NEXT == 0
+            && descriptor.len_bytes.is_multiple_of(16)
+            && (1..=MAX_INDIRECT.max(u32::from(self.options.size))).contains(&count)
+            && (descriptor.address)
+                .checked_add(u64::from(descriptor.len_bytes))
+                .is_some();
+        fits.then_some(count)
     }
 
     /// Returns a chain to the driver, who sees it after [`publish`](Self::publish) at the latest.
@@ -426,15 +480,20 @@ fn translate(size: u16, addresses: RingAddresses, map: &MemoryMap) -> Result<Poi
 /// Where a chain's descriptors are.
 #[derive(Clone, Copy)]
 enum Table {
-    Ring,
-    Indirect { guest: u64, count: u32 },
+    /// The ring's own, or an indirect one that lies in one memory region, in words.
+    Here(*const u8),
+    /// An indirect one that lies anyhow: it has no alignment, and memory may be split anywhere.
+    Split { guest: u64 },
 }
 
 /// Walks the descriptors of one chain; ends after the first error.
 pub(super) struct Chain<'a> {
     queue: &'a Virtqueue,
-    map: &'a MemoryMap,
+    map: &'a HeldMap,
     table: Table,
+    /// Descriptors in the table.
+    count: u32,
+    is_indirect: bool,
     next: Option<u16>,
     /// Descriptors the table can still have without a loop.
     left: u32,
@@ -443,43 +502,39 @@ pub(super) struct Chain<'a> {
 impl Chain<'_> {
     #[inline]
     fn read(&self, index: u16) -> Result<Descriptor, ChainError> {
-        let offset = DESCRIPTOR_BYTES * u64::from(index);
-        match self.table {
-            Table::Ring => {
-                if index >= self.queue.options.size {
-                    return Err(ChainError::Next);
-                }
-                let at = self.queue.memory.descriptors;
-                let at = at.wrapping_add(usize::from(index) * 16).cast::<u64>();
-                // SAFETY: `translate` checked that the table is mapped and aligned; the owner of
-                // the queue keeps the map.
-                let words = unsafe { [at.read_volatile(), at.wrapping_add(1).read_volatile()] };
-                Ok(parse(words))
-            }
-            Table::Indirect { guest, count } => {
-                if u32::from(index) >= count {
-                    return Err(ChainError::Next);
-                }
-                // Guest memory may be split anywhere, a table has no alignment.
-                let mut bytes = [0u8; 16];
-                let mut filled = 0;
-                let copied = self.map.pieces(guest + offset, 16, |at, len| {
-                    // SAFETY: `pieces` names mapped bytes, at most the 16 it was asked for, and
-                    // `map` is borrowed meanwhile. The driver may change them under the copy; what
-                    // was copied is checked afterwards.
-                    unsafe { at.copy_to_nonoverlapping(bytes.as_mut_ptr().add(filled), len) };
-                    filled += len;
-                    Some(())
-                });
-                copied.ok_or(ChainError::Indirect)?;
-                let word = |from: usize| {
-                    let mut word = [0; 8];
-                    word.copy_from_slice(&bytes[from..from + 8]);
-                    u64::from_ne_bytes(word)
-                };
-                Ok(parse([word(0), word(8)]))
-            }
+        if u32::from(index) >= self.count {
+            return Err(ChainError::Next);
         }
+        match self.table {
+            Table::Here(table) => {
+                // SAFETY: `translate` (for the ring's own) or `enter` checked that the whole table is
+                // mapped and aligned; the owner of the queue keeps the map.
+                Ok(unsafe { descriptor_at(table, index) })
+            }
+            Table::Split { guest } => self.read_split(guest, index),
+        }
+    }
+
+    #[cold]
+    fn read_split(&self, guest: u64, index: u16) -> Result<Descriptor, ChainError> {
+        let offset = DESCRIPTOR_BYTES * u64::from(index);
+        let mut bytes = [0u8; 16];
+        let mut filled = 0;
+        let copied = self.map.pieces(guest + offset, 16, |at, len| {
+            // SAFETY: `pieces` names mapped bytes, at most the 16 it was asked for, and `map` is
+            // borrowed meanwhile. The driver may change them under the copy; what was copied is
+            // checked afterwards.
+            unsafe { at.copy_to_nonoverlapping(bytes.as_mut_ptr().add(filled), len) };
+            filled += len;
+            Some(())
+        });
+        copied.ok_or(ChainError::Indirect)?;
+        let word = |from: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[from..from + 8]);
+            u64::from_ne_bytes(word)
+        };
+        Ok(parse([word(0), word(8)]))
     }
 
     #[inline]
@@ -493,26 +548,26 @@ impl Chain<'_> {
                 }
                 return Ok(descriptor);
             }
-            let count = descriptor.len_bytes / 16;
-            let fits = matches!(self.table, Table::Ring)
-                && self.queue.options.indirect
-                && descriptor.flags & FLAG_NEXT == 0
-                && descriptor.len_bytes.is_multiple_of(16)
-                && (1..=MAX_INDIRECT.max(u32::from(self.queue.options.size))).contains(&count)
-                && descriptor
-                    .address
-                    .checked_add(u64::from(descriptor.len_bytes))
-                    .is_some();
-            if !fits {
-                return Err(ChainError::Indirect);
-            }
-            self.table = Table::Indirect {
-                guest: descriptor.address,
-                count,
-            };
-            self.left = count;
+            self.enter(descriptor)?;
             index = 0;
         }
+    }
+
+    /// Goes on in an indirect table.
+    fn enter(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
+        let count = match self.queue.indirect(descriptor) {
+            Some(count) if !self.is_indirect => count,
+            _ => return Err(ChainError::Indirect),
+        };
+        let guest = descriptor.address;
+        self.table = match self.map.guest(guest, u64::from(descriptor.len_bytes)) {
+            Some(at) if (at as usize).is_multiple_of(align_of::<u64>()) => Table::Here(at),
+            _ => Table::Split { guest },
+        };
+        self.is_indirect = true;
+        self.count = count;
+        self.left = count;
+        Ok(())
     }
 }
 
@@ -526,6 +581,19 @@ impl Iterator for Chain<'_> {
     }
 }
 
+/// Reads a descriptor.
+///
+/// # Safety
+///
+/// `table` is mapped as far as `index`, and aligned to words.
+#[inline]
+unsafe fn descriptor_at(table: *const u8, index: u16) -> Descriptor {
+    let at = table.wrapping_add(usize::from(index) * 16).cast::<u64>();
+    // SAFETY: as the caller promised. The driver may change it at any time: it is read once.
+    parse(unsafe { [at.read_volatile(), at.wrapping_add(1).read_volatile()] })
+}
+
+#[inline]
 fn parse([address, rest]: [u64; 2]) -> Descriptor {
     let rest = u64::from_le(rest);
     // The fields are 32, 16 and 16 bits of one little-endian word.

@@ -1,5 +1,6 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use super::*;
 use crate::door::vhost::memory::tests::memfd;
@@ -13,7 +14,7 @@ const USED: u64 = 0x2000;
 /// A ring of 8 in a memory file; the file is the driver's view.
 struct Bench {
     file: File,
-    map: MemoryMap,
+    map: HeldMap,
 }
 
 impl Bench {
@@ -25,7 +26,7 @@ impl Bench {
             user: USER,
         };
         let region = Region::map(address, &file, 0).unwrap();
-        let map = MemoryMap::new(vec![region]).unwrap();
+        let map = HeldMap::new(Arc::new(MemoryMap::new(vec![region]).unwrap()));
         Self { file, map }
     }
 
@@ -35,7 +36,7 @@ impl Bench {
             event_index,
             indirect: true,
         };
-        Virtqueue::new(options, addresses(), base, &self.map, None).unwrap()
+        Virtqueue::new(options, addresses(), base, self.map.map(), None).unwrap()
     }
 
     fn set(&self, at: u64, value: u16) {
@@ -59,7 +60,14 @@ impl Bench {
     fn walk(&self, queue: &Virtqueue, head: u16) -> Result<Vec<(u64, u32, bool)>, ChainError> {
         let step =
             |found: Result<Descriptor, _>| found.map(|d| (d.address, d.len_bytes, d.is_writable()));
-        queue.chain(head, &self.map).map(step).collect()
+        let walked: Result<Vec<_>, _> = queue.chain(head, &self.map).map(step).collect();
+        // The short way finds the same or leaves it to the long one.
+        let three = queue.three(head, &self.map);
+        let three = three.map(|three| three.map(|d| (d.address, d.len_bytes, d.is_writable())));
+        if let Some(three) = three {
+            assert_eq!(walked.as_deref(), Ok(&three[..]));
+        }
+        walked
     }
 }
 
@@ -126,7 +134,7 @@ fn rings_that_are_no_rings_are_refused() {
             event_index: true,
             indirect: true,
         };
-        Virtqueue::new(options, addresses, 0, &bench.map, None).err()
+        Virtqueue::new(options, addresses, 0, bench.map.map(), None).err()
     };
     let good = addresses();
     assert_eq!(try_ring(8, good), None);
@@ -257,8 +265,36 @@ fn chains_that_lead_nowhere_end_with_an_error() {
         event_index: false,
         indirect: false,
     };
-    let queue = Virtqueue::new(options, addresses(), 0, &bench.map, None).unwrap();
+    let queue = Virtqueue::new(options, addresses(), 0, bench.map.map(), None).unwrap();
     assert_eq!(bench.walk(&queue, 0), Err(ChainError::Indirect));
+}
+
+#[test]
+fn three_descriptors_are_found_in_the_ring_and_in_a_table() {
+    let bench = Bench::new();
+    let queue = bench.queue(false, 0);
+    let table = 0x3800;
+    let wanted = [(0x3000, 16, false), (0x3100, 512, true), (0x3300, 1, true)];
+    for at in [DESCRIPTORS, table] {
+        bench.descriptor(at, 0, 0x3000, 16, FLAG_NEXT, 2);
+        bench.descriptor(at, 2, 0x3100, 512, FLAG_NEXT | FLAG_WRITE, 1);
+        bench.descriptor(at, 1, 0x3300, 1, FLAG_WRITE, 0);
+        assert_eq!(bench.walk(&queue, 0), Ok(wanted.to_vec()));
+        assert!(queue.three(0, &bench.map).is_some());
+        bench.descriptor(DESCRIPTORS, 0, table, 48, FLAG_INDIRECT, 0);
+    }
+    // A table that lies askew is read all the same, the long way.
+    let askew = table + 4;
+    bench.descriptor(DESCRIPTORS, 0, askew, 48, FLAG_INDIRECT, 0);
+    bench.descriptor(askew, 0, 0x3000, 16, FLAG_NEXT, 1);
+    bench.descriptor(askew, 1, 0x3100, 512, FLAG_NEXT | FLAG_WRITE, 2);
+    bench.descriptor(askew, 2, 0x3300, 1, FLAG_WRITE, 0);
+    assert!(queue.three(0, &bench.map).is_none());
+    let long = queue.chain(0, &bench.map).map(|found| found.unwrap());
+    let long: Vec<_> = long
+        .map(|d| (d.address, d.len_bytes, d.is_writable()))
+        .collect();
+    assert_eq!(long, wanted);
 }
 
 #[test]
