@@ -95,8 +95,9 @@ const DOUBT: u8 = 2;
 /// thread alone, and a nap collects several completions for one wake-up.
 const FEW: usize = 1;
 
-/// Requests between two idle times on the average, from which on a wake-up is shared by many and looking
-/// pays only where work comes very soon: within this part of the longest time.
+/// Requests that come back from the storage between two idle times on the average, from which on a wake-up
+/// is shared by many that took their time anyway; looking then pays only where work comes very soon:
+/// within this part of the longest time.
 const MANY: u64 = 4;
 const VERY_SOON: u32 = 4;
 
@@ -122,8 +123,9 @@ pub(crate) struct Poller {
     confidence: u8,
     /// How long idle times are on the average.
     idle: Duration,
-    /// Requests since the last idle time, and how many there are on the average, times [`MEMORY`].
-    requests: u64,
+    /// Requests that came back from the storage since the last idle time, and how many do on the
+    /// average, times [`MEMORY`].
+    came_back: u64,
     burst: u64,
     crowd: Crowd,
     waits: Waits,
@@ -143,26 +145,26 @@ impl Poller {
             idle_since: None,
             confidence: 0,
             idle: Duration::ZERO,
-            requests: 0,
+            came_back: 0,
             burst: 0,
             crowd: Crowd::default(),
             waits: Waits::open(),
         }
     }
 
-    /// There was work, and `requests` ended.
-    pub(crate) fn worked(&mut self, requests: u64) {
+    /// There was work; `came_back` requests ended that the storage had.
+    pub(crate) fn worked(&mut self, came_back: u64) {
         if let Some(since) = self.idle_since.take() {
             self.learn(since.elapsed());
         }
-        self.requests += requests;
+        self.came_back += came_back;
     }
 
     fn learn(&mut self, idle: Duration) {
         let Polling::Adaptive(longest) = self.polling else {
             return;
         };
-        let burst = std::mem::take(&mut self.requests);
+        let burst = std::mem::take(&mut self.came_back);
         self.burst = self.burst - self.burst / u64::from(MEMORY) + burst;
         // What is late is late; how much does not matter.
         self.idle = self.idle - self.idle / MEMORY + idle.min(2 * longest) / MEMORY;
@@ -280,7 +282,7 @@ mod tests {
             idle_since: None,
             confidence: 0,
             idle: Duration::ZERO,
-            requests: 0,
+            came_back: 0,
             burst: 0,
             crowd: Crowd::default(),
             waits: Waits::default(),
@@ -423,11 +425,11 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_gets_much_at_once_looks_only_for_what_comes_very_soon() {
+    fn a_thread_that_gets_much_at_once_from_the_storage_looks_only_for_what_comes_very_soon() {
         let mut poller = poller(Polling::Adaptive(LONGEST));
-        let mut come = |requests, idle| {
+        let mut come = |came_back, idle| {
             for _ in 0..100 {
-                poller.requests += requests;
+                poller.came_back += came_back;
                 poller.learn(idle);
             }
             looks(&mut poller, 0)

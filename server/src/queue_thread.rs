@@ -129,10 +129,11 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
             self.worked = false;
             let before = self.answered;
             self.dispatch();
+            let came_back = self.answered - before;
             self.start_requests();
             self.counters.count_batch(self.ring.enters());
             if self.worked {
-                self.poller.worked(self.answered - before);
+                self.poller.worked(came_back);
             }
             let want = match self.door.end_batch(&mut self.ring) {
                 Next::Exit if self.running.used() == 0 => return Ok(()),
