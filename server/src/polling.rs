@@ -383,12 +383,14 @@ mod tests {
     #[test]
     fn the_kernel_tells_how_long_a_thread_waited_for_a_processor() {
         assert_eq!(Waits::default().so_far(), Duration::ZERO);
+        // SAFETY: asks where the thread is.
+        let here = unsafe { libc::sched_getcpu() };
         let threads: Vec<_> = (0..2)
             .map(|_| {
-                std::thread::spawn(|| {
+                std::thread::spawn(move || {
                     // Both on one processor, until one of them has waited for it.
                     let cpus = ThreadOptions {
-                        cpus: Some("0".parse().unwrap()),
+                        cpus: Some(here.to_string().parse().unwrap()),
                         ..ThreadOptions::default()
                     };
                     cpus.settle(0).unwrap();
