@@ -52,6 +52,7 @@ pub struct Totals {
 
 impl Counters {
     /// Counts a finished request of `len_bytes`.
+    #[inline]
     pub fn count(&self, op: Op, len_bytes: u64, outcome: Outcome) {
         match op {
             Op::Read => {

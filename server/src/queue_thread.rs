@@ -263,6 +263,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         self.finish(slot, request, outcome);
     }
 
+    #[inline(always)]
     fn finish(&mut self, slot: Slot, request: Request, outcome: Outcome) {
         self.worked = true;
         self.answered += 1;

@@ -1,6 +1,7 @@
 //! virtio-blk (virtio 1.3, 5.2): features, configuration space, and what a chain asks for.
 
 use std::mem::MaybeUninit;
+use std::ptr::NonNull;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -12,8 +13,8 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::memory::HeldMap;
-use super::virtqueue::{Chain, Descriptor, Virtqueue};
+use super::memory::{HeldMap, Purpose};
+use super::virtqueue::{Chain, Descriptor};
 use crate::request::{Buffer, IoError, Limits, Op, Range, SECTOR_SHIFT, SERIAL_BYTES};
 
 /// Data segments of one request, as advertised.
@@ -141,8 +142,67 @@ pub(super) struct Parts {
     in_count: usize,
     in_bytes: u64,
     /// Where the status goes, if there is room for one.
-    pub status: Option<*mut u8>,
+    pub status: Option<NonNull<u8>>,
     broken: bool,
+}
+
+/// A valid read or write in the layout of nearly all of them: header, data and status each have a
+/// descriptor and lie in one memory region.
+pub(super) struct Transfer {
+    pub op: Op,
+    pub range: Range,
+    pub buffer: Buffer,
+    pub status: NonNull<u8>,
+    /// What a success writes of the chain.
+    pub written_bytes: u32,
+}
+
+impl Transfer {
+    /// What the three descriptors of a chain ask for. `None` for anything else, which [`Parts`] then
+    /// reads anew, in any layout and with an answer to everything.
+    #[inline(always)]
+    pub(super) fn usual(
+        [header, data, status]: [Descriptor; 3],
+        map: &HeldMap,
+        limits: &Limits,
+        write_through: impl FnOnce() -> bool,
+    ) -> Option<Self> {
+        let len_bytes = u64::from(data.len_bytes);
+        let is_usual = !header.is_writable()
+            && header.len_bytes as usize == HEADER_BYTES
+            && data.len_bytes > 0
+            && len_bytes.is_multiple_of(1 << SECTOR_SHIFT)
+            && status.is_writable()
+            && status.len_bytes == 1;
+        if !is_usual {
+            return None;
+        }
+        let header = map.guest(Purpose::Control, header.address, HEADER_BYTES as u64)?;
+        let status = map.guest(Purpose::Control, status.address, 1)?;
+        let memory = map.guest(Purpose::Data, data.address, len_bytes)?;
+        // SAFETY: mapped bytes of a map that is borrowed meanwhile; the driver may change them under
+        // the copy, and what was copied is checked afterwards.
+        let header = unsafe { header.cast::<[u8; HEADER_BYTES]>().read_unaligned() };
+        let (op, written_bytes) = match (u32_at(&header, 0), data.is_writable()) {
+            (VIRTIO_BLK_T_IN, true) => (Op::Read, data.len_bytes.checked_add(1)?),
+            (VIRTIO_BLK_T_OUT, false) => {
+                let fua = write_through();
+                (Op::Write { fua }, 1)
+            }
+            _ => return None,
+        };
+        let sectors = len_bytes >> SECTOR_SHIFT;
+        Some(Self {
+            op,
+            range: limits.check(op, u64_at(&header, 8), sectors).ok()?,
+            buffer: Buffer {
+                iov_base: memory.as_ptr().cast(),
+                iov_len: data.len_bytes as usize,
+            },
+            status,
+            written_bytes,
+        })
+    }
 }
 
 /// What is to be done with a chain.
@@ -166,60 +226,11 @@ pub(super) enum Verdict {
 impl Parts {
     /// Collects a chain's memory into `list`. Goes on after what is wrong with a descriptor, to
     /// find the status byte.
-    #[inline]
     pub(super) fn gather(
-        queue: &Virtqueue,
-        head: u16,
+        chain: Chain<'_>,
         map: &HeldMap,
         list: &mut [MaybeUninit<Buffer>],
     ) -> Self {
-        let three = queue.three(head, map);
-        match three.and_then(|three| Self::usual(three, map, list)) {
-            Some(parts) => parts,
-            None => Self::any(queue.chain(head, map), map, list),
-        }
-    }
-
-    /// The usual chain, without a loop: header, data and status each have a descriptor and lie in one
-    /// memory region. `None` for any other.
-    #[inline]
-    fn usual(
-        [header, data, status]: [Descriptor; 3],
-        map: &HeldMap,
-        list: &mut [MaybeUninit<Buffer>],
-    ) -> Option<Self> {
-        let is_usual = !header.is_writable()
-            && header.len_bytes as usize == HEADER_BYTES
-            && data.len_bytes > 0
-            && status.is_writable()
-            && status.len_bytes == 1;
-        if !is_usual {
-            return None;
-        }
-        let header = map.guest(header.address, HEADER_BYTES as u64)?;
-        let len_bytes = u64::from(data.len_bytes);
-        list.first_mut()?.write(Buffer {
-            iov_base: map.guest(data.address, len_bytes)?.cast(),
-            iov_len: data.len_bytes as usize,
-        });
-        let receives = data.is_writable();
-        Some(Self {
-            // SAFETY: mapped bytes of a map that is borrowed meanwhile; the driver may change them
-            // under the copy, and what was copied is checked afterwards.
-            header: unsafe { header.cast::<[u8; HEADER_BYTES]>().read_unaligned() },
-            header_bytes: HEADER_BYTES,
-            out_count: usize::from(!receives),
-            out_bytes: if receives { 0 } else { len_bytes },
-            in_count: usize::from(receives),
-            in_bytes: if receives { len_bytes } else { 0 },
-            status: Some(map.guest(status.address, 1)?),
-            broken: false,
-        })
-    }
-
-    /// A chain in any layout.
-    #[cold]
-    fn any(chain: Chain<'_>, map: &HeldMap, list: &mut [MaybeUninit<Buffer>]) -> Self {
         let mut parts = Self {
             header: [0; HEADER_BYTES],
             header_bytes: 0,
@@ -241,16 +252,23 @@ impl Parts {
             }
             let (address, len_bytes) = (descriptor.address, u64::from(descriptor.len_bytes));
             // In one region, but for the buffer that straddles two.
-            let whole = map.guest(address, len_bytes);
+            let purpose = if descriptor.len_bytes as usize <= HEADER_BYTES {
+                Purpose::Control
+            } else {
+                Purpose::Data
+            };
+            let whole = map.guest(purpose, address, len_bytes);
             let added = if descriptor.is_writable() {
                 writing = true;
                 parts.in_bytes += len_bytes;
                 if let Some(at) = whole {
-                    parts.status = Some(at.wrapping_add(descriptor.len_bytes as usize - 1));
+                    let at = at.as_ptr();
+                    let last = at.wrapping_add(descriptor.len_bytes as usize - 1);
+                    parts.status = NonNull::new(last);
                     parts.receive(list, at, descriptor.len_bytes as usize)
                 } else {
                     let last = address.checked_add(len_bytes - 1);
-                    parts.status = last.and_then(|last| map.guest(last, 1));
+                    parts.status = last.and_then(|last| map.guest(purpose, last, 1));
                     map.pieces(address, len_bytes, |at, len| parts.receive(list, at, len))
                 }
             } else if writing {
@@ -259,7 +277,7 @@ impl Parts {
             } else {
                 parts.out_bytes += len_bytes;
                 if let Some(at) = whole {
-                    parts.send(list, at, descriptor.len_bytes as usize)
+                    parts.send(list, at.as_ptr(), descriptor.len_bytes as usize)
                 } else {
                     map.pieces(address, len_bytes, |at, len| parts.send(list, at, len))
                 }

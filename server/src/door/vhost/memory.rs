@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::ptr;
+use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use rustix::fs::{FileType, fstat, fstatfs};
@@ -253,8 +253,18 @@ impl MemoryMap {
     }
 }
 
-/// A map as one thread uses it: it remembers the two regions where it found something last, which is
-/// where it finds the next thing. Requests hold it by `Rc`, so that holding it costs no atomic operation.
+/// What a range of guest memory is for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Purpose {
+    /// Headers, status bytes, indirect tables: what the driver keeps by the queue.
+    Control,
+    /// What is read and written, which others often own.
+    Data,
+}
+
+/// A map as one thread uses it: for each purpose it remembers the region where it found something
+/// last, which is where it finds the next thing. Requests hold it by `Rc`, so that holding it costs no
+/// atomic operation.
 #[derive(Debug)]
 pub(super) struct HeldMap {
     map: Arc<MemoryMap>,
@@ -295,29 +305,31 @@ impl HeldMap {
 
     /// Where a guest range is here, if it lies in one region.
     #[inline]
-    pub(super) fn guest(&self, guest: u64, len_bytes: u64) -> Option<*mut u8> {
-        for last in &self.last {
-            let last = last.get();
-            let offset = guest.wrapping_sub(last.guest);
-            if offset < last.len_bytes && len_bytes <= last.len_bytes - offset {
-                // The region was mapped, so every offset in it fits an address.
-                #[expect(clippy::cast_possible_truncation)]
-                return Some(last.base.wrapping_add(offset as usize));
-            }
+    pub(super) fn guest(
+        &self,
+        purpose: Purpose,
+        guest: u64,
+        len_bytes: u64,
+    ) -> Option<NonNull<u8>> {
+        let last = self.last[purpose as usize].get();
+        let offset = guest.wrapping_sub(last.guest);
+        if offset < last.len_bytes && len_bytes <= last.len_bytes - offset {
+            // The region was mapped, so every offset in it fits an address.
+            #[expect(clippy::cast_possible_truncation)]
+            return NonNull::new(last.base.wrapping_add(offset as usize));
         }
-        self.find(guest, len_bytes)
+        self.find(purpose, guest, len_bytes)
     }
 
     #[cold]
-    fn find(&self, guest: u64, len_bytes: u64) -> Option<*mut u8> {
+    fn find(&self, purpose: Purpose, guest: u64, len_bytes: u64) -> Option<NonNull<u8>> {
         let (region, _) = self.map.region(guest)?;
-        self.last[1].set(self.last[0].get());
-        self.last[0].set(Found {
+        self.last[purpose as usize].set(Found {
             guest: region.address.guest,
             len_bytes: region.address.len_bytes,
             base: region.base,
         });
-        self.map.guest(guest, len_bytes)
+        NonNull::new(self.map.guest(guest, len_bytes)?)
     }
 
     /// As [`MemoryMap::pieces`].
@@ -369,15 +381,18 @@ pub(super) mod tests {
             assert_eq!(map.user(user, len), None, "{user:#x}+{len:#x}");
         }
         let held = HeldMap::new(Arc::new(map.clone()));
-        for _ in 0..2 {
+        let guest = |purpose, guest, len| held.guest(purpose, guest, len).map(NonNull::as_ptr);
+        for purpose in [Purpose::Control, Purpose::Data, Purpose::Control] {
             // Each from the region of the one before.
-            assert_eq!(held.guest(0x1000, 0x2000), Some(low_base));
-            assert_eq!(held.guest(0x3ff8, 8), Some(high_base.wrapping_add(0xff8)));
-            for (guest, len) in [(0x3ff8, 9), (0xfff, 1), (0x2fff, 2), (0x4000, 1)] {
-                assert_eq!(held.guest(guest, len), None, "{guest:#x}+{len:#x}");
+            assert_eq!(guest(purpose, 0x1000, 0x2000), Some(low_base));
+            assert_eq!(guest(purpose, 0x1010, 8), Some(low_base.wrapping_add(0x10)));
+            let high = high_base.wrapping_add(0xff8);
+            assert_eq!(guest(purpose, 0x3ff8, 8), Some(high));
+            for (address, len) in [(0x3ff8, 9), (0xfff, 1), (0x2fff, 2), (0x4000, 1)] {
+                assert_eq!(guest(purpose, address, len), None, "{address:#x}+{len:#x}");
             }
         }
-        assert_eq!(HeldMap::default().guest(0, 0), None);
+        assert_eq!(HeldMap::default().guest(Purpose::Data, 0, 0), None);
         let mut seen = Vec::new();
         let mut note = |at: *mut u8, len| {
             seen.push((at, len));

@@ -6,6 +6,7 @@
 
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,7 +15,7 @@ use std::sync::mpsc;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::block::{self, MAX_BUFFERS, Parts, Terms, Verdict, mask};
+use super::block::{self, MAX_BUFFERS, Parts, Terms, Transfer, Verdict, mask};
 use super::link::Link;
 use super::memory::{HeldMap, MemoryMap};
 use super::sigbus;
@@ -57,7 +58,7 @@ pub(super) enum Command {
 struct Taken {
     vring: usize,
     head: u16,
-    status: Option<*mut u8>,
+    status: Option<NonNull<u8>>,
     written_bytes: u32,
     /// Keeps the memory mapped that the buffers are in.
     _map: Rc<HeldMap>,
@@ -144,7 +145,7 @@ impl VhostQueues {
         let Some(vring) = &mut self.vrings[local] else {
             return;
         };
-        if std::mem::replace(&mut vring.broken, true) {
+        if !vring.give_up() {
             return;
         }
         tracing::warn!(
@@ -170,47 +171,27 @@ impl VhostQueues {
         }
     }
 
-    /// The vring whose turn it is.
-    fn choose(&mut self) -> Option<usize> {
+    /// Finds the next vring with chains, whose turn it is then. Returns whether there is one.
+    #[inline(never)]
+    fn next_turn(&mut self) -> bool {
         let count = self.vrings.len();
-        if self.turn_left == 0 {
-            self.turn = self.turn.wrapping_add(1);
-            self.turn_left = TURN;
-        }
         for _ in 0..count {
-            self.turn %= count;
-            if self.vrings[self.turn]
-                .as_ref()
-                .is_some_and(|vring| vring.takes_chains())
-            {
-                self.turn_left -= 1;
-                return Some(self.turn);
+            self.turn = (self.turn + 1) % count;
+            if (self.vrings[self.turn].as_ref()).is_some_and(|vring| vring.takes_chains()) {
+                self.turn_left = TURN;
+                return true;
             }
-            self.turn += 1;
-            self.turn_left = TURN;
         }
-        None
+        false
     }
 
     /// Turns a chain into a request, or answers it.
-    fn admit(&mut self, local: usize, head: u16) -> Option<(Slot, Request)> {
+    fn admit(&mut self, local: usize, head: u16, slot: Slot) -> Option<(Slot, Request)> {
         let vring = self.vrings[local].as_deref_mut()?;
-        let slot = self.free.take()?;
         let first = slot as usize * MAX_BUFFERS;
         let list = &mut self.buffers[first..first + MAX_BUFFERS];
-        let parts = Parts::gather(&vring.queue, head, &self.map, list);
-        let limits = self.link.limits();
-        let writeback = if vring.features & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
-            self.link.writeback.load(Ordering::Acquire)
-        } else {
-            vring.features & mask(VIRTIO_BLK_F_FLUSH) != 0
-        };
-        let terms = Terms {
-            limits,
-            features: vring.features,
-            write_through: limits.write_cache && !writeback,
-        };
-        match parts.judge(list, terms) {
+        let parts = Parts::gather(vring.queue.chain(head, &self.map), &self.map, list);
+        match parts.judge(list, terms(&self.link, vring)) {
             Verdict::Start {
                 op,
                 range,
@@ -226,17 +207,17 @@ impl VhostQueues {
                 };
                 self.taken.put(slot, taken);
                 vring.in_flight += 1;
-                let buffers = if buffers == 0 {
+                let list = if buffers == 0 {
                     Buffers::NONE
                 } else {
                     // SAFETY: `gather` filled that many entries; they belong to the slot, which is
-                    // given back when the request is finished, and `Taken` keeps the map.
+                    // given back when the request is finished, and `taken` keeps the map.
                     unsafe {
                         let list = std::ptr::from_mut(&mut list[..buffers]) as *mut [Buffer];
                         Buffers::from_list(&mut *list)
                     }
                 };
-                Some((slot, Request::new(op, range, buffers)))
+                Some((slot, Request::new(op, range, list)))
             }
             Verdict::Answer {
                 outcome,
@@ -254,8 +235,24 @@ impl VhostQueues {
     }
 }
 
+/// What must be known to understand a request of a vring.
+#[inline]
+fn terms<'a>(link: &'a Link, vring: &Vring) -> Terms<'a> {
+    let limits = link.limits();
+    let writeback = if vring.features & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
+        link.writeback.load(Ordering::Acquire)
+    } else {
+        vring.features & mask(VIRTIO_BLK_F_FLUSH) != 0
+    };
+    Terms {
+        limits,
+        features: vring.features,
+        write_through: limits.write_cache && !writeback,
+    }
+}
+
 /// Writes a status byte to where the driver wants it.
-fn put_status(at: Option<*mut u8>, status: u8) {
+fn put_status(at: Option<NonNull<u8>>, status: u8) {
     if let Some(at) = at {
         // SAFETY: the address was found in a map that the caller still holds.
         unsafe { at.write_volatile(status) };
@@ -291,7 +288,7 @@ impl DoorQueue for VhostQueues {
             }
             Command::Enable(index, on, reply) => {
                 if let Some(vring) = self.vring(index) {
-                    vring.enabled = on;
+                    vring.enable(on);
                     vring.listening = false;
                 }
                 let _ = reply.send(());
@@ -345,7 +342,7 @@ impl DoorQueue for VhostQueues {
             return;
         }
         vring.kick_armed = false;
-        if vring.stopping.is_some() || exiting {
+        if vring.is_stopping() || exiting {
             return;
         }
         if completion.result <= 0 {
@@ -353,33 +350,67 @@ impl DoorQueue for VhostQueues {
                 .hang_up("the kick descriptor of a vring cannot be read");
             return;
         }
-        if std::mem::take(&mut vring.listening) && !vring.broken {
+        if std::mem::take(&mut vring.listening) && !vring.is_broken() {
             vring.queue.disable_kicks();
         }
         let pushed = vring.arm_kick(ring);
         self.expect_room(pushed);
     }
 
+    #[inline(always)]
     fn next(&mut self, ring: &mut Ring) -> Option<(Slot, Request)> {
         while !self.free.is_empty() && self.answers_left > 0 {
-            let local = self.choose()?;
-            let vring = self.vrings[local].as_deref_mut()?;
-            match vring.queue.pop() {
-                Ok(Some(head)) => {
-                    vring.queue.look_ahead(&self.map);
-                    if let Some(started) = self.admit(local, head) {
-                        return Some(started);
-                    }
-                    self.answers_left -= 1;
-                }
-                // `choose` saw one.
-                Ok(None) => return None,
-                Err(error) => self.give_up(ring, local, error),
+            let local = self.turn;
+            let Some(Some(vring)) = self.vrings.get_mut(local) else {
+                self.next_turn().then_some(())?;
+                continue;
+            };
+            if self.turn_left == 0 || !vring.takes_chains() {
+                self.next_turn().then_some(())?;
+                continue;
             }
+            self.turn_left -= 1;
+            let head = match vring.queue.pop() {
+                Ok(Some(head)) => head,
+                // `takes_chains` saw one.
+                Ok(None) => return None,
+                Err(error) => {
+                    self.give_up(ring, local, error);
+                    continue;
+                }
+            };
+            vring.queue.look_ahead(&self.map);
+            let slot = self.free.take()?;
+            let three = vring.queue.three(head, &self.map);
+            let link = &*self.link;
+            let write_through = || terms(link, vring).write_through;
+            let usual = three
+                .and_then(|three| Transfer::usual(three, &self.map, link.limits(), write_through));
+            if let Some(transfer) = usual {
+                vring.in_flight += 1;
+                let taken = Taken {
+                    vring: local,
+                    head,
+                    status: Some(transfer.status),
+                    written_bytes: transfer.written_bytes,
+                    _map: Rc::clone(&self.map),
+                };
+                self.taken.put(slot, taken);
+                let buffer = self.buffers[slot as usize * MAX_BUFFERS].write(transfer.buffer);
+                // SAFETY: the list belongs to the slot, which is given back when the request is
+                // finished, and `taken` keeps the map.
+                let buffers = unsafe { Buffers::from_list(std::slice::from_mut(buffer)) };
+                return Some((slot, Request::new(transfer.op, transfer.range, buffers)));
+            }
+            if let Some(started) = self.admit(local, head, slot) {
+                return Some(started);
+            }
+            self.answers_left -= 1;
         }
         None
     }
 
+    #[inline(always)]
     fn complete(&mut self, _ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome) {
         request.finish();
         let taken = self.taken.take(slot);
@@ -389,7 +420,7 @@ impl DoorQueue for VhostQueues {
             return;
         };
         vring.in_flight -= 1;
-        if !vring.broken {
+        if !vring.is_broken() {
             let written_bytes = if outcome.is_ok() {
                 taken.written_bytes
             } else {
@@ -415,7 +446,7 @@ impl DoorQueue for VhostQueues {
             let Some(vring) = &mut self.vrings[local] else {
                 continue;
             };
-            if vring.queue.has_unpublished() && !vring.broken && vring.queue.publish() {
+            if vring.queue.has_unpublished() && !vring.is_broken() && vring.queue.publish() {
                 vring.call_due = true;
             }
             let called = vring.call(ring);
@@ -429,13 +460,7 @@ impl DoorQueue for VhostQueues {
             if wound_up == Ok(true)
                 && let Some(vring) = self.vrings[local].take()
             {
-                if let Some(reply) = vring.stopping.and_then(|stopping| stopping.reply) {
-                    let _ = reply.send(Stopped {
-                        base: vring.queue.next_available(),
-                        call: vring.call,
-                        error: vring.error,
-                    });
-                }
+                vring.report();
             } else {
                 left = true;
                 self.expect_room(wound_up.map(|_| ()));

@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::inflight::InflightQueue;
-use super::memory::{HeldMap, MemoryMap};
+use super::memory::{HeldMap, MemoryMap, Purpose};
 
 /// Largest queue (virtio 1.3, 2.7).
 pub(super) const MAX_QUEUE_SIZE: u32 = 32768;
@@ -105,6 +105,8 @@ pub(super) struct Virtqueue {
     options: RingOptions,
     addresses: RingAddresses,
     memory: Pointers,
+    /// What of an index names an entry of a ring.
+    index_mask: usize,
     /// Index of the next chain to take.
     next_available: u16,
     /// The driver's index as last read.
@@ -144,6 +146,7 @@ impl Virtqueue {
             options,
             addresses,
             memory: translate(options.size, addresses, map)?,
+            index_mask: usize::from(options.size) - 1,
             next_available: base,
             seen_available: base,
             next_used: 0,
@@ -206,7 +209,7 @@ impl Virtqueue {
     /// The first descriptor of the chain at an available index, if there is one of that number.
     #[inline]
     fn first_descriptor(&self, index: u16) -> Option<*const u64> {
-        let entry = 2 + usize::from(index & (self.options.size - 1));
+        let entry = 2 + (usize::from(index) & self.index_mask);
         let head = u16::from_le(self.available_word(entry).load(Ordering::Relaxed));
         let at = self.memory.descriptors;
         let at = at.wrapping_add(usize::from(head) * 16).cast::<u64>();
@@ -225,8 +228,8 @@ impl Virtqueue {
             // SAFETY: `translate` checked that the table is mapped and aligned; the owner of the
             // queue keeps the map.
             let address = u64::from_le(unsafe { descriptor.read_volatile() });
-            if let Some(at) = map.guest(address, 1) {
-                prefetch(at);
+            if let Some(at) = map.guest(Purpose::Control, address, 1) {
+                prefetch(at.as_ptr());
             }
         }
     }
@@ -253,7 +256,7 @@ impl Virtqueue {
         if self.next_available == self.seen_available {
             return Ok(None);
         }
-        let entry = 2 + usize::from(self.next_available & (self.options.size - 1));
+        let entry = 2 + (usize::from(self.next_available) & self.index_mask);
         let head = u16::from_le(self.available_word(entry).load(Ordering::Relaxed));
         if head >= self.options.size {
             return Err(RingError::Head);
@@ -299,7 +302,7 @@ impl Virtqueue {
 
     /// The descriptors of a chain that has three of them, in the ring or in one indirect table. `None`
     /// for any other, also for a broken one.
-    #[inline]
+    #[inline(always)]
     pub(super) fn three(&self, head: u16, map: &HeldMap) -> Option<[Descriptor; 3]> {
         let mut table = self.memory.descriptors;
         let mut count = u32::from(self.options.size);
@@ -312,12 +315,11 @@ impl Virtqueue {
         let mut first = read(table, head);
         if first.flags & FLAG_INDIRECT != 0 {
             let at = self.indirect(first).and_then(|_| {
-                let at = map.guest(first.address, u64::from(first.len_bytes))?;
-                (at as usize)
-                    .is_multiple_of(align_of::<u64>())
-                    .then_some(at)
+                let len_bytes = u64::from(first.len_bytes);
+                let at = map.guest(Purpose::Control, first.address, len_bytes)?;
+                at.cast::<u64>().is_aligned().then_some(at)
             });
-            (table, count) = (at?, first.len_bytes / 16);
+            (table, count) = (at?.as_ptr(), first.len_bytes / 16);
             first = read(table, 0);
         }
         let goes_on = |descriptor: Descriptor| {
@@ -353,7 +355,7 @@ impl Virtqueue {
         if let Some(inflight) = &mut self.inflight {
             inflight.put_back(head);
         }
-        let entry = 2 + 4 * usize::from(self.next_used & (self.options.size - 1));
+        let entry = 2 + 4 * (usize::from(self.next_used) & self.index_mask);
         // Two u16 words hold a u32.
         let entry = self.memory.used.wrapping_add(entry).cast::<u32>();
         // SAFETY: `translate` checked that the whole used ring is mapped and aligned; the owner of
@@ -560,8 +562,9 @@ impl Chain<'_> {
             _ => return Err(ChainError::Indirect),
         };
         let guest = descriptor.address;
-        self.table = match self.map.guest(guest, u64::from(descriptor.len_bytes)) {
-            Some(at) if (at as usize).is_multiple_of(align_of::<u64>()) => Table::Here(at),
+        let len_bytes = u64::from(descriptor.len_bytes);
+        self.table = match self.map.guest(Purpose::Control, guest, len_bytes) {
+            Some(at) if at.cast::<u64>().is_aligned() => Table::Here(at.as_ptr()),
             _ => Table::Split { guest },
         };
         self.is_indirect = true;

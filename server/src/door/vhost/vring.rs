@@ -70,17 +70,19 @@ pub(super) struct Vring {
     pub(super) call_due: bool,
     pub(super) error: Option<OwnedFd>,
     pub(super) error_armed: bool,
-    pub(super) enabled: bool,
+    enabled: bool,
     /// The driver kicks at the next chain; until then nobody looks at the ring.
     pub(super) listening: bool,
-    pub(super) broken: bool,
+    broken: bool,
+    stopping: Option<Stopping>,
+    /// Whether the driver's chains are of interest: it is enabled, not broken, and not to stop.
+    served: bool,
     pub(super) in_flight: u32,
-    pub(super) stopping: Option<Stopping>,
 }
 
-pub(super) struct Stopping {
-    pub(super) reply: Option<mpsc::Sender<Stopped>>,
-    pub(super) cancelled: bool,
+struct Stopping {
+    reply: Option<mpsc::Sender<Stopped>>,
+    cancelled: bool,
 }
 
 impl Vring {
@@ -104,8 +106,9 @@ impl Vring {
             // A kick may have come and gone before.
             listening: false,
             broken: false,
-            in_flight: 0,
             stopping: None,
+            served: true,
+            in_flight: 0,
         }
     }
 
@@ -116,25 +119,64 @@ impl Vring {
             reply,
             cancelled: false,
         });
+        self.served = false;
     }
 
-    /// Whether the driver's chains are of interest.
-    pub(super) fn is_served(&self) -> bool {
-        self.enabled && !self.broken && self.stopping.is_none()
+    /// Takes chains, or leaves them where they are.
+    pub(super) fn enable(&mut self, on: bool) {
+        self.enabled = on;
+        self.served = on && !self.broken && self.stopping.is_none();
+    }
+
+    /// Never touches the ring again. Returns whether it was usable until now.
+    pub(super) fn give_up(&mut self) -> bool {
+        self.served = false;
+        !std::mem::replace(&mut self.broken, true)
+    }
+
+    /// Whether the driver broke the ring.
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Whether it is to go.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.is_some()
+    }
+
+    /// Says to whoever wants to know what is left of it.
+    pub(super) fn report(self) {
+        if let Some(reply) = self.stopping.and_then(|stopping| stopping.reply) {
+            // A reply that nobody waits for is of no use to anybody.
+            let _ = reply.send(Stopped {
+                base: self.queue.next_available(),
+                call: self.call,
+                error: self.error,
+            });
+        }
     }
 
     /// Whether somebody has to look at the ring: no kick comes.
     pub(super) fn is_watched(&self) -> bool {
-        self.is_served() && !self.listening
+        self.served && !self.listening
     }
 
     /// Whether there is a chain that may be taken.
+    #[inline]
     pub(super) fn takes_chains(&self) -> bool {
+        if self.served {
+            return self.queue.has_chains();
+        }
+        self.takes_old_chains()
+    }
+
+    #[cold]
+    fn takes_old_chains(&self) -> bool {
         if self.broken {
             return false;
         }
         match &self.stopping {
-            None => (self.enabled && self.queue.has_chains()) || self.queue.has_old_chains(),
+            None => self.queue.has_old_chains(),
             // Who goes on later expects them done; who died has them on record.
             Some(stopping) => stopping.reply.is_some() && self.queue.has_old_chains(),
         }
