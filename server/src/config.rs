@@ -12,6 +12,7 @@ pub use file::read_file;
 pub use size::{format_size, parse_size};
 pub use spec::{BackendSpec, Spec};
 
+use crate::backend::Rule;
 use crate::door::ublk::DataPath;
 use crate::polling::Polling;
 use crate::request::Serial;
@@ -59,6 +60,8 @@ pub struct ExportConfig {
     pub name: String,
     /// Where the data lives.
     pub backend: BackendSpec,
+    /// How the disk shall fail, for tests.
+    pub faults: Vec<Rule>,
     /// Writes are refused at both doors.
     pub read_only: bool,
     /// What the disk calls itself.
@@ -224,6 +227,7 @@ impl ExportOptions {
             read_only: spec.read_only || self.read_only.unwrap_or(false),
             name,
             backend: spec.backend,
+            faults: spec.faults,
             serial,
             block_bytes: spec.block_bytes,
             ublk,

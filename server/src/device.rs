@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::access::Access;
-use crate::backend::{Backend, File, FileOptions, Memory, Null};
+use crate::backend::{Backend, Fault, File, FileOptions, Memory, Null};
 use crate::config::{BackendSpec, DoorMode, ExportConfig, format_size};
 use crate::control::{self, ExportStatus, Listening, SessionStatus, UblkStatus, VhostStatus};
 use crate::counters::Registry;
@@ -246,7 +246,10 @@ impl control::Service for Shared {
             .into(),
             access: self.access.state(),
             pid: std::process::id(),
-            backend: config.backend.to_string(),
+            backend: match config.faults.is_empty() {
+                true => config.backend.to_string(),
+                false => format!("fault:…;{}", config.backend),
+            },
             size_bytes: limits.capacity_bytes,
             block_bytes: limits.block_bytes,
             read_only: limits.read_only,
@@ -309,8 +312,16 @@ struct House<'a> {
 }
 
 impl House<'_> {
-    /// Opens the doors that were asked for.
+    /// Opens the doors that were asked for, to a disk that fails if that was asked for.
     fn open<B: Backend>(&self, disk: B) -> Result<(Doors, Limits, Arc<Access>)> {
+        if self.config.faults.is_empty() {
+            return self.open_doors(disk);
+        }
+        tracing::warn!("{}: fails as it was told", self.config.name);
+        self.open_doors(Fault::new(disk, self.config.faults.clone()))
+    }
+
+    fn open_doors<B: Backend>(&self, disk: B) -> Result<(Doors, Limits, Arc<Access>)> {
         let disk = Arc::new(disk);
         let limits = disk.limits().clone();
         let config = self.config;

@@ -4,10 +4,12 @@
 //! [`BackendQueue`] of its own from it and then needs no lock: a queue puts its work on the
 //! thread's ring.
 
+mod fault;
 mod file;
 mod memory;
 mod null;
 
+pub use fault::{BadRule, Fault, Rule};
 pub use file::{CacheMode, File, FileOptions, OpenError};
 pub use memory::Memory;
 pub use null::Null;

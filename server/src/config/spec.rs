@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::{ConfigError, format_size, parse_size};
-use crate::backend::CacheMode;
+use crate::backend::{BadRule, CacheMode, Rule};
 use crate::request::SECTOR_BYTES;
 
 /// The largest disk: what ext4 files and 32-bit page indexes of older tools still reach.
@@ -74,6 +74,8 @@ pub struct Spec {
     pub block_bytes: Option<u32>,
     /// `,read-only`.
     pub read_only: bool,
+    /// `fault:RULE;…;` before KIND: how the disk shall fail, for tests.
+    pub faults: Vec<Rule>,
 }
 
 impl FromStr for Spec {
@@ -95,6 +97,23 @@ fn parse(text: &str) -> Result<Spec, String> {
     };
     if let Some(name) = name {
         super::check_name(name).map_err(|error| error.0)?;
+    }
+    if kind == "fault" {
+        let (rules, disk) = rest
+            .rsplit_once(';')
+            .ok_or("no disk behind the faults: write fault:RULE;…;KIND:ARG")?;
+        let disk = parse(disk)?;
+        let mut faults = rules
+            .split(';')
+            .map(str::parse)
+            .collect::<Result<Vec<Rule>, BadRule>>()
+            .map_err(|error| error.to_string())?;
+        faults.extend(disk.faults.iter().cloned());
+        return Ok(Spec {
+            name: name.map(str::to_owned).or(disk.name.clone()),
+            faults,
+            ..disk
+        });
     }
     let mut parts = split_commas(rest).into_iter();
     let arg = parts.next().unwrap_or_default();
@@ -144,6 +163,7 @@ fn parse(text: &str) -> Result<Spec, String> {
         serial,
         block_bytes,
         read_only,
+        faults: Vec::new(),
     };
     if let BackendSpec::Null { size_bytes } | BackendSpec::Memory { size_bytes } = spec.backend {
         let block_bytes = u64::from(spec.block_bytes.unwrap_or(512));
@@ -228,6 +248,31 @@ mod tests {
         );
         assert_eq!(spec.block_bytes, Some(4096));
         assert!(!spec.read_only);
+    }
+
+    #[test]
+    fn a_disk_may_be_told_to_fail() {
+        let text = "d=fault:write=eio@0-1M/3*2;any=delay20;flush=stall;mem:1M,serial=X";
+        let spec: Spec = text.parse().unwrap();
+        assert_eq!(spec.name.as_deref(), Some("d"));
+        assert_eq!(spec.faults.len(), 3);
+        assert_eq!(spec.backend.to_string(), "mem:1M");
+        assert_eq!(spec.serial.as_deref(), Some("X"));
+        let plain: Spec = "mem:1M".parse().unwrap();
+        assert!(plain.faults.is_empty());
+        for (text, why) in [
+            ("fault:mem:1M", "no disk behind"),
+            ("fault:write=eio;", "no backend"),
+            ("fault:write;mem:1M", "'write' is no fault"),
+            ("fault:write=ebad;mem:1M", "'write=ebad' is no fault"),
+            ("fault:erase=eio;mem:1M", "is no fault"),
+            ("fault:read=eio/0;mem:1M", "is no fault"),
+            ("fault:read=eio@1M;mem:1M", "is no fault"),
+            ("fault:read=delay;mem:1M", "is no fault"),
+        ] {
+            let error = text.parse::<Spec>().unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
     }
 
     #[test]
