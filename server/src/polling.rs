@@ -104,6 +104,10 @@ const VERY_SOON: u32 = 4;
 /// Averages follow a change within about so many idle times.
 const MEMORY: u32 = 8;
 
+/// Idle times in a row for which a thread looks for a moment before it reads the clock, which takes as
+/// long as a small request.
+const GLANCES: u32 = 256;
+
 /// How often a thread that looks asks whether others need its processor.
 const WINDOW: Duration = Duration::from_millis(10);
 
@@ -127,6 +131,8 @@ pub(crate) struct Poller {
     /// average, times [`MEMORY`].
     came_back: u64,
     burst: u64,
+    /// Idle times since the clock was read last.
+    glances: u32,
     crowd: Crowd,
     waits: Waits,
 }
@@ -147,6 +153,7 @@ impl Poller {
             idle: Duration::ZERO,
             came_back: 0,
             burst: 0,
+            glances: 0,
             crowd: Crowd::default(),
             waits: Waits::open(),
         }
@@ -175,6 +182,31 @@ impl Poller {
         };
     }
 
+    /// Whether looking pays off as far as is known without a clock.
+    fn pays(&self, longest: Duration, under_way: usize) -> bool {
+        self.confidence >= LIKELY
+            && under_way <= FEW
+            && (self.burst < MANY * u64::from(MEMORY) || self.idle <= longest / VERY_SOON)
+    }
+
+    /// There is nothing to do: whether to look for a moment, before [`look`](Self::look) is asked.
+    pub(crate) fn glances(&mut self, under_way: usize) -> bool {
+        let Polling::Adaptive(longest) = self.polling else {
+            return false;
+        };
+        let may = self.idle_since.is_none()
+            && self.glances < GLANCES
+            && self.crowd.pause_until.is_none()
+            && self.pays(longest, under_way);
+        self.glances += u32::from(may);
+        may
+    }
+
+    /// There was work in that moment.
+    pub(crate) fn came_at_once(&mut self) {
+        self.learn(Duration::ZERO);
+    }
+
     /// There is nothing to do, and `under_way` requests are with the storage: until when to look for
     /// work.
     pub(crate) fn look(&mut self, under_way: usize) -> Look {
@@ -183,10 +215,10 @@ impl Poller {
             Polling::Always => Look::ForEver,
             Polling::Adaptive(longest) => {
                 let since = *self.idle_since.get_or_insert_with(Instant::now);
-                let pays = self.confidence >= LIKELY
-                    && under_way <= FEW
-                    && (self.burst < MANY * u64::from(MEMORY) || self.idle <= longest / VERY_SOON);
-                if pays && !self.crowd.is_waiting(since, || self.waits.so_far()) {
+                self.glances = 0;
+                if self.pays(longest, under_way)
+                    && !self.crowd.is_waiting(since, || self.waits.so_far())
+                {
                     Look::Until(since + longest)
                 } else {
                     Look::Sleep
@@ -284,6 +316,7 @@ mod tests {
             idle: Duration::ZERO,
             came_back: 0,
             burst: 0,
+            glances: 0,
             crowd: Crowd::default(),
             waits: Waits::default(),
         }
@@ -442,6 +475,28 @@ mod tests {
         assert!(come(32, very_soon));
         assert!(!come(32, SOON));
         assert!(come(1, SOON), "it learns again");
+    }
+
+    #[test]
+    fn a_thread_that_looks_anyway_reads_the_clock_now_and_then_only() {
+        let mut poller = poller(Polling::Adaptive(LONGEST));
+        assert!(!poller.glances(0), "nothing is known yet");
+        (0..SURE).for_each(|_| poller.learn(SOON));
+        assert!(!poller.glances(FEW + 1));
+        for _ in 0..GLANCES {
+            assert!(poller.glances(0));
+            poller.came_at_once();
+        }
+        assert!(poller.confidence == SURE && poller.idle < LONGEST / 100);
+        assert!(!poller.glances(0), "others may need the processor");
+        let first = poller.look(0);
+        assert!(!poller.glances(0), "the idle time goes on");
+        assert_eq!(poller.look(0), first);
+        poller.worked(0);
+        assert!(poller.glances(0));
+        poller.worked(0);
+        poller.crowd.pause_until = Some(Instant::now() + LONG_PAUSE);
+        assert!(!poller.glances(0));
     }
 
     #[test]

@@ -149,25 +149,40 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
 
     /// Looks for work, for as long as it seems worth it. Says whether there is some.
     fn look(&mut self) -> io::Result<bool> {
-        let until = match self.poller.look(self.running.used()) {
+        let under_way = self.running.used();
+        if self.poller.glances(under_way) {
+            // What others wait for goes first.
+            self.ring.submit_and_wait(0)?;
+            if self.is_news_soon() {
+                self.poller.came_at_once();
+                return Ok(true);
+            }
+        }
+        let until = match self.poller.look(under_way) {
             Look::Sleep => return Ok(false),
             Look::Until(end) => Some(end),
             Look::ForEver => None,
         };
-        // What others wait for goes first.
         self.ring.submit_and_wait(0)?;
         loop {
-            for _ in 0..LOOKS_PER_CLOCK {
-                if self.ring.has_news() || self.door.has_news() {
-                    return Ok(true);
-                }
-                std::hint::spin_loop();
+            if self.is_news_soon() {
+                return Ok(true);
             }
-            let Some(until) = until else { continue };
-            if Instant::now() >= until {
+            if until.is_some_and(|until| Instant::now() >= until) {
                 return Ok(false);
             }
         }
+    }
+
+    /// Looks for work for about a microsecond.
+    fn is_news_soon(&mut self) -> bool {
+        for _ in 0..LOOKS_PER_CLOCK {
+            if self.ring.has_news() || self.door.has_news() {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        false
     }
 
     /// Hands each completion of the batch to its owner.
