@@ -131,6 +131,15 @@ pub struct Serve {
     #[arg(long, value_enum)]
     pub ublk_data: Option<DataPath>,
 
+    /// Each queue thread of the block door runs only on the processors whose requests its queue gets,
+    /// as the kernel deals them out
+    #[arg(long, conflicts_with = "cpus")]
+    pub ublk_affinity: bool,
+
+    /// The kernel does not look for partitions on the block device (Linux 7.0)
+    #[arg(long)]
+    pub no_partition_scan: bool,
+
     /// The vhost-user-blk door [default: auto]
     #[arg(long, value_enum)]
     pub vhost: Option<DoorMode>,
@@ -220,6 +229,8 @@ impl Serve {
             ublk: self.ublk,
             ublk_id: self.ublk_id,
             ublk_data: self.ublk_data,
+            ublk_affinity: self.ublk_affinity.then_some(true),
+            no_partition_scan: self.no_partition_scan.then_some(true),
             vhost: self.vhost,
             vhost_socket: self.vhost_socket.clone(),
             queues: self.queues,

@@ -200,14 +200,19 @@ fn details(status: &ExportStatus) -> String {
     if let Some(door) = &status.ublk {
         let _ = write!(
             text,
-            "\n  block     {} ({} queues of {}{})\n{}",
+            "\n  block     {} ({} queues of {}{})\n            {}{}\n{}",
             door.device.display(),
             door.queues,
             door.depth,
             match door.data {
                 DataPath::ZeroCopy => ", data without a copy",
+                DataPath::UserCopy => ", data copied by the server",
                 DataPath::Auto | DataPath::Copy => "",
             },
+            door.features.join(", "),
+            (door.affinity.as_ref()).map_or(String::new(), |queues| {
+                format!("\n            on processors {}", queues.join(" | "))
+            }),
             totals(&door.counters)
         );
     }

@@ -74,6 +74,10 @@ pub struct ExportConfig {
     pub ublk_id: Option<u32>,
     /// How data gets from the block door to the backend and back.
     pub ublk_data: DataPath,
+    /// Whether queue threads of the block door run only where their queue's requests come from.
+    pub ublk_affinity: bool,
+    /// Whether the kernel looks for partitions on the block device.
+    pub scan_partitions: bool,
     /// The vhost door.
     pub vhost: DoorMode,
     /// Where the vhost door listens; in the runtime directory when there is no path.
@@ -104,6 +108,10 @@ pub struct ExportOptions {
     pub ublk_id: Option<u32>,
     /// See [`ExportConfig::ublk_data`].
     pub ublk_data: Option<DataPath>,
+    /// See [`ExportConfig::ublk_affinity`].
+    pub ublk_affinity: Option<bool>,
+    /// The contrary of [`ExportConfig::scan_partitions`].
+    pub no_partition_scan: Option<bool>,
     /// See [`ExportConfig::vhost`].
     pub vhost: Option<DoorMode>,
     /// See [`ExportConfig::vhost_socket`].
@@ -143,6 +151,8 @@ impl ExportOptions {
             ublk: self.ublk.or(other.ublk),
             ublk_id: self.ublk_id.or(other.ublk_id),
             ublk_data: self.ublk_data.or(other.ublk_data),
+            ublk_affinity: self.ublk_affinity.or(other.ublk_affinity),
+            no_partition_scan: self.no_partition_scan.or(other.no_partition_scan),
             vhost: self.vhost.or(other.vhost),
             vhost_socket: self.vhost_socket.or_else(|| other.vhost_socket.clone()),
             queues: self.queues.or(other.queues),
@@ -218,6 +228,12 @@ impl ExportOptions {
                 "{name}: a ublk id, but --ublk no: drop one"
             )));
         }
+        let ublk_affinity = self.ublk_affinity.unwrap_or(false);
+        if ublk_affinity && self.cpus.is_some() {
+            return Err(ConfigError::new(format!(
+                "{name}: --cpus and --ublk-affinity both say where queue threads run: drop one"
+            )));
+        }
         if vhost == DoorMode::No && self.vhost_socket.is_some() {
             return Err(ConfigError::new(format!(
                 "{name}: a vhost socket, but --vhost no: drop one"
@@ -233,6 +249,8 @@ impl ExportOptions {
             ublk,
             ublk_id: self.ublk_id,
             ublk_data: self.ublk_data.unwrap_or_default(),
+            ublk_affinity,
+            scan_partitions: !self.no_partition_scan.unwrap_or(false),
             vhost,
             vhost_socket: self.vhost_socket,
             queues,
@@ -379,6 +397,10 @@ mod tests {
         );
         assert!(
             options(|o| (o.ublk, o.ublk_id) = (Some(DoorMode::No), Some(1))).contains("ublk id")
+        );
+        assert!(
+            options(|o| (o.ublk_affinity, o.cpus) = (Some(true), "1".parse().ok()))
+                .contains("both say where")
         );
     }
 

@@ -84,6 +84,10 @@ pub struct UblkStatus {
     pub depth: u16,
     /// How data gets to the backend and back.
     pub data: DataPath,
+    /// What it has of what the driver offers, as the driver names it.
+    pub features: Vec<String>,
+    /// The processors of each queue's thread, if it keeps to where the requests come from.
+    pub affinity: Option<Vec<String>>,
     /// What it did.
     pub counters: Totals,
 }

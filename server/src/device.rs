@@ -257,13 +257,7 @@ impl control::Service for Shared {
             serial: limits.serial.as_str().to_owned(),
             poll_us: config.threads.polling.to_string(),
             cpus: config.threads.cpus.as_ref().map(ToString::to_string),
-            ublk: doors.ublk.as_ref().map(|(door, registry)| UblkStatus {
-                device: door.block_path(),
-                queues: config.queues,
-                depth: config.depth,
-                data: door.data_path(),
-                counters: registry.totals(),
-            }),
+            ublk: (doors.ublk.as_ref()).map(|(door, registry)| ublk_status(door, registry)),
             vhost: doors.vhost.as_ref().map(|(door, registry)| VhostStatus {
                 socket: door.path().to_owned(),
                 queues: config.queues,
@@ -291,6 +285,20 @@ impl control::Service for Shared {
                 .wait(doors)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+}
+
+fn ublk_status(door: &UblkDoor, registry: &Registry) -> UblkStatus {
+    let facts = door.facts();
+    let affinity = facts.affinity.as_ref();
+    UblkStatus {
+        device: door.block_path(),
+        queues: facts.queues,
+        depth: facts.depth,
+        data: facts.data,
+        features: facts.features.names(),
+        affinity: affinity.map(|queues| queues.iter().map(ToString::to_string).collect()),
+        counters: registry.totals(),
     }
 }
 
@@ -421,6 +429,8 @@ impl House<'_> {
             queues: config.queues,
             depth: config.depth,
             threads: config.threads.clone(),
+            affinity: config.ublk_affinity,
+            scan_partitions: config.scan_partitions,
             data: config.ublk_data,
             // What was in memory has gone with the server; requests had better fail.
             recoverable: matches!(config.backend, BackendSpec::File { .. }),

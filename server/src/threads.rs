@@ -28,15 +28,25 @@ impl ThreadOptions {
         let Some(cpus) = &self.cpus else {
             return Ok(());
         };
-        let cpu = cpus.of(number);
-        let mut set = CpuSet::new();
-        set.set(cpu.into());
-        sched_setaffinity(None, &set).map_err(|error| {
-            io::Error::other(format!(
-                "a queue thread cannot run on processor {cpu}: {error}"
-            ))
-        })
+        settle_on(&Cpus([cpus.of(number)].into()))
     }
+}
+
+/// Keeps the calling thread on these processors, or on those of them that this process may use.
+///
+/// # Errors
+///
+/// When there is none of them that it may use.
+pub fn settle_on(cpus: &Cpus) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    for cpu in cpus.0.iter() {
+        set.set(usize::from(*cpu));
+    }
+    sched_setaffinity(None, &set).map_err(|error| {
+        io::Error::other(format!(
+            "a queue thread cannot run on processor {cpus}: {error}"
+        ))
+    })
 }
 
 /// Processors, in the order in which threads get them.
@@ -49,6 +59,19 @@ impl Cpus {
     #[must_use]
     pub fn of(&self, number: u16) -> u16 {
         self.0[usize::from(number) % self.0.len()]
+    }
+
+    /// The processors whose bits are set in a mask, the lowest first, as far as an affinity mask of
+    /// ours has room for them. `None` when there are none.
+    #[must_use]
+    pub fn from_mask(words: &[u64]) -> Option<Self> {
+        let bits = (0..MAX).filter(|bit| {
+            let word = words.get(bit / 64).copied().unwrap_or(0);
+            word >> (bit % 64) & 1 == 1
+        });
+        // No truncation: `MAX` fits.
+        let cpus: Arc<[u16]> = bits.filter_map(|bit| u16::try_from(bit).ok()).collect();
+        (!cpus.is_empty()).then_some(Self(cpus))
     }
 }
 
@@ -110,6 +133,18 @@ mod tests {
             let error = bad.parse::<Cpus>().unwrap_err().to_string();
             assert!(error.contains(bad), "{error}");
         }
+    }
+
+    #[test]
+    fn a_mask_is_a_list_of_processors() {
+        let cpus = |words: &[u64]| Cpus::from_mask(words).map(|cpus| cpus.to_string());
+        assert_eq!(cpus(&[0b1011, 0, 1]), Some("0,1,3,128".into()));
+        assert_eq!(cpus(&[1 << 63]), Some("63".into()));
+        assert_eq!((cpus(&[]), cpus(&[0; 128])), (None, None));
+        // Behind the last one that we could settle on.
+        let mut far = [0; 128];
+        far[MAX / 64] = 1;
+        assert_eq!(cpus(&far), None);
     }
 
     #[test]

@@ -9,6 +9,8 @@
 mod common;
 #[path = "ublk/data.rs"]
 mod data;
+#[path = "ublk/features.rs"]
+mod features;
 #[path = "ublk/nobody.rs"]
 mod nobody;
 #[path = "ublk/recovery.rs"]
@@ -61,6 +63,8 @@ fn config() -> UblkConfig {
         queues: 4,
         depth: 32,
         threads: ublkup::threads::ThreadOptions::default(),
+        affinity: false,
+        scan_partitions: true,
         recoverable: false,
         data: DataPath::Auto,
         take_over: None,

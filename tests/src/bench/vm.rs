@@ -38,6 +38,8 @@ const OURS_SLEEPING: &str = "ublkup --poll-us 0";
 const OURS_COPYING: &str = "ublkup --ublk-data copy";
 /// The kernel's own.
 pub const KUBLK: &str = "kublk";
+/// The kernel's own, with commands in batches (`UBLK_F_BATCH_IO`).
+const KUBLK_BATCH: &str = "kublk -b";
 /// The kernel's own, with buffers it registers itself.
 pub const KUBLK_ZERO_COPY: &str = "kublk -z";
 /// The kernel's own, with buffers that the driver registers.
@@ -159,6 +161,7 @@ fn loads(settings: &Settings, kublk: Option<&Path>, rublk: Option<&Path>) -> Vec
         ours(OURS, &[]),
         ours(OURS_SLEEPING, &["--poll-us", "0"]),
         ublk(KUBLK, kublk, &["-t", "null"]),
+        ublk(KUBLK_BATCH, kublk, &["-t", "null", "-b"]),
         ublk(RUBLK, rublk, &["null"]),
     ];
     let large = [

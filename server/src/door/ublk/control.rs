@@ -29,6 +29,9 @@ const HELD_LIMIT: Duration = Duration::from_secs(2);
 /// How often a command that somebody may give up is looked after.
 const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
 
+/// Words of a mask of processors: as many as any kernel is built for (`NR_CPUS`).
+const CPU_WORDS: usize = 128;
+
 /// The id that asks the driver to choose one.
 const ANY_ID: u32 = u32::MAX;
 
@@ -74,6 +77,10 @@ const START_USER_RECOVERY: Command = Command {
 const END_USER_RECOVERY: Command = Command {
     number: sys::UBLK_U_CMD_END_USER_RECOVERY,
     name: "END_USER_RECOVERY",
+};
+const GET_QUEUE_AFFINITY: Command = Command {
+    number: sys::UBLK_U_CMD_GET_QUEUE_AFFINITY,
+    name: "GET_QUEUE_AFFINITY",
 };
 const GET_FEATURES: Command = Command {
     number: sys::UBLK_U_CMD_GET_FEATURES,
@@ -235,6 +242,19 @@ impl Control {
             Some(id),
             sys::ublksrv_ctrl_dev_info::default(),
         )
+    }
+
+    /// The processors whose requests go to a queue, as a mask.
+    pub(super) fn queue_affinity(
+        &self,
+        id: u32,
+        queue: u16,
+    ) -> Result<[u64; CPU_WORDS], UblkError> {
+        let words = sys::ublksrv_ctrl_cmd {
+            data: [queue.into()],
+            ..Default::default()
+        };
+        self.run(GET_QUEUE_AFFINITY, Some(id), words, [0; CPU_WORDS], None)
     }
 
     /// Runs a command that reads or fills `payload` and nothing else.

@@ -25,11 +25,12 @@ use super::leftover;
 use super::memory::page_bytes;
 use super::params::{Params, buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
-use super::{DataPath, UblkConfig};
+use super::{DataPath, Facts, UblkConfig};
 use crate::backend::{Backend, RingBuffers};
 use crate::counters::Counters;
 use crate::io::mailbox::{self, Mailbox};
 use crate::queue_thread::QueueThread;
+use crate::threads::{Cpus, settle_on};
 
 /// How long queue threads may take to come up, and to end when they were told to.
 const THREAD_LIMIT: Duration = Duration::from_secs(30);
@@ -71,7 +72,7 @@ pub(super) struct Device {
     /// It was made by a server that died, and is not ours yet: if it cannot be taken over, it stays
     /// for the next who tries.
     others: bool,
-    zero_copy: bool,
+    facts: Facts,
 }
 
 impl Device {
@@ -88,9 +89,19 @@ impl Device {
         let control = Control::open()?;
         let features = features_of(&control)?;
         let ring_buffers = backend.ring_buffers();
-        let zero_copy = wants_zero_copy(config.data, ring_buffers, features)?;
+        let data = data_path(config.data, ring_buffers, features)?;
+        let no_scan = sys::UBLK_F_NO_AUTO_PART_SCAN;
+        if !config.scan_partitions && !features.has(no_scan) {
+            return Err(UblkError::Config(
+                "this kernel's driver always looks for partitions (UBLK_F_NO_AUTO_PART_SCAN, Linux \
+                 7.0); leave --no-partition-scan away"
+                    .into(),
+            ));
+        }
         let alignment_bytes = match ring_buffers {
-            RingBuffers::Better { alignment_bytes } if zero_copy => Some(alignment_bytes),
+            RingBuffers::Better { alignment_bytes } if data == DataPath::ZeroCopy => {
+                Some(alignment_bytes)
+            }
             _ => None,
         };
         let recovery = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE;
@@ -103,7 +114,9 @@ impl Device {
                 buffer_bytes: buffer_bytes(limits, page),
                 flags: [
                     (config.recoverable && features.has(recovery), recovery),
-                    (zero_copy, sys::UBLK_F_AUTO_BUF_REG),
+                    (data == DataPath::ZeroCopy, sys::UBLK_F_AUTO_BUF_REG),
+                    (data == DataPath::UserCopy, sys::UBLK_F_USER_COPY),
+                    (!config.scan_partitions, no_scan),
                 ]
                 .into_iter()
                 .filter_map(|(wanted, bits)| wanted.then_some(bits))
@@ -122,9 +135,15 @@ impl Device {
             failure: None,
             removed: false,
             others: config.take_over.is_some(),
-            zero_copy: is_zero_copy(&info),
+            facts: Facts {
+                queues: info.nr_hw_queues,
+                depth: info.queue_depth,
+                data: data_path_of(&info),
+                features: Features(info.flags),
+                affinity: None,
+            },
         };
-        if device.zero_copy && ring_buffers == RingBuffers::No {
+        if device.facts.data == DataPath::ZeroCopy && ring_buffers == RingBuffers::No {
             return Err(UblkError::Config(
                 "the device was made for data without a copy, which this disk cannot do; remove it \
                  with ublkup doctor --clean"
@@ -134,6 +153,9 @@ impl Device {
         if !device.others {
             let params = Params::new(params, alignment_bytes);
             device.control.set_params(device.id, params)?;
+        }
+        if config.affinity {
+            device.facts.affinity = Some(device.affinity()?);
         }
         device.char_device = Some(Arc::new(open_char_device(device.id)?));
         device.spawn(&info, config, backend, counters, &sender)?;
@@ -147,12 +169,21 @@ impl Device {
         self.id
     }
 
-    pub(super) fn is_zero_copy(&self) -> bool {
-        self.zero_copy
+    pub(super) fn facts(&self) -> &Facts {
+        &self.facts
     }
 
-    pub(super) fn queues(&self) -> usize {
-        self.queues.len()
+    /// The processors whose requests go to each queue.
+    fn affinity(&self) -> Result<Vec<Cpus>, UblkError> {
+        let of = |queue| {
+            let mask = self.control.queue_affinity(self.id, queue)?;
+            Cpus::from_mask(&mask).ok_or_else(|| UblkError::Queue {
+                id: self.id,
+                queue,
+                reason: "no processor sends it requests; leave --ublk-affinity away".into(),
+            })
+        };
+        (0..self.facts.queues).map(of).collect()
     }
 
     /// The switch for the writes of all queues.
@@ -249,8 +280,9 @@ impl Device {
                 counters: counters(),
                 fault: Arc::new(AtomicI32::new(0)),
                 refuse_writes: config.refuse_writes,
-                zero_copy: self.zero_copy,
+                data: self.facts.data,
                 threads: config.threads.clone(),
+                cpus: (self.facts.affinity.as_ref()).map(|cpus| cpus[usize::from(queue)].clone()),
             };
             let backend = Arc::clone(backend);
             let events = events.clone();
@@ -378,16 +410,22 @@ impl Drop for Device {
     }
 }
 
-/// Whether a new device shall have the driver register the data of its requests.
-fn wants_zero_copy(
+/// How data shall get to the backend of a new device and back.
+fn data_path(
     wanted: DataPath,
     backend: RingBuffers,
     features: Features,
-) -> Result<bool, UblkError> {
+) -> Result<DataPath, UblkError> {
     let driver = features.has(sys::UBLK_F_AUTO_BUF_REG);
     match wanted {
-        DataPath::Copy => Ok(false),
-        DataPath::Auto => Ok(driver && matches!(backend, RingBuffers::Better { .. })),
+        DataPath::Auto if driver && matches!(backend, RingBuffers::Better { .. }) => {
+            Ok(DataPath::ZeroCopy)
+        }
+        DataPath::Auto | DataPath::Copy => Ok(DataPath::Copy),
+        DataPath::UserCopy if !features.has(sys::UBLK_F_USER_COPY) => Err(UblkError::Config(
+            "this kernel's driver does not let servers copy (UBLK_F_USER_COPY, Linux 6.5)".into(),
+        )),
+        DataPath::UserCopy => Ok(DataPath::UserCopy),
         DataPath::ZeroCopy if !driver => Err(UblkError::Config(
             "this kernel's driver cannot do without a copy (UBLK_F_AUTO_BUF_REG, Linux 6.16)"
                 .into(),
@@ -395,12 +433,20 @@ fn wants_zero_copy(
         DataPath::ZeroCopy if backend == RingBuffers::No => Err(UblkError::Config(
             "a disk in memory cannot do without a copy; leave --ublk-data away".into(),
         )),
-        DataPath::ZeroCopy => Ok(true),
+        DataPath::ZeroCopy => Ok(DataPath::ZeroCopy),
     }
 }
 
-fn is_zero_copy(info: &sys::ublksrv_ctrl_dev_info) -> bool {
-    info.flags & u64::from(sys::UBLK_F_AUTO_BUF_REG) != 0
+/// How data gets to the backend of a device and back.
+fn data_path_of(info: &sys::ublksrv_ctrl_dev_info) -> DataPath {
+    let features = Features(info.flags);
+    if features.has(sys::UBLK_F_AUTO_BUF_REG) {
+        DataPath::ZeroCopy
+    } else if features.has(sys::UBLK_F_USER_COPY) {
+        DataPath::UserCopy
+    } else {
+        DataPath::Copy
+    }
 }
 
 /// What a queue thread does, from its first to its last instruction.
@@ -414,11 +460,15 @@ fn serve_queue<B: Backend>(
     let fault = Arc::clone(&config.fault);
     let text = |error: io::Error| error.to_string();
     let threads = config.threads.clone();
-    threads.settle(config.queue).map_err(text)?;
-    let (zero_copy, depth) = (config.zero_copy, config.depth);
+    match &config.cpus {
+        Some(cpus) => settle_on(cpus),
+        None => threads.settle(config.queue),
+    }
+    .map_err(text)?;
+    let (data, depth) = (config.data, config.depth);
     let queue = UblkQueue::new(config).map_err(text)?;
     let thread = QueueThread::new(queue, backend, mailbox, &counters, &threads).map_err(text)?;
-    if zero_copy {
+    if data == DataPath::ZeroCopy {
         thread.reserve_buffers(depth.into()).map_err(text)?;
     }
     let _ = events.send(Event::Ready);

@@ -5,9 +5,19 @@ use std::io;
 use std::ptr;
 
 use libublk::sys::{self, ublksrv_io_desc};
+use rustix::io::{pread, pwrite};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
-use crate::request::Buffer;
+use crate::request::{Buffer, IoError};
+
+/// Which way data is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// What is written to the disk.
+    FromRequest,
+    /// What was read from it.
+    ToRequest,
+}
 
 /// Bytes in a page of memory.
 pub(super) fn page_bytes() -> u32 {
@@ -128,6 +138,40 @@ impl IoBuffers {
         std::slice::from_mut(list)
     }
 
+    /// Copies between the pages of a tag's request and its buffer, through the character device.
+    pub(super) fn copy(
+        &self,
+        char_device: &File,
+        queue: u16,
+        tag: u16,
+        len_bytes: usize,
+        direction: Direction,
+    ) -> Result<(), IoError> {
+        assert!(len_bytes <= self.each_bytes, "longer than its buffer");
+        // SAFETY: the buffer is mapped as long as `self` and belongs to the request of its tag,
+        // which is in nobody else's hands between its fetch and its start, and between its end and
+        // its commit.
+        let buffer = unsafe { std::slice::from_raw_parts_mut(self.start(tag), len_bytes) };
+        let first = u64::from(sys::UBLKSRV_IO_BUF_OFFSET)
+            + (u64::from(queue) << sys::UBLK_QID_OFF)
+            + (u64::from(tag) << sys::UBLK_TAG_OFF);
+        let mut done = 0;
+        while done < len_bytes {
+            let (rest, at) = (&mut buffer[done..], first + done as u64);
+            let moved = match direction {
+                Direction::FromRequest => pread(char_device, rest, at),
+                Direction::ToRequest => pwrite(char_device, rest, at),
+            };
+            match moved {
+                Ok(0) => return Err(IoError::Io),
+                Ok(moved) => done += moved,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(IoError::from_errno(error.raw_os_error())),
+            }
+        }
+        Ok(())
+    }
+
     fn start(&self, tag: u16) -> *mut u8 {
         assert!(usize::from(tag) < self.lists.len(), "tag {tag}");
         self.first.wrapping_add(usize::from(tag) * self.each_bytes)
@@ -174,6 +218,37 @@ mod tests {
                 assert_eq!(unsafe { base.add(at).read() }, tag.to_le_bytes()[0] + 1);
             }
         }
+    }
+
+    #[test]
+    fn the_server_copies_to_and_from_the_place_of_a_tag() {
+        let each = page_bytes();
+        let mut buffers = IoBuffers::new(4, each).unwrap();
+        // A file with room for the pages of queue 1, tag 2, which begin here.
+        let at = 0x8000_0000u64 + (1 << 41) + (2 << 25);
+        let device: File = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)
+            .unwrap()
+            .into();
+        pwrite(&device, b"what is written", at).unwrap();
+        let list = buffers.list(2, 15);
+        let (base, len) = (list[0].iov_base.cast::<u8>(), list[0].iov_len);
+        buffers
+            .copy(&device, 1, 2, 15, Direction::FromRequest)
+            .unwrap();
+        // SAFETY: the list names memory of `buffers`, which nobody writes to meanwhile.
+        let got = unsafe { std::slice::from_raw_parts(base, len) };
+        assert_eq!(got, b"what is written");
+        // Behind the end of the file there is nothing to be had: never half a request.
+        let short = buffers.copy(&device, 1, 2, 16, Direction::FromRequest);
+        assert_eq!(short, Err(IoError::Io));
+        // SAFETY: as above.
+        unsafe { base.copy_from(b"what is read   ".as_ptr(), 15) };
+        buffers
+            .copy(&device, 1, 2, 15, Direction::ToRequest)
+            .unwrap();
+        let mut there = [0; 15];
+        pread(&device, &mut there, at).unwrap();
+        assert_eq!(&there, b"what is read   ");
     }
 
     #[test]

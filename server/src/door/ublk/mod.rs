@@ -41,7 +41,7 @@ pub use leftover::{Leftover, is_waiting_for, leftovers, remove};
 use crate::access::BlockDoor;
 use crate::backend::Backend;
 use crate::counters::Counters;
-use crate::threads::ThreadOptions;
+use crate::threads::{Cpus, ThreadOptions};
 use device::{Device, Event};
 use fence::WriteFence;
 
@@ -56,6 +56,10 @@ pub struct UblkConfig {
     pub depth: u16,
     /// How queue threads run.
     pub threads: ThreadOptions,
+    /// Whether the thread of a queue runs only where the requests of that queue come from.
+    pub affinity: bool,
+    /// Whether the kernel looks for partitions when the disk appears.
+    pub scan_partitions: bool,
     /// How data gets to the backend and back.
     pub data: DataPath,
     /// Whether the device outlives a server that dies, where the driver can do that: requests then
@@ -87,8 +91,25 @@ pub enum DataPath {
     Auto,
     /// The driver copies between the request's pages and a buffer of the server.
     Copy,
+    /// The server copies between the request's pages and its buffer (`UBLK_F_USER_COPY`, Linux 6.5).
+    UserCopy,
     /// The driver registers the request's pages with the ring (`UBLK_F_AUTO_BUF_REG`, Linux 6.16).
     ZeroCopy,
+}
+
+/// What a device turned out to be.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// How many queues it has.
+    pub queues: u16,
+    /// Requests under way per queue at most.
+    pub depth: u16,
+    /// How data gets to the backend and back; never [`DataPath::Auto`].
+    pub data: DataPath,
+    /// What it has of what the driver offers.
+    pub features: Features,
+    /// Where the thread of each queue runs, if it keeps to where the requests come from.
+    pub affinity: Option<Vec<Cpus>>,
 }
 
 /// How a door ended that nobody stopped.
@@ -104,8 +125,7 @@ pub enum DoorEnd {
 #[derive(Debug)]
 pub struct UblkDoor {
     id: u32,
-    queues: usize,
-    zero_copy: bool,
+    facts: Facts,
     fence: Arc<WriteFence>,
     /// Weak: the device can be removed only after this file was closed.
     char_device: Weak<File>,
@@ -131,7 +151,7 @@ impl UblkDoor {
         on_end: impl FnOnce(DoorEnd) + Send + 'static,
     ) -> Result<Self, UblkError> {
         let (mut device, events) = Device::start(config, backend, counters)?;
-        let (id, queues, zero_copy) = (device.id(), device.queues(), device.is_zero_copy());
+        let (id, facts) = (device.id(), device.facts().clone());
         let fence = Arc::new(device.fence());
         let char_device = device.char_device();
         let (say, result) = channel();
@@ -153,8 +173,7 @@ impl UblkDoor {
             .map_err(|source| UblkError::Thread { id, source })?;
         Ok(Self {
             id,
-            queues,
-            zero_copy,
+            facts,
             fence,
             char_device,
             events,
@@ -168,19 +187,10 @@ impl UblkDoor {
         self.id
     }
 
-    /// How many queues it has.
+    /// What the device turned out to be.
     #[must_use]
-    pub fn queues(&self) -> usize {
-        self.queues
-    }
-
-    /// How data gets to the backend and back: [`DataPath::Copy`] or [`DataPath::ZeroCopy`].
-    #[must_use]
-    pub fn data_path(&self) -> DataPath {
-        match self.zero_copy {
-            true => DataPath::ZeroCopy,
-            false => DataPath::Copy,
-        }
+    pub fn facts(&self) -> &Facts {
+        &self.facts
     }
 
     /// The disk.

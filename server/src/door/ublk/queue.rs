@@ -15,13 +15,14 @@ use std::sync::{Arc, mpsc};
 use io_uring::{opcode, squeue, types};
 use libublk::sys;
 
+use super::DataPath;
 use super::fence::Writes;
-use super::memory::{Descriptors, IoBuffers};
+use super::memory::{Descriptors, Direction, IoBuffers};
 use crate::counters::Counters;
 use crate::door::{DoorQueue, Next};
 use crate::io::{Completion, Full, Owner, Ring, Slot, Token};
 use crate::request::{Buffers, IoError, Limits, Op, Outcome, Range, Request, SECTOR_SHIFT};
-use crate::threads::ThreadOptions;
+use crate::threads::{Cpus, ThreadOptions};
 
 /// What other threads may ask of a queue.
 pub(super) enum Command {
@@ -46,10 +47,13 @@ pub(super) struct QueueConfig {
     pub(super) fault: Arc<AtomicI32>,
     /// Begins without writes, until they are accepted.
     pub(super) refuse_writes: bool,
-    /// The driver registers the data of requests with the ring, at the index of the tag.
-    pub(super) zero_copy: bool,
+    /// How data gets to the backend and back. With [`DataPath::ZeroCopy`] the driver registers it
+    /// with the ring, at the index of the tag.
+    pub(super) data: DataPath,
     /// How the queue's thread runs.
     pub(super) threads: ThreadOptions,
+    /// Where it runs, if that is where the queue's requests come from.
+    pub(super) cpus: Option<Cpus>,
 }
 
 /// One queue of a ublk device. The slot of a request is its tag.
@@ -80,9 +84,9 @@ impl UblkQueue {
             descriptors: Descriptors::map(&config.char_device, config.queue, depth)?,
             fd: types::Fd(config.char_device.as_raw_fd()),
             fd_flags: squeue::Flags::empty(),
-            buffers: match config.zero_copy {
-                true => None,
-                false => Some(IoBuffers::new(depth, config.buffer_bytes)?),
+            buffers: match config.data {
+                DataPath::ZeroCopy => None,
+                _ => Some(IoBuffers::new(depth, config.buffer_bytes)?),
             },
             fetched: VecDeque::with_capacity(depth.into()),
             answered: Vec::with_capacity(depth.into()),
@@ -99,10 +103,14 @@ impl UblkQueue {
             q_id: self.config.queue,
             tag,
             result,
-            addr: (self.buffers.as_ref()).map_or(0, |buffers| buffers.address(tag)),
+            // Where the driver shall copy to and from, if it does.
+            addr: match (&self.buffers, self.config.data) {
+                (Some(buffers), DataPath::Copy) => buffers.address(tag),
+                _ => 0,
+            },
         };
         // Where the buffer goes in the ring's table: `struct ublk_auto_buf_reg`, all in one word.
-        let index = self.config.zero_copy.then_some(u64::from(tag));
+        let index = (self.config.data == DataPath::ZeroCopy).then_some(u64::from(tag));
         let sqe = opcode::UringCmd16::new(self.fd, number)
             .addr(index)
             .cmd(command_bytes(words))
@@ -133,13 +141,31 @@ impl UblkQueue {
         }
     }
 
-    /// What a descriptor asks for, if it may be done.
-    fn admit(&mut self, descriptor: &sys::ublksrv_io_desc) -> Result<(Op, Range), IoError> {
-        let parsed = parse(descriptor, &self.config.limits, self.config.buffer_bytes)?;
-        if parsed.0.is_write() {
+    /// What the request of a tag asks for, if it may be done.
+    fn admit(&mut self, tag: u16) -> Result<(Op, Range), IoError> {
+        let descriptor = self.descriptors.get(tag);
+        let (op, range) = parse(&descriptor, &self.config.limits, self.config.buffer_bytes)?;
+        if op.is_write() {
             self.writes.begin()?;
         }
-        Ok(parsed)
+        if op.has_data() && op.is_write() {
+            let fetched = self.copy(tag, range.len_bytes, Direction::FromRequest);
+            fetched.inspect_err(|_| self.writes.end())?;
+        }
+        Ok((op, range))
+    }
+
+    /// Copies between the pages of a tag's request and its buffer, if that is for us to do.
+    fn copy(&self, tag: u16, len_bytes: u64, direction: Direction) -> Result<(), IoError> {
+        match (&self.buffers, self.config.data) {
+            (Some(buffers), DataPath::UserCopy) => {
+                let (device, queue) = (&self.config.char_device, self.config.queue);
+                // No truncation: `parse` compared it to the size of a buffer.
+                let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+                buffers.copy(device, queue, tag, len, direction)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A tag from a token or a slot that was made from a tag.
@@ -194,8 +220,7 @@ impl DoorQueue for UblkQueue {
     fn next(&mut self, _ring: &mut Ring) -> Option<(Slot, Request)> {
         while !self.quit {
             let tag = self.fetched.pop_front()?;
-            let descriptor = self.descriptors.get(tag);
-            match self.admit(&descriptor) {
+            match self.admit(tag) {
                 Ok((op, range)) => {
                     let buffers = if op.has_data() {
                         // No truncation: `parse` compared it to the size of a buffer.
@@ -222,6 +247,12 @@ impl DoorQueue for UblkQueue {
 
     fn complete(&mut self, _ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome) {
         let tag = self.tag(slot);
+        let outcome = match request.op {
+            Op::Read => {
+                outcome.and_then(|()| self.copy(tag, request.len_bytes, Direction::ToRequest))
+            }
+            _ => outcome,
+        };
         let result = answer_to(request.op, request.len_bytes, outcome);
         if request.op.is_write() {
             self.writes.end();
@@ -335,8 +366,9 @@ mod tests {
             counters: Arc::default(),
             fault: Arc::default(),
             refuse_writes: false,
-            zero_copy: false,
+            data: DataPath::Copy,
             threads: ThreadOptions::default(),
+            cpus: None,
         })
         .unwrap()
     }
