@@ -62,6 +62,24 @@ pub enum Command {
         #[arg(long)]
         watch: bool,
     },
+    /// Give an export another size while it is served; both doors tell their clients
+    ///
+    /// Without SIZE it gets the size that its file or device has now. A file that is smaller than SIZE is
+    /// made larger. To cut something off takes --shrink, a block device that nobody uses, and no
+    /// vhost-user client; a file is cut then too.
+    Resize {
+        /// The export
+        name: String,
+        /// The size, like 20G
+        #[arg(value_parser = crate::config::parse_size)]
+        size: Option<u64>,
+        /// Cut off what is behind the new size
+        #[arg(long)]
+        shrink: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Drain an export and take it down
     Stop {
         /// The export

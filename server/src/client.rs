@@ -1,4 +1,4 @@
-//! The commands that talk to servers: `list`, `stat`, `stop`; and the shell's conveniences.
+//! The commands that talk to servers: `list`, `stat`, `resize`, `stop`; and the shell's conveniences.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -82,6 +82,44 @@ pub fn stat(dir: &RuntimeDir, name: &str, json: bool, watch: bool) -> Result<Exi
 pub fn stop(dir: &RuntimeDir, name: &str) -> Result<ExitCode> {
     control::stop(&served(dir, name)?.join(CONTROL), STOP_LIMIT)
         .with_context(|| format!("{name} does not stop"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `ublkup resize`
+///
+/// # Errors
+///
+/// When the export is not served, or keeps its size.
+pub fn resize(
+    dir: &RuntimeDir,
+    name: &str,
+    size_bytes: Option<u64>,
+    shrink: bool,
+    json: bool,
+) -> Result<ExitCode> {
+    let control = served(dir, name)?.join(CONTROL);
+    let resized = control::resize(&control, size_bytes, shrink, STOP_LIMIT)
+        .with_context(|| format!("{name} keeps its size"))?;
+    if json {
+        print(&format!("{}\n", serde_json::to_string_pretty(&resized)?))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (old, new) = (resized.old_size_bytes, resized.size_bytes);
+    match old == new {
+        true => print(&format!("{name}: {} as before\n", format_size(new)))?,
+        false => print(&format!(
+            "{name}: {}, was {}\n",
+            format_size(new),
+            format_size(old)
+        ))?,
+    }
+    if resized.untold_clients > 0 {
+        eprintln!(
+            "ublkup: {name}: {} vhost-user clients take no messages; they see the new size when they \
+             connect again",
+            resized.untold_clients
+        );
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -38,6 +38,13 @@ pub enum Command {
     Stat,
     /// Drain it and take it down.
     Stop,
+    /// Give it another size.
+    Resize {
+        /// Which; that of the storage if there is none.
+        size_bytes: Option<u64>,
+        /// Whether something may be cut off.
+        shrink: bool,
+    },
 }
 
 /// What an export says about itself.
@@ -127,6 +134,18 @@ struct Stopped {
     stopped: bool,
 }
 
+/// What became of a disk that got another size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resized {
+    /// Its size now.
+    pub size_bytes: u64,
+    /// Its size before.
+    pub old_size_bytes: u64,
+    /// Clients of the vhost door that cannot be told.
+    pub untold_clients: usize,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Refused {
     error: String,
@@ -136,6 +155,12 @@ struct Refused {
 pub trait Service: Send + Sync + 'static {
     /// Answers `stat`.
     fn status(&self) -> ExportStatus;
+    /// Answers `resize`.
+    ///
+    /// # Errors
+    ///
+    /// Why it keeps its size.
+    fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized>;
     /// Answers `stop`: returns when the export is gone.
     fn stop(&self);
 }
@@ -255,6 +280,12 @@ fn converse(mut stream: &UnixStream, service: &impl Service) -> io::Result<()> {
             service.stop();
             serde_json::to_string(&Stopped { stopped: true })
         }
+        Ok(Command::Resize { size_bytes, shrink }) => match service.resize(size_bytes, shrink) {
+            Ok(resized) => serde_json::to_string(&resized),
+            Err(error) => serde_json::to_string(&Refused {
+                error: format!("{error:#}"),
+            }),
+        },
         Err(error) => serde_json::to_string(&Refused {
             error: format!("not a command: {error}"),
         }),
@@ -279,6 +310,20 @@ pub fn stat(path: &Path, limit: Duration) -> Result<ExportStatus> {
 pub fn stop(path: &Path, limit: Duration) -> Result<()> {
     let Stopped { stopped: _ } = ask(path, Command::Stop, limit)?;
     Ok(())
+}
+
+/// Gives an export another size.
+///
+/// # Errors
+///
+/// When the server refuses or does not answer.
+pub fn resize(
+    path: &Path,
+    size_bytes: Option<u64>,
+    shrink: bool,
+    limit: Duration,
+) -> Result<Resized> {
+    ask(path, Command::Resize { size_bytes, shrink }, limit)
 }
 
 fn ask<A: for<'a> Deserialize<'a>>(path: &Path, command: Command, limit: Duration) -> Result<A> {
@@ -326,6 +371,14 @@ mod tests {
                 vhost: None,
             }
         }
+        fn resize(&self, size_bytes: Option<u64>, _: bool) -> Result<Resized> {
+            let size_bytes = size_bytes.context("no size")?;
+            Ok(Resized {
+                size_bytes,
+                old_size_bytes: 1 << 20,
+                untold_clients: 0,
+            })
+        }
         fn stop(&self) {
             self.0.store(true, Ordering::SeqCst);
         }
@@ -340,6 +393,9 @@ mod tests {
         let fake = Arc::new(Fake::default());
         let listening = listen(&path, Arc::clone(&fake)).unwrap();
         assert_eq!(stat(&path, LIMIT).unwrap(), fake.status());
+        assert_eq!(resize(&path, Some(7), false, LIMIT).unwrap().size_bytes, 7);
+        let refused = resize(&path, None, false, LIMIT).unwrap_err();
+        assert_eq!(refused.to_string(), "no size");
         stop(&path, LIMIT).unwrap();
         assert!(fake.0.load(Ordering::SeqCst));
         for nonsense in ["\n", "{}\n", "{\"command\":\"format\"}\n", "\u{0}\n"] {

@@ -10,12 +10,14 @@ use anyhow::{Context, Result, bail};
 use crate::access::Access;
 use crate::backend::{Backend, Fault, File, FileOptions, Memory, Null};
 use crate::config::{BackendSpec, DoorMode, ExportConfig, format_size};
-use crate::control::{self, ExportStatus, Listening, SessionStatus, UblkStatus, VhostStatus};
+use crate::control::{
+    self, ExportStatus, Listening, Resized, SessionStatus, UblkStatus, VhostStatus,
+};
 use crate::counters::Registry;
 use crate::door::ublk::{self, DoorEnd, UblkConfig, UblkDoor, UblkError, Unavailable};
 use crate::door::vhost::{SessionInfo, VhostConfig, VhostDoor};
 use crate::offer::Offer;
-use crate::request::Limits;
+use crate::request::{Limits, MAX_DISK_BYTES};
 use crate::runtime::{CONTROL, Claim, RuntimeDir, VHOST_SOCKET};
 use crate::serve::Event;
 
@@ -61,10 +63,34 @@ pub struct Export {
 struct Shared {
     config: ExportConfig,
     limits: Limits,
+    storage: Box<dyn Storage>,
     access: Arc<Access>,
+    /// One at a time.
+    resizing: Mutex<()>,
     doors: Mutex<Doors>,
     stopped: Condvar,
     events: mpsc::Sender<Event>,
+}
+
+/// The disk itself, whatever it is made of.
+trait Storage: Send + Sync {
+    fn limits(&self) -> &Limits;
+    fn grow(&self, wanted_bytes: Option<u64>) -> std::io::Result<u64>;
+    fn cut(&self, capacity_bytes: u64) -> std::io::Result<()>;
+}
+
+impl<B: Backend> Storage for Arc<B> {
+    fn limits(&self) -> &Limits {
+        B::limits(self)
+    }
+
+    fn grow(&self, wanted_bytes: Option<u64>) -> std::io::Result<u64> {
+        B::grow(self, wanted_bytes)
+    }
+
+    fn cut(&self, capacity_bytes: u64) -> std::io::Result<()> {
+        B::cut(self, capacity_bytes)
+    }
 }
 
 #[derive(Default)]
@@ -102,7 +128,7 @@ impl Export {
             claim: &claim,
             events: &events,
         };
-        let (doors, limits, access) = match &config.backend {
+        let (doors, storage, access) = match &config.backend {
             BackendSpec::Null { size_bytes } => {
                 let disk = Null::new(plain_limits(&config, *size_bytes));
                 house.open(disk)?
@@ -125,8 +151,10 @@ impl Export {
         };
         let shared = Arc::new(Shared {
             config,
-            limits,
+            limits: storage.limits().clone(),
+            storage,
             access,
+            resizing: Mutex::default(),
             doors: Mutex::new(doors),
             stopped: Condvar::new(),
             events,
@@ -233,6 +261,32 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Whether something may be cut off the disk.
+    fn may_shrink(&self, less_bytes: u64, wanted: bool) -> Result<()> {
+        if !wanted {
+            bail!(
+                "{} would be cut off: say --shrink if that is what you want",
+                format_size(less_bytes)
+            );
+        }
+        let doors = self.doors();
+        if doors
+            .vhost
+            .as_ref()
+            .is_some_and(|(door, _)| !door.sessions().is_empty())
+        {
+            bail!("a vhost-user client has the disk, which can only grow then");
+        }
+        if let Some((door, _)) = &doors.ublk
+            && let Some(user) = door.writes().in_use()
+        {
+            bail!("the block device is in use ({user}), and can only grow then");
+        }
+        Ok(())
+    }
+}
+
 impl control::Service for Shared {
     fn status(&self) -> ExportStatus {
         let doors = self.doors();
@@ -250,7 +304,7 @@ impl control::Service for Shared {
                 true => config.backend.to_string(),
                 false => format!("fault:…;{}", config.backend),
             },
-            size_bytes: limits.capacity_bytes,
+            size_bytes: limits.capacity.bytes(),
             block_bytes: limits.block_bytes,
             read_only: limits.read_only,
             write_cache: limits.write_cache,
@@ -272,6 +326,59 @@ impl control::Service for Shared {
                 counters: registry.totals(),
             }),
         }
+    }
+
+    fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized> {
+        let _one = (self.resizing.lock()).unwrap_or_else(PoisonError::into_inner);
+        let (name, capacity) = (&self.config.name, &self.limits.capacity);
+        let old_size_bytes = capacity.bytes();
+        let block_bytes = u64::from(self.limits.block_bytes);
+        if let Some(wanted) = size_bytes
+            && (wanted == 0 || !wanted.is_multiple_of(block_bytes) || wanted > MAX_DISK_BYTES)
+        {
+            bail!(
+                "{wanted} is no size for a disk with blocks of {block_bytes}, or too large (at most {})",
+                format_size(MAX_DISK_BYTES)
+            );
+        }
+        let have_bytes = self.storage.grow(size_bytes)?;
+        let size_bytes = size_bytes.unwrap_or(have_bytes).min(have_bytes);
+        if size_bytes == 0 {
+            bail!("nothing would be left of it");
+        }
+        if size_bytes < old_size_bytes {
+            self.may_shrink(old_size_bytes - size_bytes, shrink)?;
+        } else {
+            // What the clients are about to be told is true already.
+            capacity.set(size_bytes);
+        }
+        let doors = self.doors();
+        if size_bytes != old_size_bytes
+            && let Some((door, _)) = &doors.ublk
+            && let Err(error) = door.resize(size_bytes)
+        {
+            capacity.set(old_size_bytes);
+            return Err(error.into());
+        }
+        capacity.set(size_bytes);
+        let untold_clients = match &doors.vhost {
+            Some((door, _)) if size_bytes != old_size_bytes => door.tell_new_size(),
+            _ => 0,
+        };
+        drop(doors);
+        if size_bytes < old_size_bytes {
+            self.storage.cut(size_bytes)?;
+        }
+        tracing::info!(
+            "{name}: {}, was {}",
+            format_size(size_bytes),
+            format_size(old_size_bytes)
+        );
+        Ok(Resized {
+            size_bytes,
+            old_size_bytes,
+            untold_clients,
+        })
     }
 
     fn stop(&self) {
@@ -321,7 +428,7 @@ struct House<'a> {
 
 impl House<'_> {
     /// Opens the doors that were asked for, to a disk that fails if that was asked for.
-    fn open<B: Backend>(&self, disk: B) -> Result<(Doors, Limits, Arc<Access>)> {
+    fn open<B: Backend>(&self, disk: B) -> Result<(Doors, Box<dyn Storage>, Arc<Access>)> {
         if self.config.faults.is_empty() {
             return self.open_doors(disk);
         }
@@ -329,7 +436,7 @@ impl House<'_> {
         self.open_doors(Fault::new(disk, self.config.faults.clone()))
     }
 
-    fn open_doors<B: Backend>(&self, disk: B) -> Result<(Doors, Limits, Arc<Access>)> {
+    fn open_doors<B: Backend>(&self, disk: B) -> Result<(Doors, Box<dyn Storage>, Arc<Access>)> {
         let disk = Arc::new(disk);
         let limits = disk.limits().clone();
         let config = self.config;
@@ -359,7 +466,7 @@ impl House<'_> {
             writes => access.open(writes),
         }
         doors.offer = self.offer(&doors);
-        Ok((doors, limits, access))
+        Ok((doors, Box::new(disk), access))
     }
 
     fn open_vhost<B: Backend>(
@@ -515,7 +622,7 @@ pub fn remove_left_over_device(claim: &Claim) -> Result<()> {
 fn plain_limits(config: &ExportConfig, size_bytes: u64) -> Limits {
     let block_bytes = config.block_bytes.unwrap_or(512);
     Limits {
-        capacity_bytes: size_bytes,
+        capacity: (size_bytes).into(),
         block_bytes,
         physical_block_bytes: 4096,
         optimal_io_bytes: 0,

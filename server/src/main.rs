@@ -52,6 +52,12 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         },
         Command::List { json } => client::list(&dir()?, json),
         Command::Stat { name, json, watch } => client::stat(&dir()?, &name, json, watch),
+        Command::Resize {
+            name,
+            size,
+            shrink,
+            json,
+        } => client::resize(&dir()?, &name, size, shrink, json),
         Command::Stop { name } => client::stop(&dir()?, &name),
         Command::Probe { device, json } => probe::run(&device, cli.runtime_dir.as_deref(), json),
         Command::Qemu(asked) => run_qemu(&asked, cli.runtime_dir.as_deref()),

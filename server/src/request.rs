@@ -5,12 +5,17 @@
 //! gets no writes. A backend answers with [`Progress`] and, in the end, exactly one [`Outcome`].
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes in the sector that ublk and virtio-blk count in, whatever the block size of the disk.
 pub const SECTOR_BYTES: u64 = 512;
 
 /// log2 of [`SECTOR_BYTES`].
 pub const SECTOR_SHIFT: u32 = 9;
+
+/// The largest disk: what ext4 files and 32-bit page indexes of older tools still reach.
+pub const MAX_DISK_BYTES: u64 = 16 << 40;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -346,11 +351,43 @@ impl Range {
 /// Bytes in the identification string of virtio-blk (virtio 1.3, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
 pub const SERIAL_BYTES: usize = 20;
 
+/// The size of a disk. It is the one thing about a disk that may change: all copies do.
+#[derive(Clone, Debug)]
+pub struct Capacity(Arc<AtomicU64>);
+
+impl Capacity {
+    /// In bytes, as it is now.
+    #[must_use]
+    #[inline]
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// From now on it is this, for everybody.
+    pub fn set(&self, bytes: u64) {
+        self.0.store(bytes, Ordering::Relaxed);
+    }
+}
+
+impl From<u64> for Capacity {
+    fn from(bytes: u64) -> Self {
+        Self(Arc::new(bytes.into()))
+    }
+}
+
+impl PartialEq for Capacity {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes() == other.bytes()
+    }
+}
+
+impl Eq for Capacity {}
+
 /// What a disk is and what it takes. Both doors advertise exactly this.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Size of the disk in bytes; a multiple of `block_bytes`.
-    pub capacity_bytes: u64,
+    /// Size of the disk; a multiple of `block_bytes`.
+    pub capacity: Capacity,
     /// Logical block: requests are multiples of it in position and length. A power of two, 512 at
     /// least and 4096 at most.
     pub block_bytes: u32,
@@ -395,7 +432,7 @@ impl Limits {
         if max_bytes == 0 {
             return Err(IoError::Unsupported);
         }
-        let total = self.capacity_bytes >> SECTOR_SHIFT;
+        let total = self.capacity.bytes() >> SECTOR_SHIFT;
         if first_sector > total || sectors > total - first_sector {
             return Err(IoError::Io);
         }
@@ -464,7 +501,7 @@ pub(crate) mod tests {
     /// Limits of an ordinary small disk, for tests all over the crate.
     pub(crate) fn small_disk(capacity_bytes: u64) -> Limits {
         Limits {
-            capacity_bytes,
+            capacity: capacity_bytes.into(),
             block_bytes: 512,
             physical_block_bytes: 4096,
             optimal_io_bytes: 0,
@@ -481,7 +518,7 @@ pub(crate) mod tests {
     #[test]
     fn ranges_are_checked_without_wrapping() {
         let disk = small_disk(1 << 20);
-        let total = disk.capacity_bytes / SECTOR_BYTES;
+        let total = disk.capacity.bytes() / SECTOR_BYTES;
         let cases = [
             (0, 0, true),
             (0, total, true),

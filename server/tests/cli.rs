@@ -196,6 +196,62 @@ fn exports_are_listed_shown_and_stopped_one_by_one() {
 }
 
 #[test]
+fn a_disk_gets_another_size_from_who_asks_for_one_it_can_have() {
+    let lab = Lab::new();
+    let image = lab.image("disk.img", 1 << 20);
+    let read_only = format!(
+        "ro=file:{},read-only",
+        lab.image("ro.img", 1 << 20).display()
+    );
+    let exports = ["a=null:1M", "m=mem:1M", &read_only];
+    let file = format!("f=file:{}", image.display());
+    let server = lab.serve(&[&exports[..], &[&file]].concat());
+    assert_eq!(lab.ok(&["resize", "a", "2M"]), "a: 2M, was 1M\n");
+    assert_eq!(lab.ok(&["resize", "a", "2M"]), "a: 2M as before\n");
+    let resized: serde_json::Value =
+        serde_json::from_str(&lab.ok(&["resize", "f", "3M", "--json"])).unwrap();
+    assert_eq!(
+        (&resized["old_size_bytes"], &resized["size_bytes"]),
+        (&(1 << 20).into(), &(3 << 20).into())
+    );
+    assert_eq!(image.metadata().unwrap().len(), 3 << 20);
+    // A file that its owner made larger; and less, for who insists.
+    std::fs::File::options()
+        .write(true)
+        .open(&image)
+        .unwrap()
+        .set_len(4 << 20)
+        .unwrap();
+    assert_eq!(lab.ok(&["resize", "f"]), "f: 4M, was 3M\n");
+    lab.fails(&["resize", "f", "1M"], 1, &["f keeps its size", "--shrink"]);
+    assert_eq!(
+        lab.ok(&["resize", "f", "1M", "--shrink"]),
+        "f: 1M, was 4M\n"
+    );
+    assert_eq!(image.metadata().unwrap().len(), 1 << 20);
+    lab.fails(&["resize", "m", "2M"], 1, &["m keeps its size"]);
+    lab.fails(
+        &["resize", "ro", "2M"],
+        1,
+        &["ro keeps its size", "read-only"],
+    );
+    lab.fails(&["resize", "f", "1000"], 1, &["f keeps its size"]);
+    lab.fails(&["resize", "f", "8388608T"], 1, &["f keeps its size"]);
+    lab.fails(
+        &["resize", "nobody", "1M"],
+        1,
+        &["no export called 'nobody'"],
+    );
+    assert_eq!(
+        image.metadata().unwrap().len(),
+        1 << 20,
+        "refusals change nothing"
+    );
+    server.stop();
+    lab.is_clean();
+}
+
+#[test]
 fn a_killed_server_leaves_what_the_next_one_and_the_doctor_clear_away() {
     let lab = Lab::new();
     lab.serve(&["a=mem:1M"]).kill();

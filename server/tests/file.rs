@@ -112,8 +112,8 @@ fn model(path: &Path, cache: CacheMode, seed: u64) {
     let name = format!("{}, {cache:?}, seed {seed}", path.display());
     let mut client = Client::new(&disk, 16);
     let block = u64::from(disk.limits().block_bytes);
-    let blocks = disk.limits().capacity_bytes / block;
-    let mut copy = vec![0; usize::try_from(disk.limits().capacity_bytes).unwrap()];
+    let blocks = disk.limits().capacity.bytes() / block;
+    let mut copy = vec![0; usize::try_from(disk.limits().capacity.bytes()).unwrap()];
     // It may hold anything.
     client
         .one(Op::Write { fua: false }, 0, &mut copy, Shape::Aligned)
@@ -552,7 +552,7 @@ fn sizes_are_whole_blocks_and_one_at_least() {
             ..options(&sparse(dir.path(), len), CacheMode::Buffered)
         })
         .unwrap();
-        assert_eq!(disk.limits().capacity_bytes, capacity);
+        assert_eq!(disk.limits().capacity.bytes(), capacity);
     }
 }
 
@@ -562,7 +562,7 @@ fn the_end_of_a_sparse_file_of_many_tebibytes_can_be_written_and_read() {
     for (dir, len) in [(disk, (16 << 40) - (1 << 20)), (memory, 15 << 40)] {
         let path = sparse(dir.path(), len);
         let disk = File::open(options(&path, CacheMode::Auto)).unwrap();
-        assert_eq!(disk.limits().capacity_bytes, len);
+        assert_eq!(disk.limits().capacity.bytes(), len);
         assert!(disk.limits().max_discard_bytes > 0);
         let mut client = Client::new(&disk, 1);
         let mut data = vec![7; 4096];

@@ -15,6 +15,8 @@ mod features;
 mod nobody;
 #[path = "ublk/recovery.rs"]
 mod recovery;
+#[path = "ublk/resize.rs"]
+mod resize;
 mod serving;
 #[path = "ublk/upgrade.rs"]
 mod upgrade;
@@ -43,7 +45,7 @@ const VICTIM: &str = "UBLK_TEST_VICTIM";
 
 fn limits() -> Limits {
     Limits {
-        capacity_bytes: 64 * MIB,
+        capacity: (64 * MIB).into(),
         block_bytes: 512,
         physical_block_bytes: 4096,
         optimal_io_bytes: 1 << 16,

@@ -181,6 +181,14 @@ impl<B: Backend> Backend for Fault<B> {
         self.disk.ring_buffers()
     }
 
+    fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
+        self.disk.grow(wanted_bytes)
+    }
+
+    fn cut(&self, capacity_bytes: u64) -> io::Result<()> {
+        self.disk.cut(capacity_bytes)
+    }
+
     fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<Self::Queue> {
         let waits = (0..slots).map(|_| Wait::default()).collect();
         Ok(FaultQueue {

@@ -24,7 +24,7 @@ impl Memory {
     ///
     /// When the address space (or the machine's overcommit policy) does not allow the size.
     pub fn new(limits: Limits) -> io::Result<Self> {
-        let mapping = Arc::new(Mapping::new(limits.capacity_bytes)?);
+        let mapping = Arc::new(Mapping::new(limits.capacity.bytes())?);
         Ok(Self { limits, mapping })
     }
 }

@@ -34,6 +34,31 @@ pub trait Backend: Send + Sync + 'static {
         RingBuffers::No
     }
 
+    /// Makes the storage at least `wanted_bytes` long, and says how long it is then; how long it is
+    /// now if nothing is wanted. What the disk is stays as it is: see [`Limits::capacity`].
+    ///
+    /// # Errors
+    ///
+    /// When this storage has the size it has, or the size cannot be had.
+    fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
+        let now = self.limits().capacity.bytes();
+        match wanted_bytes {
+            Some(wanted) if wanted != now => {
+                Err(io::Error::other("a disk in memory cannot change"))
+            }
+            _ => Ok(now),
+        }
+    }
+
+    /// Cuts off what is behind `capacity_bytes`, which nobody reaches any more.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be done.
+    fn cut(&self, _capacity_bytes: u64) -> io::Result<()> {
+        Err(io::Error::other("this disk cannot shrink"))
+    }
+
     /// A queue for requests in slots 0 to `slots` - 1, to be used with `ring` only.
     ///
     /// # Errors

@@ -32,6 +32,14 @@ impl Backend for Null {
         RingBuffers::Possible
     }
 
+    fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
+        Ok(wanted_bytes.unwrap_or_else(|| self.limits.capacity.bytes()))
+    }
+
+    fn cut(&self, _capacity_bytes: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<NullQueue> {
         Ok(NullQueue)
     }

@@ -6,10 +6,7 @@ use std::str::FromStr;
 
 use super::{ConfigError, format_size, parse_size};
 use crate::backend::{BadRule, CacheMode, Rule};
-use crate::request::SECTOR_BYTES;
-
-/// The largest disk: what ext4 files and 32-bit page indexes of older tools still reach.
-const MAX_DISK_BYTES: u64 = 16 << 40;
+use crate::request::{MAX_DISK_BYTES, SECTOR_BYTES};
 
 /// Where the data of an export lives.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -68,7 +68,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn limits(capacity_bytes: u64) -> Limits {
     Limits {
-        capacity_bytes,
+        capacity: capacity_bytes.into(),
         block_bytes: 512,
         physical_block_bytes: 4096,
         optimal_io_bytes: 0,

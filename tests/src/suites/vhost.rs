@@ -34,6 +34,7 @@ pub const TESTS: &[Test] = &[
     test!(the_recipes_boot_guests_as_they_stand).limit_s(400),
     test!(a_guest_sees_a_read_only_disk).limit_s(300),
     test!(guests_come_and_go_and_a_second_one_is_turned_away).limit_s(600),
+    test!(running_guests_see_that_their_disk_grew).limit_s(600),
 ];
 
 /// A server on the host, with its socket.
@@ -62,6 +63,13 @@ impl Host {
             socket,
             run,
         })
+    }
+
+    fn resize(&self, cx: &Context, size: &str) -> Result<String> {
+        Shell::new(&cx.paths.server)
+            .args(["resize", "disk", size])
+            .env("UBLKUP_RUNTIME_DIR", &self.run)
+            .run()
     }
 
     fn vhost(&self, cx: &Context) -> Result<serde_json::Value> {
@@ -137,6 +145,39 @@ fn a_microvm_verifies_a_file(cx: &Context) -> Result<()> {
     let host = Host::start(cx, &format!("file:{}", image.display()), &[])?;
     let guest = guest(cx, &host)?.board(Board::Microvm);
     verify(cx, host, &guest, 96 * MIB)
+}
+
+fn running_guests_see_that_their_disk_grew(cx: &Context) -> Result<()> {
+    let image = image(cx, 64 * MIB)?;
+    let host = Host::start(cx, &format!("file:{}", image.display()), &[])?;
+    let guests: [Box<dyn Hypervisor>; 2] = [
+        Box::new(guest(cx, &host)?.board(Board::Microvm)),
+        Box::new(guest(cx, &host)?),
+    ];
+    for (guest, grown_mib) in guests.iter().zip([96, 128]) {
+        let log = format!("grows-{grown_mib}-{}", guest.name());
+        let mut machine = Machine::boot(&**guest, &cx.paths, &log)?;
+        let told = host.resize(cx, &format!("{grown_mib}M"))?;
+        ensure!(told.contains(&format!("{grown_mib}M, was")), "{told}");
+        let sectors = grown_mib * MIB / 512;
+        let script = format!(
+            "for i in $(seq 300); do
+                 [ $(cat /sys/block/vda/size) = {sectors} ] && break
+                 sleep 0.1
+             done
+             dmesg | grep 'vda.*new size: {sectors} 512-byte'
+             echo grown | dd of=/dev/vda bs=512 seek={} conv=sync,fsync",
+            sectors - 1
+        );
+        let _: String = machine
+            .run_step(&cx.paths, "run_script", &script)
+            .context("the guest was not told, or cannot use the new end")?;
+        machine.power_off();
+        let mut last = [0; 5];
+        File::open(&image)?.read_exact_at(&mut last, grown_mib * MIB - 512)?;
+        ensure!(&last == b"grown", "the last sector is {last:?}");
+    }
+    host.stop()
 }
 
 fn the_recipes_boot_guests_as_they_stand(cx: &Context) -> Result<()> {

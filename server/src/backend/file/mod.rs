@@ -4,11 +4,13 @@
 //! |-------------|-------------------------------------------------------------|
 //! | `open.rs`   | what the storage is, what it takes, who else has it          |
 //! | `queue.rs`  | one request from start to end, step by step                  |
+//! | `resize.rs` | another size for a disk that is being served               |
 //! | `bounce.rs` | buffers for data that does not lie as `O_DIRECT` wants it    |
 
 mod bounce;
 mod open;
 mod queue;
+mod resize;
 
 use std::fs;
 use std::io;
@@ -126,6 +128,14 @@ impl Backend for File {
             .and_then(|alignment| u32::try_from(alignment.memory_bytes).ok())
             .unwrap_or(1);
         RingBuffers::Better { alignment_bytes }
+    }
+
+    fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
+        resize::grow(&self.shared, &self.limits, wanted_bytes)
+    }
+
+    fn cut(&self, capacity_bytes: u64) -> io::Result<()> {
+        resize::cut(&self.shared, capacity_bytes)
     }
 
     fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<FileQueue> {

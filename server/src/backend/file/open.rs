@@ -13,13 +13,10 @@ use rustix::fs::{ioctl_blkpbszget, ioctl_blksszget};
 
 use super::bounce::Aligned;
 use super::{Alignment, CacheMode, FileOptions, Lacks, Shared};
-use crate::request::Limits;
+use crate::request::{Limits, MAX_DISK_BYTES};
 
 /// Block sizes that a disk may have.
 const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=4096;
-
-/// Largest disk: what the command line allows for the others.
-const MAX_DISK_BYTES: u64 = 16 << 40;
 
 /// Largest read or write that the doors offer.
 const MAX_IO_BYTES: u32 = 1 << 20;
@@ -181,7 +178,7 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
             None => punches_holes(&file, len_bytes),
         };
     let limits = Limits {
-        capacity_bytes,
+        capacity: capacity_bytes.into(),
         block_bytes,
         physical_block_bytes: physical_block_bytes.max(block_bytes),
         optimal_io_bytes: device.as_ref().map_or(0, |device| device.optimal_io_bytes),

@@ -82,6 +82,10 @@ const GET_QUEUE_AFFINITY: Command = Command {
     number: sys::UBLK_U_CMD_GET_QUEUE_AFFINITY,
     name: "GET_QUEUE_AFFINITY",
 };
+const UPDATE_SIZE: Command = Command {
+    number: sys::UBLK_U_CMD_UPDATE_SIZE,
+    name: "UPDATE_SIZE",
+};
 const GET_FEATURES: Command = Command {
     number: sys::UBLK_U_CMD_GET_FEATURES,
     name: "GET_FEATURES",
@@ -242,6 +246,15 @@ impl Control {
             Some(id),
             sys::ublksrv_ctrl_dev_info::default(),
         )
+    }
+
+    /// Gives the disk another size, which its users see at once.
+    pub(super) fn update_size(&self, id: u32, sectors: u64) -> Result<(), UblkError> {
+        let words = sys::ublksrv_ctrl_cmd {
+            data: [sectors],
+            ..Default::default()
+        };
+        self.run(UPDATE_SIZE, Some(id), words, (), None)
     }
 
     /// The processors whose requests go to a queue, as a mask.

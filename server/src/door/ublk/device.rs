@@ -161,6 +161,11 @@ impl Device {
         device.spawn(&info, config, backend, counters, &sender)?;
         device.await_ready()?;
         device.start_disk()?;
+        let sectors = params.basic.dev_sectors;
+        if device.others && device.control.params(device.id)?.basic.dev_sectors != sectors {
+            // Its server died between two sizes.
+            device.control.update_size(device.id, sectors)?;
+        }
         device.others = false;
         Ok((device, sender))
     }

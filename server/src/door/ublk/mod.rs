@@ -41,9 +41,13 @@ pub use leftover::{Leftover, is_waiting_for, leftovers, remove};
 use crate::access::BlockDoor;
 use crate::backend::Backend;
 use crate::counters::Counters;
+use crate::request::SECTOR_SHIFT;
 use crate::threads::{Cpus, ThreadOptions};
+use control::Control;
 use device::{Device, Event};
+use features::features_of;
 use fence::WriteFence;
+use libublk::sys;
 
 /// What a ublk device shall be.
 #[derive(Clone, Debug)]
@@ -222,6 +226,23 @@ impl UblkDoor {
     #[must_use]
     pub fn disk_sequence(&self) -> Option<u64> {
         disk_sequence(self.id)
+    }
+
+    /// Gives the disk another size, which its users see at once.
+    ///
+    /// # Errors
+    ///
+    /// When the driver cannot (Linux 6.16 can).
+    pub fn resize(&self, capacity_bytes: u64) -> Result<(), UblkError> {
+        let control = Control::open()?;
+        if !features_of(&control)?.has(sys::UBLK_F_UPDATE_SIZE) {
+            return Err(UblkError::Config(
+                "this kernel's driver cannot give a disk another size (UBLK_F_UPDATE_SIZE, Linux \
+                 6.16)"
+                    .into(),
+            ));
+        }
+        control.update_size(self.id, capacity_bytes >> SECTOR_SHIFT)
     }
 
     /// This door, as far as the right to write goes.

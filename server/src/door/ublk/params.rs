@@ -78,7 +78,7 @@ pub(super) fn params(
             },
             io_min_shift: shift(physical),
             max_sectors: buffer_bytes >> SECTOR_SHIFT,
-            dev_sectors: limits.capacity_bytes >> SECTOR_SHIFT,
+            dev_sectors: limits.capacity.bytes() >> SECTOR_SHIFT,
             ..Default::default()
         },
         ..Default::default()
@@ -147,7 +147,6 @@ pub(super) fn same_disk(one: &sys::ublk_params, other: &sys::ublk_params) -> boo
         let (basic, discard) = (&params.basic, &params.discard);
         let types = sys::UBLK_PARAM_TYPE_BASIC | sys::UBLK_PARAM_TYPE_DISCARD;
         let basic = [
-            basic.dev_sectors,
             u64::from(basic.attrs),
             u64::from(basic.max_sectors),
             u64::from(basic.logical_bs_shift),
@@ -162,7 +161,8 @@ pub(super) fn same_disk(one: &sys::ublk_params, other: &sys::ublk_params) -> boo
         ];
         (params.types & types, basic, discard)
     };
-    facts(one) == facts(other)
+    // It may have grown since; what was there must not be missing.
+    one.basic.dev_sectors >= other.basic.dev_sectors && facts(one) == facts(other)
 }
 
 /// log2 of a size that is a power of two; of the next smaller one otherwise.
@@ -196,8 +196,9 @@ mod tests {
         // What the driver adds to its answer.
         driver.types |= sys::UBLK_PARAM_TYPE_DEVT;
         assert!(same_disk(&of(&disk), &driver));
+        assert!(same_disk(&of(&small_disk(1 << 31)), &of(&disk)), "it grew");
         for change in [
-            |disk: &mut Limits| disk.capacity_bytes += 512,
+            |disk: &mut Limits| disk.capacity = (disk.capacity.bytes() - 512).into(),
             |disk: &mut Limits| disk.read_only = true,
             |disk: &mut Limits| disk.write_cache = !disk.write_cache,
             |disk: &mut Limits| disk.max_discard_bytes = 0,
@@ -205,7 +206,7 @@ mod tests {
         ] {
             let mut other = disk.clone();
             change(&mut other);
-            assert!(!same_disk(&of(&disk), &of(&other)));
+            assert!(!same_disk(&of(&other), &of(&disk)));
         }
     }
 

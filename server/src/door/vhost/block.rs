@@ -83,7 +83,7 @@ pub(super) fn config(
     let min_io = u16::try_from(physical / block).unwrap_or(1);
     let mut space = [0u8; CONFIG_BYTES];
     let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, &(limits.capacity_bytes >> SECTOR_SHIFT).to_le_bytes());
+    put(0, &(limits.capacity.bytes() >> SECTOR_SHIFT).to_le_bytes());
     put(12, &seg_max.to_le_bytes());
     put(20, &block.to_le_bytes());
     put(24, &[physical_exponent, 0]);

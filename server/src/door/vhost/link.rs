@@ -1,6 +1,7 @@
 //! What all threads of a session share.
 
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -8,6 +9,7 @@ use std::time::SystemTime;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::channel;
 use crate::request::Limits;
 
 /// A session as its threads, and whoever looks at it, know it.
@@ -24,6 +26,8 @@ pub(super) struct Link {
     pub vrings: AtomicUsize,
     ending: AtomicBool,
     stream: UnixStream,
+    /// Where the client takes messages, if it does.
+    channel: Mutex<Option<OwnedFd>>,
     reason: Mutex<Option<&'static str>>,
 }
 
@@ -45,6 +49,7 @@ impl Link {
             vrings: AtomicUsize::new(0),
             ending: AtomicBool::new(false),
             stream,
+            channel: Mutex::new(None),
             reason: Mutex::new(None),
         }
     }
@@ -83,6 +88,17 @@ impl Link {
     /// The connection itself.
     pub(super) fn stream(&self) -> &UnixStream {
         &self.stream
+    }
+
+    /// Where the client takes messages from now on.
+    pub(super) fn set_channel(&self, channel: OwnedFd) {
+        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+    }
+
+    /// Tells the client that the configuration space has changed. Says whether it can be told.
+    pub(super) fn tell_config_change(&self) -> bool {
+        let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        channel.as_ref().is_some_and(channel::tell_config_change)
     }
 
     /// Ends the session: its protocol thread reads an end of file. The first reason counts.

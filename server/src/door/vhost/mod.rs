@@ -5,6 +5,7 @@
 //! All of them end with the session, and nothing of it stays.
 
 mod block;
+mod channel;
 mod inflight;
 mod link;
 mod memory;
@@ -242,6 +243,15 @@ impl VhostDoor {
             }
         };
         sessions.list.iter().map(info).collect()
+    }
+
+    /// Tells all clients that the size of the disk has changed. Returns how many cannot be told: they
+    /// see it when they connect anew.
+    #[must_use]
+    pub fn tell_new_size(&self) -> usize {
+        let sessions = self.shared.sessions();
+        let told = |link: &&Arc<Link>| !link.tell_config_change();
+        sessions.list.iter().filter(told).count()
     }
 
     /// Closes the door: removes the socket, hangs up on all clients, and finishes what they had

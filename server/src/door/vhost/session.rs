@@ -26,7 +26,6 @@ use vhost::vhost_user::{
 };
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 
-use super::MAX_VRINGS;
 use super::block::{self, mask};
 use super::inflight::InflightBuffer;
 use super::link::Link;
@@ -34,6 +33,7 @@ use super::memory::{MAX_REGIONS, MemoryMap, Region, RegionAddress};
 use super::queue::Command;
 use super::virtqueue::{MAX_QUEUE_SIZE, RingAddresses};
 use super::vring::Start;
+use super::{MAX_VRINGS, channel};
 use crate::access::{Access, Client, Hold};
 use crate::io::mailbox::Sender;
 
@@ -76,8 +76,13 @@ pub(super) fn converse(
     )));
     let mut messages = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let error = loop {
+        let channel = channel::look_for_channel(link.stream());
         if let Err(error) = messages.handle_request() {
             break error;
+        }
+        // What was not refused was a stream socket.
+        if let Some(channel) = channel {
+            link.set_channel(channel);
         }
     };
     drop(messages);
@@ -468,6 +473,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 

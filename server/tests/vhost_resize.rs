@@ -1,0 +1,96 @@
+//! A disk that gets another size while clients have it.
+
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
+mod common;
+
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::*;
+use ublkup::backend::Null;
+use ublkup::request::Capacity;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
+
+const OLD_BYTES: u64 = 1 << 20;
+const NEW_BYTES: u64 = 1 << 21;
+
+/// A house and the size of its disk.
+fn house() -> (House, Capacity) {
+    let limits = limits(OLD_BYTES);
+    let capacity = limits.capacity.clone();
+    (House::new(Null::new(limits), 1), capacity)
+}
+
+fn told_sectors(driver: &mut Driver) -> u64 {
+    let flags = VhostUserConfigFlags::WRITABLE;
+    let (_, config) = driver.frontend.get_config(0, 8, flags, &[0; 8]).unwrap();
+    u64::from_le_bytes(config.try_into().unwrap())
+}
+
+/// Gives the client a channel, and waits until the session has it.
+fn channel(driver: &mut Driver) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    driver.frontend.set_backend_request_fd(&theirs).unwrap();
+    told_sectors(driver);
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    ours
+}
+
+#[test]
+fn a_client_is_told_of_another_size_and_may_use_it() {
+    let (house, capacity) = house();
+    let mut driver = Driver::running(house.connect(), USUAL);
+    let mut messages = channel(&mut driver);
+    let behind = OLD_BYTES / 512;
+    assert_eq!(told_sectors(&mut driver), behind);
+    assert_eq!(driver.read(behind, 512).0, IOERR);
+    capacity.set(NEW_BYTES);
+    assert_eq!(house.door.tell_new_size(), 0);
+    let mut message = [0; 12];
+    messages.read_exact(&mut message).unwrap();
+    // CONFIG_CHANGE_MSG, version 1, nothing behind.
+    assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(told_sectors(&mut driver), NEW_BYTES / 512);
+    assert_eq!(driver.read(behind, 512).0, OK);
+    assert_eq!(driver.read(NEW_BYTES / 512, 512).0, IOERR);
+    // A smaller one holds from the next request on.
+    capacity.set(OLD_BYTES);
+    assert_eq!(driver.read(behind, 512).0, IOERR);
+}
+
+#[test]
+fn clients_that_cannot_be_told_or_do_not_read_disturb_nobody() {
+    let (house, _) = house();
+    let mut deaf = Driver::running(house.connect(), USUAL);
+    assert_eq!(house.door.tell_new_size(), 1, "it has no channel");
+    let full = channel(&mut deaf);
+    let mut sent = 0;
+    while house.door.tell_new_size() == 0 {
+        sent += 1;
+        assert!(sent < 1_000_000, "somebody reads");
+    }
+    assert!(sent > 0);
+    // The channel is replaced by the next one, and a broken one breaks nothing else.
+    let mut again = channel(&mut deaf);
+    drop(full);
+    assert_eq!(house.door.tell_new_size(), 0);
+    again.read_exact(&mut [0; 12]).unwrap();
+    drop(again);
+    assert_eq!(house.door.tell_new_size(), 1);
+    assert_eq!(deaf.read(0, 512).0, OK);
+}
+
+#[test]
+fn a_channel_that_is_no_stream_socket_is_refused() {
+    let (house, _) = house();
+    let mut driver = Driver::connect(house.connect(), USUAL);
+    let file = tempfile::tempfile().unwrap();
+    assert!(driver.frontend.set_backend_request_fd(&file).is_err());
+    assert!(file.as_raw_fd() >= 0);
+    house.wait_empty();
+    assert_eq!(house.door.stop(Duration::from_secs(5)), 0);
+}
