@@ -175,6 +175,11 @@ pub struct Serve {
     #[arg(long, value_name = "N")]
     pub vhost_threads: Option<u16>,
 
+    /// Pin the memory of vhost clients, for files around the page cache: less work for each request.
+    /// Not for guests with a balloon, free page reporting or virtio-mem, whose data it would damage
+    #[arg(long)]
+    pub vhost_pin_memory: bool,
+
     /// Requests under way per ublk queue [default: 128]
     #[arg(long, value_name = "N")]
     pub depth: Option<u16>,
@@ -253,6 +258,7 @@ impl Serve {
             vhost_socket: self.vhost_socket.clone(),
             queues: self.queues,
             vhost_threads: self.vhost_threads,
+            vhost_pin_memory: self.vhost_pin_memory.then_some(true),
             depth: self.depth,
             poll_us: self.poll_us,
             cpus: self.cpus.clone(),

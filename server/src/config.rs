@@ -86,6 +86,8 @@ pub struct ExportConfig {
     pub queues: u16,
     /// Threads that serve the queues of a vhost client. Each queue of the block door has its own.
     pub vhost_threads: u16,
+    /// Whether the memory of vhost clients is pinned.
+    pub vhost_pin_memory: bool,
     /// Requests under way per ublk queue.
     pub depth: u16,
     /// How queue threads run.
@@ -120,6 +122,8 @@ pub struct ExportOptions {
     pub queues: Option<u16>,
     /// See [`ExportConfig::vhost_threads`].
     pub vhost_threads: Option<u16>,
+    /// See [`ExportConfig::vhost_pin_memory`].
+    pub vhost_pin_memory: Option<bool>,
     /// See [`ExportConfig::depth`].
     pub depth: Option<u16>,
     /// See [`ThreadOptions::polling`]; in microseconds, or `always`.
@@ -157,6 +161,7 @@ impl ExportOptions {
             vhost_socket: self.vhost_socket.or_else(|| other.vhost_socket.clone()),
             queues: self.queues.or(other.queues),
             vhost_threads: self.vhost_threads.or(other.vhost_threads),
+            vhost_pin_memory: self.vhost_pin_memory.or(other.vhost_pin_memory),
             depth: self.depth.or(other.depth),
             poll_us: self.poll_us.or(other.poll_us),
             cpus: self.cpus.or_else(|| other.cpus.clone()),
@@ -255,6 +260,7 @@ impl ExportOptions {
             vhost_socket: self.vhost_socket,
             queues,
             vhost_threads,
+            vhost_pin_memory: self.vhost_pin_memory.unwrap_or(false),
             depth,
             threads: ThreadOptions {
                 polling: self.poll_us.unwrap_or_default(),

@@ -5,10 +5,12 @@
 //! messages from other threads and wakes the ring.
 
 pub mod mailbox;
+mod pinned;
 mod ring;
 mod slots;
 mod token;
 
+pub use pinned::Piece;
 pub use ring::{Completion, Full, Ring};
 pub use slots::{FreeSlots, Slot, SlotTable};
 pub use token::{Owner, Token};

@@ -127,10 +127,21 @@ impl House {
     }
 
     /// A house with so many queues and so many threads for them.
-    pub fn with<B: Backend>(
+    pub fn with<B: Backend>(disk: B, threads: (u16, u16), polling: Polling) -> Self {
+        Self::built(disk, threads, polling, false)
+    }
+
+    /// A house that pins the memory of its clients.
+    pub fn pinning<B: Backend>(disk: B, queue_threads: u16) -> Self {
+        let threads = (queue_threads, queue_threads);
+        Self::built(disk, threads, Polling::default(), true)
+    }
+
+    fn built<B: Backend>(
         disk: B,
         (queues, queue_threads): (u16, u16),
         polling: Polling,
+        pin_memory: bool,
     ) -> Self {
         let scratch = Scratch::new();
         let counters = Arc::new(Registry::default());
@@ -143,6 +154,7 @@ impl House {
                 polling,
                 cpus: None,
             },
+            pin_memory,
             access: open_access(disk.limits().read_only),
         };
         let door = VhostDoor::start(config, Arc::new(disk), Arc::clone(&counters)).unwrap();

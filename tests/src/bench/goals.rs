@@ -9,6 +9,7 @@ use Bound::{AtLeast, AtMost};
 
 const ADAPTIVE: &str = "ublkup";
 const ALWAYS: &str = "ublkup --poll-us always";
+const PINNED: &str = "ublkup --vhost-pin-memory";
 const QEMU: &str = "qemu-storage-daemon";
 const FIO: &str = "fio on the file";
 
@@ -38,9 +39,13 @@ const SPEED: &[(&str, &str, &str, &str, f64)] = &[
     (NULL, "depth 1, client sleeps", ADAPTIVE, QEMU, 2.0),
     (MEM, "depth 32, client polls", ADAPTIVE, QEMU, 1.3),
     (DIRECT, "depth 32, client sleeps", ADAPTIVE, FIO, 0.97),
+    (DIRECT, "depth 32, client sleeps", PINNED, FIO, 0.97),
     (DIRECT, "depth 32, client polls", ADAPTIVE, FIO, 0.97),
+    (DIRECT, "depth 32, client polls", PINNED, FIO, 0.97),
     (DIRECT, "depth 128, client sleeps", ADAPTIVE, FIO, 0.97),
+    (DIRECT, "depth 128, client sleeps", PINNED, FIO, 0.97),
     (DIRECT, "depth 128, client polls", ADAPTIVE, FIO, 0.97),
+    (DIRECT, "depth 128, client polls", PINNED, FIO, 0.97),
     (DIRECT, "depth 1, client sleeps", ADAPTIVE, QEMU, 1.5),
     (DIRECT, "depth 1, client polls", ADAPTIVE, QEMU, 1.5),
     (TMPFS, "depth 32, client sleeps", ADAPTIVE, QEMU, 2.0),
@@ -52,9 +57,13 @@ const CPU: &[(&str, &str, &str, &str, f64)] = &[
     (NULL, "depth 32, client sleeps", ADAPTIVE, QEMU, 0.5),
     (NULL, "depth 32, client polls", ADAPTIVE, QEMU, 0.5),
     (DIRECT, "depth 32, client sleeps", ADAPTIVE, QEMU, 0.7),
+    (DIRECT, "depth 32, client sleeps", PINNED, QEMU, 0.7),
     (DIRECT, "depth 32, client polls", ADAPTIVE, QEMU, 0.7),
+    (DIRECT, "depth 32, client polls", PINNED, QEMU, 0.7),
     (DIRECT, "depth 128, client sleeps", ADAPTIVE, QEMU, 0.7),
+    (DIRECT, "depth 128, client sleeps", PINNED, QEMU, 0.7),
     (DIRECT, "depth 128, client polls", ADAPTIVE, QEMU, 0.7),
+    (DIRECT, "depth 128, client polls", PINNED, QEMU, 0.7),
 ];
 
 fn native_ratios(document: &Document) -> Vec<Goal> {

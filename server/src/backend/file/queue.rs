@@ -148,7 +148,7 @@ impl FileQueue {
     /// Puts the operation of the slot's step on the ring.
     fn submit(&mut self, ring: &mut Ring, slot: Slot, request: &Request) -> Progress {
         let step = self.steps[slot as usize];
-        let Ok(sqe) = self.operation(step, request) else {
+        let Ok(sqe) = self.operation(ring, step, request) else {
             return self.end(slot, Err(IoError::Io));
         };
         let token = Token {
@@ -169,7 +169,12 @@ impl FileQueue {
         }
     }
 
-    fn operation(&mut self, step: Step, request: &Request) -> io::Result<squeue::Entry> {
+    fn operation(
+        &mut self,
+        ring: &mut Ring,
+        step: Step,
+        request: &Request,
+    ) -> io::Result<squeue::Entry> {
         let fd = self.fd;
         let (offset, len) = (request.position_bytes(), request.remaining_bytes());
         let write_flags = if step.is_forced() { RWF_DSYNC } else { 0 };
@@ -198,15 +203,26 @@ impl FileQueue {
                 opcode::ReadFixed::new(fd, at.cast_mut(), len, index).build()
             }
             Step::Transfer { .. } => match (request.op, request.buffers.list()) {
-                (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), clamp(one.iov_len))
-                    .offset(offset)
-                    .build(),
+                (op, [one]) => {
+                    let (at, len) = (one.iov_base.cast::<u8>(), clamp(one.iov_len));
+                    let pinned = ring.pinned(at.addr(), one.iov_len);
+                    match (op, pinned) {
+                        (Op::Read, None) => opcode::Read::new(fd, at, len).offset(offset).build(),
+                        (Op::Read, Some(index)) => opcode::ReadFixed::new(fd, at, len, index)
+                            .offset(offset)
+                            .build(),
+                        (_, None) => opcode::Write::new(fd, at, len)
+                            .offset(offset)
+                            .rw_flags(write_flags)
+                            .build(),
+                        (_, Some(index)) => opcode::WriteFixed::new(fd, at, len, index)
+                            .offset(offset)
+                            .rw_flags(write_flags)
+                            .build(),
+                    }
+                }
                 (Op::Read, list) => opcode::Readv::new(fd, list.as_ptr(), buffer_count(list))
                     .offset(offset)
-                    .build(),
-                (_, [one]) => opcode::Write::new(fd, one.iov_base.cast(), clamp(one.iov_len))
-                    .offset(offset)
-                    .rw_flags(write_flags)
                     .build(),
                 (_, list) => opcode::Writev::new(fd, list.as_ptr(), buffer_count(list))
                     .offset(offset)

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::backend::file::{FileOptions, open};
+use crate::io::Piece;
 use crate::request::{Buffer, Buffers, Range, Serial};
 
 fn queue(alignment: Option<Alignment>) -> FileQueue {
@@ -30,14 +31,17 @@ struct Memory {
 impl Memory {
     fn new(len: usize) -> Self {
         let mut bytes = vec![0xaa; len];
-        let half = len / 2;
-        let base = bytes.as_mut_ptr();
-        let part = |at: usize, iov_len| Buffer {
-            iov_base: base.wrapping_add(at).cast(),
-            iov_len,
-        };
-        let list = vec![part(0, half), part(half, len - half)];
+        let list = Self::halves(&mut bytes);
         Self { bytes, list }
+    }
+
+    fn halves(bytes: &mut [u8]) -> Vec<Buffer> {
+        let (first, second) = bytes.split_at_mut(bytes.len() / 2);
+        let buffer = |part: &mut [u8]| Buffer {
+            iov_base: part.as_mut_ptr().cast(),
+            iov_len: part.len(),
+        };
+        vec![buffer(first), buffer(second)]
     }
 
     fn request(&mut self, op: Op) -> Request {
@@ -57,6 +61,11 @@ fn ranged(op: Op, len_bytes: u64) -> Request {
         len_bytes,
     };
     Request::new(op, range, Buffers::NONE)
+}
+
+/// What the queue would put on a ring on which nothing is pinned.
+fn operation(queue: &mut FileQueue, step: Step, request: &Request) -> io::Result<squeue::Entry> {
+    queue.operation(&mut Ring::new(8).unwrap(), step, request)
 }
 
 fn sqe(entry: &squeue::Entry) -> [u8; 64] {
@@ -128,7 +137,7 @@ fn data_in_the_table_of_the_ring_is_read_and_written_there() {
             "no bounce buffer can help"
         );
         assert_eq!(queue.next_step(first, &mut request, 1024), Ok(Some(first)));
-        let entry = queue.operation(first, &request).unwrap();
+        let entry = operation(&mut queue, first, &request).unwrap();
         let bytes = sqe(&entry);
         let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
         assert_eq!(bytes[0], code);
@@ -143,6 +152,44 @@ fn data_in_the_table_of_the_ring_is_read_and_written_there() {
 }
 
 #[test]
+fn a_single_buffer_in_pinned_memory_is_read_and_written_there() {
+    let mut queue = queue(None);
+    let mut ring = Ring::new(8).unwrap();
+    let (other, mut memory) = (Memory::new(4096), Memory::new(8192));
+    let piece = |memory: &Memory| Piece {
+        start: memory.bytes.as_ptr().addr(),
+        len_bytes: memory.bytes.len(),
+    };
+    // SAFETY: the memory lives longer than the ring has it.
+    unsafe { ring.pin(&[piece(&other), piece(&memory)]).unwrap() };
+    for (op, fixed, plain) in [
+        (Op::Read, opcode::ReadFixed::CODE, opcode::Readv::CODE),
+        (WRITE, opcode::WriteFixed::CODE, opcode::Writev::CODE),
+        (FORCED, opcode::WriteFixed::CODE, opcode::Writev::CODE),
+    ] {
+        memory.list = Memory::halves(&mut memory.bytes);
+        let mut request = memory.request(op);
+        let (start, step) = (memory.bytes.as_ptr().addr() as u64, PLAIN);
+        let entry = queue.operation(&mut ring, step, &request).unwrap();
+        assert_eq!(sqe(&entry)[0], plain, "two buffers");
+        assert_eq!(queue.next_step(step, &mut request, 5000), Ok(Some(step)));
+        let step = if op == FORCED { WITH_DSYNC } else { PLAIN };
+        let entry = queue.operation(&mut ring, step, &request).unwrap();
+        let bytes = sqe(&entry);
+        let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
+        assert_eq!(bytes[0], fixed);
+        assert_eq!((word(8), word(16)), (4096 + 5000, start + 5000));
+        assert_eq!(bytes[24..28], 3192u32.to_ne_bytes());
+        assert_eq!(bytes[40..42], 1u16.to_ne_bytes());
+        assert_eq!(flags(&entry) != 0, op == FORCED);
+        assert_eq!(queue.next_step(step, &mut request, 3192), Ok(None));
+        request.finish();
+    }
+    // SAFETY: nothing.
+    unsafe { ring.pin(&[]).unwrap() };
+}
+
+#[test]
 fn what_lies_behind_the_end_of_the_file_comes_from_the_zero_device() {
     let mut queue = queue(None);
     let range = Range {
@@ -153,7 +200,7 @@ fn what_lies_behind_the_end_of_the_file_comes_from_the_zero_device() {
     assert_eq!(queue.next_step(PLAIN, &mut request, 1000), Ok(Some(PLAIN)));
     let zeroes = Ok(Some(Step::ReadZeroes));
     assert_eq!(queue.next_step(PLAIN, &mut request, 0), zeroes);
-    let bytes = sqe(&queue.operation(Step::ReadZeroes, &request).unwrap());
+    let bytes = sqe(&operation(&mut queue, Step::ReadZeroes, &request).unwrap());
     assert_eq!(bytes[0], opcode::ReadFixed::CODE);
     assert_eq!(bytes[16..24], 1000u64.to_ne_bytes());
     let device = queue.zero_device.as_ref().unwrap().as_raw_fd();
@@ -217,7 +264,7 @@ fn a_forced_write_carries_rwf_dsync_and_a_plain_one_does_not() {
             let request = memory.request(op);
             let step = queue.first_step(&request).unwrap().unwrap();
             assert_eq!(matches!(step, Step::Bounce { .. }), alignment.is_some());
-            let entry = queue.operation(step, &request).unwrap();
+            let entry = operation(&mut queue, step, &request).unwrap();
             assert_eq!(flags(&entry), expected, "{op:?}, {step:?}");
             request.finish();
         }
@@ -231,7 +278,7 @@ fn where_rwf_dsync_is_unknown_a_forced_write_is_followed_by_a_sync() {
     let mut request = memory.request(FORCED);
     let step = queue.next_step(WITH_DSYNC, &mut request, -libc::EOPNOTSUPP);
     assert_eq!(step, Ok(Some(PLAIN)));
-    let entry = queue.operation(PLAIN, &request).unwrap();
+    let entry = operation(&mut queue, PLAIN, &request).unwrap();
     assert_eq!(flags(&entry), 0);
     let step = queue.next_step(PLAIN, &mut request, 4096);
     assert_eq!(step, Ok(Some(Step::Sync)));
@@ -280,7 +327,7 @@ fn a_flush_is_fdatasync() {
     let mut queue = queue(None);
     let request = ranged(Op::Flush, 0);
     assert_eq!(queue.first_step(&request), Ok(Some(Step::Sync)));
-    let entry = queue.operation(Step::Sync, &request).unwrap();
+    let entry = operation(&mut queue, Step::Sync, &request).unwrap();
     // IORING_FSYNC_DATASYNC
     assert_eq!(flags(&entry), 1);
     request.finish();
@@ -380,7 +427,7 @@ fn a_device_that_knows_no_discard_command_has_holes_punched_instead() {
     let mut request = ranged(Op::Discard, 8192);
     let step = queue.first_step(&request).unwrap().unwrap();
     assert_eq!(step, Step::DiscardCommand);
-    let entry = sqe(&queue.operation(step, &request).unwrap());
+    let entry = sqe(&operation(&mut queue, step, &request).unwrap());
     let word = |at: usize| u64::from_ne_bytes(entry[at..at + 8].try_into().unwrap());
     // `cmd_op`, `addr` and `addr3` of `struct io_uring_sqe`.
     assert_eq!((word(8), word(16), word(48)), (0x1200, 0, 8192));

@@ -14,6 +14,7 @@ use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::sigbus;
+use crate::io::Piece;
 
 /// `f_type` of hugetlbfs (`HUGETLBFS_MAGIC` in linux/magic.h).
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
@@ -105,6 +106,16 @@ impl Region {
     /// Where it begins here. Whoever uses it keeps the region.
     pub(super) fn start(&self) -> *mut u8 {
         self.base
+    }
+
+    /// All of it, for pinning.
+    pub(super) fn piece(&self) -> Piece {
+        Piece {
+            start: self.base.addr(),
+            // The region was mapped, so its length fits.
+            #[expect(clippy::cast_possible_truncation)]
+            len_bytes: self.address.len_bytes as usize,
+        }
     }
 
     /// Where byte `offset` of the region is here. The caller has checked that it lies inside.

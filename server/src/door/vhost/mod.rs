@@ -30,7 +30,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::access::Access;
-use crate::backend::Backend;
+use crate::backend::{Backend, RingBuffers};
 use crate::counters::Registry;
 use crate::io::mailbox::Mailbox;
 use crate::queue_thread::QueueThread;
@@ -65,6 +65,8 @@ pub struct VhostConfig {
     pub queue_threads: u16,
     /// How they run.
     pub threads: ThreadOptions,
+    /// Whether the memory of clients is pinned, where the disk gains by it.
+    pub pin_memory: bool,
     /// Who may write.
     pub access: Arc<Access>,
 }
@@ -156,6 +158,7 @@ impl VhostDoor {
             queues,
             queue_threads,
             threads,
+            pin_memory,
             access,
         } = config;
         if !(1..=MAX_VRINGS).contains(&queue_threads) {
@@ -163,12 +166,13 @@ impl VhostDoor {
         }
         let socket = Socket::bind(&socket)?;
         let limits = disk.limits().clone();
+        let pins = pin_memory && disk.ring_buffers() != RingBuffers::No;
         let serve = {
             let access = Arc::clone(&access);
             move |link: &Arc<Link>| {
                 let spawn = spawner(
                     Arc::clone(link),
-                    (queue_threads, threads.clone()),
+                    (queue_threads, threads.clone(), pins),
                     &disk,
                     &counters,
                 );
@@ -442,7 +446,7 @@ impl Drop for Membership {
 /// How a session starts its queue threads.
 fn spawner<B: Backend>(
     link: Arc<Link>,
-    (queue_threads, options): (u16, ThreadOptions),
+    (queue_threads, options, pins): (u16, ThreadOptions, bool),
     disk: &Arc<B>,
     counters: &Arc<Registry>,
 ) -> Spawn {
@@ -456,8 +460,8 @@ fn spawner<B: Backend>(
             .name(format!("vhost-{}-q{number}", link.id()))
             .spawn(move || {
                 let counters = registry.register();
-                let queues =
-                    VhostQueues::new(Arc::clone(&link), Arc::clone(&counters), queue_threads);
+                let (its_link, its_counters) = (Arc::clone(&link), Arc::clone(&counters));
+                let queues = VhostQueues::new(its_link, its_counters, queue_threads, pins);
                 let thread = (options.settle(number))
                     .and_then(|()| QueueThread::new(queues, &*disk, mailbox, &counters, &options));
                 // Whoever waits for the answer waits for it and nothing else.

@@ -17,13 +17,13 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::block::{self, MAX_BUFFERS, Parts, Terms, Transfer, Verdict, mask};
 use super::link::Link;
-use super::memory::{HeldMap, MemoryMap};
+use super::memory::{HeldMap, MemoryMap, Region};
 use super::sigbus;
 use super::virtqueue::{RingError, RingOptions, Virtqueue};
 use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
 use crate::counters::Counters;
 use crate::door::{DoorQueue, Next};
-use crate::io::{Completion, FreeSlots, Full, Ring, Slot, SlotTable};
+use crate::io::{Completion, FreeSlots, Full, Piece, Ring, Slot, SlotTable};
 use crate::request::{Buffer, Buffers, Outcome, Request};
 
 /// Requests that can be under way on one thread.
@@ -72,6 +72,8 @@ pub(super) struct VhostQueues {
     threads: u16,
     vrings: Vec<Option<Box<Vring>>>,
     map: Rc<HeldMap>,
+    /// Whether the client's memory is pinned.
+    pins: bool,
     free: FreeSlots,
     taken: SlotTable<Taken>,
     /// [`MAX_BUFFERS`] for each slot. Not touched before it is used, so it costs no memory.
@@ -85,7 +87,7 @@ pub(super) struct VhostQueues {
 }
 
 impl VhostQueues {
-    pub(super) fn new(link: Arc<Link>, counters: Arc<Counters>, threads: u16) -> Self {
+    pub(super) fn new(link: Arc<Link>, counters: Arc<Counters>, threads: u16, pins: bool) -> Self {
         let slots = SLOTS as usize;
         Self {
             link,
@@ -93,6 +95,7 @@ impl VhostQueues {
             threads,
             vrings: Vec::new(),
             map: Rc::default(),
+            pins,
             free: FreeSlots::new(SLOTS),
             taken: SlotTable::new(slots),
             buffers: Box::new_uninit_slice(slots * MAX_BUFFERS),
@@ -118,7 +121,7 @@ impl VhostQueues {
         };
         let inflight = start.inflight.take();
         let queue = Virtqueue::new(options, start.addresses, start.base, &start.map, inflight)?;
-        self.map = Rc::new(HeldMap::new(Arc::clone(&start.map)));
+        self.hold(ring, Arc::clone(&start.map));
         let mut vring = Box::new(Vring::new(start, queue));
         self.expect_room(vring.arm_kick(ring));
         if self.vrings.len() <= local {
@@ -130,7 +133,7 @@ impl VhostQueues {
 
     fn set_map(&mut self, ring: &mut Ring, map: Arc<MemoryMap>) {
         // Requests under way keep the old map; rings must be in the new one.
-        self.map = Rc::new(HeldMap::new(map));
+        self.hold(ring, map);
         for local in 0..self.vrings.len() {
             if let Some(vring) = &mut self.vrings[local]
                 && let Err(error) = vring.queue.remap(self.map.map())
@@ -138,6 +141,24 @@ impl VhostQueues {
                 self.give_up(ring, local, error);
             }
         }
+    }
+
+    /// Uses this map for everything that begins from now on.
+    fn hold(&mut self, ring: &mut Ring, map: Arc<MemoryMap>) {
+        if self.pins {
+            let pieces: Vec<Piece> = map.regions().iter().map(Region::piece).collect();
+            // SAFETY: `self.map` holds the regions, and keeps the old ones until others are pinned; it
+            // is dropped after the ring's thread has ended its work.
+            if let Err(error) = unsafe { ring.pin(&pieces) } {
+                tracing::warn!(
+                    export = self.link.export(),
+                    session = self.link.id(),
+                    "the client's memory is not all pinned, which costs some speed: {error}; \
+                     see RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=)"
+                );
+            }
+        }
+        self.map = Rc::new(HeldMap::new(map));
     }
 
     /// Ends service of a vring that the driver broke; the session goes on.

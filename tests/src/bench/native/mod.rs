@@ -91,20 +91,31 @@ pub fn loads(quick: bool) -> Vec<Load> {
     all
 }
 
-/// Who is measured: ours in every way of polling it knows, and the others.
+/// The flags with which ours is measured, and whether only a file without a page cache gains by them.
+const WAYS: [(&[&str], bool); 4] = [
+    (&[], false),
+    (&["--poll-us", "0"], false),
+    (&["--poll-us", "always"], false),
+    (&["--vhost-pin-memory"], true),
+];
+
+/// Who is measured on a backend: ours with every set of flags it knows, and the others.
 #[must_use]
-pub fn candidates(settings: &Settings) -> Vec<Who> {
+pub fn candidates(settings: &Settings, backend: Backend) -> Vec<Who> {
     let mut all = Vec::new();
     for (prefix, binary) in &settings.servers {
-        let ours = |name: &str, poll_us| Who::Ublkup {
-            name: format!("{prefix}{name}"),
-            binary: binary.clone(),
-            poll_us,
-        };
-        all.push(ours("", None));
-        if servers::knows(binary, "--poll-us") {
-            all.push(ours(" --poll-us 0", Some("0")));
-            all.push(ours(" --poll-us always", Some("always")));
+        for (flags, only_direct) in WAYS {
+            let known = flags
+                .iter()
+                .all(|flag| !flag.starts_with("--") || servers::knows(binary, flag));
+            if known && (backend == Backend::Direct || !only_direct) {
+                let words = std::iter::once(prefix.as_str()).chain(flags.iter().copied());
+                all.push(Who::Ublkup {
+                    name: words.collect::<Vec<_>>().join(" "),
+                    binary: binary.clone(),
+                    flags,
+                });
+            }
         }
     }
     if settings.peers {
@@ -122,11 +133,11 @@ const FIO: &str = "fio on the file";
 /// A server or the client failed.
 pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
     let files = make_files(settings)?;
-    let candidates = candidates(settings);
     let result = loads(settings.quick)
         .iter()
         .filter(|load| settings.wants(LANE, &load.title(), &load.words()))
         .try_for_each(|load| {
+            let candidates = candidates(settings, load.backend);
             let measured = measure(settings, &files, &candidates, load)
                 .with_context(|| format!("{}, {}", load.title(), load.words()))?;
             row(measured);

@@ -59,14 +59,14 @@ pub struct Files {
 /// Who serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Who {
-    /// ublkup, with this many microseconds of polling, or `always`; its default if nothing is said.
+    /// ublkup, with flags of `serve`.
     Ublkup {
         /// The name in tables.
         name: String,
         /// The program.
         binary: PathBuf,
-        /// `--poll-us`.
-        poll_us: Option<&'static str>,
+        /// The flags.
+        flags: &'static [&'static str],
     },
     /// qemu-storage-daemon.
     Qemu,
@@ -155,9 +155,7 @@ pub fn start(
     let _none = std::fs::remove_file(socket);
     let mut words: Vec<OsString> = vec!["taskset".into(), "-c".into(), cpu.to_string().into()];
     match who {
-        Who::Ublkup {
-            binary, poll_us, ..
-        } => {
+        Who::Ublkup { binary, flags, .. } => {
             let paths = Paths {
                 server: binary.clone(),
                 ..Paths::default()
@@ -165,16 +163,14 @@ pub fn start(
             let scratch = files.scratch.clone();
             let nothing = serde_json::Value::Null;
             let cx = Context::new(Place::Host, paths, scratch.clone(), scratch, nothing);
-            let mut serve = Serve::new(&cx)
+            let serve = Serve::new(&cx)
                 .under(words)
                 .env("UBLKUP_RUNTIME_DIR", files.scratch.join("run"))
                 .ublk("no")
                 .name("bench")
                 .vhost_socket(socket)
-                .args(["--queues", "1"]);
-            if let Some(poll_us) = poll_us {
-                serve = serve.arg("--poll-us").arg(poll_us);
-            }
+                .args(["--queues", "1"])
+                .args(*flags);
             let server = serve.arg(spec(backend, files)).start()?;
             Ok(Running::Ublkup(server))
         }
