@@ -131,7 +131,12 @@ pub struct Buffers(Place);
 
 #[derive(Debug)]
 enum Place {
-    Memory { first: *mut Buffer, count: usize },
+    /// The entries before `next` are behind us, and as the door made them.
+    Memory {
+        list: *mut Buffer,
+        next: u32,
+        count: u32,
+    },
     Ring(RingBuffer),
 }
 
@@ -150,7 +155,8 @@ pub struct RingBuffer {
 impl Buffers {
     /// No buffers (flush, discard, write-zeroes).
     pub const NONE: Self = Self(Place::Memory {
-        first: std::ptr::null_mut(),
+        list: std::ptr::null_mut(),
+        next: 0,
         count: 0,
     });
 
@@ -162,8 +168,10 @@ impl Buffers {
     /// by anyone else, until the [`Request`] that holds the result is finished.
     pub unsafe fn from_list(list: &mut [Buffer]) -> Self {
         Self(Place::Memory {
-            first: list.as_mut_ptr(),
-            count: list.len(),
+            list: list.as_mut_ptr(),
+            next: 0,
+            // Doors have some hundred entries at most.
+            count: u32::try_from(list.len()).unwrap_or(u32::MAX),
         })
     }
 
@@ -191,10 +199,12 @@ impl Buffers {
     #[must_use]
     pub fn list(&self) -> &[Buffer] {
         match self.0 {
-            Place::Memory { first, count } if count > 0 => {
+            Place::Memory { list, next, count } if count > next => {
                 // SAFETY: `from_list` requires the list to outlive the request, which owns `self`;
                 // nobody else writes to it meanwhile.
-                unsafe { std::slice::from_raw_parts(first, count) }
+                unsafe {
+                    std::slice::from_raw_parts(list.add(next as usize), (count - next) as usize)
+                }
             }
             _ => &[],
         }
@@ -209,45 +219,54 @@ impl Buffers {
         }
     }
 
-    /// Moves the list forward past `done_bytes` transferred bytes.
-    fn advance(&mut self, mut done_bytes: usize) {
-        let (first, count) = match &mut self.0 {
-            Place::Memory { first, count } => (first, count),
-            Place::Ring(buffer) => {
-                assert!(
-                    done_bytes <= buffer.len_bytes,
-                    "more bytes transferred than asked for"
-                );
-                buffer.offset_bytes += done_bytes;
-                buffer.len_bytes -= done_bytes;
-                return;
-            }
+    /// Moves the list forward past `more_bytes` transferred bytes, after `before_bytes`.
+    fn advance(&mut self, more_bytes: usize, before_bytes: u64) {
+        if let Place::Ring(buffer) = &mut self.0 {
+            assert!(
+                more_bytes <= buffer.len_bytes,
+                "more bytes transferred than asked for"
+            );
+            buffer.offset_bytes += more_bytes;
+            buffer.len_bytes -= more_bytes;
+            return;
+        }
+        let mut done_bytes = self.complete_entry(before_bytes) + more_bytes;
+        let Place::Memory { list, next, count } = &mut self.0 else {
+            return;
         };
-        while *count > 0 && done_bytes > 0 {
-            // SAFETY: `first` points at the `count` valid entries of the list (`from_list`), which
+        while *next < *count && done_bytes > 0 {
+            // SAFETY: `list` points at the `count` valid entries of the list (`from_list`), which
             // this request alone may write.
-            let head = unsafe { &mut **first };
+            let head = unsafe { &mut *list.add(*next as usize) };
             if done_bytes < head.iov_len {
                 head.iov_base = head.iov_base.wrapping_byte_add(done_bytes);
                 head.iov_len -= done_bytes;
                 return;
             }
             done_bytes -= head.iov_len;
-            // SAFETY: as above; one past the last entry is still a valid pointer to form.
-            *first = unsafe { first.add(1) };
-            *count -= 1;
+            *next += 1;
         }
         assert!(done_bytes == 0, "more bytes transferred than asked for");
     }
 
-    /// Fills what is left of the buffers in memory with zeroes.
-    pub fn zero_fill(&mut self) {
-        for buffer in self.list() {
-            // SAFETY: the door keeps the memory mapped and writable until the request is finished
-            // (`from_list`); a client that races with us only hurts its own data.
-            unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0, buffer.iov_len) };
+    /// Gives the entry that the first `done_bytes` end in back what they cut off its beginning; how
+    /// much that was.
+    fn complete_entry(&mut self, done_bytes: u64) -> usize {
+        let Place::Memory { list, next, count } = self.0 else {
+            return 0;
+        };
+        if done_bytes == 0 || next >= count {
+            return 0;
         }
-        *self = Self::NONE;
+        // SAFETY: as for `advance`.
+        let list = unsafe { std::slice::from_raw_parts_mut(list, count as usize) };
+        let (behind, rest) = list.split_at_mut(next as usize);
+        let behind: u64 = behind.iter().map(|entry| entry.iov_len as u64).sum();
+        // No truncation: it is less than the length of an entry.
+        let cut = usize::try_from(done_bytes - behind).unwrap_or(0);
+        rest[0].iov_base = rest[0].iov_base.wrapping_byte_sub(cut);
+        rest[0].iov_len += cut;
+        cut
     }
 }
 
@@ -307,8 +326,32 @@ impl Request {
         self.done_bytes += moved_bytes;
         if self.op.has_data() {
             // No truncation: it is no more than the buffers' length, which is a usize.
+            let more_bytes = usize::try_from(moved_bytes).unwrap_or(usize::MAX);
             self.buffers
-                .advance(usize::try_from(moved_bytes).unwrap_or(usize::MAX));
+                .advance(more_bytes, self.done_bytes - moved_bytes);
+        }
+    }
+
+    /// Fills what is left of a read into memory with zeroes, which ends it.
+    pub fn zero_fill(&mut self) {
+        for buffer in self.buffers.list() {
+            // SAFETY: the door keeps the memory mapped and writable until the request is finished
+            // (`from_list`); a client that races with us only hurts its own data.
+            unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0, buffer.iov_len) };
+        }
+        self.advance(self.remaining_bytes());
+    }
+
+    /// All buffers in memory as the door made them, for a request that has ended: what of them was
+    /// transferred does not matter any more.
+    pub fn whole_list(&mut self) -> &[Buffer] {
+        self.buffers.complete_entry(self.done_bytes);
+        match self.buffers.0 {
+            Place::Memory { list, count, .. } if count > 0 => {
+                // SAFETY: as for `Buffers::list`.
+                unsafe { std::slice::from_raw_parts(list, count as usize) }
+            }
+            _ => &[],
         }
     }
 
@@ -579,13 +622,58 @@ pub(crate) mod tests {
         };
         let mut list = [entry(0, 4), entry(4, 0), entry(4, 8)];
         // SAFETY: `list` and `bytes` live to the end of this test and are not touched otherwise.
-        let mut buffers = unsafe { Buffers::from_list(&mut list) };
-        assert_eq!(buffers.len_bytes(), 12);
-        buffers.advance(6);
-        assert_eq!(buffers.len_bytes(), 6);
-        buffers.zero_fill();
-        assert_eq!(buffers.len_bytes(), 0);
+        let buffers = unsafe { Buffers::from_list(&mut list) };
+        let range = Range {
+            offset_bytes: 512,
+            len_bytes: 12,
+        };
+        let mut request = Request::new(Op::Read, range, buffers);
+        assert_eq!(request.buffers.len_bytes(), 12);
+        for (moved, left) in [(3, 9), (0, 9), (2, 7), (1, 6)] {
+            request.advance(moved);
+            assert_eq!(request.buffers.len_bytes(), left);
+            let first = request
+                .buffers
+                .list()
+                .iter()
+                .find(|entry| entry.iov_len > 0);
+            let at = base.wrapping_add(12 - usize::try_from(left).unwrap());
+            assert_eq!(first.map(|entry| entry.iov_base), Some(at.cast()));
+        }
+        request.zero_fill();
+        assert_eq!(request.buffers.len_bytes(), 0);
+        request.finish();
         assert_eq!(bytes, [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn the_buffers_of_a_request_that_ended_anywhere_are_found_whole() {
+        let mut bytes = [0u8; 12];
+        let base = bytes.as_mut_ptr();
+        let entry = |at: usize, len| Buffer {
+            iov_base: base.wrapping_add(at).cast(),
+            iov_len: len,
+        };
+        let made = [entry(0, 5), entry(5, 1), entry(6, 6)];
+        let range = Range {
+            offset_bytes: 0,
+            len_bytes: 12,
+        };
+        for steps in [&[][..], &[12], &[3], &[3, 1], &[4, 4, 2], &[5, 1], &[1, 11]] {
+            let mut list = made;
+            // SAFETY: as above.
+            let buffers = unsafe { Buffers::from_list(&mut list) };
+            let mut request = Request::new(Op::Read, range, buffers);
+            for step in steps {
+                request.advance(*step);
+            }
+            let whole = |list: &[Buffer]| -> Vec<_> {
+                let parts = list.iter().map(|entry| (entry.iov_base, entry.iov_len));
+                parts.collect()
+            };
+            assert_eq!(whole(request.whole_list()), whole(&made), "{steps:?}");
+            request.finish();
+        }
     }
 
     #[test]

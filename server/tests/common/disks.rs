@@ -1,6 +1,7 @@
 //! Disks that do what a test wants.
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+#![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use io_uring::{opcode, types};
 use ublkup::backend::{Backend, BackendQueue};
 use ublkup::io::{Owner, Ring, Slot, Token};
-use ublkup::request::{Limits, Op, Progress, Request};
+use ublkup::request::{IoError, Limits, Op, Progress, Request};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Remembers what it was asked for.
@@ -100,5 +101,46 @@ impl BackendQueue for GatedQueue {
             unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0x5a, buffer.iov_len) };
         }
         Progress::Done(Ok(()))
+    }
+}
+
+/// Fails reads half way: what was written of the buffers stays written.
+pub struct Halves {
+    pub limits: Limits,
+}
+
+pub struct HalvesQueue;
+
+impl Backend for Halves {
+    type Queue = HalvesQueue;
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<HalvesQueue> {
+        Ok(HalvesQueue)
+    }
+}
+
+impl BackendQueue for HalvesQueue {
+    fn start(&mut self, _ring: &mut Ring, _slot: Slot, request: &mut Request) -> Progress {
+        if request.op != Op::Read {
+            return Progress::Done(Ok(()));
+        }
+        // In three steps, as storage that moves little at once would.
+        for _ in 0..3 {
+            let part = request.len_bytes / 6;
+            let first = request.buffers.list()[0];
+            let len = first.iov_len.min(usize::try_from(part).unwrap());
+            // SAFETY: the door keeps the buffers mapped until the request is finished.
+            unsafe { std::ptr::write_bytes(first.iov_base.cast::<u8>(), 0x77, len) };
+            request.advance(part);
+        }
+        Progress::Done(Err(IoError::Io))
+    }
+
+    fn advance(&mut self, _: &mut Ring, _: Slot, _: &mut Request, _: u16, _: i32) -> Progress {
+        unreachable!("nothing is put on the ring")
     }
 }

@@ -314,6 +314,19 @@ impl Vring {
         }
     }
 
+    /// Where it is, as the device is told; its used ring is not to be logged.
+    pub fn addresses(&self) -> VringConfigData {
+        VringConfigData {
+            queue_max_size: self.size,
+            queue_size: self.size,
+            flags: 0,
+            desc_table_addr: USER_BASE + self.descriptors,
+            used_ring_addr: USER_BASE + self.used,
+            avail_ring_addr: USER_BASE + self.available,
+            log_addr: None,
+        }
+    }
+
     /// Makes a chain available without telling.
     pub fn offer(&mut self, memory: &Memory, head: u16) {
         let entry = u64::from(self.next_available % self.size);
@@ -447,16 +460,7 @@ impl Driver {
         let frontend = &mut self.frontend;
         frontend.set_vring_num(index, vring.size).unwrap();
         frontend.set_vring_base(index, base).unwrap();
-        let addresses = VringConfigData {
-            queue_max_size: vring.size,
-            queue_size: vring.size,
-            flags: 0,
-            desc_table_addr: USER_BASE + vring.descriptors,
-            used_ring_addr: USER_BASE + vring.used,
-            avail_ring_addr: USER_BASE + vring.available,
-            log_addr: None,
-        };
-        frontend.set_vring_addr(index, &addresses).unwrap();
+        frontend.set_vring_addr(index, &vring.addresses()).unwrap();
         frontend.set_vring_kick(index, &vring.kick).unwrap();
         frontend.set_vring_call(index, &vring.call).unwrap();
         frontend.set_vring_err(index, &vring.error).unwrap();

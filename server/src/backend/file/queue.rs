@@ -346,7 +346,7 @@ impl FileQueue {
             if request.buffers.ring().is_some() {
                 return Ok(Some(Step::ReadZeroes));
             }
-            request.buffers.zero_fill();
+            request.zero_fill();
             return Ok(None);
         }
         if advance == 0 {
@@ -438,7 +438,7 @@ impl FileQueue {
             match u64::try_from(moved) {
                 Ok(0) if request.op == Op::Read => {
                     // Somebody made the file shorter: what is not there reads as zeroes.
-                    request.buffers.zero_fill();
+                    request.zero_fill();
                     break;
                 }
                 Ok(0) => return Progress::Done(Err(IoError::Io)),

@@ -335,6 +335,14 @@ impl Parts {
         add(list, self.out_count, &mut self.in_count, at, len)
     }
 
+    /// The buffers that the device may write, without the status byte.
+    pub(super) fn received<'a>(
+        &self,
+        list: &'a [MaybeUninit<Buffer>],
+    ) -> impl Iterator<Item = &'a Buffer> + use<'a> {
+        self.buffers(list, self.out_count, self.in_count)
+    }
+
     /// What the chain asks for.
     pub(super) fn judge(&self, list: &[MaybeUninit<Buffer>], terms: Terms<'_>) -> Verdict {
         self.request(list, terms)

@@ -254,6 +254,30 @@ impl MemoryMap {
         Some(())
     }
 
+    /// Hands the guest ranges that lie here from `at` on to `piece`; those of memory that is not of
+    /// this map are left out.
+    pub(super) fn guest_pieces(
+        &self,
+        mut at: *const u8,
+        mut len_bytes: usize,
+        mut piece: impl FnMut(u64, u64),
+    ) {
+        while len_bytes > 0 {
+            let found = self.regions.iter().find_map(|region| {
+                let offset = (at as usize).checked_sub(region.base as usize)? as u64;
+                let left = region.address.len_bytes.checked_sub(offset)?;
+                (left > 0).then_some((region.address.guest + offset, left))
+            });
+            let Some((guest, left)) = found else {
+                return;
+            };
+            let here = usize::try_from(left).unwrap_or(len_bytes).min(len_bytes);
+            piece(guest, here as u64);
+            at = at.wrapping_add(here);
+            len_bytes -= here;
+        }
+    }
+
     /// Where a range of the client's own addresses is here, if it lies in one region.
     pub(super) fn user(&self, user: u64, len_bytes: u64) -> Option<*mut u8> {
         self.regions.iter().find_map(|region| {
@@ -413,6 +437,17 @@ pub(super) mod tests {
         assert_eq!(map.pieces(0x3ff0, 0x20, &mut note), None);
         let straddled = (low_base.wrapping_add(0x1ff0), 0x10);
         assert_eq!(seen[..2], [straddled, (high_base, 0x10)]);
+        // And back.
+        let guest = |at: *mut u8, len| {
+            let mut seen = Vec::new();
+            map.guest_pieces(at, len, |guest, len| seen.push((guest, len)));
+            seen
+        };
+        assert_eq!(guest(low_base, 0x2000), [(0x1000, 0x2000)]);
+        assert_eq!(guest(high_base.wrapping_add(8), 8), [(0x3008, 8)]);
+        let past = guest(high_base.wrapping_add(0xff0), 0x11);
+        assert_eq!(past[..1], [(0x3ff0, 0x10)]);
+        assert!(guest(ptr::null_mut(), 8).is_empty());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod block;
 mod channel;
+mod dirty;
 mod inflight;
 mod link;
 mod memory;

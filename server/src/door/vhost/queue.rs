@@ -16,6 +16,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::block::{self, MAX_BUFFERS, Parts, Terms, Transfer, Verdict, mask};
+use super::dirty::Logging;
 use super::link::Link;
 use super::memory::{HeldMap, MemoryMap, Region};
 use super::sigbus;
@@ -24,7 +25,7 @@ use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
 use crate::counters::Counters;
 use crate::door::{DoorQueue, Next};
 use crate::io::{Completion, FreeSlots, Full, Piece, Ring, Slot, SlotTable};
-use crate::request::{Buffer, Buffers, Outcome, Request};
+use crate::request::{Buffer, Buffers, Op, Outcome, Request};
 
 /// Requests that can be under way on one thread.
 const SLOTS: u32 = 256;
@@ -48,8 +49,11 @@ pub(super) enum Command {
     Call(u16, Option<OwnedFd>, mpsc::Sender<()>),
     /// Report a broken vring through this descriptor.
     Error(u16, Option<OwnedFd>, mpsc::Sender<()>),
-    /// Use another memory map for everything that begins from now on.
-    Map(Arc<MemoryMap>, mpsc::Sender<()>),
+    /// Use another memory map for everything that begins from now on, and this log of dirty pages for
+    /// everything that ends from now on.
+    Memory(Arc<MemoryMap>, Option<Logging>, mpsc::Sender<()>),
+    /// Mark what is written to the used ring of a vring, which is there for the log; or do not.
+    LogUsed(u16, Option<u64>, mpsc::Sender<()>),
     /// Finish everything and end.
     Exit,
 }
@@ -61,7 +65,7 @@ struct Taken {
     status: Option<NonNull<u8>>,
     written_bytes: u32,
     /// Keeps the memory mapped that the buffers are in.
-    _map: Rc<HeldMap>,
+    map: Rc<HeldMap>,
 }
 
 /// The vrings of one queue thread.
@@ -74,6 +78,8 @@ pub(super) struct VhostQueues {
     map: Rc<HeldMap>,
     /// Whether the client's memory is pinned.
     pins: bool,
+    /// Where the client wants to know what is written to its memory.
+    logging: Option<Logging>,
     free: FreeSlots,
     taken: SlotTable<Taken>,
     /// [`MAX_BUFFERS`] for each slot. Not touched before it is used, so it costs no memory.
@@ -96,6 +102,7 @@ impl VhostQueues {
             vrings: Vec::new(),
             map: Rc::default(),
             pins,
+            logging: None,
             free: FreeSlots::new(SLOTS),
             taken: SlotTable::new(slots),
             buffers: Box::new_uninit_slice(slots * MAX_BUFFERS),
@@ -122,7 +129,9 @@ impl VhostQueues {
         let inflight = start.inflight.take();
         let queue = Virtqueue::new(options, start.addresses, start.base, &start.map, inflight)?;
         self.hold(ring, Arc::clone(&start.map));
+        self.logging = start.logging.take();
         let mut vring = Box::new(Vring::new(start, queue));
+        vring.set_logged(self.logs_requests());
         self.expect_room(vring.arm_kick(ring));
         if self.vrings.len() <= local {
             self.vrings.resize_with(local + 1, || None);
@@ -131,13 +140,19 @@ impl VhostQueues {
         Ok(())
     }
 
-    fn set_map(&mut self, ring: &mut Ring, map: Arc<MemoryMap>) {
+    fn set_memory(&mut self, ring: &mut Ring, map: Arc<MemoryMap>, logging: Option<Logging>) {
         // Requests under way keep the old map; rings must be in the new one.
-        self.hold(ring, map);
+        if !std::ptr::eq(self.map.map(), &raw const *map) {
+            self.hold(ring, map);
+        }
+        self.logging = logging;
+        let logged = self.logs_requests();
         for local in 0..self.vrings.len() {
-            if let Some(vring) = &mut self.vrings[local]
-                && let Err(error) = vring.queue.remap(self.map.map())
-            {
+            let Some(vring) = &mut self.vrings[local] else {
+                continue;
+            };
+            vring.set_logged(logged);
+            if let Err(error) = vring.queue.remap(self.map.map()) {
                 self.give_up(ring, local, error);
             }
         }
@@ -159,6 +174,10 @@ impl VhostQueues {
             }
         }
         self.map = Rc::new(HeldMap::new(map));
+    }
+
+    fn logs_requests(&self) -> bool {
+        (self.logging.as_ref()).is_some_and(|logging| logging.requests)
     }
 
     /// Ends service of a vring that the driver broke; the session goes on.
@@ -224,7 +243,7 @@ impl VhostQueues {
                     head,
                     status: parts.status,
                     written_bytes,
-                    _map: Rc::clone(&self.map),
+                    map: Rc::clone(&self.map),
                 };
                 self.taken.put(slot, taken);
                 vring.in_flight += 1;
@@ -248,6 +267,20 @@ impl VhostQueues {
                     self.counters.count_rejected();
                 }
                 put_status(parts.status, block::status(outcome));
+                if let Some(Logging {
+                    log,
+                    requests: true,
+                }) = &self.logging
+                {
+                    let map = self.map.map();
+                    // Who identifies himself writes there.
+                    if outcome.is_ok() {
+                        log.mark_buffers(map, parts.received(list));
+                    }
+                    if let Some(status) = parts.status {
+                        log.mark_memory(map, status.as_ptr(), 1);
+                    }
+                }
                 vring.queue.push_used(head, written_bytes);
                 self.free.give_back(slot);
                 None
@@ -270,6 +303,26 @@ fn terms<'a>(link: &'a Link, vring: &Vring) -> Terms<'a> {
         features: vring.features,
         write_through: limits.write_cache && !writeback,
     }
+}
+
+/// Marks what a request wrote to guest memory, if that is wanted. Whatever became of a read, the
+/// storage may have written all of its buffers. Returns whether the chain can be returned.
+#[cold]
+fn mark(logging: &Option<Logging>, vring: &Vring, taken: &Taken, request: &mut Request) -> bool {
+    if let Some(Logging {
+        log,
+        requests: true,
+    }) = logging
+    {
+        let map = taken.map.map();
+        if request.op == Op::Read {
+            log.mark_buffers(map, request.whole_list());
+        }
+        if let Some(status) = taken.status {
+            log.mark_memory(map, status.as_ptr(), 1);
+        }
+    }
+    !vring.is_broken()
 }
 
 /// Writes a status byte to where the driver wants it.
@@ -329,8 +382,14 @@ impl DoorQueue for VhostQueues {
                 }
                 let _ = reply.send(());
             }
-            Command::Map(map, reply) => {
-                self.set_map(ring, map);
+            Command::Memory(map, logging, reply) => {
+                self.set_memory(ring, map, logging);
+                let _ = reply.send(());
+            }
+            Command::LogUsed(index, used_guest, reply) => {
+                if let Some(vring) = self.vring(index) {
+                    vring.set_used_guest(used_guest);
+                }
                 let _ = reply.send(());
             }
             Command::Exit => {
@@ -414,7 +473,7 @@ impl DoorQueue for VhostQueues {
                     head,
                     status: Some(transfer.status),
                     written_bytes: transfer.written_bytes,
-                    _map: Rc::clone(&self.map),
+                    map: Rc::clone(&self.map),
                 };
                 self.taken.put(slot, taken);
                 let buffer = self.buffers[slot as usize * MAX_BUFFERS].write(transfer.buffer);
@@ -432,23 +491,22 @@ impl DoorQueue for VhostQueues {
     }
 
     #[inline(always)]
-    fn complete(&mut self, _ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome) {
-        request.finish();
+    fn complete(&mut self, _ring: &mut Ring, slot: Slot, mut request: Request, outcome: Outcome) {
         let taken = self.taken.take(slot);
         self.free.give_back(slot);
         put_status(taken.status, block::status(outcome));
-        let Some(vring) = &mut self.vrings[taken.vring] else {
-            return;
-        };
-        vring.in_flight -= 1;
-        if !vring.is_broken() {
-            let written_bytes = if outcome.is_ok() {
-                taken.written_bytes
-            } else {
-                1
-            };
-            vring.queue.push_used(taken.head, written_bytes);
+        if let Some(vring) = &mut self.vrings[taken.vring] {
+            vring.in_flight -= 1;
+            if vring.is_plain() || mark(&self.logging, vring, &taken, &mut request) {
+                let written_bytes = if outcome.is_ok() {
+                    taken.written_bytes
+                } else {
+                    1
+                };
+                vring.queue.push_used(taken.head, written_bytes);
+            }
         }
+        request.finish();
     }
 
     fn end_batch(&mut self, ring: &mut Ring) -> Next {
@@ -457,7 +515,11 @@ impl DoorQueue for VhostQueues {
         if self.poisonings != poisonings {
             self.poisonings = poisonings;
             let mut vrings = self.vrings.iter().flatten();
-            if self.map.map().is_poisoned() || vrings.any(|vring| vring.queue.lost_its_record()) {
+            let mut log = self.logging.iter().map(|logging| &logging.log);
+            if self.map.map().is_poisoned()
+                || vrings.any(|vring| vring.queue.lost_its_record())
+                || log.any(|log| log.is_poisoned())
+            {
                 self.link.hang_up("the client cut its memory file short");
             }
         }
@@ -469,6 +531,9 @@ impl DoorQueue for VhostQueues {
             };
             if vring.queue.has_unpublished() && !vring.is_broken() && vring.queue.publish() {
                 vring.call_due = true;
+            }
+            if let Some(logging) = &self.logging {
+                vring.log_used(&logging.log);
             }
             let called = vring.call(ring);
             let wound_up = called.and_then(|()| vring.wind_up(ring));
@@ -520,6 +585,9 @@ impl DoorQueue for VhostQueues {
                 nothing = false;
             } else {
                 vring.listening = true;
+            }
+            if let Some(logging) = &self.logging {
+                vring.log_used(&logging.log);
             }
         }
         nothing

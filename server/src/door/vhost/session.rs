@@ -27,15 +27,19 @@ use vhost::vhost_user::{
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 
 use super::block::{self, mask};
+use super::dirty::{DirtyLog, Logging};
 use super::inflight::InflightBuffer;
 use super::link::Link;
 use super::memory::{MAX_REGIONS, MemoryMap, Region, RegionAddress};
 use super::queue::Command;
-use super::virtqueue::{MAX_QUEUE_SIZE, RingAddresses};
+use super::virtqueue::{MAX_QUEUE_SIZE, RingAddresses, used_ring_bytes};
 use super::vring::Start;
 use super::{MAX_VRINGS, channel};
 use crate::access::{Access, Client, Hold};
 use crate::io::mailbox::Sender;
+
+/// `VHOST_F_LOG_ALL`: what requests write is marked in the log of dirty pages.
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 /// How often a thread that waits for a queue thread looks whether that is still alive.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -112,6 +116,8 @@ pub(super) fn converse(
 struct VringSetup {
     size: u16,
     addresses: Option<RingAddresses>,
+    /// Where the used ring is for the log of dirty pages, if its writes are to be marked.
+    used_guest: Option<u64>,
     base: u16,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
@@ -140,6 +146,8 @@ struct Session {
     threads: BTreeMap<u16, QueueHandle>,
     map: Arc<MemoryMap>,
     inflight: Option<InflightBuffer>,
+    /// The log of dirty pages; it is used while somebody wants it.
+    log: Option<Arc<DirtyLog>>,
     features: u64,
     vrings: Vec<VringSetup>,
 }
@@ -163,13 +171,16 @@ impl Session {
             threads: BTreeMap::new(),
             map: Arc::default(),
             inflight: None,
+            log: None,
             features: 0,
             vrings: Vec::new(),
         }
     }
 
     fn offered(&self) -> u64 {
-        block::features(self.link.limits()) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        block::features(self.link.limits())
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+            | LOG_ALL
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut VringSetup> {
@@ -215,6 +226,7 @@ impl Session {
         let negotiated = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
         let features = self.features;
         let map = Arc::clone(&self.map);
+        let logging = self.logging()?;
         let vring = self.vring(u32::from(index))?;
         // Without protocol features there is no message that enables a vring.
         let enabled = vring.enabled || !negotiated;
@@ -253,6 +265,8 @@ impl Session {
             call: vring.call.take(),
             error: vring.error.take(),
             map,
+            logging,
+            used_guest: vring.used_guest,
             inflight,
         });
         let thread = index % self.sizes.threads;
@@ -279,10 +293,45 @@ impl Session {
     /// use the old one, and they keep it.
     fn use_map(&mut self, regions: Vec<Region>) -> Result<()> {
         self.map = Arc::new(MemoryMap::new(regions).map_err(failed)?);
-        for &thread in self.threads.keys() {
-            self.ask(thread, |reply| Command::Map(Arc::clone(&self.map), reply))?;
-        }
+        self.tell_threads()?;
         self.start_all_ready()
+    }
+
+    /// Tells every queue thread of the memory map and the log of dirty pages. When this returns, all
+    /// use both.
+    fn tell_threads(&self) -> Result<()> {
+        let logging = self.logging()?;
+        for &thread in self.threads.keys() {
+            let (map, logging) = (Arc::clone(&self.map), logging.clone());
+            self.ask(thread, |reply| Command::Memory(map, logging, reply))?;
+        }
+        Ok(())
+    }
+
+    /// What is to be marked in the log of dirty pages.
+    ///
+    /// # Errors
+    ///
+    /// When the log has no bits for a part of it: a migration would lose what is written there.
+    fn logging(&self) -> Result<Option<Logging>> {
+        let requests = self.features & LOG_ALL != 0;
+        let Some(log) = &self.log else {
+            return Ok(None);
+        };
+        let covers_map = (self.map.regions().iter().map(Region::address))
+            .all(|region| log.covers(region.guest, region.len_bytes));
+        if requests && !covers_map {
+            return refuse("the log of dirty pages is too small for the memory");
+        }
+        let mut used_rings = self
+            .vrings
+            .iter()
+            .filter_map(|vring| Some((vring.used_guest?, used_ring_bytes(vring.size))));
+        if !used_rings.all(|(guest, len_bytes)| log.covers(guest, len_bytes)) {
+            return refuse("the log of dirty pages is too small for a used ring");
+        }
+        let log = Arc::clone(log);
+        Ok(Some(Logging { log, requests }))
     }
 
     fn end_threads(&mut self) {
@@ -353,10 +402,14 @@ impl VhostUserBackendReqHandlerMut for Session {
         if excess != 0 {
             return refuse(format!("features {excess:#x} were not offered"));
         }
-        if features != self.features && self.vrings.iter().any(|vring| vring.started) {
+        let changed = features ^ self.features;
+        if changed & !LOG_ALL != 0 && self.vrings.iter().any(|vring| vring.started) {
             return refuse("features cannot change while vrings are running");
         }
         self.features = features;
+        if changed & LOG_ALL != 0 {
+            self.tell_threads()?;
+        }
         Ok(())
     }
 
@@ -391,11 +444,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
-        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
-            return not_offered();
-        }
+        let logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+        let used_guest = logged.then_some(log);
         let addresses = RingAddresses {
             descriptors: descriptor,
             available,
@@ -406,7 +458,15 @@ impl VhostUserBackendReqHandlerMut for Session {
             return refuse(format!("vring {index} is running and cannot move"));
         }
         vring.addresses = Some(addresses);
-        self.start_if_ready(u16::try_from(index).map_err(|_| Error::InvalidParam)?)
+        let number = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
+        let was = std::mem::replace(&mut vring.used_guest, used_guest);
+        if vring.started && was != used_guest {
+            self.logging()?;
+            return self.ask(number % self.sizes.threads, |reply| {
+                Command::LogUsed(number, used_guest, reply)
+            });
+        }
+        self.start_if_ready(number)
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
@@ -471,6 +531,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::BACKEND_REQ
@@ -593,7 +654,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         not_offered()
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        not_offered()
+    fn set_log_base(&mut self, told: &VhostUserLog, file: File) -> Result<()> {
+        self.log = Some(Arc::new(DirtyLog::map(told, &file).map_err(failed)?));
+        // The client lets go of the log before this one when it has the answer.
+        self.tell_threads()
     }
 }

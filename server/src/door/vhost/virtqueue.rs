@@ -117,6 +117,8 @@ pub(super) struct Virtqueue {
     shown_used: u16,
     /// The used index when the driver was last asked whether it wants a notification.
     published_used: u16,
+    /// Used entries before this index are marked in the log of dirty pages, if there is one.
+    logged_used: u16,
     /// Whether the driver was notified since the start; the first time it always is.
     notified: bool,
     /// Where the client remembers what is under way.
@@ -152,6 +154,7 @@ impl Virtqueue {
             next_used: 0,
             shown_used: 0,
             published_used: 0,
+            logged_used: 0,
             notified: false,
             inflight,
             again: Vec::new(),
@@ -161,6 +164,7 @@ impl Virtqueue {
         queue.next_used = used;
         queue.shown_used = used;
         queue.published_used = used;
+        queue.logged_used = used;
         queue.used_word(0).store(0, Ordering::Relaxed);
         if let Some(inflight) = &mut queue.inflight {
             let mut again = inflight.recover(used).map_err(|_| RingError::Inflight)?;
@@ -432,6 +436,26 @@ impl Virtqueue {
         }
     }
 
+    /// From now on used entries are to be marked: those of this round too.
+    pub(super) fn start_logging(&mut self) {
+        self.logged_used = self.published_used;
+    }
+
+    /// Hands the parts of the used ring to `mark` that may have been written since the last time:
+    /// offset from its beginning, and length.
+    pub(super) fn written(&mut self, mut mark: impl FnMut(u64, u64)) {
+        let size = u64::from(self.options.size);
+        // `flags` and `idx`, then `avail_event`.
+        mark(0, 4);
+        mark(4 + 8 * size, 2);
+        let count = u64::from(self.next_used.wrapping_sub(self.logged_used)).min(size);
+        let first = u64::from(self.logged_used) & (size - 1);
+        let to_end = count.min(size - first);
+        mark(4 + 8 * first, 8 * to_end);
+        mark(4, 8 * (count - to_end));
+        self.logged_used = self.next_used;
+    }
+
     fn available_word(&self, word: usize) -> &AtomicU16 {
         // SAFETY: `translate` checked that all words of the ring are mapped and aligned; the owner
         // of the queue keeps the map, and the client's own accesses are atomic or its own problem.
@@ -471,12 +495,18 @@ fn translate(size: u16, addresses: RingAddresses, map: &MemoryMap) -> Result<Poi
             Err(RingError::Address)
         }
     };
+    let used_bytes = used_ring_bytes(size);
     let size = u64::from(size);
     Ok(Pointers {
         descriptors: part(addresses.descriptors, DESCRIPTOR_BYTES * size, 16)?,
         available: part(addresses.available, 6 + 2 * size, 2)?.cast(),
-        used: part(addresses.used, 6 + 8 * size, 4)?.cast(),
+        used: part(addresses.used, used_bytes, 4)?.cast(),
     })
+}
+
+/// Bytes of the used ring of a queue.
+pub(super) fn used_ring_bytes(size: u16) -> u64 {
+    6 + 8 * u64::from(size)
 }
 
 /// Where a chain's descriptors are.

@@ -380,3 +380,41 @@ fn what_arrives_before_kicks_are_on_is_not_missed() {
         assert_eq!(take(&mut queue), Ok(Some(0)));
     }
 }
+
+#[test]
+fn every_byte_of_the_used_ring_that_was_written_is_told_once() {
+    let bench = Bench::new();
+    bench.set(USED + 2, 5);
+    let mut queue = bench.queue(true, 5);
+    let entries = |queue: &mut Virtqueue| {
+        let mut told = Vec::new();
+        queue.written(|at, len| told.extend((at..at + len).step_by(2)));
+        for word in [0, 2, 4 + 8 * 8] {
+            let at = told.iter().position(|told| *told == word);
+            told.remove(at.expect("flags, index and event are always told"));
+        }
+        told.iter()
+            .filter(|at| *at % 8 == 4)
+            .map(|at| at / 8)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(entries(&mut queue), [0; 0]);
+    for head in 0..5 {
+        queue.push_used(head, 1);
+    }
+    // Entries 5, 6, 7 and, around the end, 0 and 1.
+    assert_eq!(entries(&mut queue), [5, 6, 7, 0, 1]);
+    assert_eq!(entries(&mut queue), [0; 0]);
+    queue.push_used(0, 1);
+    queue.publish();
+    queue.push_used(1, 1);
+    // Switched on in the middle of a round: what the round returned before belongs to it.
+    queue.start_logging();
+    assert_eq!(entries(&mut queue), [3]);
+    for head in (0..8).chain(0..8) {
+        queue.push_used(head, 1);
+    }
+    let mut all = entries(&mut queue);
+    all.sort_unstable();
+    assert_eq!(all, Vec::from_iter(0..8));
+}

@@ -7,6 +7,7 @@ use std::sync::mpsc;
 use io_uring::{opcode, squeue, types};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 
+use super::dirty::{DirtyLog, Logging};
 use super::inflight::InflightQueue;
 use super::memory::MemoryMap;
 use super::virtqueue::{RingAddresses, Virtqueue};
@@ -26,6 +27,9 @@ pub(super) struct Start {
     pub call: Option<OwnedFd>,
     pub error: Option<OwnedFd>,
     pub map: Arc<MemoryMap>,
+    pub logging: Option<Logging>,
+    /// Where the used ring is for the log of dirty pages, if its writes are to be marked.
+    pub used_guest: Option<u64>,
     pub inflight: Option<InflightQueue>,
 }
 
@@ -74,6 +78,11 @@ pub(super) struct Vring {
     /// The driver kicks at the next chain; until then nobody looks at the ring.
     pub(super) listening: bool,
     broken: bool,
+    /// Whether requests are to be marked in the log of dirty pages.
+    logged: bool,
+    /// Neither broken nor logged: a request that has ended is returned and that is all.
+    plain: bool,
+    used_guest: Option<u64>,
     stopping: Option<Stopping>,
     /// Whether the driver's chains are of interest: it is enabled, not broken, and not to stop.
     served: bool,
@@ -106,6 +115,9 @@ impl Vring {
             // A kick may have come and gone before.
             listening: false,
             broken: false,
+            logged: false,
+            plain: true,
+            used_guest: start.used_guest,
             stopping: None,
             served: true,
             in_flight: 0,
@@ -131,7 +143,43 @@ impl Vring {
     /// Never touches the ring again. Returns whether it was usable until now.
     pub(super) fn give_up(&mut self) -> bool {
         self.served = false;
+        self.plain = false;
         !std::mem::replace(&mut self.broken, true)
+    }
+
+    /// Whether what its requests write is to be marked in the log of dirty pages.
+    pub(super) fn set_logged(&mut self, logged: bool) {
+        if logged && !self.logged {
+            self.queue.start_logging();
+        }
+        self.logged = logged;
+        self.plain = !logged && !self.broken;
+    }
+
+    /// Where its used ring is for the log of dirty pages; `None`: not to be marked.
+    pub(super) fn set_used_guest(&mut self, used_guest: Option<u64>) {
+        if self.used_guest.is_none() {
+            self.queue.start_logging();
+        }
+        self.used_guest = used_guest;
+    }
+
+    /// Marks what was written to the used ring.
+    #[cold]
+    pub(super) fn log_used(&mut self, log: &DirtyLog) {
+        if let Some(base) = self.used_guest
+            && !self.broken
+        {
+            self.queue.written(|offset, len_bytes| {
+                log.mark(base.wrapping_add(offset), len_bytes);
+            });
+        }
+    }
+
+    /// Whether a request that has ended needs no more than to be returned.
+    #[inline]
+    pub(super) fn is_plain(&self) -> bool {
+        self.plain
     }
 
     /// Whether the driver broke the ring.

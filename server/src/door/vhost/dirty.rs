@@ -1,0 +1,205 @@
+//! The log of dirty pages: which guest memory the server wrote (vhost-user, "Migration").
+//!
+//! The client shares a bitmap, one bit for each 4 KiB of guest addresses, looks at it now and then,
+//! and takes out the bits that are set. A bit is set after its page was written: the other way round
+//! the client could take it out, and copy the page, before the data is there.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use vhost::vhost_user::message::VhostUserLog;
+
+use super::memory::{MemoryMap, Region, RegionAddress};
+use crate::request::Buffer;
+
+/// `VHOST_LOG_PAGE`, whatever the pages of the machine are.
+const PAGE_SHIFT: u32 = 12;
+
+/// The bitmap that a client shares.
+#[derive(Debug)]
+pub(super) struct DirtyLog {
+    /// Keeps what `base` points to.
+    map: MemoryMap,
+    base: *mut u8,
+    len_bytes: u64,
+}
+
+// SAFETY: `base` is an address in shared memory that `map` keeps; all access is atomic.
+unsafe impl Send for DirtyLog {}
+// SAFETY: as above.
+unsafe impl Sync for DirtyLog {}
+
+impl DirtyLog {
+    /// Maps the bitmap.
+    ///
+    /// # Errors
+    ///
+    /// When the file is shorter than it should be or cannot be mapped for writing.
+    pub(super) fn map(told: &VhostUserLog, file: &File) -> io::Result<Self> {
+        let address = RegionAddress {
+            guest: 0,
+            len_bytes: told.mmap_size,
+            user: 0,
+        };
+        let region = Region::map(address, file, told.mmap_offset)?;
+        Ok(Self {
+            base: region.start(),
+            len_bytes: told.mmap_size,
+            map: MemoryMap::new(vec![region])?,
+        })
+    }
+
+    /// Whether there is a bit for each page of a range.
+    pub(super) fn covers(&self, guest: u64, len_bytes: u64) -> bool {
+        let last = guest.checked_add(len_bytes.saturating_sub(1));
+        last.is_some_and(|last| last >> PAGE_SHIFT >> 3 < self.len_bytes)
+    }
+
+    /// Marks the pages of a range that was written. What lies outside is left out: whoever switches the
+    /// log on asks whether it [covers](Self::covers) the memory.
+    pub(super) fn mark(&self, guest: u64, len_bytes: u64) {
+        if len_bytes == 0 || !self.covers(guest, len_bytes) {
+            return;
+        }
+        let (mut page, last) = (guest >> PAGE_SHIFT, (guest + len_bytes - 1) >> PAGE_SHIFT);
+        while page <= last {
+            let (from, to) = (page & 7, (last - (page & !7)).min(7));
+            // Bits `from` to `to`.
+            let bits = (0xff << from) & (0xff >> (7 - to));
+            // No truncation: the bitmap is mapped, and the byte lies in it.
+            let byte = self.base.wrapping_add((page >> 3) as usize);
+            // SAFETY: `covers` says that the byte lies in the bitmap, which `map` keeps.
+            let byte = unsafe { AtomicU8::from_ptr(byte) };
+            // After the data, also for a client on another processor that takes the bit out.
+            byte.fetch_or(bits, Ordering::SeqCst);
+            page = (page | 7) + 1;
+        }
+    }
+
+    /// Marks memory that lies in `map`, by its address here.
+    pub(super) fn mark_memory(&self, map: &MemoryMap, at: *const u8, len_bytes: usize) {
+        map.guest_pieces(at, len_bytes, |guest, len_bytes| {
+            self.mark(guest, len_bytes);
+        });
+    }
+
+    /// Marks buffers that lie in `map`.
+    pub(super) fn mark_buffers<'a>(
+        &self,
+        map: &MemoryMap,
+        buffers: impl IntoIterator<Item = &'a Buffer>,
+    ) {
+        for buffer in buffers {
+            self.mark_memory(map, buffer.iov_base.cast(), buffer.iov_len);
+        }
+    }
+
+    /// Whether the client took the bitmap away.
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.map.is_poisoned()
+    }
+}
+
+/// What is to be marked, and where.
+#[derive(Clone, Debug)]
+pub(super) struct Logging {
+    pub log: Arc<DirtyLog>,
+    /// Whether requests mark what they write (`VHOST_F_LOG_ALL`). Used rings have a flag of their own.
+    pub requests: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::memory::tests::memfd;
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    fn log(len_bytes: u64, offset: u64) -> (DirtyLog, File) {
+        let file = memfd(0x4000);
+        let log = DirtyLog::map(&VhostUserLog::new(len_bytes, offset), &file).unwrap();
+        (log, file)
+    }
+
+    /// The pages that are marked.
+    fn marked(file: &File, offset: u64, len: usize) -> Vec<usize> {
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, offset).unwrap();
+        (0..8 * len)
+            .filter(|page| bytes[page / 8] & (1 << (page % 8)) != 0)
+            .collect()
+    }
+
+    #[test]
+    fn exactly_the_pages_of_a_range_are_marked() {
+        for (first, last) in [
+            (0, 0),
+            (7, 7),
+            (7, 8),
+            (3, 5),
+            (0, 63),
+            (9, 40),
+            (16, 23),
+            (127, 127),
+        ] {
+            let (log, file) = log(16, 0x1008);
+            let (start, end) = ((first << 12) + 0xfff, (last << 12) + 1);
+            let len = if first == last { 1 } else { end - start };
+            log.mark(start, len);
+            let (first, last) = (
+                usize::try_from(first).unwrap(),
+                usize::try_from(last).unwrap(),
+            );
+            assert_eq!(marked(&file, 0x1008, 16), Vec::from_iter(first..=last));
+            assert_eq!(marked(&file, 0x1000, 8), [0; 0], "before the bitmap");
+        }
+    }
+
+    #[test]
+    fn what_is_outside_the_bitmap_is_left_alone() {
+        let (log, file) = log(16, 0);
+        for (guest, len) in [
+            (128 << 12, 1),
+            ((128 << 12) - 1, 2),
+            (u64::MAX, 1),
+            (u64::MAX, u64::MAX),
+            (0, u64::MAX),
+            (0, 0),
+        ] {
+            assert!(len == 0 || !log.covers(guest, len), "{guest:#x}+{len:#x}");
+            log.mark(guest, len);
+        }
+        assert!(log.covers(0, 128 << 12));
+        assert_eq!(marked(&file, 0, 0x1000), [0; 0]);
+    }
+
+    #[test]
+    fn bits_that_were_set_stay() {
+        let (log, file) = log(16, 0);
+        for page in [3, 1, 3] {
+            log.mark(page << 12, 1);
+        }
+        assert_eq!(marked(&file, 0, 16), [1, 3]);
+    }
+
+    #[test]
+    fn bitmaps_that_are_not_there_are_refused() {
+        let file = memfd(0x2000);
+        let map = |size, offset| DirtyLog::map(&VhostUserLog::new(size, offset), &file).is_ok();
+        assert!(map(0x2000, 0) && map(0x1000, 0x1000) && map(1, 0x1fff));
+        for (size, offset) in [
+            (0x2001, 0),
+            (0x1000, 0x1001),
+            (0, 0),
+            (u64::MAX, 1),
+            (1, 0x2000),
+        ] {
+            assert!(!map(size, offset), "{size:#x} at {offset:#x}");
+        }
+        let pipe = File::from(rustix::pipe::pipe().unwrap().0);
+        assert!(DirtyLog::map(&VhostUserLog::new(0x1000, 0), &pipe).is_err());
+        let readable = File::open("/proc/self/exe").unwrap();
+        assert!(DirtyLog::map(&VhostUserLog::new(0x1000, 0), &readable).is_err());
+    }
+}
