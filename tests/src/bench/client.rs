@@ -5,9 +5,12 @@
 //! is asked for anew in one batch. The client reads the server's counters itself, with nothing in
 //! flight, just before and after the time that counts, so that nobody else has to wake up for it.
 
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::mem::MaybeUninit;
-use std::path::PathBuf;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -55,8 +58,11 @@ pub enum End {
 /// What the client is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Order {
-    /// Where the server listens.
+    /// Where the server listens; or the block device, if the client upgrades.
     pub socket: PathBuf,
+    /// Opens the block device and connects to the service at its descriptor, which takes a kernel with
+    /// the series.
+    pub upgrades: bool,
     /// What to ask for.
     pub op: Op,
     /// How much at a time.
@@ -157,6 +163,15 @@ struct Load {
     random: u64,
     next_block: u64,
     _blkio: Blkio,
+    _claim: Option<File>,
+}
+
+/// Opens a block device so that nobody else mounts it meanwhile.
+fn claim(device: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    options.custom_flags(libc::O_EXCL | libc::O_DIRECT);
+    (options.open(device)).with_context(|| format!("cannot claim {}", device.display()))
 }
 
 /// A polling client gives up on a server that is silent for this long.
@@ -166,8 +181,12 @@ impl Load {
     fn connect(order: &Order) -> Result<Self> {
         ensure!(order.depth > 0, "a depth of zero does nothing");
         let mut blkio = Blkio::new("virtio-blk-vhost-user").map_err(plain)?;
-        let path = order.socket.to_str().context("a path that is no text")?;
-        blkio.set_str("path", path).map_err(plain)?;
+        let claim = order.upgrades.then(|| claim(&order.socket)).transpose()?;
+        let path = match &claim {
+            Some(device) => format!("/dev/self/fd/{}/vhost-user-blk", device.as_raw_fd()),
+            None => (order.socket.to_str().context("a path that is no text")?).to_owned(),
+        };
+        blkio.set_str("path", &path).map_err(plain)?;
         blkio.connect().map_err(plain)?;
         blkio.set_i32("num-queues", 1).map_err(plain)?;
         // A request takes three descriptors.
@@ -202,6 +221,7 @@ impl Load {
             random: 0x9e37_79b9_7f4a_7c15,
             next_block: 0,
             _blkio: blkio,
+            _claim: claim,
         })
     }
 

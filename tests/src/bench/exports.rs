@@ -75,6 +75,7 @@ fn order(settings: &Settings, server: &Server, export: usize) -> Order {
     let folder = runtime_dir(settings).join("exports");
     Order {
         socket: folder.join(format!("e{export}")).join("vhost-user-blk"),
+        upgrades: false,
         op: Op::RandRead,
         block_bytes: 4096,
         depth: 1,

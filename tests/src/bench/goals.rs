@@ -4,6 +4,7 @@
 use super::figures::Samples;
 use super::record::{Bound, Document, Goal};
 use super::{exports, upgrade, vm};
+use crate::suites::upgraded::{GUEST, GUEST_UPGRADED, PROGRAM, PROGRAM_UPGRADED};
 
 use Bound::{AtLeast, AtMost};
 
@@ -136,28 +137,31 @@ fn block_door(document: &Document) -> Vec<Goal> {
     goals
 }
 
-/// A guest before and after the upgrade.
+/// A guest, and a program, before and after the upgrade.
 fn upgraded(document: &Document) -> Vec<Goal> {
-    let goals = || {
+    let pair = |who: &str, before: &str, after: &str| {
         let row = document.row(upgrade::LANE, upgrade::TITLE, "depth 32")?;
-        let before = row.candidate(upgrade::BEFORE)?;
-        let after = row.candidate(upgrade::AFTER)?;
+        let (before, after) = (row.candidate(before)?, row.candidate(after)?);
         let iops = after.iops.ratio(&before.iops)?;
         let calls = Samples::of(&[before.syscalls_per_io? / after.syscalls_per_io?])?;
-        Some(vec![
+        let what = |what: &str| format!("{who}, depth 32: {what} the upgrade");
+        Some([
+            Goal::new(&what("IOPS after ÷ before"), AtLeast(2.0), &iops),
             Goal::new(
-                "guest, depth 32: IOPS after ÷ before the upgrade",
-                AtLeast(2.0),
-                &iops,
-            ),
-            Goal::new(
-                "guest, depth 32: system calls for a request before ÷ after the upgrade",
+                &what("system calls for a request before ÷ after"),
                 AtLeast(5.0),
                 &calls,
             ),
         ])
     };
-    goals().unwrap_or_default()
+    [
+        pair("guest", GUEST, GUEST_UPGRADED),
+        pair("program", PROGRAM, PROGRAM_UPGRADED),
+    ]
+    .into_iter()
+    .flatten()
+    .flatten()
+    .collect()
 }
 
 /// Many exports in one process.

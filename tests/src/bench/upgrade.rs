@@ -9,7 +9,8 @@ use super::figures::Samples;
 use super::record::{Candidate, Row};
 use crate::kernel::Kernel;
 use crate::runner;
-use crate::suites::{Need, upgraded};
+use crate::suites::Need;
+use crate::suites::upgraded::{self, GUEST, GUEST_UPGRADED, PROGRAM, PROGRAM_UPGRADED};
 use crate::test::{Context, Place};
 
 /// The lane's name.
@@ -17,11 +18,6 @@ pub const LANE: &str = "upgrade";
 
 /// The title of its table.
 pub const TITLE: &str = "4 KiB random reads of a memory disk, in User Mode Linux";
-
-/// The three ways to the disk, as the story names them.
-pub const BEFORE: &str = "guest, virtio-blk on block device";
-/// After the upgrade.
-pub const AFTER: &str = "guest, upgraded";
 
 const NEEDS: &[Need] = &[
     Need::Tools,
@@ -68,7 +64,7 @@ pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
                 .collect()
         };
         let mut candidates = Vec::new();
-        for what in ["block device, no guest", BEFORE, AFTER] {
+        for what in [PROGRAM, PROGRAM_UPGRADED, GUEST, GUEST_UPGRADED] {
             let rows = of_depth(what);
             let series = |of: fn(&upgraded::Row) -> f64| {
                 let values: Vec<f64> = rows.iter().map(|row| of(row)).collect();

@@ -32,6 +32,7 @@ fn the_client_and_the_server_count_the_same_requests(cx: &Context) -> Result<()>
         .start()?;
     let order = |op, waiting, depth| Order {
         socket: socket.clone(),
+        upgrades: false,
         op,
         block_bytes: 4096,
         depth,

@@ -1,25 +1,29 @@
 //! The upgrade, told and measured in one Linux with the kernel series: a disk is used as a block
-//! device, by a guest of a stock QEMU on that block device, and by the same guest upgraded.
+//! device, by a program that upgrades, by a guest of a stock QEMU on that block device, and by the same
+//! guest upgraded.
+
+mod costs;
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use self::costs::{SystemCalls, cpu_us, during};
 use super::guest::FilesOnDisk;
+use crate::bench::attach::Client;
+use crate::bench::client::{End, Op, Order, Waiting};
 use crate::kernel::Kernel;
 use crate::kit::fio::Fio;
 use crate::kit::images::{self, KnownFiles};
 use crate::kit::server::{Serve, Server};
 use crate::kit::shell::{Shell, sh};
 use crate::machine::{Machine, Qemu, Uml};
-use crate::process;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -31,6 +35,18 @@ pub const STEPS: &[Test] = &[
     test!(upgrade_and_back).limit_s(700),
     test!(bench_disk).limit_s(300),
 ];
+
+/// A program on the block device: fio.
+pub const PROGRAM: &str = "program on block device";
+
+/// A program that has a descriptor of the block device and upgrades: libblkio's core.
+pub const PROGRAM_UPGRADED: &str = "program, upgraded";
+
+/// A guest on the block device.
+pub const GUEST: &str = "guest, virtio-blk on block device";
+
+/// The same guest, upgraded.
+pub const GUEST_UPGRADED: &str = "guest, upgraded";
 
 const DISK_BYTES: u64 = 96 << 20;
 
@@ -52,8 +68,8 @@ pub struct Bench {
     pub iops: f64,
     /// Mean completion latency.
     pub mean_us: f64,
-    /// Its 99th percentile.
-    pub p99_us: f64,
+    /// Its 99th percentile, if somebody looked.
+    pub p99_us: Option<f64>,
 }
 
 /// A fio job: 4 KiB random reads.
@@ -166,14 +182,17 @@ pub fn table(findings: &Findings) -> Vec<String> {
         "calls"
     )];
     for row in &findings.rows {
-        let qemu = row.qemu_us.map_or("-".to_owned(), |us| format!("{us:.1}"));
+        let known = |value: Option<f64>, digits| {
+            value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
+        };
+        let (p99, qemu) = (known(row.bench.p99_us, 0), known(row.qemu_us, 1));
         lines.push(format!(
-            "{:<34} {:>5} {:>8.0} {:>9.0} {:>9.0} {:>11.1} {:>9} {:>9.2}",
+            "{:<34} {:>5} {:>8.0} {:>9.0} {:>9} {:>11.1} {:>9} {:>9.2}",
             row.what,
             row.depth,
             row.bench.iops,
             row.bench.mean_us,
-            row.bench.p99_us,
+            p99,
             row.server_us,
             qemu,
             row.calls
@@ -196,7 +215,7 @@ fn a_guest_upgrades_from_the_block_device_and_back(cx: &Context) -> Result<()> {
     for line in table(&findings) {
         println!("{line}");
     }
-    ensure!(findings.rows.len() == 3, "rows are missing");
+    ensure!(findings.rows.len() == 4, "rows are missing");
     Ok(())
 }
 
@@ -280,7 +299,10 @@ impl Story<'_> {
         std::thread::sleep(WINDOW);
         let after = now()?;
         let reads = after.2 - before.2;
-        ensure!(reads > 0.0, "the job ended too early");
+        ensure!(
+            reads > 0.0,
+            "the job ended before its processor time was known"
+        );
         Ok(((after.0 - before.0) / reads, (after.1 - before.1) / reads))
     }
 
@@ -292,7 +314,10 @@ impl Story<'_> {
         std::thread::sleep(WINDOW);
         let reads = self.reads(door)? - before;
         let calls = counted.end()?;
-        ensure!(reads > 0, "the job ended too early");
+        ensure!(
+            reads > 0,
+            "the job ended before its system calls were counted"
+        );
         Ok(calls as f64 / reads as f64)
     }
 
@@ -338,23 +363,55 @@ pub(super) fn expect_access(cx: &Context, wanted: &str) -> Result<()> {
     }
 }
 
-fn upgrade_and_back(cx: &Context) -> Result<()> {
-    let image = cx.scratch().join("disk.ext4");
-    let known = images::ext4_with_known_files(&image, DISK_BYTES, 1)?;
+/// A server of a memory disk, and a story about it.
+fn begin<'a>(cx: &'a Context, grace: &str) -> Result<(Server, Story<'a>)> {
     let server = Serve::new(cx)
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
-        .args(["--name", "disk", "--reconnect-grace", "60"])
+        .args(["--name", "disk", "--reconnect-grace", grace])
         .arg(format!("mem:{DISK_BYTES}"))
         .start()?;
-    let mut story = Story {
+    let told = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(cx.exchange().join(TOLD))
+        .context("cannot tell")?;
+    let story = Story {
         cx,
-        told: File::create(cx.exchange().join(TOLD)).context("cannot tell")?,
+        told,
         disk: server.block_device()?,
         server: server.pid(),
         depths: cx.args()?,
         rows: Vec::new(),
     };
+    Ok((server, story))
+}
+
+/// Programs, without a guest. libblkio hangs up without stopping its vrings, which the server takes for
+/// its death: so they have a disk of their own.
+fn programs(cx: &Context) -> Result<Vec<Row>> {
+    let (server, mut story) = begin(cx, "0")?;
+    let (disk, pid) = (story.disk.clone(), story.server);
+    let name = disk.display();
+    story.say(&format!("ublkup serves a memory disk as {name}"))?;
+    story.measure(PROGRAM, Door::Block, None, |depth| {
+        let disk = disk.clone();
+        random_reads(cx, &Job { disk, depth })
+    })?;
+    story.say("fio has read it through the block device")?;
+    story.measure(PROGRAM_UPGRADED, Door::Vhost, None, |depth| {
+        upgraded_reads(&disk, depth, pid)
+    })?;
+    story.say("a program has upgraded from its descriptor of the block device, and read it so")?;
+    server.stop()?;
+    Ok(story.rows)
+}
+
+fn upgrade_and_back(cx: &Context) -> Result<()> {
+    let mut rows = programs(cx)?;
+    let image = cx.scratch().join("disk.ext4");
+    let known = images::ext4_with_known_files(&image, DISK_BYTES, 1)?;
+    let (server, mut story) = begin(cx, "60")?;
     let disk = story.disk.clone();
     sh(&format!(
         "dd if={} of={} bs=1M oflag=direct status=none",
@@ -363,15 +420,10 @@ fn upgrade_and_back(cx: &Context) -> Result<()> {
     ))
     .run()?;
     story.say(&format!(
-        "ublkup serves a memory disk as {}, with an ext4 file system of {} known files on it",
+        "ublkup serves another as {}, with an ext4 file system of {} known files on it",
         disk.display(),
         known.len()
     ))?;
-    story.measure("block device, no guest", Door::Block, None, |depth| {
-        let disk = disk.clone();
-        random_reads(cx, &Job { disk, depth })
-    })?;
-    story.say("fio has read it through the block device")?;
 
     let new = before(&mut story, &known)?;
     let known = known.and(new);
@@ -390,7 +442,7 @@ fn upgrade_and_back(cx: &Context) -> Result<()> {
         known.len(),
         more.len()
     ))?;
-    let rows = story.rows;
+    rows.append(&mut story.rows);
     stop(server)?;
     cx.reply(&Findings {
         rows,
@@ -424,7 +476,7 @@ fn before(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
         "a stock QEMU guest on the block device (virtio-blk) found them all and added {}",
         new.len()
     ))?;
-    story.measure_in_guest("guest, virtio-blk on block device", Door::Block, &mut guest)?;
+    story.measure_in_guest(GUEST, Door::Block, &mut guest)?;
     guest.power_off();
     story.say("the same fio has run in the guest")?;
     Ok(new)
@@ -449,7 +501,7 @@ fn after(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
         "the block device took a write while upgraded: {write}"
     );
     story.say("meanwhile the block device refuses writes (EBADE, a reservation conflict)")?;
-    story.measure_in_guest("guest, upgraded", Door::Vhost, &mut guest)?;
+    story.measure_in_guest(GUEST_UPGRADED, Door::Vhost, &mut guest)?;
     guest.power_off();
     story.say("the same fio has run in the upgraded guest")?;
     Ok(new)
@@ -512,108 +564,34 @@ fn random_reads(cx: &Context, job: &Job) -> Result<Bench> {
         requests: report.reads(),
         iops: report.iops(),
         mean_us: latency.mean_us,
-        p99_us: latency.p99_us,
+        p99_us: Some(latency.p99_us),
     })
 }
 
-/// Does something while a job runs, and returns both results.
-fn during<A: Send, B>(
-    job: impl FnOnce() -> Result<A> + Send,
-    look: impl FnOnce() -> Result<B>,
-) -> Result<(A, B)> {
-    std::thread::scope(|scope| {
-        let job = scope.spawn(job);
-        let seen = look();
-        let ended = job.join().map_err(|_| anyhow!("the job panicked"))?;
-        Ok((ended?, seen?))
-    })
-}
-
-/// User and system time of a process so far.
-fn cpu_us(pid: u32) -> Result<f64> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-    // proc_pid_stat(5): the name, field 2, is in parentheses and may hold anything.
-    let fields: Vec<_> = stat
-        .rsplit_once(')')
-        .context("no name in it")?
-        .1
-        .split_whitespace()
-        .collect();
-    let ticks = |field: usize| -> Result<f64> {
-        let text = fields.get(field - 3).context("too few fields")?;
-        Ok(text.parse::<f64>()?)
+/// The same by a program that has opened the block device and connects to what is behind it.
+fn upgraded_reads(disk: &Path, depth: u32, server: u32) -> Result<Bench> {
+    let order = Order {
+        socket: disk.to_owned(),
+        upgrades: true,
+        op: Op::RandRead,
+        block_bytes: 4096,
+        depth: depth as usize,
+        waiting: Waiting::Sleeps,
+        cpu: 0,
+        warm_up: End::Requests(1),
+        // Client and server share the only processor: who looks at them gets his turns late.
+        window: End::Milliseconds(u64::from(JOB_SECONDS) * 1500),
+        server,
+        hold_ms: 0,
     };
-    let per_second = rustix::param::clock_ticks_per_second() as f64;
-    Ok((ticks(14)? + ticks(15)?) / per_second * 1e6)
-}
-
-/// Counts the system calls of processes until its end.
-struct SystemCalls {
-    strace: std::process::Child,
-    output: PathBuf,
-    patience: Duration,
-}
-
-impl SystemCalls {
-    fn of(cx: &Context, pids: [Option<u32>; 2]) -> Result<Self> {
-        let output = cx.scratch().join("strace");
-        let said = cx.scratch().join("strace.err");
-        let mut command = Command::new("strace");
-        command.args(["-f", "-c", "-qq", "-o"]).arg(&output);
-        let mut threads = 0;
-        for pid in pids.into_iter().flatten() {
-            command.arg("-p").arg(pid.to_string());
-            threads += std::fs::read_dir(format!("/proc/{pid}/task"))?.count();
-        }
-        let stderr = File::create(&said).context("cannot create a file")?;
-        let strace = process::spawn_bound(command.stderr(stderr))?;
-        let counting = Self {
-            strace,
-            output,
-            patience: cx.patience(20),
-        };
-        // It is attached when the kernel says so of every thread.
-        let deadline = Instant::now() + counting.patience;
-        while pids.into_iter().flatten().map(traced).sum::<usize>() < threads {
-            if Instant::now() > deadline {
-                bail!(
-                    "strace attached to nothing: {}",
-                    std::fs::read_to_string(&said)?
-                );
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(counting)
-    }
-
-    fn end(mut self) -> Result<u64> {
-        process::signal(&self.strace, rustix::process::Signal::INT)?;
-        process::wait_limited(&mut self.strace, self.patience)?.context("strace does not end")?;
-        let text = std::fs::read_to_string(&self.output).context("strace wrote nothing")?;
-        total_calls(&text).with_context(|| format!("strace's table cannot be read:\n{text}"))
-    }
-}
-
-/// Threads of a process that are being traced.
-fn traced(pid: u32) -> usize {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter();
-    tasks
-        .flatten()
-        .flatten()
-        .filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok())
-        .filter(|status| {
-            status
-                .lines()
-                .any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
-        })
-        .count()
-}
-
-/// The sum in the table of `strace -c`: the `calls` column of the line named `total`.
-fn total_calls(table: &str) -> Option<u64> {
-    let line = table.lines().find(|line| line.ends_with(" total"))?;
-    line.split_whitespace().nth(3)?.parse().ok()
+    let answer = Client::start(&order)?.finish()?;
+    Ok(Bench {
+        requests: answer.requests,
+        iops: answer.iops,
+        // Little's law.
+        mean_us: f64::from(depth) / answer.iops * 1e6,
+        p99_us: None,
+    })
 }
 
 fn qemu_version() -> Result<String> {
@@ -621,32 +599,4 @@ fn qemu_version() -> Result<String> {
     let line = text.lines().next().unwrap_or_default();
     let number = line.split_whitespace().nth(3).unwrap_or(line);
     Ok(format!("QEMU {number}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_calls_of_a_table_are_those_of_its_last_line() {
-        let table = "\
-% time     seconds  usecs/call     calls    errors syscall
------- ----------- ----------- --------- --------- ----------------
- 74.31    0.004233           4      1041           io_uring_enter
- 25.69    0.001463           1       959        12 futex
------- ----------- ----------- --------- --------- ----------------
-100.00    0.005696           2      2000        12 total
-";
-        assert_eq!(total_calls(table), Some(2000));
-        assert_eq!(total_calls(""), None);
-    }
-
-    #[test]
-    fn the_processor_time_of_this_process_grows() {
-        let before = cpu_us(std::process::id()).expect("readable");
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while cpu_us(std::process::id()).expect("readable") <= before {
-            assert!(Instant::now() < deadline, "no time passed");
-        }
-    }
 }

@@ -259,6 +259,7 @@ fn attach(
 fn order(settings: &Settings, load: &Load, socket: &Path, server: u32, window: End) -> Order {
     Order {
         socket: socket.to_owned(),
+        upgrades: false,
         op: load.op,
         block_bytes: load.block_bytes(),
         depth: load.depth,

@@ -1,0 +1,137 @@
+//! What a job costs the processes that serve it: processor time and system calls.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+
+use crate::process;
+use crate::test::Context;
+
+/// Does something while a job runs, and returns both results.
+pub(super) fn during<A: Send, B>(
+    job: impl FnOnce() -> Result<A> + Send,
+    look: impl FnOnce() -> Result<B>,
+) -> Result<(A, B)> {
+    std::thread::scope(|scope| {
+        let job = scope.spawn(job);
+        let seen = look();
+        let ended = job.join().map_err(|_| anyhow!("the job panicked"))?;
+        Ok((ended?, seen?))
+    })
+}
+
+/// User and system time of a process so far.
+pub(super) fn cpu_us(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    // proc_pid_stat(5): the name, field 2, is in parentheses and may hold anything.
+    let fields: Vec<_> = stat
+        .rsplit_once(')')
+        .context("no name in it")?
+        .1
+        .split_whitespace()
+        .collect();
+    let ticks = |field: usize| -> Result<f64> {
+        let text = fields.get(field - 3).context("too few fields")?;
+        Ok(text.parse::<f64>()?)
+    };
+    let per_second = rustix::param::clock_ticks_per_second() as f64;
+    Ok((ticks(14)? + ticks(15)?) / per_second * 1e6)
+}
+
+/// Counts the system calls of processes until its end.
+pub(super) struct SystemCalls {
+    strace: std::process::Child,
+    output: PathBuf,
+    patience: Duration,
+}
+
+impl SystemCalls {
+    pub(super) fn of(cx: &Context, pids: [Option<u32>; 2]) -> Result<Self> {
+        let output = cx.scratch().join("strace");
+        let said = cx.scratch().join("strace.err");
+        let mut command = Command::new("strace");
+        command.args(["-f", "-c", "-qq", "-o"]).arg(&output);
+        for pid in pids.into_iter().flatten() {
+            command.arg("-p").arg(pid.to_string());
+        }
+        let stderr = File::create(&said).context("cannot create a file")?;
+        let strace = process::spawn_bound(command.stderr(stderr))?;
+        let counting = Self {
+            strace,
+            output,
+            patience: cx.patience(20),
+        };
+        // It is attached when the kernel says so of every thread.
+        let deadline = Instant::now() + counting.patience;
+        while !pids.into_iter().flatten().all(is_traced) {
+            if Instant::now() > deadline {
+                bail!(
+                    "strace attached to nothing: {}",
+                    std::fs::read_to_string(&said)?
+                );
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(counting)
+    }
+
+    pub(super) fn end(mut self) -> Result<u64> {
+        process::signal(&self.strace, rustix::process::Signal::INT)?;
+        process::wait_limited(&mut self.strace, self.patience)?.context("strace does not end")?;
+        let text = std::fs::read_to_string(&self.output).context("strace wrote nothing")?;
+        total_calls(&text).with_context(|| format!("strace's table cannot be read:\n{text}"))
+    }
+}
+
+/// Whether every thread of a process is being traced.
+fn is_traced(pid: u32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter();
+    tasks
+        .flatten()
+        .flatten()
+        // A thread that ends meanwhile does not count.
+        .filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok())
+        .all(|status| {
+            status
+                .lines()
+                .any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+        })
+}
+
+/// The sum in the table of `strace -c`: the `calls` column of the line named `total`.
+fn total_calls(table: &str) -> Option<u64> {
+    let line = table.lines().find(|line| line.ends_with(" total"))?;
+    line.split_whitespace().nth(3)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_calls_of_a_table_are_those_of_its_last_line() {
+        let table = "\
+% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 74.31    0.004233           4      1041           io_uring_enter
+ 25.69    0.001463           1       959        12 futex
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.005696           2      2000        12 total
+";
+        assert_eq!(total_calls(table), Some(2000));
+        assert_eq!(total_calls(""), None);
+    }
+
+    #[test]
+    fn the_processor_time_of_this_process_grows() {
+        let before = cpu_us(std::process::id()).expect("readable");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while cpu_us(std::process::id()).expect("readable") <= before {
+            assert!(Instant::now() < deadline, "no time passed");
+        }
+    }
+}
