@@ -73,7 +73,7 @@ impl Load {
             let bytes = &mut self.model[place..][..len];
             let seed = random.below(1 << 16);
             for (index, byte) in bytes.iter_mut().enumerate() {
-                *byte = ((seed + index) ^ (index >> 8)) as u8;
+                *byte = ((seed + index) ^ (index >> 8)).to_le_bytes()[0];
             }
             driver.memory.put(data, bytes);
         }
