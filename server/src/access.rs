@@ -14,6 +14,7 @@
 //! nobody may write to is shared by all.
 
 use std::fmt;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -177,7 +178,12 @@ impl Access {
 
     fn note(&self) -> std::io::Result<()> {
         match &self.note {
-            Some(path) => std::fs::write(path, ""),
+            Some(path) => {
+                File::create(path)?.sync_all()?;
+                // The file is empty: that it is there is all it says.
+                path.parent()
+                    .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+            }
             None => Ok(()),
         }
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, Spec};
+use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, RecoveryMode, Spec};
 use crate::config::{check_together, read_file};
 use crate::door::ublk::DataPath;
 use crate::polling::Polling;
@@ -80,10 +80,22 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Drain an export and take it down
+    /// Drain an export and take it down; refused while somebody uses it
     Stop {
         /// The export
         name: String,
+        /// Also while its block device is open or a vhost-user client has the disk
+        #[arg(long)]
+        force: bool,
+    },
+    /// Serve an export again as it was last served, and go on with the block device and the clients
+    /// that its server left when it died
+    Recover {
+        /// The export
+        name: String,
+        /// If its server lives, take over from it
+        #[arg(long)]
+        take_over: bool,
     },
     /// Say whether a block device can be upgraded, and how; disturbs nobody
     ///
@@ -158,6 +170,12 @@ pub struct Serve {
     #[arg(long)]
     pub no_partition_scan: bool,
 
+    /// What becomes of the block device when this server dies: it waits for the next one, and
+    /// requests without an answer are done again (reissue); it stays, and requests fail until there
+    /// is a server (fail-io); it goes (off) [default: auto: reissue for files, off for the others]
+    #[arg(long, value_enum)]
+    pub ublk_recovery: Option<RecoveryMode>,
+
     /// The vhost-user-blk door [default: auto]
     #[arg(long, value_enum)]
     pub vhost: Option<DoorMode>,
@@ -203,6 +221,11 @@ pub struct Serve {
     /// Refuse writes at both doors
     #[arg(long)]
     pub read_only: bool,
+
+    /// If a living server has an export of this name, take over its block device and its clients: it
+    /// finishes what is under way and leaves, and nobody gets an error
+    #[arg(long)]
+    pub take_over: bool,
 
     /// Serve what can be served when some of several exports cannot start
     #[arg(long)]
@@ -254,6 +277,7 @@ impl Serve {
             ublk_data: self.ublk_data,
             ublk_affinity: self.ublk_affinity.then_some(true),
             no_partition_scan: self.no_partition_scan.then_some(true),
+            ublk_recovery: self.ublk_recovery,
             vhost: self.vhost,
             vhost_socket: self.vhost_socket.clone(),
             queues: self.queues,

@@ -32,7 +32,10 @@ pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
     let mut exports = Vec::new();
     for name in dir.names()? {
         if !dir.is_alive(&name) {
-            tracing::warn!("{name}: its server died; 'ublkup doctor --clean' clears what it left");
+            tracing::warn!(
+                "{name}: its server is gone; 'ublkup recover {name}' goes on with it, 'ublkup doctor --clean' \
+                 clears what it left"
+            );
             continue;
         }
         match control::stat(&dir.folder(&name).join(CONTROL), STAT_LIMIT) {
@@ -78,9 +81,9 @@ pub fn stat(dir: &RuntimeDir, name: &str, json: bool, watch: bool) -> Result<Exi
 ///
 /// # Errors
 ///
-/// When the export is not served, or does not end.
-pub fn stop(dir: &RuntimeDir, name: &str) -> Result<ExitCode> {
-    control::stop(&served(dir, name)?.join(CONTROL), STOP_LIMIT)
+/// When the export is not served, or in use, or does not end.
+pub fn stop(dir: &RuntimeDir, name: &str, force: bool) -> Result<ExitCode> {
+    control::stop(&served(dir, name)?.join(CONTROL), force, STOP_LIMIT)
         .with_context(|| format!("{name} does not stop"))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -41,6 +41,31 @@ pub enum DoorMode {
     No,
 }
 
+/// What becomes of the block device when its server dies.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecoveryMode {
+    /// It waits for the next server if the disk outlives this one (a file) and the kernel can.
+    #[default]
+    Auto,
+    /// It waits, and requests without an answer are done again.
+    Reissue,
+    /// It stays, and requests fail until there is a server again.
+    FailIo,
+    /// It goes.
+    Off,
+}
+
 /// Queues per export at most. The kernel's ublk driver allows more; nobody needs them.
 pub const MAX_QUEUES: u16 = 64;
 
@@ -78,6 +103,8 @@ pub struct ExportConfig {
     pub ublk_affinity: bool,
     /// Whether the kernel looks for partitions on the block device.
     pub scan_partitions: bool,
+    /// What becomes of the block device when the server dies.
+    pub recovery: RecoveryMode,
     /// The vhost door.
     pub vhost: DoorMode,
     /// Where the vhost door listens; in the runtime directory when there is no path.
@@ -94,10 +121,12 @@ pub struct ExportConfig {
     pub threads: ThreadOptions,
     /// How long the disk is kept for a vhost client that died.
     pub reconnect_grace: Duration,
+    /// What was asked for, to ask for it again.
+    pub served_as: ServedAs,
 }
 
 /// What may be said of an export on the command line or in a file; everything may be missing.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ExportOptions {
     /// See [`ExportConfig::name`].
@@ -114,6 +143,8 @@ pub struct ExportOptions {
     pub ublk_affinity: Option<bool>,
     /// The contrary of [`ExportConfig::scan_partitions`].
     pub no_partition_scan: Option<bool>,
+    /// See [`ExportConfig::recovery`].
+    pub ublk_recovery: Option<RecoveryMode>,
     /// See [`ExportConfig::vhost`].
     pub vhost: Option<DoorMode>,
     /// See [`ExportConfig::vhost_socket`].
@@ -157,6 +188,7 @@ impl ExportOptions {
             ublk_data: self.ublk_data.or(other.ublk_data),
             ublk_affinity: self.ublk_affinity.or(other.ublk_affinity),
             no_partition_scan: self.no_partition_scan.or(other.no_partition_scan),
+            ublk_recovery: self.ublk_recovery.or(other.ublk_recovery),
             vhost: self.vhost.or(other.vhost),
             vhost_socket: self.vhost_socket.or_else(|| other.vhost_socket.clone()),
             queues: self.queues.or(other.queues),
@@ -175,6 +207,7 @@ impl ExportOptions {
     ///
     /// When a value is out of its bounds or two contradict each other.
     pub fn export(self, spec: Spec) -> Result<ExportConfig, ConfigError> {
+        let options = self.clone();
         let name = match (spec.name, self.name) {
             (Some(name), None) | (None, Some(name)) => name,
             (None, None) => spec.backend.default_name(),
@@ -186,6 +219,22 @@ impl ExportOptions {
             }
         };
         check_name(&name)?;
+        let served_as = ServedAs {
+            folder: std::env::current_dir().unwrap_or_default(),
+            spec: spec.text,
+            options: Self {
+                name: Some(name.clone()),
+                ..options
+            },
+        };
+        let recovery = self.ublk_recovery.unwrap_or_default();
+        let stays = matches!(recovery, RecoveryMode::Reissue | RecoveryMode::FailIo);
+        if stays && matches!(spec.backend, BackendSpec::Memory { .. }) {
+            return Err(ConfigError::new(format!(
+                "{name}: what is in memory goes with its server, so its block device cannot stay: \
+                 leave --ublk-recovery away"
+            )));
+        }
         let serial = match &spec.serial {
             Some(text) => text.clone(),
             None => name
@@ -256,6 +305,7 @@ impl ExportOptions {
             ublk_data: self.ublk_data.unwrap_or_default(),
             ublk_affinity,
             scan_partitions: !self.no_partition_scan.unwrap_or(false),
+            recovery,
             vhost,
             vhost_socket: self.vhost_socket,
             queues,
@@ -267,7 +317,33 @@ impl ExportOptions {
                 cpus: self.cpus,
             },
             reconnect_grace: Duration::from_secs(grace.into()),
+            served_as,
         })
+    }
+}
+
+/// What a server was asked to serve, for one that is to go on with it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ServedAs {
+    /// Where relative paths begin.
+    pub folder: PathBuf,
+    /// The SPEC.
+    pub spec: String,
+    /// The options.
+    pub options: ExportOptions,
+}
+
+impl ServedAs {
+    /// The export again. This process goes to the folder from which relative paths are meant.
+    ///
+    /// # Errors
+    ///
+    /// When it can no longer be served as it was.
+    pub fn export(self) -> Result<ExportConfig, ConfigError> {
+        std::env::set_current_dir(&self.folder)
+            .map_err(|error| ConfigError::new(format!("{}: {error}", self.folder.display())))?;
+        self.options.export(self.spec.parse()?)
     }
 }
 

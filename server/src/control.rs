@@ -1,7 +1,8 @@
 //! The admin socket of each export: one line of JSON asks, one line answers.
 //!
 //! `{"command":"stat"}` → [`ExportStatus`]; `{"command":"stop"}` → `{"stopped":true}` once the
-//! export is drained and gone. Anything else → `{"error":"…"}`.
+//! export is drained and gone; `{"command":"leave"}` → `{"left":true}` once it is another server's.
+//! Anything else → `{"error":"…"}`.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -37,7 +38,13 @@ pub enum Command {
     /// How is the export?
     Stat,
     /// Drain it and take it down.
-    Stop,
+    Stop {
+        /// Also if somebody uses it.
+        #[serde(default)]
+        force: bool,
+    },
+    /// End serving it, and leave its block device and its clients to another server.
+    Leave,
     /// Give it another size.
     Resize {
         /// Which; that of the storage if there is none.
@@ -134,6 +141,11 @@ struct Stopped {
     stopped: bool,
 }
 
+#[derive(Serialize, Deserialize)]
+struct Left {
+    left: bool,
+}
+
 /// What became of a disk that got another size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -162,7 +174,17 @@ pub trait Service: Send + Sync + 'static {
     /// Why it keeps its size.
     fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized>;
     /// Answers `stop`: returns when the export is gone.
-    fn stop(&self);
+    ///
+    /// # Errors
+    ///
+    /// Who uses it, unless that is no matter.
+    fn stop(&self, force: bool) -> Result<()>;
+    /// Answers `leave`: returns when the export is another server's to go on with.
+    ///
+    /// # Errors
+    ///
+    /// Why that is not possible.
+    fn leave(&self) -> Result<()>;
 }
 
 /// Listens on `path` and answers from a thread of its own, until the process ends or the returned
@@ -276,21 +298,25 @@ fn converse(mut stream: &UnixStream, service: &impl Service) -> io::Result<()> {
     BufReader::new(stream.take(MAX_LINE_BYTES)).read_line(&mut line)?;
     let answer = match serde_json::from_str(&line) {
         Ok(Command::Stat) => serde_json::to_string(&service.status()),
-        Ok(Command::Stop) => {
-            service.stop();
-            serde_json::to_string(&Stopped { stopped: true })
+        Ok(Command::Stop { force }) => {
+            answer_with(service.stop(force).map(|()| Stopped { stopped: true }))
         }
-        Ok(Command::Resize { size_bytes, shrink }) => match service.resize(size_bytes, shrink) {
-            Ok(resized) => serde_json::to_string(&resized),
-            Err(error) => serde_json::to_string(&Refused {
-                error: format!("{error:#}"),
-            }),
-        },
-        Err(error) => serde_json::to_string(&Refused {
-            error: format!("not a command: {error}"),
-        }),
+        Ok(Command::Leave) => answer_with(service.leave().map(|()| Left { left: true })),
+        Ok(Command::Resize { size_bytes, shrink }) => {
+            answer_with(service.resize(size_bytes, shrink))
+        }
+        Err(error) => answer_with::<()>(Err(anyhow::anyhow!("not a command: {error}"))),
     }?;
     stream.write_all(format!("{answer}\n").as_bytes())
+}
+
+fn answer_with<A: Serialize>(result: Result<A>) -> serde_json::Result<String> {
+    match result {
+        Ok(answer) => serde_json::to_string(&answer),
+        Err(error) => serde_json::to_string(&Refused {
+            error: format!("{error:#}"),
+        }),
+    }
 }
 
 /// Asks the export whose admin socket is `path` how it is.
@@ -306,9 +332,20 @@ pub fn stat(path: &Path, limit: Duration) -> Result<ExportStatus> {
 ///
 /// # Errors
 ///
-/// When nobody answers, or not within `limit`.
-pub fn stop(path: &Path, limit: Duration) -> Result<()> {
-    let Stopped { stopped: _ } = ask(path, Command::Stop, limit)?;
+/// When somebody uses it, unless `force` is true; when nobody answers, or not within `limit`.
+pub fn stop(path: &Path, force: bool, limit: Duration) -> Result<()> {
+    let Stopped { stopped: _ } = ask(path, Command::Stop { force }, limit)?;
+    Ok(())
+}
+
+/// Tells the export whose admin socket is `path` to make way for another server, and waits until it
+/// has.
+///
+/// # Errors
+///
+/// When it cannot be gone on with, when nobody answers, or not within `limit`.
+pub fn leave(path: &Path, limit: Duration) -> Result<()> {
+    let Left { left: _ } = ask(path, Command::Leave, limit)?;
     Ok(())
 }
 
@@ -336,6 +373,7 @@ fn ask<A: for<'a> Deserialize<'a>>(path: &Path, command: Command, limit: Duratio
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
             bail!("no answer within {} s", limit.as_secs())
         }
+        Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
         other => other?,
     };
     if let Ok(Refused { error }) = serde_json::from_str(&line) {
@@ -379,8 +417,14 @@ mod tests {
                 untold_clients: 0,
             })
         }
-        fn stop(&self) {
+        fn stop(&self, force: bool) -> Result<()> {
+            anyhow::ensure!(force, "in use");
             self.0.store(true, Ordering::SeqCst);
+            Ok(())
+        }
+        fn leave(&self) -> Result<()> {
+            anyhow::ensure!(self.0.load(Ordering::SeqCst), "not yet");
+            Ok(())
         }
     }
 
@@ -396,7 +440,10 @@ mod tests {
         assert_eq!(resize(&path, Some(7), false, LIMIT).unwrap().size_bytes, 7);
         let refused = resize(&path, None, false, LIMIT).unwrap_err();
         assert_eq!(refused.to_string(), "no size");
-        stop(&path, LIMIT).unwrap();
+        assert_eq!(leave(&path, LIMIT).unwrap_err().to_string(), "not yet");
+        assert_eq!(stop(&path, false, LIMIT).unwrap_err().to_string(), "in use");
+        stop(&path, true, LIMIT).unwrap();
+        leave(&path, LIMIT).unwrap();
         assert!(fake.0.load(Ordering::SeqCst));
         for nonsense in ["\n", "{}\n", "{\"command\":\"format\"}\n", "\u{0}\n"] {
             let mut stream = UnixStream::connect(&path).unwrap();

@@ -1,24 +1,28 @@
 //! One export: a backend and its doors.
 
 use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError, mpsc};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::access::Access;
+use crate::access::{Access, AccessState};
 use crate::backend::{Backend, Fault, File, FileOptions, Memory, Null};
-use crate::config::{BackendSpec, DoorMode, ExportConfig, format_size};
+use crate::config::{BackendSpec, DoorMode, ExportConfig, RecoveryMode, format_size};
 use crate::control::{
     self, ExportStatus, Listening, Resized, SessionStatus, UblkStatus, VhostStatus,
 };
 use crate::counters::Registry;
-use crate::door::ublk::{self, DoorEnd, UblkConfig, UblkDoor, UblkError, Unavailable};
+use crate::crash;
+use crate::door::ublk::{
+    self, DoorEnd, Recovery, Survivor, UblkConfig, UblkDoor, UblkError, Unavailable,
+};
 use crate::door::vhost::{SessionInfo, VhostConfig, VhostDoor};
 use crate::offer::Offer;
 use crate::request::{Limits, MAX_DISK_BYTES};
-use crate::runtime::{CONTROL, Claim, RuntimeDir, VHOST_SOCKET};
+use crate::runtime::{CONTROL, Claim, DeviceNote, RuntimeDir, VHOST_SOCKET};
 use crate::serve::Event;
 
 /// Which door.
@@ -50,6 +54,9 @@ const MAX_WRITE_ZEROES_BYTES: u64 = 16 << 20;
 
 /// Largest read or write that the doors offer.
 const MAX_IO_BYTES: u32 = 1 << 20;
+
+#[path = "succession.rs"]
+mod succession;
 
 /// A served export. Dropping it without [`Export::stop`] closes the doors all the same.
 pub struct Export {
@@ -111,7 +118,11 @@ enum State {
 }
 
 impl Export {
-    /// Claims the name, opens the backend, opens the doors. On failure nothing is left behind.
+    /// Claims the name, opens the backend, opens the doors. On failure nothing is left behind but
+    /// what was there.
+    ///
+    /// With `take_over` a living server of the name is asked to make way, and its block device is gone
+    /// on with or left alone, but never replaced.
     ///
     /// # Errors
     ///
@@ -119,36 +130,43 @@ impl Export {
     pub fn start(
         dir: &RuntimeDir,
         config: ExportConfig,
+        take_over: bool,
         events: mpsc::Sender<Event>,
     ) -> Result<Self> {
-        let claim = dir.claim(&config.name)?;
+        let claim = match take_over {
+            true => succession::claim(dir, &config)?,
+            false => dir.claim(&config.name)?,
+        };
+        crash::point("claimed");
         let house = House {
             config: &config,
             dir,
             claim: &claim,
             events: &events,
+            take_over,
         };
-        let (doors, storage, access) = match &config.backend {
-            BackendSpec::Null { size_bytes } => {
-                let disk = Null::new(plain_limits(&config, *size_bytes));
-                house.open(disk)?
+        match house.open_backend() {
+            Ok(opened) => Self::finish(opened, config, claim, events),
+            Err(error) => {
+                if take_over && claim.left_device().is_some() {
+                    claim.leave();
+                }
+                Err(error)
             }
-            BackendSpec::Memory { size_bytes } => {
-                let disk = Memory::new(plain_limits(&config, *size_bytes))
-                    .with_context(|| format!("cannot reserve {}", format_size(*size_bytes)))?;
-                house.open(disk)?
-            }
-            BackendSpec::File { path, cache } => {
-                let disk = File::open(FileOptions {
-                    path: path.clone(),
-                    cache: *cache,
-                    read_only: config.read_only,
-                    block_bytes: config.block_bytes,
-                    serial: config.serial,
-                })?;
-                house.open(disk)?
-            }
-        };
+        }
+    }
+
+    fn finish(
+        (doors, storage, access): Opened,
+        config: ExportConfig,
+        claim: Claim,
+        events: mpsc::Sender<Event>,
+    ) -> Result<Self> {
+        let served = serde_json::to_string(&config.served_as)?;
+        claim
+            .note_served(&served)
+            .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
+        crash::point("export-noted");
         let shared = Arc::new(Shared {
             config,
             limits: storage.limits().clone(),
@@ -204,14 +222,41 @@ impl Export {
         left
     }
 
+    /// Ends serving, and leaves block device and clients to another server: what is under way is
+    /// finished, clients are hung up on as if this server had died, the notes stay.
+    ///
+    /// An export that nobody could go on with is stopped.
+    pub fn leave(self) {
+        if let Err(error) = self.shared.may_leave() {
+            tracing::warn!("{}: {error:#}: it is stopped", self.shared.config.name);
+            return self.stop();
+        }
+        crash::point("asked-to-leave");
+        let name = &self.shared.config.name;
+        let (offer, ublk, vhost) = self.shared.take_doors();
+        drop(offer);
+        // From here on the right to write stays as it is noted.
+        self.shared.access.close();
+        if let Some((door, _)) = ublk
+            && let Err(error) = door.leave()
+        {
+            tracing::error!("{name}: {error:#}");
+        }
+        crash::point("block-door-left");
+        if let Some((door, _)) = vhost {
+            Closing::Vhost(door).close(name, &self.claim);
+        }
+        crash::point("doors-left");
+        tracing::info!("{name}: left to another server");
+        self.claim.leave();
+        self.shared.set_stopped();
+        drop(self.admin);
+    }
+
     /// Drains both doors, closes them and gives the name back.
     pub fn stop(self) {
         let name = &self.shared.config.name;
-        let (offer, ublk, vhost) = {
-            let mut doors = self.shared.doors();
-            doors.state = State::Stopping;
-            (doors.offer.take(), doors.ublk.take(), doors.vhost.take())
-        };
+        let (offer, ublk, vhost) = self.shared.take_doors();
         // Before the block device, whose removal waits for clients that nobody accepts.
         drop(offer);
         self.shared.access.close();
@@ -224,8 +269,7 @@ impl Export {
         }
         tracing::info!("{name}: stopped");
         drop(self.claim);
-        self.shared.doors().state = State::Stopped;
-        self.shared.stopped.notify_all();
+        self.shared.set_stopped();
         // Waits until those who asked for the stop have their answer.
         drop(self.admin);
     }
@@ -262,6 +306,84 @@ impl Shared {
 }
 
 impl Shared {
+    fn take_doors(
+        &self,
+    ) -> (
+        Option<Offer>,
+        Option<Open<UblkDoor>>,
+        Option<Open<VhostDoor>>,
+    ) {
+        let mut doors = self.doors();
+        doors.state = State::Stopping;
+        (doors.offer.take(), doors.ublk.take(), doors.vhost.take())
+    }
+
+    fn set_stopped(&self) {
+        self.doors().state = State::Stopped;
+        self.stopped.notify_all();
+    }
+
+    fn await_stopped(&self) {
+        let mut doors = self.doors();
+        while doors.state != State::Stopped {
+            doors = (self.stopped.wait(doors)).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether another server could go on with this export.
+    fn may_leave(&self) -> Result<()> {
+        if let BackendSpec::Memory { .. } = self.config.backend {
+            bail!("what is in memory goes with its server");
+        }
+        if let Some((door, _)) = &self.doors().ublk
+            && !door.can_be_left()
+        {
+            bail!(
+                "{} goes with its server (--ublk-recovery, and a kernel with user recovery, would \
+                 keep it)",
+                door.block_path().display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes the disk away from those who might begin to use it.
+    ///
+    /// # Errors
+    ///
+    /// Who uses it already.
+    fn close_if_unused(&self) -> Result<()> {
+        const FORCE: &str = "stop --force stops it all the same";
+        match self.access.state() {
+            AccessState::Waiting => {
+                bail!("in use: the disk is kept for a client that died ({FORCE})")
+            }
+            _ => {
+                if let Some(holder) = self.access.holder() {
+                    bail!("in use: {holder} has the disk ({FORCE})");
+                }
+            }
+        }
+        let doors = self.doors();
+        if let Some((door, _)) = &doors.vhost {
+            let running = door.sessions().into_iter().find(|client| client.vrings > 0);
+            if let Some(client) = running {
+                let pid = client.peer_pid.map_or("?".into(), |pid| pid.to_string());
+                bail!("in use: the vhost-user client of process {pid} has the disk ({FORCE})");
+            }
+        }
+        if let Some((door, _)) = &doors.ublk
+            && !door.close_unless_open()?
+        {
+            let user = door.user().unwrap_or("nobody we can see".into());
+            bail!(
+                "in use: {} is open: {user} ({FORCE})",
+                door.block_path().display()
+            );
+        }
+        Ok(())
+    }
+
     /// Whether something may be cut off the disk.
     fn may_shrink(&self, less_bytes: u64, wanted: bool) -> Result<()> {
         if !wanted {
@@ -381,17 +503,27 @@ impl control::Service for Shared {
         })
     }
 
-    fn stop(&self) {
+    fn stop(&self, force: bool) -> Result<()> {
+        if !force {
+            self.close_if_unused()?;
+        }
         let name = self.config.name.clone();
         // Nobody listens any more when the server is on its way out, and then it stops anyway.
         let _ = self.events.send(Event::Stop { name });
-        let mut doors = self.doors();
-        while doors.state != State::Stopped {
-            doors = self
-                .stopped
-                .wait(doors)
-                .unwrap_or_else(PoisonError::into_inner);
+        self.await_stopped();
+        Ok(())
+    }
+
+    fn leave(&self) -> Result<()> {
+        if self.doors().state != State::Serving {
+            bail!("it is being stopped");
         }
+        self.may_leave()?;
+        let name = self.config.name.clone();
+        // As above.
+        let _ = self.events.send(Event::Leave { name });
+        self.await_stopped();
+        Ok(())
     }
 }
 
@@ -424,11 +556,42 @@ struct House<'a> {
     dir: &'a RuntimeDir,
     claim: &'a Claim,
     events: &'a mpsc::Sender<Event>,
+    take_over: bool,
 }
 
+/// A door and its counters.
+type Open<D> = (D, Arc<Registry>);
+
+/// What an export is made of.
+type Opened = (Doors, Box<dyn Storage>, Arc<Access>);
+
 impl House<'_> {
+    fn open_backend(&self) -> Result<Opened> {
+        let config = self.config;
+        match &config.backend {
+            BackendSpec::Null { size_bytes } => {
+                self.open(Null::new(plain_limits(config, *size_bytes)))
+            }
+            BackendSpec::Memory { size_bytes } => {
+                let disk = Memory::new(plain_limits(config, *size_bytes))
+                    .with_context(|| format!("cannot reserve {}", format_size(*size_bytes)))?;
+                self.open(disk)
+            }
+            BackendSpec::File { path, cache } => {
+                let disk = File::open(FileOptions {
+                    path: path.clone(),
+                    cache: *cache,
+                    read_only: config.read_only,
+                    block_bytes: config.block_bytes,
+                    serial: config.serial,
+                })?;
+                self.open(disk)
+            }
+        }
+    }
+
     /// Opens the doors that were asked for, to a disk that fails if that was asked for.
-    fn open<B: Backend>(&self, disk: B) -> Result<(Doors, Box<dyn Storage>, Arc<Access>)> {
+    fn open<B: Backend>(&self, disk: B) -> Result<Opened> {
         if self.config.faults.is_empty() {
             return self.open_doors(disk);
         }
@@ -436,7 +599,7 @@ impl House<'_> {
         self.open_doors(Fault::new(disk, self.config.faults.clone()))
     }
 
-    fn open_doors<B: Backend>(&self, disk: B) -> Result<(Doors, Box<dyn Storage>, Arc<Access>)> {
+    fn open_doors<B: Backend>(&self, disk: B) -> Result<Opened> {
         let disk = Arc::new(disk);
         let limits = disk.limits().clone();
         let config = self.config;
@@ -493,17 +656,25 @@ impl House<'_> {
 
     /// The block device of a server of this name that died, if it can be gone on with.
     fn survivor(&self, limits: &Limits) -> Result<Option<u32>> {
-        let Some((id, Some(sequence))) = self.claim.left_ublk_id() else {
+        let Some(note) = self.claim.left_device() else {
+            return Ok(None);
+        };
+        if !may_open_ublk(self.config)? {
+            return Ok(None);
+        }
+        let Some(id) = noted_device(&note)? else {
             return Ok(None);
         };
         let wanted = self.config.ublk_id.is_none_or(|wanted| wanted == id);
-        if !wanted || !may_open_ublk(self.config)? || ublk::disk_sequence(id) != Some(sequence) {
-            return Ok(None);
+        match ublk::survivor(id, limits)? {
+            Survivor::Waiting if wanted => Ok(Some(id)),
+            Survivor::None => Ok(None),
+            _ if self.take_over => bail!(
+                "/dev/ublkb{id} waits for a server, but of another disk: size, block size and \
+                 attributes must be as before (ublkup doctor --clean removes the device)"
+            ),
+            Survivor::Waiting | Survivor::OtherDisk => Ok(None),
         }
-        if ublk::is_waiting_for(id, limits)? {
-            return Ok(Some(id));
-        }
-        Ok(None)
     }
 
     fn open_ublk<B: Backend>(
@@ -540,21 +711,50 @@ impl House<'_> {
             affinity: config.ublk_affinity,
             scan_partitions: config.scan_partitions,
             data: config.ublk_data,
-            // What was in memory has gone with the server; requests had better fail.
-            recoverable: matches!(config.backend, BackendSpec::File { .. }),
+            recovery: recovery(config),
+            mark: self.mark(survivor.is_some())?,
             take_over: survivor,
             refuse_writes,
         };
-        let door = UblkDoor::start(&ublk, disk, counters, on_end)?;
+        let mark = ublk.mark;
+        let door = UblkDoor::start(&ublk, disk, counters, on_end).inspect_err(|_| {
+            if survivor.is_none() && !matches!(ublk::marked(mark), Ok(Some(_))) {
+                self.claim.forget_ublk_id();
+            }
+        })?;
         if survivor.is_some() {
             let (name, disk) = (&config.name, door.block_path());
-            tracing::info!("{name}: goes on with {}, whose server died", disk.display());
+            tracing::info!("{name}: goes on with {}", disk.display());
         }
-        let folder = self.claim.folder().display();
-        self.claim
-            .note_ublk_id(door.id(), door.disk_sequence())
-            .with_context(|| format!("cannot write to {folder}"))?;
+        self.note(&DeviceNote {
+            id: Some(door.id()),
+            disk_sequence: door.disk_sequence(),
+            mark: Some(mark),
+        })?;
+        crash::point("id-noted");
         Ok(Some((door, registry)))
+    }
+
+    fn note(&self, note: &DeviceNote) -> Result<()> {
+        let folder = self.claim.folder().display();
+        (self.claim.note_device(note)).with_context(|| format!("cannot write to {folder}"))
+    }
+
+    /// The mark of the block device: of a new one it is noted before the device is made, so that it
+    /// is found whenever this server dies.
+    fn mark(&self, survives: bool) -> Result<u64> {
+        if survives {
+            let old = self.claim.left_device().and_then(|note| note.mark);
+            return Ok(old.unwrap_or_default());
+        }
+        // Not zero, which devices of others have.
+        let mark = RandomState::new().build_hasher().finish().max(1);
+        self.note(&DeviceNote {
+            mark: Some(mark),
+            ..DeviceNote::default()
+        })?;
+        crash::point("mark-noted");
+        Ok(mark)
     }
 
     /// Leads from the block device to the vhost door, if there are both. Without it the doors are
@@ -581,6 +781,26 @@ fn vhost_socket(config: &ExportConfig, claim: &Claim) -> Option<PathBuf> {
     Some(config.vhost_socket.clone().unwrap_or_else(default))
 }
 
+/// What shall become of the block device when this server dies.
+fn recovery(config: &ExportConfig) -> Recovery {
+    match (config.recovery, &config.backend) {
+        (RecoveryMode::Auto, BackendSpec::File { .. }) => Recovery::IfPossible,
+        // What was in memory has gone with the server; requests had better fail.
+        (RecoveryMode::Auto | RecoveryMode::Off, _) => Recovery::Off,
+        (RecoveryMode::Reissue, _) => Recovery::Reissue,
+        (RecoveryMode::FailIo, _) => Recovery::FailIo,
+    }
+}
+
+/// The device that is meant by a note, if it is there.
+fn noted_device(note: &DeviceNote) -> Result<Option<u32>, UblkError> {
+    match (note.id, note.disk_sequence) {
+        (Some(id), Some(sequence)) if ublk::disk_sequence(id) == Some(sequence) => Ok(Some(id)),
+        // Without its disk it has its mark.
+        _ => note.mark.map_or(Ok(None), ublk::marked),
+    }
+}
+
 /// Whether the block door is to be opened. In automatic mode, says once per process why not.
 fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
     if config.ublk == DoorMode::No {
@@ -603,12 +823,19 @@ fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
 ///
 /// When it cannot be removed, or has a living server.
 pub fn remove_left_over_device(claim: &Claim) -> Result<()> {
-    let Some((id, sequence)) = claim.left_ublk_id() else {
+    let Some(note) = claim.left_device() else {
         return Ok(());
     };
-    // One that waits for its server was ours if its disk is the one that was noted.
-    let ours = sequence.is_some() && ublk::disk_sequence(id) == sequence;
-    match ublk::remove(id, ours) {
+    let ours = match noted_device(&note) {
+        Err(UblkError::Unavailable(Unavailable::NoDriver)) => None,
+        other => other?,
+    };
+    // One that waits for its server is removed only if it was ours.
+    let removed = match ours.or(note.id) {
+        Some(id) => ublk::remove(id, ours.is_some()),
+        None => Ok(()),
+    };
+    match removed {
         // Without the driver there are no devices: the machine was booted again.
         Ok(()) | Err(UblkError::Unavailable(Unavailable::NoDriver)) => {}
         // The number went to somebody else in the meantime.

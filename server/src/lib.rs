@@ -11,6 +11,7 @@ pub mod client;
 pub mod config;
 pub mod control;
 pub mod counters;
+pub mod crash;
 pub mod device;
 pub mod doctor;
 pub mod door;

@@ -44,7 +44,13 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let dir = || RuntimeDir::find(cli.runtime_dir.clone());
     match cli.command {
         Command::Serve(options) => match options.exports() {
-            Ok(exports) => serve::run(&dir()?, exports, options.keep_going),
+            Ok(exports) => {
+                let how = serve::How {
+                    keep_going: options.keep_going,
+                    take_over: options.take_over,
+                };
+                serve::run(&dir()?, exports, how)
+            }
             Err(error) => {
                 eprintln!("ublkup: {error}");
                 Ok(USAGE.into())
@@ -58,7 +64,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             shrink,
             json,
         } => client::resize(&dir()?, &name, size, shrink, json),
-        Command::Stop { name } => client::stop(&dir()?, &name),
+        Command::Stop { name, force } => client::stop(&dir()?, &name, force),
+        Command::Recover { name, take_over } => serve::recover(&dir()?, &name, take_over),
         Command::Probe { device, json } => probe::run(&device, cli.runtime_dir.as_deref(), json),
         Command::Qemu(asked) => run_qemu(&asked, cli.runtime_dir.as_deref()),
         Command::Doctor { json, clean } => doctor::run(&dir()?, json, clean),

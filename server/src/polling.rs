@@ -67,6 +67,12 @@ impl fmt::Display for Polling {
     }
 }
 
+impl serde::Serialize for Polling {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 impl<'de> serde::Deserialize<'de> for Polling {
     /// A number of microseconds, or a text like on the command line.
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -4,19 +4,25 @@
 //! /run/ublkup/exports/NAME/lock             held (flock) by the server as long as it lives
 //!                          control          admin socket: stat, stop
 //!                          vhost-user-blk   the vhost door, unless --vhost-socket says otherwise
-//!                          ublk-id          number of the block device and of its disk, while there is one
+//!                          ublk-id          number of the block device and of its disk, and its mark, while there is one
+//!                          served           what is served and how, for `ublkup recover`
 //!                          upgraded         there while a vhost client has the disk
 //! ```
 //!
-//! The lock tells the living from the dead: whoever can take it may clear the folder away.
+//! The lock tells the living from the dead: whoever can take it may clear the folder away, or go on
+//! with what is noted there. Each note is written beside the old one and then put in its place, so
+//! that a server that dies at any moment leaves the old one or the new one.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+
+use crate::crash;
 
 /// The admin socket in an export's folder.
 pub const CONTROL: &str = "control";
@@ -27,6 +33,10 @@ pub const VHOST_SOCKET: &str = "vhost-user-blk";
 const LOCK: &str = "lock";
 const UBLK_ID: &str = "ublk-id";
 const UPGRADED: &str = "upgraded";
+const SERVED: &str = "served";
+
+/// How long a server that said that it left may take to let go of the name.
+const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Where servers of this user keep their state.
 #[derive(Clone, Debug)]
@@ -97,6 +107,32 @@ impl RuntimeDir {
         flock(&lock, FlockOperation::NonBlockingLockShared).is_err()
     }
 
+    /// What was last served under a name, as its server noted it.
+    ///
+    /// # Errors
+    ///
+    /// When nothing is noted.
+    pub fn served(&self, name: &str) -> io::Result<String> {
+        fs::read_to_string(self.folder(name).join(SERVED))
+    }
+
+    /// As [`claim`](Self::claim), for a name that its server is about to let go of.
+    ///
+    /// # Errors
+    ///
+    /// As for `claim`, after some seconds.
+    pub fn claim_soon(&self, name: &str) -> Result<Claim> {
+        let deadline = Instant::now() + LEAVE_LIMIT;
+        loop {
+            match self.claim(name) {
+                Err(_) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                other => return other,
+            }
+        }
+    }
+
     /// Takes the name for this process; clears away what a dead server left under it.
     ///
     /// # Errors
@@ -122,7 +158,7 @@ impl RuntimeDir {
             if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
                 bail!(
                     "an export called '{name}' is already served: stop it (ublkup stop {name}) \
-                     or choose another name"
+                     or go on with it (serve --take-over), or choose another name"
                 );
             }
             let same = fs::metadata(folder.join(LOCK))
@@ -132,6 +168,7 @@ impl RuntimeDir {
                 let claim = Claim {
                     folder,
                     name: name.to_owned(),
+                    left: false,
                     _lock: lock,
                 };
                 claim.clear_left_over()?;
@@ -152,6 +189,8 @@ fn open_lock(folder: &Path, more: OFlags) -> io::Result<File> {
 pub struct Claim {
     folder: PathBuf,
     name: String,
+    /// The notes are for another server.
+    left: bool,
     /// Held, not read: the kernel lets go of it when the process ends, however it ends.
     _lock: File,
 }
@@ -169,26 +208,47 @@ impl Claim {
         &self.folder
     }
 
-    /// The block device that a dead server of this name left behind, if it left one, and the
-    /// sequence number of its disk.
+    /// The block device that an earlier server of this name left behind, if it left one.
     #[must_use]
-    pub fn left_ublk_id(&self) -> Option<(u32, Option<u64>)> {
-        let text = fs::read_to_string(self.folder.join(UBLK_ID)).ok()?;
-        let mut words = text.split_whitespace();
-        let id = words.next()?.parse().ok()?;
-        Some((id, words.next().and_then(|word| word.parse().ok())))
+    pub fn left_device(&self) -> Option<DeviceNote> {
+        DeviceNote::parse(&fs::read_to_string(self.folder.join(UBLK_ID)).ok()?)
     }
 
-    /// Notes the numbers of the block device and its disk, so that it can be found after a crash.
+    /// Notes the block device, so that it can be found after a crash.
     ///
     /// # Errors
     ///
     /// When the folder cannot be written.
-    pub fn note_ublk_id(&self, id: u32, disk_sequence: Option<u64>) -> io::Result<()> {
-        let new = self.folder.join(".ublk-id.new");
-        let sequence = disk_sequence.map_or(String::new(), |number| format!(" {number}"));
-        fs::write(&new, format!("{id}{sequence}\n"))?;
-        fs::rename(new, self.folder.join(UBLK_ID))
+    pub fn note_device(&self, note: &DeviceNote) -> io::Result<()> {
+        self.note(UBLK_ID, &note.text())
+    }
+
+    /// Notes what is served, for a server that is to go on with it.
+    ///
+    /// # Errors
+    ///
+    /// When the folder cannot be written.
+    pub fn note_served(&self, text: &str) -> io::Result<()> {
+        self.note(SERVED, text)
+    }
+
+    /// Puts a note in the place of the old one, if there is one.
+    fn note(&self, name: &str, text: &str) -> io::Result<()> {
+        let new = self.folder.join(format!(".{name}.new"));
+        let mut file = File::create(&new)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        crash::point(match name {
+            SERVED => "export-written",
+            _ => "id-written",
+        });
+        fs::rename(new, self.folder.join(name))?;
+        File::open(&self.folder)?.sync_all()
+    }
+
+    /// Lets go of the name and leaves the notes to the next server.
+    pub fn leave(mut self) {
+        self.left = true;
     }
 
     /// Whether a vhost client had the disk when the last server of this name died.
@@ -212,7 +272,7 @@ impl Claim {
     fn clear_left_over(&self) -> Result<()> {
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
-            let keep = [LOCK, UBLK_ID, UPGRADED];
+            let keep = [LOCK, UBLK_ID, SERVED, UPGRADED];
             if !keep.iter().any(|name| entry.file_name() == *name) {
                 fs::remove_file(entry.path())
                     .with_context(|| format!("cannot remove {}", entry.path().display()))?;
@@ -224,11 +284,44 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        for file in [CONTROL, VHOST_SOCKET, UPGRADED, LOCK] {
+        if self.left {
+            return;
+        }
+        for file in [CONTROL, VHOST_SOCKET, SERVED, UPGRADED, LOCK] {
             remove(&self.folder.join(file));
         }
         // Not empty when a device was left noted on purpose: then the folder stays.
         let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// What is noted of a block device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceNote {
+    /// Its number; not known before it was made.
+    pub id: Option<u32>,
+    /// The sequence number of its disk; not known before the disk was there.
+    pub disk_sequence: Option<u64>,
+    /// What its maker marked it with.
+    pub mark: Option<u64>,
+}
+
+impl DeviceNote {
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split_whitespace().map(|word| word.parse::<u64>().ok());
+        let mut next = || words.next().flatten();
+        let note = Self {
+            id: next().and_then(|id| u32::try_from(id).ok()),
+            disk_sequence: next(),
+            mark: next(),
+        };
+        (note.id.is_some() || note.mark.is_some()).then_some(note)
+    }
+
+    fn text(&self) -> String {
+        let word = |number: Option<u64>| number.map_or("-".to_owned(), |number| number.to_string());
+        let id = self.id.map(u64::from);
+        [id, self.disk_sequence, self.mark].map(word).join(" ") + "\n"
     }
 }
 
@@ -276,12 +369,43 @@ mod tests {
         assert!(!dir.is_alive("a"));
         let claim = dir.claim("a").unwrap();
         assert!(!folder.join(CONTROL).exists());
-        assert_eq!(claim.left_ublk_id(), Some((7, None)));
-        claim.note_ublk_id(7, Some(12)).unwrap();
-        assert_eq!(claim.left_ublk_id(), Some((7, Some(12))));
+        let noted = DeviceNote {
+            id: Some(7),
+            ..DeviceNote::default()
+        };
+        assert_eq!(claim.left_device(), Some(noted));
         claim.forget_ublk_id();
         drop(claim);
         assert!(!folder.exists());
+    }
+
+    #[test]
+    fn who_leaves_lets_go_of_the_name_and_keeps_the_notes() {
+        let (_temp, dir) = dir();
+        let claim = dir.claim("a").unwrap();
+        for note in [
+            DeviceNote {
+                mark: Some(u64::MAX),
+                ..DeviceNote::default()
+            },
+            DeviceNote {
+                id: Some(3),
+                disk_sequence: Some(12),
+                mark: Some(5),
+            },
+        ] {
+            claim.note_device(&note).unwrap();
+            assert_eq!(claim.left_device(), Some(note));
+        }
+        claim.note_served("this").unwrap();
+        claim.leave();
+        assert!(!dir.is_alive("a"));
+        assert_eq!(dir.served("a").unwrap(), "this");
+        let claim = dir.claim_soon("a").unwrap();
+        assert_eq!(claim.left_device().unwrap().id, Some(3));
+        claim.forget_ublk_id();
+        drop(claim);
+        assert!(!dir.folder("a").exists());
     }
 
     #[test]

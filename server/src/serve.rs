@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use anyhow::{Context, Result, anyhow};
 use signal_hook::iterator::Signals;
 
-use crate::config::ExportConfig;
+use crate::config::{ExportConfig, ServedAs, check_name};
 use crate::device::{Door, Export};
 use crate::runtime::RuntimeDir;
 use crate::signals;
@@ -23,6 +23,11 @@ pub enum Event {
         /// The export.
         name: String,
     },
+    /// Somebody asked to leave this export to another server.
+    Leave {
+        /// The export.
+        name: String,
+    },
     /// A door closed by itself.
     Closed {
         /// The export.
@@ -34,19 +39,54 @@ pub enum Event {
     },
 }
 
+/// How a server begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct How {
+    /// Serve what can be served when some of several exports cannot start.
+    pub keep_going: bool,
+    /// Go on with what living servers of the same names have.
+    pub take_over: bool,
+}
+
+/// Serves what was last served under a name.
+///
+/// # Errors
+///
+/// When nothing is known of it, or it cannot be served.
+pub fn recover(dir: &RuntimeDir, name: &str, take_over: bool) -> Result<ExitCode> {
+    check_name(name)?;
+    let text = dir.served(name).with_context(|| {
+        format!(
+            "nothing is known of an export called '{name}' under {}",
+            dir.path().display()
+        )
+    })?;
+    let served: ServedAs = serde_json::from_str(&text)
+        .with_context(|| format!("{name}: the note of what was served makes no sense"))?;
+    let how = How {
+        take_over,
+        ..How::default()
+    };
+    run(dir, vec![served.export()?], how)
+}
+
 /// Serves `configs` until a signal, or until the last export was stopped.
 ///
 /// # Errors
 ///
-/// When an export cannot be started (unless `keep_going`, and another can).
-pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, keep_going: bool) -> Result<ExitCode> {
+/// When an export cannot be started (unless told to keep going, and another can).
+pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, how: How) -> Result<ExitCode> {
+    let How {
+        keep_going,
+        take_over,
+    } = how;
     let (events, inbox) = mpsc::channel();
     forward_signals(events.clone())?;
     let mut exports = BTreeMap::new();
     let mut code = ExitCode::SUCCESS;
     for config in configs {
         let name = config.name.clone();
-        match Export::start(dir, config, events.clone()) {
+        match Export::start(dir, config, take_over, events.clone()) {
             Ok(export) => {
                 exports.insert(name, export);
             }
@@ -55,7 +95,15 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, keep_going: bool) -> Re
                 code = ExitCode::FAILURE;
             }
             Err(error) => {
-                stop_all(exports);
+                // What others left to us is for the next who tries.
+                end_all(
+                    exports,
+                    if take_over {
+                        Export::leave
+                    } else {
+                        Export::stop
+                    },
+                );
                 return Err(error.context(name));
             }
         }
@@ -69,7 +117,14 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, keep_going: bool) -> Re
             Event::Signal(signal) => {
                 tracing::info!(exports = exports.len(), signal, "draining");
                 tell_manager(&[sd_notify::NotifyState::Stopping]);
-                stop_all(std::mem::take(&mut exports));
+                let leaves = signal == signals::LEAVE;
+                let end = if leaves { Export::leave } else { Export::stop };
+                end_all(std::mem::take(&mut exports), end);
+            }
+            Event::Leave { name } => {
+                if let Some(export) = exports.remove(&name) {
+                    export.leave();
+                }
             }
             Event::Stop { name } => {
                 if let Some(export) = exports.remove(&name) {
@@ -110,11 +165,11 @@ fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
     Ok(())
 }
 
-/// Takes all exports down at once: each drains by itself.
-fn stop_all(exports: BTreeMap<String, Export>) {
+/// Ends all exports at once: each drains by itself.
+fn end_all(exports: BTreeMap<String, Export>, end: fn(Export)) {
     std::thread::scope(|scope| {
         for export in exports.into_values() {
-            scope.spawn(|| export.stop());
+            scope.spawn(move || end(export));
         }
     });
 }

@@ -2,13 +2,16 @@
 
 use std::ptr;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+
+/// The one that leaves block devices and clients to the next server.
+pub const LEAVE: i32 = SIGUSR2;
 
 /// Those to listen for. SIGHUP is not among them if the program was started with it ignored, as
 /// nohup(1) does: then it is to outlive its terminal.
 #[must_use]
 pub fn that_end() -> Vec<i32> {
-    let mut signals = vec![SIGTERM, SIGINT];
+    let mut signals = vec![SIGTERM, SIGINT, LEAVE];
     if !is_ignored(SIGHUP) {
         signals.push(SIGHUP);
     }

@@ -15,6 +15,8 @@ mod features;
 mod nobody;
 #[path = "ublk/recovery.rs"]
 mod recovery;
+#[path = "ublk/replace.rs"]
+mod replace;
 #[path = "ublk/resize.rs"]
 mod resize;
 mod serving;
@@ -67,7 +69,8 @@ fn config() -> UblkConfig {
         threads: ublkup::threads::ThreadOptions::default(),
         affinity: false,
         scan_partitions: true,
-        recoverable: false,
+        recovery: ublkup::door::ublk::Recovery::Off,
+        mark: 1,
         data: DataPath::Auto,
         take_over: None,
         refuse_writes: false,

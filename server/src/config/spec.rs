@@ -61,6 +61,8 @@ impl fmt::Display for BackendSpec {
 /// One SPEC, parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spec {
+    /// As it was written.
+    pub text: String,
     /// NAME, if there is one.
     pub name: Option<String>,
     /// KIND and ARG.
@@ -79,7 +81,11 @@ impl FromStr for Spec {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        parse(text).map_err(|why| ConfigError(format!("'{text}': {why}")))
+        let spec = parse(text).map_err(|why| ConfigError(format!("'{text}': {why}")))?;
+        Ok(Self {
+            text: text.to_owned(),
+            ..spec
+        })
     }
 }
 
@@ -155,6 +161,7 @@ fn parse(text: &str) -> Result<Spec, String> {
         }
     }
     let spec = Spec {
+        text: String::new(),
         name: name.map(str::to_owned),
         backend,
         serial,

@@ -52,8 +52,14 @@ impl Lab {
     }
 
     pub fn output(&self, args: &[&str]) -> Output {
+        self.output_with(args, &[])
+    }
+
+    /// As [`Lab::output`], with more in the environment.
+    pub fn output_with(&self, args: &[&str], env: &[(&str, &str)]) -> Output {
         let mut child = self
             .command(args)
+            .envs(env.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -113,6 +119,11 @@ impl Lab {
     /// Starts a server and waits until it is ready.
     pub fn serve(&self, args: &[&str]) -> Server {
         self.serve_with(args, &[])
+    }
+
+    /// Starts a server for what was served before, and waits until it is ready.
+    pub fn recover(&self, args: &[&str]) -> Server {
+        Self::start(self.command(&[&["recover"], args].concat()))
     }
 
     /// As [`Lab::serve`], with more in the environment.
@@ -209,8 +220,13 @@ impl Server {
     }
 
     /// Stops it as a service manager would: exit code and log.
-    pub fn end(mut self) -> (Option<i32>, String) {
-        self.signal(Signal::TERM);
+    pub fn end(self) -> (Option<i32>, String) {
+        self.end_by(Signal::TERM)
+    }
+
+    /// Ends it with a signal: exit code and log.
+    pub fn end_by(mut self, signal: Signal) -> (Option<i32>, String) {
+        self.signal(signal);
         let status = wait(&mut self.child, "the server");
         (status.code(), self.log())
     }

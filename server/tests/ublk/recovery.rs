@@ -11,33 +11,37 @@ use super::serving::{Lab, Server};
 use super::upgrade::{BLOCK, PLAIN, direct, errno, leave, read_block, service, stat, write_block};
 
 /// A disk in a file, which outlives its servers.
-struct Disk {
-    lab: Lab,
-    image: PathBuf,
+pub struct Disk {
+    pub lab: Lab,
+    pub image: PathBuf,
 }
 
 impl Disk {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let lab = Lab::new();
         let image = lab.image("disk.img", 64 << 20);
         Self { lab, image }
     }
 
-    fn serve(&self, args: &[&str]) -> Server {
-        let spec = format!("file:{}", self.image.display());
-        self.lab
-            .serve(&[&["--ublk", "yes", "--name", "d", spec.as_str()], args].concat())
+    pub fn serve(&self, args: &[&str]) -> Server {
+        self.serve_with(args, &[])
     }
 
-    fn device(&self) -> PathBuf {
+    pub fn serve_with(&self, args: &[&str], env: &[(&str, &str)]) -> Server {
+        let spec = format!("file:{}", self.image.display());
+        let args = [&["--ublk", "yes", "--name", "d", spec.as_str()], args].concat();
+        self.lab.serve_with(&args, env)
+    }
+
+    pub fn device(&self) -> PathBuf {
         stat(&self.lab)["ublk"]["device"].as_str().unwrap().into()
     }
 
-    fn access(&self) -> String {
+    pub fn access(&self) -> String {
         stat(&self.lab)["access"].as_str().unwrap().to_owned()
     }
 
-    fn come(&self, held: &File) -> Driver {
+    pub fn come(&self, held: &File) -> Driver {
         // By the kernel's way: the descriptor is all there is.
         let lookup = Lookup {
             runtime_dirs: Vec::new(),

@@ -86,6 +86,14 @@ const UPDATE_SIZE: Command = Command {
     number: sys::UBLK_U_CMD_UPDATE_SIZE,
     name: "UPDATE_SIZE",
 };
+const QUIESCE_DEV: Command = Command {
+    number: sys::UBLK_U_CMD_QUIESCE_DEV,
+    name: "QUIESCE_DEV",
+};
+const TRY_STOP_DEV: Command = Command {
+    number: sys::UBLK_U_CMD_TRY_STOP_DEV,
+    name: "TRY_STOP_DEV",
+};
 const GET_FEATURES: Command = Command {
     number: sys::UBLK_U_CMD_GET_FEATURES,
     name: "GET_FEATURES",
@@ -98,6 +106,8 @@ pub(super) struct NewDevice {
     pub(super) queues: u16,
     pub(super) depth: u16,
     pub(super) buffer_bytes: u32,
+    /// A number by which its maker knows it again; the driver keeps it and does not look at it.
+    pub(super) mark: u64,
     /// `UBLK_F_*` bits besides the one that is always set.
     pub(super) flags: u32,
 }
@@ -152,6 +162,7 @@ impl Control {
             max_io_buf_bytes: new.buffer_bytes,
             dev_id: new.id.unwrap_or(ANY_ID),
             flags: u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE | new.flags),
+            ublksrv_flags: new.mark,
             ..Default::default()
         };
         self.exchange(ADD_DEV, new.id, info)
@@ -213,6 +224,22 @@ impl Control {
     /// Takes the disk away, after the requests under way, and aborts all fetches.
     pub(super) fn stop(&self, id: u32) -> Result<(), UblkError> {
         self.exchange(STOP_DEV, Some(id), ())
+    }
+
+    /// As [`stop`](Self::stop), unless somebody has the disk open: then EBUSY.
+    pub(super) fn stop_unless_open(&self, id: u32) -> Result<(), UblkError> {
+        self.exchange(TRY_STOP_DEV, Some(id), ())
+    }
+
+    /// No more requests for the server; its idle fetches are aborted. There is no way back but a new
+    /// server. EBUSY if a queue has no idle tag within `limit`: requests are held back all the same.
+    pub(super) fn quiesce(&self, id: u32, limit: Duration) -> Result<(), UblkError> {
+        let words = sys::ublksrv_ctrl_cmd {
+            // Zero would be for ever.
+            data: [u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1)],
+            ..Default::default()
+        };
+        self.run(QUIESCE_DEV, Some(id), words, (), None)
     }
 
     /// Removes a device. Whoever has its character device open must close it.

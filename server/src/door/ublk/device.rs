@@ -25,15 +25,19 @@ use super::leftover;
 use super::memory::page_bytes;
 use super::params::{Params, buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
-use super::{DataPath, Facts, UblkConfig};
+use super::{DataPath, Facts, Recovery, UblkConfig};
 use crate::backend::{Backend, RingBuffers};
 use crate::counters::Counters;
+use crate::crash;
 use crate::io::mailbox::{self, Mailbox};
 use crate::queue_thread::QueueThread;
 use crate::threads::{Cpus, settle_on};
 
 /// How long queue threads may take to come up, and to end when they were told to.
 const THREAD_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the driver may wait for an idle request before a device is left.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the character device may take to appear.
 const NODE_LIMIT: Duration = Duration::from_secs(5);
@@ -49,6 +53,21 @@ pub(super) enum Event {
     },
     /// Somebody wants the device to end.
     Stop,
+    /// Somebody wants the device to end if nobody has the disk open, and to hear whether it does.
+    StopUnlessOpen(Sender<Result<(), UblkError>>),
+    /// Somebody wants the device to go on with another server.
+    Leave,
+}
+
+/// How the time of a device with its queue threads ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// Nobody wanted it.
+    Nothing,
+    /// The device is to go.
+    Stop,
+    /// The device is to stay for another server.
+    Leave,
 }
 
 /// One queue thread, seen from outside.
@@ -104,7 +123,7 @@ impl Device {
             }
             _ => None,
         };
-        let recovery = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE;
+        let recovery = recovery_flags(config.recovery, features)?;
         let info = match config.take_over {
             Some(id) => leftover::take_over(&control, id)?,
             None => control.add(NewDevice {
@@ -112,8 +131,9 @@ impl Device {
                 queues: config.queues,
                 depth: config.depth,
                 buffer_bytes: buffer_bytes(limits, page),
+                mark: config.mark,
                 flags: [
-                    (config.recoverable && features.has(recovery), recovery),
+                    (true, recovery),
                     (data == DataPath::ZeroCopy, sys::UBLK_F_AUTO_BUF_REG),
                     (data == DataPath::UserCopy, sys::UBLK_F_USER_COPY),
                     (!config.scan_partitions, no_scan),
@@ -150,6 +170,7 @@ impl Device {
                     .into(),
             ));
         }
+        crash::point("device-added");
         if !device.others {
             let params = Params::new(params, alignment_bytes);
             device.control.set_params(device.id, params)?;
@@ -160,7 +181,9 @@ impl Device {
         device.char_device = Some(Arc::new(open_char_device(device.id)?));
         device.spawn(&info, config, backend, counters, &sender)?;
         device.await_ready()?;
+        crash::point("before-start");
         device.start_disk()?;
+        crash::point("disk-started");
         let sectors = params.basic.dev_sectors;
         if device.others && device.control.params(device.id)?.basic.dev_sectors != sectors {
             // Its server died between two sizes.
@@ -204,18 +227,58 @@ impl Device {
             .map_or_else(Weak::new, Arc::downgrade)
     }
 
-    /// Sleeps until somebody wants the device to end, or a queue thread ended. Returns whether
-    /// somebody wanted it.
-    pub(super) fn await_end(&mut self) -> bool {
-        match self.events.recv() {
-            Ok(Event::Ended { queue, result }) => {
-                self.note_end(queue, result);
-                false
+    /// Sleeps until somebody wants the device to end, or a queue thread ended.
+    pub(super) fn await_end(&mut self) -> Wanted {
+        loop {
+            match self.events.recv() {
+                Ok(Event::Ended { queue, result }) => {
+                    self.note_end(queue, result);
+                    return Wanted::Nothing;
+                }
+                Ok(Event::Ready) => unreachable!("all queue threads were ready"),
+                Ok(Event::StopUnlessOpen(reply)) => {
+                    let stopped = self.control.stop_unless_open(self.id);
+                    let done = stopped.is_ok();
+                    // Who no longer waits wanted it all the same.
+                    let _ = reply.send(stopped);
+                    if done {
+                        return Wanted::Stop;
+                    }
+                }
+                Ok(Event::Leave) => return Wanted::Leave,
+                // Without a sender there is nobody left to serve for.
+                Ok(Event::Stop) | Err(_) => return Wanted::Stop,
             }
-            Ok(Event::Ready) => unreachable!("all queue threads were ready"),
-            // Without a sender there is nobody left to serve for.
-            Ok(Event::Stop) | Err(_) => true,
         }
+    }
+
+    /// Ends the queue threads and leaves the device to another server. What the driver has handed out
+    /// is answered first, as far as it lets us know that there is no more.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong. The device stays in any case, and the driver does for the requests that were
+    /// not answered what it does when a server dies.
+    pub(super) fn leave(&mut self) -> Result<(), UblkError> {
+        self.removed = true;
+        let quiesces = self.facts.features.has(sys::UBLK_F_QUIESCE);
+        match quiesces.then(|| self.control.quiesce(self.id, QUIESCE_LIMIT)) {
+            Some(Ok(())) => {
+                for queue in &self.queues {
+                    queue.commands.send(Command::Leave);
+                }
+            }
+            // All tags are in use: those that are begun are answered, the driver keeps the others.
+            Some(Err(error)) => {
+                tracing::warn!("{error}");
+                self.tell_to_quit();
+            }
+            None => self.tell_to_quit(),
+        }
+        crash::point("quiesced");
+        let ended = self.await_threads();
+        self.char_device = None;
+        self.take_failure().and(ended)
     }
 
     /// Takes the device down: no disk, no threads, no device.
@@ -313,7 +376,7 @@ impl Device {
         let deadline = Instant::now() + THREAD_LIMIT;
         for _ in 0..self.queues.len() {
             match self.next_event(deadline) {
-                Ok(Event::Ready | Event::Stop) => {}
+                Ok(Event::Ready | Event::Stop | Event::StopUnlessOpen(_) | Event::Leave) => {}
                 Ok(Event::Ended { queue, result }) => {
                     self.note_end(queue, result);
                     return Err(self.failed_start());
@@ -389,7 +452,7 @@ impl Device {
                         self.tell_to_quit();
                     }
                 }
-                Ok(Event::Ready | Event::Stop) => {}
+                Ok(Event::Ready | Event::Stop | Event::StopUnlessOpen(_) | Event::Leave) => {}
                 Err(_) => {
                     return Err(UblkError::Stuck {
                         id: self.id,
@@ -413,6 +476,36 @@ impl Drop for Device {
             tracing::error!("{error}");
         }
     }
+}
+
+/// The flags of a new device that decide what becomes of it when its server dies.
+fn recovery_flags(wanted: Recovery, features: Features) -> Result<u32, UblkError> {
+    let missing = |name: &str, linux: &str| {
+        Err(UblkError::Config(format!(
+            "this kernel's driver cannot keep a device for its next server as asked ({name}, Linux \
+             {linux}); leave --ublk-recovery away"
+        )))
+    };
+    let reissue = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE;
+    let fail = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_FAIL_IO;
+    let flags = match wanted {
+        Recovery::Off => return Ok(0),
+        Recovery::IfPossible if !features.has(reissue) => return Ok(0),
+        Recovery::Reissue if !features.has(reissue) => {
+            return missing("UBLK_F_USER_RECOVERY_REISSUE", "6.1");
+        }
+        Recovery::FailIo if !features.has(fail) => {
+            return missing("UBLK_F_USER_RECOVERY_FAIL_IO", "6.12");
+        }
+        Recovery::IfPossible | Recovery::Reissue => reissue,
+        Recovery::FailIo => fail,
+    };
+    let quiesce = sys::UBLK_F_QUIESCE;
+    Ok(if features.has(quiesce) {
+        flags | quiesce
+    } else {
+        flags
+    })
 }
 
 /// How data shall get to the backend of a new device and back.

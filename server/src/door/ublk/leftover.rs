@@ -49,22 +49,54 @@ pub fn leftovers() -> Result<Vec<Leftover>, UblkError> {
     Ok(found)
 }
 
+/// What became of a device whose server is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Survivor {
+    /// It is not there, or it is dead.
+    None,
+    /// It waits for a server, and would look to its users as the disk does that there is now.
+    Waiting,
+    /// It waits for a server, but not with this disk: size, blocks or attributes are others.
+    OtherDisk,
+}
+
 /// Whether a device waits for a server, and would look to its users as a disk with these limits
 /// does.
 ///
 /// # Errors
 ///
 /// What the driver answered.
-pub fn is_waiting_for(id: u32, limits: &Limits) -> Result<bool, UblkError> {
+pub fn survivor(id: u32, limits: &Limits) -> Result<Survivor, UblkError> {
     let control = Control::open()?;
     let Some(info) = settled(&control, id)? else {
-        return Ok(false);
+        return Ok(Survivor::None);
     };
     if !is_waiting(&info) {
-        return Ok(false);
+        return Ok(Survivor::None);
     }
     let wanted = params(limits, info.max_io_buf_bytes, page_bytes())?;
-    Ok(same_disk(&wanted, &control.params(id)?))
+    Ok(match same_disk(&wanted, &control.params(id)?) {
+        true => Survivor::Waiting,
+        false => Survivor::OtherDisk,
+    })
+}
+
+/// The device that was made with this mark ([`super::UblkConfig::mark`]), if there is one.
+///
+/// # Errors
+///
+/// When there is no ublk, or not for us.
+pub fn marked(mark: u64) -> Result<Option<u32>, UblkError> {
+    let control = Control::open()?;
+    for id in known_ids().map_err(Unavailable::Other)? {
+        match control.info(id) {
+            Ok(info) if info.ublksrv_flags == mark => return Ok(Some(id)),
+            // As in `leftovers`.
+            Ok(_) | Err(UblkError::Command { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
 }
 
 /// Begins to take over a device that waits for a server: how it was made.
@@ -188,8 +220,8 @@ fn is_dead(info: &sys::ublksrv_ctrl_dev_info) -> bool {
 }
 
 fn is_waiting(info: &sys::ublksrv_ctrl_dev_info) -> bool {
-    u32::from(info.state) == sys::UBLK_S_DEV_QUIESCED
-        && info.flags & u64::from(sys::UBLK_F_USER_RECOVERY) != 0
+    let states = [sys::UBLK_S_DEV_QUIESCED, sys::UBLK_S_DEV_FAIL_IO];
+    states.contains(&info.state.into()) && info.flags & u64::from(sys::UBLK_F_USER_RECOVERY) != 0
 }
 
 /// The ids that the driver has, from sysfs.

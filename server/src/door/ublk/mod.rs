@@ -15,6 +15,7 @@
 //! | `control.rs`    | commands to `/dev/ublk-control`                  |
 //! | `features.rs`   | what the driver can do                           |
 //! | `leftover.rs`   | devices of servers that were killed              |
+//! | `users.rs`      | who has a disk open                              |
 //!
 //! The server never opens its own `/dev/ublkbN`: the last close of it can wait for the server.
 
@@ -27,6 +28,7 @@ mod leftover;
 mod memory;
 mod params;
 mod queue;
+mod users;
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -36,7 +38,7 @@ use std::thread;
 
 pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::{Features, available};
-pub use leftover::{Leftover, is_waiting_for, leftovers, remove};
+pub use leftover::{Leftover, Survivor, leftovers, marked, remove, survivor};
 
 use crate::access::BlockDoor;
 use crate::backend::Backend;
@@ -44,7 +46,7 @@ use crate::counters::Counters;
 use crate::request::SECTOR_SHIFT;
 use crate::threads::{Cpus, ThreadOptions};
 use control::Control;
-use device::{Device, Event};
+use device::{Device, Event, Wanted};
 use features::features_of;
 use fence::WriteFence;
 use libublk::sys;
@@ -66,9 +68,10 @@ pub struct UblkConfig {
     pub scan_partitions: bool,
     /// How data gets to the backend and back.
     pub data: DataPath,
-    /// Whether the device outlives a server that dies, where the driver can do that: requests then
-    /// wait for the next server instead of failing.
-    pub recoverable: bool,
+    /// What becomes of the device when its server dies.
+    pub recovery: Recovery,
+    /// A number by which a new device is known again ([`marked`]); the driver keeps it.
+    pub mark: u64,
     /// A device that waits for a server ([`is_waiting_for`]), to be taken over instead of a new one
     /// being made. It keeps its id, its queues and its depth.
     pub take_over: Option<u32>,
@@ -99,6 +102,20 @@ pub enum DataPath {
     UserCopy,
     /// The driver registers the request's pages with the ring (`UBLK_F_AUTO_BUF_REG`, Linux 6.16).
     ZeroCopy,
+}
+
+/// What becomes of a device when its server dies, or leaves it to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recovery {
+    /// It dies as well.
+    Off,
+    /// As [`Reissue`](Self::Reissue) if the driver can, else it dies as well.
+    IfPossible,
+    /// Requests wait for the next server; those that the last one had not answered are done again
+    /// (`UBLK_F_USER_RECOVERY_REISSUE`, Linux 6.1).
+    Reissue,
+    /// Requests fail until there is a server again (`UBLK_F_USER_RECOVERY_FAIL_IO`, Linux 6.12).
+    FailIo,
 }
 
 /// What a device turned out to be.
@@ -161,8 +178,11 @@ impl UblkDoor {
         let (say, result) = channel();
         let supervise = move || {
             let wanted = device.await_end();
-            let mut result = device.take_down();
-            if !wanted {
+            let mut result = match wanted {
+                Wanted::Leave => device.leave(),
+                Wanted::Stop | Wanted::Nothing => device.take_down(),
+            };
+            if wanted == Wanted::Nothing {
                 on_end(result.map_or_else(DoorEnd::Failed, |()| DoorEnd::Outside));
                 result = Ok(());
             }
@@ -261,12 +281,67 @@ impl UblkDoor {
         self.end()
     }
 
+    /// As [`stop`](Self::stop), in two steps: if nobody has the disk open it goes away and stays away,
+    /// and `stop` does the rest. Otherwise nothing happens, and the answer is false.
+    ///
+    /// A driver before Linux 7.0 cannot be asked; then this looks who has it open and takes nothing
+    /// away.
+    ///
+    /// # Errors
+    ///
+    /// What the driver answered.
+    pub fn close_unless_open(&self) -> Result<bool, UblkError> {
+        if !features_of(&Control::open()?)?.has(sys::UBLK_F_SAFE_STOP_DEV) {
+            return Ok(self.user().is_none());
+        }
+        let (reply, answer) = channel();
+        // Without an answer it has ended already.
+        let asked = self.events.send(Event::StopUnlessOpen(reply));
+        match asked.ok().and_then(|()| answer.recv().ok()) {
+            None | Some(Ok(())) => Ok(true),
+            Some(Err(error)) if error.is_gone() => Ok(true),
+            Some(Err(UblkError::Command { source, .. }))
+                if source.raw_os_error() == Some(libc::EBUSY) =>
+            {
+                Ok(false)
+            }
+            Some(Err(error)) => Err(error),
+        }
+    }
+
+    /// Who uses the disk: a mount, say, or processes that have it open, as far as we can see.
+    #[must_use]
+    pub fn user(&self) -> Option<String> {
+        let disk = self.disk_number()?;
+        upgrade_proto::disk_user(disk.0, disk.1).or_else(|| users::openers(disk))
+    }
+
+    /// Whether the device goes on when its server is gone.
+    #[must_use]
+    pub fn can_be_left(&self) -> bool {
+        self.facts.features.has(sys::UBLK_F_USER_RECOVERY)
+    }
+
+    /// Leaves the device to another server: the disk stays, its requests wait or fail, as
+    /// [`Recovery`] says, until the other one takes it over ([`UblkConfig::take_over`]).
+    ///
+    /// # Errors
+    ///
+    /// What did not go as it should; the device stays all the same.
+    pub fn leave(mut self) -> Result<(), UblkError> {
+        self.end_by(Event::Leave)
+    }
+
     fn end(&mut self) -> Result<(), UblkError> {
+        self.end_by(Event::Stop)
+    }
+
+    fn end_by(&mut self, event: Event) -> Result<(), UblkError> {
         let Some(result) = self.result.take() else {
             return Ok(());
         };
         // Without a receiver it has ended already.
-        let _ = self.events.send(Event::Stop);
+        let _ = self.events.send(event);
         result.recv().unwrap_or_else(|_| {
             Err(UblkError::Queue {
                 id: self.id,

@@ -29,6 +29,9 @@ pub(super) enum Command {
     /// End without waiting for the device to be stopped; requests not yet begun stay unanswered
     /// and are failed by the driver.
     Quit,
+    /// End after the requests that the driver has handed out, of which there are no new ones: it was
+    /// told to hold them back.
+    Leave,
     /// Take no more writes, and say when those under way have ended.
     RefuseWrites(mpsc::Sender<()>),
     /// Take writes again.
@@ -74,7 +77,21 @@ pub(super) struct UblkQueue {
     /// Tags whose command came back for good.
     ended: u16,
     quit: bool,
+    leaving: Option<Leaving>,
 }
+
+/// A queue that ends with the device alive.
+#[derive(Clone, Copy, Default)]
+struct Leaving {
+    /// Rounds in which nothing came from the driver.
+    quiet: u32,
+    /// Whether something came in this round.
+    heard: bool,
+}
+
+/// Rounds after which a queue that leaves has heard of everything the driver had handed out: what the
+/// kernel had for us when we were told, it delivers at the next look.
+const QUIET_ROUNDS: u32 = 2;
 
 impl UblkQueue {
     /// Maps the memory of a queue; nothing is at the driver yet.
@@ -94,6 +111,7 @@ impl UblkQueue {
             writes: Writes::new(config.refuse_writes),
             ended: 0,
             quit: false,
+            leaving: None,
             config,
         })
     }
@@ -139,6 +157,16 @@ impl UblkQueue {
         if let Some(buffers) = &mut self.buffers {
             buffers.leak();
         }
+    }
+
+    /// Whether a queue that leaves has begun all that it was handed; at the end of a round.
+    fn has_left(&mut self) -> bool {
+        let Some(leaving) = &mut self.leaving else {
+            return false;
+        };
+        let busy = std::mem::take(&mut leaving.heard) || !self.fetched.is_empty();
+        leaving.quiet = if busy { 0 } else { leaving.quiet + 1 };
+        leaving.quiet >= QUIET_ROUNDS
     }
 
     /// What the request of a tag asks for, if it may be done.
@@ -199,6 +227,12 @@ impl DoorQueue for UblkQueue {
     fn command(&mut self, _ring: &mut Ring, command: Command) {
         match command {
             Command::Quit => self.give_up(),
+            Command::Leave => {
+                self.leaving = Some(Leaving::default());
+                if let Some(buffers) = &mut self.buffers {
+                    buffers.leak();
+                }
+            }
             Command::RefuseWrites(drained) => self.writes.refuse(drained),
             Command::AcceptWrites => self.writes.accept(),
         }
@@ -206,6 +240,9 @@ impl DoorQueue for UblkQueue {
 
     fn event(&mut self, _ring: &mut Ring, completion: Completion) {
         let tag = self.tag(completion.token.index);
+        if let Some(leaving) = &mut self.leaving {
+            leaving.heard = true;
+        }
         match completion.result {
             0 => self.fetched.push_back(tag),
             sys::UBLK_IO_RES_ABORT => self.ended += 1,
@@ -271,8 +308,10 @@ impl DoorQueue for UblkQueue {
             }
             self.answered.pop();
         }
-        if self.quit || self.ended == self.config.depth {
+        if self.quit || self.ended == self.config.depth || self.has_left() {
             Next::Exit
+        } else if self.leaving.is_some() {
+            Next::Again
         } else if self.fetched.is_empty() {
             Next::Idle
         } else {
@@ -281,7 +320,7 @@ impl DoorQueue for UblkQueue {
     }
 
     fn abandons_operations(&self) -> bool {
-        self.quit
+        self.quit || self.leaving.is_some()
     }
 }
 
@@ -393,6 +432,21 @@ mod tests {
         queue.command(&mut ring, Command::Quit);
         assert_eq!(queue.end_batch(&mut ring), Next::Exit);
         assert!(queue.abandons_operations());
+    }
+
+    #[test]
+    fn a_queue_that_leaves_begins_what_it_was_handed_first() {
+        let (mut ring, mut queue) = (Ring::new(8).unwrap(), queue());
+        queue.command(&mut ring, Command::Leave);
+        queue.event(&mut ring, ended(0));
+        assert_eq!(queue.end_batch(&mut ring), Next::Again);
+        // An empty descriptor asks for a read of nothing.
+        let (slot, request) = queue.next(&mut ring).expect("a request");
+        assert_eq!(queue.end_batch(&mut ring), Next::Again);
+        queue.complete(&mut ring, slot, request, Ok(()));
+        assert_eq!(queue.end_batch(&mut ring), Next::Exit);
+        assert!(queue.abandons_operations());
+        assert_eq!(ring.in_flight(), 1, "the answer is on its way");
     }
 
     #[test]
