@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::may_open_ublk;
+use super::open::may_open_ublk;
 use crate::config::{BackendSpec, DoorMode, ExportConfig, format_size};
 use crate::control::{self, ExportStatus};
 use crate::runtime::{CONTROL, Claim, RuntimeDir};
