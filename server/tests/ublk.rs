@@ -72,6 +72,7 @@ fn config() -> UblkConfig {
         recovery: ublkup::door::ublk::Recovery::Off,
         mark: 1,
         data: DataPath::Auto,
+        ring_places: None,
         take_over: None,
         refuse_writes: false,
     }

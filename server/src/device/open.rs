@@ -188,6 +188,7 @@ impl House<'_> {
             affinity: config.ublk_affinity,
             scan_partitions: config.scan_partitions,
             data: config.ublk_data,
+            ring_places: None,
             recovery: recovery(config),
             mark: self.mark(survivor.is_some())?,
             take_over: survivor,

@@ -3,8 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use std::sync::Arc;
+
+use ublkup::backend::{CacheMode, File, FileOptions};
+use ublkup::counters::{Counters, Totals};
+use ublkup::door::ublk::{DataPath, UblkConfig, UblkDoor};
+use ublkup::request::Serial;
+
 use crate::serving::{Lab, Server};
-use crate::{MIB, dd, noise, run};
+use crate::{MIB, config, dd, no_end, noise, run};
 
 /// Serves a disk through the block door; its server and its device.
 pub fn serve(lab: &Lab, name: &str, spec: &str, args: &[&str]) -> (Server, PathBuf) {
@@ -133,5 +140,56 @@ fn a_device_without_copies_outlives_its_server() {
     upper.stop();
     lower.stop();
     let _ = fs::remove_file(wanted);
+    lab.is_clean();
+}
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn what_the_driver_cannot_register_is_copied() {
+    let lab = Lab::new();
+    let (lower, storage) = storage(&lab, "lower");
+    let backend = File::open(FileOptions {
+        path: storage.clone(),
+        cache: CacheMode::Auto,
+        read_only: false,
+        block_bytes: None,
+        serial: Serial::new("test").unwrap(),
+    });
+    let counters = Arc::<Counters>::default();
+    // The tags take turns: some have a place, some have none.
+    let config = UblkConfig {
+        queues: 1,
+        depth: 8,
+        data: DataPath::ZeroCopy,
+        ring_places: Some(3),
+        ..config()
+    };
+    let next = || Arc::clone(&counters);
+    let door = UblkDoor::start(&config, &Arc::new(backend.unwrap()), next, no_end).unwrap();
+    assert_eq!(door.facts().data, DataPath::ZeroCopy);
+    let disk = door.block_path();
+    let wanted = noise("unregistered", 4 * MIB);
+    let got = wanted.with_extension("back");
+    for (direct, block) in [(true, "bs=512"), (true, "bs=2M"), (false, "bs=64k")] {
+        let (write, read) = match direct {
+            true => (
+                "oflag=direct,seek_bytes",
+                "iflag=direct,skip_bytes,count_bytes",
+            ),
+            false => ("oflag=seek_bytes", "iflag=skip_bytes,count_bytes"),
+        };
+        dd(&wanted, &disk, &[write, "seek=512", "conv=fsync", block]).unwrap();
+        run("blockdev", &["--flushbufs", disk.to_str().unwrap()]).unwrap();
+        let count = format!("count={}", 4 * MIB);
+        dd(&disk, &got, &[read, "skip=512", "bs=1M", &count]).unwrap();
+        same(&wanted, &got, 0, 4 * MIB);
+    }
+    door.stop().unwrap();
+    let mut totals = Totals::default();
+    counters.add_to(&mut totals);
+    assert_eq!(totals.errors, 0, "{totals:?}");
+    same(&storage, &wanted, 512, 4 * MIB);
+    lower.stop();
+    let _ = (fs::remove_file(wanted), fs::remove_file(got));
     lab.is_clean();
 }

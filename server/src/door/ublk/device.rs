@@ -135,7 +135,8 @@ impl Device {
                 flags: [
                     (true, recovery),
                     (data == DataPath::ZeroCopy, sys::UBLK_F_AUTO_BUF_REG),
-                    (data == DataPath::UserCopy, sys::UBLK_F_USER_COPY),
+                    // Also for what the driver cannot register. It is older than that.
+                    (data != DataPath::Copy, sys::UBLK_F_USER_COPY),
                     (!config.scan_partitions, no_scan),
                 ]
                 .into_iter()
@@ -349,17 +350,20 @@ impl Device {
                 fault: Arc::new(AtomicI32::new(0)),
                 refuse_writes: config.refuse_writes,
                 data: self.facts.data,
+                may_copy: self.facts.features.has(sys::UBLK_F_USER_COPY),
                 threads: config.threads.clone(),
                 cpus: (self.facts.affinity.as_ref()).map(|cpus| cpus[usize::from(queue)].clone()),
             };
+            let ring_places = config.ring_places.unwrap_or(info.queue_depth);
             let backend = Arc::clone(backend);
             let events = events.clone();
             let thread = thread::Builder::new()
                 .name(format!("ublk{}-q{queue}", info.dev_id))
                 .spawn(move || {
                     // What is unwound is gone afterwards: nobody sees it broken.
-                    let serve =
-                        AssertUnwindSafe(|| serve_queue(queue_config, &*backend, mailbox, &events));
+                    let serve = AssertUnwindSafe(|| {
+                        serve_queue(queue_config, ring_places, &*backend, mailbox, &events)
+                    });
                     let result = catch_unwind(serve)
                         .unwrap_or_else(|_| Err("its thread panicked".to_owned()));
                     // Without a receiver nobody waits.
@@ -550,6 +554,7 @@ fn data_path_of(info: &sys::ublksrv_ctrl_dev_info) -> DataPath {
 /// What a queue thread does, from its first to its last instruction.
 fn serve_queue<B: Backend>(
     config: QueueConfig,
+    ring_places: u16,
     backend: &B,
     mailbox: Mailbox<Command>,
     events: &Sender<Event>,
@@ -563,11 +568,11 @@ fn serve_queue<B: Backend>(
         None => threads.settle(config.queue),
     }
     .map_err(text)?;
-    let (data, depth) = (config.data, config.depth);
+    let data = config.data;
     let queue = UblkQueue::new(config).map_err(text)?;
     let thread = QueueThread::new(queue, backend, mailbox, &counters, &threads).map_err(text)?;
     if data == DataPath::ZeroCopy {
-        thread.reserve_buffers(depth.into()).map_err(text)?;
+        thread.reserve_buffers(ring_places.into()).map_err(text)?;
     }
     let _ = events.send(Event::Ready);
     thread.run().map_err(text)?;

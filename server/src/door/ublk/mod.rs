@@ -68,6 +68,9 @@ pub struct UblkConfig {
     pub scan_partitions: bool,
     /// How data gets to the backend and back.
     pub data: DataPath,
+    /// Places in a ring's table for the data of requests, if not one for each; the driver cannot
+    /// register what finds none. For tests.
+    pub ring_places: Option<u16>,
     /// What becomes of the device when its server dies.
     pub recovery: Recovery,
     /// A number by which a new device is known again ([`marked`]); the driver keeps it.

@@ -53,6 +53,8 @@ pub(super) struct QueueConfig {
     /// How data gets to the backend and back. With [`DataPath::ZeroCopy`] the driver registers it
     /// with the ring, at the index of the tag.
     pub(super) data: DataPath,
+    /// Whether the driver lets us copy, also with [`DataPath::ZeroCopy`].
+    pub(super) may_copy: bool,
     /// How the queue's thread runs.
     pub(super) threads: ThreadOptions,
     /// Where it runs, if that is where the queue's requests come from.
@@ -66,8 +68,10 @@ pub(super) struct UblkQueue {
     /// The character device in the ring's table, or the descriptor itself; the flags tell which.
     fd: types::Fd,
     fd_flags: squeue::Flags,
-    /// Not there when the driver registers the data of requests.
+    /// Not there when the driver registers the data of requests and does not let us copy.
     buffers: Option<IoBuffers>,
+    /// Tags whose data the driver should have registered and could not: it is copied.
+    unregistered: Box<[bool]>,
     /// Tags with a request that was not begun.
     fetched: VecDeque<u16>,
     /// Tags with an answer for the driver, and the answers by tag.
@@ -102,9 +106,11 @@ impl UblkQueue {
             fd: types::Fd(config.char_device.as_raw_fd()),
             fd_flags: squeue::Flags::empty(),
             buffers: match config.data {
-                DataPath::ZeroCopy => None,
+                DataPath::ZeroCopy if !config.may_copy => None,
+                // What is not used is no memory yet.
                 _ => Some(IoBuffers::new(depth, config.buffer_bytes)?),
             },
+            unregistered: vec![false; depth.into()].into_boxed_slice(),
             fetched: VecDeque::with_capacity(depth.into()),
             answered: Vec::with_capacity(depth.into()),
             answers: vec![0; depth.into()].into_boxed_slice(),
@@ -128,7 +134,11 @@ impl UblkQueue {
             },
         };
         // Where the buffer goes in the ring's table: `struct ublk_auto_buf_reg`, all in one word.
-        let index = (self.config.data == DataPath::ZeroCopy).then_some(u64::from(tag));
+        let fallback = match self.config.may_copy {
+            true => u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16,
+            false => 0,
+        };
+        let index = (self.config.data == DataPath::ZeroCopy).then_some(u64::from(tag) | fallback);
         let sqe = opcode::UringCmd16::new(self.fd, number)
             .addr(index)
             .cmd(command_bytes(words))
@@ -176,6 +186,11 @@ impl UblkQueue {
         if op.is_write() {
             self.writes.begin()?;
         }
+        if self.config.data == DataPath::ZeroCopy {
+            // Without leave to copy the driver fails such a request by itself.
+            self.unregistered[usize::from(tag)] =
+                descriptor.op_flags & sys::UBLK_IO_F_NEED_REG_BUF != 0;
+        }
         if op.has_data() && op.is_write() {
             let fetched = self.copy(tag, range.len_bytes, Direction::FromRequest);
             fetched.inspect_err(|_| self.writes.end())?;
@@ -185,8 +200,8 @@ impl UblkQueue {
 
     /// Copies between the pages of a tag's request and its buffer, if that is for us to do.
     fn copy(&self, tag: u16, len_bytes: u64, direction: Direction) -> Result<(), IoError> {
-        match (&self.buffers, self.config.data) {
-            (Some(buffers), DataPath::UserCopy) => {
+        match &self.buffers {
+            Some(buffers) if self.copies(tag) => {
                 let (device, queue) = (&self.config.char_device, self.config.queue);
                 // No truncation: `parse` compared it to the size of a buffer.
                 let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
@@ -194,6 +209,11 @@ impl UblkQueue {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether it is for us to copy the data of a tag's request.
+    fn copies(&self, tag: u16) -> bool {
+        self.config.data == DataPath::UserCopy || self.unregistered[usize::from(tag)]
     }
 
     /// A tag from a token or a slot that was made from a tag.
@@ -262,11 +282,15 @@ impl DoorQueue for UblkQueue {
                     let buffers = if op.has_data() {
                         // No truncation: `parse` compared it to the size of a buffer.
                         let len = usize::try_from(range.len_bytes).unwrap_or(usize::MAX);
+                        let registered = self.config.data == DataPath::ZeroCopy
+                            && !self.unregistered[usize::from(tag)];
                         match &mut self.buffers {
                             // SAFETY: list and memory belong to this request until `complete`: the
                             // driver hands out a tag again only after its commit.
-                            Some(buffers) => unsafe { Buffers::from_list(buffers.list(tag, len)) },
-                            None => Buffers::in_ring(tag, len),
+                            Some(buffers) if !registered => unsafe {
+                                Buffers::from_list(buffers.list(tag, len))
+                            },
+                            _ => Buffers::in_ring(tag, len),
                         }
                     } else {
                         Buffers::NONE
@@ -406,6 +430,7 @@ mod tests {
             fault: Arc::default(),
             refuse_writes: false,
             data: DataPath::Copy,
+            may_copy: false,
             threads: ThreadOptions::default(),
             cpus: None,
         })
