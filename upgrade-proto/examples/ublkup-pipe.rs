@@ -1,0 +1,220 @@
+//! A pipe whose two ends take the best way there is: `ublkup-pipe produce FILE | ublkup-pipe consume`.
+//!
+//! Either of the two may be replaced by any other program; the same bytes arrive.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use upgrade_proto::ring::{Consumer, Counters, MAX_RECORD_BYTES, Options, Producer, Way};
+
+/// Copies bytes through a pipe, or through a ring in its place
+#[derive(Parser)]
+#[command(name = "ublkup-pipe")]
+struct CommandLine {
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Subcommand)]
+enum Role {
+    /// Copies a file to the pipe that is standard output
+    Produce {
+        /// The file; `-` or nothing is standard input
+        #[arg(default_value = "-")]
+        file: PathBuf,
+        #[command(flatten)]
+        shared: Shared,
+    },
+    /// Copies the pipe that is standard input to standard output
+    Consume {
+        #[command(flatten)]
+        shared: Shared,
+    },
+}
+
+#[derive(Args)]
+struct Shared {
+    /// Bytes handed over at a time, at most 65536; otherwise as many as there are
+    #[arg(long, value_name = "BYTES")]
+    records: Option<usize>,
+    /// The only way to use beside the plain pipe
+    #[arg(long, value_enum, default_value_t = Allowed::Auto)]
+    way: Allowed,
+    /// Wait so long for the other end before the first byte
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    wait: f64,
+    /// Bytes of the ring: a power of two from 131072
+    #[arg(long, value_name = "BYTES")]
+    size: Option<u32>,
+    /// Another place for the registry than the usual one
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+    /// Say at the end which way it was and what it took
+    #[arg(long)]
+    stats: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Allowed {
+    /// Whatever both ends have
+    Auto,
+    /// The kernel's ring
+    Kernel,
+    /// A ring in memory that the two processes share
+    Shared,
+    /// read(2) and write(2)
+    Plain,
+}
+
+impl Shared {
+    fn options(&self) -> Options {
+        let mut options = Options {
+            kernel: matches!(self.way, Allowed::Auto | Allowed::Kernel),
+            shared: matches!(self.way, Allowed::Auto | Allowed::Shared),
+            ..Options::default()
+        };
+        if let Some(size) = self.size {
+            options.size_bytes = size;
+        }
+        if let Some(dir) = &self.runtime_dir {
+            options.offer.runtime_dir = Some(dir.clone());
+            options.lookup.runtime_dirs = vec![dir.clone()];
+        }
+        options
+    }
+
+    fn patience(&self) -> io::Result<Duration> {
+        Duration::try_from_secs_f64(self.wait).map_err(io::Error::other)
+    }
+
+    fn record_bytes(&self) -> io::Result<Option<usize>> {
+        match self.records {
+            Some(size) if size == 0 || size > MAX_RECORD_BYTES => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("--records {size}: choose from 1 to {MAX_RECORD_BYTES}"),
+            )),
+            records => Ok(records),
+        }
+    }
+
+    fn report(&self, role: &str, ring: Option<Way>, counters: &Counters) {
+        if self.stats {
+            let way = match ring {
+                Some(Way::Kernel) => "kernel",
+                Some(Way::Shared) => "shared",
+                Some(Way::Plain) | None => "plain",
+            };
+            eprintln!(
+                "ublkup-pipe {role}: way={way} bytes={} ring_bytes={} system_calls={} wakes={} sleeps={}",
+                counters.bytes,
+                counters.ring_bytes,
+                counters.system_calls,
+                counters.wakes,
+                counters.sleeps
+            );
+        }
+    }
+}
+
+fn produce(file: &PathBuf, shared: &Shared) -> io::Result<()> {
+    let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+    let records = shared.record_bytes()?;
+    let mut source: Box<dyn Read> = match file.as_os_str() == "-" {
+        true => Box::new(File::from(io::stdin().as_fd().try_clone_to_owned()?)),
+        false => Box::new(File::open(file).map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("cannot open {}: {error}", file.display()),
+            )
+        })?),
+    };
+    let mut producer = Producer::new(stdout, &shared.options())?;
+    producer.upgrade(shared.patience()?)?;
+    let sent = match records {
+        None => send_stream(&mut source, &mut producer),
+        Some(size) => send_records(&mut source, &mut producer, size),
+    };
+    let flushed = sent.and_then(|()| producer.flush());
+    shared.report("produce", producer.last_ring(), &producer.counters());
+    flushed.and_then(|()| producer.finish())
+}
+
+/// The file is read right into the ring.
+fn send_stream(source: &mut dyn Read, producer: &mut Producer) -> io::Result<()> {
+    loop {
+        let mut room = producer.reserve(MAX_RECORD_BYTES)?;
+        let count = source.read(&mut room)?;
+        room.commit(count)?;
+        if count == 0 {
+            return Ok(());
+        }
+    }
+}
+
+fn send_records(source: &mut dyn Read, producer: &mut Producer, size: usize) -> io::Result<()> {
+    let mut buffered = io::BufReader::with_capacity(MAX_RECORD_BYTES, source);
+    loop {
+        let mut record = producer.reserve(size)?;
+        let mut count = 0;
+        while count < size {
+            match buffered.read(&mut record[count..])? {
+                0 => break,
+                more => count += more,
+            }
+        }
+        record.commit(count)?;
+        if count < size {
+            return Ok(());
+        }
+    }
+}
+
+fn consume(shared: &Shared) -> io::Result<()> {
+    let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+    let at_least = shared.record_bytes()?.unwrap_or(1);
+    let mut target = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let mut consumer = Consumer::new(stdin, &shared.options())?;
+    consumer.upgrade(shared.patience()?)?;
+    let mut buffer = vec![0; MAX_RECORD_BYTES];
+    let received = loop {
+        let bytes = match consumer.peek(at_least) {
+            Ok(bytes) => bytes,
+            Err(error) => break Err(error),
+        };
+        let there = bytes.len();
+        // Whole records, but for the last one.
+        let whole = match there < at_least {
+            true => there,
+            false => there.min(buffer.len()) / at_least * at_least,
+        };
+        let count = bytes.first(whole).copy_to(&mut buffer);
+        if count == 0 {
+            break Ok(());
+        }
+        consumer.consume(count);
+        if let Err(error) = target.write_all(&buffer[..count]) {
+            break Err(error);
+        }
+    };
+    shared.report("consume", consumer.last_ring(), &consumer.counters());
+    received
+}
+
+fn main() -> ExitCode {
+    let done = match &CommandLine::parse().role {
+        Role::Produce { file, shared } => produce(file, shared),
+        Role::Consume { shared } => consume(shared),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ublkup-pipe: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Bytes that another process may be changing while they are looked at.
+//!
+//! A `&[u8]` promises that nobody writes to it; for memory that a producer shares with us that promise is
+//! the producer's to break. [`Bytes`] can only be copied out of, each word read exactly once. What was
+//! copied is ours: check it, then use it, and never copy the same place twice to check and to use.
+
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+
+/// A stretch of memory that is valid for reading for `'a` and may change meanwhile.
+#[derive(Clone, Copy, Debug)]
+pub struct Bytes<'a> {
+    start: NonNull<u8>,
+    len_bytes: usize,
+    lives: PhantomData<&'a [AtomicU8]>,
+}
+
+impl<'a> Bytes<'a> {
+    /// # Safety
+    /// `start` is valid for reads of `len_bytes` bytes for `'a`, and for that long nobody in this process
+    /// writes there but by atomic operations.
+    pub(crate) unsafe fn new(start: NonNull<u8>, len_bytes: usize) -> Self {
+        Self {
+            start,
+            len_bytes,
+            lives: PhantomData,
+        }
+    }
+
+    /// Bytes that are private after all.
+    pub(crate) fn of(slice: &'a [u8]) -> Self {
+        Self {
+            start: NonNull::from(slice).cast(),
+            len_bytes: slice.len(),
+            lives: PhantomData,
+        }
+    }
+
+    /// How many there are.
+    #[inline]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len_bytes
+    }
+
+    /// Whether there are none: the end of the stream, where this comes from `peek`.
+    #[inline]
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len_bytes == 0
+    }
+
+    /// The first `len_bytes`, or all if there are fewer.
+    #[inline]
+    #[must_use]
+    pub fn first(self, len_bytes: usize) -> Self {
+        Self {
+            len_bytes: self.len_bytes.min(len_bytes),
+            ..self
+        }
+    }
+
+    /// What is left after the first `len_bytes`; nothing if there are fewer.
+    #[inline]
+    #[must_use]
+    pub fn after(self, len_bytes: usize) -> Self {
+        let skipped = self.len_bytes.min(len_bytes);
+        Self {
+            // SAFETY: at most at the end of the same stretch.
+            start: unsafe { self.start.add(skipped) },
+            len_bytes: self.len_bytes - skipped,
+            ..self
+        }
+    }
+
+    /// Copies as many bytes as fit; how many that was.
+    #[inline]
+    pub fn copy_to(&self, target: &mut [u8]) -> usize {
+        let count = self.len_bytes.min(target.len());
+        let mut from = self.start.as_ptr();
+        let (target, _) = target.split_at_mut(count);
+        // Single bytes up to the first aligned word, then words, then single bytes.
+        let lead = from.align_offset(size_of::<u64>()).min(count);
+        let (first, rest) = target.split_at_mut(lead);
+        for byte in first {
+            // SAFETY: inside the stretch: no more than `count` bytes are read altogether.
+            *byte = unsafe { load(from) };
+            // SAFETY: as above; at most one past its end.
+            from = unsafe { from.add(1) };
+        }
+        let mut words = rest.chunks_exact_mut(size_of::<u64>());
+        for word in &mut words {
+            // SAFETY: aligned by the loop above, and inside the stretch with all of its eight bytes.
+            let value = unsafe { (*from.cast::<AtomicU64>()).load(Relaxed) };
+            word.copy_from_slice(&value.to_ne_bytes());
+            // SAFETY: as above.
+            from = unsafe { from.add(size_of::<u64>()) };
+        }
+        for byte in words.into_remainder() {
+            // SAFETY: as above.
+            *byte = unsafe { load(from) };
+            // SAFETY: as above.
+            from = unsafe { from.add(1) };
+        }
+        count
+    }
+
+    /// The first `N` bytes, copied; `None` if there are fewer.
+    #[inline]
+    #[must_use]
+    pub fn array<const N: usize>(&self) -> Option<[u8; N]> {
+        let mut array = [0; N];
+        (self.copy_to(&mut array) == N).then_some(array)
+    }
+
+    /// All of it, copied.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut vec = vec![0; self.len_bytes];
+        self.copy_to(&mut vec);
+        vec
+    }
+
+    /// The address, for a system call that reads from there. Reading through it otherwise needs volatile or
+    /// atomic loads.
+    #[must_use]
+    pub fn as_ptr(&self) -> *const u8 {
+        self.start.as_ptr()
+    }
+}
+
+/// # Safety
+/// `from` is valid for reading one byte.
+unsafe fn load(from: *const u8) -> u8 {
+    // SAFETY: our caller's promise; a byte is always aligned.
+    unsafe { (*from.cast::<AtomicU8>()).load(Relaxed) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_start_and_length_is_copied_whole() {
+        let source: Vec<u8> = (0..64).map(|n| n * 3).collect();
+        for start in 0..source.len() {
+            for end in start..source.len() {
+                let bytes = Bytes::of(&source[start..end]);
+                assert_eq!(bytes.to_vec(), source[start..end]);
+                let mut short = [0xee; 9];
+                let copied = bytes.copy_to(&mut short);
+                assert_eq!(copied, (end - start).min(9));
+                assert_eq!(short[..copied], source[start..start + copied]);
+                assert!(short[copied..].iter().all(|byte| *byte == 0xee));
+            }
+        }
+    }
+
+    #[test]
+    fn parts_never_reach_beyond_the_whole() {
+        let source: Vec<u8> = (0..10).collect();
+        let bytes = Bytes::of(&source);
+        assert_eq!(bytes.first(3).to_vec(), [0, 1, 2]);
+        assert_eq!(bytes.first(30).to_vec(), source);
+        assert_eq!(bytes.after(8).to_vec(), [8, 9]);
+        assert!(bytes.after(11).is_empty());
+        assert_eq!(bytes.after(4).array(), Some([4, 5]));
+        assert_eq!(bytes.after(9).array::<2>(), None);
+    }
+}

@@ -1,0 +1,163 @@
+//! The kernel's ring: two system calls that this kernel may or may not have.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::io::Errno;
+
+use super::memory::{Memory, Pieces, Role, control};
+
+/// `ringbuffer(fd, args, usize)`: a ring descriptor, to be mapped.
+const SYS_RINGBUFFER: libc::c_long = 473;
+/// `ringbuffer_wakeup(fd, side, flags)`.
+const SYS_RINGBUFFER_WAKEUP: libc::c_long = 474;
+
+/// The kernel whose next free numbers those are. In a later one they may belong to something else.
+const NEWEST: (u32, u32) = (7, 3);
+
+/// `struct ringbuffer_args`, first version.
+#[repr(C)]
+#[derive(Debug, Default)]
+struct Args {
+    size: u64,
+    side: u32,
+    flags: u32,
+    resv: [u64; 2],
+}
+
+/// Which side of a pipe we are on, in the kernel's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    Read,
+    Write,
+}
+
+impl Side {
+    fn number(self) -> u32 {
+        match self {
+            Self::Read => 0,
+            Self::Write => 1,
+        }
+    }
+
+    /// The bit that says that the other side is gone for good.
+    pub(crate) fn peer_bit(self) -> u32 {
+        match self {
+            Self::Read => control::NO_WRITER,
+            Self::Write => control::NO_READER,
+        }
+    }
+
+    /// The bit that says that somebody sleeps in the kernel on the other side.
+    pub(crate) fn sleeper_bit(self) -> u32 {
+        match self {
+            Self::Read => control::SLEEPS_WRITE,
+            Self::Write => control::SLEEPS_READ,
+        }
+    }
+
+    /// Wakes whoever sleeps on the other side, in whichever way.
+    pub(crate) fn wake_peer(self, pipe: BorrowedFd<'_>) {
+        // SAFETY: no memory is involved. Failure would mean that the ring is dead, which shows elsewhere.
+        let _woken = unsafe {
+            libc::syscall(
+                SYS_RINGBUFFER_WAKEUP,
+                pipe.as_raw_fd(),
+                self.number(),
+                0_u32,
+            )
+        };
+    }
+}
+
+impl From<Role> for Side {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Producer => Self::Write,
+            Role::Consumer => Self::Read,
+        }
+    }
+}
+
+/// Whether this kernel is one in which the numbers mean a ring or nothing.
+fn numbers_are_ours() -> bool {
+    let name = rustix::system::uname();
+    name.release()
+        .to_str()
+        .is_ok_and(|release| version(release).is_some_and(|this| this <= NEWEST))
+}
+
+/// The first two numbers of a release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Asks for the ring of a pipe and maps this side of it. ENOSYS, EOPNOTSUPP, EPERM: there is none to be
+/// had.
+pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory, Errno> {
+    if !numbers_are_ours() {
+        return Err(Errno::NOSYS);
+    }
+    let mut args = Args {
+        size,
+        side: Side::from(role).number(),
+        ..Args::default()
+    };
+    // SAFETY: the kernel reads and writes `args` within the size that is said, during the call.
+    let answer = unsafe {
+        libc::syscall(
+            SYS_RINGBUFFER,
+            pipe.as_raw_fd(),
+            &raw mut args,
+            size_of::<Args>(),
+        )
+    };
+    if answer < 0 {
+        return Err(std::io::Error::last_os_error()
+            .raw_os_error()
+            .map_or(Errno::IO, Errno::from_raw_os_error));
+    }
+    let number = i32::try_from(answer).map_err(|_| Errno::BADF)?;
+    // SAFETY: the kernel has just made it for us.
+    let ring = unsafe { OwnedFd::from_raw_fd(number) };
+    // Another program may have asked first, for a small one: read(2) and write(2) work on that as well.
+    let size = u32::try_from(args.size).map_err(|_| Errno::PROTO)?;
+    if !super::is_size(size) {
+        return Err(Errno::NOBUFS);
+    }
+    let page = rustix::param::page_size() as u64;
+    let pieces = Pieces {
+        main: ring.as_fd(),
+        consumer: Some((ring.as_fd(), 2 * page)),
+        control_writable: false,
+    };
+    // The mapping keeps the ring; its descriptor has done its duty.
+    let memory = Memory::map(role, size, &pieces)?;
+    let says = |word, value: u64| u64::from(memory.word(word)) == value;
+    let as_expected = says(control::VERSION, control::VERSION_1.into())
+        && says(control::SIZE, size.into())
+        && says(control::PRODUCER_OFFSET, page)
+        && says(control::CONSUMER_OFFSET, 2 * page)
+        && says(control::DATA_OFFSET, 3 * page)
+        && says(control::MMAP_SIZE, 3 * page + u64::from(size));
+    as_expected.then_some(memory).ok_or(Errno::PROTO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_as_long_as_their_first_version() {
+        assert_eq!(size_of::<Args>(), 32);
+    }
+
+    #[test]
+    fn a_kernel_is_known_by_its_release() {
+        assert_eq!(version("7.3.4-ublkup"), Some((7, 3)));
+        assert_eq!(version("6.18.44-fc"), Some((6, 18)));
+        assert_eq!(version("7.4-rc1"), Some((7, 4)));
+        assert!(version("7.4-rc1") > Some(NEWEST) && version("6.18.1") < Some(NEWEST));
+        assert_eq!(version("unknown"), None);
+    }
+}

@@ -1,0 +1,139 @@
+//! Reading and writing the pipe itself, with and without waiting, whatever its flags say.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::BorrowedFd;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2, read, write};
+
+/// "At the current position", which a pipe does not have.
+const HERE: u64 = u64::MAX;
+
+/// A write of no more than this is all or nothing (pipe(7)).
+const ATOMIC_BYTES: usize = 4096;
+
+/// Whether to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// As the descriptor's own flags say.
+    Wait,
+    /// Never.
+    Now,
+}
+
+fn events_now(pipe: BorrowedFd<'_>, events: PollFlags) -> Result<PollFlags, Errno> {
+    let mut fds = [PollFd::from_borrowed_fd(pipe, events)];
+    poll(&mut fds, Some(&Timespec::default()))?;
+    Ok(fds[0].revents())
+}
+
+/// Waits until something can be written.
+pub(crate) fn wait_for_room(pipe: BorrowedFd<'_>) -> io::Result<()> {
+    match poll(&mut [PollFd::from_borrowed_fd(pipe, PollFlags::OUT)], None) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Whether nobody is at the other end any more.
+pub(crate) fn is_broken(pipe: BorrowedFd<'_>) -> bool {
+    events_now(pipe, PollFlags::empty())
+        .is_ok_and(|events| events.intersects(PollFlags::ERR | PollFlags::HUP))
+}
+
+/// Reads; `None` if that would have to wait.
+pub(crate) fn read_some(
+    pipe: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    mode: Mode,
+) -> io::Result<Option<usize>> {
+    loop {
+        let answer = match mode {
+            Mode::Wait => read(pipe, &mut *buffer),
+            Mode::Now => {
+                let mut buffers = [IoSliceMut::new(buffer)];
+                match preadv2(pipe, &mut buffers, HERE, ReadWriteFlags::NOWAIT) {
+                    // Not for this kind of file: a FIFO, a terminal.
+                    Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE | Errno::INVAL) => {
+                        match events_now(pipe, PollFlags::IN)?.is_empty() {
+                            true => Err(Errno::AGAIN),
+                            false => read(pipe, &mut *buffer),
+                        }
+                    }
+                    other => other,
+                }
+            }
+        };
+        match answer {
+            Ok(count) => return Ok(Some(count)),
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Writes; `None` if that would have to wait.
+pub(crate) fn write_some(
+    pipe: BorrowedFd<'_>,
+    bytes: &[u8],
+    mode: Mode,
+) -> io::Result<Option<usize>> {
+    loop {
+        let answer = match mode {
+            Mode::Wait => write(pipe, bytes),
+            Mode::Now => {
+                match pwritev2(pipe, &[IoSlice::new(bytes)], HERE, ReadWriteFlags::NOWAIT) {
+                    Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE | Errno::INVAL) => {
+                        // What poll(2) promises is room for this much.
+                        let part = &bytes[..bytes.len().min(ATOMIC_BYTES)];
+                        match events_now(pipe, PollFlags::OUT)?.is_empty() {
+                            true => Err(Errno::AGAIN),
+                            false => write(pipe, part),
+                        }
+                    }
+                    other => other,
+                }
+            }
+        };
+        match answer {
+            Ok(count) => return Ok(Some(count)),
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn now_never_waits_and_changes_no_flags() {
+        let (reader, writer) = io::pipe().expect("a pipe");
+        let mut buffer = [0; 8];
+        assert_eq!(
+            read_some(reader.as_fd(), &mut buffer, Mode::Now).expect("asked"),
+            None
+        );
+        let page = [7; 4096];
+        let mut written = 0;
+        while let Some(count) = write_some(writer.as_fd(), &page, Mode::Now).expect("written") {
+            written += count;
+        }
+        assert!(written >= 65536, "{written}");
+        let flags = rustix::fs::fcntl_getfl(&writer).expect("flags");
+        assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
+        assert_eq!(
+            read_some(reader.as_fd(), &mut buffer, Mode::Now).expect("read"),
+            Some(8)
+        );
+        assert!(!is_broken(writer.as_fd()));
+        drop(reader);
+        assert!(is_broken(writer.as_fd()));
+        let error = write_some(writer.as_fd(), &page, Mode::Now).expect_err("broken");
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+}

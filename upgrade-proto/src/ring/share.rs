@@ -1,0 +1,110 @@
+//! Memory that two processes share without trusting each other.
+//!
+//! The producer makes a file with the control page, its own page and the data; the consumer makes a file
+//! with its own page. Each maps its file for writing once and then seals it: nobody can shrink it (no
+//! SIGBUS), grow it, punch holes into it, or map it for writing again. So each end can write what is its
+//! own and nothing else, as with a ring of the kernel's.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{
+    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs, ftruncate,
+    memfd_create,
+};
+use rustix::io::Errno;
+
+/// tmpfs: what a memfd is, unless it is of huge pages, which can run out under a mapping.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// What must be sealed before memory of another process is touched.
+const SEALS: SealFlags = SealFlags::SHRINK
+    .union(SealFlags::GROW)
+    .union(SealFlags::FUTURE_WRITE)
+    .union(SealFlags::SEAL);
+
+/// New memory of this size; to be mapped, then [`seal`]ed, then handed over.
+pub(crate) fn create(len_bytes: u64) -> Result<OwnedFd, Errno> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = match memfd_create("ring-buffer", flags | MemfdFlags::NOEXEC_SEAL) {
+        // Kernels before 6.3.
+        Err(Errno::INVAL) => memfd_create("ring-buffer", flags),
+        other => other,
+    }?;
+    ftruncate(&file, len_bytes)?;
+    Ok(file)
+}
+
+/// Nobody can change the size, or write but through the mappings that exist.
+pub(crate) fn seal(file: impl AsFd) -> Result<(), Errno> {
+    fcntl_add_seals(file, SEALS)
+}
+
+/// Why memory from another process is not used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unfit {
+    #[error("it is not a memory file")]
+    Kind,
+    #[error("it is not sealed")]
+    Unsealed,
+    #[error("it has another size than was said")]
+    Size,
+}
+
+/// Checks that touching the memory can never raise SIGBUS, and its size.
+pub(crate) fn check(file: impl AsFd, len_bytes: u64) -> Result<(), Unfit> {
+    let file = file.as_fd();
+    let kind = fstatfs(file).map_err(|_| Unfit::Kind)?;
+    if u64::try_from(kind.f_type) != Ok(TMPFS_MAGIC) {
+        return Err(Unfit::Kind);
+    }
+    // A file of a mounted tmpfs has no seals to give and answers EINVAL, or has F_SEAL_SEAL alone.
+    let seals = fcntl_get_seals(file).map_err(|_| Unfit::Kind)?;
+    if !seals.contains(SEALS) {
+        return Err(Unfit::Unsealed);
+    }
+    // Only now is the size more than a snapshot.
+    let stat = fstat(file).map_err(|_| Unfit::Kind)?;
+    match u64::try_from(stat.st_size) {
+        Ok(size) if size == len_bytes => Ok(()),
+        _ => Err(Unfit::Size),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_sealed_memory_of_the_right_size_is_fit() {
+        let file = create(4096).expect("made");
+        assert_eq!(check(&file, 4096), Err(Unfit::Unsealed));
+        for missing in [
+            SealFlags::SHRINK,
+            SealFlags::GROW,
+            SealFlags::FUTURE_WRITE,
+            SealFlags::SEAL,
+        ] {
+            let file = create(4096).expect("made");
+            fcntl_add_seals(&file, SEALS.difference(missing)).expect("sealed");
+            assert_eq!(check(&file, 4096), Err(Unfit::Unsealed), "{missing:?}");
+        }
+        seal(&file).expect("sealed");
+        assert_eq!(check(&file, 4096), Ok(()));
+        assert_eq!(check(&file, 8192), Err(Unfit::Size));
+        let (read, _write) = std::io::pipe().expect("a pipe");
+        assert_eq!(check(read, 0), Err(Unfit::Kind));
+        let file = tempfile::tempfile().expect("a file");
+        assert!(matches!(check(file, 0), Err(Unfit::Kind | Unfit::Unsealed)));
+    }
+
+    #[test]
+    fn sealed_memory_cannot_be_written_again_or_punched() {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let file = create(4096).expect("made");
+        seal(&file).expect("sealed");
+        assert!(rustix::io::write(&file, b"x").is_err());
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        assert_eq!(fallocate(&file, punch, 0, 4096), Err(Errno::PERM));
+        assert!(ftruncate(&file, 0).is_err());
+    }
+}

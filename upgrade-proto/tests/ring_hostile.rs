@@ -1,0 +1,389 @@
+//! Peers that speak the protocol and then do what they like with the memory they share.
+
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use tempfile::TempDir;
+use upgrade_proto::ring::{Consumer, Options, Producer, RingError, Way};
+use upgrade_proto::{Listener, Lookup, Name, connect};
+
+const SIZE: usize = 128 << 10;
+const PAGE: usize = 4096;
+const ALL_SEALS: SealFlags = SealFlags::SHRINK
+    .union(SealFlags::GROW)
+    .union(SealFlags::FUTURE_WRITE)
+    .union(SealFlags::SEAL);
+
+const OFFER: u32 = 1;
+const READY: u32 = 2;
+const SWITCH: u32 = 3;
+
+fn options(dir: &TempDir) -> Options {
+    let mut options = Options {
+        kernel: false,
+        size_bytes: u32::try_from(SIZE).expect("small"),
+        ..Options::default()
+    };
+    options.offer.kernel = false;
+    options.offer.runtime_dir = Some(dir.path().to_owned());
+    options.lookup.kernel = false;
+    options.lookup.runtime_dirs = vec![dir.path().to_owned()];
+    options
+}
+
+fn say(socket: &UnixStream, kind: u32, size: u64, file: Option<BorrowedFd<'_>>) {
+    let mut message = Vec::from(*b"fd-ring\0");
+    message.extend(1_u32.to_le_bytes());
+    message.extend(kind.to_le_bytes());
+    message.extend(size.to_le_bytes());
+    message.extend([0; 8]);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    let files: Vec<BorrowedFd<'_>> = file.into_iter().collect();
+    if !files.is_empty() {
+        assert!(rights.push(SendAncillaryMessage::ScmRights(&files)));
+    }
+    let _sent = sendmsg(
+        socket,
+        &[IoSlice::new(&message)],
+        &mut rights,
+        SendFlags::NOSIGNAL,
+    );
+}
+
+/// Waits for a message of this kind; its descriptor.
+fn hear(socket: &UnixStream, kind: u32) -> Option<OwnedFd> {
+    socket
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .expect("set");
+    let mut message = [0; 32];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut message)],
+        &mut rights,
+        RecvFlags::empty(),
+    );
+    assert_eq!(received.expect("a message").bytes, 32);
+    assert_eq!(message[12..16], kind.to_le_bytes());
+    rights.drain().find_map(|one| match one {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+        _ => None,
+    })
+}
+
+/// Words that a hostile peer may write, for as long as the test runs.
+#[derive(Clone, Copy)]
+struct Words(NonNull<AtomicU32>, usize);
+
+// SAFETY: they are atomics, and the mapping is never undone.
+unsafe impl Send for Words {}
+
+impl Words {
+    fn map(file: &OwnedFd, len_bytes: usize) -> Self {
+        let rights = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping where the kernel likes.
+        let at = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                len_bytes,
+                rights,
+                MapFlags::SHARED,
+                file,
+                0,
+            )
+        };
+        Self(
+            NonNull::new(at.expect("mapped").cast()).expect("not null"),
+            len_bytes / 4,
+        )
+    }
+
+    fn all(&self) -> &[AtomicU32] {
+        // SAFETY: mapped, aligned, for ever.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.1) }
+    }
+}
+
+fn sealed(len_bytes: usize, seals: SealFlags) -> io::Result<(OwnedFd, Words)> {
+    let file = memfd_create("hostile", MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&file, len_bytes as u64)?;
+    let words = Words::map(&file, len_bytes);
+    fcntl_add_seals(&file, seals)?;
+    Ok((file, words))
+}
+
+/// Numbers that do not repeat soon.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        let [a, b, c, d, ..] = self.0.to_le_bytes();
+        u32::from_le_bytes([a, b, c, d])
+    }
+}
+
+/// Writes nonsense, sometimes nearly right, into random words until told to stop.
+fn scribble(words: Words, seed: u64, stop: &AtomicBool) {
+    let mut random = Random(seed);
+    let mut last = 0_u32;
+    while !stop.load(Ordering::Relaxed) {
+        // Positions and flags more often than the rest.
+        let index = match random.next() % 4 {
+            0 => 0,
+            // One of four says that it leaves.
+            1 => 32 + usize::from(seed.is_multiple_of(4) && random.next().is_multiple_of(2)),
+            _ => 34 + random.next() as usize % (words.all().len() - 34),
+        };
+        last = match random.next() % 4 {
+            0 => random.next(),
+            1 => last.wrapping_add(random.next() % 8192),
+            2 => random.next() % 4,
+            _ => 0,
+        };
+        words.all()[index].store(last, Ordering::Relaxed);
+        for _ in 0..random.next() % 512 {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+fn is_dead(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+    inner == Some(&RingError::Dead)
+}
+
+/// A consumer that was offered `file` as a ring of `size` bytes, and its producer's end of the socket.
+fn offered(file: &OwnedFd, size: u64) -> (TempDir, Consumer, io::PipeWriter, UnixStream) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let options = options(&dir);
+    let (reader, writer) = io::pipe().expect("a pipe");
+    let name = Name::new("ring-buffer").expect("a name");
+    let listener = Listener::bind(&writer, &name, &options.offer).expect("bound");
+    let consumer = Consumer::new(reader.into(), &options).expect("a consumer");
+    let socket = listener
+        .accept()
+        .expect("accepted")
+        .expect("a client")
+        .into_stream();
+    say(&socket, OFFER, size, Some(file.as_fd()));
+    (dir, consumer, writer, socket)
+}
+
+#[test]
+fn a_producer_that_scribbles_everywhere_kills_the_ring_and_nothing_else() {
+    let mut deaths = 0;
+    for seed in 1..25 {
+        let (file, words) = sealed(3 * PAGE + SIZE, ALL_SEALS).expect("made");
+        let (_dir, mut consumer, _writer, socket) = offered(&file, SIZE as u64);
+        consumer.upgrade(Duration::ZERO).expect("asked");
+        hear(&socket, READY).expect("its page");
+        // The control page is not what the consumer goes by; LIVE, so that it looks at the rest.
+        words.all()[8].store(1, Ordering::Relaxed);
+        say(&socket, SWITCH, 0, None);
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        // The producer's page and, for odd seeds, control page and data as well.
+        let page = match seed % 2 {
+            0 => Words(words.0, words.1),
+            // SAFETY: the second page of the mapping.
+            _ => Words(unsafe { words.0.add(PAGE / 4) }, PAGE / 4),
+        };
+        let hostile = std::thread::spawn(move || scribble(page, seed, &told));
+        let limit = Instant::now() + Duration::from_millis(100);
+        let mut buffer = vec![0; 8192];
+        while Instant::now() < limit {
+            match consumer.try_peek(1) {
+                Ok(Some(bytes)) if bytes.is_empty() => break,
+                Ok(Some(bytes)) => {
+                    let count = bytes.copy_to(&mut buffer);
+                    assert!(bytes.len() <= SIZE);
+                    consumer.consume(count);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    assert!(is_dead(&error), "{error}");
+                    // For good.
+                    assert!(is_dead(&consumer.peek(1).expect_err("still dead")));
+                    deaths += 1;
+                    break;
+                }
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        hostile.join().expect("the hostile peer ends");
+    }
+    assert!(
+        deaths > 5,
+        "{deaths} deaths: does the consumer look at positions?"
+    );
+}
+
+#[test]
+fn a_consumer_that_scribbles_kills_the_ring_and_nothing_else() {
+    let mut deaths = 0;
+    for seed in 1..25 {
+        let dir = tempfile::tempdir().expect("a directory");
+        let options = options(&dir);
+        let (_reader, writer) = io::pipe().expect("a pipe");
+        let copy = writer.try_clone().expect("copied");
+        let mut producer = Producer::new(copy.into(), &options).expect("a producer");
+        let lookup: &Lookup = &options.lookup;
+        let name = Name::new("ring-buffer").expect("a name");
+        let found = connect(&_reader, &name, lookup).expect("asked").found();
+        let socket = found.expect("offered").into_stream();
+        producer.upgrade(Duration::ZERO).expect("asked");
+        let theirs = hear(&socket, OFFER).expect("memory");
+        // What is the producer's cannot be written by anybody else, ever.
+        let rights = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping where the kernel likes, if it can be made.
+        let writable = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                PAGE,
+                rights,
+                MapFlags::SHARED,
+                &theirs,
+                0,
+            )
+        };
+        assert_eq!(writable.err(), Some(rustix::io::Errno::PERM));
+        assert!(rustix::io::write(&theirs, b"x").is_err() && ftruncate(&theirs, 0).is_err());
+
+        let (page, words) = sealed(PAGE, ALL_SEALS).expect("made");
+        say(&socket, READY, 0, Some(page.as_fd()));
+        producer.upgrade(Duration::ZERO).expect("asked");
+        assert_eq!(producer.way(), Way::Shared);
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        let hostile = std::thread::spawn(move || scribble(words, seed, &told));
+        let limit = Instant::now() + Duration::from_millis(100);
+        let mut answers = 0;
+        while Instant::now() < limit {
+            match producer.try_write(&[7; 1000]) {
+                Ok(_) => answers += 1,
+                Err(error) => {
+                    assert!(is_dead(&error), "{error}");
+                    assert!(is_dead(&producer.write(b"x").expect_err("still dead")));
+                    deaths += 1;
+                    break;
+                }
+            }
+        }
+        assert!(answers > 0 || deaths > 0);
+        stop.store(true, Ordering::Relaxed);
+        hostile.join().expect("the hostile peer ends");
+    }
+    assert!(
+        deaths > 5,
+        "{deaths} deaths: does the producer look at positions?"
+    );
+}
+
+#[test]
+fn memory_that_could_be_pulled_away_is_refused_and_the_pipe_goes_on() {
+    let total = 3 * PAGE + SIZE;
+    let memory = |len, seals| sealed(len, seals).expect("made").0;
+    let mut offers = vec![
+        (
+            "shrinkable",
+            memory(total, ALL_SEALS.difference(SealFlags::SHRINK)),
+            SIZE,
+        ),
+        (
+            "growable",
+            memory(total, ALL_SEALS.difference(SealFlags::GROW)),
+            SIZE,
+        ),
+        (
+            "writable",
+            memory(total, ALL_SEALS.difference(SealFlags::FUTURE_WRITE)),
+            SIZE,
+        ),
+        ("unsealed", memory(total, SealFlags::empty()), SIZE),
+        ("short", memory(total - PAGE, ALL_SEALS), SIZE),
+        (
+            "no power of two",
+            memory(3 * PAGE + SIZE + PAGE, ALL_SEALS),
+            SIZE + PAGE,
+        ),
+        ("too small", memory(3 * PAGE + PAGE, ALL_SEALS), PAGE),
+        (
+            "too large",
+            memory(3 * PAGE + 2 * SIZE, ALL_SEALS),
+            2 * SIZE,
+        ),
+        (
+            "no memory",
+            tempfile::tempfile().expect("a file").into(),
+            SIZE,
+        ),
+    ];
+    // Huge pages can run out under a mapping. Not every kernel has them.
+    if let Ok(file) = memfd_create("huge", MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB) {
+        ftruncate(&file, 4 << 20).expect("as long");
+        fcntl_add_seals(&file, ALL_SEALS).expect("sealed");
+        offers.push(("huge pages", file, SIZE));
+    }
+    for (what, file, size) in offers {
+        let (_dir, mut consumer, mut writer, _socket) = offered(&file, size as u64);
+        writer.write_all(b"by the pipe").expect("written");
+        let mut got = [0; 11];
+        consumer.read_exact(&mut got).expect("read");
+        assert_eq!(
+            (&got, consumer.way()),
+            (b"by the pipe", Way::Plain),
+            "{what}"
+        );
+        say(&_socket, SWITCH, 0, None);
+        drop(writer);
+        drop(_socket);
+        assert_eq!(consumer.read(&mut got).expect("read"), 0, "{what}");
+    }
+}
+
+#[test]
+fn a_peer_that_talks_nonsense_or_hangs_up_is_no_peer() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let options = options(&dir);
+    let (mut reader, writer) = io::pipe().expect("a pipe");
+    let mut producer = Producer::new(writer.into(), &options).expect("a producer");
+    let name = Name::new("ring-buffer").expect("a name");
+    for round in 0..20_u8 {
+        let found = connect(&reader, &name, &options.lookup)
+            .expect("asked")
+            .found();
+        let mut socket = found.expect("offered").into_stream();
+        producer.upgrade(Duration::ZERO).expect("asked");
+        match round % 4 {
+            0 => drop(socket),
+            1 => socket.write_all(&[round; 32]).expect("sent"),
+            2 => say(&socket, READY, 0, None),
+            _ => say(&socket, READY, 0, Some(reader.as_fd())),
+        }
+        producer.write_all(&[round; 100]).expect("written");
+        let mut got = [0; 100];
+        reader.read_exact(&mut got).expect("read");
+        assert_eq!(got, [round; 100]);
+        assert_eq!(producer.way(), Way::Plain);
+    }
+    drop(reader);
+    let error = producer.write(b"x").expect_err("nobody reads");
+    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+}

@@ -1,0 +1,257 @@
+//! `ublkup-pipe` as a shell would run it: with its like, with programs that know nothing, and killed.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The example's program; built here if only this test was asked for.
+fn program() -> PathBuf {
+    let test = std::env::current_exe().expect("this program's path");
+    let target = test.ancestors().nth(2).expect("the target directory");
+    let path = target.join("examples/ublkup-pipe");
+    if !path.exists() {
+        let built = Command::new(env!("CARGO"))
+            .args([
+                "build",
+                "--package",
+                "upgrade-proto",
+                "--example",
+                "ublkup-pipe",
+            ])
+            .status();
+        assert!(built.expect("cargo runs").success(), "ublkup-pipe builds");
+    }
+    path
+}
+
+struct Place {
+    dir: TempDir,
+    data: PathBuf,
+    digest: String,
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Place {
+    fn new(len_bytes: usize) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut number = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut bytes = Vec::with_capacity(len_bytes);
+        while bytes.len() < len_bytes {
+            number = number
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.truncate(len_bytes);
+        let data = dir.path().join("data");
+        std::fs::write(&data, &bytes).expect("written");
+        let digest = hex(&Sha256::digest(&bytes));
+        Self { dir, data, digest }
+    }
+
+    fn ours(&self, role: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command.args([role, "--stats", "--way", "shared", "--runtime-dir"]);
+        command.arg(self.dir.path()).args(args);
+        command
+    }
+
+    fn produce(&self, args: &[&str]) -> Command {
+        let mut command = self.ours("produce", args);
+        command.arg(&self.data);
+        command
+    }
+}
+
+/// Runs two programs with a pipe between them; the digest of what came out, and what they said.
+fn run(mut first: Command, mut second: Command) -> (String, String) {
+    let mut first = first
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let pipe = first.stdout.take().expect("a pipe");
+    second
+        .stdin(pipe)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut second = second.spawn().expect("starts");
+    let mut out = Vec::new();
+    second
+        .stdout
+        .take()
+        .expect("a pipe")
+        .read_to_end(&mut out)
+        .expect("read");
+    let (first, second) = (first.wait_with_output(), second.wait_with_output());
+    let (first, second) = (first.expect("ended"), second.expect("ended"));
+    let said = [first.stderr, second.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(first.status.success() && second.status.success(), "{said}");
+    (hex(&Sha256::digest(&out)), said)
+}
+
+fn cat(file: Option<&Path>) -> Command {
+    let mut cat = Command::new("cat");
+    cat.args(file);
+    cat
+}
+
+#[test]
+fn the_same_bytes_arrive_whoever_knows_of_rings() {
+    let place = Place::new(5_000_011);
+    let plain = ["--way", "plain"];
+    let table: [(&str, Command, Command, usize); 6] = [
+        ("both", place.produce(&[]), place.ours("consume", &[]), 2),
+        (
+            "records",
+            place.produce(&["--records", "16"]),
+            place.ours("consume", &["--records", "16"]),
+            2,
+        ),
+        ("the first alone", place.produce(&[]), cat(None), 0),
+        (
+            "the second alone",
+            cat(Some(&place.data)),
+            place.ours("consume", &[]),
+            0,
+        ),
+        (
+            "the second not",
+            place.produce(&[]),
+            place.ours("consume", &[]),
+            0,
+        ),
+        ("neither", cat(Some(&place.data)), cat(None), 0),
+    ];
+    for (what, first, mut second, shared) in table {
+        if what == "the second not" {
+            second = Command::new(program());
+            second.arg("consume").args(plain);
+        }
+        let (digest, said) = run(first, second);
+        assert_eq!(digest, place.digest, "{what}: {said}");
+        assert_eq!(said.matches("way=shared").count(), shared, "{what}: {said}");
+    }
+}
+
+#[test]
+fn programs_that_know_nothing_before_and_after_in_the_same_pipe_keep_their_places() {
+    let place = Place::new(300_000);
+    let program = program();
+    let (program, dir, data) = (
+        program.display(),
+        place.dir.path().display(),
+        place.data.display(),
+    );
+    let ours = format!("--way shared --runtime-dir {dir}");
+    let script = format!(
+        "{{ echo before; {program} produce {ours} {data}; echo between; {program} produce {ours} {data}; echo after; }} \
+         | {program} consume {ours} > {dir}/out"
+    );
+    let done = Command::new("sh")
+        .args(["-c", &script])
+        .status()
+        .expect("a shell");
+    assert!(done.success());
+    let data = std::fs::read(&place.data).expect("read");
+    let expected = [b"before\n", &data[..], b"between\n", &data, b"after\n"].concat();
+    let got = std::fs::read(place.dir.path().join("out")).expect("read");
+    assert!(
+        got == expected,
+        "{} bytes, not {}",
+        got.len(),
+        expected.len()
+    );
+}
+
+/// Waits for a child, but not for ever.
+fn ended(child: &mut Child) -> std::process::ExitStatus {
+    let limit = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = child.try_wait().expect("asked") {
+            return status;
+        }
+        assert!(Instant::now() < limit, "a peer of the killed one hangs");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Two of ours on a pipe; the source is endless, the result a file.
+fn endless(place: &Place) -> (Child, Child, PathBuf) {
+    let mut first = place.ours("produce", &["--wait", "5"]);
+    first.stdin(File::open("/dev/zero").expect("opened"));
+    let mut first = first
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("starts");
+    let pipe = first.stdout.take().expect("a pipe");
+    let out = place.dir.path().join("out");
+    let mut second = place.ours("consume", &[]);
+    second.stdin(pipe).stderr(Stdio::null());
+    second.stdout(File::create(&out).expect("made"));
+    (first, second.spawn().expect("starts"), out)
+}
+
+#[test]
+fn the_peer_of_a_killed_end_ends_too_at_whatever_moment() {
+    let place = Place::new(0);
+    for round in 0..16_u64 {
+        let (mut first, mut second, out) = endless(&place);
+        // From the handshake on, to well into the stream.
+        std::thread::sleep(Duration::from_micros(500 * round * round));
+        let (victim, survivor) = match round % 2 {
+            0 => (&mut first, &mut second),
+            _ => (&mut second, &mut first),
+        };
+        victim.kill().expect("killed");
+        victim.wait().expect("ended");
+        let status = ended(survivor);
+        // A consumer sees the end of the stream; a producer a broken pipe.
+        assert_eq!(status.success(), round % 2 == 0, "round {round}");
+        std::fs::remove_file(out).expect("removed");
+    }
+}
+
+#[test]
+fn a_producer_whose_consumer_pauses_waits_and_loses_nothing() {
+    // The consumer waits for its own reader; the producer fills the ring and sleeps.
+    let place = Place::new(3_000_000);
+    let mut first = place.produce(&["--wait", "5"]);
+    let mut first = first
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut second = place.ours("consume", &["--wait", "5"]);
+    second
+        .stdin(first.stdout.take().expect("a pipe"))
+        .stdout(Stdio::piped());
+    let mut second = second.stderr(Stdio::piped()).spawn().expect("starts");
+    let mut out = second.stdout.take().expect("a pipe");
+    let mut part = [0; 1000];
+    out.read_exact(&mut part).expect("read");
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(
+        first.try_wait().expect("asked").is_none(),
+        "3 MB are in flight"
+    );
+    let mut all = part.to_vec();
+    out.read_to_end(&mut all).expect("read");
+    assert_eq!(hex(&Sha256::digest(&all)), place.digest);
+    let said = first.wait_with_output().expect("ended").stderr;
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("way=shared"), "{said}");
+    assert!(ended(&mut second).success());
+}
