@@ -124,6 +124,13 @@ pub enum Command {
         #[arg(long)]
         clean: bool,
     },
+    /// Print user and group of the ordinary user who made a ublk device, for udev rules; fails for
+    /// devices of others
+    #[command(hide = true)]
+    DeviceOwner {
+        /// What the kernel calls it
+        kernel_name: String,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell

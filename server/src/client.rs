@@ -13,7 +13,7 @@ use crate::cli::Cli;
 use crate::config::{check_name, format_size};
 use crate::control::{self, ExportStatus};
 use crate::counters::Totals;
-use crate::door::ublk::DataPath;
+use crate::door::ublk::{self, DataPath};
 use crate::runtime::{CONTROL, RuntimeDir};
 
 /// A server that does not answer within this time has a problem that must be told.
@@ -135,6 +135,19 @@ fn served(dir: &RuntimeDir, name: &str) -> Result<std::path::PathBuf> {
         );
     }
     Ok(dir.folder(name))
+}
+
+/// `ublkup device-owner`
+///
+/// # Errors
+///
+/// When there is no such device.
+pub fn device_owner(kernel_name: &str) -> Result<ExitCode> {
+    let Some((user, group)) = ublk::owner(kernel_name)? else {
+        return Ok(ExitCode::FAILURE);
+    };
+    print(&format!("{user} {group}\n"))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `ublkup completions`

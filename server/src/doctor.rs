@@ -103,7 +103,15 @@ fn block_door() -> Check {
     let (verdict, finding) = match ublk::available() {
         Ok(features) => (
             Verdict::Ok,
-            format!("the driver offers {}", features.names().join(", ")),
+            format!(
+                "the driver offers {}{}",
+                if rustix::process::geteuid().is_root() {
+                    ""
+                } else {
+                    "devices of ordinary users (data is copied, no recovery), and to administrators "
+                },
+                features.names().join(", ")
+            ),
         ),
         Err(why) => (
             Verdict::Warning,

@@ -69,6 +69,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Probe { device, json } => probe::run(&device, cli.runtime_dir.as_deref(), json),
         Command::Qemu(asked) => run_qemu(&asked, cli.runtime_dir.as_deref()),
         Command::Doctor { json, clean } => doctor::run(&dir()?, json, clean),
+        Command::DeviceOwner { kernel_name } => client::device_owner(&kernel_name),
         Command::Completions { shell } => client::completions(shell),
         Command::Man { folder } => client::man(&folder),
     }

@@ -20,6 +20,8 @@ mod replace;
 #[path = "ublk/resize.rs"]
 mod resize;
 mod serving;
+#[path = "ublk/unprivileged.rs"]
+mod unprivileged;
 #[path = "ublk/upgrade.rs"]
 mod upgrade;
 

@@ -146,7 +146,8 @@ impl Lab {
         Self::start(command)
     }
 
-    fn start(mut command: Command) -> Server {
+    /// Starts the server that a command runs, and waits until it is ready.
+    pub fn start(mut command: Command) -> Server {
         let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

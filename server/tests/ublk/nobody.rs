@@ -23,13 +23,13 @@ use super::upgrade::{
 };
 
 /// A user without rights.
-const NOBODY: u32 = 65534;
+pub const NOBODY: u32 = 65534;
 
 const WAYS: [Way; 2] = [Way::Kernel, Way::Registry];
 
 /// Does `work` with the rights of nobody, in a thread of its own: the raw system calls change one
 /// thread only.
-fn as_nobody<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+pub fn as_nobody<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     let give_up_rights = || {
         let none = std::ptr::null::<libc::gid_t>();
         // SAFETY: no memory is involved, the list of groups is empty; the credentials are this

@@ -95,6 +95,7 @@ const NEEDED: &[Needed] = &[
     needed(Purpose::Tests, "fio", Sign::Program("fio")),
     needed(Purpose::Tests, "e2fsprogs", Sign::Program("mkfs.ext4")),
     needed(Purpose::Tests, "strace", Sign::Program("strace")),
+    needed(Purpose::Tests, "udev", Sign::Program("udevadm")),
     needed(
         Purpose::Tests,
         "qemu-system-x86",

@@ -66,6 +66,10 @@ const GET_DEV_INFO: Command = Command {
     number: sys::UBLK_U_CMD_GET_DEV_INFO,
     name: "GET_DEV_INFO",
 };
+const GET_DEV_INFO2: Command = Command {
+    number: sys::UBLK_U_CMD_GET_DEV_INFO2,
+    name: "GET_DEV_INFO2",
+};
 const GET_PARAMS: Command = Command {
     number: sys::UBLK_U_CMD_GET_PARAMS,
     name: "GET_PARAMS",
@@ -137,6 +141,31 @@ impl Deleted {
 /// The control device.
 pub(super) struct Control {
     file: File,
+    /// Commands name the character device too: the driver asks that of devices of ordinary users,
+    /// and looks whether the sender may read and write it.
+    by_path: Cell<bool>,
+}
+
+/// Bytes of a character device's name in a command: enough for any, and the payload stays aligned.
+const PATH_BYTES: u16 = 32;
+
+/// A payload behind the name of the character device.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Named<T> {
+    path: [u8; PATH_BYTES as usize],
+    payload: T,
+}
+
+impl<T> Named<T> {
+    fn new(id: u32, payload: T) -> Self {
+        const { assert!(align_of::<T>() <= PATH_BYTES as usize) };
+        let mut path = [0; PATH_BYTES as usize];
+        let name = super::char_path(id);
+        let name = name.as_os_str().as_encoded_bytes();
+        path[..name.len()].copy_from_slice(name);
+        Self { path, payload }
+    }
 }
 
 impl Control {
@@ -145,6 +174,7 @@ impl Control {
         let file = OpenOptions::new().read(true).write(true).open(CONTROL_PATH);
         Ok(Self {
             file: file.map_err(Unavailable::from_open)?,
+            by_path: Cell::new(false),
         })
     }
 
@@ -165,7 +195,9 @@ impl Control {
             ublksrv_flags: new.mark,
             ..Default::default()
         };
-        self.exchange(ADD_DEV, new.id, info)
+        let words = sys::ublksrv_ctrl_cmd::default();
+        self.run_as_it_is(ADD_DEV, new.id, words, info, None)
+            .inspect(|info| self.speak_to(info))
             .map_err(|error| match (&error, new.id) {
                 (UblkError::Command { source, .. }, id) => match (source.raw_os_error(), id) {
                     (Some(libc::EEXIST), Some(id)) => UblkError::IdInUse { id },
@@ -268,11 +300,25 @@ impl Control {
 
     /// What the driver knows of a device. Its `ublksrv_pid` is -1 without a (visible) server.
     pub(super) fn info(&self, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, UblkError> {
-        self.exchange(
-            GET_DEV_INFO,
-            Some(id),
-            sys::ublksrv_ctrl_dev_info::default(),
-        )
+        let info = sys::ublksrv_ctrl_dev_info::default();
+        let words = sys::ublksrv_ctrl_cmd::default();
+        let answer = self.run_as_it_is(GET_DEV_INFO, Some(id), words, info, None);
+        let answer = match answer {
+            // It is, or may be, the device of an ordinary user.
+            Err(UblkError::Command { source, .. })
+                if matches!(source.raw_os_error(), Some(libc::EPERM | libc::EINVAL)) =>
+            {
+                self.run_named(GET_DEV_INFO2, id, words, info, None)
+            }
+            other => other,
+        };
+        answer.inspect(|info| self.speak_to(info))
+    }
+
+    /// From now on commands are for this device.
+    fn speak_to(&self, info: &sys::ublksrv_ctrl_dev_info) {
+        let unprivileged = u64::from(sys::UBLK_F_UNPRIVILEGED_DEV);
+        self.by_path.set(info.flags & unprivileged != 0);
     }
 
     /// Gives the disk another size, which its users see at once.
@@ -308,6 +354,34 @@ impl Control {
     }
 
     fn run<T: Copy>(
+        &self,
+        command: Command,
+        id: Option<u32>,
+        words: sys::ublksrv_ctrl_cmd,
+        payload: T,
+        give_up: Option<&dyn Fn() -> bool>,
+    ) -> Result<T, UblkError> {
+        match id {
+            Some(id) if self.by_path.get() => self.run_named(command, id, words, payload, give_up),
+            _ => self.run_as_it_is(command, id, words, payload, give_up),
+        }
+    }
+
+    fn run_named<T: Copy>(
+        &self,
+        command: Command,
+        id: u32,
+        mut words: sys::ublksrv_ctrl_cmd,
+        payload: T,
+        give_up: Option<&dyn Fn() -> bool>,
+    ) -> Result<T, UblkError> {
+        words.dev_path_len = PATH_BYTES;
+        let named = Named::new(id, payload);
+        let answer = self.run_as_it_is(command, Some(id), words, named, give_up)?;
+        Ok(answer.payload)
+    }
+
+    fn run_as_it_is<T: Copy>(
         &self,
         command: Command,
         id: Option<u32>,

@@ -23,6 +23,7 @@ use super::features::{Features, features_of};
 use super::fence::WriteFence;
 use super::leftover;
 use super::memory::page_bytes;
+use super::owner;
 use super::params::{Params, buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
 use super::{DataPath, Facts, Recovery, UblkConfig};
@@ -108,7 +109,11 @@ impl Device {
         let control = Control::open()?;
         let features = features_of(&control)?;
         let ring_buffers = backend.ring_buffers();
-        let data = data_path(config.data, ring_buffers, features)?;
+        let ordinary_user = !owner::is_administrator()?;
+        let data = match ordinary_user {
+            true => only_copied(config.data)?,
+            false => data_path(config.data, ring_buffers, features)?,
+        };
         let no_scan = sys::UBLK_F_NO_AUTO_PART_SCAN;
         if !config.scan_partitions && !features.has(no_scan) {
             return Err(UblkError::Config(
@@ -123,7 +128,10 @@ impl Device {
             }
             _ => None,
         };
-        let recovery = recovery_flags(config.recovery, features)?;
+        let recovery = match ordinary_user {
+            true => no_recovery(config.recovery)?,
+            false => recovery_flags(config.recovery, features)?,
+        };
         let info = match config.take_over {
             Some(id) => leftover::take_over(&control, id)?,
             None => control.add(NewDevice {
@@ -138,6 +146,7 @@ impl Device {
                     // Also for what the driver cannot register. It is older than that.
                     (data != DataPath::Copy, sys::UBLK_F_USER_COPY),
                     (!config.scan_partitions, no_scan),
+                    (ordinary_user, sys::UBLK_F_UNPRIVILEGED_DEV),
                 ]
                 .into_iter()
                 .filter_map(|(wanted, bits)| wanted.then_some(bits))
@@ -172,6 +181,9 @@ impl Device {
             ));
         }
         crash::point("device-added");
+        // First of all: the device of an ordinary user belongs to root until udev has seen it, and
+        // takes no commands from us.
+        device.char_device = Some(Arc::new(open_char_device(device.id)?));
         if !device.others {
             let params = Params::new(params, alignment_bytes);
             device.control.set_params(device.id, params)?;
@@ -179,7 +191,6 @@ impl Device {
         if config.affinity {
             device.facts.affinity = Some(device.affinity()?);
         }
-        device.char_device = Some(Arc::new(open_char_device(device.id)?));
         device.spawn(&info, config, backend, counters, &sender)?;
         device.await_ready()?;
         crash::point("before-start");
@@ -539,6 +550,27 @@ fn data_path(
     }
 }
 
+/// How data gets to the backend of an ordinary user's device: as the driver trusts nobody else.
+fn only_copied(wanted: DataPath) -> Result<DataPath, UblkError> {
+    match wanted {
+        DataPath::Auto | DataPath::Copy => Ok(DataPath::Copy),
+        DataPath::UserCopy | DataPath::ZeroCopy => Err(UblkError::Config(
+            "the driver copies the data of an ordinary user's device; leave --ublk-data away"
+                .into(),
+        )),
+    }
+}
+
+/// The driver does not keep an ordinary user's device for its next server.
+fn no_recovery(wanted: Recovery) -> Result<u32, UblkError> {
+    match wanted {
+        Recovery::Off | Recovery::IfPossible => Ok(0),
+        Recovery::Reissue | Recovery::FailIo => Err(UblkError::Config(
+            "an ordinary user's device goes with its server; leave --ublk-recovery away".into(),
+        )),
+    }
+}
+
 /// How data gets to the backend of a device and back.
 fn data_path_of(info: &sys::ublksrv_ctrl_dev_info) -> DataPath {
     let features = Features(info.flags);
@@ -598,6 +630,9 @@ fn open_char_device(id: u32) -> Result<File, UblkError> {
                     && Instant::now() < deadline =>
             {
                 thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
+                return Err(UblkError::NotOurs { id });
             }
             Err(source) => return Err(UblkError::CharDevice { id, source }),
         }

@@ -12,7 +12,9 @@ pub enum Unavailable {
     )]
     NoDriver,
     /// The control device may not be opened, or not be used.
-    #[error("no permission for /dev/ublk-control: ublk devices need root (CAP_SYS_ADMIN)")]
+    #[error(
+        "no permission for /dev/ublk-control: ublk devices need root (CAP_SYS_ADMIN), or udev rules for the devices of ordinary users (docs/operations.md)"
+    )]
     NoPermission,
     /// The driver does not know ioctl-encoded commands.
     #[error(
@@ -78,6 +80,14 @@ pub enum UblkError {
         id: u32,
         /// What open(2) answered.
         source: io::Error,
+    },
+    /// The character device does not belong to who made it.
+    #[error(
+        "/dev/ublkc{id} does not become ours: the udev rules are missing that give users their devices (docs/operations.md); root removes it with `ublkup doctor --clean`"
+    )]
+    NotOurs {
+        /// The device.
+        id: u32,
     },
     /// No thread to be had.
     #[error(

@@ -4,6 +4,7 @@ use libublk::sys;
 
 use super::control::Control;
 use super::error::{UblkError, Unavailable};
+use super::owner;
 
 /// The feature bits of `UBLK_U_CMD_GET_FEATURES` by name. The newest ones are not in the bindings
 /// yet and stand here by number (`include/uapi/linux/ublk_cmd.h`, Linux 7.3).
@@ -87,11 +88,7 @@ pub(super) fn features_of(control: &Control) -> Result<Features, Unavailable> {
     if !features.has(sys::UBLK_F_CMD_IOCTL_ENCODE) {
         return Err(Unavailable::TooOld);
     }
-    let ours = rustix::thread::capabilities(None).map_err(|e| Unavailable::Other(e.into()))?;
-    if !ours
-        .effective
-        .contains(rustix::thread::CapabilitySet::SYS_ADMIN)
-    {
+    if !features.has(sys::UBLK_F_UNPRIVILEGED_DEV) && !owner::is_administrator()? {
         return Err(Unavailable::NoPermission);
     }
     Ok(features)

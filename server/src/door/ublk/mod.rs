@@ -16,6 +16,7 @@
 //! | `features.rs`   | what the driver can do                           |
 //! | `leftover.rs`   | devices of servers that were killed              |
 //! | `users.rs`      | who has a disk open                              |
+//! | `owner.rs`      | devices of ordinary users                        |
 //!
 //! The server never opens its own `/dev/ublkbN`: the last close of it can wait for the server.
 
@@ -26,6 +27,7 @@ mod features;
 mod fence;
 mod leftover;
 mod memory;
+mod owner;
 mod params;
 mod queue;
 mod users;
@@ -39,6 +41,7 @@ use std::thread;
 pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::{Features, available};
 pub use leftover::{Leftover, Survivor, leftovers, marked, remove, survivor};
+pub use owner::owner;
 
 use crate::access::BlockDoor;
 use crate::backend::Backend;
@@ -265,6 +268,7 @@ impl UblkDoor {
                     .into(),
             ));
         }
+        control.info(self.id)?;
         control.update_size(self.id, capacity_bytes >> SECTOR_SHIFT)
     }
 

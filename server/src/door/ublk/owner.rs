@@ -1,0 +1,49 @@
+//! Devices of ordinary users (`UBLK_F_UNPRIVILEGED_DEV`): who may make them, and whose they are.
+
+use libublk::sys;
+use rustix::thread::{CapabilitySet, capabilities};
+
+use super::control::Control;
+use super::error::{UblkError, Unavailable};
+
+/// Whether the driver takes this process for an administrator.
+pub(super) fn is_administrator() -> Result<bool, Unavailable> {
+    let ours = capabilities(None).map_err(|error| Unavailable::Other(error.into()))?;
+    Ok(ours.effective.contains(CapabilitySet::SYS_ADMIN))
+}
+
+/// User and group of the ordinary user who made the device with this kernel name (`ublkc0`,
+/// `ublkb0`); `None` if an administrator did.
+///
+/// # Errors
+///
+/// When there is no such device, or not for us.
+pub fn owner(kernel_name: &str) -> Result<Option<(u32, u32)>, UblkError> {
+    let id = id_of(kernel_name)
+        .ok_or_else(|| UblkError::Config(format!("'{kernel_name}' is no ublk device")))?;
+    let info = Control::open()?.info(id)?;
+    let owned = info.flags & u64::from(sys::UBLK_F_UNPRIVILEGED_DEV) != 0;
+    Ok(owned.then_some((info.owner_uid, info.owner_gid)))
+}
+
+fn id_of(kernel_name: &str) -> Option<u32> {
+    let digits = ["ublkc", "ublkb"]
+        .iter()
+        .find_map(|prefix| kernel_name.strip_prefix(prefix))?;
+    let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+    plain.then(|| digits.parse().ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_known_by_the_names_the_kernel_gives_them() {
+        assert_eq!(id_of("ublkc17"), Some(17));
+        assert_eq!(id_of("ublkb0"), Some(0));
+        for other in ["ublkb0p1", "ublkc", "ublkc+1", "ublk0", "sda", "../ublkc0"] {
+            assert_eq!(id_of(other), None, "{other}");
+        }
+    }
+}
