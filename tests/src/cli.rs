@@ -102,7 +102,7 @@ enum KernelAction {
     },
     /// Makes the editable source tree and prints where it is
     Edit,
-    /// Turns the commits of the editable tree into kernel-patch/series
+    /// Turns the commits of the editable tree into the patches in kernel-patch
     Refresh,
     /// Breaks the series in each of the ways of kernel-patch/mutants; its tests must notice (half an hour)
     Mutants {
@@ -209,7 +209,7 @@ fn run_kernel(action: KernelAction) -> Result<ExitCode> {
         }
         KernelAction::Refresh => {
             let count = tree::refresh(&repo)?;
-            line(&format!("{count} patches in kernel-patch/series"));
+            line(&format!("{count} patches in kernel-patch"));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -113,6 +113,38 @@ impl fmt::Display for Kernel {
     }
 }
 
+/// The patch series there are. Each applies without the others; a kernel has all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Series {
+    /// AF_UNIX addresses in an open file.
+    FdAddress,
+    /// Rings in place of read and write.
+    Ring,
+}
+
+impl Series {
+    /// In the order they apply.
+    pub const ALL: [Series; 2] = [Series::FdAddress, Series::Ring];
+
+    /// Its directory in `kernel-patch`.
+    #[must_use]
+    pub fn directory(self) -> &'static str {
+        match self {
+            Series::FdAddress => "series",
+            Series::Ring => "ring",
+        }
+    }
+
+    /// The branch of the editable tree whose last commits it is.
+    #[must_use]
+    pub fn branch(self) -> &'static str {
+        match self {
+            Series::FdAddress => "fd-address",
+            Series::Ring => "ring",
+        }
+    }
+}
+
 /// The directory of our kernel work: patches, fragments, base version.
 #[derive(Clone, Debug)]
 pub struct KernelPatch {
@@ -139,10 +171,10 @@ impl KernelPatch {
             .with_context(|| format!("cannot read {}", path.display()))
     }
 
-    /// Where the patches are.
+    /// Where the patches of a series are.
     #[must_use]
-    pub fn series_dir(&self) -> PathBuf {
-        self.dir.join("series")
+    pub fn dir_of(&self, series: Series) -> PathBuf {
+        self.dir.join(series.directory())
     }
 
     /// Where the patches are that break the series.
@@ -151,12 +183,25 @@ impl KernelPatch {
         self.dir.join("mutants")
     }
 
-    /// The patches, in the order they apply, without the cover letter. There may be none.
+    /// The patches of all series, in the order they apply, without the cover letters. There may
+    /// be none.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
+    pub fn series(&self) -> Result<Vec<PathBuf>> {
+        let mut patches = Vec::new();
+        for series in Series::ALL {
+            patches.extend(self.patches(series)?);
+        }
+        Ok(patches)
+    }
+
+    /// The patches of one series.
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn series(&self) -> Result<Vec<PathBuf>> {
-        let dir = self.series_dir();
+    pub fn patches(&self, series: Series) -> Result<Vec<PathBuf>> {
+        let dir = self.dir_of(series);
         if !dir.exists() {
             return Ok(Vec::new());
         }

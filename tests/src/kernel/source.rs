@@ -278,12 +278,13 @@ impl Source {
         })
     }
 
-    /// Unpacks into `into`, which exists and is empty, and applies the series.
+    /// Unpacks into `into`, which exists and is empty, and applies the patches.
     ///
     /// # Errors
     /// It cannot be unpacked, or a patch does not apply.
     pub fn unpack(&self, into: &Path, series: &[PathBuf]) -> Result<()> {
         self.unpack_plain(into)?;
+        each_alone(into, series)?;
         for patch in series {
             let finished = Shell::new("patch")
                 .args(["-p1", "--forward", "--batch", "--silent", "--fuzz=1"])
@@ -338,6 +339,44 @@ impl Source {
         }
         version_of(into).map(|_| ())
     }
+}
+
+/// Checks that each series (the patches of one directory) applies to the plain `tree` also without
+/// the others, and changes nothing.
+///
+/// # Errors
+/// One does not.
+fn each_alone(tree: &Path, patches: &[PathBuf]) -> Result<()> {
+    // The first one is about to be applied to the plain tree anyway.
+    for series in patches
+        .chunk_by(|one, next| one.parent() == next.parent())
+        .skip(1)
+    {
+        // As one patch: the second of a series is for what the first one makes.
+        let mut all = String::new();
+        for patch in series {
+            all += &fs::read_to_string(patch)
+                .with_context(|| format!("cannot read {}", patch.display()))?;
+        }
+        let whole = tempfile::NamedTempFile::new().context("cannot make a file")?;
+        fs::write(whole.path(), all).context("cannot write a file")?;
+        let finished = Shell::new("git")
+            .args(["apply", "--check", "-C2"])
+            .arg(whole.path())
+            .dir(tree)
+            // Or it would look at a repository around the tree.
+            .env("GIT_CEILING_DIRECTORIES", tree)
+            .finish()?;
+        if finished.code() != 0 {
+            let directory = series[0].parent().unwrap_or(Path::new(""));
+            bail!(
+                "{} does not apply without the other series:\n{}",
+                directory.display(),
+                finished.tail()
+            );
+        }
+    }
+    Ok(())
 }
 
 fn untar(file: &Path, into: &Path) -> Result<()> {
@@ -442,5 +481,55 @@ mod tests {
             .unpack(&into, &[patch.clone(), patch])
             .expect_err("it applies only once");
         assert!(error.to_string().contains("0001-change.patch"), "{error}");
+    }
+
+    #[test]
+    fn a_series_that_needs_another_one_is_refused() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let source = dir.path().join("source");
+        fs::create_dir(&source).expect("a directory");
+        let makefile = "VERSION = 1\nPATCHLEVEL = 2\nSUBLEVEL = 3\n";
+        fs::write(source.join("Makefile"), makefile).expect("a file");
+        fs::write(source.join("file"), "one\ntwo\n").expect("a file");
+        let source = Source::of_tree(&source).expect("it is a source tree");
+        let patch = |series: &str, name: &str, text: &str| {
+            let series = dir.path().join(series);
+            fs::create_dir_all(&series).expect("a directory");
+            let patch = series.join(name);
+            fs::write(&patch, text).expect("a file");
+            patch
+        };
+        let first = patch(
+            "a",
+            "0001-two.patch",
+            "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-two\n+three\n",
+        );
+        let make = "--- /dev/null\n+++ b/new\n@@ -0,0 +1 @@\n+1\n";
+        let change = "--- a/new\n+++ b/new\n@@ -1 +1 @@\n-1\n+2\n";
+        let alone = [
+            patch("b", "0001-make.patch", make),
+            patch("b", "0002-change.patch", change),
+        ];
+        let needs = patch(
+            "c",
+            "0001-three.patch",
+            "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-three\n+four\n",
+        );
+        let into = |name: &str| {
+            let into = dir.path().join(name);
+            fs::create_dir(&into).expect("a directory");
+            into
+        };
+
+        let mut patches = vec![first];
+        patches.extend(alone);
+        let tree = into("fine");
+        source.unpack(&tree, &patches).expect("both apply alone");
+        assert_eq!(fs::read_to_string(tree.join("new")).expect("a file"), "2\n");
+        patches.push(needs);
+        let error = source
+            .unpack(&into("not"), &patches)
+            .expect_err("the third is made for the first");
+        assert!(error.to_string().contains("without the other"), "{error}");
     }
 }

@@ -1,5 +1,5 @@
 //! The editable source tree: a git repository in the cache whose commits after
-//! the base are the series.
+//! the base are the series, one branch for each on top of the one before.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{KernelPatch, source};
+use super::{KernelPatch, Series, source};
 use crate::cache;
 use crate::kit::shell::{Shell, sh};
 
@@ -25,7 +25,7 @@ const SLOW: Duration = Duration::from_secs(900);
 pub fn ensure_tree(repo: &Path) -> Result<PathBuf> {
     let patch = KernelPatch::of(repo);
     let _lock = cache::lock("kernels")?;
-    let dir = cache::dir()?.join(format!("tree-{}", patch.base()?));
+    let dir = cache::dir()?.join(format!("linux-{}", patch.base()?));
     if dir.exists() {
         return Ok(dir);
     }
@@ -38,41 +38,51 @@ pub fn ensure_tree(repo: &Path) -> Result<PathBuf> {
     fs::create_dir(&tree).context("cannot make a directory")?;
     source.unpack_plain(&tree)?;
     eprintln!("lab: committing the source, so that patches can be made of changes …");
-    // The identity is only for the base commit; patches carry the author's own.
+    // The identity is only for the base commit; patches carry the author's own. With updateRefs, a
+    // rebase of the last branch takes the others along.
     sh(&format!(
-        "git init -q . && git config gc.auto 0 && git add -A -f && \
+        "git init -q . && git config gc.auto 0 && git config rebase.updateRefs true && \
+         git add -A -f && \
          git -c user.name=lab -c user.email=lab@localhost commit -q -m 'Linux as packaged' && \
          git tag {BASE}"
     ))
     .dir(&tree)
     .limit(SLOW)
     .run()?;
-    let series = patch.series()?;
-    if !series.is_empty() {
+    for series in Series::ALL {
         Shell::new("git")
-            .args([
-                "-c",
-                "user.name=lab",
-                "-c",
-                "user.email=lab@localhost",
-                "am",
-                "-q",
-            ])
-            .args(&series)
+            .args(["checkout", "-q", "-b", series.branch()])
             .dir(&tree)
             .limit(SLOW)
-            .run()
-            .context("the series does not apply")?;
+            .run()?;
+        let patches = patch.patches(series)?;
+        if !patches.is_empty() {
+            Shell::new("git")
+                .args([
+                    "-c",
+                    "user.name=lab",
+                    "-c",
+                    "user.email=lab@localhost",
+                    "am",
+                    "-q",
+                ])
+                .args(&patches)
+                .dir(&tree)
+                .limit(SLOW)
+                .run()
+                .with_context(|| format!("{} does not apply", series.directory()))?;
+        }
     }
     fs::rename(&tree, &dir).with_context(|| format!("cannot create {}", dir.display()))?;
     Ok(dir)
 }
 
-/// Turns the tree's commits after the base into `kernel-patch/series`, and
-/// returns how many there are.
+/// Turns the tree's commits after the base into the patches of each series, and returns how many
+/// there are. The commits of a series are those of its branch that the branch before does not have.
 ///
 /// # Errors
-/// The tree has changes that are not committed, or git failed.
+/// The tree has changes that are not committed, a branch is not on top of the one before, or git
+/// failed.
 pub fn refresh(repo: &Path) -> Result<usize> {
     let dir = ensure_tree(repo)?;
     let dirty = Shell::new("git")
@@ -85,10 +95,22 @@ pub fn refresh(repo: &Path) -> Result<usize> {
         "{} has changes that are not committed; commit them first:\n{dirty}",
         dir.display()
     );
-    export(&dir, &KernelPatch::of(repo).series_dir())
+    let patch = KernelPatch::of(repo);
+    let mut from = BASE;
+    let mut count = 0;
+    for series in Series::ALL {
+        count += export(&dir, from, series.branch(), &patch.dir_of(series))?;
+        from = series.branch();
+    }
+    Ok(count)
 }
 
-fn export(tree: &Path, series: &Path) -> Result<usize> {
+fn export(tree: &Path, from: &str, to: &str, series: &Path) -> Result<usize> {
+    Shell::new("git")
+        .args(["merge-base", "--is-ancestor", from, to])
+        .dir(tree)
+        .run()
+        .with_context(|| format!("{to} is not on top of {from}"))?;
     let fresh = tempfile::tempdir().context("cannot make a directory")?;
     Shell::new("git")
         .args([
@@ -100,7 +122,7 @@ fn export(tree: &Path, series: &Path) -> Result<usize> {
             "-o",
         ])
         .arg(fresh.path())
-        .arg(format!("{BASE}..HEAD"))
+        .arg(format!("{from}..{to}"))
         .dir(tree)
         .limit(SLOW)
         .run()?;
@@ -143,7 +165,7 @@ mod tests {
         .dir(&tree)
         .run()
         .expect("git works");
-        assert_eq!(export(&tree, &series).expect("patches"), 1);
+        assert_eq!(export(&tree, BASE, "HEAD", &series).expect("patches"), 1);
         let mut names: Vec<String> = fs::read_dir(&series)
             .expect("a directory")
             .flatten()
@@ -156,5 +178,24 @@ mod tests {
             "README",
         ];
         assert_eq!(names, expected);
+    }
+
+    #[test]
+    fn a_branch_that_is_not_on_top_of_the_one_before_is_refused() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let tree = dir.path().join("tree");
+        let series = dir.path().join("series");
+        fs::create_dir(&tree).expect("a directory");
+        sh(&format!(
+            "git init -q . && git config user.name a && git config user.email a@b && \
+             git commit -q --allow-empty -m base && git tag {BASE} && git checkout -q -b one && \
+             git commit -q --allow-empty -m one && git checkout -q -b two {BASE}"
+        ))
+        .dir(&tree)
+        .run()
+        .expect("git works");
+        let error = export(&tree, "one", "two", &series).expect_err("it lacks a commit");
+        assert!(error.to_string().contains("not on top of one"), "{error:#}");
+        assert!(!series.exists());
     }
 }
