@@ -6,6 +6,9 @@
 //!                                                                                └── a client comes ──▶ upgraded
 //! ```
 //!
+//! Where clients may move (`--migration`), one that has stopped for a live migration keeps the disk, and
+//! the next one that starts a vring takes it over.
+//!
 //! A client that has only connected has no part in this: it may look (what `probe` does) and must
 //! not disturb those who use the block device. A client *left* when it had stopped all its vrings
 //! before it hung up; anything else is dying, and then the disk is kept for it for a while.
@@ -42,6 +45,19 @@ pub trait BlockDoor: Send + Sync {
     fn in_use(&self) -> Option<String>;
 }
 
+/// The storage behind the disk, where other servers want it too.
+pub trait Storage: Send + Sync {
+    /// Claims it, so that nobody else writes to it.
+    ///
+    /// # Errors
+    ///
+    /// When somebody else has it for longer than `limit`.
+    fn claim(&self, limit: Duration) -> Result<(), String>;
+
+    /// Lets others have it. All that was written is with it before.
+    fn release(&self);
+}
+
 /// What `stat` shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -56,6 +72,8 @@ pub enum AccessState {
     Upgraded,
     /// A client died; the disk is kept for its return.
     Waiting,
+    /// A client has stopped for a live migration; another may take the disk over.
+    Moving,
     /// The disk is read-only: everybody may use it.
     Shared,
 }
@@ -68,6 +86,7 @@ impl fmt::Display for AccessState {
             Self::Draining => "draining",
             Self::Upgraded => "upgraded",
             Self::Waiting => "waiting",
+            Self::Moving => "moving",
             Self::Shared => "shared",
         })
     }
@@ -82,6 +101,9 @@ pub enum Refused {
     /// Somebody uses the block device.
     #[error("the block device is in use ({0}): the writes of a client would go behind its back")]
     InUse(String),
+    /// Another server has the storage.
+    #[error("{0}")]
+    Storage(String),
     /// The block door's writes did not end.
     #[error("the block door cannot be drained: {0}")]
     Drain(String),
@@ -107,6 +129,8 @@ enum State {
     Block,
     Draining,
     Upgraded(Client),
+    /// The client has stopped, and goes on or is gone on with.
+    Moving(Client),
     /// For a client to come back; the number tells one wait from another.
     Waiting(u64),
     Closed,
@@ -114,7 +138,14 @@ enum State {
 
 struct Inner {
     state: State,
+    /// The hold that has the disk, or is getting it.
+    owner: u64,
+    holds: u64,
     block: Option<Arc<dyn BlockDoor>>,
+    /// Whether a client that has stopped may be gone on with.
+    moves: bool,
+    /// What is claimed while somebody has the disk.
+    storage: Option<Arc<dyn Storage>>,
     waits: u64,
 }
 
@@ -142,7 +173,11 @@ impl Access {
             note,
             inner: Mutex::new(Inner {
                 state: State::Opening,
+                owner: 0,
+                holds: 0,
                 block: None,
+                moves: false,
+                storage: None,
                 waits: 0,
             }),
             changed: Condvar::new(),
@@ -157,6 +192,15 @@ impl Access {
     fn set(&self, state: State) {
         self.inner().state = state;
         self.changed.notify_all();
+    }
+
+    /// From now on a client that stops while its memory is being migrated may be gone on with by
+    /// another. `storage` is claimed only while somebody has the disk, for others to have it meanwhile;
+    /// there must be no block door then.
+    pub fn allow_moves(&self, storage: Option<Arc<dyn Storage>>) {
+        let mut inner = self.inner();
+        inner.moves = true;
+        inner.storage = storage;
     }
 
     /// Opens the export for clients, with the block door if there is one.
@@ -217,6 +261,7 @@ impl Access {
             State::Draining => AccessState::Draining,
             State::Upgraded(_) => AccessState::Upgraded,
             State::Waiting(_) => AccessState::Waiting,
+            State::Moving(_) => AccessState::Moving,
             _ if inner.block.is_some() => AccessState::Block,
             _ => AccessState::Free,
         }
@@ -226,9 +271,18 @@ impl Access {
     #[must_use]
     pub fn holder(&self) -> Option<String> {
         match &self.inner().state {
-            State::Upgraded(client) if !(client.gone)() => Some(client.name.clone()),
+            State::Upgraded(client) | State::Moving(client) if !(client.gone)() => {
+                Some(client.name.clone())
+            }
             _ => None,
         }
+    }
+
+    /// Who is in the way of a client that has connected, if it had better be told at once.
+    #[must_use]
+    pub fn obstacle(&self) -> Option<String> {
+        let moves = self.inner().moves;
+        self.holder().filter(|_| !moves)
     }
 
     /// Gives the disk to a client. When this returns, all that the block door accepted is complete.
@@ -238,23 +292,30 @@ impl Access {
     /// When the client cannot have it; nothing has changed then.
     pub fn take(self: &Arc<Self>, client: Client) -> Result<Hold, Refused> {
         if self.shared {
-            return Ok(Hold { access: None });
+            return Ok(Hold {
+                access: None,
+                number: 0,
+            });
         }
+        let mut inner = self.wait_for_turn()?;
+        inner.holds += 1;
+        let number = inner.holds;
         let hold = || Hold {
             access: Some(Arc::clone(self)),
+            number,
         };
-        let mut inner = self.wait_for_turn()?;
-        if let State::Waiting(_) = inner.state {
+        if let State::Waiting(_) | State::Moving(_) = inner.state {
+            self.pass_on(inner, number)?;
             tracing::info!(export = self.export, "upgraded again: {}", client.name);
-            inner.state = State::Upgraded(client);
-            drop(inner);
-            self.changed.notify_all();
+            self.give_to(client)?;
             return Ok(hold());
         }
         let Some(block) = inner.block.clone() else {
-            inner.state = State::Upgraded(client);
+            self.pass_on(inner, number)?;
+            self.give_to(client)?;
             return Ok(hold());
         };
+        inner.owner = number;
         inner.state = State::Draining;
         drop(inner);
         // Whatever goes wrong from here on, a panic included, the block door gets the disk back.
@@ -267,19 +328,47 @@ impl Access {
         self.note()
             .map_err(|error| Refused::Note(error.to_string()))?;
         std::mem::forget(undo);
+        let name = client.name.clone();
+        self.give_to(client)?;
+        tracing::info!(
+            export = self.export,
+            "upgraded: {name}; the block device is read-only meanwhile"
+        );
+        Ok(hold())
+    }
+
+    /// Claims the storage for the hold of this number. If that fails everything is as before.
+    fn pass_on(&self, mut inner: MutexGuard<'_, Inner>, number: u64) -> Result<(), Refused> {
+        let Some(storage) = inner.storage.clone() else {
+            inner.owner = number;
+            inner.state = State::Draining;
+            return Ok(());
+        };
+        let owner = std::mem::replace(&mut inner.owner, number);
+        let state = std::mem::replace(&mut inner.state, State::Draining);
+        drop(inner);
+        let claimed = storage.claim(SUCCESSION_LIMIT);
+        if claimed.is_err() {
+            let mut inner = self.inner();
+            if let State::Draining = inner.state {
+                (inner.owner, inner.state) = (owner, state);
+            }
+            drop(inner);
+            self.changed.notify_all();
+        }
+        claimed.map_err(Refused::Storage)
+    }
+
+    /// The end of a take.
+    fn give_to(&self, client: Client) -> Result<(), Refused> {
         let mut inner = self.inner();
         if let State::Closed = inner.state {
             return Err(Refused::NotOpen);
         }
-        tracing::info!(
-            export = self.export,
-            "upgraded: {}; the block device is read-only meanwhile",
-            client.name
-        );
         inner.state = State::Upgraded(client);
         drop(inner);
         self.changed.notify_all();
-        Ok(hold())
+        Ok(())
     }
 
     /// Waits while others are on their way in or out, and returns when the disk is to be had.
@@ -288,7 +377,7 @@ impl Access {
         let mut inner = self.inner();
         loop {
             let refused = match &inner.state {
-                State::Block | State::Waiting(_) => return Ok(inner),
+                State::Block | State::Waiting(_) | State::Moving(_) => return Ok(inner),
                 State::Closed => return Err(Refused::NotOpen),
                 State::Upgraded(client) if !(client.gone)() => {
                     return Err(Refused::Taken(client.name.clone()));
@@ -309,9 +398,18 @@ impl Access {
     }
 
     /// Gives the disk back to the block door. A closed export stays closed.
-    fn give_back(&self, mut inner: MutexGuard<'_, Inner>) {
+    fn give_back<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) {
         if let State::Closed = inner.state {
             return;
+        }
+        if let Some(storage) = inner.storage.clone() {
+            inner.state = State::Draining;
+            drop(inner);
+            storage.release();
+            inner = self.inner();
+            if let State::Closed = inner.state {
+                return;
+            }
         }
         self.unnote();
         if let Some(block) = &inner.block {
@@ -385,23 +483,97 @@ impl Drop for BackToBlock<'_> {
 pub struct Hold {
     /// `None` when the disk is shared, or the hold has ended.
     access: Option<Arc<Access>>,
+    /// One hold from another.
+    number: u64,
 }
 
 impl Hold {
     /// The client is gone and its last requests are being finished.
     pub fn drain(&self) {
-        if let Some(access) = &self.access {
-            let mut inner = access.inner();
-            if let State::Upgraded(_) = inner.state {
-                inner.state = State::Draining;
-            }
+        if let Some(access) = &self.access
+            && let Some(mut inner) = self.owned(access)
+            && let State::Upgraded(_) | State::Moving(_) = inner.state
+        {
+            inner.state = State::Draining;
         }
+    }
+
+    /// The client has stopped for a live migration, and nothing of it is under way. Where clients may
+    /// move, another one may take the disk over from now on, also one of another server.
+    pub fn rest(&self) {
+        let Some(access) = &self.access else {
+            return;
+        };
+        let Some(mut inner) = self.owned(access) else {
+            return;
+        };
+        let State::Upgraded(client) = &inner.state else {
+            return;
+        };
+        if !inner.moves {
+            return;
+        }
+        let client = client.clone();
+        inner.state = State::Draining;
+        let storage = inner.storage.clone();
+        drop(inner);
+        if let Some(storage) = storage {
+            storage.release();
+        }
+        let mut inner = access.inner();
+        if let State::Draining = inner.state {
+            tracing::info!(
+                export = access.export,
+                "{} has stopped for a migration: another client may go on",
+                client.name
+            );
+            inner.state = State::Moving(client);
+        }
+        drop(inner);
+        access.changed.notify_all();
+    }
+
+    /// The client is about to go on. False when another one has taken the disk over, and this hold is
+    /// void.
+    ///
+    /// # Errors
+    ///
+    /// When another server has the storage.
+    pub fn resume(&self) -> Result<bool, Refused> {
+        let Some(access) = &self.access else {
+            return Ok(true);
+        };
+        let Some(inner) = self.owned(access) else {
+            return Ok(false);
+        };
+        let State::Moving(client) = &inner.state else {
+            return Ok(true);
+        };
+        let client = client.clone();
+        access.pass_on(inner, self.number)?;
+        tracing::info!(export = access.export, "{} goes on here", client.name);
+        access.give_to(client)?;
+        Ok(true)
+    }
+
+    /// The state, if the disk is this hold's. Waits while somebody else is getting it.
+    fn owned<'a>(&self, access: &'a Access) -> Option<MutexGuard<'a, Inner>> {
+        let elsewhere = |inner: &mut Inner| {
+            inner.owner != self.number && matches!(inner.state, State::Draining)
+        };
+        let (inner, _) = access
+            .changed
+            .wait_timeout_while(access.inner(), DRAIN_LIMIT + SUCCESSION_LIMIT, elsewhere)
+            .unwrap_or_else(PoisonError::into_inner);
+        (inner.owner == self.number).then_some(inner)
     }
 
     /// The client left, and nothing of it is under way.
     pub fn leave(mut self) {
-        if let Some(access) = self.access.take() {
-            access.give_back(access.inner());
+        if let Some(access) = self.access.take()
+            && let Some(inner) = self.owned(&access)
+        {
+            access.give_back(inner);
             tracing::info!(
                 export = access.export,
                 "the client left: now {}",
@@ -413,7 +585,11 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        if let Some(access) = self.access.take() {
+        let Some(access) = self.access.take() else {
+            return;
+        };
+        let owned = self.owned(&access).is_some();
+        if owned {
             access.await_return("the client died that had the disk");
         }
     }

@@ -245,3 +245,167 @@ fn after_a_crash_the_disk_is_kept_for_the_client_that_had_it() {
     assert_eq!(door.diary(), ["open"], "it was closed from the beginning");
     assert_eq!(access.state(), AccessState::Block);
 }
+
+/// Storage that keeps a diary, and that another server may have.
+#[derive(Default)]
+struct Store {
+    diary: Mutex<Vec<&'static str>>,
+    taken: AtomicBool,
+}
+
+impl Storage for Store {
+    fn claim(&self, _limit: Duration) -> Result<(), String> {
+        if self.taken.load(Ordering::Relaxed) {
+            return Err("another server has it".into());
+        }
+        self.diary.lock().unwrap().push("claimed");
+        Ok(())
+    }
+
+    fn release(&self) {
+        self.diary.lock().unwrap().push("released");
+    }
+}
+
+fn movable() -> (Arc<Access>, Arc<Store>) {
+    let access = Access::new("e", false, LONG, None);
+    let store = Arc::new(Store::default());
+    access.allow_moves(Some(Arc::<Store>::clone(&store)));
+    access.open(None);
+    (access, store)
+}
+
+#[test]
+fn a_client_that_stopped_for_a_migration_is_gone_on_with_by_another() {
+    let (access, door) = export(LONG);
+    access.allow_moves(None);
+    let source = access.take(client("source")).unwrap();
+    assert_eq!(access.obstacle(), None, "it may connect");
+    let refused = access.take(client("target")).unwrap_err();
+    assert_eq!(
+        refused,
+        Refused::Taken("source".into()),
+        "not while it runs"
+    );
+    source.rest();
+    assert_eq!(access.state(), AccessState::Moving);
+    let target = access.take(client("target")).unwrap();
+    assert_eq!(access.state(), AccessState::Upgraded);
+    assert_eq!(access.holder().as_deref(), Some("target"));
+    // Whatever the source does now, it does to nobody.
+    assert_eq!(source.resume(), Ok(false));
+    source.rest();
+    source.drain();
+    assert_eq!(access.state(), AccessState::Upgraded);
+    source.leave();
+    assert_eq!(access.holder().as_deref(), Some("target"));
+    assert_eq!(
+        door.diary(),
+        ["closing", "closed"],
+        "the block door never had it"
+    );
+    target.leave();
+    assert_eq!(access.state(), AccessState::Block);
+    assert_eq!(door.diary(), ["closing", "closed", "open"]);
+}
+
+#[test]
+fn a_migration_that_failed_goes_on_where_it_was() {
+    let (access, store) = movable();
+    let source = access.take(client("source")).unwrap();
+    source.rest();
+    assert_eq!(source.resume(), Ok(true));
+    assert_eq!(access.state(), AccessState::Upgraded);
+    assert_eq!(source.resume(), Ok(true), "it has it");
+    source.rest();
+    drop(source);
+    assert_eq!(access.state(), AccessState::Free);
+    let diary = store.diary.lock().unwrap().clone();
+    let times = |what| diary.iter().filter(|entry| **entry == what).count();
+    assert_eq!(times("claimed"), 2, "{diary:?}");
+    assert_eq!(diary.last(), Some(&"released"));
+}
+
+#[test]
+fn where_clients_do_not_move_nobody_takes_anything_over() {
+    let (access, _door) = export(LONG);
+    let source = access.take(client("source")).unwrap();
+    assert_eq!(access.obstacle().as_deref(), Some("source"));
+    source.rest();
+    assert_eq!(access.state(), AccessState::Upgraded);
+    assert!(access.take(client("target")).is_err());
+    source.leave();
+}
+
+#[test]
+fn storage_is_claimed_while_somebody_has_the_disk_and_by_one_server() {
+    let (access, store) = movable();
+    assert!(
+        store.diary.lock().unwrap().is_empty(),
+        "nobody wants it yet"
+    );
+    store.taken.store(true, Ordering::Relaxed);
+    let refused = access.take(client("a")).unwrap_err();
+    assert_eq!(refused, Refused::Storage("another server has it".into()));
+    assert_eq!(access.state(), AccessState::Free);
+    store.taken.store(false, Ordering::Relaxed);
+    let hold = access.take(client("a")).unwrap();
+    hold.rest();
+    assert_eq!(*store.diary.lock().unwrap(), ["claimed", "released"]);
+    // The guest went to another server; should it come back, that must let go first.
+    store.taken.store(true, Ordering::Relaxed);
+    assert!(matches!(hold.resume(), Err(Refused::Storage(_))));
+    assert!(access.take(client("b")).is_err());
+    assert_eq!(access.state(), AccessState::Moving, "as before");
+    store.taken.store(false, Ordering::Relaxed);
+    assert_eq!(hold.resume(), Ok(true));
+    hold.leave();
+    assert_eq!(access.state(), AccessState::Free);
+    assert_eq!(store.diary.lock().unwrap().last(), Some(&"released"));
+}
+
+#[test]
+fn a_source_that_leaves_while_its_disk_is_being_taken_over_takes_nothing_along() {
+    /// Takes its time.
+    struct Slow(Mutex<()>, AtomicBool);
+    impl Storage for Slow {
+        fn claim(&self, _limit: Duration) -> Result<(), String> {
+            drop(self.0.lock().unwrap());
+            match self.1.load(Ordering::Relaxed) {
+                true => Err("no".into()),
+                false => Ok(()),
+            }
+        }
+        fn release(&self) {}
+    }
+    for fails in [false, true] {
+        let access = Access::new("e", false, LONG, None);
+        let slow = Arc::new(Slow(Mutex::new(()), AtomicBool::new(false)));
+        access.allow_moves(Some(Arc::<Slow>::clone(&slow)));
+        access.open(None);
+        let source = access.take(client("source")).unwrap();
+        source.rest();
+        slow.1.store(fails, Ordering::Relaxed);
+        let held_up = slow.0.lock().unwrap();
+        let taking = std::thread::spawn({
+            let access = Arc::clone(&access);
+            move || access.take(client("target"))
+        });
+        eventually("the target is taking", || {
+            access.state() == AccessState::Draining
+        });
+        let leaving = std::thread::spawn(move || source.leave());
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!leaving.is_finished());
+        drop(held_up);
+        let taken = taking.join().unwrap();
+        leaving.join().unwrap();
+        assert_eq!(taken.is_err(), fails);
+        let expected = if fails {
+            AccessState::Free
+        } else {
+            AccessState::Upgraded
+        };
+        assert_eq!(access.state(), expected);
+    }
+}

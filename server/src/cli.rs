@@ -205,6 +205,12 @@ pub struct Serve {
     #[arg(long)]
     pub vhost_pin_memory: bool,
 
+    /// Guests may move by live migration: a second client may connect, and takes the disk over when the
+    /// first has stopped for it. With --ublk no the file is claimed only while a guest has it, so that
+    /// the guest may also move to another server, which needs --migration too
+    #[arg(long)]
+    pub migration: bool,
+
     /// Requests under way per ublk queue [default: 128]
     #[arg(long, value_name = "N")]
     pub depth: Option<u16>,
@@ -289,6 +295,7 @@ impl Serve {
             vhost_socket: self.vhost_socket.clone(),
             queues: self.queues,
             vhost_threads: self.vhost_threads,
+            migration: self.migration.then_some(true),
             vhost_pin_memory: self.vhost_pin_memory.then_some(true),
             depth: self.depth,
             poll_us: self.poll_us,

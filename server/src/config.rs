@@ -115,6 +115,9 @@ pub struct ExportConfig {
     pub vhost_threads: u16,
     /// Whether the memory of vhost clients is pinned.
     pub vhost_pin_memory: bool,
+    /// Whether guests may move: from one vhost client to another, and without a block door also from
+    /// server to server.
+    pub migration: bool,
     /// Requests under way per ublk queue.
     pub depth: u16,
     /// How queue threads run.
@@ -153,6 +156,8 @@ pub struct ExportOptions {
     pub queues: Option<u16>,
     /// See [`ExportConfig::vhost_threads`].
     pub vhost_threads: Option<u16>,
+    /// See [`ExportConfig::migration`].
+    pub migration: Option<bool>,
     /// See [`ExportConfig::vhost_pin_memory`].
     pub vhost_pin_memory: Option<bool>,
     /// See [`ExportConfig::depth`].
@@ -193,6 +198,7 @@ impl ExportOptions {
             vhost_socket: self.vhost_socket.or_else(|| other.vhost_socket.clone()),
             queues: self.queues.or(other.queues),
             vhost_threads: self.vhost_threads.or(other.vhost_threads),
+            migration: self.migration.or(other.migration),
             vhost_pin_memory: self.vhost_pin_memory.or(other.vhost_pin_memory),
             depth: self.depth.or(other.depth),
             poll_us: self.poll_us.or(other.poll_us),
@@ -293,6 +299,12 @@ impl ExportOptions {
                 "{name}: a vhost socket, but --vhost no: drop one"
             )));
         }
+        let migration = self.migration.unwrap_or(false);
+        if vhost == DoorMode::No && migration {
+            return Err(ConfigError::new(format!(
+                "{name}: --migration is for guests of the vhost door, but --vhost no: drop one"
+            )));
+        }
         Ok(ExportConfig {
             read_only: spec.read_only || self.read_only.unwrap_or(false),
             name,
@@ -310,6 +322,7 @@ impl ExportOptions {
             vhost_socket: self.vhost_socket,
             queues,
             vhost_threads,
+            migration,
             vhost_pin_memory: self.vhost_pin_memory.unwrap_or(false),
             depth,
             threads: ThreadOptions {

@@ -37,6 +37,7 @@ fn options(path: &Path, cache: CacheMode) -> FileOptions {
         read_only: false,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),
+        claim_later: false,
     }
 }
 
@@ -168,6 +169,60 @@ fn model(path: &Path, cache: CacheMode, seed: u64) {
     let mut all = vec![1; copy.len()];
     client.one(Op::Read, 0, &mut all, Shape::Odd).unwrap();
     assert!(all == copy, "{name}: the disk is not what it should be");
+}
+
+/// Storage that is claimed when a guest wants it: two servers open it, one at a time has it.
+fn one_at_a_time(path: &Path) {
+    let open = || {
+        let options = FileOptions {
+            claim_later: true,
+            ..options(path, CacheMode::Auto)
+        };
+        File::open(options).unwrap()
+    };
+    let (source, target) = (open(), open());
+    let soon = Duration::from_millis(100);
+    assert_eq!(source.claim(soon), Ok(()));
+    assert_eq!(source.claim(soon), Ok(()), "it has it");
+    assert!(target.claim(soon).unwrap_err().contains("in use"));
+    // Nor does it go with servers whose guests do not move.
+    assert!(refusal(options(path, CacheMode::Auto)).contains("in use"));
+    let waiting = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| target.claim(Duration::from_secs(60)));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!waiting.is_finished());
+        source.release();
+        waiting.join().unwrap()
+    });
+    assert_eq!(waiting, Ok(()));
+    assert!(source.claim(soon).is_err());
+    drop(target);
+    assert_eq!(source.claim(soon), Ok(()));
+    source.release();
+    source.release();
+    File::open(options(path, CacheMode::Auto)).unwrap();
+}
+
+#[test]
+fn a_file_that_is_claimed_later_is_had_by_one_server_at_a_time() {
+    let dir = scratch();
+    let path = sparse(dir.path(), 1 << 20);
+    one_at_a_time(&path);
+    // A disk that others cut short is not the one that the guest knows.
+    let disk = File::open(FileOptions {
+        claim_later: true,
+        ..options(&path, CacheMode::Auto)
+    })
+    .unwrap();
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(1 << 19)
+        .unwrap();
+    let refused = disk.claim(Duration::ZERO).unwrap_err();
+    assert!(refused.contains("shorter"), "{refused}");
+    File::open(options(&path, CacheMode::Auto)).unwrap();
 }
 
 #[test]

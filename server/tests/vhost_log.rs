@@ -226,6 +226,7 @@ fn what_the_kernel_read_and_what_was_zero_filled_is_marked() {
         read_only: false,
         block_bytes: None,
         serial: Serial::new("x").unwrap(),
+        claim_later: false,
     };
     let disk = FileDisk::open(options).unwrap();
     assert_eq!(disk.limits().capacity.bytes(), 1 << 20);

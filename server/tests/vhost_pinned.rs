@@ -31,6 +31,7 @@ fn disk(dir: &Path) -> File {
         read_only: false,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),
+        claim_later: false,
     })
     .unwrap()
 }

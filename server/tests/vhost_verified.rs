@@ -152,6 +152,7 @@ fn file(dir: &Path, cache: CacheMode) -> File {
         read_only: false,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),
+        claim_later: false,
     })
     .unwrap()
 }

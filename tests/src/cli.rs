@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use regex::Regex;
 
 use crate::kernel::{Kernel, build, mutants, tree};
+use crate::kit::load;
 use crate::machine::{Hypervisor, Qemu, Uml, shell};
 use crate::packages::{self, Purpose};
 use crate::report::line;
@@ -120,6 +121,9 @@ enum KernelAction {
 pub fn main() -> ExitCode {
     if guest::is_init() {
         return guest::init_main();
+    }
+    if load::is_init() {
+        return load::init_main();
     }
     match run(Cli::parse().command) {
         Ok(code) => code,

@@ -189,6 +189,14 @@ impl<B: Backend> Backend for Fault<B> {
         self.disk.cut(capacity_bytes)
     }
 
+    fn claim(&self, limit: Duration) -> Result<(), String> {
+        self.disk.claim(limit)
+    }
+
+    fn release(&self) {
+        self.disk.release();
+    }
+
     fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<Self::Queue> {
         let waits = (0..slots).map(|_| Wait::default()).collect();
         Ok(FaultQueue {

@@ -15,6 +15,7 @@ pub use memory::Memory;
 pub use null::Null;
 
 use std::io;
+use std::time::Duration;
 
 use crate::io::{Ring, Slot};
 use crate::request::{Limits, Progress, Request};
@@ -58,6 +59,20 @@ pub trait Backend: Send + Sync + 'static {
     fn cut(&self, _capacity_bytes: u64) -> io::Result<()> {
         Err(io::Error::other("this disk cannot shrink"))
     }
+
+    /// Claims storage that was [opened](FileOptions::claim_later) for a later claim, so that nobody
+    /// else writes to it.
+    ///
+    /// # Errors
+    ///
+    /// When somebody else has it for longer than `limit`, or it is not what it was.
+    fn claim(&self, _limit: Duration) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Lets others have what was [claimed](Self::claim). All that was written is with the storage
+    /// before.
+    fn release(&self) {}
 
     /// A queue for requests in slots 0 to `slots` - 1, to be used with `ring` only.
     ///

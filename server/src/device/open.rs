@@ -3,11 +3,12 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
 use std::sync::{Arc, Once, mpsc};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use super::{Counted, Door, Doors, Storage};
-use crate::access::Access;
+use crate::access::{self, Access};
 use crate::backend::{Backend, Fault, File, FileOptions, Memory, Null};
 use crate::config::{BackendSpec, DoorMode, ExportConfig, RecoveryMode, format_size};
 use crate::counters::Registry;
@@ -29,6 +30,25 @@ const MAX_WRITE_ZEROES_BYTES: u64 = 16 << 20;
 
 /// Largest read or write that the doors offer.
 const MAX_IO_BYTES: u32 = 1 << 20;
+
+/// Whether the storage is claimed only while a guest has the disk: other servers may want it. A block
+/// door would use it all the time.
+fn claims_later(config: &ExportConfig) -> bool {
+    config.migration && config.ublk == DoorMode::No && !config.read_only
+}
+
+/// A disk as storage that is claimed and released.
+struct Claimed<B>(Arc<B>);
+
+impl<B: Backend> access::Storage for Claimed<B> {
+    fn claim(&self, limit: Duration) -> Result<(), String> {
+        self.0.claim(limit)
+    }
+
+    fn release(&self) {
+        self.0.release();
+    }
+}
 
 /// What doors are opened with.
 pub(super) struct House<'a> {
@@ -61,6 +81,7 @@ impl House<'_> {
                     read_only: config.read_only,
                     block_bytes: config.block_bytes,
                     serial: config.serial,
+                    claim_later: claims_later(config),
                 })?;
                 self.open(disk)
             }
@@ -86,6 +107,10 @@ impl House<'_> {
             config.reconnect_grace,
             Some(self.claim.upgraded_note()),
         );
+        if config.migration {
+            let claimed = || Arc::new(Claimed(Arc::clone(&disk))) as Arc<dyn access::Storage>;
+            access.allow_moves(claims_later(config).then(claimed));
+        }
         let mut doors = Doors {
             vhost: self.open_vhost(&disk, &access)?,
             ..Doors::default()

@@ -112,6 +112,7 @@ pub fn open_access(read_only: bool) -> Arc<Access> {
 /// A door with its directory and counters.
 pub struct House {
     pub door: VhostDoor,
+    pub access: Arc<Access>,
     pub counters: Arc<Registry>,
     pub scratch: Scratch,
 }
@@ -145,6 +146,7 @@ impl House {
     ) -> Self {
         let scratch = Scratch::new();
         let counters = Arc::new(Registry::default());
+        let access = open_access(disk.limits().read_only);
         let config = VhostConfig {
             name: "test".into(),
             socket: scratch.0.join("s"),
@@ -155,11 +157,12 @@ impl House {
                 cpus: None,
             },
             pin_memory,
-            access: open_access(disk.limits().read_only),
+            access: Arc::clone(&access),
         };
         let door = VhostDoor::start(config, Arc::new(disk), Arc::clone(&counters)).unwrap();
         Self {
             door,
+            access,
             counters,
             scratch,
         }

@@ -154,6 +154,7 @@ fn what_the_driver_cannot_register_is_copied() {
         read_only: false,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),
+        claim_later: false,
     });
     let counters = Arc::<Counters>::default();
     // The tags take turns: some have a place, some have none.

@@ -3,5 +3,7 @@
 pub mod boot_sector;
 pub mod fio;
 pub mod images;
+pub mod load;
+pub mod qmp;
 pub mod server;
 pub mod shell;

@@ -17,6 +17,7 @@ mod handshakes;
 mod io;
 mod kernel;
 mod launcher;
+mod migration;
 mod probe;
 mod qemu;
 mod races;
@@ -171,10 +172,10 @@ pub const SUITES: &[Suite] = &[
     },
     Suite {
         name: "survive",
-        about: "servers that die under a guest of the vhost door, on the host",
+        about: "servers that die under a guest of the vhost door, and guests that move, on the host",
         place: Place::Host,
         needs: &[Need::Kernel(Kernel::X86), Need::Server, Need::Tools],
-        tests: &[survive::TESTS],
+        tests: &[survive::TESTS, migration::TESTS],
         with_cargo_test: false,
         full: false,
     },

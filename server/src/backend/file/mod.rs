@@ -5,9 +5,11 @@
 //! | `open.rs`   | what the storage is, what it takes, who else has it          |
 //! | `queue.rs`  | one request from start to end, step by step                  |
 //! | `resize.rs` | another size for a disk that is being served               |
+//! | `claim.rs`  | that nobody else writes to it                                |
 //! | `bounce.rs` | buffers for data that does not lie as `O_DIRECT` wants it    |
 
 mod bounce;
+mod claim;
 mod open;
 mod queue;
 mod resize;
@@ -15,8 +17,9 @@ mod resize;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 pub use open::OpenError;
 pub use queue::FileQueue;
@@ -50,6 +53,8 @@ pub struct FileOptions {
     pub block_bytes: Option<u32>,
     /// What the disk calls itself.
     pub serial: Serial,
+    /// Do not claim it, so that others may have it until [`Backend::claim`].
+    pub claim_later: bool,
 }
 
 /// A disk in a file. Holds the file, and a lock on it, until the last queue is gone.
@@ -62,11 +67,15 @@ pub struct File {
 /// What all queues of a file disk use.
 #[derive(Debug)]
 struct Shared {
+    /// For messages.
+    path: PathBuf,
     file: fs::File,
     is_device: bool,
     /// The file has no storage but memory.
     is_in_memory: bool,
     alignment: Option<Alignment>,
+    /// A claim that comes and goes.
+    claim: Mutex<Option<claim::Claim>>,
     /// What the storage turned out not to know; each is tried until then.
     lacks: Lacks,
 }
@@ -136,6 +145,14 @@ impl Backend for File {
 
     fn cut(&self, capacity_bytes: u64) -> io::Result<()> {
         resize::cut(&self.shared, capacity_bytes)
+    }
+
+    fn claim(&self, limit: Duration) -> Result<(), String> {
+        self.shared.claim(&self.limits, limit)
+    }
+
+    fn release(&self) {
+        self.shared.release();
     }
 
     fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<FileQueue> {

@@ -5,13 +5,15 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::Mutex;
+use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl, fstatfs};
 use rustix::fs::{ioctl_blkpbszget, ioctl_blksszget};
 
 use super::bounce::Aligned;
+use super::claim::{self, Lock, is_taken, unless_taken};
 use super::{Alignment, CacheMode, FileOptions, Lacks, Shared};
 use crate::request::{Limits, MAX_DISK_BYTES};
 
@@ -112,20 +114,21 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
         read_only,
         block_bytes: asked_bytes,
         serial,
+        claim_later,
     } = options;
     let failed = |source: io::Error| OpenError::Open {
         path: path.clone(),
         read_only,
         source,
     };
-    let mut file = open_file(&path, read_only)?;
+    let mut file = open_file(&path, read_only, claim_later)?;
     let metadata = file.metadata().map_err(failed)?;
     let is_device = metadata.file_type().is_block_device();
     if is_device {
         if !read_only && device_is_read_only(&file) {
             return Err(failed(io::Error::from_raw_os_error(libc::EROFS)));
         }
-    } else {
+    } else if !claim_later {
         lock(&file, &path, read_only)?;
     }
     let alignment = choose_cache(&file, &path, cache).map_err(|error| match error {
@@ -195,7 +198,9 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
     };
     let is_in_memory = !is_device && is_in_memory(&file);
     let shared = Shared {
+        path,
         file,
+        claim: Mutex::default(),
         is_device,
         is_in_memory,
         alignment,
@@ -213,7 +218,7 @@ fn is_in_memory(file: &fs::File) -> bool {
 }
 
 /// Opens without hanging on a FIFO, and refuses everything that is not made of blocks.
-fn open_file(path: &Path, read_only: bool) -> Result<fs::File, OpenError> {
+fn open_file(path: &Path, read_only: bool, claim_later: bool) -> Result<fs::File, OpenError> {
     let failed = |source: io::Error| OpenError::Open {
         path: path.to_owned(),
         read_only,
@@ -222,7 +227,7 @@ fn open_file(path: &Path, read_only: bool) -> Result<fs::File, OpenError> {
     let known = fs::metadata(path).map_err(failed)?;
     check_kind(path, &known)?;
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    if known.file_type().is_block_device() && !read_only {
+    if known.file_type().is_block_device() && !read_only && !claim_later {
         // Refused when the device is mounted or claimed by another writer.
         flags |= OFlags::EXCL;
     }
@@ -231,6 +236,7 @@ fn open_file(path: &Path, read_only: bool) -> Result<fs::File, OpenError> {
         .write(!read_only)
         .custom_flags(i32::try_from(flags.bits()).unwrap_or(0));
     let opened = unless_taken(
+        TAKEN_LIMIT,
         || how.open(path),
         |error| error.raw_os_error() == Some(libc::EBUSY),
     );
@@ -265,56 +271,17 @@ fn check_kind(path: &Path, metadata: &fs::Metadata) -> Result<(), OpenError> {
 }
 
 /// One writer, or any number of readers, of a regular file.
-///
-/// A writer locks every byte, so that programs which lock some bytes of their images (QEMU locks
-/// bytes 100 to 203) and this server keep each other out. Readers lock the first byte and keep out
-/// our writers only. Block devices are not locked: writers claim them with `O_EXCL`, and a
-/// `flock(2)` would collide with udev, which takes one whenever it looks at a device.
 fn lock(file: &fs::File, path: &Path, read_only: bool) -> Result<(), OpenError> {
-    // Lock types are small constants; the field is narrower than they are.
-    #[expect(clippy::cast_possible_truncation, reason = "0 to 2")]
-    let (kind, len) = match read_only {
-        true => (libc::F_RDLCK as libc::c_short, 1),
-        false => (libc::F_WRLCK as libc::c_short, 0),
-    };
-    // SAFETY: all zeroes is a valid `flock`: from the start of the file, by nobody.
-    let mut range: libc::flock = unsafe { std::mem::zeroed() };
-    range.l_type = kind;
-    range.l_len = len;
-    let try_lock = || {
-        // SAFETY: `range` is a whole `struct flock` that lives through the call.
-        match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    };
-    let taken =
-        |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES));
-    match unless_taken(try_lock, taken) {
+    let kind = if read_only { Lock::Read } else { Lock::Write };
+    match claim::lock(file, kind, TAKEN_LIMIT) {
         Ok(()) => Ok(()),
-        Err(error) if taken(&error) => Err(OpenError::InUse(path.to_owned())),
+        Err(error) if is_taken(&error) => Err(OpenError::InUse(path.to_owned())),
         Err(error) => {
             tracing::warn!(
                 "{}: cannot be locked: {error}; take care that nobody else writes to it",
                 path.display()
             );
             Ok(())
-        }
-    }
-}
-
-/// Tries again for a short time while somebody else has the file.
-fn unless_taken<T>(
-    mut attempt: impl FnMut() -> io::Result<T>,
-    is_taken: impl Fn(&io::Error) -> bool,
-) -> io::Result<T> {
-    let deadline = Instant::now() + TAKEN_LIMIT;
-    loop {
-        match attempt() {
-            Err(error) if is_taken(&error) && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            result => return result,
         }
     }
 }

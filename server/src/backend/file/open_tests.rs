@@ -11,6 +11,7 @@ fn options(path: &Path, cache: CacheMode, read_only: bool) -> FileOptions {
         read_only,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),
+        claim_later: false,
     }
 }
 

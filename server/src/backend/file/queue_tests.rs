@@ -14,6 +14,7 @@ fn queue(alignment: Option<Alignment>) -> FileQueue {
         read_only: false,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),
+        claim_later: false,
     })
     .unwrap();
     shared.alignment = alignment;
@@ -489,6 +490,7 @@ fn in_memory(len_bytes: u64) -> (FileQueue, std::fs::File, Ring) {
         read_only: false,
         block_bytes: Some(512),
         serial: Serial::new("test").unwrap(),
+        claim_later: false,
     })
     .unwrap();
     assert!(shared.is_in_memory);

@@ -359,7 +359,7 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
             )));
         }
         // Better now than when its guest has booted that far.
-        if let Some(holder) = shared.access.holder() {
+        if let Some(holder) = shared.access.obstacle() {
             return Err(io::Error::other(format!(
                 "process {peer} comes too late, {holder} has the disk"
             )));

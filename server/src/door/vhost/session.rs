@@ -236,6 +236,11 @@ impl Session {
         if vring.addresses.is_none() || vring.kick.is_none() {
             return Ok(());
         }
+        // It may have stopped for a migration that failed, or succeeded.
+        let kept = self.hold.as_ref().map(Hold::resume).transpose();
+        if kept.map_err(|why| failed(io::Error::other(why)))? == Some(false) {
+            self.hold = None;
+        }
         if self.hold.is_none() {
             let client = Client {
                 name: self.link.client(),
@@ -332,6 +337,17 @@ impl Session {
         }
         let log = Arc::clone(log);
         Ok(Some(Logging { log, requests }))
+    }
+
+    /// A client that has stopped its last vring while its dirty pages are logged is being migrated.
+    fn rest_if_moving(&self) {
+        let logged = self.features & LOG_ALL != 0 && self.log.is_some();
+        if logged
+            && !self.vrings.iter().any(|vring| vring.started)
+            && let Some(hold) = &self.hold
+        {
+            hold.rest();
+        }
     }
 
     fn end_threads(&mut self) {
@@ -489,6 +505,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             vring.error = stopped.error;
             vring.started = false;
             self.link.vrings.fetch_sub(1, Ordering::Relaxed);
+            self.rest_if_moving();
         }
         let base = self.vring(index)?.base;
         Ok(VhostUserVringState::new(index, u32::from(base)))
