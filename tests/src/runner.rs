@@ -13,6 +13,7 @@ use crate::cargo;
 use crate::job::{self, Job};
 use crate::kernel::build::{self, Product};
 use crate::machine::{Hypervisor, Machine, Qemu, Uml};
+use crate::packages::crates::FSX;
 use crate::packages::{self, Purpose};
 use crate::report::{Outcome, SuiteResult, TestResult, Totals, line};
 use crate::suites::{self, Need, SUITES, Suite};
@@ -174,12 +175,15 @@ pub fn prepare(repo: &Path, wanted: &[Need], yes: bool) -> Result<Paths> {
     if needs(Need::DriverTests) {
         paths.driver_tests = cargo::build_driver_tests(repo)?;
     }
+    if needs(Need::Fsx) {
+        paths.fsx = Some(FSX.program()?);
+    }
     let mut products: Vec<Product> = Vec::new();
     for need in wanted {
         let product = match need {
             Need::Kernel(kernel) => Product::Kernel(*kernel),
             Need::Selftests => Product::Selftests,
-            Need::Server | Need::DriverTests | Need::Tools => continue,
+            Need::Server | Need::DriverTests | Need::Tools | Need::Fsx => continue,
         };
         if !products.contains(&product) {
             products.push(product);

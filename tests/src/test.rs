@@ -144,6 +144,8 @@ pub struct Paths {
     pub kernels: BTreeMap<Kernel, PathBuf>,
     /// The directory of the kernel's own test programs, if they were built for this run.
     pub selftests: Option<PathBuf>,
+    /// fsx, if it was built for this run.
+    pub fsx: Option<PathBuf>,
 }
 
 impl Paths {

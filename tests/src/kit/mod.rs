@@ -7,3 +7,4 @@ pub mod load;
 pub mod qmp;
 pub mod server;
 pub mod shell;
+pub mod ublk_control;

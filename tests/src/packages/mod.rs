@@ -2,6 +2,7 @@
 //! come: through apt on Debian, by a clear message elsewhere.
 
 pub mod apt;
+pub mod crates;
 pub mod liburing;
 pub mod sources;
 
@@ -96,6 +97,8 @@ const NEEDED: &[Needed] = &[
     needed(Purpose::Tests, "e2fsprogs", Sign::Program("mkfs.ext4")),
     needed(Purpose::Tests, "strace", Sign::Program("strace")),
     needed(Purpose::Tests, "udev", Sign::Program("udevadm")),
+    // For the kernel's own ublk tests.
+    needed(Purpose::Tests, "fdisk", Sign::Program("sfdisk")),
     needed(
         Purpose::Tests,
         "qemu-system-x86",

@@ -201,12 +201,12 @@ fn verified_io_on_a_file_in_tmpfs(cx: &Context) -> Result<()> {
 }
 
 /// A file system on a loop device, unmounted and detached when dropped.
-struct LoopMount {
-    dir: PathBuf,
+pub(super) struct LoopMount {
+    pub(super) dir: PathBuf,
 }
 
 impl LoopMount {
-    fn ext4(cx: &Context, size_bytes: u64) -> Result<Self> {
+    pub(super) fn ext4(cx: &Context, size_bytes: u64) -> Result<Self> {
         let backing = cx.scratch().join("backing.img");
         images::make_ext4(&backing, size_bytes, None)?;
         let dir = cx.scratch().join("ext4");
@@ -514,7 +514,7 @@ fn a_device_removed_behind_our_back_leaves_the_other_door_open(cx: &Context) -> 
     // What any root program can do; here the doctor's own removal would refuse.
     let name = server.block_device()?;
     let id = name.display().to_string().replace("/dev/ublkb", "");
-    super::ublk_control::stop_device(id.parse()?)?;
+    crate::kit::ublk_control::stop_device(id.parse()?)?;
     let deadline = Instant::now() + cx.patience(30);
     loop {
         let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;

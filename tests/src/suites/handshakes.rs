@@ -1,12 +1,12 @@
 //! Clients of the vhost door that leave in the middle of the handshake, whatever they had said.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{IoSlice, Read, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,8 +15,9 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
+use super::holdings::Holdings;
 use crate::kit::images::Random;
-use crate::kit::server::{Serve, Server};
+use crate::kit::server::Serve;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -310,47 +311,6 @@ impl Client {
     }
 }
 
-/// What a process has.
-#[derive(Debug)]
-struct Holdings {
-    descriptors: usize,
-    threads: usize,
-    mappings: usize,
-    resident_kib: u64,
-}
-
-impl Holdings {
-    fn of(pid: u32) -> Result<Self> {
-        let proc = PathBuf::from(format!("/proc/{pid}"));
-        let count = |name: &str| -> Result<usize> { Ok(fs::read_dir(proc.join(name))?.count()) };
-        let status = fs::read_to_string(proc.join("status"))?;
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let resident = resident.and_then(|text| text.trim().strip_suffix(" kB")?.parse().ok());
-        Ok(Self {
-            descriptors: count("fd")?,
-            threads: count("task")?,
-            mappings: fs::read_to_string(proc.join("maps"))?.lines().count(),
-            resident_kib: resident.context("no VmRSS")?,
-        })
-    }
-
-    /// What the server has when its sessions are over: nobody who has left holds a thread.
-    fn at_rest(server: &Server, threads: usize, patience: Duration) -> Result<Self> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let holdings = Self::of(server.pid())?;
-            if holdings.threads == threads {
-                return Ok(holdings);
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "{threads} threads at first, and with nobody there any more: {holdings:?}"
-            );
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
 /// Clients come, get a random part of the way, and leave in a random way; how many came how far,
 /// and how many left how.
 fn come_and_go(
@@ -427,19 +387,7 @@ fn leave_nothing(cx: &Context, clients: u64) -> Result<()> {
         bail!("no client got as far as step {step}: {reached:?}");
     }
     ensure!(left.len() == LEAVINGS.len(), "ways to leave: {left:?}");
-    ensure!(
-        after.descriptors <= before.descriptors,
-        "descriptors are left: {before:?}, then {after:?}"
-    );
-    // What grows with each client has grown by far more than this.
-    ensure!(
-        after.mappings <= before.mappings + 20,
-        "mappings are left: {before:?}, then {after:?}"
-    );
-    ensure!(
-        after.resident_kib <= before.resident_kib + 1024,
-        "memory is left: {before:?}, then {after:?}"
-    );
+    after.are_no_more_than(&before)?;
     a_whole_handshake_works(cx, &socket)?;
     let log = server.stop()?;
     ensure!(!log.contains("panicked"), "{log}");

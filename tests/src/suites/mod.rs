@@ -7,13 +7,18 @@
 mod agree;
 mod bench;
 mod block;
+mod block_clients;
+mod blockdev;
 mod compare;
 mod debug;
 mod docs;
 mod fd_address;
+mod fsx;
 mod guest;
+mod hammer;
 mod hand_over;
 mod handshakes;
+mod holdings;
 mod io;
 mod kernel;
 mod launcher;
@@ -27,7 +32,6 @@ pub mod series;
 mod soak;
 mod story;
 mod survive;
-mod ublk_control;
 pub mod upgraded;
 mod vhost;
 
@@ -78,6 +82,8 @@ pub enum Need {
     DriverTests,
     /// QEMU, its storage daemon, fio, e2fsprogs, strace, libvirt's schemas.
     Tools,
+    /// fsx, of crates.io.
+    Fsx,
 }
 
 /// Every suite, in the order they run.
@@ -115,6 +121,7 @@ pub const SUITES: &[Suite] = &[
             Need::Server,
             Need::DriverTests,
             Need::Tools,
+            Need::Fsx,
         ],
         tests: &[
             kernel::TESTS,
@@ -126,6 +133,9 @@ pub const SUITES: &[Suite] = &[
             agree::TESTS,
             qemu::NESTED,
             soak::BLOCK_TESTS,
+            survive::BLOCK_TESTS,
+            block_clients::TESTS,
+            fsx::BLOCK_TESTS,
         ],
         with_cargo_test: false,
         full: false,
@@ -139,12 +149,14 @@ pub const SUITES: &[Suite] = &[
             Need::Kernel(Kernel::X86),
             Need::Server,
             Need::Tools,
+            Need::Fsx,
         ],
         tests: &[
             story::TESTS,
             upgraded::TESTS,
             vhost::TESTS,
             soak::VHOST_TESTS,
+            fsx::VHOST_TESTS,
             qemu::TESTS,
             launcher::STOCK_KERNEL_TESTS,
         ],
@@ -175,7 +187,7 @@ pub const SUITES: &[Suite] = &[
         about: "servers that die under a guest of the vhost door, and guests that move, on the host",
         place: Place::Host,
         needs: &[Need::Kernel(Kernel::X86), Need::Server, Need::Tools],
-        tests: &[survive::TESTS, migration::TESTS],
+        tests: &[survive::VHOST_TESTS, migration::TESTS],
         with_cargo_test: false,
         full: false,
     },
@@ -199,6 +211,7 @@ pub const SUITES: &[Suite] = &[
             block::DRIVER_TESTS,
             block::TESTS,
             block::SMP_TESTS,
+            blockdev::TESTS,
             agree::TESTS,
         ],
         with_cargo_test: false,
@@ -264,7 +277,9 @@ const DEBUG_TESTS: &[&[Test]] = &[
 /// machines they boot, and tests that are meant to fail.
 const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, compare::STEPS),
+    (STEPS, fsx::STEPS),
     (STEPS, guest::STEPS),
+    (STEPS, hammer::STEPS),
     (STEPS, hand_over::STEPS),
     (STEPS, series::STEPS),
     (STEPS, upgraded::STEPS),

@@ -1,45 +1,180 @@
-//! Servers that die: what their clients notice of it, which is a pause.
+//! Servers that are killed, again and again, under clients that verify: what the clients notice of it
+//! is a pause. How long it was is told, and nothing depends on it.
 
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
+use rustix::process::{Pid, Signal, kill_process_group};
 
-use super::io::Exercise;
+use super::hammer::{Hammer, Hammered, prepare_image, tell_guest_to_stop};
 use crate::kernel::Kernel;
+use crate::kit::images::Random;
 use crate::kit::server::{Serve, Server};
-use crate::machine::{Machine, Qemu};
+use crate::machine::{Board, Machine, Qemu};
+use crate::report::line;
 use crate::test;
 use crate::test::{Context, Test};
 
-/// On the host.
-pub const TESTS: &[Test] =
-    &[test!(a_guest_verifies_its_disk_while_servers_are_killed_under_it).limit_s(900)];
+/// Of the vhost door, on the host.
+pub const VHOST_TESTS: &[Test] = &[
+    test!(a_guest_verifies_its_disk_while_ten_servers_are_killed).limit_s(300),
+    test!(a_guest_verifies_its_disk_while_a_hundred_servers_are_killed)
+        .limit_s(1200)
+        .full(),
+];
+
+/// Of the block door and of both, in User Mode Linux.
+pub const BLOCK_TESTS: &[Test] = &[
+    test!(a_block_device_is_verified_while_ten_servers_are_killed).limit_s(200),
+    test!(a_block_device_is_verified_while_a_hundred_servers_are_killed)
+        .limit_s(900)
+        .full(),
+    test!(both_doors_are_read_while_servers_are_killed).limit_s(400),
+];
 
 const DISK_BYTES: u64 = 96 << 20;
 
-/// How long a server lives.
-const LIFETIME: Duration = Duration::from_millis(700);
-
-fn serve(cx: &Context, image: &Path, socket: &Path) -> Result<Server> {
-    Serve::new(cx)
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("no")
-        .name("disk")
-        .vhost_socket(socket)
-        .arg(format!("file:{}", image.display()))
-        .start()
+/// An export that is killed and served again.
+struct Mortal<'a> {
+    cx: &'a Context,
+    image: PathBuf,
+    socket: PathBuf,
+    block_door: bool,
+    read_only: bool,
+    random: Random,
 }
 
-fn a_guest_verifies_its_disk_while_servers_are_killed_under_it(cx: &Context) -> Result<()> {
-    let image = cx.scratch().join("disk.img");
-    std::fs::File::create(&image)?.set_len(DISK_BYTES)?;
-    let socket = cx.scratch().join("disk.sock");
-    let mut server = serve(cx, &image, &socket)?;
-    let kernel = cx.paths.kernel(Kernel::X86)?;
-    let qemu = Qemu::new(kernel)
-        .processors(2)
+impl<'a> Mortal<'a> {
+    fn new(cx: &'a Context) -> Result<Self> {
+        let image = cx.scratch().join("disk.img");
+        File::create(&image)?.set_len(DISK_BYTES)?;
+        Ok(Self {
+            cx,
+            image,
+            socket: cx.scratch().join("disk.sock"),
+            block_door: false,
+            read_only: false,
+            random: Random(7),
+        })
+    }
+
+    fn serve(&self) -> Serve {
+        let serve = Serve::new(self.cx)
+            .env("UBLKUP_RUNTIME_DIR", self.cx.scratch().join("run"))
+            .ublk(if self.block_door { "yes" } else { "no" })
+            .name("disk")
+            .vhost_socket(&self.socket)
+            .arg(format!("file:{}", self.image.display()));
+        match self.read_only {
+            true => serve.arg("--read-only"),
+            false => serve,
+        }
+    }
+
+    /// Kills the server so often, each at another time of its life, and starts another one each time;
+    /// the last one.
+    fn kill(&mut self, mut server: Server, kills: usize) -> Result<Server> {
+        for kill in 1..=kills {
+            let life_ms = 50 + self.random.below(300);
+            thread::sleep(Duration::from_millis(life_ms));
+            server.kill()?;
+            // Some die before they are ready, with one door open and not the other, or while they
+            // take over what the one before has left.
+            if kill % 3 == 0 {
+                let young = self.serve().launch()?;
+                thread::sleep(Duration::from_micros(self.random.below(40_000)));
+                young.kill()?;
+            }
+            server = self
+                .serve()
+                .start()
+                .with_context(|| format!("after kill {kill}"))?;
+        }
+        // The last one is waited for, too.
+        thread::sleep(Duration::from_secs(1));
+        Ok(server)
+    }
+}
+
+fn deaths(kills: usize) -> usize {
+    kills + kills / 3
+}
+
+fn tell(who: &str, kills: usize, hammered: &Hammered) -> Result<()> {
+    line(&hammered.tell(who, deaths(kills)));
+    ensure!(
+        hammered.rounds > 0 && hammered.probes > 0,
+        "too little was done: {hammered:?}"
+    );
+    Ok(())
+}
+
+fn stop(server: Server) -> Result<()> {
+    let log = server.stop()?;
+    ensure!(!log.contains("panicked"), "{log}");
+    Ok(())
+}
+
+/// A client on this side of a machine, and one in it.
+fn in_guest(
+    guest: &mut Machine,
+    cx: &Context,
+    hammer: &Hammer,
+    kill: impl FnOnce() -> Result<Server>,
+) -> Result<(Hammered, Server)> {
+    let exchange = guest.exchange();
+    let group = i32::try_from(guest.pid()).ok().and_then(Pid::from_raw);
+    thread::scope(|scope| {
+        let running =
+            scope.spawn(|| guest.run_step::<_, Hammered>(&cx.paths, "hammer_disk", hammer));
+        let killed = kill();
+        if let (Err(_), Some(group)) = (&killed, group) {
+            // The guest would wait for its disk for ever.
+            let _gone = kill_process_group(group, Signal::KILL);
+        }
+        tell_guest_to_stop(&exchange)?;
+        let hammered = running.join().map_err(|_| anyhow!("the step panicked"))?;
+        let killed = killed?;
+        Ok((hammered?, killed))
+    })
+}
+
+fn guest_survives(cx: &Context, kills: usize) -> Result<()> {
+    let mut export = Mortal::new(cx)?;
+    let server = export.serve().start()?;
+    let qemu = reconnecting(cx, &export.socket, Board::Q35)?.processors(2);
+    let mut guest = Machine::boot(&qemu, &cx.paths, "survive")?;
+    let hammer = Hammer {
+        device: "/dev/vda".into(),
+        size_bytes: DISK_BYTES,
+        read_only: false,
+    };
+    let (hammered, server) = in_guest(&mut guest, cx, &hammer, || export.kill(server, kills))?;
+    tell("vhost door", kills, &hammered)?;
+    guest.power_off();
+    stop(server)
+}
+
+fn a_guest_verifies_its_disk_while_ten_servers_are_killed(cx: &Context) -> Result<()> {
+    guest_survives(cx, 10)
+}
+
+fn a_guest_verifies_its_disk_while_a_hundred_servers_are_killed(cx: &Context) -> Result<()> {
+    guest_survives(cx, 100)
+}
+
+/// A guest that connects again at once.
+fn reconnecting(cx: &Context, socket: &Path, board: Board) -> Result<Qemu> {
+    let device = match board {
+        Board::Q35 => "vhost-user-blk-pci,chardev=disk",
+        Board::Microvm => "vhost-user-blk,chardev=disk",
+    };
+    Ok(Qemu::new(cx.paths.kernel(Kernel::X86)?)
+        .board(board)
         .memory_mib(512)
         .argument("-chardev")
         .argument(format!(
@@ -47,30 +182,86 @@ fn a_guest_verifies_its_disk_while_servers_are_killed_under_it(cx: &Context) -> 
             socket.display()
         ))
         .argument("-device")
-        .argument("vhost-user-blk-pci,chardev=disk");
-    let mut guest = Machine::boot(&qemu, &cx.paths, "survive")?;
-    let mut plan = Exercise::new(Path::new("/dev/vda"), DISK_BYTES);
-    plan.run_mib = 32;
-    let kills = thread::scope(|scope| {
-        let running = scope.spawn(|| guest.run_step::<_, ()>(&cx.paths, "exercise_disk", &plan));
-        let mut kills = 0;
-        let mut next = Instant::now() + LIFETIME;
-        while !running.is_finished() {
-            thread::sleep(Duration::from_millis(50));
-            if Instant::now() > next {
-                server.kill()?;
-                server = serve(cx, &image, &socket)?;
-                kills += 1;
-                next = Instant::now() + LIFETIME;
-            }
-        }
-        running.join().map_err(|_| anyhow!("the step panicked"))??;
-        anyhow::Ok((kills, server))
-    });
-    let (kills, server) = kills?;
-    println!("the guest noticed none of {kills} deaths");
-    ensure!(kills >= 10, "only {kills} servers were killed");
+        .argument(device))
+}
+
+fn block_device_survives(cx: &Context, kills: usize) -> Result<()> {
+    let mut export = Mortal::new(cx)?;
+    export.block_door = true;
+    let server = export.serve().start()?;
+    let device = server.block_device()?;
+    let hammer = Hammer {
+        device: device.clone(),
+        size_bytes: DISK_BYTES,
+        read_only: false,
+    };
+    let over = AtomicBool::new(false);
+    let (hammered, server) = beside(cx, &hammer, &over, || export.kill(server, kills))?;
+    tell("block door", kills, &hammered)?;
+    ensure!(
+        server.block_device()? == device,
+        "{} was not taken over",
+        device.display()
+    );
+    stop(server)
+}
+
+/// A client in this process, while something happens.
+fn beside<T>(
+    cx: &Context,
+    hammer: &Hammer,
+    over: &AtomicBool,
+    happens: impl FnOnce() -> Result<T>,
+) -> Result<(Hammered, T)> {
+    thread::scope(|scope| {
+        let running = scope.spawn(|| hammer.run(cx, over));
+        let happened = happens();
+        over.store(true, Ordering::Relaxed);
+        // If there is no server, fio ends by its limit.
+        let hammered = running.join().map_err(|_| anyhow!("the client panicked"))?;
+        let happened = happened?;
+        Ok((hammered?, happened))
+    })
+}
+
+fn a_block_device_is_verified_while_ten_servers_are_killed(cx: &Context) -> Result<()> {
+    block_device_survives(cx, 10)
+}
+
+fn a_block_device_is_verified_while_a_hundred_servers_are_killed(cx: &Context) -> Result<()> {
+    block_device_survives(cx, 100)
+}
+
+/// A read-only export serves both at once: a program at the block device and a guest.
+fn both_doors_are_read_while_servers_are_killed(cx: &Context) -> Result<()> {
+    let kills = 6;
+    let mut export = Mortal::new(cx)?;
+    (export.block_door, export.read_only) = (true, true);
+    prepare_image(&export.image, DISK_BYTES)?;
+    let server = export.serve().start()?;
+    let device = server.block_device()?;
+    let qemu = reconnecting(cx, &export.socket, Board::Microvm)?.processors(1);
+    let mut guest = Machine::boot(&qemu, &cx.paths, "survive-both")?;
+    let hammer = |device: &Path| Hammer {
+        device: device.to_owned(),
+        size_bytes: DISK_BYTES,
+        read_only: true,
+    };
+    let over = AtomicBool::new(false);
+    let (beside, (inside, server)) = beside(cx, &hammer(&device), &over, || {
+        in_guest(&mut guest, cx, &hammer(Path::new("/dev/vda")), || {
+            // The guest's fio has started by then.
+            thread::sleep(Duration::from_secs(3));
+            export.kill(server, kills)
+        })
+    })?;
+    tell("both, at the block device", kills, &beside)?;
+    tell("both, in the guest", kills, &inside)?;
     guest.power_off();
-    server.stop()?;
-    Ok(())
+    ensure!(
+        server.block_device()? == device,
+        "{} was not taken over",
+        device.display()
+    );
+    stop(server)
 }

@@ -1,0 +1,217 @@
+//! Programs that use a block device and go, in every state: none leaves anything in the server. And
+//! one whose disk grows under it.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use std::{ptr, thread};
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::holdings::Holdings;
+use crate::kit::images::{self, KnownFiles, Random};
+use crate::kit::server::{Serve, Server};
+use crate::kit::shell::{Shell, sh};
+use crate::process;
+use crate::test;
+use crate::test::{Context, Test};
+
+/// Inside User Mode Linux.
+pub const TESTS: &[Test] = &[
+    test!(clients_of_the_block_door_leave_nothing_in_the_server).limit_s(120),
+    test!(a_thousand_clients_of_the_block_door_leave_nothing_in_the_server)
+        .limit_s(1200)
+        .full(),
+    test!(a_mounted_file_system_grows_with_its_disk_and_outlives_the_server),
+];
+
+const MIB: u64 = 1 << 20;
+const DISK_BYTES: u64 = 64 * MIB;
+
+/// How a client uses the disk before it goes.
+#[derive(Clone, Copy, Debug)]
+enum Use {
+    /// It opens it and reads a sector.
+    Opens,
+    /// It opens it for itself alone, writes a page and does not ask for it to be on the disk.
+    WritesThroughTheCache,
+    /// It maps a part of it, reads and writes there.
+    Maps,
+    /// It has the kernel look for partitions.
+    LooksForPartitions,
+    /// It reads around the page cache and is killed.
+    DiesReading,
+    /// It writes around the page cache and is killed.
+    DiesWriting,
+}
+
+const USES: [Use; 6] = [
+    Use::Opens,
+    Use::WritesThroughTheCache,
+    Use::Maps,
+    Use::LooksForPartitions,
+    Use::DiesReading,
+    Use::DiesWriting,
+];
+
+impl Use {
+    fn run(self, device: &Path, random: &mut Random) -> Result<()> {
+        let open = || OpenOptions::new().read(true).write(true).open(device);
+        let at = random.below(DISK_BYTES / MIB) * MIB;
+        match self {
+            Use::Opens => open()?.read_exact_at(&mut [0; 512], at)?,
+            Use::WritesThroughTheCache => open()?.write_all_at(&random.bytes(4096), at)?,
+            Use::Maps => touch(&open()?, at)?,
+            Use::LooksForPartitions => {
+                Shell::new("blockdev").arg("--rereadpt").arg(device).run()?;
+            }
+            Use::DiesReading => {
+                let (from, to) = (
+                    format!("if={}", device.display()),
+                    "of=/dev/null".to_owned(),
+                );
+                die(&[from, to, "iflag=direct".to_owned()], random)?;
+            }
+            Use::DiesWriting => {
+                let (from, to) = (
+                    "if=/dev/zero".to_owned(),
+                    format!("of={}", device.display()),
+                );
+                die(&[from, to, "oflag=direct".to_owned()], random)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A page of a mapping, read and written.
+fn touch(disk: &File, at: u64) -> Result<()> {
+    let len = 64 << 10;
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let page = unsafe { mmap(ptr::null_mut(), len, access, MapFlags::SHARED, disk, at) }?;
+    let byte = page.cast::<u8>();
+    // SAFETY: the mapping is `len` bytes long and exists until it is unmapped here; the disk does not
+    // shrink. Nobody else has the address.
+    unsafe {
+        byte.write_volatile(byte.read_volatile().wrapping_add(1));
+        munmap(page, len)?;
+    }
+    Ok(())
+}
+
+/// dd works for some milliseconds and is killed, whatever it does then.
+fn die(words: &[String], random: &mut Random) -> Result<()> {
+    let mut dd: Child = process::spawn_bound(
+        Command::new("dd")
+            .args(words)
+            .arg("bs=256k")
+            .stderr(Stdio::null()),
+    )?;
+    thread::sleep(Duration::from_millis(random.below(20)));
+    // It may be at the end of the disk already.
+    let _is_killed = dd.kill();
+    let ended = process::wait_limited(&mut dd, Duration::from_secs(60))?;
+    ensure!(ended.is_some(), "a client that was killed does not end");
+    Ok(())
+}
+
+fn come_and_go(device: &Path, clients: u64, random: &mut Random) -> Result<()> {
+    for client in 0..clients {
+        let place = usize::try_from(client % USES.len() as u64)?;
+        let how = USES[place];
+        how.run(device, random)
+            .with_context(|| format!("client {client}, {how:?}"))?;
+    }
+    Ok(())
+}
+
+fn leave_nothing(cx: &Context, clients: u64) -> Result<()> {
+    let image = cx.scratch().join("disk.img");
+    File::create(&image)?.set_len(DISK_BYTES)?;
+    let server = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .ublk("yes")
+        .arg(format!("file:{}", image.display()))
+        .start()?;
+    let device = server.block_device()?;
+    let threads = Holdings::of(server.pid())?.threads;
+    let mut random = Random(clients);
+    // The first ones make what stays.
+    come_and_go(&device, 30, &mut random)?;
+    let before = Holdings::at_rest(&server, threads, cx.patience(20))?;
+    come_and_go(&device, clients, &mut random)?;
+    let after = Holdings::at_rest(&server, threads, cx.patience(20))?;
+    println!("{clients} clients: {before:?}, then {after:?}");
+    after.are_no_more_than(&before)?;
+    stop(server)
+}
+
+fn clients_of_the_block_door_leave_nothing_in_the_server(cx: &Context) -> Result<()> {
+    leave_nothing(cx, 120)
+}
+
+fn a_thousand_clients_of_the_block_door_leave_nothing_in_the_server(cx: &Context) -> Result<()> {
+    leave_nothing(cx, 1000)
+}
+
+fn stop(server: Server) -> Result<()> {
+    let log = server.stop()?;
+    ensure!(!log.contains("panicked"), "{log}");
+    Ok(())
+}
+
+/// The disk grows, the file system on it with it, a server dies, and the next one knows the new size.
+fn a_mounted_file_system_grows_with_its_disk_and_outlives_the_server(cx: &Context) -> Result<()> {
+    let image = cx.scratch().join("disk.img");
+    let known = images::ext4_with_known_files(&image, 32 * MIB, 1)?;
+    let run = cx.scratch().join("run");
+    let serve = || {
+        Serve::new(cx)
+            .env("UBLKUP_RUNTIME_DIR", &run)
+            .ublk("yes")
+            .name("disk")
+            .arg(format!("file:{}", image.display()))
+            .start()
+    };
+    let server = serve()?;
+    let device = server.block_device()?;
+    let mounted = images::mount_ext4(&device, &cx.scratch().join("mnt"), false)?;
+    Shell::new(&cx.paths.server)
+        .args(["resize", "disk", "96M"])
+        .env("UBLKUP_RUNTIME_DIR", &run)
+        .run()?;
+    expect_size(&device, 96 * MIB)?;
+    sh(&format!("resize2fs {}", device.display())).run()?;
+    // More than there was room for.
+    let big = mounted.dir().join("big");
+    fs::write(&big, Random(2).bytes(48 << 20))?;
+    let new = KnownFiles::generate(mounted.dir(), 3)?;
+    server.kill()?;
+    let server = serve()?;
+    ensure!(server.block_device()? == device, "another device");
+    expect_size(&device, 96 * MIB)?;
+    known.and(new).verify(mounted.dir())?;
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    ensure!(
+        fs::read(&big)? == Random(2).bytes(48 << 20),
+        "the big file is damaged"
+    );
+    mounted.unmount()?;
+    images::fsck(&device)?;
+    stop(server)
+}
+
+fn expect_size(device: &Path, bytes: u64) -> Result<()> {
+    let device = PathBuf::from(device);
+    let seen = sh(&format!("blockdev --getsize64 {}", device.display())).run()?;
+    ensure!(
+        seen.trim() == bytes.to_string(),
+        "{} has {seen}",
+        device.display()
+    );
+    Ok(())
+}
