@@ -13,7 +13,7 @@ use crate::machine::{Hypervisor, Qemu, Uml, shell};
 use crate::packages::{self, Purpose};
 use crate::report::line;
 use crate::runner::{self, Request};
-use crate::{agent, bench, demo, doctor, guest, job};
+use crate::{agent, bench, demo, doctor, guest, job, kublk};
 
 /// Kernels, machines and tests for ublkup.
 #[derive(Parser)]
@@ -77,6 +77,13 @@ enum Action {
     /// Loads a vhost-user-blk socket; the lab calls itself with this
     #[command(name = bench::client::SUBCOMMAND, hide = true)]
     BenchClient,
+    /// Takes kublk's command line, for the kernel's tests; the lab calls itself with this
+    #[command(name = kublk::SUBCOMMAND, hide = true)]
+    Kublk {
+        /// kublk's command and options
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
     /// Serves a guest's channel; the lab calls itself with this
     #[command(name = guest::AGENT, hide = true)]
     GuestAgent,
@@ -178,6 +185,7 @@ fn run(action: Action) -> Result<ExitCode> {
         }
         Action::RunOneTest => job::child_main(),
         Action::BenchClient => bench::client::child_main(),
+        Action::Kublk { words } => Ok(kublk::main(&words)),
         Action::GuestAgent => agent::main(),
     }
 }

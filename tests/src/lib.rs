@@ -18,6 +18,7 @@ pub mod job;
 pub mod kernel;
 pub mod kit;
 pub mod klog;
+pub mod kublk;
 pub mod machine;
 pub mod packages;
 pub mod process;

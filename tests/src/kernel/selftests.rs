@@ -75,9 +75,14 @@ const HARNESS_LIMIT: (&str, &str) = (
     "#define TEST_TIMEOUT_DEFAULT 300\n",
 );
 
+/// Scripts that are not built but taken as they are, the directory and the beginning of their names.
+const SCRIPTS: (&str, &str) = ("ublk", "test_");
+
 /// Everything that decides what is built.
 pub(super) fn ingredients() -> String {
     let mut all = String::from(HARNESS_LIMIT.1);
+    all += SCRIPTS.0;
+    all += SCRIPTS.1;
     for collection in &COLLECTIONS {
         all += collection.dir;
         for part in collection.programs.iter().chain(collection.settings) {
@@ -172,5 +177,19 @@ pub(super) fn build(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
             20 * minute,
         )?;
     }
+    let from = tree.join("tools/testing/selftests").join(SCRIPTS.0);
+    take_scripts(&from, &into.join(SCRIPTS.0))?;
     fs::remove_dir_all(&headers).context("cannot remove the headers")
+}
+
+fn take_scripts(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from).with_context(|| format!("cannot list {}", from.display()))? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name.to_string_lossy().starts_with(SCRIPTS.1) {
+            fs::copy(entry.path(), to.join(&name))
+                .with_context(|| format!("cannot copy {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
 }

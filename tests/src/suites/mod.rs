@@ -32,6 +32,7 @@ pub mod series;
 mod soak;
 mod story;
 mod survive;
+mod ublk_selftests;
 pub mod upgraded;
 mod vhost;
 
@@ -160,6 +161,20 @@ pub const SUITES: &[Suite] = &[
             qemu::TESTS,
             launcher::STOCK_KERNEL_TESTS,
         ],
+        with_cargo_test: false,
+        full: false,
+    },
+    Suite {
+        name: "ublk-selftests",
+        about: "the kernel's own ublk tests, with ublkup in the place of the kernel's test server",
+        place: Place::Uml,
+        needs: &[
+            Need::Kernel(Kernel::Uml),
+            Need::Selftests,
+            Need::Server,
+            Need::Tools,
+        ],
+        tests: &[ublk_selftests::TESTS],
         with_cargo_test: false,
         full: false,
     },
