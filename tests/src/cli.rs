@@ -84,6 +84,12 @@ enum Action {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         words: Vec<String>,
     },
+    /// One end of a pipe or ring; the lab calls itself with this
+    #[command(name = bench::ring::peer::SUBCOMMAND, hide = true)]
+    BenchRingPeer {
+        /// What to do, as JSON
+        order: String,
+    },
     /// Serves a guest's channel; the lab calls itself with this
     #[command(name = guest::AGENT, hide = true)]
     GuestAgent,
@@ -186,6 +192,7 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::RunOneTest => job::child_main(),
         Action::BenchClient => bench::client::child_main(),
         Action::Kublk { words } => Ok(kublk::main(&words)),
+        Action::BenchRingPeer { order } => bench::ring::peer::child_main(&order),
         Action::GuestAgent => agent::main(),
     }
 }

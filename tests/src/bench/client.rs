@@ -133,7 +133,11 @@ fn run(order: &Order, load: &mut Load) -> Result<Answer> {
     })
 }
 
-fn pin(cpu: usize) -> Result<()> {
+/// Runs the calling thread on one processor.
+///
+/// # Errors
+/// There is no such processor.
+pub fn pin(cpu: usize) -> Result<()> {
     let mut set = rustix::thread::CpuSet::new();
     set.set(cpu);
     rustix::thread::sched_setaffinity(None, &set)

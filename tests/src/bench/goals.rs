@@ -3,6 +3,7 @@
 
 use super::figures::Samples;
 use super::record::{Bound, Document, Goal};
+use super::ring::{self, Where};
 use super::{exports, upgrade, vm};
 use crate::suites::upgraded::{GUEST, GUEST_UPGRADED, PROGRAM, PROGRAM_UPGRADED};
 
@@ -27,8 +28,29 @@ pub fn of(document: &Document) -> Vec<Goal> {
     goals.extend(block_door(document));
     goals.extend(upgraded(document));
     goals.extend(many_exports(document));
+    goals.extend(rings(document));
     goals
 }
+
+/// Records of 16 bytes through a ring with both ends mapped, against the pipe in the same round.
+fn rings(document: &Document) -> Vec<Goal> {
+    let goal = |(place, ring): (Where, &str)| {
+        let row = document.row(ring::LANE, &place.records(), &ring::words(16))?;
+        let ratio = row
+            .candidate(ring)?
+            .iops
+            .ratio(&row.candidate(ring::PIPE)?.iops)?;
+        let what = format!("16-byte {}: {ring} ÷ {}", place.records(), ring::PIPE);
+        Some(Goal::new(&what, AtLeast(7.0), &ratio))
+    };
+    RINGS.iter().copied().filter_map(goal).collect()
+}
+
+const RINGS: [(Where, &str); 3] = [
+    (Where::Here, ring::SHARED),
+    (Where::Uml, ring::KERNEL),
+    (Where::Pc, ring::KERNEL),
+];
 
 /// Requests per second: title, load, ours, theirs, how many times theirs.
 const SPEED: &[(&str, &str, &str, &str, f64)] = &[

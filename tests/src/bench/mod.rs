@@ -11,6 +11,7 @@ pub mod machine;
 pub mod native;
 pub mod peers;
 pub mod record;
+pub mod ring;
 pub mod table;
 pub mod upgrade;
 pub mod usage;
@@ -42,6 +43,8 @@ pub enum Lane {
     Upgrade,
     /// Many exports in one process, idle and busy
     Exports,
+    /// Records through a pipe and through rings in its place, on three kernels
+    Ring,
 }
 
 /// The command line.
@@ -207,6 +210,14 @@ pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
             Lane::Vm => vm::run(&settings, &mut keep, left_out)?,
             Lane::Upgrade => upgrade::run(&settings, &mut keep)?,
             Lane::Exports => exports::run(&settings, &mut keep, &mut |one| measures.push(one))?,
+            Lane::Ring => {
+                ring::run(
+                    &settings,
+                    &mut keep,
+                    &mut |one| measures.push(one),
+                    left_out,
+                )?;
+            }
         }
     }
     if let [(first, _), (second, _)] = &settings.servers[..] {
@@ -241,7 +252,10 @@ fn chosen(arguments: &Arguments) -> Vec<Lane> {
 }
 
 fn settings(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Settings> {
-    let servers = servers(repo, arguments)?;
+    let servers = match chosen(arguments)[..] {
+        [Lane::Ring] => Vec::new(),
+        _ => servers(repo, arguments)?,
+    };
     let seconds = arguments
         .seconds
         .unwrap_or(if arguments.quick { 0.2 } else { 1.0 });

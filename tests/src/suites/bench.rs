@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::bench::attach::Client;
 use crate::bench::client::{End, Op, Order, Waiting};
 use crate::bench::record::Document;
+use crate::bench::ring;
 use crate::kit::server::Serve;
 use crate::kit::shell::Shell;
 use crate::test;
@@ -17,6 +18,7 @@ use crate::test::{Context, Test};
 pub const TESTS: &[Test] = &[
     test!(the_client_and_the_server_count_the_same_requests).limit_s(120),
     test!(a_quick_run_leaves_a_document_with_every_sample).limit_s(240),
+    test!(the_ring_lane_counts_what_its_two_ends_did).limit_s(240),
     test!(fio_understands_the_job_files),
 ];
 
@@ -103,6 +105,36 @@ fn a_quick_run_leaves_a_document_with_every_sample(cx: &Context) -> Result<()> {
     ensure!(table.contains("| qemu-storage-daemon |"), "{table}");
     let picture = output.join("native-null-4-kib-random-reads.svg");
     Shell::new("xmllint").arg("--noout").arg(&picture).run()?;
+    Ok(())
+}
+
+fn the_ring_lane_counts_what_its_two_ends_did(cx: &Context) -> Result<()> {
+    let output = cx.scratch().join("bench");
+    let printed = Shell::new("/proc/self/exe")
+        .args(["bench", "ring", "--quick", "--no-counts", "--json"])
+        .args(["--only", "natively: (16|4096) bytes", "--client-cpu", "0"])
+        .args(["--server-cpu", "0", "--output"])
+        .arg(&output)
+        .limit(cx.patience(200))
+        .run()?;
+    let document: Document = serde_json::from_str(&printed).context("no document was printed")?;
+    ensure!(document.rows.len() == 3, "{} rows", document.rows.len());
+    for row in &document.rows {
+        let calls = |name| row.candidate(name).and_then(|one| one.syscalls_per_io);
+        let pipe = calls(ring::PIPE).context("no pipe")?;
+        let shared = calls(ring::SHARED).context("no shared ring")?;
+        let to_and_fro = row.title.starts_with("ping-pong");
+        // One read and one write for each record each way; a ring needs them only to sleep and to wake.
+        let least = if to_and_fro { 4.0 } else { 2.0 };
+        ensure!((pipe - least).abs() < 0.1, "{pipe} system calls in {row:?}");
+        ensure!(to_and_fro || shared < pipe, "{shared} system calls in {row:?}");
+        for one in &row.candidates {
+            ensure!(one.iops.samples.len() == 2 && one.iops.min > 0.0, "{one:?}");
+        }
+    }
+    let goal = document.goals.first().context("no goal is mentioned")?;
+    ensure!(goal.goal == ">= 7" && goal.what.contains(ring::SHARED), "{goal:?}");
+    ensure!(output.join("ring-records-natively.svg").exists(), "no picture");
     Ok(())
 }
 

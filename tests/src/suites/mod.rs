@@ -299,6 +299,7 @@ const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, series::STEPS),
     (STEPS, upgraded::STEPS),
     (STEPS, crate::bench::vm::STEPS),
+    (STEPS, crate::bench::ring::STEPS),
     (STEPS, soak::STEPS),
     (selftest::PATIENTS, selftest::PATIENT_TESTS),
 ];

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::thread::{ClockId, futex};
+use rustix::thread::futex;
+use rustix::time::{ClockId, clock_gettime};
 
 use super::bytes::Bytes;
 use super::counters::Counters;
@@ -26,6 +27,9 @@ const FUTEX_PATIENCE: Timespec = Timespec {
 const SPIN_MAX: u32 = 2_000;
 const SPIN_MIN: u32 = 20;
 
+/// After so many sleeps it looks that long again: the peer may be quicker now.
+const SLEEPS_PER_TRY: u32 = 32;
+
 /// Bytes that a consumer may have taken without saying so: what a pipe frees at once is a page, too.
 const SILENT_BYTES: u32 = 4096;
 
@@ -43,6 +47,7 @@ pub(crate) enum Link {
 struct Spin {
     limit: u32,
     max: u32,
+    sleeps: u32,
 }
 
 impl Spin {
@@ -50,7 +55,11 @@ impl Spin {
         // On one processor the peer cannot move while we look.
         let alone = std::thread::available_parallelism().map_or(1, usize::from) == 1;
         let max = if alone || !allowed { 0 } else { SPIN_MAX };
-        Self { limit: max, max }
+        Self {
+            limit: max,
+            max,
+            sleeps: 0,
+        }
     }
 
     fn until(&mut self, moved: impl Fn() -> bool) -> bool {
@@ -61,7 +70,11 @@ impl Spin {
             }
             std::hint::spin_loop();
         }
-        self.limit = (self.limit / 2).max(SPIN_MIN).min(self.max);
+        self.sleeps = self.sleeps.wrapping_add(1);
+        self.limit = match self.sleeps.is_multiple_of(SLEEPS_PER_TRY) {
+            true => self.max,
+            false => (self.limit / 2).max(SPIN_MIN).min(self.max),
+        };
         false
     }
 }
@@ -196,8 +209,10 @@ impl End {
         Ok(())
     }
 
-    /// Sleeps until the kernel or a mapped peer changes something. False: this kernel cannot.
+    /// Sleeps until the kernel or a mapped peer changes something, for a while; whether there is news.
     fn sleep_on_two_words(&mut self, seen: u32, counters: &mut Counters) -> bool {
+        let now = clock_gettime(ClockId::Monotonic);
+        let limit = now.checked_add(FUTEX_PATIENCE);
         protocol::announce_sleep::<_, FullFence>(self.memory.own(), WAIT_FUTEX);
         let done = loop {
             let event = self.memory.word(control::EVENT);
@@ -216,7 +231,8 @@ impl End {
                 wait
             });
             counters.system_calls += 1;
-            match futex::waitv(&waits, futex::WaitvFlags::empty(), None, ClockId::Monotonic) {
+            let flags = futex::WaitvFlags::empty();
+            match futex::waitv(&waits, flags, limit.as_ref(), ClockId::Monotonic) {
                 Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(_) => break false,
             }
@@ -474,7 +490,7 @@ impl RingReader {
             self.end.disarm(counters);
         }
         if self.core.unpublished() != 0 {
-            self.publish(pipe, counters);
+            self.publish(true, pipe, counters);
         }
         let filled = self.core.look(self.end.memory.peer()).map_err(corrupt)?;
         Ok(filled as usize)
@@ -499,13 +515,19 @@ impl RingReader {
         let count = to_u32(len_bytes).min(self.core.filled());
         self.core.consume(count);
         if self.core.unpublished() >= self.silent_bytes {
-            self.publish(pipe, counters);
+            let is_half_empty = self.core.filled() <= self.end.memory.size() / 2;
+            self.publish(is_half_empty, pipe, counters);
         }
     }
 
-    fn publish(&mut self, pipe: BorrowedFd<'_>, counters: &mut Counters) {
+    /// Tells the producer what was taken. One that sleeps in a futex sleeps on while the ring is more than
+    /// half full, or each record taken from a full ring would wake it; it looks by itself before long.
+    fn publish(&mut self, eager: bool, pipe: BorrowedFd<'_>, counters: &mut Counters) {
         let (own, peer) = (self.end.memory.own(), self.end.memory.peer());
-        let seen = self.core.publish::<_, FullFence>(own, peer);
+        let mut seen = self.core.publish::<_, FullFence>(own, peer);
+        if !eager {
+            seen.waiting &= !WAIT_FUTEX;
+        }
         self.end.wake(seen, pipe, counters);
     }
 
@@ -540,7 +562,7 @@ impl RingReader {
 
     /// Says goodbye, and how far it came.
     pub(crate) fn close(&mut self, pipe: BorrowedFd<'_>, counters: &mut Counters) {
-        self.publish(pipe, counters);
+        self.publish(true, pipe, counters);
         self.end.close(pipe, counters);
     }
 }
