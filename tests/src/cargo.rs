@@ -86,6 +86,9 @@ pub fn build_server_of(repo: &Path, target: &Path) -> Result<PathBuf> {
 /// scratch disk, root. Those are `#[ignore]`d in `cargo test`; guests run them.
 pub const DRIVER_TESTS: [&str; 4] = ["ublk", "block", "registry", "file"];
 
+/// Programs that guests run beside those.
+const DRIVER_EXAMPLES: [&str; 1] = ["ublkup-pipe"];
+
 /// Builds the test programs that guests run; where they are.
 ///
 /// # Errors
@@ -99,6 +102,9 @@ pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     for name in DRIVER_TESTS {
         build.args(["--test", name]);
     }
+    for name in DRIVER_EXAMPLES {
+        build.args(["--example", name]);
+    }
     build
         .args(["--message-format", "json-render-diagnostics"])
         .arg("--target-dir")
@@ -108,6 +114,7 @@ pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let output = String::from_utf8_lossy(&output);
     DRIVER_TESTS
         .iter()
+        .chain(&DRIVER_EXAMPLES)
         .map(|name| {
             let program = executable(&output, name).with_context(|| {
                 format!("cargo named no test program {name} in {}", log.display())

@@ -2,20 +2,27 @@
 //! killed by the kernel at the first system call but exit_group(2).
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use upgrade_proto::ring::{Consumer, Options, Producer, Way};
 
 struct Counting;
 
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+thread_local! {
+    /// Of this thread alone: other tests run at the same time.
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+fn allocations() -> u64 {
+    ALLOCATIONS.with(Cell::get)
+}
 
 // SAFETY: everything is passed on to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        ALLOCATIONS.with(|count| count.set(count.get() + 1));
         // SAFETY: passed on.
         unsafe { System.alloc(layout) }
     }
@@ -80,15 +87,9 @@ fn no_record_costs_a_system_call_or_an_allocation() {
     let calls = |producer: &Producer, consumer: &Consumer| {
         producer.counters().system_calls + consumer.counters().system_calls
     };
-    let before = (
-        calls(&producer, &consumer),
-        ALLOCATIONS.load(Ordering::Relaxed),
-    );
+    let before = (calls(&producer, &consumer), allocations());
     assert!(exchange(&mut producer, &mut consumer, ROUNDS).expect("exchanged"));
-    let after = (
-        calls(&producer, &consumer),
-        ALLOCATIONS.load(Ordering::Relaxed),
-    );
+    let after = (calls(&producer, &consumer), allocations());
     assert_eq!(before, after, "(system calls, allocations)");
 }
 

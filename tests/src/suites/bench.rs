@@ -127,14 +127,23 @@ fn the_ring_lane_counts_what_its_two_ends_did(cx: &Context) -> Result<()> {
         // One read and one write for each record each way; a ring needs them only to sleep and to wake.
         let least = if to_and_fro { 4.0 } else { 2.0 };
         ensure!((pipe - least).abs() < 0.1, "{pipe} system calls in {row:?}");
-        ensure!(to_and_fro || shared < pipe, "{shared} system calls in {row:?}");
+        ensure!(
+            to_and_fro || shared < pipe,
+            "{shared} system calls in {row:?}"
+        );
         for one in &row.candidates {
             ensure!(one.iops.samples.len() == 2 && one.iops.min > 0.0, "{one:?}");
         }
     }
     let goal = document.goals.first().context("no goal is mentioned")?;
-    ensure!(goal.goal == ">= 7" && goal.what.contains(ring::SHARED), "{goal:?}");
-    ensure!(output.join("ring-records-natively.svg").exists(), "no picture");
+    ensure!(
+        goal.goal == ">= 7" && goal.what.contains(ring::SHARED),
+        "{goal:?}"
+    );
+    ensure!(
+        output.join("ring-records-natively.svg").exists(),
+        "no picture"
+    );
     Ok(())
 }
 

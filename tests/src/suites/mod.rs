@@ -27,6 +27,7 @@ mod probe;
 mod qemu;
 mod races;
 mod restart;
+mod ring_pipe;
 mod selftest;
 pub mod series;
 mod soak;
@@ -128,6 +129,7 @@ pub const SUITES: &[Suite] = &[
             kernel::TESTS,
             series::TESTS,
             fd_address::TESTS,
+            ring_pipe::TESTS,
             races::TESTS,
             block::DRIVER_TESTS,
             block::TESTS,
@@ -222,6 +224,7 @@ pub const SUITES: &[Suite] = &[
             kernel::SMP_TESTS,
             series::TESTS,
             fd_address::TESTS,
+            ring_pipe::TESTS,
             races::TESTS,
             block::DRIVER_TESTS,
             block::TESTS,

@@ -27,6 +27,10 @@ const FUTEX_PATIENCE: Timespec = Timespec {
 const SPIN_MAX: u32 = 2_000;
 const SPIN_MIN: u32 = 20;
 
+/// On one processor: times it lets others run before going to sleep. A peer that need not wake us fills or
+/// empties the ring meanwhile; woken for each record, we would take turns with it.
+const YIELDS_MAX: u32 = 4;
+
 /// After so many sleeps it looks that long again: the peer may be quicker now.
 const SLEEPS_PER_TRY: u32 = 32;
 
@@ -45,6 +49,7 @@ pub(crate) enum Link {
 /// How long this end looks before it sleeps: longer when that helped, shorter when it did not.
 #[derive(Debug)]
 struct Spin {
+    alone: bool,
     limit: u32,
     max: u32,
     sleeps: u32,
@@ -54,28 +59,40 @@ impl Spin {
     fn new(allowed: bool) -> Self {
         // On one processor the peer cannot move while we look.
         let alone = std::thread::available_parallelism().map_or(1, usize::from) == 1;
-        let max = if alone || !allowed { 0 } else { SPIN_MAX };
+        let max = match (allowed, alone) {
+            (false, _) => 0,
+            (true, true) => YIELDS_MAX,
+            (true, false) => SPIN_MAX,
+        };
         Self {
+            alone,
             limit: max,
             max,
             sleeps: 0,
         }
     }
 
-    fn until(&mut self, moved: impl Fn() -> bool) -> bool {
+    fn until(&mut self, moved: impl Fn() -> bool, counters: &mut Counters) -> bool {
         for _ in 0..self.limit {
             if moved() {
                 self.limit = (self.limit * 2).min(self.max);
                 return true;
             }
-            std::hint::spin_loop();
+            match self.alone {
+                true => {
+                    counters.system_calls += 1;
+                    rustix::thread::sched_yield();
+                }
+                false => std::hint::spin_loop(),
+            }
         }
         self.sleeps = self.sleeps.wrapping_add(1);
+        let least = if self.alone { 1 } else { SPIN_MIN };
         self.limit = match self.sleeps.is_multiple_of(SLEEPS_PER_TRY) {
             true => self.max,
-            false => (self.limit / 2).max(SPIN_MIN).min(self.max),
+            false => (self.limit / 2).max(least).min(self.max),
         };
-        false
+        moved()
     }
 }
 
@@ -186,7 +203,7 @@ impl End {
         let Self { memory, spin, .. } = self;
         let peer = memory.peer();
         let moved = || peer.position.load(ACQUIRE) != seen;
-        if spin.until(moved) {
+        if spin.until(moved, counters) {
             return Ok(());
         }
         counters.sleeps += 1;

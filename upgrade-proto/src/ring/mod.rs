@@ -117,7 +117,8 @@ pub struct Options {
     pub shared: bool,
     /// Bytes of a ring: a power of two from 128 KiB to 2^30. The producer's counts, up to the consumer's.
     pub size_bytes: u32,
-    /// Whether to look at the peer's position for some microseconds before sleeping. Never on one processor.
+    /// Whether to look at the peer's position for some microseconds before sleeping; on one processor, to
+    /// let others run first.
     pub spin: bool,
     /// How a producer offers its ring.
     pub offer: crate::Options,
