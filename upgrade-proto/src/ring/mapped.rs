@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::thread::futex;
-use rustix::time::{ClockId, clock_gettime};
+use rustix::thread::{ClockId, futex};
 
 use super::bytes::Bytes;
 use super::counters::Counters;
@@ -228,8 +227,7 @@ impl End {
 
     /// Sleeps until the kernel or a mapped peer changes something, for a while; whether there is news.
     fn sleep_on_two_words(&mut self, seen: u32, counters: &mut Counters) -> bool {
-        let now = clock_gettime(ClockId::Monotonic);
-        let limit = now.checked_add(FUTEX_PATIENCE);
+        let limit = now().and_then(|now| now.checked_add(FUTEX_PATIENCE));
         protocol::announce_sleep::<_, FullFence>(self.memory.own(), WAIT_FUTEX);
         let done = loop {
             let event = self.memory.word(control::EVENT);
@@ -332,6 +330,20 @@ fn to_u32(len_bytes: usize) -> u32 {
 fn positions(memory: &Memory) -> (u32, u32) {
     let at = |page: &Page<SharedWord>| page.position.load(ACQUIRE);
     (at(memory.own()), at(memory.peer()))
+}
+
+/// CLOCK_MONOTONIC. Not rustix's: that panics where there is no vDSO, as in User Mode Linux.
+fn now() -> Option<Timespec> {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the call writes one timespec, into `now`, which is ours.
+    let answer = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    (answer == 0).then_some(Timespec {
+        tv_sec: now.tv_sec,
+        tv_nsec: now.tv_nsec,
+    })
 }
 
 /// The producer's end.
