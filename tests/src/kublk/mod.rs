@@ -41,8 +41,6 @@ pub const SABOTAGE: &str = "KUBLK_SABOTAGE";
 pub enum Sabotage {
     /// Files are written and read as if there were none.
     ForgetsData,
-    /// One of twenty writes fails.
-    FailsWrites,
     /// Another size is agreed to, and nothing done.
     KeepsSize,
     /// Partitions are looked for in any case.
@@ -55,9 +53,8 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Each way and its word in the environment.
-    const WORDS: [(Sabotage, &'static str); 6] = [
+    const WORDS: [(Sabotage, &'static str); 5] = [
         (Sabotage::ForgetsData, "forgets-data"),
-        (Sabotage::FailsWrites, "fails-writes"),
         (Sabotage::KeepsSize, "keeps-size"),
         (Sabotage::LooksForPartitions, "looks-for-partitions"),
         (Sabotage::StopsInUse, "stops-in-use"),
@@ -209,7 +206,7 @@ fn arguments(options: &Options) -> Result<Vec<String>> {
     if options.no_scan && !Sabotage::LooksForPartitions.is_on() {
         words.push("--no-partition-scan".to_owned());
     }
-    let spec = match options.target.as_ref().context("no target (-t)")? {
+    words.push(match options.target.as_ref().context("no target (-t)")? {
         Target::Null => format!("null:{NULL_BYTES}"),
         Target::Slow { delay_us: 0 } => format!("null:{NULL_BYTES}"),
         Target::Slow { delay_us } => {
@@ -223,10 +220,6 @@ fn arguments(options: &Options) -> Result<Vec<String>> {
         }
         Target::Loop(file) => format!("file:{}", file.display()),
         Target::Stripe(files) => format!("file:{}", stripe(files)?.display()),
-    };
-    words.push(match Sabotage::FailsWrites.is_on() {
-        true => format!("fault:write=eio/20;{spec}"),
-        false => spec,
     });
     Ok(words)
 }
