@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::event::Timespec;
 use rustix::fs::{FileType, fstat};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -26,7 +27,9 @@ use vhost::vhost_user::{
 };
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 
+use super::MAX_VRINGS;
 use super::block::{self, mask};
+use super::channel::{self, StatusMessage};
 use super::dirty::{DirtyLog, Logging};
 use super::inflight::InflightBuffer;
 use super::link::Link;
@@ -34,12 +37,17 @@ use super::memory::{MAX_REGIONS, MemoryMap, Region, RegionAddress};
 use super::queue::Command;
 use super::virtqueue::{MAX_QUEUE_SIZE, RingAddresses, used_ring_bytes};
 use super::vring::Start;
-use super::{MAX_VRINGS, channel};
 use crate::access::{Access, Client, Hold};
 use crate::io::mailbox::Sender;
 
 /// `VHOST_F_LOG_ALL`: what requests write is marked in the log of dirty pages.
 const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+
+/// How long an answer waits for a client that does not read.
+const DEAF_LIMIT: Timespec = Timespec {
+    tv_sec: 5,
+    tv_nsec: 0,
+};
 
 /// How often a thread that waits for a queue thread looks whether that is still alive.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -80,12 +88,23 @@ pub(super) fn converse(
     )));
     let mut messages = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let error = loop {
-        let channel = channel::look_for_channel(link.stream());
+        let next = channel::look(link.stream());
+        // Whoever asks and does not read the answers would keep this thread for ever.
+        if !channel::has_room(link.stream(), &DEAF_LIMIT) {
+            link.hang_up("the client does not read its answers");
+        }
+        if let channel::Next::Status = next {
+            let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = session.status_message() {
+                break error;
+            }
+            continue;
+        }
         if let Err(error) = messages.handle_request() {
             break error;
         }
         // What was not refused was a stream socket.
-        if let Some(channel) = channel {
+        if let channel::Next::Channel(channel) = next {
             link.set_channel(channel);
         }
     };
@@ -149,11 +168,23 @@ struct Session {
     /// The log of dirty pages; it is used while somebody wants it.
     log: Option<Arc<DirtyLog>>,
     features: u64,
+    /// What was agreed on besides.
+    protocol: VhostUserProtocolFeatures,
+    /// The device's status (virtio 1.3, 2.1), as the client sets it.
+    status: u8,
     vrings: Vec<VringSetup>,
 }
 
 fn refuse<T>(what: impl Into<String>) -> Result<T> {
     Err(Error::ReqHandlerError(io::Error::other(what.into())))
+}
+
+/// What a read or write of the connection says of it.
+fn gone(error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::Other => failed(error),
+        _ => Error::SocketBroken(error),
+    }
 }
 
 fn failed(error: io::Error) -> Error {
@@ -173,6 +204,8 @@ impl Session {
             inflight: None,
             log: None,
             features: 0,
+            protocol: VhostUserProtocolFeatures::empty(),
+            status: 0,
             vrings: Vec::new(),
         }
     }
@@ -350,6 +383,70 @@ impl Session {
         }
     }
 
+    /// Stops a vring when what was taken from it is done.
+    fn stop_vring(&mut self, number: u16) -> Result<()> {
+        let thread = number % self.sizes.threads;
+        let stopped = self.ask(thread, |reply| Command::Stop(number, reply))?;
+        let vring = self.vring(u32::from(number))?;
+        vring.base = stopped.base;
+        vring.call = stopped.call;
+        vring.error = stopped.error;
+        vring.started = false;
+        self.link.vrings.fetch_sub(1, Ordering::Relaxed);
+        self.rest_if_moving();
+        Ok(())
+    }
+
+    /// Back to where the device was at the beginning. What is the client's stays: its memory, its log
+    /// and its hold on the disk, which a guest that boots anew must not lose.
+    fn reset(&mut self) -> Result<()> {
+        for number in 0..self.vrings.len() {
+            if self.vrings[number].started {
+                self.stop_vring(u16::try_from(number).map_err(|_| Error::InvalidParam)?)?;
+            }
+        }
+        self.vrings.clear();
+        self.inflight = None;
+        self.features &= LOG_ALL | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.status = 0;
+        let write_cache = self.link.limits().write_cache;
+        self.link.writeback.store(write_cache, Ordering::Release);
+        Ok(())
+    }
+
+    /// Reads and answers a message about the status.
+    fn status_message(&mut self) -> Result<()> {
+        let link = Arc::clone(&self.link);
+        let message = channel::read_status(link.stream()).map_err(gone)?;
+        if !self.protocol.contains(VhostUserProtocolFeatures::STATUS) {
+            return not_offered();
+        }
+        let (set, answer) = match message {
+            StatusMessage::Get => (Ok(()), Some(u64::from(self.status))),
+            StatusMessage::Set { status, need_reply } => {
+                let set = self.set_status(status);
+                let acks = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+                let answer = (need_reply && acks).then_some(u64::from(set.is_err()));
+                (set, answer)
+            }
+        };
+        if let Some(answer) = answer {
+            channel::answer_status(link.stream(), message, answer).map_err(gone)?;
+        }
+        set
+    }
+
+    fn set_status(&mut self, status: u64) -> Result<()> {
+        match u8::try_from(status) {
+            Ok(0) => self.reset(),
+            Ok(status) => {
+                self.status = status;
+                Ok(())
+            }
+            Err(_) => refuse(format!("{status:#x} is no status of a device")),
+        }
+    }
+
     fn end_threads(&mut self) {
         for handle in self.threads.values() {
             handle.mail.send(Command::Exit);
@@ -406,7 +503,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        not_offered()
+        self.reset()
     }
 
     fn get_features(&mut self) -> Result<u64> {
@@ -496,16 +593,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         // The next start needs a new kick.
         vring.kick = None;
         if vring.started {
-            let number = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
-            let thread = number % self.sizes.threads;
-            let stopped = self.ask(thread, |reply| Command::Stop(number, reply))?;
-            let vring = self.vring(index)?;
-            vring.base = stopped.base;
-            vring.call = stopped.call;
-            vring.error = stopped.error;
-            vring.started = false;
-            self.link.vrings.fetch_sub(1, Ordering::Relaxed);
-            self.rest_if_moving();
+            self.stop_vring(u16::try_from(index).map_err(|_| Error::InvalidParam)?)?;
         }
         let base = self.vring(index)?.base;
         Ok(VhostUserVringState::new(index, u32::from(base)))
@@ -549,6 +637,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::STATUS
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::BACKEND_REQ
@@ -560,6 +650,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         if excess != 0 {
             return refuse(format!("protocol features {excess:#x} were not offered"));
         }
+        self.protocol = VhostUserProtocolFeatures::from_bits_truncate(features);
         Ok(())
     }
 

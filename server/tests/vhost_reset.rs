@@ -1,0 +1,180 @@
+//! The device begins anew: RESET_DEVICE, and the status.
+
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
+mod common;
+#[path = "common/disks.rs"]
+mod disks;
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::*;
+use disks::Gated;
+use ublkup::backend::Memory as MemoryDisk;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vmm_sys_util::eventfd::EventFd;
+
+const SET_STATUS: u32 = 39;
+const GET_STATUS: u32 = 40;
+const NEED_REPLY: u32 = 8;
+
+fn house() -> House {
+    House::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 2)
+}
+
+/// A second hand on the connection of a driver: for messages that its crate does not know.
+struct Raw(UnixStream);
+
+impl Raw {
+    fn send(&mut self, request: u32, flags: u32, payload: &[u8]) {
+        let len = u32::try_from(payload.len()).unwrap();
+        let header = [request, 1 | flags, len].map(u32::to_ne_bytes).concat();
+        self.0.write_all(&[&header, payload].concat()).unwrap();
+    }
+
+    fn answer(&mut self, request: u32) -> u64 {
+        let mut answer = [0; 20];
+        self.0.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[..12], [request, 5, 8].map(u32::to_ne_bytes).concat());
+        u64::from_ne_bytes(answer[12..].try_into().unwrap())
+    }
+
+    /// Whether the server has hung up, perhaps without having read everything.
+    fn is_closed(&mut self) -> bool {
+        match self.0.read(&mut [0]) {
+            Ok(len) => len == 0,
+            Err(error) => error.kind() == ErrorKind::ConnectionReset,
+        }
+    }
+
+    fn status(&mut self) -> u64 {
+        self.send(GET_STATUS, 0, &[]);
+        self.answer(GET_STATUS)
+    }
+
+    fn set_status(&mut self, status: u64) -> u64 {
+        self.send(SET_STATUS, NEED_REPLY, &status.to_ne_bytes());
+        self.answer(SET_STATUS)
+    }
+}
+
+fn running(house: &House) -> (Driver, Raw) {
+    let stream = house.connect();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let raw = Raw(stream.try_clone().unwrap());
+    (Driver::running(stream, USUAL), raw)
+}
+
+/// Starts the first vring again as a driver does that was just loaded.
+fn start_again(driver: &mut Driver) {
+    driver.frontend.set_features(driver.features).unwrap();
+    let vring = Vring::new(0, 128);
+    driver.memory.put(vring.available, &[0; 512]);
+    driver.memory.put(vring.used, &[0; 2048]);
+    driver.vrings[0] = vring;
+    driver.start(0, 0);
+}
+
+#[test]
+fn a_device_that_was_reset_begins_anew_and_keeps_memory_and_disk() {
+    let house = house();
+    let (mut driver, mut raw) = running(&house);
+    driver.add_vring(128);
+    assert_eq!(driver.write(0, &[7; 512]), OK);
+    for by_status in [false, true, false] {
+        if by_status {
+            assert_eq!(raw.set_status(0), 0);
+        } else {
+            driver.frontend.reset_device().unwrap();
+        }
+        assert_eq!(house.door.sessions()[0].vrings, 0);
+        assert!(house.access.holder().is_some(), "it boots anew, no more");
+        start_again(&mut driver);
+        assert_eq!(driver.read(0, 512), (OK, vec![7; 512]));
+    }
+}
+
+#[test]
+fn the_status_is_what_was_set_and_a_reset_is_acknowledged_when_all_is_done() {
+    let gate = Arc::new(EventFd::new(libc::EFD_SEMAPHORE).unwrap());
+    let disk = Gated {
+        limits: limits(1 << 20),
+        gate: Arc::clone(&gate),
+    };
+    let house = House::new(disk, 1);
+    let (mut driver, mut raw) = running(&house);
+    assert_eq!(raw.status(), 0);
+    for status in [1, 3, 11, 15] {
+        assert_eq!(raw.set_status(status), 0);
+        assert_eq!(raw.status(), status);
+    }
+    // Without a wish for an answer there is none.
+    raw.send(SET_STATUS, 0, &7u64.to_ne_bytes());
+    assert_eq!(raw.status(), 7);
+    driver.prepare(T_IN, 0, &[(512, WRITE)]);
+    let opener = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        gate.write(1).unwrap();
+    });
+    eventually("the device takes the request", || {
+        house.counters.totals().batches > 0
+    });
+    assert_eq!(raw.set_status(0), 0);
+    assert_eq!(raw.status(), 0);
+    opener.join().unwrap();
+}
+
+#[test]
+fn messages_about_the_status_that_make_no_sense_end_the_session() {
+    let house = house();
+    let odd: [(u32, u32, &[u8]); 5] = [
+        (SET_STATUS, 0, &256u64.to_ne_bytes()),
+        (SET_STATUS, 0, &[0; 7]),
+        (SET_STATUS, 0, &[]),
+        (GET_STATUS, 0, &[0; 8]),
+        // An answer nobody asked for.
+        (GET_STATUS, 4, &[]),
+    ];
+    for (request, flags, payload) in odd {
+        let (driver, mut raw) = running(&house);
+        raw.send(request, flags, payload);
+        assert!(raw.is_closed(), "{request} {payload:?}");
+        drop(driver);
+        house.wait_empty();
+    }
+    // Who did not agree on it may not use it.
+    let mut raw = Raw(house.connect());
+    raw.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    raw.send(GET_STATUS, 0, &[]);
+    assert!(raw.is_closed());
+}
+
+/// It asks and asks and does not read: its session ends, nobody else waits.
+#[test]
+fn a_client_that_does_not_read_its_answers_loses_its_session() {
+    let mut limits = limits(1 << 20);
+    limits.read_only = true;
+    let house = House::new(MemoryDisk::new(limits).unwrap(), 1);
+    let mut good = Driver::running(house.connect(), VERSION_1 | PROTOCOL);
+    let mut deaf = house.connect();
+    deaf.set_write_timeout(Some(Duration::from_millis(100)))
+        .unwrap();
+    let get_features = [1u32, 1, 0].map(u32::to_ne_bytes).concat();
+    // Until the server stops reading, because it cannot write.
+    let error = loop {
+        if let Err(error) = deaf.write_all(&get_features) {
+            break error;
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    for _ in 0..100 {
+        assert_eq!(good.read(0, 4096).0, OK);
+    }
+    assert_eq!(house.door.sessions().len(), 2, "it is being waited for");
+    eventually("its session ends", || house.door.sessions().len() == 1);
+    assert_eq!(good.read(0, 4096).0, OK);
+}
