@@ -6,7 +6,8 @@
 mod serving;
 
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
 
 use serving::Lab;
 
@@ -224,6 +225,20 @@ fn a_disk_gets_another_size_from_who_asks_for_one_it_can_have() {
         .unwrap();
     assert_eq!(lab.ok(&["resize", "f"]), "f: 4M, was 3M\n");
     lab.fails(&["resize", "f", "1M"], 1, &["f keeps its size", "--shrink"]);
+    // Nor for who insists, while a client is there that knows the size.
+    let client = UnixStream::connect(lab.path("run/exports/f/vhost-user-blk")).unwrap();
+    let is_there = || lab.ok(&["stat", "f"]).contains("session of");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_there() {
+        assert!(Instant::now() < deadline, "{}", lab.ok(&["stat", "f"]));
+    }
+    let shrink = ["resize", "f", "1M", "--shrink"];
+    lab.fails(&shrink, 1, &["f keeps its size", "client has the disk"]);
+    assert_eq!(image.metadata().unwrap().len(), 4 << 20);
+    drop(client);
+    while is_there() {
+        assert!(Instant::now() < deadline, "{}", lab.ok(&["stat", "f"]));
+    }
     assert_eq!(
         lab.ok(&["resize", "f", "1M", "--shrink"]),
         "f: 1M, was 4M\n"

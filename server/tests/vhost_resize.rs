@@ -63,6 +63,25 @@ fn a_client_is_told_of_another_size_and_may_use_it() {
 }
 
 #[test]
+fn every_client_of_a_read_only_disk_is_told() {
+    let mut limits = limits(OLD_BYTES);
+    limits.read_only = true;
+    let capacity = limits.capacity.clone();
+    let house = House::new(Null::new(limits), 1);
+    let mut clients: Vec<_> = (0..4)
+        .map(|_| Driver::running(house.connect(), VERSION_1 | PROTOCOL))
+        .map(|mut driver| (channel(&mut driver), driver))
+        .collect();
+    capacity.set(NEW_BYTES);
+    assert_eq!(house.door.tell_new_size(), 0);
+    for (messages, driver) in &mut clients {
+        messages.read_exact(&mut [0; 12]).unwrap();
+        assert_eq!(told_sectors(driver), NEW_BYTES / 512);
+        assert_eq!(driver.read(OLD_BYTES / 512, 512).0, OK);
+    }
+}
+
+#[test]
 fn clients_that_cannot_be_told_or_do_not_read_disturb_nobody() {
     let (house, _) = house();
     let mut deaf = Driver::running(house.connect(), USUAL);
