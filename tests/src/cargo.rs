@@ -102,9 +102,6 @@ pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     for name in DRIVER_TESTS {
         build.args(["--test", name]);
     }
-    for name in DRIVER_EXAMPLES {
-        build.args(["--example", name]);
-    }
     build
         .args(["--message-format", "json-render-diagnostics"])
         .arg("--target-dir")
@@ -112,16 +109,27 @@ pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     progress::run("building the tests for guests", build, &log, HOUR)?;
     let output = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
     let output = String::from_utf8_lossy(&output);
-    DRIVER_TESTS
+    let mut programs: BTreeMap<String, PathBuf> = DRIVER_TESTS
         .iter()
-        .chain(&DRIVER_EXAMPLES)
         .map(|name| {
             let program = executable(&output, name).with_context(|| {
                 format!("cargo named no test program {name} in {}", log.display())
             })?;
             Ok(((*name).to_owned(), program))
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    // Not with the tests: cargo would make test programs of them.
+    let mut build = cargo(repo);
+    build.args(["build", "--release", "--locked", "-p", "upgrade-proto"]);
+    for name in DRIVER_EXAMPLES {
+        build.args(["--example", name]);
+    }
+    build.arg("--target-dir").arg(&target);
+    progress::run("building programs for guests", build, &log, HOUR)?;
+    for name in DRIVER_EXAMPLES {
+        programs.insert(name.to_owned(), target.join("release/examples").join(name));
+    }
+    Ok(programs)
 }
 
 /// The executable of the target `name` in cargo's messages.
