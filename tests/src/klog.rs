@@ -19,6 +19,9 @@ const TROUBLE: [&str; 15] = [
     "UBSAN: ",
 ];
 
+/// Parts of the names of functions of the series, in reports of data races.
+const OURS: [&str; 4] = ["ringbuffer", "unix_anchor", "unix_fd_addr", "pipe_"];
+
 /// The lines that say that something is wrong with the kernel, in order.
 pub fn trouble<'a>(lines: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     lines
@@ -33,6 +36,10 @@ fn is_trouble(line: &str) -> bool {
     // remarks about tasks are not.
     if line.contains("INFO: task ") {
         return line.contains("blocked");
+    }
+    // Races between two parts of the kernel that the series do not touch are not theirs.
+    if let Some((_, race)) = line.split_once("BUG: KCSAN: ") {
+        return OURS.iter().any(|name| race.contains(name));
     }
     TROUBLE.iter().any(|needle| line.contains(needle))
 }
@@ -94,6 +101,13 @@ mod tests {
         for line in bad {
             assert_eq!(trouble([line]).len(), 1, "{line}");
         }
+    }
+
+    #[test]
+    fn data_races_count_where_the_series_are() {
+        let ours = "[  1.0] BUG: KCSAN: data-race in pipe_poll / ringbuffer_wakeup";
+        let theirs = "[  1.0] BUG: KCSAN: data-race in tick_nohz_next_event / tmigr_update";
+        assert_eq!(trouble([ours, theirs]), [ours]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::job::{self, Job};
 use crate::kernel::build::{self, Product};
 use crate::machine::{Hypervisor, Machine, Qemu, Uml};
 use crate::packages::crates::FSX;
-use crate::packages::{self, Purpose};
+use crate::packages::{self, Purpose, herd7};
 use crate::report::{Outcome, SuiteResult, TestResult, Totals, line};
 use crate::suites::{self, Need, SUITES, Suite};
 use crate::test::{Paths, Place, Test};
@@ -178,12 +178,19 @@ pub fn prepare(repo: &Path, wanted: &[Need], yes: bool) -> Result<Paths> {
     if needs(Need::Fsx) {
         paths.fsx = Some(FSX.program()?);
     }
+    if needs(Need::Herd7) {
+        match herd7::unpacked() {
+            Ok(home) => paths.herd7 = Some(home),
+            // Its tests say that they are skipped.
+            Err(error) => eprintln!("lab: {error:#}"),
+        }
+    }
     let mut products: Vec<Product> = Vec::new();
     for need in wanted {
         let product = match need {
             Need::Kernel(kernel) => Product::Kernel(*kernel),
             Need::Selftests => Product::Selftests,
-            Need::Server | Need::DriverTests | Need::Tools | Need::Fsx => continue,
+            Need::Server | Need::DriverTests | Need::Tools | Need::Fsx | Need::Herd7 => continue,
         };
         if !products.contains(&product) {
             products.push(product);

@@ -146,6 +146,8 @@ pub struct Paths {
     pub selftests: Option<PathBuf>,
     /// fsx, if it was built for this run.
     pub fsx: Option<PathBuf>,
+    /// Where herd7 is unpacked, if it was asked for and can be had.
+    pub herd7: Option<PathBuf>,
 }
 
 impl Paths {

@@ -31,6 +31,9 @@ pub enum Kernel {
     /// For emulated PCs, with everything that finds mistakes.
     #[value(name = "x86_64-debug")]
     X86Debug,
+    /// For emulated PCs, looking for data races.
+    #[value(name = "x86_64-kcsan")]
+    X86Kcsan,
     /// User Mode Linux without the series, to compare with.
     #[value(name = "uml-base")]
     UmlBase,
@@ -48,6 +51,7 @@ impl Kernel {
             Kernel::X86 => "x86_64",
             Kernel::UmlDebug => "uml-debug",
             Kernel::X86Debug => "x86_64-debug",
+            Kernel::X86Kcsan => "x86_64-kcsan",
             Kernel::UmlBase => "uml-base",
         }
     }
@@ -58,10 +62,10 @@ impl Kernel {
         self.arch() == "um"
     }
 
-    /// Whether it has KASAN and the like, and is many times slower for it.
+    /// Whether it has KASAN, KCSAN and the like, and is many times slower for it.
     #[must_use]
     pub fn is_debug(self) -> bool {
-        matches!(self, Kernel::UmlDebug | Kernel::X86Debug)
+        matches!(self, Kernel::UmlDebug | Kernel::X86Debug | Kernel::X86Kcsan)
     }
 
     /// Whether our series is in it.
@@ -76,6 +80,7 @@ impl Kernel {
             Kernel::X86 => &["x86_64", "series"],
             Kernel::UmlDebug => &["uml", "series", "debug"],
             Kernel::X86Debug => &["x86_64", "series", "debug"],
+            Kernel::X86Kcsan => &["x86_64", "series", "kcsan"],
             Kernel::UmlBase => &["uml"],
         }
     }
@@ -84,7 +89,7 @@ impl Kernel {
     fn arch(self) -> &'static str {
         match self {
             Kernel::Uml | Kernel::UmlDebug | Kernel::UmlBase => "um",
-            Kernel::X86 | Kernel::X86Debug => "x86_64",
+            Kernel::X86 | Kernel::X86Debug | Kernel::X86Kcsan => "x86_64",
         }
     }
 

@@ -1,6 +1,7 @@
-//! Whether the series' tests notice when the series is broken: `kernel-patch/mutants` has small
-//! patches, each of which breaks one thing on top of the series, and at least one test must fail
-//! with each.
+//! Whether the series' tests notice when one of the series is broken: `kernel-patch/mutants` has small
+//! patches, each of which breaks one thing on top of them, and at least one test must fail with each.
+//! Those whose name begins with `ring-` are judged by the tests of rings, the others by those of
+//! addresses.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,13 +16,24 @@ use crate::kit::shell::Shell;
 use crate::machine::{Machine, Uml};
 use crate::packages::{self, Purpose};
 use crate::report::line;
-use crate::suites::series::JUDGE;
+use crate::suites::{ring, series};
 use crate::test::Paths;
 
-/// One way to break the series.
+/// One way to break one of the series.
 struct Mutant {
     name: String,
     patch: PathBuf,
+}
+
+impl Mutant {
+    /// The step that runs the tests of the series that it breaks.
+    fn judge(&self) -> &'static str {
+        if self.name.starts_with("ring-") {
+            ring::JUDGE
+        } else {
+            series::JUDGE
+        }
+    }
 }
 
 /// Builds a User Mode Linux kernel of each mutant whose name contains `pattern` and runs the series'
@@ -55,18 +67,22 @@ pub fn run(repo: &Path, pattern: &str, yes: bool) -> Result<ExitCode> {
     build::build(kernel, &tree, &objects, &patch.fragment(kernel)?, &logs)?;
     let image = objects.join(kernel.image().1);
 
-    let healthy = judge(&image, &paths)?;
-    ensure!(
-        healthy.is_empty(),
-        "without a mutant these tests fail: {}",
-        healthy.join(", ")
-    );
+    let mut judges: Vec<&str> = mutants.iter().map(Mutant::judge).collect();
+    judges.dedup();
+    for step in judges {
+        let healthy = judge(&image, &paths, step)?;
+        ensure!(
+            healthy.is_empty(),
+            "without a mutant these tests fail: {}",
+            healthy.join(", ")
+        );
+    }
     let mut survivors = 0;
     for mutant in &mutants {
         apply(&tree, mutant, false)?;
         build::make_image(kernel, &tree, &objects, &logs)
             .with_context(|| format!("mutant {}", mutant.name))?;
-        let failed = judge(&image, &paths)?;
+        let failed = judge(&image, &paths, mutant.judge())?;
         if failed.is_empty() {
             survivors += 1;
             line(&format!("SURVIVED {}", mutant.name));
@@ -115,14 +131,14 @@ fn apply(tree: &Path, mutant: &Mutant, reverse: bool) -> Result<()> {
     Ok(())
 }
 
-/// The tests of the series that fail on a kernel. A kernel that does not live through them has failed
+/// The tests of a series, run by this step, that fail on a kernel. A kernel that does not live through them has failed
 /// too.
-fn judge(image: &Path, paths: &Paths) -> Result<Vec<String>> {
+fn judge(image: &Path, paths: &Paths, step: &str) -> Result<Vec<String>> {
     let mut machine = match Machine::boot(&Uml::new(image), paths, "mutant") {
         Ok(machine) => machine,
         Err(error) => return Ok(vec![format!("boot ({error:#})")]),
     };
-    let verdict = machine.run_step::<_, Vec<String>>(paths, JUDGE, &());
+    let verdict = machine.run_step::<_, Vec<String>>(paths, step, &());
     let failed = verdict.unwrap_or_else(|error| {
         let text = format!("{error:#}");
         vec![format!(
@@ -142,7 +158,8 @@ mod tests {
     fn every_mutant_says_what_it_breaks_and_breaks_one_file() {
         let repo = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let mutants = find(&KernelPatch::of(&repo).mutants_dir(), "").expect("mutants");
-        assert!(mutants.len() >= 12);
+        let of_rings = mutants.iter().filter(|one| one.judge() == ring::JUDGE);
+        assert!(mutants.len() >= 48 && of_rings.count() >= 20);
         for mutant in mutants {
             let text = fs::read_to_string(&mutant.patch).expect("a file");
             assert!(text.contains("\n\n--- a/"), "{}", mutant.name);

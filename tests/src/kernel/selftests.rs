@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use super::build::plain_make;
 use crate::packages::liburing;
 use crate::progress;
+use crate::suites::litmus;
 
 /// One directory of test programs.
 struct Collection {
@@ -18,14 +19,28 @@ struct Collection {
     /// What to build there. Not built: what needs a BPF toolchain or a newer liburing than the
     /// oldest supported Debian has.
     programs: &'static [&'static str],
+    /// Scripts there that run them.
+    scripts: &'static [&'static str],
     /// Settings for make.
     settings: &'static [&'static str],
 }
 
-const COLLECTIONS: [Collection; 3] = [
-    Collection {
-        dir: "net/af_unix",
-        programs: &[
+impl Collection {
+    /// Programs that need nothing special.
+    const fn new(dir: &'static str, programs: &'static [&'static str]) -> Self {
+        Collection {
+            dir,
+            programs,
+            scripts: &[],
+            settings: &[],
+        }
+    }
+}
+
+const COLLECTIONS: [Collection; 9] = [
+    Collection::new(
+        "net/af_unix",
+        &[
             "unix_fd_addr",
             "unix_fd_addr_blk",
             "diag_anchor",
@@ -39,11 +54,10 @@ const COLLECTIONS: [Collection; 3] = [
             "unix_connreset",
             "unix_listen",
         ],
-        settings: &[],
-    },
-    Collection {
-        dir: "landlock",
-        programs: &[
+    ),
+    Collection::new(
+        "landlock",
+        &[
             "fd_addr_test",
             "base_test",
             "fs_test",
@@ -58,14 +72,61 @@ const COLLECTIONS: [Collection; 3] = [
             "wait-pipe",
             "wait-pipe-sandbox",
         ],
-        settings: &[],
-    },
+    ),
     Collection {
         dir: "ublk",
         programs: &["fd_addr"],
         // The Makefile links everything there with liburing, which this program does not use.
+        scripts: &[],
         settings: &["LDLIBS=-lpthread"],
     },
+    Collection::new(
+        "ringbuffer",
+        &[
+            "args_test",
+            "device_test",
+            "hostile_test",
+            "kinds_test",
+            "mapping_test",
+            "pending_test",
+            "pipe_test",
+            "poll_test",
+            "ring_bench",
+            "stress_test",
+        ],
+    ),
+    Collection::new("pipe", &["pipe_bench"]),
+    Collection {
+        dir: "splice",
+        programs: &["default_file_splice_read", "splice_read"],
+        scripts: &["default_file_splice_read.sh", "short_splice_read.sh"],
+        settings: &[],
+    },
+    Collection::new("filesystems/epoll", &["epoll_wakeup_test"]),
+    Collection::new(
+        "futex/functional",
+        &[
+            "futex_priv_hash",
+            "futex_requeue",
+            "futex_wait",
+            "futex_wait_private_mapped_file",
+            "futex_wait_timeout",
+            "futex_wait_wouldblock",
+            "futex_waitv",
+            "robust_list",
+        ],
+    ),
+    Collection::new(
+        "mm",
+        &[
+            "madv_populate",
+            "map_populate",
+            "merge",
+            "mlock2-tests",
+            "mremap_test",
+            "mseal_test",
+        ],
+    ),
 ];
 
 /// Seconds that a test may take, in the harness as it is, and in ours: on an emulated machine with a
@@ -85,7 +146,8 @@ pub(super) fn ingredients() -> String {
     all += SCRIPTS.1;
     for collection in &COLLECTIONS {
         all += collection.dir;
-        for part in collection.programs.iter().chain(collection.settings) {
+        let parts = [collection.programs, collection.scripts, collection.settings];
+        for part in parts.into_iter().flatten() {
             all.push(' ');
             all += part;
         }
@@ -176,9 +238,18 @@ pub(super) fn build(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
             &logs.join(format!("selftests-{name}.log")),
             20 * minute,
         )?;
+        for script in collection.scripts {
+            let from = tree
+                .join("tools/testing/selftests")
+                .join(collection.dir)
+                .join(script);
+            fs::copy(&from, output.join(script))
+                .with_context(|| format!("cannot copy {}", from.display()))?;
+        }
     }
     let from = tree.join("tools/testing/selftests").join(SCRIPTS.0);
     take_scripts(&from, &into.join(SCRIPTS.0))?;
+    litmus::collect(tree, &into.join(litmus::DIR))?;
     fs::remove_dir_all(&headers).context("cannot remove the headers")
 }
 

@@ -66,6 +66,7 @@ impl Setup {
                 .filter_map(|program| program.parent())
                 .chain([paths.repo.as_path()])
                 .chain(paths.selftests.as_deref())
+                .chain(paths.herd7.as_deref())
                 .filter(|path| !path.as_os_str().is_empty())
                 .map(Path::to_owned),
         );

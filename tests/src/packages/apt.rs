@@ -129,17 +129,24 @@ impl Apt {
             .context("cannot list packages")?;
         let mut found = Vec::new();
         for name in names.lines() {
-            let text = self.shell("apt-cache").args(["madison", name]).run()?;
-            let version = text.lines().find_map(|line| {
-                let mut columns = line.split('|').map(str::trim);
-                let package = columns.next()?;
-                let version = columns.next()?;
-                (package == name && !columns.next()?.ends_with("Sources"))
-                    .then(|| version.to_owned())
-            });
+            let version = self.version(name)?;
             found.extend(version.map(|version| (name.to_owned(), version)));
         }
         Ok(found)
+    }
+
+    /// The newest version of a package, if there is one.
+    ///
+    /// # Errors
+    /// apt failed.
+    pub fn version(&self, name: &str) -> Result<Option<String>> {
+        let text = self.shell("apt-cache").args(["madison", name]).run()?;
+        Ok(text.lines().find_map(|line| {
+            let mut columns = line.split('|').map(str::trim);
+            let package = columns.next()?;
+            let version = columns.next()?;
+            (package == name && !columns.next()?.ends_with("Sources")).then(|| version.to_owned())
+        }))
     }
 
     /// Downloads one package file into `into` and returns its path.

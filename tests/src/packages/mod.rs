@@ -3,6 +3,7 @@
 
 pub mod apt;
 pub mod crates;
+pub mod herd7;
 pub mod liburing;
 pub mod sources;
 

@@ -3,8 +3,8 @@
 //! at.
 
 use std::fs::{self, File};
-use std::io::Error;
-use std::os::fd::AsRawFd;
+use std::io::{Error, Read as _, Write as _};
+use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
@@ -124,6 +124,24 @@ fn fail_each_allocation_of((what, operation): Operation<'_>) -> Result<u32> {
     bail!("{what}: there is no end of allocations")
 }
 
+/// ringbuffer(2): the ring descriptor of one side of a pipe. The kernel's headers of this machine do
+/// not know it.
+fn ring_of(end: &impl AsRawFd, side: u32) -> Result<OwnedFd, Error> {
+    const RINGBUFFER: libc::c_long = 473;
+    /// `struct ringbuffer_args`: size, side, flags, reserved.
+    #[repr(C)]
+    struct Args(u64, u32, u32, [u64; 2]);
+    let mut args = Args(0, side, 0, [0; 2]);
+    let end = end.as_raw_fd();
+    // SAFETY: the kernel reads and writes as many bytes of `args` as it is told that there are.
+    let fd = unsafe { libc::syscall(RINGBUFFER, end, &raw mut args, size_of::<Args>()) };
+    if fd < 0 {
+        return Err(Error::last_os_error());
+    }
+    // SAFETY: the call gave a new descriptor, which nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).map_err(Error::other)?) })
+}
+
 fn allocations_that_fail_are_errors_like_others(cx: &Context) -> Result<()> {
     fs::write(format!("{FAILSLAB}/ignore-gfp-wait"), "N").context("cannot set up failslab")?;
     fs::write(format!("{FAILSLAB}/task-filter"), "Y").context("cannot set up failslab")?;
@@ -148,7 +166,7 @@ fn allocations_that_fail_are_errors_like_others(cx: &Context) -> Result<()> {
     let (at_disk, service) = (at(&disk, "fresh"), at(&disk, "vhost-user-blk"));
     let sender = UnixDatagram::unbound()?;
 
-    let operations: [Operation<'_>; 6] = [
+    let operations: [Operation<'_>; 7] = [
         ("bind at a pipe", &|| {
             UnixListener::bind(&read_end).map(drop)
         }),
@@ -167,6 +185,19 @@ fn allocations_that_fail_are_errors_like_others(cx: &Context) -> Result<()> {
         }),
         ("connect to a disk's server", &|| {
             UnixStream::connect(&service).map(drop)
+        }),
+        ("make a pipe a ring", &|| {
+            let (mut reader, mut writer) = std::io::pipe()?;
+            writer.write_all(b"before")?;
+            let rings = [ring_of(&reader, 0)?, ring_of(&writer, 1)?];
+            writer.write_all(b", after")?;
+            drop((writer, rings));
+            let mut all = String::new();
+            reader.read_to_string(&mut all)?;
+            if all == "before, after" {
+                return Ok(());
+            }
+            Err(Error::other(format!("{all:?} arrived")))
         }),
     ];
     for operation in operations {

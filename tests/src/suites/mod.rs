@@ -20,13 +20,16 @@ mod hand_over;
 mod handshakes;
 mod holdings;
 mod io;
+mod kcsan;
 mod kernel;
 mod launcher;
+pub mod litmus;
 mod migration;
 mod probe;
 mod qemu;
 mod races;
 mod restart;
+pub mod ring;
 mod ring_pipe;
 mod selftest;
 pub mod series;
@@ -86,6 +89,8 @@ pub enum Need {
     Tools,
     /// fsx, of crates.io.
     Fsx,
+    /// herd7, if this system can have it.
+    Herd7,
 }
 
 /// Every suite, in the order they run.
@@ -140,6 +145,20 @@ pub const SUITES: &[Suite] = &[
             block_clients::TESTS,
             fsx::BLOCK_TESTS,
         ],
+        with_cargo_test: false,
+        full: false,
+    },
+    Suite {
+        name: "ring",
+        about: "the kernel's rings: its own tests in User Mode Linux, the memory model's litmus tests",
+        place: Place::Uml,
+        needs: &[
+            Need::Kernel(Kernel::Uml),
+            Need::Selftests,
+            Need::Herd7,
+            Need::Tools,
+        ],
+        tests: &[litmus::TESTS, ring::TESTS],
         with_cargo_test: false,
         full: false,
     },
@@ -223,6 +242,7 @@ pub const SUITES: &[Suite] = &[
             kernel::TESTS,
             kernel::SMP_TESTS,
             series::TESTS,
+            ring::TESTS,
             fd_address::TESTS,
             ring_pipe::TESTS,
             races::TESTS,
@@ -279,12 +299,35 @@ pub const SUITES: &[Suite] = &[
         with_cargo_test: false,
         full: true,
     },
+    Suite {
+        name: "kcsan",
+        about: "the series on a kernel that looks for data races, four processors",
+        place: Place::Vm,
+        needs: &[
+            Need::Kernel(Kernel::X86Kcsan),
+            Need::Selftests,
+            Need::Server,
+            Need::Tools,
+        ],
+        tests: &[
+            kcsan::FIRST,
+            series::TESTS,
+            races::TESTS,
+            ring::TESTS,
+            ring::LONG_TESTS,
+            kcsan::LAST,
+        ],
+        with_cargo_test: false,
+        full: true,
+    },
 ];
 
 /// What the debug kernels run.
 const DEBUG_TESTS: &[&[Test]] = &[
     debug::FIRST,
     series::TESTS,
+    ring::TESTS,
+    ring::LONG_TESTS,
     fd_address::TESTS,
     races::LONG_TESTS,
     block::DRIVER_TESTS,
@@ -299,6 +342,7 @@ const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, guest::STEPS),
     (STEPS, hammer::STEPS),
     (STEPS, hand_over::STEPS),
+    (STEPS, ring::STEPS),
     (STEPS, series::STEPS),
     (STEPS, upgraded::STEPS),
     (STEPS, crate::bench::vm::STEPS),

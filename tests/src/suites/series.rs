@@ -26,8 +26,11 @@ pub const STEPS: &[Test] = &[test!(judge_series).limit_s(300)];
 /// The name of the step that replies with the names of the tests that fail.
 pub const JUDGE: &str = "judge_series";
 
-/// The programs of the series, and how many tests they have.
-const PROGRAMS: [(&str, &str, usize); 5] = [
+/// A program of the kernel's tests: its collection, its name, and how many tests it has.
+pub type Program = (&'static str, &'static str, usize);
+
+/// The programs of the series of addresses.
+const PROGRAMS: &[Program] = &[
     ("net/af_unix", "unix_fd_addr", 61),
     ("net/af_unix", "unix_fd_addr_blk", 7),
     ("net/af_unix", "diag_anchor", 2),
@@ -40,17 +43,26 @@ fn judge_series(cx: &Context) -> Result<()> {
     if kunit_passes_the_parser_of_addresses(cx).is_err() {
         failed.push("KUnit".to_owned());
     }
-    for (collection, program, count) in PROGRAMS {
-        let verdicts = verdicts(&run_program(cx, collection, program)?.stdout);
-        if verdicts.len() != count {
-            failed.push(format!("{program} (ended early)"));
-        }
-        let bad = verdicts
-            .into_iter()
-            .filter(|(_, verdict)| *verdict != Verdict::Ok);
-        failed.extend(bad.map(|(name, _)| format!("{program}: {name}")));
+    for &(collection, program, count) in PROGRAMS {
+        let finished = run_program(cx, collection, program)?;
+        failed.extend(failures_in(program, count, &finished));
     }
     cx.reply(&failed)
+}
+
+/// The tests of a program that has ended which did not pass.
+#[must_use]
+pub fn failures_in(program: &str, count: usize, finished: &Finished) -> Vec<String> {
+    let mut failed = Vec::new();
+    let verdicts = verdicts(&finished.stdout);
+    if verdicts.len() != count {
+        failed.push(format!("{program} (ended early)"));
+    }
+    let bad = verdicts
+        .into_iter()
+        .filter(|(_, verdict)| *verdict != Verdict::Ok);
+    failed.extend(bad.map(|(name, _)| format!("{program}: {name}")));
+    failed
 }
 
 /// How one test of a program ended.
@@ -98,11 +110,17 @@ fn verdict(line: &str) -> Option<(String, Verdict)> {
 /// # Errors
 /// It is not there, cannot be started, or does not end.
 pub fn run_program(cx: &Context, collection: &str, program: &str) -> Result<Finished> {
+    program_of(cx, collection, program)?.finish()
+}
+
+/// A program of the kernel's tests that is about to be run in a directory that may be written to.
+///
+/// # Errors
+/// It was not built for this run, or cannot be copied.
+pub fn program_of(cx: &Context, collection: &str, program: &str) -> Result<Shell> {
     let here = copy_of(cx, collection)?;
-    Shell::new(here.join(program))
-        .dir(&here)
-        .limit(cx.patience(280))
-        .finish()
+    let shell = Shell::new(here.join(program)).dir(&here);
+    Ok(shell.limit(cx.patience(280)))
 }
 
 /// A copy of a collection in this test's own directory.
@@ -141,7 +159,14 @@ fn copy_files(from: &Path, to: &Path) -> Result<()> {
 pub fn passes(cx: &Context, program: &str) -> Result<()> {
     let known = PROGRAMS.iter().find(|(_, name, _)| *name == program);
     let &(collection, _, count) = known.context("no such program")?;
-    let finished = run_program(cx, collection, program)?;
+    judge(program, count, &run_program(cx, collection, program)?)
+}
+
+/// All tests of a program that has ended passed, none was skipped, and there were so many.
+///
+/// # Errors
+/// One did not.
+pub fn judge(program: &str, count: usize, finished: &Finished) -> Result<()> {
     let verdicts = verdicts(&finished.stdout);
     let bad: Vec<&String> = verdicts
         .iter()
@@ -153,7 +178,7 @@ pub fn passes(cx: &Context, program: &str) -> Result<()> {
         "{program} ended with {}, {} of {count} tests, not passed: {bad:?}\n{}",
         finished.code(),
         verdicts.len(),
-        complaints(&finished)
+        complaints(finished)
     );
     Ok(())
 }
@@ -170,12 +195,20 @@ fn complaints(finished: &Finished) -> String {
 }
 
 fn kunit_passes_the_parser_of_addresses(_cx: &Context) -> Result<()> {
-    let suite = Path::new("/sys/kernel/debug/kunit/af_unix_fd_addr");
-    fs::write(suite.join("run"), "1").context("cannot run the KUnit suite")?;
-    let results = fs::read_to_string(suite.join("results")).context("no results of KUnit")?;
+    kunit_passes("af_unix_fd_addr", 50)
+}
+
+/// A KUnit suite that is built in passes, with at least so many tests.
+///
+/// # Errors
+/// It does not, or is not there.
+pub fn kunit_passes(suite: &str, at_least: usize) -> Result<()> {
+    let dir = Path::new("/sys/kernel/debug/kunit").join(suite);
+    fs::write(dir.join("run"), "1").with_context(|| format!("cannot run KUnit's {suite}"))?;
+    let results = fs::read_to_string(dir.join("results")).context("no results of KUnit")?;
     let verdicts = verdicts(&results);
     ensure!(
-        verdicts.len() >= 50 && verdicts.values().all(|verdict| *verdict == Verdict::Ok),
+        verdicts.len() >= at_least && verdicts.values().all(|verdict| *verdict == Verdict::Ok),
         "{} results:\n{results}",
         verdicts.len()
     );

@@ -1,0 +1,179 @@
+//! The kernel's own tests of rings: KUnit, `tools/testing/selftests/ringbuffer`, and its benchmark.
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::series::{self, Program};
+use crate::test;
+use crate::test::{Context, Test};
+
+/// For every kernel with the series.
+pub const TESTS: &[Test] = &[
+    test!(kunit_passes_the_arithmetic_of_rings),
+    test!(the_selftest_of_arguments_passes).limit_s(300),
+    test!(the_selftest_of_mappings_passes).limit_s(300),
+    test!(the_selftest_of_live_pipes_passes).limit_s(300),
+    test!(the_selftest_of_pending_pipes_passes).limit_s(300),
+    test!(the_selftest_of_kinds_of_pipes_passes).limit_s(300),
+    test!(the_selftest_of_waiting_passes).limit_s(300),
+    test!(the_selftest_of_hostile_mappings_passes).limit_s(300),
+    test!(the_selftest_of_activation_under_load_passes).limit_s(300),
+    test!(the_selftest_of_the_test_device_passes).limit_s(300),
+    test!(mapped_ends_need_fewer_system_calls_than_records).limit_s(300),
+];
+
+/// Minutes of what the usual run does for seconds.
+pub const LONG_TESTS: &[Test] = &[
+    test!(minutes_of_hostile_mappings_break_nothing_but_the_ring).limit_s(1200),
+    test!(minutes_of_activation_under_load_lose_nothing).limit_s(1200),
+];
+
+/// For kernels of which it is not known whether they pass.
+pub const STEPS: &[Test] = &[test!(judge_rings).limit_s(300)];
+
+/// The name of the step that replies with the names of the tests that fail.
+pub const JUDGE: &str = "judge_rings";
+
+const DIR: &str = "ringbuffer";
+
+/// The programs of the series, and how many tests they have.
+const PROGRAMS: &[Program] = &[
+    (DIR, "args_test", 12),
+    (DIR, "mapping_test", 38),
+    (DIR, "pipe_test", 96),
+    (DIR, "pending_test", 22),
+    (DIR, "kinds_test", 14),
+    (DIR, "poll_test", 38),
+    (DIR, "hostile_test", 45),
+    (DIR, "stress_test", 3),
+    (DIR, "device_test", 14),
+];
+
+/// KUnit's name of the suite, and at least so many tests.
+const KUNIT: (&str, usize) = ("ringbuffer", 14);
+
+fn judge_rings(cx: &Context) -> Result<()> {
+    let mut failed = Vec::new();
+    if kunit_passes_the_arithmetic_of_rings(cx).is_err() {
+        failed.push("KUnit".to_owned());
+    }
+    for &(collection, program, count) in PROGRAMS {
+        let finished = series::program_of(cx, collection, program)?
+            .env("RINGBUFFER_SECONDS", "1")
+            // Of a broken ring, nothing comes sooner or later.
+            .env("RINGBUFFER_PATIENCE", "5000")
+            .limit(cx.patience(60))
+            .finish();
+        let Ok(finished) = finished else {
+            failed.push(format!("{program} (does not end)"));
+            break;
+        };
+        failed.extend(series::failures_in(program, count, &finished));
+    }
+    cx.reply(&failed)
+}
+
+fn kunit_passes_the_arithmetic_of_rings(_cx: &Context) -> Result<()> {
+    series::kunit_passes(KUNIT.0, KUNIT.1)
+}
+
+/// Runs a program, with its random parts so long.
+fn passes(cx: &Context, program: &str, seconds: u32) -> Result<()> {
+    let known = PROGRAMS.iter().find(|(_, name, _)| *name == program);
+    let &(collection, _, count) = known.context("no such program")?;
+    let finished = series::program_of(cx, collection, program)?
+        .env("RINGBUFFER_SECONDS", seconds.to_string())
+        // Each random part, and the rest.
+        .limit(cx.patience(280 + 4 * seconds))
+        .finish()?;
+    for line in finished.stderr.lines().chain(finished.stdout.lines()) {
+        if line.ends_with(" rings") || line.ends_with(" pipes") {
+            println!("{line}");
+        }
+    }
+    series::judge(program, count, &finished)
+}
+
+/// Of the random parts in a usual run.
+const SHORT: u32 = 2;
+/// In a long one.
+const LONG: u32 = 120;
+
+fn the_selftest_of_arguments_passes(cx: &Context) -> Result<()> {
+    passes(cx, "args_test", SHORT)
+}
+
+/// Who may map, read and write what, and that nobody takes the pages away.
+fn the_selftest_of_mappings_passes(cx: &Context) -> Result<()> {
+    passes(cx, "mapping_test", SHORT)
+}
+
+/// With each end mapped or not, and programs that know nothing of rings.
+fn the_selftest_of_live_pipes_passes(cx: &Context) -> Result<()> {
+    passes(cx, "pipe_test", SHORT)
+}
+
+fn the_selftest_of_pending_pipes_passes(cx: &Context) -> Result<()> {
+    passes(cx, "pending_test", SHORT)
+}
+
+fn the_selftest_of_kinds_of_pipes_passes(cx: &Context) -> Result<()> {
+    passes(cx, "kinds_test", SHORT)
+}
+
+/// With poll, select, epoll, io_uring and futexes.
+fn the_selftest_of_waiting_passes(cx: &Context) -> Result<()> {
+    passes(cx, "poll_test", SHORT)
+}
+
+fn the_selftest_of_hostile_mappings_passes(cx: &Context) -> Result<()> {
+    passes(cx, "hostile_test", SHORT)
+}
+
+fn the_selftest_of_activation_under_load_passes(cx: &Context) -> Result<()> {
+    passes(cx, "stress_test", SHORT)
+}
+
+fn the_selftest_of_the_test_device_passes(cx: &Context) -> Result<()> {
+    passes(cx, "device_test", SHORT)
+}
+
+fn minutes_of_hostile_mappings_break_nothing_but_the_ring(cx: &Context) -> Result<()> {
+    passes(cx, "hostile_test", LONG)
+}
+
+fn minutes_of_activation_under_load_lose_nothing(cx: &Context) -> Result<()> {
+    passes(cx, "stress_test", LONG)
+}
+
+/// The benchmark of the series: what is printed is for the reader, what is asserted is the number of
+/// system calls, which does not depend on how fast the machine is.
+fn mapped_ends_need_fewer_system_calls_than_records(cx: &Context) -> Result<()> {
+    let said = series::program_of(cx, DIR, "ring_bench")?
+        .arg("20000")
+        .run()?;
+    println!("{said}");
+    let rows: Vec<Vec<f64>> = said
+        .lines()
+        .skip(1)
+        .map(|line| {
+            let columns = line.split_whitespace();
+            columns.map(str::parse).collect::<Result<_, _>>()
+        })
+        .collect::<Result<_, _>>()
+        .with_context(|| format!("the benchmark says:\n{said}"))?;
+    ensure!(rows.len() == 4, "the benchmark says:\n{said}");
+    for row in rows {
+        let [bytes, _, _, _, plain, mapped] = row[..] else {
+            anyhow::bail!("the benchmark says:\n{said}");
+        };
+        ensure!(
+            plain >= 1.9,
+            "{bytes} bytes: {plain} calls with read and write"
+        );
+        ensure!(
+            mapped < plain,
+            "{bytes} bytes: {mapped} calls with the ring, {plain} without"
+        );
+    }
+    Ok(())
+}
