@@ -78,7 +78,7 @@ pub struct UblkConfig {
     pub recovery: Recovery,
     /// A number by which a new device is known again ([`marked`]); the driver keeps it.
     pub mark: u64,
-    /// A device that waits for a server ([`is_waiting_for`]), to be taken over instead of a new one
+    /// A device that waits for a server, to be taken over instead of a new one
     /// being made. It keeps its id, its queues and its depth.
     pub take_over: Option<u32>,
     /// Begin without writes; see [`UblkDoor::writes`].
