@@ -9,7 +9,7 @@ use super::usage;
 use crate::kit::shell::Shell;
 
 /// The machine.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
     /// The processor's name.
     pub processor: String,
@@ -52,11 +52,15 @@ impl Facts {
     }
 }
 
-/// The checked-out revision, marked when files differ from it.
+/// The checked-out revision, marked when files other than documents differ from it.
 #[must_use]
 pub fn revision(repo: &Path) -> String {
-    let git = Shell::new("git").args(["describe", "--always", "--dirty", "--abbrev=12"]);
-    git.dir(repo)
-        .run()
-        .map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
+    let git = |args: &[&str]| Shell::new("git").args(args.iter().copied()).dir(repo).run();
+    let describe = git(&["describe", "--always", "--abbrev=12"]);
+    let changes = git(&["status", "--porcelain", "-uno", "--", ".", ":!docs"]);
+    match (describe, changes) {
+        (Ok(name), Ok(changes)) if changes.trim().is_empty() => name.trim().to_owned(),
+        (Ok(name), _) => format!("{}-dirty", name.trim()),
+        (Err(_), _) => "unknown".to_owned(),
+    }
 }

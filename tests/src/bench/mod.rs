@@ -88,6 +88,9 @@ pub struct Arguments {
     /// Put the tables into docs/benchmarks.md too
     #[arg(long)]
     pub write_docs: bool,
+    /// Measure nothing: show, as one, the results of earlier runs (their bench.json)
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["lanes", "server", "compare"])]
+    pub from: Vec<PathBuf>,
     /// Print the JSON instead of the tables
     #[arg(long)]
     pub json: bool,
@@ -164,6 +167,45 @@ impl Settings {
 /// # Errors
 /// Something that is needed cannot be had, or a measurement failed.
 pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
+    let output = match &arguments.output {
+        Some(output) => output.clone(),
+        None => cargo::target_dir()?.join("bench"),
+    };
+    let document = if arguments.from.is_empty() {
+        measure(repo, arguments, &output)?
+    } else {
+        earlier(&arguments.from)?
+    };
+    write(&document, &output)?;
+    if arguments.write_docs {
+        write_docs(&document, &repo.join("docs/benchmarks.md"))?;
+    }
+    if arguments.json {
+        line(&serde_json::to_string_pretty(&document).context("cannot encode the results")?);
+    } else {
+        line(&table::markdown(&document));
+    }
+    eprintln!("lab: results are in {}", output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The results of earlier runs in one document.
+fn earlier(files: &[PathBuf]) -> Result<Document> {
+    let mut all = files.iter().map(|file| {
+        let text =
+            fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        serde_json::from_str::<Document>(&text)
+            .with_context(|| format!("{} is no bench.json of this version", file.display()))
+    });
+    let mut whole = all.next().context("no results were named")??;
+    for next in all {
+        whole.append(next?)?;
+    }
+    whole.goals = goals::of(&whole);
+    Ok(whole)
+}
+
+fn measure(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Document> {
     let clock = Instant::now();
     let started = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -173,11 +215,7 @@ pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
         purposes.push(Purpose::Bench);
     }
     packages::ensure(&purposes, arguments.yes)?;
-    let output = match &arguments.output {
-        Some(output) => output.clone(),
-        None => cargo::target_dir()?.join("bench"),
-    };
-    let settings = settings(repo, arguments, &output)?;
+    let settings = settings(repo, arguments, output)?;
     let mut document = Document {
         format: FORMAT,
         machine: machine::Facts::here(),
@@ -228,17 +266,7 @@ pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
     }
     document.goals = goals::of(&document);
     document.seconds = clock.elapsed().as_secs();
-    write(&document, &output)?;
-    if arguments.write_docs {
-        write_docs(&document, &repo.join("docs/benchmarks.md"))?;
-    }
-    if arguments.json {
-        line(&serde_json::to_string_pretty(&document).context("cannot encode the results")?);
-    } else {
-        line(&table::markdown(&document));
-    }
-    eprintln!("lab: results are in {}", output.display());
-    Ok(ExitCode::SUCCESS)
+    Ok(document)
 }
 
 fn chosen(arguments: &Arguments) -> Vec<Lane> {
@@ -308,6 +336,7 @@ fn servers(repo: &Path, arguments: &Arguments) -> Result<Vec<(String, PathBuf)>>
 
 /// Writes the document, its tables and its pictures into a folder.
 fn write(document: &Document, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let put = |name: &str, text: &str| {
         let path = folder.join(name);
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))

@@ -1,5 +1,6 @@
 //! The document a run leaves behind: what ran where, every sample, and the goals.
 
+use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::figures::Samples;
@@ -149,6 +150,42 @@ impl Document {
             .iter()
             .find(|row| row.lane == lane && row.title == title && row.load == load)
     }
+
+    /// Adds what another run has measured. The goals are to be looked at anew.
+    ///
+    /// # Errors
+    /// It is of another revision or machine, or has measured the same.
+    pub fn append(&mut self, other: Document) -> Result<()> {
+        ensure!(
+            self.format == other.format,
+            "the results have different formats; measure again"
+        );
+        ensure!(
+            self.revision == other.revision,
+            "the results are of different revisions, {} and {}",
+            self.revision,
+            other.revision
+        );
+        ensure!(
+            self.machine == other.machine,
+            "the results are of different machines"
+        );
+        let twice = other
+            .rows
+            .iter()
+            .find(|row| self.row(&row.lane, &row.title, &row.load).is_some());
+        if let Some(row) = twice {
+            bail!("{}: {}: {} is there twice", row.lane, row.title, row.load);
+        }
+        self.command = format!("{}; {}", self.command, other.command);
+        self.started = self.started.min(other.started);
+        self.seconds += other.seconds;
+        self.rows.extend(other.rows);
+        self.measures.extend(other.measures);
+        self.ratios.extend(other.ratios);
+        self.left_out.extend(other.left_out);
+        Ok(())
+    }
 }
 
 impl Row {
@@ -156,5 +193,50 @@ impl Row {
     #[must_use]
     pub fn candidate(&self, name: &str) -> Option<&Candidate> {
         self.candidates.iter().find(|one| one.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(lane: &str, revision: &str) -> Document {
+        Document {
+            format: FORMAT,
+            machine: Facts::default(),
+            revision: revision.to_owned(),
+            command: format!("bench {lane}"),
+            started: 1,
+            seconds: 2,
+            rows: vec![Row {
+                lane: lane.to_owned(),
+                title: "null".to_owned(),
+                load: "depth 1".to_owned(),
+                candidates: Vec::new(),
+            }],
+            measures: Vec::new(),
+            ratios: Vec::new(),
+            goals: Vec::new(),
+            left_out: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn runs_of_one_revision_make_one_document() {
+        let mut whole = run("native", "a");
+        whole.append(run("vm", "a")).expect("they belong together");
+        assert_eq!((whole.rows.len(), whole.seconds), (2, 4));
+        assert_eq!(whole.command, "bench native; bench vm");
+    }
+
+    #[test]
+    fn what_does_not_belong_together_is_refused() {
+        let mut whole = run("native", "a");
+        assert!(whole.append(run("vm", "b")).is_err(), "another revision");
+        assert!(whole.append(run("native", "a")).is_err(), "the same row");
+        let mut elsewhere = run("vm", "a");
+        elsewhere.machine.processors += 1;
+        assert!(whole.append(elsewhere).is_err(), "another machine");
+        assert_eq!(whole.rows.len(), 1, "and nothing of it is kept");
     }
 }
