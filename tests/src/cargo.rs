@@ -86,6 +86,9 @@ pub fn build_server_of(repo: &Path, target: &Path) -> Result<PathBuf> {
 /// scratch disk, root. Those are `#[ignore]`d in `cargo test`; guests run them.
 pub const DRIVER_TESTS: [&str; 4] = ["ublk", "block", "registry", "file"];
 
+/// Test programs that guests run once more, with what only their kernels have.
+const RING_TESTS: [&str; 4] = ["ring", "ring_hostile", "ring_processes", "ring_steady"];
+
 /// Programs that guests run beside those.
 const DRIVER_EXAMPLES: [&str; 1] = ["ublkup-pipe"];
 
@@ -99,7 +102,8 @@ pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let mut build = cargo(repo);
     build.args(["test", "--release", "--locked", "--no-run"]);
     build.args(["-p", "ublkup", "-p", "upgrade-proto"]);
-    for name in DRIVER_TESTS {
+    let names = || DRIVER_TESTS.iter().chain(&RING_TESTS);
+    for name in names() {
         build.args(["--test", name]);
     }
     build
@@ -109,8 +113,7 @@ pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     progress::run("building the tests for guests", build, &log, HOUR)?;
     let output = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
     let output = String::from_utf8_lossy(&output);
-    let mut programs: BTreeMap<String, PathBuf> = DRIVER_TESTS
-        .iter()
+    let mut programs: BTreeMap<String, PathBuf> = names()
         .map(|name| {
             let program = executable(&output, name).with_context(|| {
                 format!("cargo named no test program {name} in {}", log.display())

@@ -124,20 +124,20 @@ impl Shared {
 fn produce(file: &PathBuf, shared: &Shared) -> io::Result<()> {
     let stdout = io::stdout().as_fd().try_clone_to_owned()?;
     let records = shared.record_bytes()?;
-    let mut source: Box<dyn Read> = match file.as_os_str() == "-" {
-        true => Box::new(File::from(io::stdin().as_fd().try_clone_to_owned()?)),
-        false => Box::new(File::open(file).map_err(|error| {
+    let source = match file.as_os_str() == "-" {
+        true => File::from(io::stdin().as_fd().try_clone_to_owned()?),
+        false => File::open(file).map_err(|error| {
             io::Error::new(
                 error.kind(),
                 format!("cannot open {}: {error}", file.display()),
             )
-        })?),
+        })?,
     };
     let mut producer = Producer::new(stdout, &shared.options())?;
     producer.upgrade(shared.patience()?)?;
     let sent = match records {
-        None => send_stream(&mut source, &mut producer),
-        Some(size) => send_records(&mut source, &mut producer, size),
+        None => send_stream(&source, &mut producer),
+        Some(size) => send_records(&source, &mut producer, size),
     };
     let flushed = sent.and_then(|()| producer.flush());
     shared.report("produce", producer.last_ring(), &producer.counters());
@@ -145,10 +145,10 @@ fn produce(file: &PathBuf, shared: &Shared) -> io::Result<()> {
 }
 
 /// The file is read right into the ring.
-fn send_stream(source: &mut dyn Read, producer: &mut Producer) -> io::Result<()> {
+fn send_stream(source: &File, producer: &mut Producer) -> io::Result<()> {
     loop {
         let mut room = producer.reserve(MAX_RECORD_BYTES)?;
-        let count = source.read(&mut room)?;
+        let count = room.read_from(0, source)?;
         room.commit(count)?;
         if count == 0 {
             return Ok(());
@@ -156,18 +156,18 @@ fn send_stream(source: &mut dyn Read, producer: &mut Producer) -> io::Result<()>
     }
 }
 
-fn send_records(source: &mut dyn Read, producer: &mut Producer, size: usize) -> io::Result<()> {
+fn send_records(source: &File, producer: &mut Producer, size: usize) -> io::Result<()> {
     let mut buffered = io::BufReader::with_capacity(MAX_RECORD_BYTES, source);
+    let mut record = Vec::with_capacity(size);
     loop {
-        let mut record = producer.reserve(size)?;
-        let mut count = 0;
-        while count < size {
-            match buffered.read(&mut record[count..])? {
-                0 => break,
-                more => count += more,
-            }
-        }
-        record.commit(count)?;
+        record.clear();
+        let count = buffered
+            .by_ref()
+            .take(size as u64)
+            .read_to_end(&mut record)?;
+        let mut room = producer.reserve(count)?;
+        room.copy_from_slice(&record);
+        room.commit(count)?;
         if count < size {
             return Ok(());
         }

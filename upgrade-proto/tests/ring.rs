@@ -1,9 +1,13 @@
-//! Rings between two ends in one process: by the shared way, with a registry of each test's own.
+//! Rings between two ends in one process, by the way that `common` says; what is peculiar to the shared way
+//! always by that, with a registry of each test's own.
+
+mod common;
 
 use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use common::{options, way};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
 use upgrade_proto::ring::{
@@ -12,34 +16,25 @@ use upgrade_proto::ring::{
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Options for a registry in this directory, without the kernel's help.
-fn options(dir: &TempDir) -> Options {
-    let mut options = Options {
-        kernel: false,
-        size_bytes: 128 << 10,
-        ..Options::default()
-    };
-    options.offer.kernel = false;
-    options.offer.runtime_dir = Some(dir.path().to_owned());
-    options.lookup.kernel = false;
-    options.lookup.runtime_dirs = vec![dir.path().to_owned()];
-    options
-}
-
 struct Pair {
     producer: Producer,
     consumer: Consumer,
     /// More descriptors of the same pipe.
     reader: PipeReader,
     writer: PipeWriter,
+    way: Way,
     options: Options,
     _dir: TempDir,
 }
 
 impl Pair {
     fn new() -> Self {
+        Self::by(way())
+    }
+
+    fn by(way: Way) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let options = options(&dir);
+        let options = options(way, &dir);
         let (reader, writer) = io::pipe().expect("a pipe");
         let copy = writer.try_clone().expect("copied");
         let producer = Producer::new(copy.into(), &options).expect("a producer");
@@ -50,6 +45,7 @@ impl Pair {
             consumer,
             reader,
             writer,
+            way,
             options,
             _dir: dir,
         }
@@ -66,7 +62,7 @@ impl Pair {
         for _ in 0..1000 {
             self.producer.upgrade(Duration::ZERO).expect("asked");
             self.consumer.upgrade(Duration::ZERO).expect("asked");
-            if self.ways() == (Way::Shared, Way::Shared) {
+            if self.ways() == (self.way, self.way) {
                 return;
             }
         }
@@ -102,7 +98,7 @@ fn stream(from: usize, len_bytes: usize) -> Vec<u8> {
 #[test]
 fn the_two_ends_meet_whoever_comes_first_and_say_so() {
     let mut pair = Pair::new();
-    assert_eq!(pair.ways(), (Way::Plain, Way::Plain));
+    assert_eq!(pair.producer.way(), Way::Plain);
     pair.upgrade();
     pair.producer
         .write_all(b"through the ring")
@@ -114,7 +110,7 @@ fn the_two_ends_meet_whoever_comes_first_and_say_so() {
     assert_eq!(pair.producer.counters().ring_bytes, 16);
     // The consumer first.
     let dir = tempfile::tempdir().expect("a directory");
-    let options = options(&dir);
+    let options = options(way(), &dir);
     let (reader, writer) = io::pipe().expect("a pipe");
     let mut consumer = Consumer::new(reader.into(), &options).expect("a consumer");
     let mut producer = Producer::new(writer.into(), &options).expect("a producer");
@@ -125,25 +121,24 @@ fn the_two_ends_meet_whoever_comes_first_and_say_so() {
         consumer.read_exact(&mut place[..64]).expect("read");
         assert_eq!(place[..64], record, "round {round}");
     }
-    assert_eq!((producer.way(), consumer.way()), (Way::Shared, Way::Shared));
+    assert_eq!((producer.way(), consumer.way()), (way(), way()));
 }
 
 #[test]
 fn what_was_in_the_pipe_before_the_ring_comes_before_it() {
-    let mut pair = Pair::new();
+    let dir = tempfile::tempdir().expect("a directory");
+    let options = options(way(), &dir);
+    let (reader, writer) = io::pipe().expect("a pipe");
+    let mut producer = Producer::new(writer.into(), &options).expect("a producer");
     let mut sent = 0;
     // The pipe as full as a writer can make it without waiting.
-    while let Some(count) = pair
-        .producer
-        .try_write(&stream(sent, 4000))
-        .expect("written")
-    {
+    while let Some(count) = producer.try_write(&stream(sent, 4000)).expect("written") {
         sent += count;
         if sent > 60_000 {
             break;
         }
     }
-    let mut producer = pair.producer;
+    let mut consumer = Consumer::new(reader.into(), &options).expect("a consumer");
     let writing = std::thread::spawn(move || {
         let mut sent = sent;
         while sent < 1_000_000 {
@@ -152,9 +147,6 @@ fn what_was_in_the_pipe_before_the_ring_comes_before_it() {
         }
         (sent, producer.counters(), producer)
     });
-    drop(pair.writer);
-    drop(pair.reader);
-    let mut consumer = pair.consumer;
     let mut got = Vec::new();
     let mut part = [0; 1000];
     while got.len() < 1_000_000 {
@@ -197,7 +189,7 @@ fn a_record_that_begins_in_the_pipe_and_ends_in_the_ring_is_one_record() {
 fn a_reader_that_knows_nothing_gets_the_bytes_and_the_end() {
     let dir = tempfile::tempdir().expect("a directory");
     let (mut reader, writer) = io::pipe().expect("a pipe");
-    let mut producer = Producer::new(writer.into(), &options(&dir)).expect("a producer");
+    let mut producer = Producer::new(writer.into(), &options(way(), &dir)).expect("a producer");
     let writing = std::thread::spawn(move || {
         for round in 0..1000 {
             let mut record = producer.reserve(300).expect("room");
@@ -217,7 +209,7 @@ fn a_reader_that_knows_nothing_gets_the_bytes_and_the_end() {
 fn a_writer_that_knows_nothing_is_read_to_its_end() {
     let dir = tempfile::tempdir().expect("a directory");
     let (reader, mut writer) = io::pipe().expect("a pipe");
-    let mut consumer = Consumer::new(reader.into(), &options(&dir)).expect("a consumer");
+    let mut consumer = Consumer::new(reader.into(), &options(way(), &dir)).expect("a consumer");
     let writing = std::thread::spawn(move || writer.write_all(&stream(0, 300_000)));
     let mut got = Vec::new();
     loop {
@@ -315,7 +307,11 @@ fn a_second_consumer_gets_a_ring_of_its_own_after_the_first() {
     let mut got = vec![0; 5_000];
     pair.consumer.read_exact(&mut got).expect("read");
     let copy = pair.reader.try_clone().expect("copied");
+    // The kernel's ring is for one consumer at a time; another one waits until its offer comes.
+    let mut first = Some(pair.consumer);
+    first.take_if(|_| way() == Way::Kernel);
     pair.consumer = Consumer::new(copy.into(), &pair.options).expect("a consumer");
+    drop(first);
     pair.producer.flush().expect("flushed");
     pair.upgrade();
     pair.producer
@@ -346,7 +342,8 @@ fn a_second_producer_gets_a_ring_of_its_own_after_the_first() {
 
 #[test]
 fn a_second_producer_beside_the_first_writes_to_the_pipe_and_is_heard() {
-    let mut pair = Pair::upgraded();
+    let mut pair = Pair::by(Way::Shared);
+    pair.upgrade();
     let copy = pair.writer.try_clone().expect("copied");
     let mut other = Producer::new(copy.into(), &pair.options).expect("a producer");
     pair.producer.write_all(b"ring ").expect("written");
@@ -360,6 +357,139 @@ fn a_second_producer_beside_the_first_writes_to_the_pipe_and_is_heard() {
     pair.producer.write_all(b"again").expect("written");
     pair.consumer.read_exact(&mut got).expect("read");
     assert_eq!(&got, b"again");
+}
+
+#[test]
+fn a_record_of_which_a_part_is_in_the_ring_and_the_rest_comes_by_the_pipe_is_one() {
+    for polls in [true, false] {
+        let mut pair = Pair::by(Way::Shared);
+        pair.upgrade();
+        pair.producer.write_all(b"half a ").expect("written");
+        assert!(pair.consumer.try_peek(13).expect("asked").is_none());
+        pair.writer.write_all(b"record").expect("written");
+        if polls {
+            assert!(pair.consumer.prepare_to_poll().expect("prepared"));
+            assert!(is_ready(&pair.consumer), "the pipe is readable");
+            let bytes = pair.consumer.try_peek(13).expect("asked");
+            assert_eq!(bytes.expect("there").to_vec(), b"half a record");
+        }
+        let bytes = pair.consumer.peek(13).expect("read").to_vec();
+        assert_eq!(bytes, b"half a record");
+        pair.consumer.consume(13);
+        pair.producer.write_all(b"!").expect("written");
+        assert_eq!(pair.consumer.peek(1).expect("read").to_vec(), b"!");
+    }
+}
+
+/// Whether it can be read at this moment.
+fn is_ready(fd: &impl AsFd) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).expect("polled") != 0
+}
+
+#[test]
+fn who_polls_for_a_whole_record_is_not_told_of_its_first_half_again_and_again() {
+    let mut pair = Pair::upgraded();
+    pair.producer.write_all(b"half a ").expect("written");
+    let mut ready = 0;
+    for _ in 0..10 {
+        assert!(pair.consumer.try_peek(13).expect("asked").is_none());
+        if pair.consumer.prepare_to_poll().expect("prepared") {
+            ready += usize::from(is_ready(&pair.consumer));
+        }
+    }
+    assert!(ready <= 1, "{ready} times of 10");
+    pair.producer.write_all(b"record").expect("written");
+    assert!(is_ready(&pair.consumer), "a lost wake-up");
+    let bytes = pair.consumer.try_peek(13).expect("asked");
+    assert_eq!(bytes.expect("there").to_vec(), b"half a record");
+}
+
+#[test]
+fn a_producer_whose_bytes_were_all_taken_ends_well_and_one_with_bytes_left_does_not() {
+    for left in [false, true] {
+        let mut pair = Pair::upgraded();
+        drop(pair.reader);
+        pair.producer.write_all(&stream(0, 9_000)).expect("written");
+        let mut got = vec![0; if left { 8_999 } else { 9_000 }];
+        pair.consumer.read_exact(&mut got).expect("read");
+        drop(pair.consumer);
+        let finished = pair.producer.finish();
+        match left {
+            false => finished.expect("nothing is lost"),
+            true => {
+                let error = finished.expect_err("a byte is lost");
+                assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_producer_that_is_dropped_leaves_what_its_consumer_left_to_the_next_reader() {
+    let mut pair = Pair::upgraded();
+    pair.producer
+        .write_all(&stream(0, 20_000))
+        .expect("written");
+    let mut got = vec![0; 7_000];
+    pair.consumer.read_exact(&mut got).expect("read");
+    drop(pair.consumer);
+    drop((pair.producer, pair.writer));
+    pair.reader.read_to_end(&mut got).expect("read");
+    assert!(got == stream(0, 20_000), "{} bytes", got.len());
+}
+
+#[test]
+fn an_upgrade_may_be_waited_for_for_ever() {
+    let mut pair = Pair::new();
+    let mut producer = pair.producer;
+    let asking = std::thread::spawn(move || {
+        let way = producer.upgrade(Duration::MAX).expect("asked");
+        (producer, way)
+    });
+    assert_eq!(
+        pair.consumer.upgrade(Duration::MAX).expect("asked"),
+        pair.way
+    );
+    let (_producer, way) = asking.join().expect("the producer");
+    assert_eq!(way, pair.way);
+}
+
+#[test]
+fn a_file_is_read_right_into_the_room_and_no_further() {
+    for upgraded in [false, true] {
+        let mut pair = match upgraded {
+            true => Pair::upgraded(),
+            false => Pair::new(),
+        };
+        let (file, mut source) = io::pipe().expect("a pipe");
+        source.write_all(&stream(3, 40)).expect("written");
+        let mut room = pair.producer.reserve(20).expect("room");
+        room.put(0, &stream(0, 3));
+        assert_eq!(room.read_from(3, &file).expect("read"), 17);
+        assert_eq!(room.read_from(20, &file).expect("read"), 0, "no room");
+        assert_eq!(room.read_from(99, &file).expect("read"), 0, "no room");
+        room.commit(20).expect("committed");
+        let bytes = pair.consumer.peek(20).expect("read");
+        assert!(bytes.to_vec() == stream(0, 20));
+    }
+}
+
+#[test]
+fn more_than_was_reserved_cannot_be_written() {
+    for upgraded in [false, true] {
+        for (offset, len_bytes) in [(0, 17), (16, 1), (usize::MAX, 2)] {
+            let mut pair = match upgraded {
+                true => Pair::upgraded(),
+                false => Pair::new(),
+            };
+            let writing = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                let mut room = pair.producer.reserve(16).expect("room");
+                room.put(offset, &vec![0; len_bytes]);
+            }));
+            assert!(writing.is_err(), "{len_bytes} bytes at {offset}");
+        }
+    }
 }
 
 #[test]
@@ -540,17 +670,17 @@ fn what_is_no_pipe_is_read_and_written_plainly() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("file");
     let file = std::fs::File::create(&path).expect("made");
-    let mut producer = Producer::new(file.into(), &options(&dir)).expect("a producer");
+    let mut producer = Producer::new(file.into(), &options(way(), &dir)).expect("a producer");
     producer.write_all(&stream(0, 100_000)).expect("written");
     producer.finish().expect("finished");
     let file = std::fs::File::open(&path).expect("opened");
-    let mut consumer = Consumer::new(file.into(), &options(&dir)).expect("a consumer");
+    let mut consumer = Consumer::new(file.into(), &options(way(), &dir)).expect("a consumer");
     let mut got = Vec::new();
     consumer.read_to_end(&mut got).expect("read");
     assert!(got == stream(0, 100_000));
     let (near, far) = std::os::unix::net::UnixStream::pair().expect("a pair");
-    let mut producer = Producer::new(near.into(), &options(&dir)).expect("a producer");
-    let mut consumer = Consumer::new(far.into(), &options(&dir)).expect("a consumer");
+    let mut producer = Producer::new(near.into(), &options(way(), &dir)).expect("a producer");
+    let mut consumer = Consumer::new(far.into(), &options(way(), &dir)).expect("a consumer");
     producer.write_all(b"by a socket").expect("written");
     producer.finish().expect("finished");
     got.clear();

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -10,6 +11,11 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The way that is tested: see `common` of the other tests.
+fn way() -> String {
+    std::env::var("RING_TESTS_WAY").unwrap_or("shared".to_owned())
+}
 
 /// The example's program; built here if only this test was asked for.
 fn program() -> PathBuf {
@@ -61,7 +67,7 @@ impl Place {
 
     fn ours(&self, role: &str, args: &[&str]) -> Command {
         let mut command = Command::new(program());
-        command.args([role, "--stats", "--way", "shared", "--runtime-dir"]);
+        command.args([role, "--stats", "--way", &way(), "--runtime-dir"]);
         command.arg(self.dir.path()).args(args);
         command
     }
@@ -101,6 +107,12 @@ fn run(mut first: Command, mut second: Command) -> (String, String) {
     (hex(&Sha256::digest(&out)), said)
 }
 
+fn dd() -> Command {
+    let mut dd = Command::new("dd");
+    dd.args(["bs=777", "status=none"]);
+    dd
+}
+
 fn cat(file: Option<&Path>) -> Command {
     let mut cat = Command::new("cat");
     cat.args(file);
@@ -111,7 +123,7 @@ fn cat(file: Option<&Path>) -> Command {
 fn the_same_bytes_arrive_whoever_knows_of_rings() {
     let place = Place::new(5_000_011);
     let plain = ["--way", "plain"];
-    let table: [(&str, Command, Command, usize); 6] = [
+    let table: [(&str, Command, Command, usize); 7] = [
         ("both", place.produce(&[]), place.ours("consume", &[]), 2),
         (
             "records",
@@ -132,16 +144,18 @@ fn the_same_bytes_arrive_whoever_knows_of_rings() {
             place.ours("consume", &[]),
             0,
         ),
+        ("blocks", place.produce(&["--records", "777"]), dd(), 0),
         ("neither", cat(Some(&place.data)), cat(None), 0),
     ];
-    for (what, first, mut second, shared) in table {
+    for (what, first, mut second, upgraded) in table {
         if what == "the second not" {
             second = Command::new(program());
             second.arg("consume").args(plain);
         }
         let (digest, said) = run(first, second);
         assert_eq!(digest, place.digest, "{what}: {said}");
-        assert_eq!(said.matches("way=shared").count(), shared, "{what}: {said}");
+        let seen = said.matches(&format!("way={}", way())).count();
+        assert_eq!(seen, upgraded, "{what}: {said}");
     }
 }
 
@@ -154,7 +168,7 @@ fn programs_that_know_nothing_before_and_after_in_the_same_pipe_keep_their_place
         place.dir.path().display(),
         place.data.display(),
     );
-    let ours = format!("--way shared --runtime-dir {dir}");
+    let ours = format!("--way {} --runtime-dir {dir}", way());
     let script = format!(
         "{{ echo before; {program} produce {ours} {data}; echo between; {program} produce {ours} {data}; echo after; }} \
          | {program} consume {ours} > {dir}/out"
@@ -252,6 +266,70 @@ fn a_producer_whose_consumer_pauses_waits_and_loses_nothing() {
     assert_eq!(hex(&Sha256::digest(&all)), place.digest);
     let said = first.wait_with_output().expect("ended").stderr;
     let said = String::from_utf8_lossy(&said);
-    assert!(said.contains("way=shared"), "{said}");
+    assert!(said.contains(&format!("way={}", way())), "{said}");
     assert!(ended(&mut second).success());
+}
+
+/// Programs of which the last one stops early: how the others end, and what came out.
+fn cut_short(mut programs: Vec<Command>) -> (Vec<std::process::ExitStatus>, Vec<u8>) {
+    let mut head = Command::new("head");
+    head.args(["-c", "5000"]);
+    programs.push(head);
+    let mut children: Vec<Child> = Vec::new();
+    for mut program in programs {
+        if let Some(before) = children.last_mut() {
+            program.stdin(before.stdout.take().expect("a pipe"));
+        }
+        program.stdout(Stdio::piped()).stderr(Stdio::null());
+        children.push(program.spawn().expect("starts"));
+    }
+    let mut last = children.pop().expect("head");
+    let mut out = Vec::new();
+    let mut pipe = last.stdout.take().expect("a pipe");
+    pipe.read_to_end(&mut out).expect("read");
+    assert!(ended(&mut last).success());
+    (children.iter_mut().map(ended).collect(), out)
+}
+
+#[test]
+fn everybody_ends_when_the_last_program_has_enough() {
+    let place = Place::new(3_000_000);
+    let wanted = std::fs::read(&place.data).expect("read")[..5000].to_vec();
+    let waiting = ["--wait", "5"];
+    // One end of ours, plain: the writer gets EPIPE, or SIGPIPE if it knows nothing of rings.
+    let (statuses, out) = cut_short(vec![place.produce(&[])]);
+    assert!(out == wanted && !statuses[0].success(), "{statuses:?}");
+    let (statuses, out) = cut_short(vec![cat(Some(&place.data)), place.ours("consume", &[])]);
+    assert!(out == wanted && !statuses[1].success(), "{statuses:?}");
+    assert_eq!(statuses[0].signal(), Some(libc::SIGPIPE));
+    // A ring between ours: the consumer's end is the producer's.
+    let both = vec![place.produce(&waiting), place.ours("consume", &waiting)];
+    let (statuses, out) = cut_short(both);
+    assert!(out == wanted, "{} bytes", out.len());
+    assert!(
+        statuses.iter().all(|status| !status.success()),
+        "{statuses:?}"
+    );
+}
+
+#[test]
+fn a_writer_that_knows_nothing_dies_of_sigpipe_after_a_ring_as_well() {
+    let place = Place::new(300_000);
+    let (program, dir) = (program(), place.dir.path().display());
+    let (program, data) = (program.display(), place.data.display());
+    let ours = format!("--wait 5 --stats --way {} --runtime-dir {dir}", way());
+    let script = format!(
+        "{{ {program} produce {ours} {data}; cat /dev/zero; echo $? > {dir}/status; }} \
+         | {program} consume {ours} 2> {dir}/said | head -c 400000 > {dir}/out"
+    );
+    let mut shell = Command::new("sh");
+    let mut shell = shell.args(["-c", &script]).spawn().expect("a shell");
+    assert!(ended(&mut shell).success());
+    let read = |name| std::fs::read(place.dir.path().join(name)).expect("read");
+    let said = String::from_utf8(read("said")).expect("words");
+    assert!(said.contains(&format!("way={}", way())), "{said}");
+    let (expected, got) = ([read("data"), vec![0; 100_000]].concat(), read("out"));
+    assert!(got == expected, "{} bytes", got.len());
+    let status = String::from_utf8(read("status")).expect("a number");
+    assert_eq!(status.trim(), (128 + libc::SIGPIPE).to_string());
 }

@@ -1,12 +1,19 @@
 //! What a record costs in steady state: no system call and no allocation. The process that shows it is
 //! killed by the kernel at the first system call but exit_group(2).
 
+mod common;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::io;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
-use upgrade_proto::ring::{Consumer, Options, Producer, Way};
+use common::{options, way};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+use upgrade_proto::ring::{Consumer, Producer, Way};
+use upgrade_proto::{Name, connect};
 
 struct Counting;
 
@@ -39,14 +46,7 @@ static ALLOCATOR: Counting = Counting;
 /// Both ends of a ring.
 fn upgraded() -> (Producer, Consumer) {
     let dir = tempfile::tempdir().expect("a directory");
-    let mut options = Options {
-        kernel: false,
-        ..Options::default()
-    };
-    options.offer.kernel = false;
-    options.offer.runtime_dir = Some(dir.path().to_owned());
-    options.lookup.kernel = false;
-    options.lookup.runtime_dirs = vec![dir.path().to_owned()];
+    let options = options(way(), &dir);
     let (reader, writer) = io::pipe().expect("a pipe");
     let mut producer = Producer::new(writer.into(), &options).expect("a producer");
     let mut consumer = Consumer::new(reader.into(), &options).expect("a consumer");
@@ -54,7 +54,7 @@ fn upgraded() -> (Producer, Consumer) {
         producer.upgrade(Duration::ZERO).expect("asked");
         consumer.upgrade(Duration::ZERO).expect("asked");
     }
-    assert_eq!((producer.way(), consumer.way()), (Way::Shared, Way::Shared));
+    assert_eq!((producer.way(), consumer.way()), (way(), way()));
     (producer, consumer)
 }
 
@@ -63,7 +63,7 @@ fn exchange(producer: &mut Producer, consumer: &mut Consumer, rounds: u64) -> io
     for round in 0..rounds {
         let size = [16, 64, 512, 4096][(round % 4) as usize];
         let mut record = producer.reserve(size)?;
-        record[..8].copy_from_slice(&round.to_le_bytes());
+        record.put(0, &round.to_le_bytes());
         record.commit(size)?;
         let bytes = consumer.peek(size)?;
         if bytes.array() != Some(round.to_le_bytes()) {
@@ -172,4 +172,100 @@ fn a_process_that_may_not_make_system_calls_exchanges_records() {
         i32::from(std::process::id() == 0)
     });
     assert_eq!(killed, (None, Some(libc::SIGSYS)));
+}
+
+#[test]
+fn a_child_that_drops_its_copies_of_the_ends_changes_nothing() {
+    let (mut producer, mut consumer) = upgraded();
+    producer.reserve(8).expect("room").commit(8).expect("sent");
+    let bytes = consumer.peek(8).expect("there").as_ptr();
+    consumer.consume(8);
+    let page = bytes.map_addr(|address| address & !4095);
+    let ended = in_a_child(|| {
+        // The child has no ring; something of its own may be in the same place.
+        // SAFETY: nothing is there, as a child does not have the pages of a ring.
+        let place = unsafe {
+            mmap_anonymous(
+                page.cast_mut().cast(),
+                4096,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE,
+            )
+        };
+        let Ok(place) = place else { return 3 };
+        // SAFETY: mapped just now, for reading and writing.
+        unsafe { place.cast::<u8>().write_volatile(77) };
+        // SAFETY: bitwise copies, as a child has them of all its parent's values; the parent drops its own.
+        let copies = unsafe { (std::ptr::read(&producer), std::ptr::read(&consumer)) };
+        drop(copies);
+        // SAFETY: nobody has unmapped it: that is what this test asks, and the answer may be a signal.
+        i32::from(unsafe { place.cast::<u8>().read_volatile() } != 77)
+    });
+    assert_eq!(ended, (Some(0), None));
+    assert!(exchange(&mut producer, &mut consumer, 100).expect("exchanged"));
+}
+
+#[test]
+fn a_producer_that_can_accept_nobody_is_not_ready_for_ever() {
+    let ready = in_a_child(|| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let options = options(Way::Shared, &dir);
+        let (reader, writer) = io::pipe().expect("a pipe");
+        let mut producer = Producer::new(writer.into(), &options).expect("a producer");
+        let name = Name::new("ring-buffer").expect("a name");
+        let asked = connect(&reader, &name, &options.lookup).expect("asked");
+        let _client = asked.found().expect("offered");
+        // As many as are open for sure.
+        let limit = libc::rlimit {
+            rlim_cur: 3,
+            rlim_max: 3,
+        };
+        // SAFETY: only reads `limit`.
+        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
+            return 3;
+        }
+        while producer.try_write(&[0; 4096]).expect("written").is_some() {}
+        let mut fds = [PollFd::from_borrowed_fd(producer.as_fd(), PollFlags::IN)];
+        let ready = poll(&mut fds, Some(&Timespec::default()));
+        i32::from(ready != Ok(0))
+    });
+    assert_eq!(ready, (Some(0), None));
+}
+
+/// This thread and those that it starts run on one processor.
+fn share_one_processor() {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let allowed = sched_getaffinity(None).expect("processors");
+    let first = (0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu));
+    let mut one = CpuSet::new();
+    one.set(first.expect("a processor"));
+    sched_setaffinity(None, &one).expect("moved");
+}
+
+#[test]
+fn a_stream_on_one_processor_is_not_a_wake_up_for_each_record() {
+    const RECORDS: u64 = 200_000;
+    let streaming = std::thread::spawn(|| {
+        share_one_processor();
+        let (mut producer, mut consumer) = upgraded();
+        let reading = std::thread::spawn(move || {
+            for round in 0..RECORDS {
+                let record: Option<[u8; 16]> = consumer.peek(16).expect("read").array();
+                let number = record.and_then(|record| record.first_chunk().copied());
+                assert_eq!(number.map(u64::from_le_bytes), Some(round));
+                consumer.consume(16);
+            }
+            consumer.counters()
+        });
+        for round in 0..RECORDS {
+            let mut record = producer.reserve(16).expect("room");
+            record.put(0, &round.to_le_bytes());
+            record.put(8, &[0; 8]);
+            record.commit(16).expect("committed");
+        }
+        let read = reading.join().expect("the reader");
+        producer.counters().wakes + read.wakes
+    });
+    let wakes = streaming.join().expect("both ends");
+    assert!(wakes < RECORDS / 100, "{wakes} wake-ups");
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::io::{Exercise, open_direct, write_direct};
+use super::own_tests;
 use crate::kit::images::{self, KnownFiles};
 use crate::kit::server::{Serve, Server};
 use crate::kit::shell::{Shell, sh};
@@ -88,42 +89,17 @@ fn exercise(cx: &Context, server: Server, exercise: &Exercise) -> Result<()> {
     nothing_left(cx)
 }
 
-/// Runs the ignored tests of one of cargo's test programs; every one must run and pass.
-fn pass_ignored_tests(cx: &Context, program: &str, env: &[(&str, &str)]) -> Result<()> {
-    let path = cx.paths.driver_tests.get(program);
-    let path = path.with_context(|| format!("this run has no test program {program}"))?;
-    let list = Shell::new(path).args(["--ignored", "--list"]).run()?;
-    let expected = list.lines().filter(|line| line.ends_with(": test")).count();
-    ensure!(expected > 0, "{program} has no ignored tests");
-    let mut tests = Shell::new(path)
-        .args(["--ignored", "--test-threads=1"])
-        .limit(cx.patience(280));
-    for (name, value) in env {
-        tests = tests.env(name, value);
-    }
-    let output = tests.run()?;
-    let passed = output.lines().find_map(|line| {
-        let counts = line.strip_prefix("test result: ok. ")?;
-        counts.split(' ').next()?.parse::<usize>().ok()
-    });
-    ensure!(
-        passed == Some(expected),
-        "{passed:?} of {expected} tests ran:\n{output}"
-    );
-    Ok(())
-}
-
 fn the_block_doors_own_tests_pass(cx: &Context) -> Result<()> {
-    pass_ignored_tests(cx, "ublk", &[])?;
+    own_tests::pass_ignored(cx, "ublk", &[])?;
     nothing_left(cx)
 }
 
 fn the_registrys_tests_that_need_root_pass(cx: &Context) -> Result<()> {
-    pass_ignored_tests(cx, "registry", &[])
+    own_tests::pass_ignored(cx, "registry", &[])
 }
 
 fn the_file_backends_tests_that_need_loop_devices_pass(cx: &Context) -> Result<()> {
-    pass_ignored_tests(cx, "file", &[])
+    own_tests::pass_ignored(cx, "file", &[])
 }
 
 /// Every guest has a driver; here it is out of sight.
@@ -171,7 +147,7 @@ fn upgrade_scratch_disk(cx: &Context, way: &str) -> Result<()> {
         ("UPGRADE_TEST_DEVICE", disk.as_str()),
         ("UPGRADE_TEST_WAY", way),
     ];
-    pass_ignored_tests(cx, "block", &env)?;
+    own_tests::pass_ignored(cx, "block", &env)?;
     server.stop()?;
     nothing_left(cx)
 }

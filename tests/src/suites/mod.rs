@@ -25,6 +25,7 @@ mod kernel;
 mod launcher;
 pub mod litmus;
 mod migration;
+mod own_tests;
 mod probe;
 mod qemu;
 mod races;

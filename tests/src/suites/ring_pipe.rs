@@ -1,19 +1,45 @@
-//! `ublkup-pipe` in shells on kernels with rings and fd addresses: whoever knows of what, the same bytes
-//! arrive.
+//! The library of rings on kernels that have them: its own tests once more, by the kernel's way; and
+//! `ublkup-pipe` in shells: whoever knows of what, the same bytes arrive.
 
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::own_tests;
 use crate::kit::shell::Shell;
 use crate::test;
 use crate::test::{Context, Test};
 
 /// For every kernel with both series.
 pub const TESTS: &[Test] = &[
+    test!(the_two_ends_of_a_ring_pass_their_tests_by_the_kernels_way).limit_s(300),
+    test!(hostile_peers_of_the_kernels_way_harm_nobody).limit_s(300),
+    test!(programs_in_shells_pass_their_tests_by_the_kernels_way).limit_s(300),
+    test!(a_record_costs_nothing_by_the_kernels_way_either).limit_s(300),
     test!(two_programs_on_a_pipe_take_the_best_way_that_both_have).limit_s(60),
     test!(a_live_ring_serves_programs_that_know_nothing_of_it).limit_s(60),
 ];
+
+/// What the library's tests take for the way that they test.
+const BY_THE_KERNEL: &[(&str, &str)] = &[("RING_TESTS_WAY", "kernel")];
+
+fn the_two_ends_of_a_ring_pass_their_tests_by_the_kernels_way(cx: &Context) -> Result<()> {
+    own_tests::pass_all(cx, "ring", BY_THE_KERNEL)
+}
+
+/// They write nonsense into each word that the kernel lets them write.
+fn hostile_peers_of_the_kernels_way_harm_nobody(cx: &Context) -> Result<()> {
+    own_tests::pass_all(cx, "ring_hostile", BY_THE_KERNEL)
+}
+
+/// They are killed, too.
+fn programs_in_shells_pass_their_tests_by_the_kernels_way(cx: &Context) -> Result<()> {
+    own_tests::pass_all(cx, "ring_processes", BY_THE_KERNEL)
+}
+
+fn a_record_costs_nothing_by_the_kernels_way_either(cx: &Context) -> Result<()> {
+    own_tests::pass_all(cx, "ring_steady", BY_THE_KERNEL)
+}
 
 /// Bytes that are piped: enough to fill rings several times.
 const LEN_BYTES: usize = 3_000_017;

@@ -3,6 +3,7 @@
 //! guest upgraded.
 
 mod costs;
+mod findings;
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -15,6 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use self::costs::{SystemCalls, cpu_us, during};
+pub use self::findings::{Bench, Findings, Row, table};
 use super::guest::FilesOnDisk;
 use crate::bench::attach::Client;
 use crate::bench::client::{End, Op, Order, Waiting};
@@ -59,19 +61,6 @@ const JOB_SECONDS: u32 = 8;
 /// For how long its costs are looked at.
 const WINDOW: Duration = Duration::from_secs(3);
 
-/// What one fio job measured.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct Bench {
-    /// Requests.
-    pub requests: u64,
-    /// Per second.
-    pub iops: f64,
-    /// Mean completion latency.
-    pub mean_us: f64,
-    /// Its 99th percentile, if somebody looked.
-    pub p99_us: Option<f64>,
-}
-
 /// A fio job: 4 KiB random reads.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Job {
@@ -101,34 +90,6 @@ impl Door {
             Self::Vhost => Self::Block,
         }
     }
-}
-
-/// One line of the table.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Row {
-    /// Who read, and how.
-    pub what: String,
-    /// Requests under way.
-    pub depth: u32,
-    /// What fio saw.
-    pub bench: Bench,
-    /// Processor time of the server per request.
-    pub server_us: f64,
-    /// Processor time of QEMU per request, the emulated guest included.
-    pub qemu_us: Option<f64>,
-    /// System calls of server and QEMU together per request.
-    pub calls: f64,
-}
-
-/// What the story found.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Findings {
-    /// The table.
-    pub rows: Vec<Row>,
-    /// The kernel that it was measured on.
-    pub kernel: String,
-    /// The emulator's version.
-    pub qemu: String,
 }
 
 /// Tells the story to `say` while it happens; fio keeps `depths` requests under way.
@@ -166,48 +127,6 @@ fn follow(path: &Path, over: &AtomicBool, say: &dyn Fn(&str)) {
         }
         std::thread::sleep(Duration::from_millis(200));
     }
-}
-
-/// The table, as lines.
-pub fn table(findings: &Findings) -> Vec<String> {
-    let mut lines = vec![format!(
-        "{:<34} {:>5} {:>8} {:>9} {:>9} {:>11} {:>9} {:>9}",
-        "4 KiB random reads, memory disk",
-        "depth",
-        "IOPS",
-        "mean µs",
-        "p99 µs",
-        "server µs",
-        "QEMU µs",
-        "calls"
-    )];
-    for row in &findings.rows {
-        let known = |value: Option<f64>, digits| {
-            value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
-        };
-        let (p99, qemu) = (known(row.bench.p99_us, 0), known(row.qemu_us, 1));
-        lines.push(format!(
-            "{:<34} {:>5} {:>8.0} {:>9.0} {:>9} {:>11.1} {:>9} {:>9.2}",
-            row.what,
-            row.depth,
-            row.bench.iops,
-            row.bench.mean_us,
-            p99,
-            row.server_us,
-            qemu,
-            row.calls
-        ));
-    }
-    lines.push(format!(
-        "User Mode Linux {}, one processor; {}, TCG: figures to compare with each other only.",
-        findings.kernel, findings.qemu
-    ));
-    lines.push(
-        "µs: processor time per request, QEMU's with the emulated guest in it; calls: system calls \
-         of server and QEMU per request."
-            .to_owned(),
-    );
-    lines
 }
 
 fn a_guest_upgrades_from_the_block_device_and_back(cx: &Context) -> Result<()> {

@@ -6,7 +6,7 @@
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
 
 /// A stretch of memory that is valid for reading for `'a` and may change meanwhile.
 #[derive(Clone, Copy, Debug)]
@@ -78,30 +78,25 @@ impl<'a> Bytes<'a> {
     #[inline]
     pub fn copy_to(&self, target: &mut [u8]) -> usize {
         let count = self.len_bytes.min(target.len());
-        let mut from = self.start.as_ptr();
+        let mut from = self.start;
         let (target, _) = target.split_at_mut(count);
         // Single bytes up to the first aligned word, then words, then single bytes.
-        let lead = from.align_offset(size_of::<u64>()).min(count);
-        let (first, rest) = target.split_at_mut(lead);
+        let (first, rest) = target.split_at_mut(lead(from, count));
         for byte in first {
             // SAFETY: inside the stretch: no more than `count` bytes are read altogether.
-            *byte = unsafe { load(from) };
-            // SAFETY: as above; at most one past its end.
-            from = unsafe { from.add(1) };
+            (*byte, from) = unsafe { (load(from), from.add(1)) };
         }
-        let mut words = rest.chunks_exact_mut(size_of::<u64>());
+        let mut words = rest.chunks_exact_mut(WORD_BYTES);
         for word in &mut words {
-            // SAFETY: aligned by the loop above, and inside the stretch with all of its eight bytes.
-            let value = unsafe { (*from.cast::<AtomicU64>()).load(Relaxed) };
+            // SAFETY: aligned by the loop above, and inside the stretch with all of its bytes.
+            let value = unsafe { from.cast::<AtomicUsize>().as_ref() }.load(Relaxed);
             word.copy_from_slice(&value.to_ne_bytes());
-            // SAFETY: as above.
-            from = unsafe { from.add(size_of::<u64>()) };
+            // SAFETY: at most one past its end.
+            from = unsafe { from.add(WORD_BYTES) };
         }
         for byte in words.into_remainder() {
-            // SAFETY: as above.
-            *byte = unsafe { load(from) };
-            // SAFETY: as above.
-            from = unsafe { from.add(1) };
+            // SAFETY: as for the first bytes.
+            (*byte, from) = unsafe { (load(from), from.add(1)) };
         }
         count
     }
@@ -123,18 +118,56 @@ impl<'a> Bytes<'a> {
     }
 
     /// The address, for a system call that reads from there. Reading through it otherwise needs volatile or
-    /// atomic loads.
+    /// relaxed atomic loads, of no more than a machine word: the memory may be mapped for reading only.
     #[must_use]
     pub fn as_ptr(&self) -> *const u8 {
         self.start.as_ptr()
     }
 }
 
+/// Of a machine word: the most that may be loaded from memory that is mapped for reading only.
+const WORD_BYTES: usize = size_of::<usize>();
+
+/// How many of `count` bytes come before the first aligned word.
+fn lead(start: NonNull<u8>, count: usize) -> usize {
+    start.align_offset(WORD_BYTES).min(count)
+}
+
 /// # Safety
 /// `from` is valid for reading one byte.
-unsafe fn load(from: *const u8) -> u8 {
+unsafe fn load(from: NonNull<u8>) -> u8 {
     // SAFETY: our caller's promise; a byte is always aligned.
-    unsafe { (*from.cast::<AtomicU8>()).load(Relaxed) }
+    unsafe { from.cast::<AtomicU8>().as_ref() }.load(Relaxed)
+}
+
+/// Copies to where others may be writing, or reading by [`Bytes`], at the same time.
+///
+/// # Safety
+/// `target` is valid for reading and writing as many bytes as `source` has, and nobody in this process
+/// accesses them meanwhile but by atomic operations.
+pub(crate) unsafe fn store(target: NonNull<u8>, source: &[u8]) {
+    let mut to = target;
+    let (first, rest) = source.split_at(lead(to, source.len()));
+    for byte in first {
+        // SAFETY: inside the stretch: no more bytes are written than `source` has.
+        unsafe { to.cast::<AtomicU8>().as_ref() }.store(*byte, Relaxed);
+        // SAFETY: at most one past its end.
+        to = unsafe { to.add(1) };
+    }
+    let (words, last) = rest.as_chunks::<WORD_BYTES>();
+    for word in words {
+        let value = usize::from_ne_bytes(*word);
+        // SAFETY: aligned by the loop above, and inside the stretch with all of its bytes.
+        unsafe { to.cast::<AtomicUsize>().as_ref() }.store(value, Relaxed);
+        // SAFETY: at most one past its end.
+        to = unsafe { to.add(WORD_BYTES) };
+    }
+    for byte in last {
+        // SAFETY: as for the first bytes.
+        unsafe { to.cast::<AtomicU8>().as_ref() }.store(*byte, Relaxed);
+        // SAFETY: as above.
+        to = unsafe { to.add(1) };
+    }
 }
 
 #[cfg(test)]
@@ -153,6 +186,25 @@ mod tests {
                 assert_eq!(copied, (end - start).min(9));
                 assert_eq!(short[..copied], source[start..start + copied]);
                 assert!(short[copied..].iter().all(|byte| *byte == 0xee));
+            }
+        }
+    }
+
+    #[test]
+    fn every_place_and_length_is_stored_whole_and_nothing_beside_it() {
+        let source: Vec<u8> = (1..=40).collect();
+        for place in 0..16 {
+            for len_bytes in 0..source.len() {
+                let mut target = [0_u8; 64];
+                let start = NonNull::from(&mut target[place..]).cast();
+                // SAFETY: `target` is ours alone and holds more.
+                unsafe { store(start, &source[..len_bytes]) };
+                assert_eq!(target[place..place + len_bytes], source[..len_bytes]);
+                let beside = target[..place].iter().chain(&target[place + len_bytes..]);
+                assert!(
+                    beside.copied().all(|byte| byte == 0),
+                    "{place}, {len_bytes}"
+                );
             }
         }
     }

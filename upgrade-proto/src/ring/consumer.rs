@@ -2,17 +2,18 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::{Errno, ioctl_fionread};
 
 use super::bytes::Bytes;
 use super::counters::Counters;
-use super::mapped::{Link, RingReader, wait};
+use super::end::Link;
+use super::line::{Line, repeat};
+use super::mapped::RingReader;
 use super::memory::{Memory, Pieces, Role, control};
-use super::pipe::{Mode, read_some};
-use super::ready::Ready;
+use super::pipe::{Mode, read_some, wait};
 use super::talk::{Heard, Message, Talk};
 use super::{MAX_RECORD_BYTES, Options, RingError, Way, is_pipe, is_size, kernel, service, share};
 use crate::{Answer, connect};
@@ -52,9 +53,7 @@ enum Pulled {
 pub struct Consumer {
     // The ring is closed before the pipe.
     phase: Phase,
-    ready: Option<Ready>,
-    pipe: OwnedFd,
-    options: Options,
+    line: Line,
     has_rings: bool,
     /// Bytes from the pipe, and records that straddle a change of ways: from `start` to `end`.
     buffer: Vec<u8>,
@@ -62,9 +61,6 @@ pub struct Consumer {
     end: usize,
     pipe_bytes: u64,
     next_try: u64,
-    counters: Counters,
-    last_ring: Option<Way>,
-    owner_pid: u32,
 }
 
 impl Consumer {
@@ -72,29 +68,20 @@ impl Consumer {
     ///
     /// Never waits for a producer: one that offers a ring later is found when its first bytes are read.
     pub fn new(pipe: OwnedFd, options: &Options) -> io::Result<Self> {
-        options.check()?;
-        let ready = Ready::watching(&pipe, EventFlags::IN)?;
-        let has_rings = is_pipe(&pipe)? && ready.is_some();
+        let line = Line::new(pipe, options, EventFlags::IN)?;
+        let has_rings = is_pipe(&line.pipe)? && line.ready.is_some();
         let mut this = Self {
             phase: Phase::Plain,
-            ready,
-            pipe,
-            options: options.clone(),
+            line,
             has_rings,
             buffer: vec![0; MAX_RECORD_BYTES],
             start: 0,
             end: 0,
             pipe_bytes: 0,
             next_try: 0,
-            counters: Counters::default(),
-            last_ring: None,
-            owner_pid: std::process::id(),
         };
-        if has_rings && options.kernel {
-            let size = options.size_bytes.into();
-            if let Ok(memory) = kernel::open(this.pipe.as_fd(), Role::Consumer, size) {
-                this.phase = Phase::Pending(memory);
-            }
+        if has_rings && let Some(memory) = this.line.ask_kernel(Role::Consumer) {
+            this.phase = Phase::Pending(memory);
         }
         this.attend()?;
         Ok(this)
@@ -112,24 +99,23 @@ impl Consumer {
     /// Which ring there is, or was last.
     #[must_use]
     pub fn last_ring(&self) -> Option<Way> {
-        self.last_ring
+        self.line.last_ring
     }
 
     /// What happened so far.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        self.counters
+        self.line.counters
     }
 
     /// Waits until the ring is there, at most so long, reading ahead what is in the pipe; how bytes come
     /// then.
     pub fn upgrade(&mut self, limit: Duration) -> io::Result<Way> {
-        let deadline = Instant::now() + limit;
-        loop {
+        repeat(limit, || {
             if let Phase::Ring(ring) = &mut self.phase
                 && ring.way() == Way::Shared
                 && ring.is_peer_gone()?
-                && ring.look(self.pipe.as_fd(), &mut self.counters)? == 0
+                && ring.look(self.line.pipe.as_fd(), &mut self.line.counters)? == 0
             {
                 self.leave()?;
             }
@@ -139,20 +125,17 @@ impl Consumer {
                 && !matches!(self.phase, Phase::Ring(_))
                 && let Pulled::End = self.pull_into_buffer(Mode::Now)?
             {
-                return Ok(self.way());
+                return Ok(true);
             }
             self.next_try = self.pipe_bytes;
             self.attend()?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.way() != Way::Plain || left.is_zero() {
-                return Ok(self.way());
-            }
-            std::thread::sleep(left.min(Duration::from_millis(1)));
-        }
+            Ok(self.way() != Way::Plain)
+        })?;
+        Ok(self.way())
     }
 
-    /// The bytes that are there, after waiting until there are `at_least` so many. Fewer: the stream ends
-    /// with these. Peeking again shows the same bytes, and perhaps more.
+    /// The bytes that are there, after waiting until there are `at_least` so many, and one. Fewer: the stream
+    /// ends with these. Peeking again shows the same bytes, and perhaps more.
     #[inline]
     pub fn peek(&mut self, at_least: usize) -> io::Result<Bytes<'_>> {
         self.fill(at_least, Mode::Wait)?;
@@ -160,7 +143,8 @@ impl Consumer {
     }
 
     /// The bytes that are there if they are `at_least` so many, or the last ones. Otherwise see
-    /// [`Consumer::prepare_to_poll`].
+    /// [`Consumer::prepare_to_poll`]. Who asks again and again instead sees somewhat later that a producer was
+    /// killed, or that others wrote to the pipe.
     #[inline]
     pub fn try_peek(&mut self, at_least: usize) -> io::Result<Option<Bytes<'_>>> {
         match self.fill(at_least, Mode::Now)? {
@@ -192,15 +176,15 @@ impl Consumer {
                     len_bytes <= ring.filled(),
                     "more is consumed than was peeked"
                 );
-                self.counters.ring_bytes += len_bytes as u64;
-                ring.consume(len_bytes, self.pipe.as_fd(), &mut self.counters);
+                self.line.counters.ring_bytes += len_bytes as u64;
+                ring.consume(len_bytes, self.line.pipe.as_fd(), &mut self.line.counters);
             }
             _ => {
                 assert!(len_bytes <= buffered, "more is consumed than was peeked");
                 self.start += len_bytes;
             }
         }
-        self.counters.bytes += len_bytes as u64;
+        self.line.counters.bytes += len_bytes as u64;
     }
 
     #[inline]
@@ -249,7 +233,7 @@ impl Consumer {
                     Pulled::Bytes(_) | Pulled::Switched => {}
                     Pulled::End => return Ok(true),
                     Pulled::Nothing if mode == Mode::Now => return Ok(false),
-                    Pulled::Nothing => self.wait_for_pipe()?,
+                    Pulled::Nothing => self.line.wait()?,
                 },
             }
         }
@@ -258,19 +242,20 @@ impl Consumer {
     /// One round with a ring; `None`: look again.
     fn fill_from_ring(&mut self, at_least: usize, mode: Mode) -> io::Result<Option<bool>> {
         let buffered = self.buffered();
-        let (Phase::Ring(ring), Some(ready)) = (&mut self.phase, &self.ready) else {
+        let (Phase::Ring(ring), Some(ready)) = (&mut self.phase, &self.line.ready) else {
             return Ok(None);
         };
-        let pipe = self.pipe.as_fd();
+        let pipe = self.line.pipe.as_fd();
         let polled = ring.is_armed();
         // Whether it is gone must be known before the last look at what it wrote.
         let gone = ring.is_peer_gone()?;
-        let filled = ring.look(pipe, &mut self.counters)?;
+        let filled = ring.look(pipe, &mut self.line.counters)?;
         if buffered == 0 && filled >= at_least {
             return Ok(Some(true));
         }
-        if buffered > 0 && filled > 0 {
-            // A record that began in the pipe.
+        if filled > 0 {
+            // Too little, or the rest of what began in the pipe. While it waits in the buffer the ring is
+            // empty: whoever polls is not told of it again and again, and the pipe may go on.
             self.move_from_ring(at_least - buffered);
             return Ok(None);
         }
@@ -279,19 +264,19 @@ impl Consumer {
                 Way::Kernel => Ok(Some(true)),
                 _ => {
                     // The pipe goes on after the ring.
-                    self.move_from_ring(filled);
                     self.leave()?;
                     Ok(None)
                 }
             };
         }
         if mode == Mode::Now {
-            // Whoever asks again and again without polling makes no system calls.
-            let more = polled && filled == 0 && self.pull_aside()?;
+            // Whoever asks again and again without polling makes hardly any system calls.
+            let asks = polled || ring.looked_in_vain(&mut self.line.counters);
+            let more = asks && self.pull_aside()?;
             return Ok(Some(more && self.buffered() >= at_least));
         }
-        ring.sleep(ready.as_fd(), &mut self.counters)?;
-        if ring.look(pipe, &mut self.counters)? == 0 {
+        ring.sleep(ready.as_fd(), &mut self.line.counters)?;
+        if ring.look(pipe, &mut self.line.counters)? == 0 {
             self.pull_aside()?;
         }
         Ok(None)
@@ -300,21 +285,23 @@ impl Consumer {
     /// Takes what other writers put into the pipe while a ring is there, between two of the producer's
     /// commits: the ring is empty.
     fn pull_aside(&mut self) -> io::Result<bool> {
-        if self.way() != Way::Shared || self.buffered() > 0 {
+        if self.way() != Way::Shared {
             return Ok(false);
         }
-        self.counters.system_calls += 1;
-        match read_some(self.pipe.as_fd(), &mut self.buffer, Mode::Now)? {
+        self.compact();
+        self.line.counters.system_calls += 1;
+        let room = &mut self.buffer[self.end..];
+        match read_some(self.line.pipe.as_fd(), room, Mode::Now)? {
             Some(0) => {
                 // Nobody has it any more, not even the producer: it would be ready for ever.
-                if let Some(ready) = &self.ready {
-                    let _forgotten = ready.forget(&self.pipe);
+                if let Some(ready) = &self.line.ready {
+                    ready.forget(&self.line.pipe).or_else(unless_so)?;
                 }
                 Ok(false)
             }
             Some(count) => {
                 self.pipe_bytes += count as u64;
-                (self.start, self.end) = (0, count);
+                self.end += count;
                 Ok(true)
             }
             None => Ok(false),
@@ -329,8 +316,8 @@ impl Consumer {
         };
         let space = &mut self.buffer[self.end..];
         let count = ring.bytes().first(len_bytes).copy_to(space);
-        ring.consume(count, self.pipe.as_fd(), &mut self.counters);
-        self.counters.ring_bytes += count as u64;
+        ring.consume(count, self.line.pipe.as_fd(), &mut self.line.counters);
+        self.line.counters.ring_bytes += count as u64;
         self.end += count;
     }
 
@@ -365,8 +352,8 @@ impl Consumer {
         // Who talks must not sleep in read(2) alone.
         let quiet = matches!(self.phase, Phase::Plain | Phase::Pending(_));
         let how = if quiet { mode } else { Mode::Now };
-        self.counters.system_calls += 1;
-        let count = match read_some(self.pipe.as_fd(), &mut into[..most], how)? {
+        self.line.counters.system_calls += 1;
+        let count = match read_some(self.line.pipe.as_fd(), &mut into[..most], how)? {
             None if matches!(self.phase, Phase::Draining(..)) => return self.drained(),
             None => return Ok(Pulled::Nothing),
             Some(count) => count,
@@ -403,19 +390,14 @@ impl Consumer {
                 _ => return Ok(Pulled::Switched),
             };
             if mode == Mode::Now {
+                // It has ended, and would be ready until the socket says more.
+                if let Some(ready) = &self.line.ready {
+                    ready.forget(&self.line.pipe).or_else(unless_so)?;
+                }
                 return Ok(Pulled::Nothing);
             }
-            self.counters.system_calls += 1;
-            wait(talk.as_fd(), None)?;
-        }
-    }
-
-    fn wait_for_pipe(&mut self) -> io::Result<()> {
-        self.counters.sleeps += 1;
-        self.counters.system_calls += 1;
-        match &self.ready {
-            Some(ready) => wait(ready.as_fd(), None),
-            None => Err(Errno::AGAIN.into()),
+            self.line.counters.system_calls += 1;
+            wait(talk.as_fd())?;
         }
     }
 
@@ -436,30 +418,31 @@ impl Consumer {
                 _ => self.phase = Phase::Dead,
             },
             Phase::Talking(talk) => {
-                self.counters.system_calls += 1;
+                self.line.counters.system_calls += 1;
                 match talk.hear() {
                     Heard::Nothing => self.phase = Phase::Talking(talk),
                     Heard::Said(Message::Offer(size), Some(file)) => {
-                        self.counters.system_calls += 1;
-                        if let Some(memory) = self.accept(size, &talk, &file) {
-                            self.phase = Phase::Accepted(talk, memory);
+                        self.line.counters.system_calls += 1;
+                        match self.accept(size, &talk, &file) {
+                            Some(memory) => self.phase = Phase::Accepted(talk, memory),
+                            None => self.watch_pipe()?,
                         }
                     }
-                    Heard::Gone | Heard::Said(..) => {}
+                    Heard::Gone | Heard::Said(..) => self.watch_pipe()?,
                 }
             }
             Phase::Accepted(talk, memory) => {
-                self.counters.system_calls += 1;
+                self.line.counters.system_calls += 1;
                 match talk.hear() {
                     Heard::Nothing => self.phase = Phase::Accepted(talk, memory),
                     Heard::Said(Message::Switch, _) => {
                         // All that the producer wrote to the pipe is among these bytes.
-                        self.counters.system_calls += 1;
-                        let left = ioctl_fionread(&self.pipe)?;
+                        self.line.counters.system_calls += 1;
+                        let left = ioctl_fionread(&self.line.pipe)?;
                         self.phase = Phase::Draining(talk, memory, left);
                         return self.attend();
                     }
-                    Heard::Gone | Heard::Said(..) => {}
+                    Heard::Gone | Heard::Said(..) => self.watch_pipe()?,
                 }
             }
             Phase::Draining(talk, memory, 0) => self.start(memory, Link::Shared(talk))?,
@@ -471,18 +454,18 @@ impl Consumer {
     /// Asks whether the producer offers a ring: at once, when its first bytes were read (it offers before
     /// it writes), and ever more rarely after that.
     fn ask(&mut self) {
-        if !self.has_rings || !self.options.shared || self.pipe_bytes < self.next_try {
+        if !self.has_rings || !self.line.options.shared || self.pipe_bytes < self.next_try {
             return;
         }
         self.next_try = match self.pipe_bytes {
             0 => 1,
             bytes => bytes + bytes.max(BYTES_PER_TRY),
         };
-        let (Some(ready), Ok(name)) = (&self.ready, service()) else {
+        let (Some(ready), Ok(name)) = (&self.line.ready, service()) else {
             return;
         };
-        self.counters.system_calls += 1;
-        let answer = connect(&self.pipe, &name, &self.options.lookup);
+        self.line.counters.system_calls += 1;
+        let answer = connect(&self.line.pipe, &name, &self.line.options.lookup);
         if let Ok(Answer::Found(connection)) = answer {
             let talk = Talk::new(connection.into_stream());
             if ready.add(&talk).is_ok() {
@@ -493,7 +476,7 @@ impl Consumer {
 
     /// Maps what was offered, if it is sound, and says so.
     fn accept(&self, size: u64, talk: &Talk, file: &OwnedFd) -> Option<Memory> {
-        let most = u64::from(self.options.size_bytes);
+        let most = u64::from(self.line.options.size_bytes);
         let size = u32::try_from(size).ok()?;
         if !is_size(size) || u64::from(size) > most {
             return None;
@@ -512,10 +495,9 @@ impl Consumer {
     }
 
     fn start(&mut self, memory: Memory, link: Link) -> io::Result<()> {
-        match RingReader::new(memory, link, self.options.spin) {
+        match RingReader::new(memory, link, self.line.options.spin) {
             Ok(ring) => {
-                self.counters.upgrades += 1;
-                self.last_ring = Some(ring.way());
+                self.line.note_ring(ring.way());
                 self.phase = Phase::Ring(ring);
                 Ok(())
             }
@@ -530,23 +512,30 @@ impl Consumer {
     fn leave(&mut self) -> io::Result<()> {
         self.phase = Phase::Plain;
         self.next_try = self.pipe_bytes + 1;
-        if let Some(ready) = &self.ready {
-            match ready.change(&self.pipe, EventFlags::IN) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(errno) => return Err(errno.into()),
-            }
+        self.watch_pipe()
+    }
+
+    /// The pipe is of interest again, if it was not.
+    fn watch_pipe(&self) -> io::Result<()> {
+        if let Some(ready) = &self.line.ready {
+            ready.add(&self.line.pipe).or_else(unless_so)?;
         }
         Ok(())
+    }
+}
+
+/// That something is watched, or is not, already is no error.
+fn unless_so(errno: Errno) -> Result<(), Errno> {
+    match errno {
+        Errno::EXIST | Errno::NOENT => Ok(()),
+        _ => Err(errno),
     }
 }
 
 impl AsFd for Consumer {
     /// Readable when there may be bytes: for polling, after [`Consumer::prepare_to_poll`]. Stays the same.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.ready {
-            Some(ready) => ready.as_fd(),
-            None => self.pipe.as_fd(),
-        }
+        self.line.as_fd()
     }
 }
 
@@ -561,11 +550,11 @@ impl io::Read for Consumer {
         while self.buffered() == 0 && !matches!(self.phase, Phase::Ring(_) | Phase::Dead) {
             match self.pull(target, Mode::Wait)? {
                 Pulled::Bytes(count) => {
-                    self.counters.bytes += count as u64;
+                    self.line.counters.bytes += count as u64;
                     return Ok(count);
                 }
                 Pulled::End => return Ok(0),
-                Pulled::Nothing => self.wait_for_pipe()?,
+                Pulled::Nothing => self.line.wait()?,
                 Pulled::Switched => break,
             }
         }
@@ -578,12 +567,11 @@ impl io::Read for Consumer {
 
 impl Drop for Consumer {
     fn drop(&mut self) {
-        // A forked child has no ring, and its parent goes on with it.
-        if std::process::id() != self.owner_pid {
+        if !self.line.is_ours() {
             return;
         }
         match &mut self.phase {
-            Phase::Ring(ring) => ring.close(self.pipe.as_fd(), &mut self.counters),
+            Phase::Ring(ring) => ring.close(self.line.pipe.as_fd(), &mut self.line.counters),
             // The producer may be writing to it already.
             Phase::Accepted(_, memory) | Phase::Draining(_, memory, _) => memory.abandon(),
             _ => {}

@@ -72,7 +72,12 @@ impl SharedWord {
 impl Word for SharedWord {
     #[inline]
     fn load(&self, order: Ordering) -> u32 {
-        self.0.load(order)
+        // The page may be mapped for reading only. Rust promises of relaxed loads alone that they work there.
+        let value = self.0.load(Ordering::Relaxed);
+        if order != Ordering::Relaxed {
+            fence(order);
+        }
+        value
     }
 
     #[inline]
@@ -120,10 +125,11 @@ pub(crate) struct Memory {
     page_bytes: usize,
     size: u32,
     role: Role,
+    owner_pid: u32,
 }
 
 // SAFETY: the mapping belongs to this value alone; what it points to is shared with another process and
-// reached by atomic operations, or (the producer's free room) by whoever borrows this value mutably.
+// reached by atomic operations, or (the producer's free room) by whoever has this value alone.
 unsafe impl Send for Memory {}
 
 impl Memory {
@@ -162,6 +168,7 @@ impl Memory {
             page_bytes,
             size,
             role,
+            owner_pid: std::process::id(),
         };
         let owned = |owner: Role| match owner == role {
             true => ProtFlags::READ | ProtFlags::WRITE,
@@ -299,6 +306,10 @@ fn to_word(bytes: usize) -> u32 {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        // A forked child does not have the pieces, and may have something else in their place.
+        if std::process::id() != self.owner_pid {
+            return;
+        }
         // SAFETY: the region is ours, and what borrowed from it borrowed `self`.
         let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.total_bytes()) };
         debug_assert!(unmapped.is_ok(), "{unmapped:?}");

@@ -41,8 +41,9 @@
 //! - A peer that closes or dies is the end of the stream for a consumer and [`BrokenPipe`] for a producer, as
 //!   with a pipe, unless others have the pipe: then the rest goes through the pipe.
 //! - A hostile peer can send wrong bytes, none, or [`RingError::Dead`]. It cannot make this process read or
-//!   write elsewhere, raise SIGBUS, or change what the producer has written but the consumer not yet copied,
-//!   unless it is the producer: [`Bytes`].
+//!   write elsewhere, or raise SIGBUS. What the producer has written and the consumer not yet copied can be
+//!   changed by the producer and, in the kernel's ring, by whoever else may write to the pipe: so a
+//!   [`Grant`] is only written to, and [`Bytes`] are only copied out of.
 //! - Reads and writes of up to 4096 bytes are whole, as a pipe's are.
 //!
 //! # Limits
@@ -51,7 +52,8 @@
 //!   the shared way the consumer takes their bytes when the ring is empty, by the kernel's way they must not
 //!   write while the producer is mapped. Other readers get nothing while a ring is there.
 //! - A producer notices a consumer that was killed when it next waits, that is after at most one ring full of
-//!   bytes; of what that consumer took at last, up to 4096 bytes may come again for the next one.
+//!   bytes, or when it is finished or dropped; of what that consumer took at last, up to 4096 bytes may come
+//!   again for the next one.
 //! - Bytes that a producer left in a shared ring when it ended are the consumer's; if that one ends too
 //!   without taking them, they are gone.
 //! - There is no SIGPIPE: in a ring a broken pipe is an error only.
@@ -63,9 +65,13 @@
 mod bytes;
 mod consumer;
 mod counters;
+mod end;
+mod grant;
 mod kernel;
+mod line;
 mod mapped;
 mod memory;
+mod patience;
 mod pipe;
 mod producer;
 #[doc(hidden)]
@@ -83,7 +89,8 @@ use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 pub use bytes::Bytes;
 pub use consumer::Consumer;
 pub use counters::Counters;
-pub use producer::{Grant, Producer};
+pub use grant::Grant;
+pub use producer::Producer;
 
 use crate::{Lookup, Name};
 

@@ -27,9 +27,18 @@ fn events_now(pipe: BorrowedFd<'_>, events: PollFlags) -> Result<PollFlags, Errn
     Ok(fds[0].revents())
 }
 
-/// Waits until something can be written.
+/// Waits until something can be written, or there is a signal.
 pub(crate) fn wait_for_room(pipe: BorrowedFd<'_>) -> io::Result<()> {
-    match poll(&mut [PollFd::from_borrowed_fd(pipe, PollFlags::OUT)], None) {
+    wait_for(pipe, PollFlags::OUT)
+}
+
+/// Waits until something can be read, or there is a signal.
+pub(crate) fn wait(ready: BorrowedFd<'_>) -> io::Result<()> {
+    wait_for(ready, PollFlags::IN)
+}
+
+fn wait_for(fd: BorrowedFd<'_>, events: PollFlags) -> io::Result<()> {
+    match poll(&mut [PollFd::from_borrowed_fd(fd, events)], None) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(errno) => Err(errno.into()),
     }

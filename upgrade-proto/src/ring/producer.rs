@@ -1,18 +1,19 @@
 //! The writing end.
 
 use std::io;
-use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::ptr::NonNull;
+use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
-use rustix::io::Errno;
 
 use super::counters::Counters;
-use super::mapped::{Link, RingWriter, wait};
-use super::memory::{Memory, Pieces, Role, control};
+use super::end::Link;
+use super::grant::Grant;
+use super::line::{Line, repeat};
+use super::mapped::RingWriter;
+use super::memory::{Memory, Role, control};
 use super::pipe::{Mode, is_broken, wait_for_room, write_some};
-use super::ready::Ready;
 use super::talk::{Heard, Message, Talk};
 use super::{MAX_RECORD_BYTES, Options, RingError, Way, is_pipe, kernel, service, share};
 use crate::Listener;
@@ -31,6 +32,8 @@ enum Phase {
     Pending(Memory),
     /// The pipe, until a consumer has mapped what it was offered.
     Talking(Talk, Memory),
+    /// The pipe, until the last byte of the queue is in it.
+    Agreed(Talk, Memory),
     Ring(RingWriter),
     Dead,
 }
@@ -44,18 +47,13 @@ pub struct Producer {
     // The ring is closed before the pipe.
     phase: Phase,
     listener: Option<Listener>,
-    ready: Option<Ready>,
-    pipe: OwnedFd,
-    options: Options,
+    line: Line,
     /// Where a grant's bytes are made while there is no ring.
     staging: Vec<u8>,
     /// Accepted, and not yet in the pipe: from `sent` on.
     queue: Vec<u8>,
     sent: usize,
     writes: u32,
-    counters: Counters,
-    last_ring: Option<Way>,
-    owner_pid: u32,
 }
 
 impl Producer {
@@ -63,41 +61,32 @@ impl Producer {
     ///
     /// Never waits. That no ring can be offered is no error.
     pub fn new(pipe: OwnedFd, options: &Options) -> io::Result<Self> {
-        options.check()?;
-        let ready = Ready::watching(&pipe, EventFlags::OUT)?;
         let mut this = Self {
             phase: Phase::Plain,
             listener: None,
-            ready,
-            pipe,
-            options: options.clone(),
+            line: Line::new(pipe, options, EventFlags::OUT)?,
             staging: vec![0; MAX_RECORD_BYTES],
             queue: Vec::with_capacity(MAX_RECORD_BYTES),
             sent: 0,
             writes: 0,
-            counters: Counters::default(),
-            last_ring: None,
-            owner_pid: std::process::id(),
         };
-        if is_pipe(&this.pipe)? {
+        if is_pipe(&this.line.pipe)? {
             this.offer();
         }
         Ok(this)
     }
 
     fn offer(&mut self) {
-        if self.options.kernel {
-            let size = self.options.size_bytes.into();
-            if let Ok(memory) = kernel::open(self.pipe.as_fd(), Role::Producer, size) {
-                self.phase = Phase::Pending(memory);
-                return;
-            }
+        if let Some(memory) = self.line.ask_kernel(Role::Producer) {
+            self.phase = Phase::Pending(memory);
+            return;
         }
-        let (true, Some(ready), Ok(name)) = (self.options.shared, &self.ready, service()) else {
+        let (true, Some(ready), Ok(name)) = (self.line.options.shared, &self.line.ready, service())
+        else {
             return;
         };
         // A pipe without a place for a service, or with another producer that was first: no ring.
-        let listener = Listener::bind(&self.pipe, &name, &self.options.offer).ok();
+        let listener = Listener::bind(&self.line.pipe, &name, &self.line.options.offer).ok();
         self.listener = listener.filter(|listener| ready.add(listener).is_ok());
     }
 
@@ -113,30 +102,25 @@ impl Producer {
     /// Which ring there is, or was last.
     #[must_use]
     pub fn last_ring(&self) -> Option<Way> {
-        self.last_ring
+        self.line.last_ring
     }
 
     /// What happened so far.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        self.counters
+        self.line.counters
     }
 
     /// Waits until the ring is there, at most so long; how bytes go then.
     pub fn upgrade(&mut self, limit: Duration) -> io::Result<Way> {
-        let deadline = Instant::now() + limit;
-        loop {
+        repeat(limit, || {
             self.check_peer()?;
             if self.send_queue(Mode::Now)? {
                 self.attend()?;
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.way() != Way::Plain || left.is_zero() || is_broken(self.pipe.as_fd()) {
-                return Ok(self.way());
-            }
-            // The pipe is ready all the time, which is of no interest here.
-            std::thread::sleep(left.min(Duration::from_millis(1)));
-        }
+            Ok(self.way() != Way::Plain || is_broken(self.line.pipe.as_fd()))
+        })?;
+        Ok(self.way())
     }
 
     /// Space for `len_bytes`, waiting for it if need be. What is written there arrives after
@@ -144,22 +128,16 @@ impl Producer {
     #[inline]
     pub fn reserve(&mut self, len_bytes: usize) -> io::Result<Grant<'_>> {
         self.make_room(len_bytes, Mode::Wait)?;
-        Ok(Grant {
-            producer: self,
-            len_bytes,
-            mode: Mode::Wait,
-        })
+        Ok(Grant::new(self, len_bytes, Mode::Wait))
     }
 
     /// Space for `len_bytes` if there is any now. Otherwise see [`Producer::prepare_to_poll`].
     #[inline]
     pub fn try_reserve(&mut self, len_bytes: usize) -> io::Result<Option<Grant<'_>>> {
-        let is_room = self.make_room(len_bytes, Mode::Now)?;
-        Ok(is_room.then_some(Grant {
-            producer: self,
-            len_bytes,
-            mode: Mode::Now,
-        }))
+        match self.make_room(len_bytes, Mode::Now)? {
+            true => Ok(Some(Grant::new(self, len_bytes, Mode::Now))),
+            false => Ok(None),
+        }
     }
 
     /// To be called before polling the descriptor of [`AsFd`] for reading, after `try_reserve` or
@@ -178,20 +156,40 @@ impl Producer {
         let Some(mut grant) = self.try_reserve(len_bytes)? else {
             return Ok(None);
         };
-        grant.copy_from_slice(&bytes[..len_bytes]);
+        grant.put(0, &bytes[..len_bytes]);
         grant.commit(len_bytes)?;
         Ok(Some(len_bytes))
     }
 
-    /// Waits until everything that was committed is in the pipe or in a ring.
+    /// Waits until everything that was committed is in the pipe or in a ring. That a consumer which took
+    /// everything is gone is no error yet.
     pub fn flush(&mut self) -> io::Result<()> {
-        self.check_peer()?;
-        self.send_queue(Mode::Wait).map(drop)
+        match self.check_peer() {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe || !self.is_all_taken() => {
+                Err(error)
+            }
+            _ => self.send_queue(Mode::Wait).map(drop),
+        }
+    }
+
+    fn is_all_taken(&mut self) -> bool {
+        match &mut self.phase {
+            Phase::Ring(ring) => matches!(ring.is_empty(), Ok(true)),
+            _ => false,
+        }
     }
 
     /// Flushes and closes.
     pub fn finish(mut self) -> io::Result<()> {
+        self.ask_peer();
         self.flush()
+    }
+
+    /// Learns whether the consumer was killed.
+    fn ask_peer(&mut self) {
+        if let Phase::Ring(ring) = &mut self.phase {
+            ring.ask_peer(&mut self.line.counters);
+        }
     }
 
     /// Ends a ring whose consumer is gone.
@@ -227,24 +225,30 @@ impl Producer {
             match &mut self.phase {
                 Phase::Dead => return Err(RingError::Dead.into()),
                 Phase::Ring(ring) => {
-                    ring.disarm(&mut self.counters);
+                    ring.disarm(&mut self.line.counters);
                     self.check_peer()?;
                     let Phase::Ring(ring) = &mut self.phase else {
                         continue;
                     };
                     match ring.has_room(len_bytes) {
                         Ok(true) => return Ok(true),
-                        Ok(false) if mode == Mode::Now => return Ok(false),
+                        Ok(false) if mode == Mode::Now => {
+                            // One that was killed is found out when it is asked for again.
+                            ring.looked_in_vain(&mut self.line.counters);
+                            return Ok(false);
+                        }
                         Ok(false) => self.sleep_in_ring()?,
                         Err(error) => return Err(self.fail(error)),
                     }
                 }
                 _ => {
-                    if !self.send_queue(mode)? {
-                        return Ok(false);
-                    }
-                    if self.is_time_to_look() {
+                    let is_sent = self.send_queue(mode)?;
+                    // Who polls would be told of a consumer's message until it is read.
+                    if !is_sent || self.is_time_to_look() {
                         self.attend()?;
+                    }
+                    if !is_sent {
+                        return Ok(false);
                     }
                     if !matches!(self.phase, Phase::Ring(_)) {
                         return Ok(true);
@@ -255,14 +259,14 @@ impl Producer {
     }
 
     fn sleep_in_ring(&mut self) -> io::Result<()> {
-        let (Phase::Ring(ring), Some(ready)) = (&mut self.phase, &self.ready) else {
+        let (Phase::Ring(ring), Some(ready)) = (&mut self.phase, &self.line.ready) else {
             return Ok(());
         };
-        ring.sleep(ready.as_fd(), &mut self.counters)?;
+        ring.sleep(ready.as_fd(), &mut self.line.counters)?;
         if !ring.has_room(1)? {
             // Woken for something else: a consumer that was killed took the other end of the pipe with it.
-            self.counters.system_calls += 1;
-            if is_broken(self.pipe.as_fd()) {
+            self.line.counters.system_calls += 1;
+            if is_broken(self.line.pipe.as_fd()) {
                 ring.set_peer_left();
             }
         }
@@ -277,21 +281,29 @@ impl Producer {
         error
     }
 
-    /// The bytes of a grant.
+    /// Writes into a grant that begins here.
     #[inline]
-    fn granted(&mut self, len_bytes: usize) -> &mut [u8] {
+    pub(super) fn put(&mut self, offset: usize, source: &[u8]) {
+        match &mut self.phase {
+            Phase::Ring(ring) => ring.put(offset, source),
+            _ => self.staging[offset..offset + source.len()].copy_from_slice(source),
+        }
+    }
+
+    /// Where a grant of so many bytes is.
+    pub(super) fn slot(&mut self, len_bytes: usize) -> NonNull<u8> {
         match &mut self.phase {
             Phase::Ring(ring) => ring.slot(len_bytes),
-            _ => &mut self.staging[..len_bytes],
+            _ => NonNull::from(&mut self.staging[..len_bytes]).cast(),
         }
     }
 
     #[inline]
-    fn commit(&mut self, len_bytes: usize, mode: Mode) -> io::Result<()> {
-        self.counters.bytes += len_bytes as u64;
+    pub(super) fn commit(&mut self, len_bytes: usize, mode: Mode) -> io::Result<()> {
+        self.line.counters.bytes += len_bytes as u64;
         if let Phase::Ring(ring) = &mut self.phase {
-            self.counters.ring_bytes += len_bytes as u64;
-            ring.commit(len_bytes, self.pipe.as_fd(), &mut self.counters);
+            self.line.counters.ring_bytes += len_bytes as u64;
+            ring.commit(len_bytes, self.line.pipe.as_fd(), &mut self.line.counters);
             return Ok(());
         }
         let staging = std::mem::take(&mut self.staging);
@@ -328,25 +340,25 @@ impl Producer {
                 return self.push(rest, Mode::Wait);
             };
             let count = ring.room()?.min(rest.len());
-            ring.slot(count).copy_from_slice(&rest[..count]);
-            ring.commit(count, self.pipe.as_fd(), &mut self.counters);
-            self.counters.ring_bytes += count as u64;
+            ring.put(0, &rest[..count]);
+            ring.commit(count, self.line.pipe.as_fd(), &mut self.line.counters);
+            self.line.counters.ring_bytes += count as u64;
             rest = &rest[count..];
         }
         Ok(())
     }
 
-    /// Writes what waits in the queue, which is empty while there is a ring; whether it is empty then.
+    /// Writes what waits in the queue, which is empty before there is a ring; whether it is empty then.
     fn send_queue(&mut self, mode: Mode) -> io::Result<bool> {
         while self.sent < self.queue.len() {
-            self.counters.system_calls += 1;
+            self.line.counters.system_calls += 1;
             // Consumers that come meanwhile wait: this is before anything in a ring.
-            match write_some(self.pipe.as_fd(), &self.queue[self.sent..], mode)? {
+            match write_some(self.line.pipe.as_fd(), &self.queue[self.sent..], mode)? {
                 Some(count) => self.sent += count,
                 None if mode == Mode::Now => return Ok(false),
                 None => {
-                    self.counters.system_calls += 1;
-                    wait_for_room(self.pipe.as_fd())?;
+                    self.line.counters.system_calls += 1;
+                    wait_for_room(self.line.pipe.as_fd())?;
                 }
             }
         }
@@ -362,18 +374,13 @@ impl Producer {
             false => mode,
         };
         self.writes = self.writes.wrapping_add(1);
-        self.counters.system_calls += 1;
-        write_some(self.pipe.as_fd(), bytes, mode)
+        self.line.counters.system_calls += 1;
+        write_some(self.line.pipe.as_fd(), bytes, mode)
     }
 
     /// Waits until the pipe has room or a consumer comes nearer.
     fn wait_for_pipe(&mut self) -> io::Result<()> {
-        self.counters.sleeps += 1;
-        self.counters.system_calls += 1;
-        match &self.ready {
-            Some(ready) => wait(ready.as_fd(), None)?,
-            None => return Err(Errno::AGAIN.into()),
-        }
+        self.line.wait()?;
         self.attend()
     }
 
@@ -386,21 +393,42 @@ impl Producer {
         }
     }
 
-    /// Takes the next step towards a ring, if the other end has taken its own. The queue is empty.
+    /// Takes the next step towards a ring, if the other end has taken its own. The last one waits until the
+    /// queue is empty.
     fn attend(&mut self) -> io::Result<()> {
+        let is_sent = self.queue.is_empty();
         match std::mem::replace(&mut self.phase, Phase::Plain) {
             Phase::Plain => self.accept(),
             Phase::Pending(memory) => match memory.word(control::STATE) {
-                control::PENDING => self.phase = Phase::Pending(memory),
-                control::LIVE => self.start(memory, Link::Kernel(kernel::Side::Write))?,
+                control::LIVE if is_sent => {
+                    self.start(memory, Link::Kernel(kernel::Side::Write))?
+                }
+                control::PENDING | control::LIVE => self.phase = Phase::Pending(memory),
                 _ => self.phase = Phase::Dead,
             },
-            Phase::Talking(talk, memory) => {
-                self.counters.system_calls += 1;
+            Phase::Talking(talk, mut memory) => {
+                self.line.counters.system_calls += 1;
                 match talk.hear() {
                     Heard::Nothing => self.phase = Phase::Talking(talk, memory),
-                    Heard::Said(Message::Ready, Some(page)) => self.switch(talk, memory, &page)?,
+                    Heard::Said(Message::Ready, Some(page)) if is_mapped(&mut memory, &page) => {
+                        self.phase = Phase::Agreed(talk, memory);
+                        return self.attend();
+                    }
                     // Another client may do better.
+                    Heard::Gone | Heard::Said(..) => self.listen(true)?,
+                }
+            }
+            Phase::Agreed(talk, memory) if is_sent => {
+                self.line.counters.system_calls += 1;
+                match talk.say(Message::Switch, None) {
+                    true => self.start(memory, Link::Shared(talk))?,
+                    false => self.listen(true)?,
+                }
+            }
+            Phase::Agreed(talk, memory) => {
+                self.line.counters.system_calls += 1;
+                match talk.hear() {
+                    Heard::Nothing => self.phase = Phase::Agreed(talk, memory),
                     Heard::Gone | Heard::Said(..) => self.listen(true)?,
                 }
             }
@@ -410,18 +438,24 @@ impl Producer {
     }
 
     fn accept(&mut self) {
-        let (Some(listener), Some(ready)) = (&self.listener, &self.ready) else {
+        let (Some(listener), Some(ready)) = (&self.listener, &self.line.ready) else {
             return;
         };
-        self.counters.system_calls += 1;
-        let Ok(Some(connection)) = listener.accept() else {
-            return;
+        self.line.counters.system_calls += 1;
+        let connection = match listener.accept() {
+            Ok(Some(connection)) => connection,
+            Ok(None) => return,
+            Err(_) => {
+                // It would be ready for ever, and nobody could come.
+                self.listener = None;
+                return;
+            }
         };
         let talk = Talk::new(connection.into_stream());
-        let made = make_memory(self.options.size_bytes);
+        let made = share::create_ring(self.line.options.size_bytes);
         let Ok((file, memory)) = made else { return };
-        let offer = Message::Offer(self.options.size_bytes.into());
-        self.counters.system_calls += 1;
+        let offer = Message::Offer(self.line.options.size_bytes.into());
+        self.line.counters.system_calls += 1;
         // One at a time: others wait in the backlog.
         if talk.say(offer, Some(file.as_fd()))
             && ready.add(&talk).is_ok()
@@ -433,7 +467,7 @@ impl Producer {
 
     /// Whether a client that comes is of interest to those who wait.
     fn listen(&self, on: bool) -> io::Result<()> {
-        match (&self.listener, &self.ready, on) {
+        match (&self.listener, &self.line.ready, on) {
             (Some(listener), Some(ready), true) => ready.add(listener)?,
             (Some(listener), Some(ready), false) => ready.forget(listener)?,
             _ => {}
@@ -441,31 +475,17 @@ impl Producer {
         Ok(())
     }
 
-    /// The consumer has mapped the memory and says where its page is.
-    fn switch(&mut self, talk: Talk, mut memory: Memory, page: &OwnedFd) -> io::Result<()> {
-        let page_bytes = rustix::param::page_size() as u64;
-        self.counters.system_calls += 1;
-        let sound = share::check(page, page_bytes).is_ok()
-            && memory.map_consumer(page.as_fd()).is_ok()
-            && talk.say(Message::Switch, None);
-        match sound {
-            true => self.start(memory, Link::Shared(talk)),
-            false => self.listen(true),
-        }
-    }
-
     fn start(&mut self, memory: Memory, link: Link) -> io::Result<()> {
         let shared = matches!(link, Link::Shared(_));
-        let ring = match RingWriter::new(memory, link, self.options.spin) {
+        let ring = match RingWriter::new(memory, link, self.line.options.spin) {
             Ok(ring) => ring,
             Err(error) => return Err(self.fail(error)),
         };
-        if let (true, Some(ready)) = (shared, &self.ready) {
+        if let (true, Some(ready)) = (shared, &self.line.ready) {
             // Room in the pipe is of no interest now; that it breaks is.
-            ready.change(&self.pipe, EventFlags::empty())?;
+            ready.change(&self.line.pipe, EventFlags::empty())?;
         }
-        self.counters.upgrades += 1;
-        self.last_ring = Some(ring.way());
+        self.line.note_ring(ring.way());
         self.phase = Phase::Ring(ring);
         Ok(())
     }
@@ -480,34 +500,23 @@ impl Producer {
         }
         self.phase = Phase::Plain;
         self.writes = 0;
-        if let Some(ready) = &self.ready {
-            ready.change(&self.pipe, EventFlags::OUT)?;
+        if let Some(ready) = &self.line.ready {
+            ready.change(&self.line.pipe, EventFlags::OUT)?;
         }
         self.listen(true)
     }
 }
 
-/// Memory for a ring whose consumer's page is to come; sealed.
-fn make_memory(size: u32) -> Result<(OwnedFd, Memory), Errno> {
-    let file = share::create(Memory::file_bytes(size))?;
-    let pieces = Pieces {
-        main: file.as_fd(),
-        consumer: None,
-        control_writable: true,
-    };
-    let memory = Memory::map(Role::Producer, size, &pieces)?;
-    memory.write_control();
-    share::seal(&file)?;
-    Ok((file, memory))
+/// The consumer says where its page is: whether that is sound, and mapped.
+fn is_mapped(memory: &mut Memory, page: &OwnedFd) -> bool {
+    let page_bytes = rustix::param::page_size() as u64;
+    share::check(page, page_bytes).is_ok() && memory.map_consumer(page.as_fd()).is_ok()
 }
 
 impl AsFd for Producer {
     /// Readable when there may be room: for polling, after [`Producer::prepare_to_poll`]. Stays the same.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.ready {
-            Some(ready) => ready.as_fd(),
-            None => self.pipe.as_fd(),
-        }
+        self.line.as_fd()
     }
 }
 
@@ -523,9 +532,9 @@ impl io::Write for Producer {
                     true => ring.room()?.min(bytes.len()),
                     false => whole,
                 };
-                ring.slot(count).copy_from_slice(&bytes[..count]);
-                ring.commit(count, self.pipe.as_fd(), &mut self.counters);
-                self.counters.ring_bytes += count as u64;
+                ring.put(0, &bytes[..count]);
+                ring.commit(count, self.line.pipe.as_fd(), &mut self.line.counters);
+                self.line.counters.ring_bytes += count as u64;
                 count
             }
             _ => {
@@ -533,7 +542,7 @@ impl io::Write for Producer {
                 bytes.len()
             }
         };
-        self.counters.bytes += count as u64;
+        self.line.counters.bytes += count as u64;
         Ok(count)
     }
 
@@ -544,51 +553,16 @@ impl io::Write for Producer {
 
 impl Drop for Producer {
     fn drop(&mut self) {
-        // A forked child has no ring, and its parent goes on with it.
-        if std::process::id() != self.owner_pid {
+        if !self.line.is_ours() {
             return;
         }
+        // A consumer that is gone has left bytes for others. Whoever wants to know of errors calls `finish`.
+        self.ask_peer();
+        let _checked = self.check_peer();
         if let Phase::Ring(ring) = &mut self.phase {
-            ring.close(self.pipe.as_fd(), &mut self.counters);
+            ring.close(self.line.pipe.as_fd(), &mut self.line.counters);
         } else {
-            // Whoever wants to know calls `finish`.
             let _sent = self.send_queue(Mode::Now);
         }
-    }
-}
-
-/// Room for bytes that the consumer will see when they are committed.
-#[derive(Debug)]
-pub struct Grant<'a> {
-    producer: &'a mut Producer,
-    len_bytes: usize,
-    mode: Mode,
-}
-
-impl Grant<'_> {
-    /// Hands over the first `len_bytes` of it; more than there are is all of them.
-    #[inline]
-    pub fn commit(self, len_bytes: usize) -> io::Result<()> {
-        self.producer
-            .commit(len_bytes.min(self.len_bytes), self.mode)
-    }
-}
-
-impl Deref for Grant<'_> {
-    type Target = [u8];
-
-    #[inline]
-    fn deref(&self) -> &[u8] {
-        match &self.producer.phase {
-            Phase::Ring(ring) => ring.slot_ref(self.len_bytes),
-            _ => &self.producer.staging[..self.len_bytes],
-        }
-    }
-}
-
-impl DerefMut for Grant<'_> {
-    #[inline]
-    fn deref_mut(&mut self) -> &mut [u8] {
-        self.producer.granted(self.len_bytes)
     }
 }

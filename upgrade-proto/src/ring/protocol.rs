@@ -22,6 +22,9 @@ pub const WAIT_FUTEX: u32 = 1;
 /// Wake me through the socket that I poll. Only between two processes: the kernel keeps its own word about
 /// those who poll its rings.
 pub const WAIT_POLL: u32 = 2;
+/// With [`WAIT_FUTEX`]: not before the ring is filled well. Who says so looks by itself before long, so no
+/// wake-up is owed, and whoever does not know of this may wake at once.
+pub const WAIT_LATE: u32 = 4;
 
 /// A 32-bit word that both ends can see.
 pub trait Word {
@@ -47,7 +50,7 @@ pub struct Page<W> {
     /// Reserved for the upper half of a 64-bit position.
     pub high: W,
     reserved: [u32; 30],
-    /// How this end sleeps, if it does: [`WAIT_POLL`], [`WAIT_FUTEX`].
+    /// How this end sleeps, if it does: [`WAIT_POLL`], [`WAIT_FUTEX`], [`WAIT_LATE`].
     pub waiting: W,
     /// Not zero: this end has left for good. Only between two processes; the kernel says it in the control
     /// page, and this word is reserved there.
@@ -159,6 +162,12 @@ impl Writer {
     pub fn commit<W: Word, F: Fence>(&mut self, own: &Page<W>, peer: &Page<W>, count: u32) -> Seen {
         self.position = self.position.wrapping_add(count);
         publish::<W, F>(own, peer, self.position)
+    }
+
+    /// Whether what is in the ring passed `mark` bytes with the last `count`.
+    pub fn passed<W: Word>(&self, peer: &Page<W>, count: u32, mark: u32) -> bool {
+        let used = self.position.wrapping_sub(peer.position.load(Relaxed));
+        used >= mark && used.wrapping_sub(count) < mark
     }
 }
 
@@ -275,6 +284,27 @@ mod tests {
         }
         assert_eq!(reader.look(&at(116)), Ok(16));
         assert!(Writer::new(16, 17, 0).is_err() && Reader::new(16, 0, 17).is_err());
+    }
+
+    #[test]
+    fn a_mark_is_passed_once_whatever_the_steps() {
+        for (start, step) in [(0, 1), (u32::MAX - 5, 1), (0, 3), (7, 8), (u32::MAX, 16)] {
+            let (producer, consumer) = (at(start), at(start));
+            let mut writer = Writer::new(16, start, start).expect("valid");
+            let mut passed = Vec::new();
+            for _ in 0..16 / step {
+                writer.commit::<_, FullFence>(&producer, &consumer, step);
+                passed.push(writer.passed(&consumer, step, 8));
+            }
+            assert_eq!(passed.iter().filter(|passed| **passed).count(), 1);
+            assert!(passed[8_u32.div_ceil(step) as usize - 1], "{passed:?}");
+            // A consumer that took some sees to it that it is passed again.
+            Word::store(&consumer.position, start.wrapping_add(9), Relaxed);
+            writer.look(&consumer).expect("valid");
+            let left = 16 / step * step - 9;
+            writer.commit::<_, FullFence>(&producer, &consumer, 8 - left);
+            assert!(writer.passed(&consumer, 8 - left, 8));
+        }
     }
 
     #[test]

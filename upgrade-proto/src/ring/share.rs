@@ -3,15 +3,18 @@
 //! The producer makes a file with the control page, its own page and the data; the consumer makes a file
 //! with its own page. Each maps its file for writing once and then seals it: nobody can shrink it (no
 //! SIGBUS), grow it, punch holes into it, or map it for writing again. So each end can write what is its
-//! own and nothing else, as with a ring of the kernel's.
+//! own and nothing else. All of it is allocated beforehand: a page that is not there yet may not be had when
+//! it is touched, and that is SIGBUS, too.
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{
-    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs, ftruncate,
-    memfd_create,
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat,
+    fstatfs, memfd_create,
 };
 use rustix::io::Errno;
+
+use super::memory::{Memory, Pieces, Role};
 
 /// tmpfs: what a memfd is, unless it is of huge pages, which can run out under a mapping.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -30,8 +33,22 @@ pub(crate) fn create(len_bytes: u64) -> Result<OwnedFd, Errno> {
         Err(Errno::INVAL) => memfd_create("ring-buffer", flags),
         other => other,
     }?;
-    ftruncate(&file, len_bytes)?;
+    fallocate(&file, FallocateFlags::empty(), 0, len_bytes)?;
     Ok(file)
+}
+
+/// Memory for a ring whose consumer's page is to come; sealed.
+pub(crate) fn create_ring(size: u32) -> Result<(OwnedFd, Memory), Errno> {
+    let file = create(Memory::file_bytes(size))?;
+    let pieces = Pieces {
+        main: file.as_fd(),
+        consumer: None,
+        control_writable: true,
+    };
+    let memory = Memory::map(Role::Producer, size, &pieces)?;
+    memory.write_control();
+    seal(&file)?;
+    Ok((file, memory))
 }
 
 /// Nobody can change the size, or write but through the mappings that exist.
@@ -48,6 +65,8 @@ pub(crate) enum Unfit {
     Unsealed,
     #[error("it has another size than was said")]
     Size,
+    #[error("parts of it are not there yet")]
+    Sparse,
 }
 
 /// Checks that touching the memory can never raise SIGBUS, and its size.
@@ -64,15 +83,20 @@ pub(crate) fn check(file: impl AsFd, len_bytes: u64) -> Result<(), Unfit> {
     }
     // Only now is the size more than a snapshot.
     let stat = fstat(file).map_err(|_| Unfit::Kind)?;
-    match u64::try_from(stat.st_size) {
-        Ok(size) if size == len_bytes => Ok(()),
-        _ => Err(Unfit::Size),
+    if u64::try_from(stat.st_size) != Ok(len_bytes) {
+        return Err(Unfit::Size);
+    }
+    // What is allocated stays so.
+    match u64::try_from(stat.st_blocks) {
+        Ok(blocks) if blocks.saturating_mul(512) >= len_bytes => Ok(()),
+        _ => Err(Unfit::Sparse),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::ftruncate;
 
     #[test]
     fn only_sealed_memory_of_the_right_size_is_fit() {
@@ -91,6 +115,11 @@ mod tests {
         seal(&file).expect("sealed");
         assert_eq!(check(&file, 4096), Ok(()));
         assert_eq!(check(&file, 8192), Err(Unfit::Size));
+        let sparse = memfd_create("sparse", MemfdFlags::ALLOW_SEALING).expect("made");
+        ftruncate(&sparse, 8192).expect("as long");
+        rustix::io::write(&sparse, b"one page").expect("written");
+        seal(&sparse).expect("sealed");
+        assert_eq!(check(&sparse, 8192), Err(Unfit::Sparse));
         let (read, _write) = std::io::pipe().expect("a pipe");
         assert_eq!(check(read, 0), Err(Unfit::Kind));
         let file = tempfile::tempfile().expect("a file");
@@ -99,7 +128,6 @@ mod tests {
 
     #[test]
     fn sealed_memory_cannot_be_written_again_or_punched() {
-        use rustix::fs::{FallocateFlags, fallocate};
         let file = create(4096).expect("made");
         seal(&file).expect("sealed");
         assert!(rustix::io::write(&file, b"x").is_err());

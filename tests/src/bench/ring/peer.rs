@@ -127,7 +127,7 @@ impl Out {
         }
     }
 
-    fn counts(&self) -> (u64, u64) {
+    fn counts(&self) -> Counts {
         match self {
             Self::Pipe { calls, .. } => (*calls, 0),
             Self::Ring(ring) => (ring.counters().system_calls, ring.counters().wakes),
@@ -188,7 +188,7 @@ impl In {
         }
     }
 
-    fn counts(&self) -> (u64, u64) {
+    fn counts(&self) -> Counts {
         match self {
             Self::Pipe { calls, .. } => (*calls, 0),
             Self::Ring(ring) => (ring.counters().system_calls, ring.counters().wakes),
@@ -220,8 +220,42 @@ fn options(order: &Order) -> Option<Options> {
     Some(options)
 }
 
-fn since(begun: Instant) -> u64 {
-    u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX)
+/// System calls and wake-ups so far.
+type Counts = (u64, u64);
+
+/// From the first record on.
+struct Work {
+    begun: Instant,
+    usage: Usage,
+    counts: Counts,
+}
+
+impl Work {
+    fn begin(counts: Counts) -> Result<Self> {
+        let usage = Usage::of(std::process::id())?;
+        Ok(Self {
+            begun: Instant::now(),
+            usage,
+            counts,
+        })
+    }
+
+    fn end(self, records: u64, counts: Counts) -> Result<Answer> {
+        Ok(Answer {
+            upgraded: true,
+            records,
+            nanoseconds: u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            system_calls: counts.0 - self.counts.0,
+            wakes: counts.1 - self.counts.1,
+            usage: Usage::of(std::process::id())?.since(self.usage),
+            p50_us: 0.0,
+        })
+    }
+}
+
+/// Of an end that writes and one that reads.
+fn sum(one: Counts, other: Counts) -> Counts {
+    (one.0 + other.0, one.1 + other.1)
 }
 
 /// The process's whole life.
@@ -276,26 +310,15 @@ fn produce(order: &Order) -> Result<Answer> {
         return Ok(Answer::default());
     }
     let mut record = record(order);
-    let (before, calls) = (Usage::of(std::process::id())?, out.counts());
-    let begun = Instant::now();
+    let work = Work::begin(out.counts())?;
     let limit = Duration::from_millis(order.milliseconds);
     let mut records = 0;
-    while records % RECORDS_PER_LOOK != 0 || records == 0 || begun.elapsed() < limit {
+    while records % RECORDS_PER_LOOK != 0 || records == 0 || work.begun.elapsed() < limit {
         record[..8].copy_from_slice(&u64::to_le_bytes(records));
         out.put(&record).context("cannot write a record")?;
         records += 1;
     }
-    let nanoseconds = since(begun);
-    let counts = out.counts();
-    Ok(Answer {
-        upgraded: true,
-        records,
-        nanoseconds,
-        system_calls: counts.0 - calls.0,
-        wakes: counts.1 - calls.1,
-        usage: Usage::of(std::process::id())?.since(before),
-        p50_us: 0.0,
-    })
+    work.end(records, out.counts())
 }
 
 fn consume(order: &Order) -> Result<Answer> {
@@ -310,8 +333,7 @@ fn consume(order: &Order) -> Result<Answer> {
     {
         return Ok(Answer::default());
     }
-    let (before, calls) = (Usage::of(std::process::id())?, input.counts());
-    let begun = Instant::now();
+    let work = Work::begin(input.counts())?;
     let mut records = 1;
     while input.get(&mut record).context("cannot read a record")? {
         if number(&record) != Some(records) {
@@ -319,17 +341,7 @@ fn consume(order: &Order) -> Result<Answer> {
         }
         records += 1;
     }
-    let nanoseconds = since(begun);
-    let counts = input.counts();
-    Ok(Answer {
-        upgraded: true,
-        records,
-        nanoseconds,
-        system_calls: counts.0 - calls.0,
-        wakes: counts.1 - calls.1,
-        usage: Usage::of(std::process::id())?.since(before),
-        p50_us: 0.0,
-    })
+    work.end(records, input.counts())
 }
 
 fn ping(order: &Order) -> Result<Answer> {
@@ -338,13 +350,11 @@ fn ping(order: &Order) -> Result<Answer> {
         return Ok(Answer::default());
     }
     let (mut record, mut back) = (record(order), record(order));
-    let calls = (out.counts(), input.counts());
-    let before = Usage::of(std::process::id())?;
     let mut trips = Vec::with_capacity(1 << 20);
-    let begun = Instant::now();
+    let work = Work::begin(sum(out.counts(), input.counts()))?;
     let limit = Duration::from_millis(order.milliseconds);
-    let mut last = begun;
-    while last.duration_since(begun) < limit && trips.len() < trips.capacity() {
+    let mut last = work.begun;
+    while last.duration_since(work.begun) < limit && trips.len() < trips.capacity() {
         let sent = trips.len() as u64;
         record[..8].copy_from_slice(&sent.to_le_bytes());
         out.put(&record).context("cannot write a record")?;
@@ -354,15 +364,10 @@ fn ping(order: &Order) -> Result<Answer> {
         trips.push(now.duration_since(last).as_secs_f64() * 1e6);
         last = now;
     }
-    let counts = (out.counts(), input.counts());
+    let answer = work.end(trips.len() as u64, sum(out.counts(), input.counts()))?;
     Ok(Answer {
-        upgraded: true,
-        records: trips.len() as u64,
-        nanoseconds: since(begun),
-        system_calls: counts.0.0 - calls.0.0 + counts.1.0 - calls.1.0,
-        wakes: counts.0.1 - calls.0.1 + counts.1.1 - calls.1.1,
-        usage: Usage::of(std::process::id())?.since(before),
         p50_us: percentile(&trips, 50.0).context("no round trip")?,
+        ..answer
     })
 }
 
@@ -372,22 +377,11 @@ fn pong(order: &Order) -> Result<Answer> {
         return Ok(Answer::default());
     }
     let mut record = record(order);
-    let calls = (out.counts(), input.counts());
-    let before = Usage::of(std::process::id())?;
-    let begun = Instant::now();
+    let work = Work::begin(sum(out.counts(), input.counts()))?;
     let mut records = 0;
     while input.get(&mut record).context("cannot read a record")? {
         out.put(&record).context("cannot write a record")?;
         records += 1;
     }
-    let counts = (out.counts(), input.counts());
-    Ok(Answer {
-        upgraded: true,
-        records,
-        nanoseconds: since(begun),
-        system_calls: counts.0.0 - calls.0.0 + counts.1.0 - calls.1.0,
-        wakes: counts.0.1 - calls.0.1 + counts.1.1 - calls.1.1,
-        usage: Usage::of(std::process::id())?.since(before),
-        p50_us: 0.0,
-    })
+    work.end(records, sum(out.counts(), input.counts()))
 }

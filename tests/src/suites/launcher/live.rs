@@ -1,0 +1,207 @@
+//! Linux in QEMU: microvms, and guests whose disks come and go while they run.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::super::guest::FilesOnDisk;
+use super::common::{Served, linux, recipe, serve_file};
+use crate::kit::images::{self, KnownFiles};
+use crate::kit::server::Serve;
+use crate::kit::shell::sh;
+use crate::machine::{Board, Machine};
+use crate::test::Context;
+
+fn files(known: KnownFiles, seed: u64, device: &str) -> FilesOnDisk {
+    FilesOnDisk {
+        device: device.into(),
+        known,
+        seed,
+    }
+}
+
+/// An ext4 file system with known files on a block device of 64 MiB.
+fn serve_ext4(cx: &Context) -> Result<(Served, KnownFiles)> {
+    let image = cx.scratch().join("disk.ext4");
+    let known = images::ext4_with_known_files(&image, 64 << 20, 1)?;
+    Ok((serve_file(cx, &image)?, known))
+}
+
+/// The block device has all the files, as the host sees it.
+fn check_on_host(cx: &Context, device: &Path, known: &KnownFiles) -> Result<()> {
+    images::fsck(device)?;
+    let mounted = images::mount_ext4(device, &cx.scratch().join("host"), true)?;
+    known.verify(mounted.dir())?;
+    mounted.unmount()
+}
+
+pub(super) fn microvms_upgrade_through_recipe_and_launcher(cx: &Context) -> Result<()> {
+    let (served, mut known) = serve_ext4(cx)?;
+    let device = served.device()?;
+    for (seed, name) in [(2, "raw-microvm.sh"), (3, "launcher-microvm.sh")] {
+        let guest = linux(cx, name, &device)?.board(Board::Microvm);
+        let mut machine = Machine::boot(&guest, &cx.paths, &format!("upgrade-{name}"))
+            .with_context(|| format!("the server said:\n{}", served.server.log()))?;
+        let stat = served.stat(cx, "disk")?;
+        ensure!(stat["access"] == "upgraded", "{name}: {stat}");
+        let new: KnownFiles = machine.run_step(
+            &cx.paths,
+            "add_files_to_disk",
+            &files(known.clone(), seed, "/dev/vda"),
+        )?;
+        known = known.and(new);
+        machine.power_off();
+    }
+    sh(&format!("blockdev --flushbufs {}", device.display())).run()?;
+    check_on_host(cx, &device, &known)?;
+    served.stop()
+}
+
+pub(super) fn a_running_guest_moves_to_the_service_and_back_to_the_host_without_losing_a_byte(
+    cx: &Context,
+) -> Result<()> {
+    let (served, known) = serve_ext4(cx)?;
+    let device = served.device()?;
+    let monitor = cx.scratch().join("qmp");
+    let guest = linux(cx, "block-device.sh", &device)?.env("QMP", &monitor);
+    let mut machine = Machine::boot(&guest, &cx.paths, "upgrade-live")?;
+    let live = |disk: &str| {
+        let mut live = recipe(cx, "live.sh");
+        live.env("QMP", &monitor).env("DISK", disk);
+        live
+    };
+    let new: KnownFiles = machine.run_step(
+        &cx.paths,
+        "add_files_to_disk",
+        &files(known.clone(), 2, "/dev/vda"),
+    )?;
+    let known = known.and(new);
+
+    // While the guest writes, nothing happens to it.
+    let unknown = live("no-such-disk").output()?;
+    let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    ensure!(
+        unknown.status.code() == Some(3) && said.contains("it has: disk"),
+        "{unknown:?}"
+    );
+    let refused = std::thread::scope(|scope| {
+        let early = scope.spawn(|| {
+            std::thread::sleep(Duration::from_secs(3));
+            live("disk").output()
+        });
+        machine.sh(
+            &cx.paths,
+            "mkdir -p /run/load; mount /dev/vda /run/load; end=$(($(date +%s) + 10)); \
+             while test $(date +%s) -lt $end; do \
+             dd if=/dev/urandom of=/run/load/load bs=64k count=4 conv=fsync status=none; done; \
+             sha256sum /run/load/load; umount /run/load",
+        )?;
+        early
+            .join()
+            .map_err(|_| anyhow::anyhow!("live panicked"))?
+            .context("live")
+    })?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(
+        refused.status.code() == Some(3) && said.contains("unmount it in the guest"),
+        "{refused:?}"
+    );
+
+    let moved = live("disk").output()?;
+    ensure!(moved.status.success(), "{moved:?}");
+    let stat = served.stat(cx, "disk")?;
+    ensure!(
+        stat["vhost"]["sessions"].as_array().map(Vec::len) == Some(1),
+        "{stat}"
+    );
+    let name = machine.sh(
+        &cx.paths,
+        "for i in $(seq 100); do ls -d /sys/block/vd* 2>/dev/null && break; sleep 0.1; done",
+    )?;
+    let name = name
+        .trim()
+        .rsplit('/')
+        .next()
+        .unwrap_or_default()
+        .to_owned();
+    let new: KnownFiles = machine.run_step(
+        &cx.paths,
+        "add_files_to_disk",
+        &files(known.clone(), 3, &format!("/dev/{name}")),
+    )?;
+    let known = known.and(new);
+    let stat = served.stat(cx, "disk")?;
+    ensure!(
+        stat["access"] == "upgraded" && stat["vhost"]["counters"]["writes"].as_u64() > Some(0),
+        "{stat}"
+    );
+    let again = live("disk").output()?;
+    ensure!(again.status.code() == Some(3), "{again:?}");
+    machine.power_off();
+
+    sh(&format!("blockdev --flushbufs {}", device.display())).run()?;
+    check_on_host(cx, &device, &known)?;
+    served.stop()
+}
+
+/// `hotplug.qmp` as it stands: the export has the name and the place that it says.
+pub(super) fn a_disk_is_plugged_into_a_running_guest(cx: &Context) -> Result<()> {
+    let (served, _known) = serve_ext4(cx)?;
+    let hot = Serve::new(cx)
+        .env("UBLKUP_RUNTIME_DIR", "/run/ublkup")
+        .ublk("no")
+        .arg("hot=mem:16M")
+        .start()?;
+    let monitor = cx.scratch().join("qmp");
+    let guest = linux(cx, "block-device.sh", &served.device()?)?
+        .env("QMP", &monitor)
+        .argument("-device")
+        .argument("pcie-root-port,id=port1,chassis=2");
+    let mut machine = Machine::boot(&guest, &cx.paths, "upgrade-hotplug")?;
+    let commands = fs::read_to_string(cx.paths.repo.join("qemu-config/hotplug.qmp"))?;
+    let answers = monitor_says(cx, &monitor, &commands)?;
+    ensure!(
+        answers
+            .lines()
+            .filter(|line| line.starts_with("{\"return\""))
+            .count()
+            == 3,
+        "{answers}"
+    );
+    let seen = machine.sh(
+        &cx.paths,
+        "for i in $(seq 100); do cat /sys/block/vdb/size 2>/dev/null && break; sleep 0.1; done",
+    )?;
+    ensure!(seen.trim() == "32768", "the guest sees {seen:?} sectors");
+    machine.power_off();
+    hot.stop()?;
+    served.stop()
+}
+
+/// Sends lines to a QMP monitor, one answer each, and returns all it said.
+fn monitor_says(cx: &Context, monitor: &Path, lines: &str) -> Result<String> {
+    let stream = UnixStream::connect(monitor)?;
+    stream.set_read_timeout(Some(cx.patience(20)))?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut said = String::new();
+    reader.read_line(&mut said)?;
+    for line in lines.lines() {
+        writeln!(&stream, "{line}")?;
+        loop {
+            let start = said.len();
+            ensure!(
+                reader.read_line(&mut said)? > 0,
+                "the monitor closed: {said}"
+            );
+            let answer = &said[start..];
+            if answer.starts_with("{\"return\"") || answer.starts_with("{\"error\"") {
+                break;
+            }
+        }
+    }
+    Ok(said)
+}
