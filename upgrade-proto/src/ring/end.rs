@@ -66,7 +66,7 @@ impl End {
             memory,
             link,
             spin: Spin::new(spin, alone),
-            lateness: Lateness::new(alone && role == Role::Consumer),
+            lateness: Lateness::new(role == Role::Consumer),
             peer_left: false,
             armed: false,
             vain: (0, 0),

@@ -72,10 +72,10 @@ impl Spin {
     }
 }
 
-/// Whether a consumer asks to be woken late. On one processor a producer that is in full flight is
-/// interrupted by each wake-up, and then there is one for each record. Left alone it fills much of the
-/// ring. But one that has no more to say for now must not be waited for: so it is tried, and kept while
-/// the producer did fill the ring before the sleeper looked by itself.
+/// Whether a consumer asks to be woken late. A producer that is in full flight is held up by each wake-up,
+/// and a quick consumer sleeps again after each record. Left alone the producer fills much of the ring. But
+/// one that has no more to say for now must not be waited for: so it is tried, and kept while the producer
+/// did fill the ring before the sleeper looked by itself.
 #[derive(Debug)]
 pub(crate) struct Lateness {
     is_on: bool,
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn with_more_processors_nobody_is_woken_late() {
+    fn an_end_that_never_tries_is_never_woken_late() {
         assert_eq!(late(&mut Lateness::new(false), 100_000, true), 0);
     }
 
