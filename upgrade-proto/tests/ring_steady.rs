@@ -43,7 +43,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Both ends of a ring.
+/// Both ends of a ring that has been used: the kernel wakes whoever watches a pipe when its ring begins,
+/// and then once more for the first record.
 fn upgraded() -> (Producer, Consumer) {
     let dir = tempfile::tempdir().expect("a directory");
     let options = options(way(), &dir);
@@ -55,6 +56,7 @@ fn upgraded() -> (Producer, Consumer) {
         consumer.upgrade(Duration::ZERO).expect("asked");
     }
     assert_eq!((producer.way(), consumer.way()), (way(), way()));
+    assert!(exchange(&mut producer, &mut consumer, 4).expect("exchanged"));
     (producer, consumer)
 }
 
