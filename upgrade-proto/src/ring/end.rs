@@ -29,7 +29,7 @@ const LATE_PATIENCE: Timespec = Timespec {
 };
 
 /// Woken late is: when so much of the ring is filled, as one part of the size.
-const LATE_PART: u32 = 8;
+const LATE_PART: u32 = 16;
 
 /// An end that looks again and again instead of sleeping asks after so many looks in vain whether its peer
 /// is alive: one that was killed did not say that it left.
@@ -170,7 +170,10 @@ impl End {
         if self.lateness.is_due() {
             let is_news = self.doze(WAIT_FUTEX | WAIT_LATE, seen, LATE_PATIENCE, counters)?;
             let came = self.memory.peer().position.load(ACQUIRE).wrapping_sub(seen);
-            self.lateness.learn(came >= self.late_bytes());
+            // That nothing came says nothing: whoever is woken at once from here on loses nothing either.
+            if came != 0 {
+                self.lateness.learn(came >= self.late_bytes());
+            }
             if is_news {
                 return Ok(());
             }

@@ -96,7 +96,8 @@ impl Lateness {
         }
     }
 
-    /// Whether the next sleep is to be a late one. If so, [`Lateness::learn`] follows.
+    /// Whether the next sleep is to be a late one. If so, [`Lateness::learn`] follows, if there is anything
+    /// to be learned.
     pub(crate) fn is_due(&mut self) -> bool {
         if !self.is_on {
             return false;
