@@ -226,6 +226,36 @@ fn a_file_that_is_claimed_later_is_had_by_one_server_at_a_time() {
 }
 
 #[test]
+#[ignore = "needs root and loop devices"]
+fn a_device_that_is_claimed_later_is_had_by_one_server_or_mount_at_a_time() {
+    let device = Loop::new(16 << 20, &[]);
+    one_at_a_time(&device.device);
+    let name = device.device.to_str().unwrap();
+    run("mkfs.ext4", &["-q", "-F", name]);
+    let dir = tempfile::tempdir().unwrap();
+    let mount = || Command::new("mount").arg(name).arg(dir.path()).output();
+    let mounts = || mount().unwrap().status.success();
+    let unmount = || run("umount", &[dir.path().to_str().unwrap()]);
+    let disk = File::open(FileOptions {
+        claim_later: true,
+        ..options(&device.device, CacheMode::Auto)
+    })
+    .unwrap();
+    assert!(mounts(), "it is nobody's yet");
+    let refused = disk.claim(Duration::ZERO).unwrap_err();
+    assert!(
+        refused.contains(name) && refused.contains("in use"),
+        "{refused}"
+    );
+    unmount();
+    assert_eq!(disk.claim(Duration::ZERO), Ok(()));
+    assert!(!mounts(), "it is the disk's");
+    disk.release();
+    assert!(mounts(), "it is nobody's again");
+    unmount();
+}
+
+#[test]
 fn random_requests_on_a_file_end_as_on_a_copy_in_memory() {
     let dir = scratch();
     for (cache, seed) in [(CacheMode::Direct, 1), (CacheMode::Buffered, 2)] {

@@ -3,15 +3,19 @@
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
 mod common;
+mod serving;
 
+use std::fs;
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use common::*;
+use serving::Lab;
 use ublkup::backend::Null;
 use ublkup::request::Capacity;
+use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 
@@ -112,4 +116,60 @@ fn a_channel_that_is_no_stream_socket_is_refused() {
     assert!(file.as_raw_fd() >= 0);
     house.wait_empty();
     assert_eq!(house.door.stop(Duration::from_secs(5)), 0);
+}
+
+#[test]
+fn a_file_that_another_servers_guest_has_keeps_its_size() {
+    const MORE_BYTES: u64 = 3 << 20;
+    let lab = Lab::new();
+    let image = lab.image("disk.img", OLD_BYTES);
+    let serve = |name: &str| {
+        let spec = format!("{name}=file:{}", image.display());
+        lab.serve(&["--ublk", "no", "--migration", &spec])
+    };
+    let len_bytes = || fs::metadata(&image).unwrap().len();
+    let size_bytes = |name: &str| -> u64 {
+        let stat = lab.ok(&["stat", name, "--json"]);
+        let stat: serde_json::Value = serde_json::from_str(&stat).unwrap();
+        stat["size_bytes"].as_u64().unwrap()
+    };
+    let (idle, owner) = (serve("idle"), serve("owner"));
+    let socket = lab.path("run/exports/owner/vhost-user-blk");
+    let mut guest = Driver::running(UnixStream::connect(socket).unwrap(), USUAL);
+    for size in [&["2M"][..], &["512K", "--shrink"]] {
+        let resize = [&["resize", "idle"], size].concat();
+        lab.fails(
+            &resize,
+            1,
+            &["disk.img is in use", "give it another size there"],
+        );
+        assert_eq!(
+            (len_bytes(), size_bytes("idle")),
+            (OLD_BYTES, OLD_BYTES),
+            "{size:?}"
+        );
+    }
+    assert_eq!(guest.write(OLD_BYTES / 512 - 1, &[7; 512]), OK);
+    // Its own server may, and then the other one may look.
+    lab.ok(&["resize", "owner", "2M"]);
+    assert_eq!(guest.write(NEW_BYTES / 512 - 1, &[7; 512]), OK);
+    assert!(lab.ok(&["resize", "idle"]).contains("2M, was 1M"));
+    // Nobody's file is anybody's.
+    guest.frontend.get_vring_base(0).unwrap();
+    drop(guest);
+    eventually("the guest is gone", || {
+        lab.ok(&["list"])
+            .lines()
+            .any(|line| line.starts_with("owner") && line.contains("free"))
+    });
+    lab.ok(&["resize", "idle", "3M"]);
+    assert_eq!((len_bytes(), size_bytes("idle")), (MORE_BYTES, MORE_BYTES));
+    // And free for a guest again.
+    let socket = lab.path("run/exports/owner/vhost-user-blk");
+    let mut guest = Driver::running(UnixStream::connect(socket).unwrap(), USUAL);
+    assert_eq!(guest.read(NEW_BYTES / 512 - 1, 512), (OK, vec![7; 512]));
+    drop(guest);
+    idle.stop();
+    owner.stop();
+    lab.is_clean();
 }

@@ -89,6 +89,25 @@ impl Shared {
         }
     }
 
+    /// Changes a regular file, which must be nobody else's meanwhile.
+    pub(super) fn change<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        // Held to the end: who claims the file meanwhile waits for it.
+        let claim = self.claimed();
+        if !self.claims_later || claim.is_some() {
+            return change();
+        }
+        lock(&self.file, Lock::Write, Duration::ZERO).map_err(|error| match is_taken(&error) {
+            true => io::Error::other(format!(
+                "{} is in use by another process: give it another size there",
+                self.path.display()
+            )),
+            false => error,
+        })?;
+        let changed = change().and_then(|changed| self.file.sync_all().map(|()| changed));
+        lock(&self.file, Lock::None, Duration::ZERO)?;
+        changed
+    }
+
     fn claimed(&self) -> MutexGuard<'_, Option<Claim>> {
         // It is there or it is not.
         self.claim.lock().unwrap_or_else(PoisonError::into_inner)

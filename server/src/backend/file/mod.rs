@@ -74,6 +74,8 @@ struct Shared {
     /// The file has no storage but memory.
     is_in_memory: bool,
     alignment: Option<Alignment>,
+    /// Whether it is claimed only while somebody wants it so.
+    claims_later: bool,
     /// A claim that comes and goes.
     claim: Mutex<Option<claim::Claim>>,
     /// What the storage turned out not to know; each is tried until then.

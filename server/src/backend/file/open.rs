@@ -200,6 +200,7 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
     let shared = Shared {
         path,
         file,
+        claims_later: claim_later,
         claim: Mutex::default(),
         is_device,
         is_in_memory,

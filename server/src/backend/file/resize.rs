@@ -23,8 +23,13 @@ pub(super) fn grow(shared: &Shared, limits: &Limits, wanted_bytes: Option<u64>) 
         if limits.read_only {
             return Err(io::Error::other("it is served read-only"));
         }
-        shared.file.set_len(wanted)?;
-        len_bytes = end()?;
+        len_bytes = shared.change(|| {
+            // It may have grown meanwhile.
+            if end()? < wanted {
+                shared.file.set_len(wanted)?;
+            }
+            end()
+        })?;
     }
     let block_bytes = u64::from(limits.block_bytes);
     Ok(len_bytes / block_bytes * block_bytes)
@@ -35,6 +40,8 @@ pub(super) fn cut(shared: &Shared, capacity_bytes: u64) -> io::Result<()> {
     if shared.is_device || (&shared.file).seek(SeekFrom::End(0))? <= capacity_bytes {
         return Ok(());
     }
-    shared.file.set_len(capacity_bytes)?;
-    shared.file.sync_all()
+    shared.change(|| {
+        shared.file.set_len(capacity_bytes)?;
+        shared.file.sync_all()
+    })
 }
