@@ -207,9 +207,10 @@ impl Access {
     pub fn open(&self, block: Option<Arc<dyn BlockDoor>>) {
         let mut inner = self.inner();
         inner.block = block;
+        // Before somebody may take the disk, which is noted again then.
+        self.unnote();
         inner.state = State::Block;
         drop(inner);
-        self.unnote();
         self.changed.notify_all();
     }
 
@@ -329,7 +330,11 @@ impl Access {
             .map_err(|error| Refused::Note(error.to_string()))?;
         std::mem::forget(undo);
         let name = client.name.clone();
-        self.give_to(client)?;
+        self.give_to(client).inspect_err(|_| {
+            // The export has been closed meanwhile. Its next server is not to wait for this client.
+            self.unnote();
+            block.open();
+        })?;
         tracing::info!(
             export = self.export,
             "upgraded: {name}; the block device is read-only meanwhile"

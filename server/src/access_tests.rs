@@ -201,6 +201,33 @@ fn a_closed_export_has_no_clients() {
 }
 
 #[test]
+fn an_export_that_is_closed_while_a_client_comes_does_not_note_that_client() {
+    let folder = tempfile::tempdir().unwrap();
+    let note = folder.path().join("note");
+    let access = Access::new("e", false, LONG, Some(note.clone()));
+    let door = Arc::new(Door::default());
+    access.open(Some(Arc::<Door>::clone(&door)));
+    let draining = door.draining.lock().unwrap();
+    let came = std::thread::spawn({
+        let access = Arc::clone(&access);
+        move || access.take(client("a"))
+    });
+    eventually("the door is being closed", || door.diary() == ["closing"]);
+    access.close();
+    drop(draining);
+    assert_eq!(came.join().unwrap().unwrap_err(), Refused::NotOpen);
+    assert!(!note.exists(), "the next server would wait for it");
+    assert_eq!(door.diary(), ["closing", "closed", "open"]);
+    // Who had the disk before is noted as ever.
+    let access = Access::new("e", false, LONG, Some(note.clone()));
+    access.open(Some(door));
+    let hold = access.take(client("a")).unwrap();
+    access.close();
+    drop(hold);
+    assert!(note.exists());
+}
+
+#[test]
 fn without_a_block_door_nobody_is_waited_for() {
     let access = Access::new("e", false, LONG, None);
     access.open(None);

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, RecoveryMode, Spec};
+use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, Spec};
 use crate::config::{check_together, read_file};
-use crate::door::ublk::DataPath;
+use crate::door::ublk::{DataPath, Recovery};
 use crate::polling::Polling;
 use crate::threads::Cpus;
 
@@ -181,7 +181,7 @@ pub struct Serve {
     /// requests without an answer are done again (reissue); it stays, and requests fail until there
     /// is a server (fail-io); it goes (off) [default: auto: reissue for files, off for the others]
     #[arg(long, value_enum)]
-    pub ublk_recovery: Option<RecoveryMode>,
+    pub ublk_recovery: Option<Recovery>,
 
     /// The vhost-user-blk door [default: auto]
     #[arg(long, value_enum)]

@@ -13,7 +13,7 @@ pub use size::{format_size, parse_size};
 pub use spec::{BackendSpec, Spec};
 
 use crate::backend::Rule;
-use crate::door::ublk::DataPath;
+use crate::door::ublk::{DataPath, Recovery};
 use crate::polling::Polling;
 use crate::request::Serial;
 use crate::threads::{Cpus, ThreadOptions};
@@ -39,31 +39,6 @@ pub enum DoorMode {
     Yes,
     /// Never.
     No,
-}
-
-/// What becomes of the block device when its server dies.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    serde::Serialize,
-    serde::Deserialize,
-    clap::ValueEnum,
-)]
-#[serde(rename_all = "kebab-case")]
-pub enum RecoveryMode {
-    /// It waits for the next server if the disk outlives this one (a file) and the kernel can.
-    #[default]
-    Auto,
-    /// It waits, and requests without an answer are done again.
-    Reissue,
-    /// It stays, and requests fail until there is a server again.
-    FailIo,
-    /// It goes.
-    Off,
 }
 
 /// Queues per export at most. The kernel's ublk driver allows more; nobody needs them.
@@ -104,7 +79,7 @@ pub struct ExportConfig {
     /// Whether the kernel looks for partitions on the block device.
     pub scan_partitions: bool,
     /// What becomes of the block device when the server dies.
-    pub recovery: RecoveryMode,
+    pub recovery: Recovery,
     /// The vhost door.
     pub vhost: DoorMode,
     /// Where the vhost door listens; in the runtime directory when there is no path.
@@ -147,7 +122,7 @@ pub struct ExportOptions {
     /// The contrary of [`ExportConfig::scan_partitions`].
     pub no_partition_scan: Option<bool>,
     /// See [`ExportConfig::recovery`].
-    pub ublk_recovery: Option<RecoveryMode>,
+    pub ublk_recovery: Option<Recovery>,
     /// See [`ExportConfig::vhost`].
     pub vhost: Option<DoorMode>,
     /// See [`ExportConfig::vhost_socket`].
@@ -234,7 +209,7 @@ impl ExportOptions {
             },
         };
         let recovery = self.ublk_recovery.unwrap_or_default();
-        let stays = matches!(recovery, RecoveryMode::Reissue | RecoveryMode::FailIo);
+        let stays = matches!(recovery, Recovery::Reissue | Recovery::FailIo);
         if stays && matches!(spec.backend, BackendSpec::Memory { .. }) {
             return Err(ConfigError::new(format!(
                 "{name}: what is in memory goes with its server, so its block device cannot stay: \

@@ -65,12 +65,14 @@ pub struct Export {
 struct Shared {
     config: ExportConfig,
     limits: Limits,
-    storage: Box<dyn Storage>,
+    /// Gone as soon as the doors are closed: whoever still talks to the admin socket must not keep
+    /// the next server from it.
+    storage: Mutex<Option<Arc<dyn Storage>>>,
     access: Arc<Access>,
     /// One at a time.
     resizing: Mutex<()>,
     doors: Mutex<Doors>,
-    stopped: Condvar,
+    ended: Condvar,
     events: mpsc::Sender<Event>,
 }
 
@@ -81,23 +83,25 @@ trait Storage: Send + Sync {
     fn cut(&self, capacity_bytes: u64) -> std::io::Result<()>;
 }
 
-impl<B: Backend> Storage for Arc<B> {
+impl<B: Backend> Storage for B {
     fn limits(&self) -> &Limits {
-        B::limits(self)
+        Backend::limits(self)
     }
 
     fn grow(&self, wanted_bytes: Option<u64>) -> std::io::Result<u64> {
-        B::grow(self, wanted_bytes)
+        Backend::grow(self, wanted_bytes)
     }
 
     fn cut(&self, capacity_bytes: u64) -> std::io::Result<()> {
-        B::cut(self, capacity_bytes)
+        Backend::cut(self, capacity_bytes)
     }
 }
 
 #[derive(Default)]
 struct Doors {
     state: State,
+    /// Whether the block device was another server's before.
+    is_inherited: bool,
     /// Declared before the doors that it leads to.
     offer: Option<Offer>,
     ublk: Option<Counted<UblkDoor>>,
@@ -113,6 +117,8 @@ enum State {
     Serving,
     Stopping,
     Stopped,
+    /// Another server's from now on.
+    Left,
 }
 
 impl Export {
@@ -120,7 +126,8 @@ impl Export {
     /// what was there.
     ///
     /// With `take_over` a living server of the name is asked to make way, and its block device is gone
-    /// on with or left alone, but never replaced.
+    /// on with or left alone, but never replaced. A block device that waits for a server still does so
+    /// after a failure.
     ///
     /// # Errors
     ///
@@ -143,44 +150,50 @@ impl Export {
             events: &events,
             take_over,
         };
-        match house.open_backend() {
-            Ok(opened) => Self::finish(opened, config, claim, events),
-            Err(error) => {
-                if take_over && claim.left_device().is_some() {
-                    claim.leave();
-                }
-                Err(error)
+        let finished = match house.open_backend() {
+            Ok(opened) => Self::finish(opened, config, &claim, events),
+            Err(error) => Err(error),
+        };
+        match finished {
+            Ok((shared, admin)) => Ok(Self {
+                shared,
+                claim,
+                admin,
+            }),
+            Err(error) if take_over && claim.left_device().is_some() => {
+                let name = claim.name();
+                Err(error.context(format!(
+                    "nobody serves it now, and its block device waits (ublkup recover {name})"
+                )))
             }
+            Err(error) => Err(error),
         }
     }
 
     fn finish(
         (doors, storage, access): Opened,
         config: ExportConfig,
-        claim: Claim,
+        claim: &Claim,
         events: mpsc::Sender<Event>,
-    ) -> Result<Self> {
-        let served = serde_json::to_string(&config.served_as)?;
-        claim
-            .note_served(&served)
-            .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
-        crash::point("export-noted");
+    ) -> Result<(Arc<Shared>, Listening)> {
+        let is_inherited = doors.is_inherited;
         let shared = Arc::new(Shared {
             config,
             limits: storage.limits().clone(),
-            storage,
+            storage: Mutex::new(Some(storage)),
             access,
             resizing: Mutex::default(),
             doors: Mutex::new(doors),
-            stopped: Condvar::new(),
+            ended: Condvar::new(),
             events,
         });
-        let admin = control::listen(&claim.folder().join(CONTROL), Arc::clone(&shared))?;
-        Ok(Self {
-            shared,
-            claim,
-            admin,
-        })
+        match publish(&shared, claim) {
+            Ok(admin) => Ok((shared, admin)),
+            Err(error) => {
+                shared.close_doors(claim, is_inherited);
+                Err(error)
+            }
+        }
     }
 
     /// The open doors and where they are.
@@ -230,47 +243,44 @@ impl Export {
             return self.stop();
         }
         crash::point("asked-to-leave");
-        let name = &self.shared.config.name;
-        let (offer, ublk, vhost) = self.shared.take_doors();
-        drop(offer);
-        // From here on the right to write stays as it is noted.
-        self.shared.access.close();
-        if let Some((door, _)) = ublk
-            && let Err(error) = door.leave()
-        {
-            tracing::error!("{name}: {error:#}");
-        }
-        crash::point("block-door-left");
-        if let Some((door, _)) = vhost {
-            Closing::Vhost(door).close(name, &self.claim);
-        }
+        self.shared.close_doors(&self.claim, true);
         crash::point("doors-left");
+        let name = &self.shared.config.name;
         tracing::info!("{name}: left to another server");
         self.claim.leave();
-        self.shared.set_stopped();
+        self.shared.set_ended(State::Left);
         drop(self.admin);
+    }
+
+    /// Ends serving because something else failed: a block device that was another server's before is
+    /// left to the next who tries, all else goes.
+    pub fn give_up(self) {
+        if self.shared.doors().is_inherited {
+            self.leave();
+        } else {
+            self.stop();
+        }
     }
 
     /// Drains both doors, closes them and gives the name back.
     pub fn stop(self) {
-        let name = &self.shared.config.name;
-        let (offer, ublk, vhost) = self.shared.take_doors();
-        // Before the block device, whose removal waits for clients that nobody accepts.
-        drop(offer);
-        self.shared.access.close();
-        // The block door first: it may have a file system on it that wants to write.
-        if let Some((door, _)) = ublk {
-            Closing::Ublk(door).close(name, &self.claim);
-        }
-        if let Some((door, _)) = vhost {
-            Closing::Vhost(door).close(name, &self.claim);
-        }
-        tracing::info!("{name}: stopped");
+        self.shared.close_doors(&self.claim, false);
+        tracing::info!("{}: stopped", self.shared.config.name);
         drop(self.claim);
-        self.shared.set_stopped();
+        self.shared.set_ended(State::Stopped);
         // Waits until those who asked for the stop have their answer.
         drop(self.admin);
     }
+}
+
+/// Notes what is served, and listens to those who ask for it.
+fn publish(shared: &Arc<Shared>, claim: &Claim) -> Result<Listening> {
+    let served = serde_json::to_string(&shared.config.served_as)?;
+    claim
+        .note_served(&served)
+        .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
+    crash::point("export-noted");
+    control::listen(&claim.folder().join(CONTROL), Arc::clone(shared))
 }
 
 /// A door on its way out.
@@ -304,28 +314,55 @@ impl Shared {
 }
 
 impl Shared {
-    fn take_doors(
-        &self,
-    ) -> (
-        Option<Offer>,
-        Option<Counted<UblkDoor>>,
-        Option<Counted<VhostDoor>>,
-    ) {
-        let mut doors = self.doors();
-        doors.state = State::Stopping;
-        (doors.offer.take(), doors.ublk.take(), doors.vhost.take())
-    }
-
-    fn set_stopped(&self) {
-        self.doors().state = State::Stopped;
-        self.stopped.notify_all();
-    }
-
-    fn await_stopped(&self) {
-        let mut doors = self.doors();
-        while doors.state != State::Stopped {
-            doors = (self.stopped.wait(doors)).unwrap_or_else(PoisonError::into_inner);
+    /// Closes both doors and lets go of the storage. If the export is left to another server, the block
+    /// device stays.
+    fn close_doors(&self, claim: &Claim, is_left: bool) {
+        let name = &self.config.name;
+        let (offer, ublk, vhost) = {
+            let mut doors = self.doors();
+            doors.state = State::Stopping;
+            (doors.offer.take(), doors.ublk.take(), doors.vhost.take())
+        };
+        // Before the block device, whose removal waits for clients that nobody accepts.
+        drop(offer);
+        // From here on the right to write stays as it is noted.
+        self.access.close();
+        // The block door first: it may have a file system on it that wants to write.
+        match ublk {
+            Some((door, _)) if is_left => {
+                if let Err(error) = door.leave() {
+                    tracing::error!("{name}: {error:#}");
+                }
+            }
+            Some((door, _)) => Closing::Ublk(door).close(name, claim),
+            None => {}
         }
+        if is_left {
+            crash::point("block-door-left");
+        }
+        if let Some((door, _)) = vhost {
+            Closing::Vhost(door).close(name, claim);
+        }
+        drop(self.storage().take());
+    }
+
+    fn storage(&self) -> MutexGuard<'_, Option<Arc<dyn Storage>>> {
+        // It is there or it is not.
+        self.storage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_ended(&self, state: State) {
+        self.doors().state = state;
+        self.ended.notify_all();
+    }
+
+    /// Waits for the end, and says which it was.
+    fn await_end(&self) -> State {
+        let mut doors = self.doors();
+        while !matches!(doors.state, State::Stopped | State::Left) {
+            doors = (self.ended.wait(doors)).unwrap_or_else(PoisonError::into_inner);
+        }
+        doors.state
     }
 
     /// Whether another server could go on with this export.
@@ -382,6 +419,21 @@ impl Shared {
         Ok(())
     }
 
+    /// Gives the disk its size back: the storage keeps what was to be cut off.
+    fn undo_shrinking(&self, old_size_bytes: u64) {
+        self.limits.capacity.set(old_size_bytes);
+        let doors = self.doors();
+        if let Some((door, _)) = &doors.ublk
+            && let Err(error) = door.resize(old_size_bytes)
+        {
+            tracing::error!("{}: {error}", self.config.name);
+        }
+        if let Some((door, _)) = &doors.vhost {
+            // Who cannot be told sees it when it connects anew.
+            let _ = door.tell_new_size();
+        }
+    }
+
     /// Whether something may be cut off the disk.
     fn may_shrink(&self, less_bytes: u64, wanted: bool) -> Result<()> {
         if !wanted {
@@ -415,7 +467,7 @@ impl control::Service for Shared {
             name: config.name.clone(),
             state: match doors.state {
                 State::Serving => "serving",
-                State::Stopping | State::Stopped => "stopping",
+                State::Stopping | State::Stopped | State::Left => "stopping",
             }
             .into(),
             access: self.access.state(),
@@ -461,7 +513,8 @@ impl control::Service for Shared {
                 format_size(MAX_DISK_BYTES)
             );
         }
-        let have_bytes = self.storage.grow(size_bytes)?;
+        let storage = (self.storage().clone()).context("it is being stopped")?;
+        let have_bytes = storage.grow(size_bytes)?;
         let size_bytes = size_bytes.unwrap_or(have_bytes).min(have_bytes);
         if size_bytes == 0 {
             bail!("nothing would be left of it");
@@ -486,8 +539,11 @@ impl control::Service for Shared {
             _ => 0,
         };
         drop(doors);
-        if size_bytes < old_size_bytes {
-            self.storage.cut(size_bytes)?;
+        if size_bytes < old_size_bytes
+            && let Err(error) = storage.cut(size_bytes)
+        {
+            self.undo_shrinking(old_size_bytes);
+            return Err(error.into());
         }
         tracing::info!(
             "{name}: {}, was {}",
@@ -508,8 +564,10 @@ impl control::Service for Shared {
         let name = self.config.name.clone();
         // Nobody listens any more when the server is on its way out, and then it stops anyway.
         let _ = self.events.send(Event::Stop { name });
-        self.await_stopped();
-        Ok(())
+        match self.await_end() {
+            State::Left => bail!("it has just been left to another server: stop it there"),
+            _ => Ok(()),
+        }
     }
 
     fn leave(&self) -> Result<()> {
@@ -520,7 +578,8 @@ impl control::Service for Shared {
         let name = self.config.name.clone();
         // As above.
         let _ = self.events.send(Event::Leave { name });
-        self.await_stopped();
+        // If somebody else has stopped it the name is free as well.
+        self.await_end();
         Ok(())
     }
 }

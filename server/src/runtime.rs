@@ -38,6 +38,9 @@ const SERVED: &str = "served";
 /// How long a server that said that it left may take to let go of the name.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long those may take who only look whether a name has a server.
+const LOOK_LIMIT: Duration = Duration::from_secs(1);
+
 /// Where servers of this user keep their state.
 #[derive(Clone, Debug)]
 pub struct RuntimeDir(PathBuf);
@@ -155,7 +158,7 @@ impl RuntimeDir {
                 }
                 other => other.with_context(|| format!("cannot lock {}", folder.display()))?,
             };
-            if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if !lock_alone(&lock) {
                 bail!(
                     "an export called '{name}' is already served: stop it (ublkup stop {name}) \
                      or go on with it (serve --take-over), or choose another name"
@@ -184,7 +187,26 @@ fn open_lock(folder: &Path, more: OFlags) -> io::Result<File> {
     Ok(open(folder.join(LOCK), flags, Mode::from(0o600))?.into())
 }
 
-/// The name of an export, held by this process. Dropping it clears the folder away.
+/// Takes the lock of a name for this process alone; false if a server has it.
+fn lock_alone(lock: &File) -> bool {
+    let deadline = Instant::now() + LOOK_LIMIT;
+    loop {
+        if flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return true;
+        }
+        // Those who look share it for a moment, and a server shares it with nobody.
+        let is_shared = flock(lock, FlockOperation::NonBlockingLockShared).is_ok();
+        if !is_shared || Instant::now() > deadline {
+            return false;
+        }
+        // It is ours, so that cannot fail.
+        let _ = flock(lock, FlockOperation::Unlock);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The name of an export, held by this process. Dropping it clears the folder away, unless a block
+/// device is noted there: that one waits for a server, which wants all the notes.
 #[derive(Debug)]
 pub struct Claim {
     folder: PathBuf,
@@ -287,10 +309,15 @@ impl Drop for Claim {
         if self.left {
             return;
         }
-        for file in [CONTROL, VHOST_SOCKET, SERVED, UPGRADED, LOCK] {
+        let notes: &[&str] = match self.left_device() {
+            Some(_) => &[],
+            None => &[SERVED, UPGRADED],
+        };
+        // The lock last: from then on the folder is anybody's.
+        for file in [&[CONTROL, VHOST_SOCKET][..], notes, &[LOCK]].concat() {
             remove(&self.folder.join(file));
         }
-        // Not empty when a device was left noted on purpose: then the folder stays.
+        // Not empty when there are notes left: then the folder stays.
         let _ = fs::remove_dir(&self.folder);
     }
 }
@@ -302,7 +329,7 @@ pub struct DeviceNote {
     pub id: Option<u32>,
     /// The sequence number of its disk; not known before the disk was there.
     pub disk_sequence: Option<u64>,
-    /// What its maker marked it with.
+    /// What its maker marked it with. Whoever has the mark is the device, whatever else has changed.
     pub mark: Option<u64>,
 }
 
@@ -313,7 +340,8 @@ impl DeviceNote {
         let note = Self {
             id: next().and_then(|id| u32::try_from(id).ok()),
             disk_sequence: next(),
-            mark: next(),
+            // Devices of others have zero there.
+            mark: next().filter(|mark| *mark != 0),
         };
         (note.id.is_some() || note.mark.is_some()).then_some(note)
     }
@@ -406,6 +434,66 @@ mod tests {
         claim.forget_ublk_id();
         drop(claim);
         assert!(!dir.folder("a").exists());
+    }
+
+    #[test]
+    fn who_fails_with_a_device_that_waits_takes_no_note_along() {
+        let (_temp, dir) = dir();
+        let waiting = DeviceNote {
+            mark: Some(9),
+            ..DeviceNote::default()
+        };
+        let first = dir.claim("a").unwrap();
+        first.note_device(&waiting).unwrap();
+        first.note_served("this").unwrap();
+        File::create(first.upgraded_note()).unwrap();
+        first.leave();
+        // One that could not serve it, and one that did not get that far.
+        drop(dir.claim("a").unwrap());
+        let junk = dir.folder("a").join("junk");
+        fs::create_dir(&junk).unwrap();
+        let error = format!("{:#}", dir.claim("a").unwrap_err());
+        assert!(error.contains("junk"), "{error}");
+        fs::remove_dir(junk).unwrap();
+        assert!(!dir.is_alive("a"));
+        assert_eq!(dir.served("a").unwrap(), "this");
+        let next = dir.claim("a").unwrap();
+        assert_eq!(next.left_device(), Some(waiting));
+        assert!(next.was_upgraded());
+        // Without the device they mean nothing.
+        next.forget_ublk_id();
+        drop(next);
+        assert!(!dir.folder("a").exists());
+    }
+
+    #[test]
+    fn a_device_without_a_mark_is_known_by_its_disk_alone() {
+        for text in ["3 12 0\n", "3 12\n", "3 12 -\n"] {
+            let noted = DeviceNote {
+                id: Some(3),
+                disk_sequence: Some(12),
+                mark: None,
+            };
+            assert_eq!(DeviceNote::parse(text), Some(noted), "{text}");
+        }
+        assert_eq!(DeviceNote::parse("- - 0\n"), None);
+    }
+
+    #[test]
+    fn who_only_looks_stands_in_nobodys_way() {
+        let (_temp, dir) = dir();
+        dir.claim("a").unwrap().leave();
+        // Looks, and is interrupted for a moment.
+        let looker = open_lock(&dir.folder("a"), OFlags::empty()).unwrap();
+        flock(&looker, FlockOperation::NonBlockingLockShared).unwrap();
+        let goes_on = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(looker);
+        });
+        let claim = dir.claim("a").unwrap();
+        goes_on.join().unwrap();
+        assert!(dir.is_alive("a"));
+        drop(claim);
     }
 
     #[test]

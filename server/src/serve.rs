@@ -95,15 +95,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, how: How) -> Result<Exi
                 code = ExitCode::FAILURE;
             }
             Err(error) => {
-                // What others left to us is for the next who tries.
-                end_all(
-                    exports,
-                    if take_over {
-                        Export::leave
-                    } else {
-                        Export::stop
-                    },
-                );
+                end_all(exports, Export::give_up);
                 return Err(error.context(name));
             }
         }
@@ -111,7 +103,10 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, how: How) -> Result<Exi
     if exports.is_empty() {
         return Err(anyhow!("none of the exports could be started"));
     }
-    announce(&exports).context("cannot write to standard output")?;
+    if let Err(error) = announce(&exports) {
+        end_all(exports, Export::give_up);
+        return Err(error.context("cannot write to standard output"));
+    }
     while !exports.is_empty() {
         match inbox.recv().context("nobody is left who could stop us")? {
             Event::Signal(signal) => {

@@ -3,12 +3,14 @@
 
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
+mod common;
 mod serving;
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use common::{Driver, OK, T_OUT, USUAL, eventually};
 use serving::Lab;
 
 #[test]
@@ -340,4 +342,54 @@ fn an_idle_server_is_never_scheduled_and_small() {
     let resident_kib = server.resident_kib();
     assert!(resident_kib < 16 << 10, "{resident_kib} KiB resident");
     server.stop();
+}
+
+#[test]
+fn who_still_talks_to_a_server_keeps_nobody_from_its_storage() {
+    let lab = Lab::new();
+    let spec = format!("d=file:{}", lab.image("disk.img", 1 << 20).display());
+    let args = ["--ublk", "no", &spec];
+    // Says nothing, and is waited for at the end.
+    let silent = || UnixStream::connect(lab.path("run/exports/d/control")).unwrap();
+    let first = lab.serve(&args);
+    let talker = silent();
+    let second = lab.serve(&["--take-over", "--ublk", "no", &spec]);
+    drop(talker);
+    assert_eq!(first.wait(), Some(0));
+    let talker = silent();
+    lab.ok(&["stop", "d"]);
+    let third = lab.serve(&args);
+    drop(talker);
+    assert_eq!(second.wait(), Some(0));
+    third.stop();
+    lab.is_clean();
+}
+
+#[test]
+fn who_stops_an_export_that_is_being_left_to_another_server_hears_of_that() {
+    let lab = Lab::new();
+    let image = lab.image("disk.img", 1 << 20);
+    let spec = format!("d=fault:write=delay5000;file:{}", image.display());
+    let server = lab.serve(&["--ublk", "no", &spec]);
+    let socket = lab.path("run/exports/d/vhost-user-blk");
+    let mut guest = Driver::running(UnixStream::connect(socket).unwrap(), USUAL);
+    let stat = || -> serde_json::Value {
+        serde_json::from_str(&lab.ok(&["stat", "d", "--json"])).unwrap()
+    };
+    let rounds = || stat()["vhost"]["counters"]["batches"].as_u64().unwrap();
+    assert_eq!(guest.read(0, 512).0, OK);
+    std::thread::sleep(Duration::from_millis(200));
+    // The server ends when this has ended.
+    let before = rounds();
+    guest.prepare(T_OUT, 0, &[(512, 0)]);
+    eventually("the write is under way", || rounds() > before);
+    let (code, log) = std::thread::scope(|scope| {
+        let ending = scope.spawn(|| server.end_by(rustix::process::Signal::USR2));
+        eventually("the server ends", || stat()["state"] == "stopping");
+        lab.fails(&["stop", "d", "--force"], 1, &["left to another server"]);
+        ending.join().unwrap()
+    });
+    assert_eq!(code, Some(0), "{log}");
+    lab.serve(&["--ublk", "no", &spec]).stop();
+    lab.is_clean();
 }

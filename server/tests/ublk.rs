@@ -38,9 +38,11 @@ use libublk::ctrl::UblkCtrl;
 use serving::Lab;
 use ublkup::backend::{Backend, BackendQueue, Memory, Null};
 use ublkup::counters::{Counters, Totals};
+use ublkup::device::remove_left_over_device;
 use ublkup::door::ublk::{self, DataPath, DoorEnd, UblkConfig, UblkDoor, UblkError};
 use ublkup::io::{Ring, Slot};
 use ublkup::request::{Limits, Op, Progress, Request, Serial};
+use ublkup::runtime::{DeviceNote, RuntimeDir};
 
 const MIB: u64 = 1 << 20;
 
@@ -283,6 +285,56 @@ fn a_taken_id_is_refused_and_its_device_lives_on() {
     let read = ["bs=4k", "count=1", "iflag=direct"];
     dd(&door.block_path(), Path::new("/dev/null"), &read).unwrap();
     door.stop().unwrap();
+}
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_device_with_a_server_is_no_left_over_whatever_is_noted() {
+    let door = serve(Null::new(limits()));
+    let unmarked = UblkConfig {
+        mark: 0,
+        ..config()
+    };
+    let disk = Arc::new(Null::new(limits()));
+    let other = UblkDoor::start(&unmarked, &disk, Arc::default, no_end).unwrap();
+    let us = format!("process {}", std::process::id());
+    let error = ublk::survivor(door.id(), &limits()).unwrap_err();
+    assert!(matches!(error, UblkError::Alive { .. }), "{error}");
+    assert!(error.to_string().contains(&us), "{error}");
+    // Who has no mark cannot be found by it.
+    assert_eq!(ublk::marked(config().mark).unwrap(), Some(door.id()));
+    assert_eq!(ublk::marked(0).unwrap(), None);
+
+    let lab = Lab::new();
+    let dir = RuntimeDir::find(Some(lab.path("run"))).unwrap();
+    let claim = dir.claim("d").unwrap();
+    let noted = DeviceNote {
+        id: Some(door.id()),
+        disk_sequence: door.disk_sequence(),
+        mark: Some(config().mark),
+    };
+    claim.note_device(&noted).unwrap();
+    let error = remove_left_over_device(&claim).unwrap_err().to_string();
+    assert!(
+        error.contains("left alone") && error.contains(&us),
+        "{error}"
+    );
+    assert_eq!(claim.left_device(), Some(noted), "it was forgotten");
+    // The number alone, and be it the disk's as well, is not the device.
+    let noted = DeviceNote {
+        mark: Some(config().mark + 1),
+        ..noted
+    };
+    claim.note_device(&noted).unwrap();
+    remove_left_over_device(&claim).unwrap();
+    assert_eq!(claim.left_device(), None);
+    drop(claim);
+    let read = ["bs=4k", "count=1", "iflag=direct"];
+    for door in [door, other] {
+        dd(&door.block_path(), Path::new("/dev/null"), &read).unwrap();
+        door.stop().unwrap();
+    }
+    lab.is_clean();
 }
 
 #[test]

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use super::{Counted, Door, Doors, Storage};
 use crate::access::{self, Access};
 use crate::backend::{Backend, Fault, File, FileOptions, Memory, Null};
-use crate::config::{BackendSpec, DoorMode, ExportConfig, RecoveryMode, format_size};
+use crate::config::{BackendSpec, DoorMode, ExportConfig, format_size};
 use crate::counters::Registry;
 use crate::crash;
 use crate::door::ublk::{
@@ -60,7 +60,7 @@ pub(super) struct House<'a> {
 }
 
 /// What an export is made of.
-pub(super) type Opened = (Doors, Box<dyn Storage>, Arc<Access>);
+pub(super) type Opened = (Doors, Arc<dyn Storage>, Arc<Access>);
 
 impl House<'_> {
     pub(super) fn open_backend(&self) -> Result<Opened> {
@@ -111,27 +111,36 @@ impl House<'_> {
             let claimed = || Arc::new(Claimed(Arc::clone(&disk))) as Arc<dyn access::Storage>;
             access.allow_moves(claims_later(config).then(claimed));
         }
-        let mut doors = Doors {
-            vhost: self.open_vhost(&disk, &access)?,
-            ..Doors::default()
-        };
-        let survivor = self.survivor(&limits)?;
-        if survivor.is_none() {
-            // Even with --ublk no: a dead device of this name is in nobody's way but ours.
-            remove_left_over_device(self.claim)?;
-        }
-        let returns = survivor.is_some() && self.claim.was_upgraded();
-        doors.ublk = self.open_ublk(&disk, survivor, returns)?;
+        let vhost = self.open_vhost(&disk, &access)?;
+        // Clients that were too fast wait for what comes of this.
+        let mut doors = (self.open_block_door(&disk, &limits)).inspect_err(|_| access.close())?;
+        doors.vhost = vhost;
         if doors.ublk.is_none() && doors.vhost.is_none() {
             bail!("no door can be opened: there is no ublk here, and --vhost is no");
         }
-        // Clients that were too fast have waited for this.
+        let returns = doors.is_inherited && self.claim.was_upgraded();
         match doors.ublk.as_ref().map(|(door, _)| door.writes()) {
             Some(writes) if returns => access.open_for_return(writes),
             writes => access.open(writes),
         }
         doors.offer = self.offer(&doors);
-        Ok((doors, Box::new(disk), access))
+        Ok((doors, disk, access))
+    }
+
+    /// The block door, if it is to be opened: to the device that waits for a server of this name, or to
+    /// a new one.
+    fn open_block_door<B: Backend>(&self, disk: &Arc<B>, limits: &Limits) -> Result<Doors> {
+        let survivor = self.survivor(limits)?;
+        if survivor.is_none() {
+            // Even with --ublk no: a dead device of this name is in nobody's way but ours.
+            remove_left_over_device(self.claim)?;
+        }
+        let returns = survivor.is_some() && self.claim.was_upgraded();
+        Ok(Doors {
+            ublk: self.open_ublk(disk, survivor, returns)?,
+            is_inherited: survivor.is_some(),
+            ..Doors::default()
+        })
     }
 
     fn open_vhost<B: Backend>(
@@ -161,17 +170,25 @@ impl House<'_> {
         let Some(note) = self.claim.left_device() else {
             return Ok(None);
         };
-        if !may_open_ublk(self.config)? {
-            return Ok(None);
-        }
         let Some(id) = noted_device(&note)? else {
             return Ok(None);
         };
+        if !may_open_ublk(self.config)? {
+            if self.take_over && ublk::survivor(id, limits)? != Survivor::None {
+                bail!("the block door would be closed, and /dev/ublkb{id} waits for a server");
+            }
+            return Ok(None);
+        }
         let wanted = self.config.ublk_id.is_none_or(|wanted| wanted == id);
         match ublk::survivor(id, limits)? {
             Survivor::Waiting if wanted => Ok(Some(id)),
             Survivor::None => Ok(None),
-            _ if self.take_over => bail!(
+            Survivor::Waiting if self.take_over => {
+                bail!(
+                    "/dev/ublkb{id} waits for a server, not the number that was asked for: leave --ublk-id away"
+                )
+            }
+            Survivor::OtherDisk if self.take_over => bail!(
                 "/dev/ublkb{id} waits for a server, but of another disk: size, block size and \
                  attributes must be as before (ublkup doctor --clean removes the device)"
             ),
@@ -229,11 +246,22 @@ impl House<'_> {
             let (name, disk) = (&config.name, door.block_path());
             tracing::info!("{name}: goes on with {}", disk.display());
         }
-        self.note(&DeviceNote {
+        let noted = self.note(&DeviceNote {
             id: Some(door.id()),
             disk_sequence: door.disk_sequence(),
             mark: Some(mark),
-        })?;
+        });
+        if let Err(error) = noted {
+            // The old note still leads to it.
+            let ended = match survivor {
+                Some(_) => door.leave(),
+                None => door.stop().inspect(|()| self.claim.forget_ublk_id()),
+            };
+            if let Err(error) = ended {
+                tracing::error!("{}: {error}", config.name);
+            }
+            return Err(error);
+        }
         crash::point("id-noted");
         Ok(Some((door, registry)))
     }
@@ -287,20 +315,26 @@ fn vhost_socket(config: &ExportConfig, claim: &Claim) -> Option<PathBuf> {
 /// What shall become of the block device when this server dies.
 fn recovery(config: &ExportConfig) -> Recovery {
     match (config.recovery, &config.backend) {
-        (RecoveryMode::Auto, BackendSpec::File { .. }) => Recovery::IfPossible,
+        (asked_for, BackendSpec::File { .. }) => asked_for,
         // What was in memory has gone with the server; requests had better fail.
-        (RecoveryMode::Auto | RecoveryMode::Off, _) => Recovery::Off,
-        (RecoveryMode::Reissue, _) => Recovery::Reissue,
-        (RecoveryMode::FailIo, _) => Recovery::FailIo,
+        (Recovery::Auto, _) => Recovery::Off,
+        (asked_for, _) => asked_for,
     }
 }
 
 /// The device that is meant by a note, if it is there.
 fn noted_device(note: &DeviceNote) -> Result<Option<u32>, UblkError> {
-    match (note.id, note.disk_sequence) {
-        (Some(id), Some(sequence)) if ublk::disk_sequence(id) == Some(sequence) => Ok(Some(id)),
-        // Without its disk it has its mark.
-        _ => note.mark.map_or(Ok(None), ublk::marked),
+    match (note.mark, note.id, note.disk_sequence) {
+        (Some(mark), ..) => match ublk::marked(mark) {
+            // There are no devices: the machine was booted again.
+            Err(UblkError::Unavailable(Unavailable::NoDriver)) => Ok(None),
+            other => other,
+        },
+        // One that was made without a mark is known by its disk, until the machine boots again.
+        (None, Some(id), Some(sequence)) => {
+            Ok((ublk::disk_sequence(id) == Some(sequence)).then_some(id))
+        }
+        _ => Ok(None),
     }
 }
 
@@ -329,21 +363,9 @@ pub fn remove_left_over_device(claim: &Claim) -> Result<()> {
     let Some(note) = claim.left_device() else {
         return Ok(());
     };
-    let ours = match noted_device(&note) {
-        Err(UblkError::Unavailable(Unavailable::NoDriver)) => None,
-        other => other?,
-    };
-    // One that waits for its server is removed only if it was ours.
-    let removed = match ours.or(note.id) {
-        Some(id) => ublk::remove(id, ours.is_some()),
-        None => Ok(()),
-    };
-    match removed {
-        // Without the driver there are no devices: the machine was booted again.
-        Ok(()) | Err(UblkError::Unavailable(Unavailable::NoDriver)) => {}
-        // The number went to somebody else in the meantime.
-        Err(error @ UblkError::Alive { .. }) => tracing::debug!("{error}"),
-        Err(error) => return Err(error.into()),
+    // One with the same number that is not ours is none of our business.
+    if let Some(id) = noted_device(&note)? {
+        ublk::remove(id, true)?;
     }
     claim.forget_ublk_id();
     Ok(())

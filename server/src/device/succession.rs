@@ -45,8 +45,14 @@ pub(super) fn claim(dir: &RuntimeDir, config: &ExportConfig) -> Result<Claim> {
 }
 
 fn hung_up(error: &anyhow::Error) -> bool {
-    use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
-    let kinds = [ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof];
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
+    let kinds = [
+        BrokenPipe,
+        ConnectionRefused,
+        ConnectionReset,
+        NotFound,
+        UnexpectedEof,
+    ];
     (error.chain().last())
         .and_then(|cause| cause.downcast_ref::<io::Error>())
         .is_some_and(|cause| kinds.contains(&cause.kind()))
@@ -93,4 +99,31 @@ fn may_follow(old: &ExportStatus, config: &ExportConfig) -> Result<()> {
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_hangs_up_at_any_moment_of_a_conversation_is_about_to_die() {
+        for errno in [
+            libc::ENOENT,
+            libc::ECONNREFUSED,
+            libc::EPIPE,
+            libc::ECONNRESET,
+        ] {
+            let error = anyhow::Error::from(io::Error::from_raw_os_error(errno));
+            assert!(hung_up(&error.context("more of it")), "{errno}");
+        }
+        let error = io::Error::from(io::ErrorKind::UnexpectedEof);
+        assert!(hung_up(&error.into()));
+        // Who has something against it lives.
+        for alive in [
+            anyhow::anyhow!("it is being stopped"),
+            io::Error::from_raw_os_error(libc::EACCES).into(),
+        ] {
+            assert!(!hung_up(&alive), "{alive}");
+        }
+    }
 }

@@ -194,3 +194,34 @@ fn what_the_driver_cannot_register_is_copied() {
     let _ = (fs::remove_file(wanted), fs::remove_file(got));
     lab.is_clean();
 }
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_device_whose_data_lies_anywhere_is_not_gone_on_with_by_a_disk_that_minds() {
+    let lab = Lab::new();
+    // A loop device takes direct I/O of whole sectors only, in memory as on the disk.
+    let image = lab.image("disk.img", 16 * MIB);
+    let storage = run("losetup", &["--find", "--show", image.to_str().unwrap()]).unwrap();
+    let spec = |cache: &str| format!("file:{storage},cache={cache}");
+    let zero_copy = ["--ublk-data", "zero-copy"];
+    let (upper, disk) = serve(&lab, "upper", &spec("buffered"), &zero_copy);
+    upper.kill();
+    let named = format!("upper={}", spec("direct"));
+    for take_over in [&[][..], &["--take-over"]] {
+        let args = [&["--ublk", "yes", "--vhost", "no", &named], take_over].concat();
+        let why = ["at multiples of 4 bytes", "of 512", "cache=buffered"];
+        lab.serve_fails(&args, 1, &why);
+    }
+    // It waits for one that does not.
+    let (upper, again) = serve(&lab, "upper", &spec("buffered"), &[]);
+    assert_eq!(again, disk);
+    dd(
+        Path::new("/dev/zero"),
+        &disk,
+        &["bs=4k", "count=4", "oflag=direct"],
+    )
+    .unwrap();
+    upper.stop();
+    run("losetup", &["-d", &storage]).unwrap();
+    lab.is_clean();
+}

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -255,6 +256,119 @@ fn a_server_does_not_leave_to_one_that_could_not_go_on() {
         .serve_fails(&["--take-over", "m=null:1M"], 1, &["goes with its server"]);
     memory.stop();
     disk.lab.is_clean();
+}
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_server_that_cannot_serve_leaves_all_that_is_noted() {
+    let disk = Disk::new();
+    let server = disk.serve(&["--reconnect-grace", "3600"]);
+    let held = direct(&disk.device());
+    let mut driver = disk.come(&held);
+    assert_eq!(driver.write(0, &[b'a'; BLOCK]), OK);
+    server.kill();
+    drop(driver);
+    let spec = format!("d=file:{}", disk.image.display());
+    let other = format!("other=file:{}", disk.image.display());
+    let other = disk.lab.serve(&["--ublk", "no", &other]);
+    let serve = ["--ublk", "yes", &spec];
+    disk.lab.serve_fails(&serve, 1, &["in use"]);
+    other.stop();
+    for (options, why) in [
+        (["--ublk-id", "77"], "leave --ublk-id away"),
+        (["--ublk", "no"], "the block door would be closed"),
+    ] {
+        let take_over = [&["--take-over", spec.as_str()][..], &options].concat();
+        disk.lab.serve_fails(&take_over, 1, &["recover d", why]);
+    }
+    // Neither that a client has the disk nor how it is served was forgotten.
+    let server = disk.lab.recover(&["d"]);
+    assert_eq!(disk.access(), "waiting");
+    assert_eq!(errno(write_block(&held, 0, b'x')), Some(libc::EBADE));
+    let mut driver = disk.come(&held);
+    assert_eq!(driver.read(0, BLOCK), (OK, vec![b'a'; BLOCK]));
+    leave(driver);
+    eventually("the client leaves", || disk.access() == "block");
+    drop(held);
+    server.stop();
+    disk.lab.is_clean();
+}
+
+/// A server that takes over from another, and fails when it has done so.
+fn fails_late(disk: &Disk, server: Server, why: &[&str]) {
+    let spec = format!("d=file:{}", disk.image.display());
+    let args = ["--take-over", "--ublk", "yes", &spec];
+    disk.lab.serve_fails(&args, 1, why);
+    assert_eq!(server.wait(), Some(0));
+}
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn whatever_a_server_fails_at_that_took_over_the_device_waits() {
+    let disk = Disk::new();
+    // A runtime directory that can be full.
+    let run_dir = disk.lab.path("run");
+    fs::create_dir(&run_dir).unwrap();
+    let mount = ["-t", "tmpfs", "-o", "size=256k", "none"];
+    run(
+        "mount",
+        &[&mount[..], &[run_dir.to_str().unwrap()]].concat(),
+    )
+    .unwrap();
+    let server = disk.serve(&[]);
+    let (device, writer) = (disk.device(), Writer::new(&disk.device()));
+    let disk_sequence = sequence(&device);
+
+    // The device cannot be noted.
+    let full = run_dir.join("full");
+    fs::write(&full, vec![1u8; 1 << 20]).unwrap_err();
+    fails_late(&disk, server, &["No space", "recover d"]);
+    fs::remove_file(&full).unwrap();
+    let server = disk.lab.recover(&["d"]);
+    writer.goes_on();
+
+    // What is served cannot.
+    let served = run_dir.join("exports/d/served");
+    fs::remove_file(&served).unwrap();
+    fs::create_dir(&served).unwrap();
+    fails_late(&disk, server, &["cannot write to", "recover d"]);
+    fs::remove_dir(&served).unwrap();
+    let server = disk.serve(&[]);
+    writer.goes_on();
+
+    // Nor where it is served.
+    let output = Command::new(env!("CARGO_BIN_EXE_ublkup"))
+        .args(["serve", "--take-over", "--ublk", "yes"])
+        .arg(format!("d=file:{}", disk.image.display()))
+        .env("UBLKUP_RUNTIME_DIR", &run_dir)
+        .stdout(File::options().write(true).open("/dev/full").unwrap())
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("standard output"), "{said}");
+    assert_eq!((output.status.code(), server.wait()), (Some(1), Some(0)));
+    let server = disk.lab.recover(&["d"]);
+    writer.goes_on();
+
+    // Nor the other exports of the same server.
+    let two = [
+        "--take-over",
+        "--ublk",
+        "yes",
+        &format!("d=file:{}", disk.image.display()),
+        "e=file:/nowhere",
+    ];
+    disk.lab.serve_fails(&two, 1, &["e: ", "/nowhere"]);
+    assert_eq!(server.wait(), Some(0));
+    let server = disk.lab.recover(&["d"]);
+
+    writer.end();
+    assert_eq!(disk.device(), device);
+    assert_eq!(sequence(&device), disk_sequence);
+    server.stop();
+    disk.lab.is_clean();
+    run("umount", &[run_dir.to_str().unwrap()]).unwrap();
 }
 
 #[test]

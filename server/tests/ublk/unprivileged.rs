@@ -5,6 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use ublkup::door::ublk;
 use upgrade_proto::{Answer, Lookup, connect};
 
 use super::common::{Driver, OK, eventually};
@@ -140,6 +141,11 @@ fn a_user_serves_a_disk_that_is_theirs_alone() {
         (meta.uid(), meta.gid(), meta.mode() & 0o777)
     };
     assert_eq!(owner(Path::new(&char_device)), (NOBODY, NOBODY, 0o600));
+    // A mark is no secret: root does not take a user's device for its own by it.
+    let note = fs::read_to_string(user.lab.path("run/exports/d/ublk-id")).unwrap();
+    let mark: u64 = note.split_whitespace().nth(2).unwrap().parse().unwrap();
+    assert_eq!(ublk::marked(mark).unwrap(), None);
+    assert!(as_nobody(|| ublk::marked(mark)).unwrap().is_some());
     eventually("the disk is theirs", || {
         owner(&device) == (NOBODY, NOBODY, 0o600)
     });

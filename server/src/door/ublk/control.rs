@@ -230,6 +230,12 @@ impl Control {
         self.exchange(GET_PARAMS, Some(id), params)
     }
 
+    /// At multiples of how many bytes the data of a device's requests lies in memory.
+    pub(super) fn data_alignment(&self, id: u32) -> Result<u32, UblkError> {
+        let answer = self.exchange(GET_PARAMS, Some(id), Params::room())?;
+        Ok(answer.alignment_bytes())
+    }
+
     /// Begins to take over a device whose server has died. EBUSY while the driver still cleans up
     /// behind that.
     pub(super) fn start_recovery(&self, id: u32) -> Result<(), UblkError> {

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use libublk::sys;
 
+use super::choice;
 use super::control::{Control, NewDevice};
 use super::error::UblkError;
 use super::features::{Features, features_of};
@@ -26,7 +27,7 @@ use super::memory::page_bytes;
 use super::owner;
 use super::params::{Params, buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
-use super::{DataPath, Facts, Recovery, UblkConfig};
+use super::{DataPath, Facts, UblkConfig};
 use crate::backend::{Backend, RingBuffers};
 use crate::counters::Counters;
 use crate::crash;
@@ -109,28 +110,12 @@ impl Device {
         let control = Control::open()?;
         let features = features_of(&control)?;
         let ring_buffers = backend.ring_buffers();
-        let ordinary_user = !owner::is_administrator()?;
-        let data = match ordinary_user {
-            true => only_copied(config.data)?,
-            false => data_path(config.data, ring_buffers, features)?,
-        };
-        let no_scan = sys::UBLK_F_NO_AUTO_PART_SCAN;
-        if !config.scan_partitions && !features.has(no_scan) {
-            return Err(UblkError::Config(
-                "this kernel's driver always looks for partitions (UBLK_F_NO_AUTO_PART_SCAN, Linux \
-                 7.0); leave --no-partition-scan away"
-                    .into(),
-            ));
-        }
+        let chosen = choice::of(config, ring_buffers, features, owner::is_administrator()?)?;
         let alignment_bytes = match ring_buffers {
-            RingBuffers::Better { alignment_bytes } if data == DataPath::ZeroCopy => {
+            RingBuffers::Better { alignment_bytes } if chosen.data == DataPath::ZeroCopy => {
                 Some(alignment_bytes)
             }
             _ => None,
-        };
-        let recovery = match ordinary_user {
-            true => no_recovery(config.recovery)?,
-            false => recovery_flags(config.recovery, features)?,
         };
         let info = match config.take_over {
             Some(id) => leftover::take_over(&control, id)?,
@@ -140,17 +125,7 @@ impl Device {
                 depth: config.depth,
                 buffer_bytes: buffer_bytes(limits, page),
                 mark: config.mark,
-                flags: [
-                    (true, recovery),
-                    (data == DataPath::ZeroCopy, sys::UBLK_F_AUTO_BUF_REG),
-                    // Also for what the driver cannot register. It is older than that.
-                    (data != DataPath::Copy, sys::UBLK_F_USER_COPY),
-                    (!config.scan_partitions, no_scan),
-                    (ordinary_user, sys::UBLK_F_UNPRIVILEGED_DEV),
-                ]
-                .into_iter()
-                .filter_map(|(wanted, bits)| wanted.then_some(bits))
-                .sum(),
+                flags: chosen.flags,
             })?,
         };
         let (sender, events) = channel();
@@ -168,17 +143,13 @@ impl Device {
             facts: Facts {
                 queues: info.nr_hw_queues,
                 depth: info.queue_depth,
-                data: data_path_of(&info),
+                data: choice::data_path_of(&info),
                 features: Features(info.flags),
                 affinity: None,
             },
         };
-        if device.facts.data == DataPath::ZeroCopy && ring_buffers == RingBuffers::No {
-            return Err(UblkError::Config(
-                "the device was made for data without a copy, which this disk cannot do; remove it \
-                 with ublkup doctor --clean"
-                    .into(),
-            ));
+        if device.others && device.facts.data == DataPath::ZeroCopy {
+            device.check_ring_buffers(ring_buffers)?;
         }
         crash::point("device-added");
         // First of all: the device of an ordinary user belongs to root until udev has seen it, and
@@ -211,6 +182,28 @@ impl Device {
 
     pub(super) fn facts(&self) -> &Facts {
         &self.facts
+    }
+
+    /// Whether a disk can do with the data as the device, which another server made, hands it over.
+    fn check_ring_buffers(&self, disk: RingBuffers) -> Result<(), UblkError> {
+        let why = match disk {
+            RingBuffers::Possible => return Ok(()),
+            RingBuffers::No => "which this disk cannot do".to_owned(),
+            RingBuffers::Better { alignment_bytes } => {
+                let has = self.control.data_alignment(self.id)?;
+                if has >= alignment_bytes {
+                    return Ok(());
+                }
+                format!(
+                    "at multiples of {has} bytes, and this disk wants multiples of {alignment_bytes}, \
+                     as it does not with cache=buffered"
+                )
+            }
+        };
+        Err(UblkError::Config(format!(
+            "ublk{} was made for data without a copy, {why}; ublkup doctor --clean removes it",
+            self.id
+        )))
     }
 
     /// The processors whose requests go to each queue.
@@ -490,96 +483,6 @@ impl Drop for Device {
         if let Err(error) = self.take_down() {
             tracing::error!("{error}");
         }
-    }
-}
-
-/// The flags of a new device that decide what becomes of it when its server dies.
-fn recovery_flags(wanted: Recovery, features: Features) -> Result<u32, UblkError> {
-    let missing = |name: &str, linux: &str| {
-        Err(UblkError::Config(format!(
-            "this kernel's driver cannot keep a device for its next server as asked ({name}, Linux \
-             {linux}); leave --ublk-recovery away"
-        )))
-    };
-    let reissue = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE;
-    let fail = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_FAIL_IO;
-    let flags = match wanted {
-        Recovery::Off => return Ok(0),
-        Recovery::IfPossible if !features.has(reissue) => return Ok(0),
-        Recovery::Reissue if !features.has(reissue) => {
-            return missing("UBLK_F_USER_RECOVERY_REISSUE", "6.1");
-        }
-        Recovery::FailIo if !features.has(fail) => {
-            return missing("UBLK_F_USER_RECOVERY_FAIL_IO", "6.12");
-        }
-        Recovery::IfPossible | Recovery::Reissue => reissue,
-        Recovery::FailIo => fail,
-    };
-    let quiesce = sys::UBLK_F_QUIESCE;
-    Ok(if features.has(quiesce) {
-        flags | quiesce
-    } else {
-        flags
-    })
-}
-
-/// How data shall get to the backend of a new device and back.
-fn data_path(
-    wanted: DataPath,
-    backend: RingBuffers,
-    features: Features,
-) -> Result<DataPath, UblkError> {
-    let driver = features.has(sys::UBLK_F_AUTO_BUF_REG);
-    match wanted {
-        DataPath::Auto if driver && matches!(backend, RingBuffers::Better { .. }) => {
-            Ok(DataPath::ZeroCopy)
-        }
-        DataPath::Auto | DataPath::Copy => Ok(DataPath::Copy),
-        DataPath::UserCopy if !features.has(sys::UBLK_F_USER_COPY) => Err(UblkError::Config(
-            "this kernel's driver does not let servers copy (UBLK_F_USER_COPY, Linux 6.5)".into(),
-        )),
-        DataPath::UserCopy => Ok(DataPath::UserCopy),
-        DataPath::ZeroCopy if !driver => Err(UblkError::Config(
-            "this kernel's driver cannot do without a copy (UBLK_F_AUTO_BUF_REG, Linux 6.16)"
-                .into(),
-        )),
-        DataPath::ZeroCopy if backend == RingBuffers::No => Err(UblkError::Config(
-            "a disk in memory cannot do without a copy; leave --ublk-data away".into(),
-        )),
-        DataPath::ZeroCopy => Ok(DataPath::ZeroCopy),
-    }
-}
-
-/// How data gets to the backend of an ordinary user's device: as the driver trusts nobody else.
-fn only_copied(wanted: DataPath) -> Result<DataPath, UblkError> {
-    match wanted {
-        DataPath::Auto | DataPath::Copy => Ok(DataPath::Copy),
-        DataPath::UserCopy | DataPath::ZeroCopy => Err(UblkError::Config(
-            "the driver copies the data of an ordinary user's device; leave --ublk-data away"
-                .into(),
-        )),
-    }
-}
-
-/// The driver does not keep an ordinary user's device for its next server.
-fn no_recovery(wanted: Recovery) -> Result<u32, UblkError> {
-    match wanted {
-        Recovery::Off | Recovery::IfPossible => Ok(0),
-        Recovery::Reissue | Recovery::FailIo => Err(UblkError::Config(
-            "an ordinary user's device goes with its server; leave --ublk-recovery away".into(),
-        )),
-    }
-}
-
-/// How data gets to the backend of a device and back.
-fn data_path_of(info: &sys::ublksrv_ctrl_dev_info) -> DataPath {
-    let features = Features(info.flags);
-    if features.has(sys::UBLK_F_AUTO_BUF_REG) {
-        DataPath::ZeroCopy
-    } else if features.has(sys::UBLK_F_USER_COPY) {
-        DataPath::UserCopy
-    } else {
-        DataPath::Copy
     }
 }
 

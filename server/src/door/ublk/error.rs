@@ -38,7 +38,7 @@ pub enum UblkError {
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
     /// Disk or configuration ask for what the driver cannot do.
-    #[error("cannot make a ublk device: {0}")]
+    #[error("the block door cannot do that: {0}")]
     Config(String),
     /// Another device has the id.
     #[error(
@@ -119,8 +119,8 @@ pub enum UblkError {
         /// How long we waited.
         limit: Duration,
     },
-    /// The device to be removed is not dead.
-    #[error("ublk{id} is not removed: {why}")]
+    /// The device to be removed, or to be gone on with, is not dead.
+    #[error("ublk{id} is left alone: {why}")]
     Alive {
         /// The device.
         id: u32,

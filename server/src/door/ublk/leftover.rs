@@ -52,7 +52,7 @@ pub fn leftovers() -> Result<Vec<Leftover>, UblkError> {
 /// What became of a device whose server is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Survivor {
-    /// It is not there, or it is dead.
+    /// It is not there, or it is dead: nobody will miss it.
     None,
     /// It waits for a server, and would look to its users as the disk does that there is now.
     Waiting,
@@ -65,12 +65,19 @@ pub enum Survivor {
 ///
 /// # Errors
 ///
-/// What the driver answered.
+/// [`UblkError::Alive`] when it still has one after some seconds; otherwise what the driver answered.
 pub fn survivor(id: u32, limits: &Limits) -> Result<Survivor, UblkError> {
     let control = Control::open()?;
     let Some(info) = settled(&control, id)? else {
         return Ok(Survivor::None);
     };
+    if u32::from(info.state) == sys::UBLK_S_DEV_LIVE {
+        let why = match info.ublksrv_pid {
+            pid if pid > 0 => format!("process {pid} still serves it; stop that first"),
+            _ => "its server has not ended, or is out of sight; try again when it has".to_owned(),
+        };
+        return Err(UblkError::Alive { id, why });
+    }
     if !is_waiting(&info) {
         return Ok(Survivor::None);
     }
@@ -81,16 +88,20 @@ pub fn survivor(id: u32, limits: &Limits) -> Result<Survivor, UblkError> {
     })
 }
 
-/// The device that was made with this mark ([`super::UblkConfig::mark`]), if there is one.
+/// The device that was made with this mark ([`super::UblkConfig::mark`]), if there is one. A mark of
+/// zero is none.
 ///
 /// # Errors
 ///
 /// When there is no ublk, or not for us.
 pub fn marked(mark: u64) -> Result<Option<u32>, UblkError> {
     let control = Control::open()?;
+    if mark == 0 {
+        return Ok(None);
+    }
     for id in known_ids().map_err(Unavailable::Other)? {
         match control.info(id) {
-            Ok(info) if info.ublksrv_flags == mark => return Ok(Some(id)),
+            Ok(info) if info.ublksrv_flags == mark && may_be_ours(&info) => return Ok(Some(id)),
             // As in `leftovers`.
             Ok(_) | Err(UblkError::Command { .. }) => {}
             Err(error) => return Err(error),
@@ -215,6 +226,12 @@ pub fn remove(id: u32, even_if_waiting: bool) -> Result<(), UblkError> {
     }
 }
 
+/// Whether we may have made a device. Anybody may give theirs a mark that they have read somewhere.
+fn may_be_ours(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    let ordinary_users = info.flags & u64::from(sys::UBLK_F_UNPRIVILEGED_DEV) != 0;
+    !ordinary_users || info.owner_uid == rustix::process::geteuid().as_raw()
+}
+
 fn is_dead(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::from(info.state) == sys::UBLK_S_DEV_DEAD && info.ublksrv_pid <= 0
 }
@@ -263,6 +280,19 @@ mod tests {
         ] {
             assert!(!is_dead(&info(state, -1)), "{state}");
         }
+    }
+
+    #[test]
+    fn what_another_user_made_is_not_ours() {
+        let us = rustix::process::geteuid().as_raw();
+        let info = |flags: u32, owner_uid| sys::ublksrv_ctrl_dev_info {
+            flags: flags.into(),
+            owner_uid,
+            ..Default::default()
+        };
+        assert!(may_be_ours(&info(0, us + 1)), "an administrator's");
+        assert!(may_be_ours(&info(sys::UBLK_F_UNPRIVILEGED_DEV, us)));
+        assert!(!may_be_ours(&info(sys::UBLK_F_UNPRIVILEGED_DEV, us + 1)));
     }
 
     #[test]

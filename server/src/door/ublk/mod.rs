@@ -8,6 +8,7 @@
 //! | file            | tells                                            |
 //! |-----------------|--------------------------------------------------|
 //! | `device.rs`     | the life of a device                             |
+//! | `choice.rs`     | what a new device gets of what the driver offers |
 //! | `queue.rs`      | commands to requests, outcomes to commits        |
 //! | `fence.rs`      | writes, off while a vhost client has the disk    |
 //! | `memory.rs`     | descriptors and data buffers                     |
@@ -20,6 +21,7 @@
 //!
 //! The server never opens its own `/dev/ublkbN`: the last close of it can wait for the server.
 
+mod choice;
 mod control;
 mod device;
 mod error;
@@ -111,17 +113,30 @@ pub enum DataPath {
 }
 
 /// What becomes of a device when its server dies, or leaves it to another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
 pub enum Recovery {
-    /// It dies as well.
-    Off,
-    /// As [`Reissue`](Self::Reissue) if the driver can, else it dies as well.
-    IfPossible,
-    /// Requests wait for the next server; those that the last one had not answered are done again
-    /// (`UBLK_F_USER_RECOVERY_REISSUE`, Linux 6.1).
+    /// It waits for the next server if the disk outlives this one (a file) and the driver can.
+    #[default]
+    Auto,
+    /// It waits, and requests without an answer are done again (`UBLK_F_USER_RECOVERY_REISSUE`,
+    /// Linux 6.1).
     Reissue,
-    /// Requests fail until there is a server again (`UBLK_F_USER_RECOVERY_FAIL_IO`, Linux 6.12).
+    /// It stays, and requests fail until there is a server again (`UBLK_F_USER_RECOVERY_FAIL_IO`,
+    /// Linux 6.12).
     FailIo,
+    /// It goes.
+    Off,
 }
 
 /// What a device turned out to be.
@@ -260,6 +275,13 @@ impl UblkDoor {
     ///
     /// When the driver cannot (Linux 6.16 can).
     pub fn resize(&self, capacity_bytes: u64) -> Result<(), UblkError> {
+        // While it is open nobody else's device has the number.
+        let Some(_open) = self.char_device() else {
+            return Err(UblkError::Config(format!(
+                "ublk{} has just been removed",
+                self.id
+            )));
+        };
         let control = Control::open()?;
         if !features_of(&control)?.has(sys::UBLK_F_UPDATE_SIZE) {
             return Err(UblkError::Config(

@@ -134,10 +134,27 @@ impl Params {
             params.types |= sys::UBLK_PARAM_TYPE_DMA_ALIGN;
             // The driver wants a mask, and four bytes at least.
             params.dma.alignment = bytes.max(4) - 1;
-            // A struct of some hundred bytes.
-            params.len = u32::try_from(size_of::<Self>()).unwrap_or(u32::MAX);
+            params.len = Self::room().len;
         }
         params
+    }
+
+    /// Room for the driver's answer.
+    pub(super) fn room() -> Self {
+        Self {
+            // A struct of some hundred bytes.
+            len: u32::try_from(size_of::<Self>()).unwrap_or(u32::MAX),
+            ..Self::default()
+        }
+    }
+
+    /// At multiples of how many bytes the data of requests lies in memory.
+    pub(super) fn alignment_bytes(&self) -> u32 {
+        match self.types & sys::UBLK_PARAM_TYPE_DMA_ALIGN {
+            // What the driver does by itself.
+            0 => 4,
+            _ => self.dma.alignment.saturating_add(1),
+        }
     }
 }
 
@@ -186,6 +203,23 @@ mod tests {
 
     fn of(limits: &Limits) -> sys::ublk_params {
         params(limits, buffer_bytes(limits, PAGE), PAGE).unwrap()
+    }
+
+    #[test]
+    fn data_lies_as_was_asked_or_as_the_driver_has_it() {
+        let known = of(&small_disk(1 << 30));
+        for (asked, has) in [
+            (None, 4),
+            (Some(1), 4),
+            (Some(512), 512),
+            (Some(4096), 4096),
+        ] {
+            assert_eq!(
+                Params::new(known, asked).alignment_bytes(),
+                has,
+                "{asked:?}"
+            );
+        }
     }
 
     #[test]
