@@ -425,6 +425,19 @@ pub struct Driver {
 impl Driver {
     /// Negotiates and shares memory; starts nothing.
     pub fn connect(stream: UnixStream, features: u64) -> Self {
+        Self::with_memory(stream, features, Memory::new())
+    }
+
+    /// Hangs up and comes again by another connection, with its memory as it is. Its vrings have to be
+    /// started anew.
+    pub fn reconnect(self, stream: UnixStream) -> Self {
+        drop(self.frontend);
+        let mut driver = Self::with_memory(stream, self.features, self.memory);
+        driver.vrings = self.vrings;
+        driver
+    }
+
+    fn with_memory(stream: UnixStream, features: u64, memory: Memory) -> Self {
         let mut frontend = Frontend::from_stream(stream, 0x8000);
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
@@ -434,7 +447,6 @@ impl Driver {
         assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_features(features).unwrap();
-        let memory = Memory::new();
         frontend.set_mem_table(&[memory.region()]).unwrap();
         Self {
             frontend,

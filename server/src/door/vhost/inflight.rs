@@ -4,6 +4,10 @@
 //! A server that comes after one that died finds in it which chains were taken and not returned,
 //! and in which order, and takes them again. The client could write to it; everything is checked.
 //!
+//! A server may die between any two stores, and what it stored is there for the next one in the order
+//! in which it was stored. Hence `Release` for all that has a place in the order: a compiler must not
+//! move it before what comes first. (Nobody else looks while the server lives.)
+//!
 //! ```text
 //! queue i, at i * stride:   features u64, version u16, desc_num u16, last_batch_head u16, used_idx u16
 //! then per descriptor:      inflight u8, padding [u8; 5], next u16, counter u64
@@ -20,6 +24,7 @@ use vhost::vhost_user::message::VhostUserInflight;
 use super::MAX_VRINGS;
 use super::memory::{MemoryMap, Region, RegionAddress};
 use super::virtqueue::MAX_QUEUE_SIZE;
+use crate::crash;
 
 const HEADER_BYTES: u64 = 16;
 const ENTRY_BYTES: u64 = 16;
@@ -204,10 +209,12 @@ impl InflightQueue {
             if head >= self.size {
                 return Err(BadRecord);
             }
-            self.flag(head).store(0, Ordering::Relaxed);
+            self.flag(head).store(0, Ordering::Release);
+            crash::request_point("repair-begun");
             head = self.next(head).load(Ordering::Relaxed);
         }
         self.word(USED_AT).store(used, Ordering::Release);
+        crash::request_point("repair-done");
         let mut taken: Vec<(u64, u16)> = (0..self.size)
             .filter(taken)
             .map(|head| (self.number(head).load(Ordering::Relaxed), head))
@@ -223,24 +230,31 @@ impl InflightQueue {
     pub(super) fn take(&mut self, head: u16) {
         self.number(head).store(self.counter, Ordering::Relaxed);
         self.counter = self.counter.wrapping_add(1);
+        crash::request_point("chain-numbered");
         self.flag(head).store(1, Ordering::Release);
+        crash::request_point("chain-on-record");
     }
 
     /// A chain is being returned; the driver does not see it yet.
     pub(super) fn put_back(&mut self, head: u16) {
         let last = self.word(LAST_BATCH_AT).load(Ordering::Relaxed);
         self.next(head).store(last, Ordering::Relaxed);
+        crash::request_point("answer-linked");
         self.word(LAST_BATCH_AT).store(head, Ordering::Release);
         self.batch.push(head);
+        crash::request_point("answer-in-batch");
     }
 
     /// The driver sees what was returned: the ring's used index is `used`.
     pub(super) fn shown(&mut self, used: u16) {
         for &head in &self.batch {
-            self.flag(head).store(0, Ordering::Relaxed);
+            // Not before the driver's index: it would be lost if the server died in between.
+            self.flag(head).store(0, Ordering::Release);
+            crash::request_point("answer-off-record");
         }
         self.batch.clear();
         self.word(USED_AT).store(used, Ordering::Release);
+        crash::request_point("batch-noted");
     }
 
     /// Whether the client took the memory away.

@@ -4,10 +4,15 @@
 //! everything in shared memory is read once, with volatile or atomic loads, and checked before it
 //! is used.
 
+mod chain;
+
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::inflight::InflightQueue;
 use super::memory::{HeldMap, MemoryMap, Purpose};
+use crate::crash;
+use chain::descriptor_at;
+pub(super) use chain::{Chain, Descriptor};
 
 /// Largest queue (virtio 1.3, 2.7).
 pub(super) const MAX_QUEUE_SIZE: u32 = 32768;
@@ -25,7 +30,6 @@ const LOOK_AHEAD: u16 = 32;
 
 const DESCRIPTOR_BYTES: u64 = 16;
 const FLAG_NEXT: u16 = 1;
-const FLAG_WRITE: u16 = 2;
 const FLAG_INDIRECT: u16 = 4;
 const USED_NO_NOTIFY: u16 = 1;
 const AVAIL_NO_INTERRUPT: u16 = 1;
@@ -59,34 +63,6 @@ pub(super) enum RingError {
     Head,
     #[error("the record of requests under way contradicts it")]
     Inflight,
-}
-
-/// Why a chain cannot be followed to its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ChainError {
-    /// A loop, or more descriptors than there are.
-    TooLong,
-    /// A next index outside the table.
-    Next,
-    /// An indirect table that is nested, not offered, continued, empty, absurdly long or not a
-    /// whole number of descriptors, or that does not lie in the client's memory.
-    Indirect,
-}
-
-/// One buffer of a chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Descriptor {
-    pub address: u64,
-    pub len_bytes: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl Descriptor {
-    /// Whether the device may write to it (it must not read it then).
-    pub(super) fn is_writable(self) -> bool {
-        self.flags & FLAG_WRITE != 0
-    }
 }
 
 /// Ring memory as it is mapped here.
@@ -279,6 +255,12 @@ impl Virtqueue {
             .is_some_and(InflightQueue::is_poisoned)
     }
 
+    /// Whether another server has served the ring, perhaps. What that one returned the driver may not have
+    /// been notified of.
+    pub(super) fn has_past(&self) -> bool {
+        self.inflight.is_some() || self.published_used != 0
+    }
+
     /// Whether chains are to be done again that were taken before this queue began: they are not
     /// on the ring any more, so a stop must not leave them.
     pub(super) fn has_old_chains(&self) -> bool {
@@ -293,15 +275,7 @@ impl Virtqueue {
     /// The descriptors of a chain.
     #[inline]
     pub(super) fn chain<'a>(&'a self, head: u16, map: &'a HeldMap) -> Chain<'a> {
-        Chain {
-            queue: self,
-            map,
-            table: Table::Here(self.memory.descriptors),
-            count: u32::from(self.options.size),
-            is_indirect: false,
-            next: Some(head),
-            left: u32::from(self.options.size),
-        }
+        Chain::new(self, head, map)
     }
 
     /// The descriptors of a chain that has three of them, in the ring or in one indirect table. `None`
@@ -368,6 +342,9 @@ impl Virtqueue {
             entry.write_volatile(u32::from(head).to_le());
             entry.wrapping_add(1).write_volatile(written_bytes.to_le());
         }
+        if self.inflight.is_some() {
+            crash::request_point("answer-written");
+        }
         self.next_used = self.next_used.wrapping_add(1);
         if self.next_used.wrapping_sub(self.shown_used) >= SHOW_EVERY {
             self.show();
@@ -386,6 +363,7 @@ impl Virtqueue {
         self.used_word(1)
             .store(self.next_used.to_le(), Ordering::Release);
         if let Some(inflight) = &mut self.inflight {
+            crash::request_point("answers-shown");
             inflight.shown(self.next_used);
         }
     }
@@ -507,136 +485,6 @@ fn translate(size: u16, addresses: RingAddresses, map: &MemoryMap) -> Result<Poi
 /// Bytes of the used ring of a queue.
 pub(super) fn used_ring_bytes(size: u16) -> u64 {
     6 + 8 * u64::from(size)
-}
-
-/// Where a chain's descriptors are.
-#[derive(Clone, Copy)]
-enum Table {
-    /// The ring's own, or an indirect one that lies in one memory region, in words.
-    Here(*const u8),
-    /// An indirect one that lies anyhow: it has no alignment, and memory may be split anywhere.
-    Split { guest: u64 },
-}
-
-/// Walks the descriptors of one chain; ends after the first error.
-pub(super) struct Chain<'a> {
-    queue: &'a Virtqueue,
-    map: &'a HeldMap,
-    table: Table,
-    /// Descriptors in the table.
-    count: u32,
-    is_indirect: bool,
-    next: Option<u16>,
-    /// Descriptors the table can still have without a loop.
-    left: u32,
-}
-
-impl Chain<'_> {
-    #[inline]
-    fn read(&self, index: u16) -> Result<Descriptor, ChainError> {
-        if u32::from(index) >= self.count {
-            return Err(ChainError::Next);
-        }
-        match self.table {
-            Table::Here(table) => {
-                // SAFETY: `translate` (for the ring's own) or `enter` checked that the whole table is
-                // mapped and aligned; the owner of the queue keeps the map.
-                Ok(unsafe { descriptor_at(table, index) })
-            }
-            Table::Split { guest } => self.read_split(guest, index),
-        }
-    }
-
-    #[cold]
-    fn read_split(&self, guest: u64, index: u16) -> Result<Descriptor, ChainError> {
-        let offset = DESCRIPTOR_BYTES * u64::from(index);
-        let mut bytes = [0u8; 16];
-        let mut filled = 0;
-        let copied = self.map.pieces(guest + offset, 16, |at, len| {
-            // SAFETY: `pieces` names mapped bytes, at most the 16 it was asked for, and `map` is
-            // borrowed meanwhile. The driver may change them under the copy; what was copied is
-            // checked afterwards.
-            unsafe { at.copy_to_nonoverlapping(bytes.as_mut_ptr().add(filled), len) };
-            filled += len;
-            Some(())
-        });
-        copied.ok_or(ChainError::Indirect)?;
-        let word = |from: usize| {
-            let mut word = [0; 8];
-            word.copy_from_slice(&bytes[from..from + 8]);
-            u64::from_ne_bytes(word)
-        };
-        Ok(parse([word(0), word(8)]))
-    }
-
-    #[inline]
-    fn step(&mut self, mut index: u16) -> Result<Descriptor, ChainError> {
-        loop {
-            self.left = self.left.checked_sub(1).ok_or(ChainError::TooLong)?;
-            let descriptor = self.read(index)?;
-            if descriptor.flags & FLAG_INDIRECT == 0 {
-                if descriptor.flags & FLAG_NEXT != 0 {
-                    self.next = Some(descriptor.next);
-                }
-                return Ok(descriptor);
-            }
-            self.enter(descriptor)?;
-            index = 0;
-        }
-    }
-
-    /// Goes on in an indirect table.
-    fn enter(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
-        let count = match self.queue.indirect(descriptor) {
-            Some(count) if !self.is_indirect => count,
-            _ => return Err(ChainError::Indirect),
-        };
-        let guest = descriptor.address;
-        let len_bytes = u64::from(descriptor.len_bytes);
-        self.table = match self.map.guest(Purpose::Control, guest, len_bytes) {
-            Some(at) if at.cast::<u64>().is_aligned() => Table::Here(at.as_ptr()),
-            _ => Table::Split { guest },
-        };
-        self.is_indirect = true;
-        self.count = count;
-        self.left = count;
-        Ok(())
-    }
-}
-
-impl Iterator for Chain<'_> {
-    type Item = Result<Descriptor, ChainError>;
-
-    #[inline]
-    fn next(&mut self) -> Option<Self::Item> {
-        let index = self.next.take()?;
-        Some(self.step(index))
-    }
-}
-
-/// Reads a descriptor.
-///
-/// # Safety
-///
-/// `table` is mapped as far as `index`, and aligned to words.
-#[inline]
-unsafe fn descriptor_at(table: *const u8, index: u16) -> Descriptor {
-    let at = table.wrapping_add(usize::from(index) * 16).cast::<u64>();
-    // SAFETY: as the caller promised. The driver may change it at any time: it is read once.
-    parse(unsafe { [at.read_volatile(), at.wrapping_add(1).read_volatile()] })
-}
-
-#[inline]
-fn parse([address, rest]: [u64; 2]) -> Descriptor {
-    let rest = u64::from_le(rest);
-    // The fields are 32, 16 and 16 bits of one little-endian word.
-    #[expect(clippy::cast_possible_truncation)]
-    Descriptor {
-        address: u64::from_le(address),
-        len_bytes: rest as u32,
-        flags: (rest >> 32) as u16,
-        next: (rest >> 48) as u16,
-    }
 }
 
 #[cfg(test)]

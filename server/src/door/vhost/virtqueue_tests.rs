@@ -2,6 +2,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use super::chain::{ChainError, FLAG_WRITE};
 use super::*;
 use crate::door::vhost::memory::tests::memfd;
 use crate::door::vhost::memory::{Region, RegionAddress};

@@ -97,6 +97,8 @@ struct Stopping {
 impl Vring {
     pub(super) fn new(start: Start, queue: Virtqueue) -> Self {
         Self {
+            // A driver that waits for what was returned already must not wait for ever.
+            call_due: queue.has_past(),
             index: start.index,
             queue,
             features: start.features,
@@ -108,7 +110,6 @@ impl Vring {
             calling: None,
             call_armed: false,
             call_cancelled: false,
-            call_due: false,
             error: start.error,
             error_armed: false,
             enabled: true,
@@ -246,7 +247,9 @@ impl Vring {
 
     /// Notifies the driver if it is due and no notification is under way.
     pub(super) fn call(&mut self, ring: &mut Ring) -> Result<(), Full> {
-        if !self.call_due || self.call_armed {
+        // One that was cancelled, because nobody takes it and the vring is to go, is not begun again.
+        let given_up = (self.stopping.as_ref()).is_some_and(|stopping| stopping.cancelled);
+        if !self.call_due || self.call_armed || given_up {
             return Ok(());
         }
         let Some(call) = self.call.as_ref() else {
