@@ -300,12 +300,7 @@ fn no_page_changes_without_a_mark_whatever_the_chains_are() {
 }
 
 fn gated() -> (House, Arc<EventFd>) {
-    let gate = Arc::new(EventFd::new(libc::EFD_SEMAPHORE).unwrap());
-    let disk = Gated {
-        limits: limits(1 << 20),
-        gate: Arc::clone(&gate),
-    };
-    (House::new(disk, 1), gate)
+    Gated::house(1 << 20, 1)
 }
 
 #[test]
@@ -465,6 +460,37 @@ fn memory_that_is_added_and_removed_under_a_log_is_marked_where_it_is() {
     gate.write(1).unwrap();
     driver.vrings[0].wait(&driver.memory);
     assert_eq!(log.take(), pages(&[(DATA + 4096, 8192), (DATA + 16, 1)]));
+}
+
+/// The used entries of a ring that the driver broke in the same round are there, and marked.
+#[test]
+fn what_was_returned_before_the_driver_broke_its_ring_is_marked() {
+    let house = memory_house();
+    let mut driver = Driver::connect(house.connect(), FEATURES);
+    // Far enough on that the next used entry has a page to itself.
+    let mut vring = Vring::new(0, 1024);
+    (vring.next_available, vring.next_used) = (600, 600);
+    for index in [vring.available + 2, vring.used + 2] {
+        driver.memory.word(index).store(600, Ordering::Relaxed);
+    }
+    vring.event_index = true;
+    driver.vrings.push(vring);
+    driver.start(0, 600);
+    let log = Log::new();
+    driver.log_to(&log);
+    driver.log_requests(true);
+    driver.log_used(true);
+    VhostUserFrontend::set_vring_enable(&mut driver.frontend, 0, false).unwrap();
+    driver.prepare(T_FLUSH, 0, &[]);
+    let Driver { memory, vrings, .. } = &mut driver;
+    vrings[0].offer(memory, 1024);
+    let entry = vrings[0].used + 4 + 8 * 600;
+    assert_eq!(memory.get(entry, 8), [0; 8]);
+    log.take();
+    VhostUserFrontend::set_vring_enable(&mut driver.frontend, 0, true).unwrap();
+    assert!(readable(&driver.vrings[0].error, PATIENCE), "it is broken");
+    assert_ne!(driver.memory.get(entry, 8), [0; 8], "it was returned");
+    assert!(log.take().is_superset(&pages(&[(entry, 8)])));
 }
 
 /// Whether the device takes a log.

@@ -8,7 +8,6 @@ mod disks;
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::time::Duration;
 
 use common::*;
@@ -16,7 +15,6 @@ use disks::Gated;
 use ublkup::backend::Memory as MemoryDisk;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use vmm_sys_util::eventfd::EventFd;
 
 const SET_STATUS: u32 = 39;
 const GET_STATUS: u32 = 40;
@@ -100,12 +98,7 @@ fn a_device_that_was_reset_begins_anew_and_keeps_memory_and_disk() {
 
 #[test]
 fn the_status_is_what_was_set_and_a_reset_is_acknowledged_when_all_is_done() {
-    let gate = Arc::new(EventFd::new(libc::EFD_SEMAPHORE).unwrap());
-    let disk = Gated {
-        limits: limits(1 << 20),
-        gate: Arc::clone(&gate),
-    };
-    let house = House::new(disk, 1);
+    let (house, gate) = Gated::house(1 << 20, 1);
     let (mut driver, mut raw) = running(&house);
     assert_eq!(raw.status(), 0);
     for status in [1, 3, 11, 15] {

@@ -6,7 +6,7 @@ mod common;
 #[path = "common/disks.rs"]
 mod disks;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -36,13 +36,7 @@ fn pattern(len: usize) -> Vec<u8> {
 }
 
 fn gated(threads: u16) -> (House, Arc<EventFd>) {
-    let gate = EventFd::new(libc::EFD_SEMAPHORE | libc::EFD_NONBLOCK).unwrap();
-    let gate = Arc::new(gate);
-    let disk = Gated {
-        limits: limits(64 << 20),
-        gate: Arc::clone(&gate),
-    };
-    (House::new(disk, threads), gate)
+    Gated::house(64 << 20, threads)
 }
 
 #[test]
@@ -294,6 +288,38 @@ fn memory_may_be_added_and_removed_while_requests_use_it() {
     assert!(driver.frontend.remove_mem_region(&high).is_err());
 }
 
+/// Each request keeps the memory that the client had when it was taken.
+#[test]
+fn a_client_cannot_pile_up_memory_that_it_took_away() {
+    let (house, gate) = gated(1);
+    let mut driver = Driver::running(house.connect(), USUAL | EVENT_IDX);
+    // The rings and the request have a region to themselves.
+    let rest = (MEMORY_BYTES - 2 * DATA) / 31;
+    let mut table = vec![driver.memory.part(0, 2 * DATA)];
+    table.extend((0..31).map(|part| driver.memory.part(2 * DATA + part * rest, rest)));
+    let change = |driver: &mut Driver| {
+        driver.prepare(T_IN, 0, &[(512, WRITE)]);
+        driver.vrings[0].wait_taken(&driver.memory);
+        driver.frontend.set_mem_table(&table)
+    };
+    // 32 mappings each time, 1,024 in all, one of which was there before.
+    for _ in 0..31 {
+        change(&mut driver).unwrap();
+    }
+    // What has ended counts no more.
+    gate.write(31).unwrap();
+    eventually("all requests end", || {
+        driver.vrings[0].used_index(&driver.memory) == 31
+    });
+    for _ in 0..31 {
+        change(&mut driver).unwrap();
+    }
+    assert!(change(&mut driver).is_err());
+    gate.write(64).unwrap();
+    drop(driver);
+    house.wait_empty();
+}
+
 #[test]
 fn four_vrings_on_two_threads_serve_each_on_its_own() {
     let house = house();
@@ -395,6 +421,42 @@ fn a_client_whose_notifications_block_hurts_nobody_but_itself() {
     full.write(u64::MAX - 2).unwrap();
     drop(driver);
     house.wait_empty();
+}
+
+/// It fills its notification descriptor, which nobody empties, and goes; perhaps it stops the vring first.
+#[test]
+fn a_client_that_goes_with_notifications_that_nobody_takes_leaves_the_disk_to_others() {
+    for stops in [false, true] {
+        goes_with_notifications_that_nobody_takes(stops);
+    }
+}
+
+fn goes_with_notifications_that_nobody_takes(stops: bool) {
+    let house = house();
+    let stream = house.connect();
+    let mut raw = stream.try_clone().unwrap();
+    let mut driver = Driver::running(stream, USUAL);
+    let full = EventFd::new(0).unwrap();
+    full.write(u64::MAX - 1).unwrap();
+    driver.frontend.set_vring_call(0, &full).unwrap();
+    for _ in 0..3 {
+        let before = driver.vrings[0].used_index(&driver.memory);
+        driver.prepare(T_FLUSH, 0, &[]);
+        eventually("the request completes", || {
+            driver.vrings[0].used_index(&driver.memory) != before
+        });
+    }
+    // GET_VRING_BASE of vring 0.
+    let stop = [11u32, 1, 8, 0, 0].map(u32::to_ne_bytes).concat();
+    if stops {
+        raw.write_all(&stop).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(house.door.sessions().len(), 1);
+    }
+    drop((driver, raw));
+    house.wait_empty();
+    let mut next = Driver::running(house.connect(), USUAL);
+    assert_eq!(next.read(0, 512).0, OK);
 }
 
 #[test]

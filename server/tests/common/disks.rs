@@ -13,6 +13,8 @@ use ublkup::io::{Owner, Ring, Slot, Token};
 use ublkup::request::{IoError, Limits, Op, Progress, Request};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::common::{House, limits};
+
 /// Remembers what it was asked for.
 pub struct Recorder {
     pub limits: Limits,
@@ -49,6 +51,19 @@ pub struct Gated {
     pub limits: Limits,
     /// A semaphore: each unit lets one request through.
     pub gate: Arc<EventFd>,
+}
+
+impl Gated {
+    /// A house with such a disk, and its gate, which blocks nobody who reads it.
+    pub fn house(capacity_bytes: u64, threads: u16) -> (House, Arc<EventFd>) {
+        let gate = EventFd::new(libc::EFD_SEMAPHORE | libc::EFD_NONBLOCK).unwrap();
+        let gate = Arc::new(gate);
+        let disk = Self {
+            limits: limits(capacity_bytes),
+            gate: Arc::clone(&gate),
+        };
+        (House::new(disk, threads), gate)
+    }
 }
 
 pub struct GatedQueue {

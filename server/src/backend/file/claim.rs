@@ -61,15 +61,16 @@ impl Shared {
         if let Err(error) = fadvise(&self.file, 0, None, Advice::DontNeed) {
             tracing::warn!("{path}: old pages may stay in the cache: {error}");
         }
-        match (&self.file).seek(SeekFrom::End(0)) {
+        let fits = match (&self.file).seek(SeekFrom::End(0)) {
             Ok(len_bytes) if len_bytes >= limits.capacity.bytes() => Ok(()),
-            Ok(_) => {
-                drop(claim);
-                self.release();
-                Err(format!("{path} has become shorter than the disk"))
-            }
+            Ok(_) => Err(format!("{path} has become shorter than the disk")),
             Err(error) => Err(format!("{path}: {error}")),
+        };
+        if fits.is_err() {
+            drop(claim);
+            self.release();
         }
+        fits
     }
 
     pub(super) fn release(&self) {

@@ -60,17 +60,19 @@ impl DirtyLog {
     /// Marks the pages of a range that was written. What lies outside is left out: whoever switches the
     /// log on asks whether it [covers](Self::covers) the memory.
     pub(super) fn mark(&self, guest: u64, len_bytes: u64) {
-        if len_bytes == 0 || !self.covers(guest, len_bytes) {
+        if len_bytes == 0 {
             return;
         }
-        let (mut page, last) = (guest >> PAGE_SHIFT, (guest + len_bytes - 1) >> PAGE_SHIFT);
+        // A range in memory that was taken away meanwhile may begin inside and end outside.
+        let last = guest.saturating_add(len_bytes - 1) >> PAGE_SHIFT;
+        let (mut page, last) = (guest >> PAGE_SHIFT, last.min(8 * self.len_bytes - 1));
         while page <= last {
             let (from, to) = (page & 7, (last - (page & !7)).min(7));
             // Bits `from` to `to`.
             let bits = (0xff << from) & (0xff >> (7 - to));
             // No truncation: the bitmap is mapped, and the byte lies in it.
             let byte = self.base.wrapping_add((page >> 3) as usize);
-            // SAFETY: `covers` says that the byte lies in the bitmap, which `map` keeps.
+            // SAFETY: `last` is a page that has a bit in the bitmap, which `map` keeps.
             let byte = unsafe { AtomicU8::from_ptr(byte) };
             // After the data, also for a client on another processor that takes the bit out.
             byte.fetch_or(bits, Ordering::SeqCst);
@@ -159,19 +161,27 @@ mod tests {
     #[test]
     fn what_is_outside_the_bitmap_is_left_alone() {
         let (log, file) = log(16, 0);
-        for (guest, len) in [
-            (128 << 12, 1),
-            ((128 << 12) - 1, 2),
-            (u64::MAX, 1),
-            (u64::MAX, u64::MAX),
-            (0, u64::MAX),
-            (0, 0),
-        ] {
+        for (guest, len) in [(128 << 12, 1), (u64::MAX, 1), (u64::MAX, u64::MAX), (0, 0)] {
             assert!(len == 0 || !log.covers(guest, len), "{guest:#x}+{len:#x}");
             log.mark(guest, len);
         }
         assert!(log.covers(0, 128 << 12));
         assert_eq!(marked(&file, 0, 0x1000), [0; 0]);
+    }
+
+    #[test]
+    fn of_what_is_partly_outside_the_bitmap_the_part_inside_is_marked() {
+        for (guest, len, first) in [
+            ((128 << 12) - 1, 2, 127),
+            (100 << 12, 0x10_0000, 100),
+            (126 << 12, u64::MAX, 126),
+            (0, u64::MAX, 0),
+        ] {
+            let (log, file) = log(16, 0);
+            assert!(!log.covers(guest, len), "{guest:#x}+{len:#x}");
+            log.mark(guest, len);
+            assert_eq!(marked(&file, 0, 0x1000), Vec::from_iter(first..128));
+        }
     }
 
     #[test]

@@ -22,6 +22,10 @@ const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 /// Memory regions one client may have (what QEMU uses at most is 509).
 pub(super) const MAX_REGIONS: usize = 512;
 
+/// Mappings of one client: those of its regions, and of regions that it took away and that requests under
+/// way still use.
+pub(super) const MAX_MAPPINGS: usize = 2 * MAX_REGIONS;
+
 /// A region as the client describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct RegionAddress {
@@ -106,6 +110,11 @@ impl Region {
     /// Where it begins here. Whoever uses it keeps the region.
     pub(super) fn start(&self) -> *mut u8 {
         self.base
+    }
+
+    /// Tells one mapping from another, as long as both are there.
+    pub(super) fn mapping(&self) -> *const () {
+        Arc::as_ptr(&self.mapping).cast()
     }
 
     /// All of it, for pinning.

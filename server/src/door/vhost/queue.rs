@@ -185,6 +185,10 @@ impl VhostQueues {
         let Some(vring) = &mut self.vrings[local] else {
             return;
         };
+        // Not marked any more once it is given up.
+        if let Some(logging) = &self.logging {
+            vring.log_used(&logging.log);
+        }
         if !vring.give_up() {
             return;
         }

@@ -4,38 +4,30 @@
 //! served by queue thread `i % threads`; a thread is started with its first vring and ends
 //! with the session.
 
-use std::collections::BTreeMap;
-use std::fs::File;
+mod messages;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::event::Timespec;
-use rustix::fs::{FileType, fstat};
-use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
-    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
-};
 use vhost::vhost_user::{
-    BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
-    VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    BackendReqHandler, Error, Result, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 
 use super::MAX_VRINGS;
-use super::block::{self, mask};
-use super::channel::{self, StatusMessage};
+use super::block;
+use super::channel::{self, What};
 use super::dirty::{DirtyLog, Logging};
 use super::inflight::InflightBuffer;
 use super::link::Link;
-use super::memory::{MAX_REGIONS, MemoryMap, Region, RegionAddress};
+use super::memory::{MAX_MAPPINGS, MemoryMap, Region};
 use super::queue::Command;
-use super::virtqueue::{MAX_QUEUE_SIZE, RingAddresses, used_ring_bytes};
+use super::virtqueue::{RingAddresses, used_ring_bytes};
 use super::vring::Start;
 use crate::access::{Access, Client, Hold};
 use crate::io::mailbox::Sender;
@@ -43,11 +35,8 @@ use crate::io::mailbox::Sender;
 /// `VHOST_F_LOG_ALL`: what requests write is marked in the log of dirty pages.
 const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
-/// How long an answer waits for a client that does not read.
-const DEAF_LIMIT: Timespec = Timespec {
-    tv_sec: 5,
-    tv_nsec: 0,
-};
+/// How long a client may leave its answers unread, or a message half sent.
+const CLIENT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How often a thread that waits for a queue thread looks whether that is still alive.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -80,6 +69,7 @@ pub(super) fn converse(
     access: &Arc<Access>,
 ) -> io::Result<Ending> {
     let stream = link.stream().try_clone()?;
+    stream.set_read_timeout(Some(CLIENT_LIMIT))?;
     let session = Arc::new(Mutex::new(Session::new(
         Arc::clone(link),
         sizes,
@@ -88,14 +78,16 @@ pub(super) fn converse(
     )));
     let mut messages = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let error = loop {
-        let next = channel::look(link.stream());
-        // Whoever asks and does not read the answers would keep this thread for ever.
-        if !channel::has_room(link.stream(), &DEAF_LIMIT) {
+        let next = channel::look(link.stream(), CLIENT_LIMIT);
+        // Either would keep this thread for ever, and with it the disk.
+        if let channel::Next::Half = next {
+            link.hang_up("the client sent half a message and not the rest");
+        } else if !channel::has_room(link.stream(), CLIENT_LIMIT) {
             link.hang_up("the client does not read its answers");
         }
-        if let channel::Next::Status = next {
+        if let channel::Next::Ours = next {
             let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = session.status_message() {
+            if let Err(error) = session.own_message() {
                 break error;
             }
             continue;
@@ -113,10 +105,7 @@ pub(super) fn converse(
     // Only this thread ever had it; a panic in a handler has ended this thread.
     let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
     let running = link.vrings.load(Ordering::Relaxed);
-    if let Some(hold) = &session.hold {
-        hold.drain();
-    }
-    session.end_threads();
+    session.end();
     let ending = match error {
         Error::Disconnected | Error::SocketBroken(_) if running == 0 => Ending::Left,
         Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => Ending::Died,
@@ -164,6 +153,8 @@ struct Session {
     hold: Option<Hold>,
     threads: BTreeMap<u16, QueueHandle>,
     map: Arc<MemoryMap>,
+    /// Maps before that one, which requests under way may still use.
+    old_maps: Vec<Weak<MemoryMap>>,
     inflight: Option<InflightBuffer>,
     /// The log of dirty pages; it is used while somebody wants it.
     log: Option<Arc<DirtyLog>>,
@@ -182,13 +173,18 @@ fn refuse<T>(what: impl Into<String>) -> Result<T> {
 /// What a read or write of the connection says of it.
 fn gone(error: io::Error) -> Error {
     match error.kind() {
-        io::ErrorKind::Other => failed(error),
+        // What makes no sense, and what does not come in time.
+        io::ErrorKind::Other | io::ErrorKind::WouldBlock => failed(error),
         _ => Error::SocketBroken(error),
     }
 }
 
 fn failed(error: io::Error) -> Error {
     Error::ReqHandlerError(error)
+}
+
+fn not_offered<T>() -> Result<T> {
+    refuse("the request belongs to a feature that is not offered")
 }
 
 impl Session {
@@ -201,6 +197,7 @@ impl Session {
             hold: None,
             threads: BTreeMap::new(),
             map: Arc::default(),
+            old_maps: Vec::new(),
             inflight: None,
             log: None,
             features: 0,
@@ -248,6 +245,10 @@ impl Session {
         loop {
             match answer.recv_timeout(LOOK_INTERVAL) {
                 Ok(answer) => return Ok(answer),
+                // A vring with a notification that nobody takes does not stop before it has to.
+                Err(RecvTimeoutError::Timeout) if self.link.hung_up() => {
+                    return Err(Error::Disconnected);
+                }
                 Err(RecvTimeoutError::Timeout) if !handle.thread.is_finished() => {}
                 Err(_) => return refuse("a queue thread has ended"),
             }
@@ -330,7 +331,16 @@ impl Session {
     /// Gives every queue thread the new map. When this returns, only requests that were under way
     /// use the old one, and they keep it.
     fn use_map(&mut self, regions: Vec<Region>) -> Result<()> {
-        self.map = Arc::new(MemoryMap::new(regions).map_err(failed)?);
+        let map = Arc::new(MemoryMap::new(regions).map_err(failed)?);
+        self.old_maps.push(Arc::downgrade(&self.map));
+        self.old_maps.retain(|old| old.strong_count() > 0);
+        let old: Vec<_> = self.old_maps.iter().filter_map(Weak::upgrade).collect();
+        let regions = old.iter().chain([&map]).flat_map(|map| map.regions());
+        let mappings: BTreeSet<_> = regions.map(Region::mapping).collect();
+        if mappings.len() > MAX_MAPPINGS {
+            return refuse("requests under way use too much memory that was taken away");
+        }
+        self.map = map;
         self.tell_threads()?;
         self.start_all_ready()
     }
@@ -414,26 +424,26 @@ impl Session {
         Ok(())
     }
 
-    /// Reads and answers a message about the status.
-    fn status_message(&mut self) -> Result<()> {
+    /// Reads and answers a message that the crate does not know.
+    fn own_message(&mut self) -> Result<()> {
         let link = Arc::clone(&self.link);
-        let message = channel::read_status(link.stream()).map_err(gone)?;
-        if !self.protocol.contains(VhostUserProtocolFeatures::STATUS) {
-            return not_offered();
-        }
-        let (set, answer) = match message {
-            StatusMessage::Get => (Ok(()), Some(u64::from(self.status))),
-            StatusMessage::Set { status, need_reply } => {
-                let set = self.set_status(status);
-                let acks = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
-                let answer = (need_reply && acks).then_some(u64::from(set.is_err()));
-                (set, answer)
+        let message = channel::read(link.stream()).map_err(gone)?;
+        let done = match message.what {
+            What::SetLogFd => Ok(()),
+            _ if !self.protocol.contains(VhostUserProtocolFeatures::STATUS) => {
+                return not_offered();
             }
+            What::GetStatus => {
+                let status = u64::from(self.status);
+                return channel::answer(link.stream(), message, status).map_err(gone);
+            }
+            What::SetStatus(status) => self.set_status(status),
         };
-        if let Some(answer) = answer {
-            channel::answer_status(link.stream(), message, answer).map_err(gone)?;
+        if message.need_reply && self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            let failed = u64::from(done.is_err());
+            channel::answer(link.stream(), message, failed).map_err(gone)?;
         }
-        set
+        done
     }
 
     fn set_status(&mut self, status: u64) -> Result<()> {
@@ -447,7 +457,11 @@ impl Session {
         }
     }
 
-    fn end_threads(&mut self) {
+    /// Ends the queue threads. The disk stays with the client, of which nothing is under way after this.
+    fn end(&mut self) {
+        if let Some(hold) = &self.hold {
+            hold.drain();
+        }
         for handle in self.threads.values() {
             handle.mail.send(Command::Exit);
         }
@@ -460,311 +474,62 @@ impl Session {
     }
 }
 
-/// Takes a descriptor that is to be read or written on a ring: an eventfd, a pipe or a socket (User
-/// Mode Linux is notified through one). Others could be always ready (a regular file), or do who
-/// knows what.
-fn signal_fd(file: File) -> Result<OwnedFd> {
-    let stat = fstat(&file).map_err(|error| failed(error.into()))?;
-    let eventfd = || {
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        std::fs::read_link(path).is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
-    };
-    let kind = FileType::from_raw_mode(stat.st_mode);
-    if matches!(kind, FileType::Fifo | FileType::Socket) || eventfd() {
-        return Ok(file.into());
-    }
-    refuse("a kick, call or error descriptor is no eventfd, pipe or socket")
-}
-
-fn signal(file: Option<File>) -> Result<Option<OwnedFd>> {
-    file.map(signal_fd).transpose()
-}
-
-fn region_address(region: &VhostUserMemoryRegion) -> RegionAddress {
-    RegionAddress {
-        guest: region.guest_phys_addr,
-        len_bytes: region.memory_size,
-        user: region.user_addr,
+/// Also where a handler panics: nobody else may write while a thread still serves the client.
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
-fn not_offered<T>() -> Result<T> {
-    refuse("the request belongs to a feature that is not offered")
-}
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
 
-impl VhostUserBackendReqHandlerMut for Session {
-    fn set_owner(&mut self) -> Result<()> {
-        Ok(())
-    }
+    use super::*;
+    use crate::access::AccessState;
+    use crate::io::mailbox::Mailbox;
+    use crate::request::tests::small_disk;
 
-    fn reset_owner(&mut self) -> Result<()> {
-        // Deprecated, and without effect by the letter of the protocol.
-        Ok(())
-    }
-
-    fn reset_device(&mut self) -> Result<()> {
-        self.reset()
-    }
-
-    fn get_features(&mut self) -> Result<u64> {
-        Ok(self.offered())
-    }
-
-    fn set_features(&mut self, features: u64) -> Result<()> {
-        let excess = features & !self.offered();
-        if excess != 0 {
-            return refuse(format!("features {excess:#x} were not offered"));
-        }
-        let changed = features ^ self.features;
-        if changed & !LOG_ALL != 0 && self.vrings.iter().any(|vring| vring.started) {
-            return refuse("features cannot change while vrings are running");
-        }
-        self.features = features;
-        if changed & LOG_ALL != 0 {
-            self.tell_threads()?;
-        }
-        Ok(())
-    }
-
-    fn set_mem_table(
-        &mut self,
-        regions: &[VhostUserMemoryRegion],
-        files: Vec<File>,
-        _postcopy_listening: Option<bool>,
-    ) -> Result<Option<Vec<u64>>> {
-        let mapped: io::Result<Vec<_>> = regions
-            .iter()
-            .zip(&files)
-            .map(|(region, file)| Region::map(region_address(region), file, region.mmap_offset))
-            .collect();
-        self.use_map(mapped.map_err(failed)?)?;
-        Ok(None)
-    }
-
-    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let vring = self.stopped_vring(index)?;
-        if !num.is_power_of_two() || num > MAX_QUEUE_SIZE {
-            return refuse(format!("vring {index} cannot have {num} entries"));
-        }
-        vring.size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
-        Ok(())
-    }
-
-    fn set_vring_addr(
-        &mut self,
-        index: u32,
-        flags: VhostUserVringAddrFlags,
-        descriptor: u64,
-        used: u64,
-        available: u64,
-        log: u64,
-    ) -> Result<()> {
-        let logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
-        let used_guest = logged.then_some(log);
-        let addresses = RingAddresses {
-            descriptors: descriptor,
-            available,
-            used,
-        };
-        let vring = self.vring(index)?;
-        if vring.started && vring.addresses != Some(addresses) {
-            return refuse(format!("vring {index} is running and cannot move"));
-        }
-        vring.addresses = Some(addresses);
-        let number = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
-        let was = std::mem::replace(&mut vring.used_guest, used_guest);
-        if vring.started && was != used_guest {
-            self.logging()?;
-            return self.ask(number % self.sizes.threads, |reply| {
-                Command::LogUsed(number, used_guest, reply)
-            });
-        }
-        self.start_if_ready(number)
-    }
-
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
-        self.stopped_vring(index)?.base = base;
-        Ok(())
-    }
-
-    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        let vring = self.vring(index)?;
-        // The next start needs a new kick.
-        vring.kick = None;
-        if vring.started {
-            self.stop_vring(u16::try_from(index).map_err(|_| Error::InvalidParam)?)?;
-        }
-        let base = self.vring(index)?.base;
-        Ok(VhostUserVringState::new(index, u32::from(base)))
-    }
-
-    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let Some(kick) = signal(file)? else {
-            return refuse("vrings that are polled, without a kick descriptor, are not offered");
-        };
-        self.stopped_vring(u32::from(index))?.kick = Some(kick);
-        self.start_if_ready(u16::from(index))
-    }
-
-    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let call = signal(file)?;
-        let vring = self.vring(u32::from(index))?;
-        if vring.started {
-            let index = u16::from(index);
-            return self.ask(index % self.sizes.threads, |reply| {
-                Command::Call(index, call, reply)
-            });
-        }
-        vring.call = call;
-        Ok(())
-    }
-
-    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let error = signal(file)?;
-        let vring = self.vring(u32::from(index))?;
-        if vring.started {
-            let index = u16::from(index);
-            return self.ask(index % self.sizes.threads, |reply| {
-                Command::Error(index, error, reply)
-            });
-        }
-        vring.error = error;
-        Ok(())
-    }
-
-    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::LOG_SHMFD
-            | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::STATUS
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    }
-
-    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        let excess = features & !self.get_protocol_features()?.bits();
-        if excess != 0 {
-            return refuse(format!("protocol features {excess:#x} were not offered"));
-        }
-        self.protocol = VhostUserProtocolFeatures::from_bits_truncate(features);
-        Ok(())
-    }
-
-    fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(u64::from(MAX_VRINGS))
-    }
-
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
-        let number = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
-        let vring = self.vring(index)?;
-        vring.enabled = enable;
-        if vring.started {
-            return self.ask(number % self.sizes.threads, |reply| {
-                Command::Enable(number, enable, reply)
-            });
-        }
-        self.start_if_ready(number)
-    }
-
-    fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        let writeback = self.link.writeback.load(Ordering::Acquire);
-        let limits = self.link.limits();
-        Ok(block::config(
-            limits,
-            self.sizes.queues,
-            writeback,
-            offset,
-            size,
-        ))
-    }
-
-    fn set_config(&mut self, offset: u32, bytes: &[u8], _: VhostUserConfigFlags) -> Result<()> {
-        let offered = self.offered() & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0;
-        match bytes {
-            [writeback @ 0..=1] if offered && offset == block::WRITEBACK_OFFSET => {
-                self.link
-                    .writeback
-                    .store(*writeback == 1, Ordering::Release);
-                Ok(())
+    #[test]
+    fn a_handler_that_panics_leaves_no_thread_and_the_disk_to_nobody_before() {
+        let access = Access::new("test", false, Duration::ZERO, None);
+        access.open(None);
+        let (sender, seen) = mpsc::channel();
+        let spawn: Spawn = Box::new({
+            let access = Arc::clone(&access);
+            move |_| {
+                let (mail, mut mailbox) = Mailbox::<Command>::new()?;
+                let (access, sender) = (Arc::clone(&access), sender.clone());
+                let thread = std::thread::spawn(move || {
+                    while !matches!(mailbox.take(), Some(Command::Exit)) {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    // Long enough for whoever does not wait.
+                    std::thread::sleep(Duration::from_millis(50));
+                    sender.send(access.state()).unwrap();
+                });
+                Ok(QueueHandle { mail, thread })
             }
-            _ => refuse("only the writeback byte of the configuration can be written"),
-        }
-    }
-
-    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
-        not_offered()
-    }
-
-    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
-        not_offered()
-    }
-
-    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        // It is used when the client sends it back.
-        InflightBuffer::create(wanted).map_err(failed)
-    }
-
-    fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
-        if self.vrings.iter().any(|vring| vring.started) {
-            return refuse("the inflight buffer cannot change while vrings are running");
-        }
-        self.inflight = Some(InflightBuffer::map(told, &file).map_err(failed)?);
-        Ok(())
-    }
-
-    fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Ok(MAX_REGIONS as u64)
-    }
-
-    fn add_mem_region(
-        &mut self,
-        region: &VhostUserSingleMemoryRegion,
-        file: File,
-        _postcopy_listening: Option<bool>,
-    ) -> Result<Option<u64>> {
-        let address = region_address(region);
-        let added = Region::map(address, &file, region.mmap_offset).map_err(failed)?;
-        let mut regions = self.map.regions().to_vec();
-        regions.push(added);
-        self.use_map(regions)?;
-        Ok(None)
-    }
-
-    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let address = region_address(region);
-        let mut regions = self.map.regions().to_vec();
-        let before = regions.len();
-        regions.retain(|region| region.address() != address);
-        if regions.len() == before {
-            return refuse("no such memory region");
-        }
-        self.use_map(regions)
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _file: File,
-    ) -> Result<Option<File>> {
-        not_offered()
-    }
-
-    fn check_device_state(&mut self) -> Result<()> {
-        not_offered()
-    }
-
-    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
-        not_offered()
-    }
-
-    fn set_log_base(&mut self, told: &VhostUserLog, file: File) -> Result<()> {
-        self.log = Some(Arc::new(DirtyLog::map(told, &file).map_err(failed)?));
-        // The client lets go of the log before this one when it has the answer.
-        self.tell_threads()
+        });
+        let (_client, stream) = UnixStream::pair().unwrap();
+        let link = Arc::new(Link::new("test", 1, None, small_disk(1 << 20), stream));
+        let sizes = Sizes {
+            queues: 1,
+            threads: 1,
+        };
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let mut session = Session::new(link, sizes, spawn, Arc::clone(&access));
+            let client = Client {
+                name: "a client".into(),
+                gone: Arc::new(|| false),
+            };
+            session.hold = Some(access.take(client).unwrap());
+            session.threads.insert(0, (session.spawn)(0).unwrap());
+            panic!("as a handler might");
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(seen.try_recv(), Ok(AccessState::Draining));
+        assert_eq!(access.state(), AccessState::Free);
     }
 }

@@ -145,7 +145,9 @@ fn cover(address: usize) -> bool {
     for entry in &TABLE[..USED.load(Ordering::Relaxed)] {
         let start = entry.start.load(Ordering::Acquire);
         let end = entry.end.load(Ordering::Acquire);
-        if start <= CLAIMED || address < start || address >= end {
+        // Another mapping may have got the entry in between: that end does not belong to this start.
+        let same = entry.start.load(Ordering::Relaxed) == start;
+        if !same || start <= CLAIMED || address < start || address >= end {
             continue;
         }
         // SAFETY: errno is the thread's own; it must look untouched to the interrupted code.

@@ -1,0 +1,191 @@
+//! Messages in pieces, in halves, and those that the protocol's crate does not know.
+
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
+mod common;
+
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::*;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use ublkup::backend::Memory as MemoryDisk;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vmm_sys_util::eventfd::EventFd;
+
+const GET_FEATURES: u32 = 1;
+const SET_LOG_FD: u32 = 7;
+const SET_VRING_CALL: u32 = 13;
+const SET_STATUS: u32 = 39;
+const NEED_REPLY: u32 = 8;
+
+fn house() -> House {
+    House::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1)
+}
+
+/// A driver, and its connection for messages that its crate does not send.
+fn running(house: &House) -> (Driver, UnixStream) {
+    let stream = house.connect();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let raw = stream.try_clone().unwrap();
+    (Driver::running(stream, USUAL), raw)
+}
+
+fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(payload.len()).unwrap();
+    let header = [request, 1 | flags, len].map(u32::to_ne_bytes).concat();
+    [&header, payload].concat()
+}
+
+fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+    }
+    let bytes = [IoSlice::new(bytes)];
+    sendmsg(stream, &bytes, &mut control, SendFlags::NOSIGNAL).unwrap();
+}
+
+/// The value in an answer.
+fn answer(mut stream: &UnixStream, request: u32) -> u64 {
+    let mut answer = [0; 20];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(answer[..12], [request, 5, 8].map(u32::to_ne_bytes).concat());
+    u64::from_ne_bytes(answer[12..].try_into().unwrap())
+}
+
+fn is_closed(mut stream: &UnixStream) -> bool {
+    match stream.read(&mut [0]) {
+        Ok(len) => len == 0,
+        Err(error) => error.kind() == ErrorKind::ConnectionReset,
+    }
+}
+
+#[test]
+fn messages_may_come_in_pieces() {
+    let house = house();
+    let (mut driver, mut raw) = running(&house);
+    let features = message(GET_FEATURES, 0, &[]);
+    let status = message(SET_STATUS, NEED_REPLY, &7u64.to_ne_bytes());
+    for (message, request) in [(features, GET_FEATURES), (status, SET_STATUS)] {
+        for piece in message.chunks(3) {
+            raw.write_all(piece).unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let value = answer(&raw, request);
+        let offered = value & VERSION_1 != 0;
+        assert!(offered || (request, value) == (SET_STATUS, 0), "{value:#x}");
+    }
+    // With a descriptor, which comes with the first byte.
+    let call = EventFd::new(0).unwrap();
+    // SAFETY: the descriptor stays open during the borrow.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+    for (first, others) in [(12, 5), (5, 15), (1, 19)] {
+        let whole = message(SET_VRING_CALL, NEED_REPLY, &0u64.to_ne_bytes());
+        send(&raw, &whole[..first], &[descriptor]);
+        for piece in whole[first..].chunks(others) {
+            std::thread::sleep(Duration::from_millis(5));
+            raw.write_all(piece).unwrap();
+        }
+        assert_eq!(answer(&raw, SET_VRING_CALL), 0);
+    }
+    driver.prepare(T_FLUSH, 0, &[]);
+    assert!(readable(&call, PATIENCE), "the descriptor has arrived");
+}
+
+/// Else it would keep the disk from everybody.
+#[test]
+fn a_client_that_sends_half_a_message_and_stays_loses_its_session_and_the_disk() {
+    let whole = message(SET_STATUS, NEED_REPLY, &7u64.to_ne_bytes());
+    let with_descriptor = message(SET_VRING_CALL, NEED_REPLY, &0u64.to_ne_bytes());
+    let call = EventFd::new(0).unwrap();
+    // SAFETY: the descriptor stays open during the borrow.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+    type Case<'a> = (&'a [u8], &'a [BorrowedFd<'a>]);
+    let halves: [Case; 6] = [
+        (&whole[..1], &[]),
+        (&whole[..11], &[]),
+        (&whole[..13], &[]),
+        (&whole[..19], &[]),
+        (&with_descriptor[..4], &[descriptor]),
+        (&with_descriptor[..12], &[descriptor]),
+    ];
+    let clients: Vec<_> = (halves.iter())
+        .map(|(half, descriptors)| {
+            let house = house();
+            let (mut driver, raw) = running(&house);
+            assert_eq!(driver.write(0, &[7; 512]), OK);
+            send(&raw, half, descriptors);
+            // Its requests go on meanwhile.
+            assert_eq!(driver.read(0, 512), (OK, vec![7; 512]));
+            (house, driver, raw)
+        })
+        .collect();
+    for ((house, _driver, raw), (half, _)) in clients.into_iter().zip(halves) {
+        assert!(is_closed(&raw), "{half:?}");
+        house.wait_empty();
+        let mut next = Driver::running(house.connect(), USUAL);
+        assert_eq!(next.read(0, 512), (OK, vec![7; 512]));
+    }
+}
+
+#[test]
+fn a_client_that_says_nothing_may_stay() {
+    let house = house();
+    let mut silent = house.connect();
+    std::thread::sleep(Duration::from_secs(7));
+    assert_eq!(house.door.sessions().len(), 1);
+    silent.write_all(&message(GET_FEATURES, 0, &[])).unwrap();
+    assert_ne!(answer(&silent, GET_FEATURES) & VERSION_1, 0);
+}
+
+#[test]
+fn a_descriptor_for_news_of_the_log_is_taken_and_not_kept() {
+    let house = house();
+    let (mut driver, raw) = running(&house);
+    let (reader, writer) = std::io::pipe().unwrap();
+    driver.frontend.set_log_fd(writer.as_raw_fd()).unwrap();
+    // Nobody asks for an answer, so none comes: the next one is another's.
+    send(&raw, &message(SET_LOG_FD, 0, &[]), &[writer.as_fd()]);
+    assert_eq!(driver.frontend.get_queue_num().unwrap(), 256);
+    drop(writer);
+    let limit = Timespec::try_from(PATIENCE).unwrap();
+    let mut fds = [PollFd::new(&reader, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&limit)), Ok(1));
+    assert_eq!(
+        fds[0].revents(),
+        PollFlags::HUP,
+        "it is closed, and unwritten"
+    );
+    assert_eq!(driver.read(0, 512).0, OK);
+}
+
+#[test]
+fn messages_about_the_log_that_make_no_sense_end_the_session() {
+    let house = house();
+    let event = EventFd::new(0).unwrap();
+    // SAFETY: the descriptor stays open during the borrow.
+    let event = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    type Case<'a> = (&'a [BorrowedFd<'a>], u32, &'a [u8]);
+    let odd: [Case; 5] = [
+        (&[], 0, &[]),
+        (&[event; 2], 0, &[]),
+        (&[event; 4], 0, &[]),
+        (&[event], 0, &[0; 8]),
+        // An answer nobody asked for.
+        (&[event], 4, &[]),
+    ];
+    for (descriptors, flags, payload) in odd {
+        let (driver, raw) = running(&house);
+        send(&raw, &message(SET_LOG_FD, flags, payload), descriptors);
+        assert!(is_closed(&raw), "{} {payload:?}", descriptors.len());
+        drop(driver);
+        house.wait_empty();
+    }
+}
