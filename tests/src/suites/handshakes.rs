@@ -1,20 +1,25 @@
-//! Clients of the vhost door that leave in the middle of the handshake, whatever they had said.
+//! Clients of the vhost door that behave badly in every state of the handshake and behind it, and leave:
+//! nothing of them stays, and the client of another export goes on.
+
+mod bystander;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{IoSlice, Read, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
+use self::bystander::Bystander;
 use super::holdings::Holdings;
 use crate::kit::images::Random;
 use crate::kit::server::Serve;
@@ -23,9 +28,9 @@ use crate::test::{Context, Test};
 
 /// The table.
 pub const TESTS: &[Test] = &[
-    test!(clients_that_leave_in_the_middle_of_the_handshake_leave_nothing),
-    test!(a_thousand_clients_that_leave_in_the_middle_of_the_handshake_leave_nothing)
-        .limit_s(400)
+    test!(clients_that_behave_badly_in_any_state_leave_nothing_and_disturb_nobody).limit_s(200),
+    test!(a_thousand_clients_that_behave_badly_in_each_state_leave_nothing_and_disturb_nobody)
+        .limit_s(3000)
         .full(),
 ];
 
@@ -44,6 +49,8 @@ const SET_VRING_ERR: u32 = 14;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const SET_PROTOCOL_FEATURES: u32 = 16;
 const SET_VRING_ENABLE: u32 = 18;
+const ADD_MEM_REG: u32 = 37;
+const REM_MEM_REG: u32 = 38;
 
 /// The version that is in every message's flags.
 const VERSION: u32 = 1;
@@ -164,7 +171,63 @@ fn handshake(features: u64, protocol: u64) -> Vec<Message> {
     messages
 }
 
-/// How a client leaves.
+/// Reads of four sectors each that a client with running vrings has under way.
+const READS: u16 = 8;
+
+/// Where in its memory they have their data, header and status; behind all rings.
+const DATA: u64 = MEMORY_BYTES / 2;
+
+/// Puts reads on the first vring, which is new, and kicks.
+fn offer_reads(things: &Things) -> Result<()> {
+    const NEXT: u64 = 1;
+    const WRITE: u64 = 2;
+    for number in 0..u64::from(READS) {
+        let at = DATA + number * 0x1000;
+        things.memory.write_all_at(&[0; 16], at)?;
+        let first = 3 * number;
+        // Address; length, flags, next.
+        let chain = [
+            (at, 16 | NEXT << 32 | (first + 1) << 48),
+            (at + 512, 2048 | (WRITE | NEXT) << 32 | (first + 2) << 48),
+            (at + 16, 1 | WRITE << 32),
+        ];
+        for (index, (address, rest)) in (first..).zip(chain) {
+            let bytes = [address, rest].map(u64::to_le_bytes).concat();
+            things.memory.write_all_at(&bytes, 16 * index)?;
+        }
+        let head = u16::try_from(first)?.to_le_bytes();
+        things.memory.write_all_at(&head, 0x1000 + 4 + 2 * number)?;
+    }
+    things
+        .memory
+        .write_all_at(&READS.to_le_bytes(), 0x1000 + 2)?;
+    (&things.bell).write_all(&1u64.to_ne_bytes())?;
+    Ok(())
+}
+
+/// Changes of the memory table, in an order that makes sense, and each of which takes the memory of some
+/// ring or request away, or moves it.
+fn changes() -> Vec<Message> {
+    let table = |guest: u64, len: u64, offset: u64| {
+        let words = [pair(1, 0), guest, len, USER_BASE + guest, offset];
+        Message::new(SET_MEM_TABLE, &words, Passes::Memory)
+    };
+    let region = |number: u32, passes: Passes| {
+        let half = MEMORY_BYTES / 2;
+        Message::new(number, &[0, half, half, USER_BASE + half, half], passes)
+    };
+    vec![
+        table(0, MEMORY_BYTES, 0),
+        table(0, MEMORY_BYTES / 2, 0),
+        region(ADD_MEM_REG, Passes::Memory),
+        region(REM_MEM_REG, Passes::Nothing),
+        table(0, MEMORY_BYTES / 2, MEMORY_BYTES / 2),
+        table(0x1000, 0x1000, 0x1000),
+        table(0, MEMORY_BYTES, 0),
+    ]
+}
+
+/// How a client behaves in the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Leaving {
     AtOnce,
@@ -176,9 +239,15 @@ enum Leaving {
     WithTooManyDescriptors,
     WithNoise,
     WithAnEndlessMessage,
+    /// It asks, and reads no answer.
+    Deaf,
+    /// It says the same again and again, as fast as it can.
+    Flooding,
+    /// It takes memory away that is in use, and gives it back.
+    ChangingItsMemory,
 }
 
-const LEAVINGS: [Leaving; 9] = [
+const LEAVINGS: [Leaving; 12] = [
     Leaving::AtOnce,
     Leaving::Silent,
     Leaving::HalfAHeader,
@@ -188,6 +257,9 @@ const LEAVINGS: [Leaving; 9] = [
     Leaving::WithTooManyDescriptors,
     Leaving::WithNoise,
     Leaving::WithAnEndlessMessage,
+    Leaving::Deaf,
+    Leaving::Flooding,
+    Leaving::ChangingItsMemory,
 ];
 
 struct Client {
@@ -204,6 +276,7 @@ impl Client {
             let stream = UnixStream::connect(socket)
                 .with_context(|| format!("cannot connect to {}", socket.display()))?;
             stream.set_read_timeout(Some(patience))?;
+            stream.set_write_timeout(Some(patience))?;
             let mut client = Self {
                 stream,
                 features: 0,
@@ -306,28 +379,68 @@ impl Client {
                 header[8..HEADER_BYTES].copy_from_slice(&u32::MAX.to_le_bytes());
                 self.send(&header, &next.descriptors(things))?;
             }
+            Leaving::Deaf => {
+                let question = Message::new(GET_FEATURES, &[], Passes::Nothing).bytes();
+                self.stream.set_nonblocking(true)?;
+                // Until the server reads no more, because nobody reads what it says; or, once it has had
+                // enough, no more can be sent.
+                while (&self.stream).write_all(&question).is_ok() {}
+                self.stay(random);
+            }
+            Leaving::Flooding => {
+                for _ in 0..some(random, 20, 200)? {
+                    self.say(next, things)?;
+                }
+            }
+            Leaving::ChangingItsMemory => {
+                for change in changes() {
+                    self.say(&change, things)?;
+                    if random.below(4) == 0 {
+                        self.stay(random);
+                    }
+                }
+            }
+        }
+        // Half of them hang up without a pause.
+        if random.below(2) == 0 {
+            self.stay(random);
         }
         Ok(())
     }
+
+    fn stay(&self, random: &mut Random) {
+        thread::sleep(Duration::from_micros(random.below(2000)));
+    }
 }
 
-/// Clients come, get a random part of the way, and leave in a random way; how many came how far,
-/// and how many left how.
+/// How far a client gets before it behaves badly: so many messages, or all and then requests.
+fn states() -> usize {
+    handshake(0, 0).len() + 2
+}
+
+/// Clients come, get as far as `state`, behave badly and leave.
 fn come_and_go(
     cx: &Context,
     socket: &Path,
+    state: usize,
     clients: u64,
     random: &mut Random,
-) -> Result<(Vec<u64>, BTreeMap<Leaving, u64>)> {
-    let things = Things::new()?;
-    let mut reached = vec![0; handshake(0, 0).len() + 1];
-    let mut left = BTreeMap::new();
+    left: &mut BTreeMap<Leaving, u64>,
+) -> Result<()> {
+    let mut things = Things::new()?;
     for number in 0..clients {
         let mut client = Client::connect(socket, cx.patience(20))?;
         let messages = handshake(client.features, client.protocol);
-        let steps = usize::try_from(random.below(messages.len() as u64 + 1))?;
+        let steps = state.min(messages.len());
+        if state > messages.len() {
+            // Of its own, and new: the one before may still be in use.
+            things = Things::new()?;
+        }
         for message in &messages[..steps] {
             client.say(message, &things)?;
+        }
+        if state > messages.len() {
+            offer_reads(&things)?;
         }
         // Half of them wait until the server has done all that, the others do not.
         if random.below(2) == 0 {
@@ -339,10 +452,9 @@ fn come_and_go(
         let next = messages.get(steps).unwrap_or(&messages[0]);
         let how = LEAVINGS[usize::try_from(random.below(LEAVINGS.len() as u64))?];
         client.leave(how, next, &things, random)?;
-        reached[steps] += 1;
         *left.entry(how).or_default() += 1;
     }
-    Ok((reached, left))
+    Ok(())
 }
 
 /// A client of good manners is served from the first to the last message.
@@ -365,40 +477,57 @@ fn a_whole_handshake_works(cx: &Context, socket: &Path) -> Result<()> {
 }
 
 fn leave_nothing(cx: &Context, clients: u64) -> Result<()> {
-    let socket = cx.scratch().join("disk.sock");
+    let socket = |name: &str| {
+        cx.scratch()
+            .join(format!("run/exports/{name}/vhost-user-blk"))
+    };
     let server = Serve::new(cx)
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("no")
-        .name("disk")
-        .vhost_socket(&socket)
         .arg("--queues")
         .arg("2")
-        .arg("mem:64M")
+        .arg("disk=fault:any=delay1;mem:64M")
+        .arg("other=mem:64M")
         .start()?;
     let threads = Holdings::of(server.pid())?.threads;
+    let disk = socket("disk");
     let mut random = Random(clients);
+    let mut left = BTreeMap::new();
     // The first ones make what stays, such as the heaps of threads.
-    come_and_go(cx, &socket, 50, &mut random)?;
-    let before = Holdings::at_rest(&server, threads, cx.patience(20))?;
-    let (reached, left) = come_and_go(cx, &socket, clients, &mut random)?;
-    let after = Holdings::at_rest(&server, threads, cx.patience(20))?;
-    println!("{clients} clients: {before:?}, then {after:?}; left: {left:?}");
-    if let Some(step) = reached.iter().position(|&count| count == 0) {
-        bail!("no client got as far as step {step}: {reached:?}");
+    for state in 0..states() {
+        come_and_go(cx, &disk, state, 4, &mut random, &mut left)?;
     }
+    left.clear();
+    let (first, _) = Bystander::start(&socket("other"), cx.patience(30))?.stop()?;
+    let before = Holdings::at_rest(&server, threads, cx.patience(20))?;
+    let bystander = Bystander::start(&socket("other"), cx.patience(30))?;
+    for state in 0..states() {
+        come_and_go(cx, &disk, state, clients, &mut random, &mut left)?;
+    }
+    let (requests, worst) = bystander.stop()?;
+    let after = Holdings::at_rest(&server, threads, cx.patience(20))?;
+    println!(
+        "{clients} clients in each of {} states: {before:?}, then {after:?}",
+        states()
+    );
+    println!("left: {left:?}");
+    println!("beside them: {requests} reads of another export, the longest took {worst:?}");
     ensure!(left.len() == LEAVINGS.len(), "ways to leave: {left:?}");
+    ensure!(first + requests > 100, "the other export was not used");
     after.are_no_more_than(&before)?;
-    a_whole_handshake_works(cx, &socket)?;
+    a_whole_handshake_works(cx, &disk)?;
     let log = server.stop()?;
     ensure!(!log.contains("panicked"), "{log}");
     Ok(())
 }
 
-fn clients_that_leave_in_the_middle_of_the_handshake_leave_nothing(cx: &Context) -> Result<()> {
-    leave_nothing(cx, 250)
+fn clients_that_behave_badly_in_any_state_leave_nothing_and_disturb_nobody(
+    cx: &Context,
+) -> Result<()> {
+    leave_nothing(cx, 12)
 }
 
-fn a_thousand_clients_that_leave_in_the_middle_of_the_handshake_leave_nothing(
+fn a_thousand_clients_that_behave_badly_in_each_state_leave_nothing_and_disturb_nobody(
     cx: &Context,
 ) -> Result<()> {
     leave_nothing(cx, 1000)
