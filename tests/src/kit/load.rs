@@ -1,5 +1,6 @@
-//! A guest that does nothing but write to its second disk and read back: the lab as first and only
-//! process, on an image of its own as root, so that nothing of the host ties the guest to it.
+//! A guest that does nothing but write to its first disk and read back: the lab as first and only
+//! process, on an image of its own as root (the second disk), so that nothing of the host ties the guest
+//! to it.
 //!
 //! What was read lies in memory for a whole round before it is compared: it is there only if whoever
 //! moves the guest moves what the disk wrote, too.
@@ -44,10 +45,10 @@ pub const FAILED: &str = "LOAD FAILED";
 #[must_use]
 pub fn kernel_arguments() -> [String; 4] {
     [
-        "root=/dev/vda".into(),
+        "root=/dev/vdb".into(),
         "ro".into(),
         "init=/lab".into(),
-        format!("{VARIABLE}=/dev/vdb"),
+        format!("{VARIABLE}=/dev/vda"),
     ]
 }
 

@@ -1,4 +1,5 @@
-//! A guest that moves from one QEMU to another while it writes to its disk.
+//! A guest that moves from one QEMU to another while it writes to its disk, by the recipes of
+//! `qemu-config/`.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -71,23 +72,24 @@ struct Guest {
 }
 
 impl Guest {
-    fn start(cx: &Context, name: &str, disks: [&Path; 2], incoming: bool) -> Result<Self> {
+    /// Runs a recipe with the guest of [`load`]; `root` is a disk besides the recipe's.
+    fn start(cx: &Context, name: &str, recipe: &str, disk: &Path, root: &Path) -> Result<Self> {
         let file = |kind: &str| cx.scratch().join(format!("{name}.{kind}"));
         let (console, socket, log) = (file("console"), file("qmp"), file("log"));
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = Command::new(cx.paths.repo.join("qemu-config").join(recipe));
         command
+            .env("SOCKET", disk)
+            .env("QMP", &socket)
+            .env("FROM", moving(cx))
+            .env("MEMORY", "192M")
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
-            .args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "192M"])
-            .args([
-                "-object",
-                "memory-backend-memfd,id=memory,share=on,size=192M",
-            ])
-            .args(["-machine", "q35,memory-backend=memory"])
-            .args([
-                "-qmp",
-                &format!("unix:{},server=on,wait=off", socket.display()),
-            ])
+            .args(["-accel", "tcg", "-cpu", "max", "-smp", "2"])
             .args(["-serial", &format!("file:{}", console.display())])
+            .args([
+                "-chardev",
+                &format!("socket,id=root,path={}", root.display()),
+            ])
+            .args(["-device", "vhost-user-blk-pci,chardev=root,num-queues=2"])
             .arg("-kernel")
             .arg(cx.paths.kernel(Kernel::X86)?)
             .arg("-append")
@@ -95,20 +97,6 @@ impl Guest {
                 "console=ttyS0 panic=-1 tsc=unstable {}",
                 load::kernel_arguments().join(" ")
             ));
-        for (index, disk) in disks.iter().enumerate() {
-            command
-                .args([
-                    "-chardev",
-                    &format!("socket,id=disk{index},path={}", disk.display()),
-                ])
-                .args([
-                    "-device",
-                    &format!("vhost-user-blk-pci,chardev=disk{index},num-queues=2"),
-                ]);
-        }
-        if incoming {
-            command.args(["-incoming", "defer"]);
-        }
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -173,6 +161,11 @@ impl Drop for Guest {
     }
 }
 
+/// Where the target waits.
+fn moving(cx: &Context) -> String {
+    format!("unix:{}", cx.scratch().join("moving").display())
+}
+
 /// How fast memory is sent, and how long the guest may stand still in the end.
 fn pace(from: &mut Guest, bytes_per_second: u64, milliseconds: u64) -> Result<()> {
     let parameters = json!({
@@ -187,14 +180,11 @@ fn pace(from: &mut Guest, bytes_per_second: u64, milliseconds: u64) -> Result<()
 /// Moves the guest of `from` to `to`, under way all the time. Returns whether it took as long as it was
 /// meant to: all that the guest's disk writes has to be sent again and again.
 fn migrate(cx: &Context, from: &mut Guest, to: &mut Guest) -> Result<bool> {
-    let address = format!("unix:{}", cx.scratch().join("migration").display());
-    to.monitor
-        .command("migrate-incoming", &json!({ "uri": address }))?;
     // A first pass over all memory, then so slowly that the second does not end before the guest has read
     // into every page again, then as fast as it goes.
     pace(from, 32 << 20, 1)?;
     from.monitor
-        .command("migrate", &json!({ "uri": address }))?;
+        .command("migrate", &json!({ "uri": moving(cx) }))?;
     let deadline = Instant::now() + cx.patience(120);
     let (mut slow_since, mut ending) = (None, false);
     loop {
@@ -235,11 +225,12 @@ fn images(cx: &Context) -> Result<[PathBuf; 2]> {
 }
 
 fn moves(cx: &Context, root: &Host, from: &Host, to: &Host) -> Result<()> {
-    let mut source = Guest::start(cx, "source", [&root.socket, &from.socket], false)?;
+    let (recipes, root) = (["migration-source.sh", "migration-target.sh"], &root.socket);
+    let mut source = Guest::start(cx, "source", recipes[0], &from.socket, root)?;
     // Two rounds of all threads: every page of their memory has been read into before.
     source.wait_rounds(cx, 8)?;
     ensure!(from.access(cx)? == "upgraded");
-    let mut target = Guest::start(cx, "target", [&root.socket, &to.socket], true)?;
+    let mut target = Guest::start(cx, "target", recipes[1], &to.socket, root)?;
     source.wait_rounds(cx, 1)?;
     let long = migrate(cx, &mut source, &mut target)?;
     ensure!(to.access(cx)? == "upgraded", "{}", to.access(cx)?);

@@ -180,9 +180,12 @@ fn running_guests_see_that_their_disk_grew(cx: &Context) -> Result<()> {
     host.stop()
 }
 
+/// And the guests come back to a server that was killed and started again.
 fn the_recipes_boot_guests_as_they_stand(cx: &Context) -> Result<()> {
+    let image = image(cx, 64 * MIB)?;
+    let spec = format!("file:{}", image.display());
     for (script, board) in [("q35.sh", Board::Q35), ("microvm.sh", Board::Microvm)] {
-        let host = Host::start(cx, "mem:64M", &[])?;
+        let host = Host::start(cx, &spec, &[])?;
         let script = cx.paths.repo.join("qemu-config").join(script);
         let guest = guest(cx, &host)?.board(board).recipe(&script);
         let mut machine = Machine::boot(&guest, &cx.paths, &format!("recipe-{board:?}"))
@@ -193,6 +196,16 @@ fn the_recipes_boot_guests_as_they_stand(cx: &Context) -> Result<()> {
             "{}: {disk:?}",
             script.display()
         );
+        host.server.kill()?;
+        let host = Host::start(cx, &spec, &[])?;
+        let written = format!("{board:?} is back");
+        let script = format!("printf '{written}' | dd of=/dev/vda conv=fsync,sync bs=512");
+        machine
+            .sh(&cx.paths, &script)
+            .context("after the server was killed")?;
+        let mut there = vec![0; written.len()];
+        File::open(&image)?.read_exact_at(&mut there, 0)?;
+        ensure!(there == written.as_bytes(), "{there:?}");
         machine.power_off();
         host.stop()?;
     }
