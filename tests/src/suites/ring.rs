@@ -43,7 +43,7 @@ const PROGRAMS: &[Program] = &[
     (DIR, "pending_test", 22),
     (DIR, "kinds_test", 14),
     (DIR, "poll_test", 38),
-    (DIR, "hostile_test", 45),
+    (DIR, "hostile_test", 46),
     (DIR, "stress_test", 3),
     (DIR, "device_test", 14),
 ];
