@@ -188,13 +188,13 @@ impl Hammer {
 }
 
 impl Hammered {
-    /// In words, for so many deaths of servers: each one made somebody wait.
-    pub fn tell(&self, who: &str, kills: usize) -> String {
-        let waits = &self.waits_us[..self.waits_us.len().min(kills.max(1))];
+    /// In words, for so many servers of whom something became: each one made somebody wait.
+    pub fn tell(&self, who: &str, servers: usize, became: &str) -> String {
+        let waits = &self.waits_us[..self.waits_us.len().min(servers.max(1))];
         let at = |place: usize| waits.get(place).map_or(0.0, |us| *us as f64 / 1000.0);
         format!(
-            "{who}: {} rounds of fio and {} probes without an error while {kills} servers were \
-             killed; pauses of median {:.0} ms, worst {:.0} ms",
+            "{who}: {} rounds of fio and {} probes without an error while {servers} servers {became}; \
+             pauses of median {:.0} ms, worst {:.0} ms",
             self.rounds,
             self.probes,
             at(waits.len() / 2),

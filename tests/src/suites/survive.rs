@@ -1,19 +1,22 @@
-//! Servers that are killed, again and again, under clients that verify: what the clients notice of it
-//! is a pause. How long it was is told, and nothing depends on it.
+//! Servers that are killed, or make way for others, again and again, under clients that verify: what the
+//! clients notice of it is a pause. How long it was is told, and nothing depends on it.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::hammer::{Hammer, Hammered, prepare_image, tell_guest_to_stop};
+use super::io::{open_direct, read_direct};
 use crate::kernel::Kernel;
 use crate::kit::images::Random;
 use crate::kit::server::{Serve, Server};
+use crate::kit::shell::Shell;
 use crate::machine::{Board, Machine, Qemu};
 use crate::report::line;
 use crate::test;
@@ -22,6 +25,7 @@ use crate::test::{Context, Test};
 /// Of the vhost door, on the host.
 pub const VHOST_TESTS: &[Test] = &[
     test!(a_guest_verifies_its_disk_while_ten_servers_are_killed).limit_s(300),
+    test!(a_guest_verifies_its_disk_while_servers_make_way_for_others).limit_s(300),
     test!(a_guest_verifies_its_disk_while_a_hundred_servers_are_killed)
         .limit_s(1200)
         .full(),
@@ -34,6 +38,7 @@ pub const BLOCK_TESTS: &[Test] = &[
         .limit_s(900)
         .full(),
     test!(both_doors_are_read_while_servers_are_killed).limit_s(400),
+    test!(both_doors_are_used_while_servers_make_way_for_others).limit_s(400),
 ];
 
 const DISK_BYTES: u64 = 96 << 20;
@@ -66,6 +71,7 @@ impl<'a> Mortal<'a> {
         let serve = Serve::new(self.cx)
             .env("UBLKUP_RUNTIME_DIR", self.cx.scratch().join("run"))
             .ublk(if self.block_door { "yes" } else { "no" })
+            .args(["--reconnect-grace", "120"])
             .name("disk")
             .vhost_socket(&self.socket)
             .arg(format!("file:{}", self.image.display()));
@@ -100,12 +106,64 @@ impl<'a> Mortal<'a> {
     }
 }
 
+impl Mortal<'_> {
+    /// Lets the server make way for another one so often; the last one. Each one serves the clients
+    /// before the next one comes.
+    fn replace(&self, mut server: Server, times: usize) -> Result<Server> {
+        self.await_clients()?;
+        for time in 1..=times {
+            let next = (self.serve().arg("--take-over").start())
+                .with_context(|| format!("the next server, number {time}"))?;
+            let (status, log) = server.wait()?;
+            ensure!(
+                status.success() && log.contains("left to another server"),
+                "server {time} ended with {status}:\n{log}"
+            );
+            server = next;
+            self.await_clients()
+                .with_context(|| format!("server {time} said:\n{}", server.log()))?;
+        }
+        Ok(server)
+    }
+
+    /// Waits until the server has done something for each of its clients, and for none in vain.
+    fn await_clients(&self) -> Result<()> {
+        let deadline = Instant::now() + self.cx.patience(60);
+        loop {
+            let stat = Shell::new(&self.cx.paths.server)
+                .args(["stat", "disk", "--json"])
+                .env("UBLKUP_RUNTIME_DIR", self.cx.scratch().join("run"))
+                .run()?;
+            let stat: serde_json::Value = serde_json::from_str(&stat)?;
+            let done = |door: &str, what: &str| stat[door]["counters"][what].as_u64().unwrap_or(0);
+            for door in ["ublk", "vhost"] {
+                ensure!(done(door, "errors") == 0, "requests failed: {stat}");
+            }
+            let writes = stat["access"] == "upgraded" && done("vhost", "writes") > 10;
+            if writes && (done("ublk", "reads") > 10 || !self.block_door) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "a client does nothing: {stat}");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
 fn deaths(kills: usize) -> usize {
     kills + kills / 3
 }
 
 fn tell(who: &str, kills: usize, hammered: &Hammered) -> Result<()> {
-    line(&hammered.tell(who, deaths(kills)));
+    line(&hammered.tell(who, deaths(kills), "were killed"));
+    ensure_work(hammered)
+}
+
+fn tell_replaced(who: &str, times: usize, hammered: &Hammered) -> Result<()> {
+    line(&hammered.tell(who, times, "made way for others"));
+    ensure_work(hammered)
+}
+
+fn ensure_work(hammered: &Hammered) -> Result<()> {
     ensure!(
         hammered.rounds > 0 && hammered.probes > 0,
         "too little was done: {hammered:?}"
@@ -165,6 +223,22 @@ fn a_guest_verifies_its_disk_while_ten_servers_are_killed(cx: &Context) -> Resul
 
 fn a_guest_verifies_its_disk_while_a_hundred_servers_are_killed(cx: &Context) -> Result<()> {
     guest_survives(cx, 100)
+}
+
+fn a_guest_verifies_its_disk_while_servers_make_way_for_others(cx: &Context) -> Result<()> {
+    let export = Mortal::new(cx)?;
+    let server = export.serve().start()?;
+    let qemu = reconnecting(cx, &export.socket, Board::Q35)?.processors(2);
+    let mut guest = Machine::boot(&qemu, &cx.paths, "make-way")?;
+    let hammer = Hammer {
+        device: "/dev/vda".into(),
+        size_bytes: DISK_BYTES,
+        read_only: false,
+    };
+    let (hammered, server) = in_guest(&mut guest, cx, &hammer, || export.replace(server, 10))?;
+    tell_replaced("vhost door", 10, &hammered)?;
+    guest.power_off();
+    stop(server)
 }
 
 /// A guest that connects again at once.
@@ -257,6 +331,64 @@ fn both_doors_are_read_while_servers_are_killed(cx: &Context) -> Result<()> {
     })?;
     tell("both, at the block device", kills, &beside)?;
     tell("both, in the guest", kills, &inside)?;
+    guest.power_off();
+    ensure!(
+        server.block_device()? == device,
+        "{} was not taken over",
+        device.display()
+    );
+    stop(server)
+}
+
+/// Where nobody writes while the disk is hammered, and what is there.
+const KNOWN_AT: u64 = DISK_BYTES - (2 << 20);
+
+fn known() -> Vec<u8> {
+    Random(9).bytes(64 << 10)
+}
+
+/// Reads what is known from the block device, all the time; how often.
+fn read_known(device: &Path, over: &AtomicBool) -> Result<u64> {
+    let (disk, known) = (open_direct(device)?, known());
+    let mut reads = 0;
+    while !over.load(Ordering::Relaxed) {
+        let got = read_direct(&disk, KNOWN_AT, known.len())
+            .with_context(|| format!("at the block device, after {reads} reads"))?;
+        ensure!(got == known, "read {reads} at the block device is wrong");
+        reads += 1;
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(reads)
+}
+
+/// A guest has the disk and writes, a program reads the block device; neither meets an error.
+fn both_doors_are_used_while_servers_make_way_for_others(cx: &Context) -> Result<()> {
+    let mut export = Mortal::new(cx)?;
+    export.block_door = true;
+    let image = File::options().write(true).open(&export.image)?;
+    image.write_all_at(&known(), KNOWN_AT)?;
+    let server = export.serve().start()?;
+    let device = server.block_device()?;
+    let qemu = reconnecting(cx, &export.socket, Board::Microvm)?.processors(1);
+    let mut guest = Machine::boot(&qemu, &cx.paths, "make-way-both")?;
+    let hammer = Hammer {
+        device: "/dev/vda".into(),
+        size_bytes: DISK_BYTES,
+        read_only: false,
+    };
+    let over = AtomicBool::new(false);
+    let (reads, (hammered, server)) = thread::scope(|scope| {
+        let reader = scope.spawn(|| read_known(&device, &over));
+        let replaced = in_guest(&mut guest, cx, &hammer, || export.replace(server, 5));
+        over.store(true, Ordering::Relaxed);
+        let reads = reader.join().map_err(|_| anyhow!("the reader panicked"))?;
+        let replaced = replaced?;
+        anyhow::Ok((reads?, replaced))
+    })?;
+    tell_replaced("both doors, in the guest", 5, &hammered)?;
+    line(&format!(
+        "both doors, at the block device: {reads} reads without an error"
+    ));
     guest.power_off();
     ensure!(
         server.block_device()? == device,
