@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::mpsc;
+use std::thread::Scope;
 
 use anyhow::{Context, Result, anyhow};
 use signal_hook::iterator::Signals;
@@ -107,41 +108,58 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, how: How) -> Result<Exi
         end_all(exports, Export::give_up);
         return Err(error.context("cannot write to standard output"));
     }
-    while !exports.is_empty() {
-        match inbox.recv().context("nobody is left who could stop us")? {
-            Event::Signal(signal) => {
-                tracing::info!(exports = exports.len(), signal, "draining");
-                tell_manager(&[sd_notify::NotifyState::Stopping]);
-                let leaves = signal == signals::LEAVE;
-                let end = if leaves { Export::leave } else { Export::stop };
-                end_all(std::mem::take(&mut exports), end);
-            }
-            Event::Leave { name } => {
-                if let Some(export) = exports.remove(&name) {
-                    export.leave();
+    if !await_the_end(exports, &inbox)? {
+        code = ExitCode::FAILURE;
+    }
+    Ok(code)
+}
+
+/// Serves until the last export has ended; whether none lost a door before that. An export drains on
+/// its own: as long as that takes, all that happens to the others happens.
+fn await_the_end(
+    mut exports: BTreeMap<String, Export>,
+    inbox: &mpsc::Receiver<Event>,
+) -> Result<bool> {
+    let mut well = true;
+    std::thread::scope(|scope| {
+        while !exports.is_empty() {
+            match inbox.recv().context("nobody is left who could stop us")? {
+                Event::Signal(signal) => {
+                    tracing::info!(exports = exports.len(), signal, "draining");
+                    tell_manager(&[sd_notify::NotifyState::Stopping]);
+                    let leaves = signal == signals::LEAVE;
+                    let end = if leaves { Export::leave } else { Export::stop };
+                    for export in std::mem::take(&mut exports).into_values() {
+                        end_in(scope, export, end);
+                    }
                 }
-            }
-            Event::Stop { name } => {
-                if let Some(export) = exports.remove(&name) {
-                    export.stop();
+                Event::Leave { name } => {
+                    if let Some(export) = exports.remove(&name) {
+                        end_in(scope, export, Export::leave);
+                    }
                 }
-            }
-            Event::Closed { name, door, why } => {
-                let Some(export) = exports.get_mut(&name) else {
-                    continue;
-                };
-                tracing::error!("{name}: the {door} door closed: {why}");
-                code = ExitCode::FAILURE;
-                if !export.close(door)
-                    && let Some(export) = exports.remove(&name)
-                {
-                    tracing::error!("{name}: no door is left; the export ends");
-                    export.stop();
+                Event::Stop { name } => {
+                    if let Some(export) = exports.remove(&name) {
+                        end_in(scope, export, Export::stop);
+                    }
+                }
+                Event::Closed { name, door, why } => {
+                    let Some(export) = exports.get_mut(&name) else {
+                        continue;
+                    };
+                    tracing::error!("{name}: the {door} door closed: {why}");
+                    well = false;
+                    if !export.close(door)
+                        && let Some(export) = exports.remove(&name)
+                    {
+                        tracing::error!("{name}: no door is left; the export ends");
+                        end_in(scope, export, Export::stop);
+                    }
                 }
             }
         }
-    }
-    Ok(code)
+        Ok(well)
+    })
 }
 
 /// Signals become events; from here on they no longer end the process by themselves.
@@ -164,9 +182,23 @@ fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
 fn end_all(exports: BTreeMap<String, Export>, end: fn(Export)) {
     std::thread::scope(|scope| {
         for export in exports.into_values() {
-            scope.spawn(move || end(export));
+            end_in(scope, export, end);
         }
     });
+}
+
+/// Ends an export in a thread of its own, or here if there can be none.
+fn end_in<'scope>(scope: &'scope Scope<'scope, '_>, export: Export, end: fn(Export)) {
+    let (hand, given) = mpsc::channel();
+    let thread = std::thread::Builder::new().name("end".into());
+    let spawned = thread.spawn_scoped(scope, move || given.into_iter().for_each(end));
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "cannot start a thread: all else waits for an export to end");
+    }
+    // Where no thread is, nobody takes it.
+    if let Err(mpsc::SendError(export)) = hand.send(export) {
+        end(export);
+    }
 }
 
 /// Prints where each door is, then `ready`, and tells the service manager.

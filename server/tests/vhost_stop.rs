@@ -1,0 +1,49 @@
+//! Exports of one server that are stopped while others are.
+
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
+mod common;
+mod serving;
+
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::*;
+use serving::{LIMIT, Lab};
+
+/// A request that the storage does not finish holds up the end of its own export only.
+#[test]
+fn an_export_that_cannot_end_yet_keeps_no_other_from_it() {
+    let lab = Lab::new();
+    let image = lab.image("disk.img", 1 << 20);
+    let stuck = format!("stuck=fault:write=stall;file:{}", image.display());
+    let server = lab.serve(&["--ublk", "no", &stuck, "fine=mem:1M", "last=mem:1M"]);
+    let socket = lab.path("run/exports/stuck/vhost-user-blk");
+    let mut driver = Driver::running(UnixStream::connect(socket).unwrap(), USUAL);
+    driver.prepare(T_OUT, 0, &[(512, 0)]);
+    let is_stopping = || {
+        let stat = lab.ok(&["stat", "stuck", "--json"]);
+        let stat: serde_json::Value = serde_json::from_str(&stat).unwrap();
+        stat["state"] == "stopping"
+    };
+    let mut stuck = Command::new(env!("CARGO_BIN_EXE_ublkup"))
+        .args(["stop", "--force", "stuck"])
+        .env("UBLKUP_RUNTIME_DIR", lab.path("run"))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    while !is_stopping() {
+        assert!(start.elapsed() < LIMIT, "it is not being stopped");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    lab.ok(&["stop", "fine"]);
+    lab.fails(&["stat", "fine"], 1, &["fine"]);
+    assert!(is_stopping(), "the stuck one has ended");
+    assert_eq!(stuck.try_wait().unwrap(), None);
+    // The others are served meanwhile.
+    lab.ok(&["stat", "last"]);
+    server.kill();
+    assert!(!stuck.wait().unwrap().success());
+}
