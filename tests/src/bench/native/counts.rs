@@ -8,9 +8,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 
-use super::servers::{self, Files, Who};
+use super::servers::{self, Backend, Files, Who};
+use super::steps::Stepper;
 use super::{Load, attach};
 use crate::bench::Settings;
+use crate::bench::client::End;
 use crate::packages::find_program;
 use crate::process;
 
@@ -19,9 +21,14 @@ use crate::process;
 pub struct Counts {
     /// System calls.
     pub syscalls: Option<f64>,
-    /// Instructions in user mode, where perf finds a counter for them.
+    /// Instructions in user mode: as perf counts them; where it cannot, and nothing is behind the disk,
+    /// counted one by one.
     pub instructions: Option<f64>,
 }
+
+/// Requests during which instructions are counted one by one, a thousand times slower than they are
+/// without.
+const STEPPED_REQUESTS: u64 = 1000;
 
 /// Counts by perf, or else, system calls only, by strace.
 ///
@@ -46,10 +53,28 @@ pub fn of(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<
     let (syscalls, instructions) = counter.stop(&output)?;
     server.stop()?;
     let per_io = |count: u64| count as f64 / answer.all_requests as f64;
+    let instructions = match instructions {
+        None if load.backend == Backend::Null && load.depth > 1 => {
+            Some(steps_for_one(settings, files, who, load)?)
+        }
+        counted => counted.map(per_io),
+    };
     Ok(Counts {
         syscalls: Some(per_io(syscalls)),
-        instructions: instructions.map(per_io),
+        instructions,
     })
+}
+
+/// Instructions for one request, counted one by one.
+fn steps_for_one(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<f64> {
+    let socket = files.scratch.join("bench.sock");
+    let server = servers::start(who, load.backend, files, &socket, settings.server_cpu)?;
+    let stepper = Stepper::start(server.pid())?;
+    let requests = End::Requests(STEPPED_REQUESTS);
+    let answer = attach(settings, load, &socket, server.pid(), requests)?;
+    let steps = stepper.stop()?;
+    server.stop()?;
+    Ok(steps as f64 / answer.all_requests as f64)
 }
 
 /// perf's names of what is counted.

@@ -3,6 +3,7 @@
 
 pub mod counts;
 pub mod servers;
+pub mod steps;
 
 use std::fs;
 use std::io::Write;
