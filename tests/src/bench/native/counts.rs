@@ -21,14 +21,14 @@ use crate::process;
 pub struct Counts {
     /// System calls.
     pub syscalls: Option<f64>,
-    /// Instructions in user mode: as perf counts them; where it cannot, and nothing is behind the disk,
-    /// counted one by one.
+    /// Instructions in user mode: as perf counts them; where it cannot, ours is counted one by one if
+    /// nothing is behind the disk.
     pub instructions: Option<f64>,
 }
 
 /// Requests during which instructions are counted one by one, a thousand times slower than they are
-/// without.
-const STEPPED_REQUESTS: u64 = 1000;
+/// without. QEMU's daemon, which makes many more for each, would take minutes.
+const STEPPED_REQUESTS: u64 = 2000;
 
 /// Counts by perf, or else, system calls only, by strace.
 ///
@@ -54,7 +54,7 @@ pub fn of(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<
     server.stop()?;
     let per_io = |count: u64| count as f64 / answer.all_requests as f64;
     let instructions = match instructions {
-        None if load.backend == Backend::Null && load.depth > 1 => {
+        None if load.backend == Backend::Null && load.depth > 1 && *who != Who::Qemu => {
             Some(steps_for_one(settings, files, who, load)?)
         }
         counted => counted.map(per_io),
@@ -65,16 +65,26 @@ pub fn of(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<
     })
 }
 
-/// Instructions for one request, counted one by one.
+/// Instructions for one request, counted one by one: what so many more requests need, so that how the
+/// client comes and goes is not in it.
 fn steps_for_one(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<f64> {
     let socket = files.scratch.join("bench.sock");
-    let server = servers::start(who, load.backend, files, &socket, settings.server_cpu)?;
-    let stepper = Stepper::start(server.pid())?;
-    let requests = End::Requests(STEPPED_REQUESTS);
-    let answer = attach(settings, load, &socket, server.pid(), requests)?;
-    let steps = stepper.stop()?;
-    server.stop()?;
-    Ok(steps as f64 / answer.all_requests as f64)
+    let steps_for = |requests| -> Result<(u64, u64)> {
+        let server = servers::start(who, load.backend, files, &socket, settings.server_cpu)?;
+        let stepper = Stepper::start(server.pid())?;
+        let window = End::Requests(requests);
+        let answer = attach(settings, load, &socket, server.pid(), window)?;
+        let steps = stepper.stop()?;
+        server.stop()?;
+        Ok((steps, answer.all_requests))
+    };
+    let (few, more) = (
+        steps_for(STEPPED_REQUESTS / 4)?,
+        steps_for(STEPPED_REQUESTS)?,
+    );
+    let requests = more.1.saturating_sub(few.1);
+    ensure!(requests > 0, "the client does not do what it is told");
+    Ok(more.0.saturating_sub(few.0) as f64 / requests as f64)
 }
 
 /// perf's names of what is counted.

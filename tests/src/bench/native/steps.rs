@@ -113,7 +113,7 @@ impl Traced {
         let bell_id = Pid::from_raw(bell.id().cast_signed());
         let ours = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
         let mut steps = 0;
-        let mut ending: Option<Instant> = None;
+        let (mut asked, mut ending) = (Instant::now(), None::<Instant>);
         while !self.0.is_empty() {
             let flags = match ending {
                 None => ours,
@@ -123,14 +123,19 @@ impl Traced {
                 Ok(WaitStatus::StillAlive) => {
                     let late = ending.is_some_and(|since| since.elapsed() > PATIENCE);
                     ensure!(!late, "{} threads do not come to rest", self.0.len());
-                    thread::sleep(Duration::from_millis(10));
-                    self.interrupt();
+                    thread::sleep(Duration::from_millis(1));
+                    // Not before a step that is under way had time to end.
+                    if asked.elapsed() > Duration::from_secs(1) {
+                        asked = Instant::now();
+                        self.interrupt();
+                    }
                     continue;
                 }
                 status => status.context("cannot wait for a step")?,
             };
             if status.pid() == Some(bell_id) {
-                ending = Some(Instant::now());
+                asked = Instant::now();
+                ending = Some(asked);
                 self.interrupt();
                 continue;
             }
