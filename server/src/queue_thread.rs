@@ -45,6 +45,8 @@ pub struct QueueThread<D: DoorQueue, B: Backend> {
     door: D,
     backend: B::Queue,
     running: SlotTable<Request>,
+    /// How many are in there.
+    under_way: usize,
     /// Requests the backend had no room for, in order.
     backlog: VecDeque<Slot>,
     batch: Vec<Completion>,
@@ -83,6 +85,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
             door,
             backend,
             running: SlotTable::new(slots),
+            under_way: 0,
             backlog: VecDeque::with_capacity(slots),
             batch: Vec::with_capacity(BATCH),
             counters: Arc::clone(counters),
@@ -136,7 +139,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
                 self.poller.worked(came_back);
             }
             let want = match self.door.end_batch(&mut self.ring) {
-                Next::Exit if self.running.used() == 0 => return Ok(()),
+                Next::Exit if self.under_way == 0 => return Ok(()),
                 // A backlog waits for completions like everything else.
                 Next::Exit => 1,
                 Next::Again => usize::from(!self.backlog.is_empty()),
@@ -149,8 +152,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
 
     /// Looks for work, for as long as it seems worth it. Says whether there is some.
     fn look(&mut self) -> io::Result<bool> {
-        let under_way = self.running.used();
-        if self.poller.glances(under_way) {
+        if self.poller.glances(self.under_way) {
             // What others wait for goes first.
             self.ring.submit_and_wait(0)?;
             if self.is_news_soon() {
@@ -158,7 +160,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
                 return Ok(true);
             }
         }
-        let until = match self.poller.look(under_way) {
+        let until = match self.poller.look(self.under_way) {
             Look::Sleep => return Ok(false),
             Look::Until(end) => Some(end),
             Look::ForEver => None,
@@ -233,26 +235,29 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
             }
         }
         let enough = self.answered + ANSWERS;
-        let busy = self.running.used();
+        let busy = self.under_way;
         let most = busy + (busy / BUSY_PER_BEGUN).clamp(LEAST_BEGUN, MOST_BEGUN);
-        while self.answered < enough && self.running.used() < most {
+        while self.answered < enough && self.under_way < most {
             let Some((slot, mut request)) = self.door.next(&mut self.ring) else {
                 return;
             };
-            self.worked = true;
             match self.backend.start(&mut self.ring, slot, &mut request) {
                 // What is done at once need not be kept.
                 Progress::Done(outcome) => self.finish(slot, request, outcome),
-                Progress::Pending => {
-                    self.running.put(slot, request);
-                }
+                Progress::Pending => self.keep(slot, request),
                 Progress::Full => {
-                    self.running.put(slot, request);
+                    self.keep(slot, request);
                     self.backlog.push_back(slot);
                     return;
                 }
             }
         }
+    }
+
+    fn keep(&mut self, slot: Slot, request: Request) {
+        self.worked = true;
+        self.under_way += 1;
+        self.running.put(slot, request);
     }
 
     fn start(&mut self, slot: Slot) -> Started {
@@ -275,6 +280,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
 
     fn complete(&mut self, slot: Slot, outcome: Outcome) {
         let request = self.running.take(slot);
+        self.under_way -= 1;
         self.finish(slot, request, outcome);
     }
 

@@ -7,7 +7,6 @@ pub type Slot = u32;
 #[derive(Debug)]
 pub struct SlotTable<T> {
     entries: Box<[Option<T>]>,
-    used: usize,
 }
 
 impl<T> SlotTable<T> {
@@ -16,7 +15,6 @@ impl<T> SlotTable<T> {
     pub fn new(slots: usize) -> Self {
         Self {
             entries: (0..slots).map(|_| None).collect(),
-            used: 0,
         }
     }
 
@@ -28,7 +26,6 @@ impl<T> SlotTable<T> {
     pub fn put(&mut self, slot: Slot, value: T) -> &mut T {
         let entry = &mut self.entries[slot as usize];
         assert!(entry.is_none(), "slot {slot} is taken");
-        self.used += 1;
         entry.insert(value)
     }
 
@@ -39,7 +36,6 @@ impl<T> SlotTable<T> {
     /// When the slot is empty: a completion for a request that is not under way.
     pub fn take(&mut self, slot: Slot) -> T {
         let value = self.entries[slot as usize].take();
-        self.used -= 1;
         value.expect("slot holds a request")
     }
 
@@ -52,12 +48,6 @@ impl<T> SlotTable<T> {
         self.entries[slot as usize]
             .as_mut()
             .expect("slot holds a request")
-    }
-
-    /// How many slots are taken.
-    #[must_use]
-    pub fn used(&self) -> usize {
-        self.used
     }
 }
 

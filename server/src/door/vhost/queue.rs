@@ -311,8 +311,11 @@ fn terms<'a>(link: &'a Link, vring: &Vring) -> Terms<'a> {
 
 /// Marks what a request wrote to guest memory, if that is wanted. Whatever became of a read, the
 /// storage may have written all of its buffers. Returns whether the chain can be returned.
+///
+/// It takes the request, and does not borrow it: who is asked for an address must have one, and most
+/// requests never are in memory.
 #[cold]
-fn mark(logging: &Option<Logging>, vring: &Vring, taken: &Taken, request: &mut Request) -> bool {
+fn mark(logging: &Option<Logging>, vring: &Vring, taken: &Taken, mut request: Request) -> bool {
     if let Some(Logging {
         log,
         requests: true,
@@ -326,6 +329,7 @@ fn mark(logging: &Option<Logging>, vring: &Vring, taken: &Taken, request: &mut R
             log.mark_memory(map, status.as_ptr(), 1);
         }
     }
+    request.finish();
     !vring.is_broken()
 }
 
@@ -453,7 +457,6 @@ impl DoorQueue for VhostQueues {
                 self.next_turn().then_some(())?;
                 continue;
             }
-            self.turn_left -= 1;
             let head = match vring.queue.pop() {
                 Ok(Some(head)) => head,
                 // `takes_chains` saw one.
@@ -463,6 +466,7 @@ impl DoorQueue for VhostQueues {
                     continue;
                 }
             };
+            self.turn_left -= 1;
             vring.queue.look_ahead(&self.map);
             let slot = self.free.take()?;
             let three = vring.queue.three(head, &self.map);
@@ -495,22 +499,25 @@ impl DoorQueue for VhostQueues {
     }
 
     #[inline(always)]
-    fn complete(&mut self, _ring: &mut Ring, slot: Slot, mut request: Request, outcome: Outcome) {
+    fn complete(&mut self, _ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome) {
         let taken = self.taken.take(slot);
         self.free.give_back(slot);
         put_status(taken.status, block::status(outcome));
-        if let Some(vring) = &mut self.vrings[taken.vring] {
-            vring.in_flight -= 1;
-            if vring.is_plain() || mark(&self.logging, vring, &taken, &mut request) {
-                let written_bytes = if outcome.is_ok() {
-                    taken.written_bytes
-                } else {
-                    1
-                };
-                vring.queue.push_used(taken.head, written_bytes);
-            }
+        let Some(vring) = &mut self.vrings[taken.vring] else {
+            return request.finish();
+        };
+        vring.in_flight -= 1;
+        if vring.is_plain() {
+            request.finish();
+        } else if !mark(&self.logging, vring, &taken, request) {
+            return;
         }
-        request.finish();
+        let written_bytes = if outcome.is_ok() {
+            taken.written_bytes
+        } else {
+            1
+        };
+        vring.queue.push_used(taken.head, written_bytes);
     }
 
     fn end_batch(&mut self, ring: &mut Ring) -> Next {

@@ -229,9 +229,10 @@ impl Virtqueue {
     /// # Errors
     ///
     /// As for [`look`](Self::look).
+    #[inline(always)]
     pub(super) fn pop(&mut self) -> Result<Option<u16>, RingError> {
-        if let Some(head) = self.again.pop() {
-            return Ok(Some(head));
+        if !self.again.is_empty() {
+            return Ok(self.again.pop());
         }
         if self.next_available == self.seen_available {
             return Ok(None);
