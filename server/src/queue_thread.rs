@@ -54,8 +54,8 @@ pub struct QueueThread<D: DoorQueue, B: Backend> {
     poller: Poller,
     /// Requests ended so far.
     answered: u64,
-    /// Whether a request was begun or ended in this round.
-    worked: bool,
+    /// Whether a request was begun in this round that has not ended at once.
+    begun: bool,
 }
 
 impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
@@ -91,7 +91,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
             counters: Arc::clone(counters),
             poller: Poller::new(options.polling),
             answered: 0,
-            worked: false,
+            begun: false,
         })
     }
 
@@ -129,13 +129,13 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         self.mailbox.arm(&mut self.ring).map_err(full)?;
         self.door.start(&mut self.ring).map_err(full)?;
         loop {
-            self.worked = false;
+            self.begun = false;
             let before = self.answered;
             self.dispatch();
             let came_back = self.answered - before;
             self.start_requests();
             self.counters.count_batch(self.ring.enters());
-            if self.worked {
+            if self.begun || self.answered > before {
                 self.poller.worked(came_back);
             }
             let want = match self.door.end_batch(&mut self.ring) {
@@ -255,7 +255,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
     }
 
     fn keep(&mut self, slot: Slot, request: Request) {
-        self.worked = true;
+        self.begun = true;
         self.under_way += 1;
         self.running.put(slot, request);
     }
@@ -286,7 +286,6 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
 
     #[inline(always)]
     fn finish(&mut self, slot: Slot, request: Request, outcome: Outcome) {
-        self.worked = true;
         self.answered += 1;
         self.counters.count(request.op, request.len_bytes, outcome);
         self.door.complete(&mut self.ring, slot, request, outcome);

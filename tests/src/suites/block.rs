@@ -19,7 +19,7 @@ const MIB: u64 = 1 << 20;
 
 /// cargo's test programs, for every guest.
 pub const DRIVER_TESTS: &[Test] = &[
-    test!(the_block_doors_own_tests_pass).limit_s(300),
+    test!(the_block_doors_own_tests_pass).limit_s(600),
     test!(the_registrys_tests_that_need_root_pass),
     test!(the_file_backends_tests_that_need_loop_devices_pass),
     test!(a_disks_upgrade_passes_its_tests_by_the_kernels_way).limit_s(120),

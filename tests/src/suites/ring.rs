@@ -146,7 +146,8 @@ fn minutes_of_activation_under_load_lose_nothing(cx: &Context) -> Result<()> {
 }
 
 /// The benchmark of the series: what is printed is for the reader, what is asserted is the number of
-/// system calls, which does not depend on how fast the machine is.
+/// system calls. Where thousands of records fit into a ring, few need one; where it holds a dozen, each may
+/// need a sleep and a wake-up at both ends, if these are slow enough.
 fn mapped_ends_need_fewer_system_calls_than_records(cx: &Context) -> Result<()> {
     let said = series::program_of(cx, DIR, "ring_bench")?
         .arg("20000")
@@ -170,8 +171,9 @@ fn mapped_ends_need_fewer_system_calls_than_records(cx: &Context) -> Result<()> 
             plain >= 1.9,
             "{bytes} bytes: {plain} calls with read and write"
         );
+        let most = if bytes <= 64.0 { plain / 2.0 } else { 4.0 };
         ensure!(
-            mapped < plain,
+            mapped < most,
             "{bytes} bytes: {mapped} calls with the ring, {plain} without"
         );
     }

@@ -25,7 +25,7 @@ use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
 use crate::counters::Counters;
 use crate::door::{DoorQueue, Next};
 use crate::io::{Completion, FreeSlots, Full, Piece, Ring, Slot, SlotTable};
-use crate::request::{Buffer, Buffers, Op, Outcome, Request};
+use crate::request::{Buffer, Buffers, Op, Outcome, Range, Request};
 
 /// Requests that can be under way on one thread.
 const SLOTS: u32 = 256;
@@ -229,8 +229,8 @@ impl VhostQueues {
         false
     }
 
-    /// Turns a chain into a request, or answers it.
-    fn admit(&mut self, local: usize, head: u16, slot: Slot) -> Option<(Slot, Request)> {
+    /// Takes a chain as a request, or answers it. A request's data are so many buffers of the slot.
+    fn admit(&mut self, local: usize, head: u16, slot: Slot) -> Option<(Op, Range, usize)> {
         let vring = self.vrings[local].as_deref_mut()?;
         let first = slot as usize * MAX_BUFFERS;
         let list = &mut self.buffers[first..first + MAX_BUFFERS];
@@ -251,17 +251,7 @@ impl VhostQueues {
                 };
                 self.taken.put(slot, taken);
                 vring.in_flight += 1;
-                let list = if buffers == 0 {
-                    Buffers::NONE
-                } else {
-                    // SAFETY: `gather` filled that many entries; they belong to the slot, which is
-                    // given back when the request is finished, and `taken` keeps the map.
-                    unsafe {
-                        let list = std::ptr::from_mut(&mut list[..buffers]) as *mut [Buffer];
-                        Buffers::from_list(&mut *list)
-                    }
-                };
-                Some((slot, Request::new(op, range, list)))
+                Some((op, range, buffers))
             }
             Verdict::Answer {
                 outcome,
@@ -474,7 +464,7 @@ impl DoorQueue for VhostQueues {
             let write_through = || terms(link, vring).write_through;
             let usual = three
                 .and_then(|three| Transfer::usual(three, &self.map, link.limits(), write_through));
-            if let Some(transfer) = usual {
+            let (op, range, buffers) = if let Some(transfer) = usual {
                 vring.in_flight += 1;
                 let taken = Taken {
                     vring: local,
@@ -484,16 +474,20 @@ impl DoorQueue for VhostQueues {
                     map: Rc::clone(&self.map),
                 };
                 self.taken.put(slot, taken);
-                let buffer = self.buffers[slot as usize * MAX_BUFFERS].write(transfer.buffer);
-                // SAFETY: the list belongs to the slot, which is given back when the request is
-                // finished, and `taken` keeps the map.
-                let buffers = unsafe { Buffers::from_list(std::slice::from_mut(buffer)) };
-                return Some((slot, Request::new(transfer.op, transfer.range, buffers)));
-            }
-            if let Some(started) = self.admit(local, head, slot) {
-                return Some(started);
-            }
-            self.answers_left -= 1;
+                self.buffers[slot as usize * MAX_BUFFERS].write(transfer.buffer);
+                (transfer.op, transfer.range, 1)
+            } else if let Some(admitted) = self.admit(local, head, slot) {
+                admitted
+            } else {
+                self.answers_left -= 1;
+                continue;
+            };
+            let first = slot as usize * MAX_BUFFERS;
+            let list = std::ptr::from_mut(&mut self.buffers[first..first + buffers]);
+            // SAFETY: so many were filled. They belong to the slot, which is given back when the request
+            // is finished, and `taken` keeps the map.
+            let buffers = unsafe { Buffers::from_list(&mut *(list as *mut [Buffer])) };
+            return Some((slot, Request::new(op, range, buffers)));
         }
         None
     }
