@@ -320,7 +320,8 @@ pub(super) struct HeldMap {
 struct Found {
     guest: u64,
     len_bytes: u64,
-    base: *mut u8,
+    /// Mapped for `len_bytes`.
+    base: NonNull<u8>,
 }
 
 impl Default for HeldMap {
@@ -334,7 +335,7 @@ impl HeldMap {
         let nothing = Found {
             guest: 0,
             len_bytes: 0,
-            base: ptr::null_mut(),
+            base: NonNull::dangling(),
         };
         Self {
             map,
@@ -360,7 +361,9 @@ impl HeldMap {
         if offset < last.len_bytes && len_bytes <= last.len_bytes - offset {
             // The region was mapped, so every offset in it fits an address.
             #[expect(clippy::cast_possible_truncation)]
-            return NonNull::new(last.base.wrapping_add(offset as usize));
+            let offset = offset as usize;
+            // SAFETY: the region is one mapping, and this is inside it.
+            return Some(unsafe { last.base.add(offset) });
         }
         self.find(purpose, guest, len_bytes)
     }
@@ -371,7 +374,7 @@ impl HeldMap {
         self.last[purpose as usize].set(Found {
             guest: region.address.guest,
             len_bytes: region.address.len_bytes,
-            base: region.base,
+            base: NonNull::new(region.base)?,
         });
         NonNull::new(self.map.guest(guest, len_bytes)?)
     }
