@@ -48,7 +48,7 @@ impl Buffers {
     /// # Safety
     ///
     /// `list` and the memory that its entries name must stay valid, and `list` must not be touched
-    /// by anyone else, until the [`Request`] that holds the result is finished.
+    /// by anyone else, until the [`Request`](super::Request) that holds the result is finished.
     pub unsafe fn from_list(list: &mut [Buffer]) -> Self {
         Self(Place::Memory {
             list: list.as_mut_ptr(),
