@@ -114,7 +114,7 @@ pub fn run(what: &str, mut command: Command, log: &Path, limit: Duration) -> Res
     Ok(())
 }
 
-/// The last lines of a file.
+/// The last lines of a file, without those that cargo writes for machines.
 fn end_of(path: &Path, lines: usize) -> String {
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|mut file| {
@@ -123,7 +123,13 @@ fn end_of(path: &Path, lines: usize) -> String {
         file.read_to_end(&mut bytes)
     });
     match read {
-        Ok(_) => last_lines(String::from_utf8_lossy(&bytes).trim_end(), lines),
+        Ok(_) => {
+            let text = String::from_utf8_lossy(&bytes);
+            let said: Vec<&str> = (text.lines())
+                .filter(|line| !line.starts_with("{\"reason\":"))
+                .collect();
+            last_lines(said.join("\n").trim_end(), lines)
+        }
         Err(error) => format!("(unreadable: {error})"),
     }
 }
@@ -136,7 +142,10 @@ mod tests {
     fn a_failing_step_shows_the_end_of_its_output() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let mut command = Command::new("sh");
-        command.args(["-c", "echo the reason; exit 2"]);
+        command.args([
+            "-c",
+            r#"echo the reason; echo '{"reason":"for machines"}'; exit 2"#,
+        ]);
         let error = run(
             "a step",
             command,
@@ -144,7 +153,9 @@ mod tests {
             Duration::from_secs(20),
         )
         .expect_err("it fails");
-        assert!(error.to_string().contains("the reason"), "{error}");
+        let error = error.to_string();
+        assert!(error.contains("the reason"), "{error}");
+        assert!(!error.contains("for machines"), "{error}");
     }
 
     #[test]
