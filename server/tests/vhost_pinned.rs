@@ -18,7 +18,10 @@ use vhost::vhost_user::VhostUserFrontend;
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
-    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+    let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    // The kernel takes its time to undo a ring.
+    common::eventually("nothing of the test before is pinned", || pinned_kib() == 0);
+    alone
 }
 
 /// A file of 4 MiB on a file system with `O_DIRECT`.
