@@ -43,6 +43,15 @@ pub const BLOCK_TESTS: &[Test] = &[
 
 const DISK_BYTES: u64 = 96 << 20;
 
+/// A client's way to the disk.
+fn hammer(device: impl Into<PathBuf>, read_only: bool) -> Hammer {
+    Hammer {
+        device: device.into(),
+        size_bytes: DISK_BYTES,
+        read_only,
+    }
+}
+
 /// An export that is killed and served again.
 struct Mortal<'a> {
     cx: &'a Context,
@@ -153,17 +162,15 @@ fn deaths(kills: usize) -> usize {
     kills + kills / 3
 }
 
-fn tell(who: &str, kills: usize, hammered: &Hammered) -> Result<()> {
-    line(&hammered.tell(who, deaths(kills), "were killed"));
-    ensure_work(hammered)
+const REPLACED: &str = "made way for others";
+
+fn tell_killed(who: &str, kills: usize, hammered: &Hammered) -> Result<()> {
+    tell(who, deaths(kills), "were killed", hammered)
 }
 
-fn tell_replaced(who: &str, times: usize, hammered: &Hammered) -> Result<()> {
-    line(&hammered.tell(who, times, "made way for others"));
-    ensure_work(hammered)
-}
-
-fn ensure_work(hammered: &Hammered) -> Result<()> {
+/// Says what a client noticed of so many servers of whom something became.
+fn tell(who: &str, servers: usize, became: &str, hammered: &Hammered) -> Result<()> {
+    line(&hammered.tell(who, servers, became));
     ensure!(
         hammered.rounds > 0 && hammered.probes > 0,
         "too little was done: {hammered:?}"
@@ -201,20 +208,25 @@ fn in_guest(
     })
 }
 
-fn guest_survives(cx: &Context, kills: usize) -> Result<()> {
+/// A guest with two processors and nobody else has the disk while something happens to its server.
+fn guest_verifies(
+    cx: &Context,
+    happens: impl FnOnce(&mut Mortal<'_>, Server) -> Result<Server>,
+) -> Result<Hammered> {
     let mut export = Mortal::new(cx)?;
     let server = export.serve().start()?;
     let qemu = reconnecting(cx, &export.socket, Board::Q35)?.processors(2);
     let mut guest = Machine::boot(&qemu, &cx.paths, "survive")?;
-    let hammer = Hammer {
-        device: "/dev/vda".into(),
-        size_bytes: DISK_BYTES,
-        read_only: false,
-    };
-    let (hammered, server) = in_guest(&mut guest, cx, &hammer, || export.kill(server, kills))?;
-    tell("vhost door", kills, &hammered)?;
+    let disk = hammer("/dev/vda", false);
+    let (hammered, server) = in_guest(&mut guest, cx, &disk, || happens(&mut export, server))?;
     guest.power_off();
-    stop(server)
+    stop(server)?;
+    Ok(hammered)
+}
+
+fn guest_survives(cx: &Context, kills: usize) -> Result<()> {
+    let hammered = guest_verifies(cx, |export, server| export.kill(server, kills))?;
+    tell_killed("vhost door", kills, &hammered)
 }
 
 fn a_guest_verifies_its_disk_while_ten_servers_are_killed(cx: &Context) -> Result<()> {
@@ -226,19 +238,9 @@ fn a_guest_verifies_its_disk_while_a_hundred_servers_are_killed(cx: &Context) ->
 }
 
 fn a_guest_verifies_its_disk_while_servers_make_way_for_others(cx: &Context) -> Result<()> {
-    let export = Mortal::new(cx)?;
-    let server = export.serve().start()?;
-    let qemu = reconnecting(cx, &export.socket, Board::Q35)?.processors(2);
-    let mut guest = Machine::boot(&qemu, &cx.paths, "make-way")?;
-    let hammer = Hammer {
-        device: "/dev/vda".into(),
-        size_bytes: DISK_BYTES,
-        read_only: false,
-    };
-    let (hammered, server) = in_guest(&mut guest, cx, &hammer, || export.replace(server, 10))?;
-    tell_replaced("vhost door", 10, &hammered)?;
-    guest.power_off();
-    stop(server)
+    let times = 10;
+    let hammered = guest_verifies(cx, |export, server| export.replace(server, times))?;
+    tell("vhost door", times, REPLACED, &hammered)
 }
 
 /// A guest that connects again at once.
@@ -264,14 +266,10 @@ fn block_device_survives(cx: &Context, kills: usize) -> Result<()> {
     export.block_door = true;
     let server = export.serve().start()?;
     let device = server.block_device()?;
-    let hammer = Hammer {
-        device: device.clone(),
-        size_bytes: DISK_BYTES,
-        read_only: false,
-    };
+    let disk = hammer(&device, false);
     let over = AtomicBool::new(false);
-    let (hammered, server) = beside(cx, &hammer, &over, || export.kill(server, kills))?;
-    tell("block door", kills, &hammered)?;
+    let (hammered, server) = beside(cx, &disk, &over, || export.kill(server, kills))?;
+    tell_killed("block door", kills, &hammered)?;
     ensure!(
         server.block_device()? == device,
         "{} was not taken over",
@@ -316,21 +314,16 @@ fn both_doors_are_read_while_servers_are_killed(cx: &Context) -> Result<()> {
     let device = server.block_device()?;
     let qemu = reconnecting(cx, &export.socket, Board::Microvm)?.processors(1);
     let mut guest = Machine::boot(&qemu, &cx.paths, "survive-both")?;
-    let hammer = |device: &Path| Hammer {
-        device: device.to_owned(),
-        size_bytes: DISK_BYTES,
-        read_only: true,
-    };
     let over = AtomicBool::new(false);
-    let (beside, (inside, server)) = beside(cx, &hammer(&device), &over, || {
-        in_guest(&mut guest, cx, &hammer(Path::new("/dev/vda")), || {
+    let (beside, (inside, server)) = beside(cx, &hammer(&device, true), &over, || {
+        in_guest(&mut guest, cx, &hammer("/dev/vda", true), || {
             // The guest's fio has started by then.
             thread::sleep(Duration::from_secs(3));
             export.kill(server, kills)
         })
     })?;
-    tell("both, at the block device", kills, &beside)?;
-    tell("both, in the guest", kills, &inside)?;
+    tell_killed("both, at the block device", kills, &beside)?;
+    tell_killed("both, in the guest", kills, &inside)?;
     guest.power_off();
     ensure!(
         server.block_device()? == device,
@@ -363,6 +356,7 @@ fn read_known(device: &Path, over: &AtomicBool) -> Result<u64> {
 
 /// A guest has the disk and writes, a program reads the block device; neither meets an error.
 fn both_doors_are_used_while_servers_make_way_for_others(cx: &Context) -> Result<()> {
+    let times = 5;
     let mut export = Mortal::new(cx)?;
     export.block_door = true;
     let image = File::options().write(true).open(&export.image)?;
@@ -371,21 +365,17 @@ fn both_doors_are_used_while_servers_make_way_for_others(cx: &Context) -> Result
     let device = server.block_device()?;
     let qemu = reconnecting(cx, &export.socket, Board::Microvm)?.processors(1);
     let mut guest = Machine::boot(&qemu, &cx.paths, "make-way-both")?;
-    let hammer = Hammer {
-        device: "/dev/vda".into(),
-        size_bytes: DISK_BYTES,
-        read_only: false,
-    };
+    let disk = hammer("/dev/vda", false);
     let over = AtomicBool::new(false);
     let (reads, (hammered, server)) = thread::scope(|scope| {
         let reader = scope.spawn(|| read_known(&device, &over));
-        let replaced = in_guest(&mut guest, cx, &hammer, || export.replace(server, 5));
+        let replaced = in_guest(&mut guest, cx, &disk, || export.replace(server, times));
         over.store(true, Ordering::Relaxed);
         let reads = reader.join().map_err(|_| anyhow!("the reader panicked"))?;
         let replaced = replaced?;
         anyhow::Ok((reads?, replaced))
     })?;
-    tell_replaced("both doors, in the guest", 5, &hammered)?;
+    tell("both doors, in the guest", times, REPLACED, &hammered)?;
     line(&format!(
         "both doors, at the block device: {reads} reads without an error"
     ));
