@@ -103,7 +103,8 @@ fn clients_that_cannot_be_told_or_do_not_read_disturb_nobody() {
     assert_eq!(house.door.tell_new_size(), 0);
     again.read_exact(&mut [0; 12]).unwrap();
     drop(again);
-    assert_eq!(house.door.tell_new_size(), 1);
+    // A test beside this one may be starting a program, which has the channel until it runs.
+    eventually("the channel is gone", || house.door.tell_new_size() == 1);
     assert_eq!(deaf.read(0, 512).0, OK);
 }
 
