@@ -13,10 +13,14 @@ use crate::test;
 use crate::test::{Context, Test};
 
 /// The comparison.
-pub const TESTS: &[Test] = &[test!(no_test_of_the_kernel_does_worse_with_the_series).limit_s(3000)];
+pub const TESTS: &[Test] = &[test!(no_test_of_the_kernel_does_worse_with_the_series).limit_s(5400)];
 
 /// What the machines do.
 pub const STEPS: &[Test] = &[test!(run_kernel_test).limit_s(400)];
+
+/// Some of the kernel's tests take a moment for granted and fail now and then, on any kernel. What did worse
+/// once is run so many times more on both; it did worse if it does well less than half as often.
+const REPEATS: u32 = 8;
 
 /// Programs that were there before the series. Not all speak TAP; of the others the exit status counts.
 const PROGRAMS: &[(&str, &str)] = &[
@@ -77,20 +81,55 @@ fn run_kernel_test(cx: &Context) -> Result<()> {
     cx.reply(&verdicts)
 }
 
-fn all_on(cx: &Context, kernel: Kernel) -> Result<BTreeMap<&'static str, Verdicts>> {
+fn boot(cx: &Context, kernel: Kernel) -> Result<Machine> {
     let image = cx.paths.kernel(kernel)?;
-    let mut machine = Machine::boot(&Uml::new(image), &cx.paths, &format!("compare-{kernel}"))?;
-    let mut all = BTreeMap::new();
-    for &(collection, name) in PROGRAMS {
-        let program = Program {
-            collection: collection.into(),
-            name: name.into(),
-        };
-        let verdicts = machine.run_step(&cx.paths, "run_kernel_test", &program)?;
-        all.insert(name, verdicts);
+    Machine::boot(&Uml::new(image), &cx.paths, &format!("compare-{kernel}"))
+}
+
+fn verdicts_of(
+    cx: &Context,
+    machine: &mut Machine,
+    (collection, name): (&str, &str),
+) -> Result<Verdicts> {
+    let program = Program {
+        collection: collection.into(),
+        name: name.into(),
+    };
+    machine.run_step(&cx.paths, "run_kernel_test", &program)
+}
+
+fn all_on(cx: &Context, machine: &mut Machine) -> Result<BTreeMap<&'static str, Verdicts>> {
+    let results = PROGRAMS.iter().map(|&program| {
+        let verdicts = verdicts_of(cx, machine, program)?;
+        Ok((program.1, verdicts))
+    });
+    results.collect()
+}
+
+/// The tests that did worse the second time.
+fn worse(before: &Verdicts, after: &Verdicts) -> Vec<String> {
+    let did_worse = |test: &str, verdict| after.get(test).is_none_or(|now| now < verdict);
+    let tests = before
+        .iter()
+        .filter(|(test, verdict)| did_worse(test, verdict));
+    tests.map(|(test, _)| test.clone()).collect()
+}
+
+/// In how many runs each of these tests did at least as well as it did at first without the series.
+fn runs_as_good(
+    cx: &Context,
+    machine: &mut Machine,
+    program: (&str, &str),
+    (tests, first): (&[String], &Verdicts),
+) -> Result<Vec<u32>> {
+    let mut runs = vec![0; tests.len()];
+    for _ in 0..REPEATS {
+        let verdicts = verdicts_of(cx, machine, program)?;
+        for (count, test) in runs.iter_mut().zip(tests) {
+            *count += u32::from(verdicts.get(test) >= first.get(test));
+        }
     }
-    machine.power_off();
-    Ok(all)
+    Ok(runs)
 }
 
 fn count(verdicts: &Verdicts, wanted: Verdict) -> usize {
@@ -98,17 +137,15 @@ fn count(verdicts: &Verdicts, wanted: Verdict) -> usize {
 }
 
 fn no_test_of_the_kernel_does_worse_with_the_series(cx: &Context) -> Result<()> {
-    let before = all_on(cx, Kernel::UmlBase)?;
-    let after = all_on(cx, Kernel::Uml)?;
-    let mut worse = Vec::new();
-    for (program, before) in &before {
-        ensure!(!before.is_empty(), "{program} has no results");
-        let after = &after[program];
-        for (test, verdict) in before {
-            if after.get(test).is_none_or(|now| now < verdict) {
-                worse.push(format!("{program}: {test}"));
-            }
-        }
+    let mut without = boot(cx, Kernel::UmlBase)?;
+    let mut with = boot(cx, Kernel::Uml)?;
+    let before = all_on(cx, &mut without)?;
+    let after = all_on(cx, &mut with)?;
+    let mut found = Vec::new();
+    for &program in PROGRAMS {
+        let name = program.1;
+        let (before, after) = (&before[name], &after[name]);
+        ensure!(!before.is_empty(), "{name} has no results");
         let told = |verdicts: &Verdicts| {
             format!(
                 "{} ok, {} not ok, {} skipped",
@@ -118,11 +155,29 @@ fn no_test_of_the_kernel_does_worse_with_the_series(cx: &Context) -> Result<()> 
             )
         };
         line(&format!(
-            "{program}: without {}; with {}",
+            "{name}: without {}; with {}",
             told(before),
             told(after)
         ));
+        let tests = worse(before, after);
+        if tests.is_empty() {
+            continue;
+        }
+        let suspects = (&tests[..], before);
+        let good_without = runs_as_good(cx, &mut without, program, suspects)?;
+        let good_with = runs_as_good(cx, &mut with, program, suspects)?;
+        for ((test, without), with) in tests.iter().zip(good_without).zip(good_with) {
+            let again = format!(
+                "{name}: {test}: of {REPEATS} more runs {without} as good without, {with} with"
+            );
+            line(&again);
+            if with * 2 < without {
+                found.push(again);
+            }
+        }
     }
-    ensure!(worse.is_empty(), "worse with the series: {worse:?}");
+    without.power_off();
+    with.power_off();
+    ensure!(found.is_empty(), "worse with the series: {found:?}");
     Ok(())
 }

@@ -78,27 +78,34 @@ impl<'a> Bytes<'a> {
     #[inline]
     pub fn copy_to(&self, target: &mut [u8]) -> usize {
         let count = self.len_bytes.min(target.len());
+        let target = &mut target[..count];
+        match is_whole_words(self.start, count) {
+            // SAFETY: aligned, and inside the stretch with all of its bytes.
+            true => unsafe { load_words(self.start, target.as_chunks_mut().0) },
+            false => self.copy_odd_bytes(target),
+        }
+        count
+    }
+
+    /// Single bytes up to the first aligned word, then words, then single bytes; no more than there are.
+    #[inline(never)]
+    fn copy_odd_bytes(&self, target: &mut [u8]) {
         let mut from = self.start;
-        let (target, _) = target.split_at_mut(count);
-        // Single bytes up to the first aligned word, then words, then single bytes.
-        let (first, rest) = target.split_at_mut(lead(from, count));
+        let (first, rest) = target.split_at_mut(lead(from, target.len()));
         for byte in first {
-            // SAFETY: inside the stretch: no more than `count` bytes are read altogether.
+            // SAFETY: inside the stretch: no more bytes are read than it has.
             (*byte, from) = unsafe { (load(from), from.add(1)) };
         }
-        let mut words = rest.chunks_exact_mut(WORD_BYTES);
-        for word in &mut words {
-            // SAFETY: aligned by the loop above, and inside the stretch with all of its bytes.
-            let value = unsafe { from.cast::<AtomicUsize>().as_ref() }.load(Relaxed);
-            word.copy_from_slice(&value.to_ne_bytes());
-            // SAFETY: at most one past its end.
-            from = unsafe { from.add(WORD_BYTES) };
+        let (words, last) = rest.as_chunks_mut();
+        // SAFETY: aligned by the loop above, and inside the stretch with all of their bytes.
+        unsafe {
+            load_words(from, words);
+            from = from.add(words.as_flattened().len());
         }
-        for byte in words.into_remainder() {
+        for byte in last {
             // SAFETY: as for the first bytes.
             (*byte, from) = unsafe { (load(from), from.add(1)) };
         }
-        count
     }
 
     /// The first `N` bytes, copied; `None` if there are fewer.
@@ -128,6 +135,12 @@ impl<'a> Bytes<'a> {
 /// Of a machine word: the most that may be loaded from memory that is mapped for reading only.
 const WORD_BYTES: usize = size_of::<usize>();
 
+/// Whether these bytes are aligned words and nothing else, as records mostly are.
+#[inline]
+fn is_whole_words(start: NonNull<u8>, count: usize) -> bool {
+    (start.addr().get() | count).is_multiple_of(WORD_BYTES)
+}
+
 /// How many of `count` bytes come before the first aligned word.
 fn lead(start: NonNull<u8>, count: usize) -> usize {
     start.align_offset(WORD_BYTES).min(count)
@@ -140,33 +153,79 @@ unsafe fn load(from: NonNull<u8>) -> u8 {
     unsafe { from.cast::<AtomicU8>().as_ref() }.load(Relaxed)
 }
 
+/// # Safety
+/// `from` is aligned to words and valid for reading as many bytes as `target` has.
+#[inline]
+unsafe fn load_words(from: NonNull<u8>, target: &mut [[u8; WORD_BYTES]]) {
+    let from = from.cast::<AtomicUsize>();
+    for (index, word) in target.iter_mut().enumerate() {
+        // SAFETY: our caller's promise.
+        *word = unsafe { from.add(index).as_ref() }
+            .load(Relaxed)
+            .to_ne_bytes();
+    }
+}
+
+/// # Safety
+/// `to` is valid for writing one byte.
+unsafe fn store_byte(to: NonNull<u8>, byte: u8) {
+    // SAFETY: our caller's promise; a byte is always aligned.
+    unsafe { to.cast::<AtomicU8>().as_ref() }.store(byte, Relaxed);
+}
+
+/// # Safety
+/// `to` is aligned to words and valid for writing as many bytes as `source` has.
+#[inline]
+unsafe fn store_words(to: NonNull<u8>, source: &[[u8; WORD_BYTES]]) {
+    let to = to.cast::<AtomicUsize>();
+    for (index, word) in source.iter().enumerate() {
+        // SAFETY: our caller's promise.
+        unsafe { to.add(index).as_ref() }.store(usize::from_ne_bytes(*word), Relaxed);
+    }
+}
+
 /// Copies to where others may be writing, or reading by [`Bytes`], at the same time.
 ///
 /// # Safety
 /// `target` is valid for reading and writing as many bytes as `source` has, and nobody in this process
 /// accesses them meanwhile but by atomic operations.
+#[inline]
 pub(crate) unsafe fn store(target: NonNull<u8>, source: &[u8]) {
+    match is_whole_words(target, source.len()) {
+        // SAFETY: our caller's promise, and aligned.
+        true => unsafe { store_words(target, source.as_chunks().0) },
+        // SAFETY: our caller's promise.
+        false => unsafe { store_odd_bytes(target, source) },
+    }
+}
+
+/// As [`Bytes::copy_odd_bytes`].
+///
+/// # Safety
+/// As for [`store`].
+#[inline(never)]
+unsafe fn store_odd_bytes(target: NonNull<u8>, source: &[u8]) {
     let mut to = target;
     let (first, rest) = source.split_at(lead(to, source.len()));
     for byte in first {
         // SAFETY: inside the stretch: no more bytes are written than `source` has.
-        unsafe { to.cast::<AtomicU8>().as_ref() }.store(*byte, Relaxed);
-        // SAFETY: at most one past its end.
-        to = unsafe { to.add(1) };
+        to = unsafe {
+            store_byte(to, *byte);
+            to.add(1)
+        };
     }
-    let (words, last) = rest.as_chunks::<WORD_BYTES>();
-    for word in words {
-        let value = usize::from_ne_bytes(*word);
-        // SAFETY: aligned by the loop above, and inside the stretch with all of its bytes.
-        unsafe { to.cast::<AtomicUsize>().as_ref() }.store(value, Relaxed);
-        // SAFETY: at most one past its end.
-        to = unsafe { to.add(WORD_BYTES) };
+    let (words, last) = rest.as_chunks();
+    // SAFETY: aligned by the loop above, and inside the stretch with all of their bytes.
+    unsafe {
+        store_words(to, words);
+        to = to.add(words.as_flattened().len());
     }
     for byte in last {
         // SAFETY: as for the first bytes.
-        unsafe { to.cast::<AtomicU8>().as_ref() }.store(*byte, Relaxed);
-        // SAFETY: as above.
-        to = unsafe { to.add(1) };
+        to = unsafe {
+            store_byte(to, *byte);
+            to.add(1)
+        };
     }
 }
 

@@ -80,6 +80,7 @@ impl End {
     }
 
     /// Whether the peer has said, or the kernel for it, that it is gone.
+    #[inline]
     pub(crate) fn has_closed(&self) -> bool {
         match &self.link {
             Link::Kernel(side) => self.memory.word(control::CLOSED) & side.peer_bit() != 0,

@@ -40,6 +40,7 @@ impl Side {
     }
 
     /// The bit that says that the other side is gone for good.
+    #[inline]
     pub(crate) fn peer_bit(self) -> u32 {
         match self {
             Self::Read => control::NO_WRITER,
@@ -48,6 +49,7 @@ impl Side {
     }
 
     /// The bit that says that somebody sleeps in the kernel on the other side.
+    #[inline]
     pub(crate) fn sleeper_bit(self) -> u32 {
         match self {
             Self::Read => control::SLEEPS_WRITE,

@@ -231,6 +231,7 @@ impl Memory {
     }
 
     /// A word of the control page.
+    #[inline]
     pub(crate) fn control(&self, index: usize) -> &SharedWord {
         assert!(index < control::WORDS);
         // SAFETY: the control page is mapped as long as `self` lives, its words are aligned, and nobody
@@ -256,6 +257,7 @@ impl Memory {
     }
 
     /// The value of a word of the control page.
+    #[inline]
     pub(crate) fn word(&self, index: usize) -> u32 {
         self.control(index).load(Ordering::Acquire)
     }

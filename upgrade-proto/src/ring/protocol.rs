@@ -101,6 +101,7 @@ pub fn close<W: Word, F: Fence>(own: &Page<W>, peer: &Page<W>) -> u32 {
 }
 
 /// Whether the peer has said that it left. Its position is final for those who read it after this.
+#[inline]
 pub fn has_closed<W: Word>(peer: &Page<W>) -> bool {
     peer.closed.load(Acquire) != 0
 }
@@ -124,11 +125,13 @@ impl Writer {
         (this.used() <= size).then_some(this).ok_or(Corrupt)
     }
 
+    #[inline]
     fn used(&self) -> u32 {
         self.position.wrapping_sub(self.consumed)
     }
 
     /// Where the next byte goes, counted since the beginning.
+    #[inline]
     pub fn position(&self) -> u32 {
         self.position
     }
@@ -193,6 +196,7 @@ impl Reader {
     }
 
     /// Where the next byte comes from, counted since the beginning.
+    #[inline]
     pub fn position(&self) -> u32 {
         self.position
     }
