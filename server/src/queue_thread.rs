@@ -25,12 +25,11 @@ const BATCH: usize = 256;
 /// size, so that it can go on while the next ones are being worked on.
 const ANSWERS: u64 = 16;
 
-/// Requests given to the storage per round: two while it has little to do, more when it is busy
-/// anyway. From the third submission of one system call on the kernel collects them, and a storage
-/// that has run empty sees none before all have been prepared (docs/decisions.md).
+/// Requests given to the storage per round: two while it has nothing to do, as many again as it has
+/// when it is busy anyway. From the third submission of one system call on the kernel collects them,
+/// and a storage that has run empty sees none before all have been prepared (docs/decisions.md).
 const LEAST_BEGUN: usize = 2;
-const MOST_BEGUN: usize = 16;
-const BUSY_PER_BEGUN: usize = 4;
+const MOST_BEGUN: usize = 32;
 
 /// An idle thread that looks for work looks at the clock after this many times.
 const LOOKS_PER_CLOCK: u32 = 64;
@@ -236,7 +235,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         }
         let enough = self.answered + ANSWERS;
         let busy = self.under_way;
-        let most = busy + (busy / BUSY_PER_BEGUN).clamp(LEAST_BEGUN, MOST_BEGUN);
+        let most = busy + busy.clamp(LEAST_BEGUN, MOST_BEGUN);
         while self.answered < enough && self.under_way < most {
             let Some((slot, mut request)) = self.door.next(&mut self.ring) else {
                 return;
