@@ -269,6 +269,19 @@ mod tests {
     }
 
     #[test]
+    fn words_are_whole_at_aligned_places_only() {
+        let memory = [0_usize; 3];
+        let start = NonNull::from(&memory).cast::<u8>();
+        for place in 0..WORD_BYTES {
+            for count in 0..=2 * WORD_BYTES {
+                // SAFETY: inside `memory`.
+                let whole = is_whole_words(unsafe { start.add(place) }, count);
+                assert_eq!(whole, place == 0 && count % WORD_BYTES == 0);
+            }
+        }
+    }
+
+    #[test]
     fn parts_never_reach_beyond_the_whole() {
         let source: Vec<u8> = (0..10).collect();
         let bytes = Bytes::of(&source);
