@@ -97,6 +97,7 @@ const NEEDED: &[Needed] = &[
     needed(Purpose::Tests, "fio", Sign::Program("fio")),
     needed(Purpose::Tests, "e2fsprogs", Sign::Program("mkfs.ext4")),
     needed(Purpose::Tests, "strace", Sign::Program("strace")),
+    needed(Purpose::Tests, "iproute2", Sign::Program("ip")),
     needed(Purpose::Tests, "udev", Sign::Program("udevadm")),
     // For the kernel's own ublk tests.
     needed(Purpose::Tests, "fdisk", Sign::Program("sfdisk")),
