@@ -4,6 +4,7 @@
 //! completion. A [`SlotTable`] holds what is under way. A [`Mailbox`](mailbox::Mailbox) brings
 //! messages from other threads and wakes the ring.
 
+mod enter;
 pub mod mailbox;
 mod pinned;
 mod ring;

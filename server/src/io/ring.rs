@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use super::enter::Entrance;
 use super::pinned::{Piece, Pinned};
 use super::{Owner, Token};
 
@@ -27,6 +28,8 @@ pub struct Completion {
 /// An io_uring that never loses a completion: it refuses work beyond what its completion queue
 /// can hold.
 pub struct Ring {
+    /// Goes first: it names the ring.
+    entrance: Entrance,
     uring: IoUring,
     flavour: &'static str,
     in_flight: usize,
@@ -79,6 +82,7 @@ impl Ring {
             })
             .or_else(|_| base().build(submissions).map(|uring| (uring, "plain")))?;
         Ok(Self {
+            entrance: Entrance::new(uring.as_raw_fd()),
             uring,
             flavour,
             in_flight: 0,
@@ -151,16 +155,9 @@ impl Ring {
             return Ok(());
         }
         self.enters += 1;
-        // GETEVENTS even when there is nothing to wait for: with DEFER_TASKRUN completions are
-        // made only then, and a busy thread must still hear of kicks and mail.
-        const GETEVENTS: u32 = 1;
-        let (queued, want) = (as_u32(queued), as_u32(want));
-        // SAFETY: the submission queue holds only entries that came through `push`.
-        let result = unsafe {
-            self.uring
-                .submitter()
-                .enter::<libc::sigset_t>(queued, want, GETEVENTS, None)
-        };
+        // Also when there is nothing to wait for: with DEFER_TASKRUN completions are made only here,
+        // and a busy thread must still hear of kicks and mail.
+        let result = self.entrance.enter(as_u32(queued), as_u32(want));
         if for_the_flag && self.uring.completion().is_empty() {
             self.ignored_flags = IGNORED_FLAGS;
         }
