@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, Spec};
 use crate::config::{check_together, read_file};
@@ -169,9 +170,12 @@ pub struct Serve {
     pub ublk_data: Option<DataPath>,
 
     /// Each queue thread of the block door runs only on the processors whose requests its queue gets,
-    /// as the kernel deals them out
-    #[arg(long, conflicts_with = "cpus")]
-    pub ublk_affinity: bool,
+    /// as the kernel deals them out [default: yes with several queues, unless --cpus is given or this
+    /// process may not use all processors]
+    #[arg(long, value_name = "yes|no", num_args = 0..=1, require_equals = true,
+        default_missing_value = "yes", action = ArgAction::Set, hide_possible_values = true,
+        value_parser = BoolishValueParser::new())]
+    pub ublk_affinity: Option<bool>,
 
     /// The kernel does not look for partitions on the block device (Linux 7.0)
     #[arg(long)]
@@ -288,7 +292,7 @@ impl Serve {
             ublk: self.ublk,
             ublk_id: self.ublk_id,
             ublk_data: self.ublk_data,
-            ublk_affinity: self.ublk_affinity.then_some(true),
+            ublk_affinity: self.ublk_affinity,
             no_partition_scan: self.no_partition_scan.then_some(true),
             ublk_recovery: self.ublk_recovery,
             vhost: self.vhost,

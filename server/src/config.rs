@@ -74,8 +74,9 @@ pub struct ExportConfig {
     pub ublk_id: Option<u32>,
     /// How data gets from the block door to the backend and back.
     pub ublk_data: DataPath,
-    /// Whether queue threads of the block door run only where their queue's requests come from.
-    pub ublk_affinity: bool,
+    /// Whether queue threads of the block door run only where their queue's requests come from; if nobody
+    /// says, they do unless somebody chose processors for them in another way.
+    pub ublk_affinity: Option<bool>,
     /// Whether the kernel looks for partitions on the block device.
     pub scan_partitions: bool,
     /// What becomes of the block device when the server dies.
@@ -263,8 +264,7 @@ impl ExportOptions {
                 "{name}: a ublk id, but --ublk no: drop one"
             )));
         }
-        let ublk_affinity = self.ublk_affinity.unwrap_or(false);
-        if ublk_affinity && self.cpus.is_some() {
+        if self.ublk_affinity == Some(true) && self.cpus.is_some() {
             return Err(ConfigError::new(format!(
                 "{name}: --cpus and --ublk-affinity both say where queue threads run: drop one"
             )));
@@ -290,7 +290,7 @@ impl ExportOptions {
             ublk,
             ublk_id: self.ublk_id,
             ublk_data: self.ublk_data.unwrap_or_default(),
-            ublk_affinity,
+            ublk_affinity: self.ublk_affinity,
             scan_partitions: !self.no_partition_scan.unwrap_or(false),
             recovery,
             vhost,

@@ -11,6 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
+use crate::threads::processors_online;
+
 /// What a thread does when it has nothing to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Polling {
@@ -139,15 +141,18 @@ pub(crate) struct Poller {
     burst: u64,
     /// Idle times since the clock was read last.
     glances: u32,
+    /// Whether all clients run on the thread's own processor, and there is only that one.
+    beside_clients: bool,
     crowd: Crowd,
     waits: Waits,
 }
 
 impl Poller {
-    /// A poller for the calling thread.
-    pub(crate) fn new(polling: Polling) -> Self {
-        // SAFETY: asks for a number. Not for those that this thread may use: a client has others.
-        let alone = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) } == 1;
+    /// A poller for the calling thread; `beside_clients` if all who send it requests can do so only from
+    /// the one processor that it runs on.
+    pub(crate) fn new(polling: Polling, beside_clients: bool) -> Self {
+        // Not how many this thread may use: a client has others.
+        let alone = processors_online() == 1;
         Self {
             // Whoever has the only processor keeps away what it looks for.
             polling: match polling {
@@ -160,6 +165,7 @@ impl Poller {
             came_back: 0,
             burst: 0,
             glances: 0,
+            beside_clients,
             crowd: Crowd::default(),
             waits: Waits::open(),
         }
@@ -192,7 +198,14 @@ impl Poller {
     fn pays(&self, longest: Duration, under_way: usize) -> bool {
         self.confidence >= LIKELY
             && under_way <= FEW
+            && !self.keeps_away(under_way)
             && (self.burst < MANY * u64::from(MEMORY) || self.idle <= longest / VERY_SOON)
+    }
+
+    /// Whether the thread would keep away what it looks for: it has the clients' processor, and the storage
+    /// nothing that could come back.
+    fn keeps_away(&self, under_way: usize) -> bool {
+        self.beside_clients && under_way == 0
     }
 
     /// There is nothing to do: whether to look for a moment, before [`look`](Self::look) is asked.
@@ -219,6 +232,8 @@ impl Poller {
         match self.polling {
             Polling::Never => Look::Sleep,
             Polling::Always => Look::ForEver,
+            // Nor is anything learned from how long that takes.
+            Polling::Adaptive(_) if self.keeps_away(under_way) => Look::Sleep,
             Polling::Adaptive(longest) => {
                 let since = *self.idle_since.get_or_insert_with(Instant::now);
                 self.glances = 0;
@@ -323,6 +338,7 @@ mod tests {
             came_back: 0,
             burst: 0,
             glances: 0,
+            beside_clients: false,
             crowd: Crowd::default(),
             waits: Waits::default(),
         }
@@ -379,6 +395,21 @@ mod tests {
         (0..SURE).for_each(|_| poller.learn(SOON));
         assert!(looks(&mut poller, FEW));
         assert!(!looks(&mut poller, FEW + 1));
+    }
+
+    #[test]
+    fn a_thread_on_the_processor_of_its_clients_looks_for_what_the_storage_has_and_for_nothing_else()
+     {
+        let mut poller = poller(Polling::Adaptive(LONGEST));
+        poller.beside_clients = true;
+        (0..SURE).for_each(|_| poller.learn(SOON));
+        assert!(!poller.glances(0) && !looks(&mut poller, 0));
+        std::thread::sleep(LATE);
+        poller.worked(1);
+        assert_eq!(poller.confidence, SURE, "how long that took says nothing");
+        assert!(looks(&mut poller, FEW));
+        poller.polling = Polling::Always;
+        assert!(looks(&mut poller, 0), "it was told to");
     }
 
     #[test]

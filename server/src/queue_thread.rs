@@ -77,6 +77,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
         // completes beside what it cancels.
         let mut ring = Ring::new(slots + 2 * door.ring_operations() + 2)?;
         let backend = disk.queue(&mut ring, slots)?;
+        let beside_clients = door.is_beside_clients();
         let slots = slots as usize;
         Ok(Self {
             ring,
@@ -88,7 +89,7 @@ impl<D: DoorQueue, B: Backend> QueueThread<D, B> {
             backlog: VecDeque::with_capacity(slots),
             batch: Vec::with_capacity(BATCH),
             counters: Arc::clone(counters),
-            poller: Poller::new(options.polling),
+            poller: Poller::new(options.polling, beside_clients),
             answered: 0,
             begun: false,
         })

@@ -5,7 +5,7 @@ use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::polling::Polling;
 
@@ -47,6 +47,29 @@ pub fn settle_on(cpus: &Cpus) -> io::Result<()> {
             "a queue thread cannot run on processor {cpus}: {error}"
         ))
     })
+}
+
+/// Whether the calling thread may run on one processor only.
+pub(crate) fn is_bound_to_one() -> bool {
+    may_use() == Some(1)
+}
+
+/// Whether the calling thread may run on all processors that are there.
+pub(crate) fn is_unbound() -> bool {
+    may_use().is_some_and(|count| count >= processors_online())
+}
+
+/// How many processors there are, for whomever.
+pub(crate) fn processors_online() -> usize {
+    // SAFETY: asks for a number.
+    let count = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
+    usize::try_from(count).unwrap_or(1)
+}
+
+/// How many processors that are there the calling thread may run on.
+fn may_use() -> Option<usize> {
+    // It fails where there are more processors than the mask has room for.
+    usize::try_from(sched_getaffinity(None).ok()?.count()).ok()
 }
 
 /// Processors, in the order in which threads get them.
@@ -163,9 +186,10 @@ mod tests {
         let here = unsafe { libc::sched_getcpu() };
         let settled = std::thread::spawn(move || {
             on(&here.to_string()).settle(0).unwrap();
-            rustix::thread::sched_getaffinity(None).unwrap().count()
+            (is_bound_to_one(), is_unbound())
         });
-        assert_eq!(settled.join().unwrap(), 1);
+        let alone = processors_online() == 1;
+        assert_eq!(settled.join().unwrap(), (true, alone));
         let error = on("1023").settle(0).unwrap_err().to_string();
         assert!(error.contains("processor 1023"), "{error}");
     }

@@ -71,7 +71,7 @@ fn config() -> UblkConfig {
         queues: 4,
         depth: 32,
         threads: ublkup::threads::ThreadOptions::default(),
-        affinity: false,
+        affinity: None,
         scan_partitions: true,
         recovery: ublkup::door::ublk::Recovery::Off,
         mark: 1,

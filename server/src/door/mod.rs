@@ -61,6 +61,11 @@ pub trait DoorQueue {
         true
     }
 
+    /// Whether all clients run on the one processor that this thread may run on.
+    fn is_beside_clients(&self) -> bool {
+        false
+    }
+
     /// Whether the door leaves what it still has on the ring to the kernel when the thread ends,
     /// because no cancellation reaches it. It then leaks the memory that these operations point to.
     fn abandons_operations(&self) -> bool {

@@ -38,13 +38,27 @@ fn queue_threads_run_where_the_requests_of_their_queue_come_from() {
     let online = std::thread::available_parallelism().unwrap().get();
     let queues = online.min(2);
     let queues_flag = queues.to_string();
-    let (server, disk) = serve(
-        &lab,
-        "near",
-        "mem:16M",
-        &["--queues", &queues_flag, "--ublk-affinity"],
-    );
-    let told = stat(&lab, "near")["ublk"]["affinity"].clone();
+    let several = &["--queues", &queues_flag][..];
+    let wanted = [several, &["--ublk-affinity"]].concat();
+    queue_threads_keep_to_their_queues(&lab, &wanted, queues, online);
+    if queues > 1 {
+        queue_threads_keep_to_their_queues(&lab, several, queues, online);
+    }
+    let one = &["--queues", "1"][..];
+    let unwanted = [several, &["--ublk-affinity=no"]].concat();
+    let told_otherwise = [several, &["--cpus", "0"]].concat();
+    for args in [one, &unwanted, &told_otherwise] {
+        let (server, _) = serve(&lab, "far", "mem:16M", args);
+        assert!(stat(&lab, "far")["ublk"]["affinity"].is_null(), "{args:?}");
+        server.stop();
+    }
+    lab.is_clean();
+}
+
+/// Serves with `args` on a machine with so many processors, and looks where the threads may run.
+fn queue_threads_keep_to_their_queues(lab: &Lab, args: &[&str], queues: usize, online: usize) {
+    let (server, disk) = serve(lab, "near", "mem:16M", args);
+    let told = stat(lab, "near")["ublk"]["affinity"].clone();
     assert_eq!(told.as_array().unwrap().len(), queues);
     let mut all = Vec::new();
     for queue in 0..queues {
@@ -69,10 +83,6 @@ fn queue_threads_run_where_the_requests_of_their_queue_come_from() {
     all.sort_unstable();
     assert_eq!(all, (0..online).collect::<Vec<_>>());
     server.stop();
-    let (server, _) = serve(&lab, "far", "mem:16M", &[]);
-    assert!(stat(&lab, "far")["ublk"]["affinity"].is_null());
-    server.stop();
-    lab.is_clean();
 }
 
 /// A boot sector with one partition of 1 MiB behind the first.

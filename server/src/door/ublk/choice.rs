@@ -165,7 +165,7 @@ mod tests {
             queues: 1,
             depth: 1,
             threads: crate::threads::ThreadOptions::default(),
-            affinity: false,
+            affinity: None,
             scan_partitions: true,
             data,
             ring_places: None,

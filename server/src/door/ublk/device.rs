@@ -33,7 +33,7 @@ use crate::counters::Counters;
 use crate::crash;
 use crate::io::mailbox::{self, Mailbox};
 use crate::queue_thread::QueueThread;
-use crate::threads::{Cpus, settle_on};
+use crate::threads::{Cpus, is_unbound, settle_on};
 
 /// How long queue threads may take to come up, and to end when they were told to.
 const THREAD_LIMIT: Duration = Duration::from_secs(30);
@@ -159,9 +159,15 @@ impl Device {
             let params = Params::new(params, alignment_bytes);
             device.control.set_params(device.id, params)?;
         }
-        if config.affinity {
-            device.facts.affinity = Some(device.affinity()?);
-        }
+        device.facts.affinity = match config.affinity {
+            Some(true) => Some(device.affinity()?),
+            None if device.facts.queues > 1 && config.threads.cpus.is_none() && is_unbound() => {
+                // They run well enough elsewhere.
+                let refused = |error| tracing::debug!(%error, "queue threads run anywhere");
+                device.affinity().map_err(refused).ok()
+            }
+            _ => None,
+        };
         device.spawn(&info, config, backend, counters, &sender)?;
         device.await_ready()?;
         crash::point("before-start");
@@ -213,7 +219,7 @@ impl Device {
             Cpus::from_mask(&mask).ok_or_else(|| UblkError::Queue {
                 id: self.id,
                 queue,
-                reason: "no processor sends it requests; leave --ublk-affinity away".into(),
+                reason: "no processor sends it requests; try --ublk-affinity=no".into(),
             })
         };
         (0..self.facts.queues).map(of).collect()

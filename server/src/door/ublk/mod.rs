@@ -67,8 +67,9 @@ pub struct UblkConfig {
     pub depth: u16,
     /// How queue threads run.
     pub threads: ThreadOptions,
-    /// Whether the thread of a queue runs only where the requests of that queue come from.
-    pub affinity: bool,
+    /// Whether the thread of a queue runs only where the requests of that queue come from. If nobody says,
+    /// it does where there are several queues and nobody chose processors for the threads or this process.
+    pub affinity: Option<bool>,
     /// Whether the kernel looks for partitions when the disk appears.
     pub scan_partitions: bool,
     /// How data gets to the backend and back.

@@ -22,7 +22,7 @@ use crate::counters::Counters;
 use crate::door::{DoorQueue, Next};
 use crate::io::{Completion, Full, Owner, Ring, Slot, Token};
 use crate::request::{Buffers, IoError, Limits, Op, Outcome, Range, Request, SECTOR_SHIFT};
-use crate::threads::{Cpus, ThreadOptions};
+use crate::threads::{Cpus, ThreadOptions, is_bound_to_one};
 
 /// What other threads may ask of a queue.
 pub(super) enum Command {
@@ -341,6 +341,11 @@ impl DoorQueue for UblkQueue {
         } else {
             Next::Again
         }
+    }
+
+    fn is_beside_clients(&self) -> bool {
+        // The thread settled there: what is left of it are processors that are there.
+        self.config.cpus.is_some() && is_bound_to_one()
     }
 
     fn abandons_operations(&self) -> bool {
