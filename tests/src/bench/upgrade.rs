@@ -75,7 +75,7 @@ pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
                 iops: series(|row| row.bench.iops)
                     .with_context(|| format!("the story has no '{what}'"))?,
                 cpu_us_per_io: series(|row| row.server_us),
-                syscalls_per_io: series(|row| row.calls).map(|calls| calls.median),
+                syscalls_per_io: series(upgraded::Row::all_calls).map(|calls| calls.median),
                 ..Candidate::default()
             });
         }

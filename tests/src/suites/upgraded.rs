@@ -225,8 +225,8 @@ impl Story<'_> {
         Ok(((after.0 - before.0) / reads, (after.1 - before.1) / reads))
     }
 
-    /// System calls per read of server and QEMU together.
-    fn system_calls(&self, door: Door, qemu: Option<u32>) -> Result<f64> {
+    /// System calls per read of server and QEMU together, by name.
+    fn system_calls(&self, door: Door, qemu: Option<u32>) -> Result<Vec<(String, f64)>> {
         self.await_load(door)?;
         let counted = SystemCalls::of(self.cx, [Some(self.server), qemu])?;
         let before = self.reads(door)?;
@@ -237,7 +237,12 @@ impl Story<'_> {
             reads > 0,
             "the job ended before its system calls were counted"
         );
-        Ok(calls as f64 / reads as f64)
+        let mut calls: Vec<_> = calls
+            .into_iter()
+            .map(|(name, count)| (name, count as f64 / reads as f64))
+            .collect();
+        calls.sort_by(|one, other| other.1.total_cmp(&one.1));
+        Ok(calls)
     }
 
     fn measure_in_guest(&mut self, what: &str, door: Door, guest: &mut Machine) -> Result<()> {

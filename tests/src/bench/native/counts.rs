@@ -21,14 +21,15 @@ use crate::process;
 pub struct Counts {
     /// System calls.
     pub syscalls: Option<f64>,
-    /// Instructions in user mode: as perf counts them; where it cannot, ours is counted one by one if
-    /// nothing is behind the disk.
+    /// Instructions in user mode: as perf counts them; where it cannot, ours as it is by default is counted
+    /// one by one if nothing is behind the disk.
     pub instructions: Option<f64>,
 }
 
 /// Requests during which instructions are counted one by one, a thousand times slower than they are
-/// without. QEMU's daemon, which makes many more for each, would take minutes.
-const STEPPED_REQUESTS: u64 = 2000;
+/// without. QEMU's daemon, which makes many more for each, would take minutes; other ways of polling find
+/// no more to do between two requests.
+const STEPPED_REQUESTS: u64 = 1000;
 
 /// Counts by perf, or else, system calls only, by strace.
 ///
@@ -54,7 +55,7 @@ pub fn of(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<
     server.stop()?;
     let per_io = |count: u64| count as f64 / answer.all_requests as f64;
     let instructions = match instructions {
-        None if load.backend == Backend::Null && load.depth > 1 && *who != Who::Qemu => {
+        None if load.backend == Backend::Null && load.depth > 1 && who.is_plain() => {
             Some(steps_for_one(settings, files, who, load)?)
         }
         counted => counted.map(per_io),

@@ -73,6 +73,11 @@ pub enum Who {
 }
 
 impl Who {
+    /// Ours, told nothing.
+    pub fn is_plain(&self) -> bool {
+        matches!(self, Self::Ublkup { flags: [], .. })
+    }
+
     /// Its name in tables.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -79,11 +79,12 @@ impl SystemCalls {
         Ok(counting)
     }
 
-    pub(super) fn end(mut self) -> Result<u64> {
+    /// How many there were of each.
+    pub(super) fn end(mut self) -> Result<Vec<(String, u64)>> {
         process::signal(&self.strace, rustix::process::Signal::INT)?;
         process::wait_limited(&mut self.strace, self.patience)?.context("strace does not end")?;
         let text = std::fs::read_to_string(&self.output).context("strace wrote nothing")?;
-        total_calls(&text).with_context(|| format!("strace's table cannot be read:\n{text}"))
+        calls(&text).with_context(|| format!("strace's table cannot be read:\n{text}"))
     }
 }
 
@@ -102,10 +103,17 @@ fn is_traced(pid: u32) -> bool {
         })
 }
 
-/// The sum in the table of `strace -c`: the `calls` column of the line named `total`.
-fn total_calls(table: &str) -> Option<u64> {
-    let line = table.lines().find(|line| line.ends_with(" total"))?;
-    line.split_whitespace().nth(3)?.parse().ok()
+/// The columns `calls` and `syscall` of the table of `strace -c`, which ends with a line of sums.
+fn calls(table: &str) -> Option<Vec<(String, u64)>> {
+    let rows = table.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let count = words.nth(3)?.parse().ok()?;
+        Some((words.last()?.to_owned(), count))
+    });
+    let mut rows: Vec<_> = rows.collect();
+    let (total, sum) = rows.pop()?;
+    let is_whole = total == "total" && rows.iter().map(|row| row.1).sum::<u64>() == sum;
+    is_whole.then_some(rows)
 }
 
 #[cfg(test)]
@@ -113,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_calls_of_a_table_are_those_of_its_last_line() {
+    fn the_calls_of_a_table_add_up() {
         let table = "\
 % time     seconds  usecs/call     calls    errors syscall
 ------ ----------- ----------- --------- --------- ----------------
@@ -122,8 +130,16 @@ mod tests {
 ------ ----------- ----------- --------- --------- ----------------
 100.00    0.005696           2      2000        12 total
 ";
-        assert_eq!(total_calls(table), Some(2000));
-        assert_eq!(total_calls(""), None);
+        let rows = calls(table).expect("a table");
+        let names: Vec<_> = rows
+            .iter()
+            .map(|(name, count)| (&name[..], *count))
+            .collect();
+        assert_eq!(names, [("io_uring_enter", 1041), ("futex", 959)]);
+        assert_eq!(calls(""), None);
+        assert_eq!(calls(&table.replace("959", "958")), None);
+        let unfinished: String = table.split_inclusive('\n').take(4).collect();
+        assert_eq!(calls(&unfinished), None);
     }
 
     #[test]

@@ -28,9 +28,28 @@ pub struct Row {
     pub server_us: f64,
     /// Processor time of QEMU per request, the emulated guest included.
     pub qemu_us: Option<f64>,
-    /// System calls of server and QEMU together per request.
-    pub calls: f64,
+    /// System calls of server and QEMU together per request, by name, the most frequent first.
+    pub calls: Vec<(String, f64)>,
 }
+
+impl Row {
+    /// All system calls of server and QEMU together per request.
+    pub fn all_calls(&self) -> f64 {
+        self.calls.iter().map(|call| call.1).sum()
+    }
+
+    /// Those of them that say most.
+    fn main_calls(&self) -> String {
+        let named = self.calls.iter().take(SHOWN_CALLS);
+        let named: Vec<_> = named
+            .map(|(name, count)| format!("{name} {count:.2}"))
+            .collect();
+        named.join(", ")
+    }
+}
+
+/// So many system calls are named.
+const SHOWN_CALLS: usize = 6;
 
 /// What the story found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -70,9 +89,16 @@ pub fn table(findings: &Findings) -> Vec<String> {
             p99,
             row.server_us,
             qemu,
-            row.calls
+            row.all_calls()
         ));
     }
+    lines.push("Of the calls:".to_owned());
+    lines.extend(
+        findings
+            .rows
+            .iter()
+            .map(|row| format!("{}, depth {}: {}", row.what, row.depth, row.main_calls())),
+    );
     lines.push(format!(
         "User Mode Linux {}, one processor; {}, TCG: figures to compare with each other only.",
         findings.kernel, findings.qemu
