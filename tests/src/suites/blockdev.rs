@@ -27,6 +27,7 @@ pub const TESTS: &[Test] = &[
     test!(schedulers_change_under_load),
     test!(attributes_of_the_queue_change_under_load),
     test!(processors_go_and_come_under_load),
+    test!(queues_whose_processors_are_away_are_served),
     test!(discards_and_zeroes_are_checked_at_their_ends),
     test!(the_page_cache_follows_what_goes_around_it),
     test!(a_disk_in_use_keeps_its_partitions),
@@ -175,24 +176,48 @@ impl Drop for Offline {
     }
 }
 
-/// Queues are mapped to processors; the last processor of a queue takes its requests along.
-fn processors_go_and_come_under_load(cx: &Context) -> Result<()> {
-    let spec = file(cx)?;
-    let server = Serve::new(cx)
+fn take_away(cpu: usize) -> Result<Offline> {
+    let online = PathBuf::from(format!("/sys/devices/system/cpu/cpu{cpu}/online"));
+    set(&online, "0")?;
+    Ok(Offline(online))
+}
+
+/// Four queues on four processors.
+fn a_queue_for_each_processor(cx: &Context) -> Result<Serve> {
+    Ok(Serve::new(cx)
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
-        .args(["--queues", "4", "--ublk-affinity"])
-        .arg(spec)
+        .args(["--queues", "4"])
+        .arg(file(cx)?))
+}
+
+/// Queues are mapped to processors; the last processor of a queue takes its requests along.
+fn processors_go_and_come_under_load(cx: &Context) -> Result<()> {
+    let server = a_queue_for_each_processor(cx)?
+        .args(["--ublk-affinity"])
         .start()?;
     under_load(cx, &server.block_device()?, |count| {
-        let online = |cpu: usize| PathBuf::from(format!("/sys/devices/system/cpu/cpu{cpu}/online"));
-        let first = online(1 + count % 3);
-        set(&first, "0")?;
-        let _first = Offline(first);
-        let second = online(1 + (count + 1) % 3);
-        set(&second, "0")?;
-        let _second = Offline(second);
+        let _first = take_away(1 + count % 3)?;
+        let _second = take_away(1 + (count + 1) % 3)?;
         thread::sleep(Duration::from_millis(50));
+        Ok(())
+    })?;
+    stop(server)
+}
+
+fn queues_whose_processors_are_away_are_served(cx: &Context) -> Result<()> {
+    let (one, other) = (take_away(2)?, take_away(3)?);
+    let refused = a_queue_for_each_processor(cx)?
+        .args(["--ublk-affinity"])
+        .start();
+    let why = format!("{:#}", refused.err().context("it was served after all")?);
+    ensure!(why.contains("cannot run on processor"), "{why}");
+    let server = a_queue_for_each_processor(cx)?.start()?;
+    let mut away = vec![one, other];
+    under_load(cx, &server.block_device()?, |_| {
+        thread::sleep(Duration::from_millis(100));
+        // They come back one by one.
+        away.pop();
         Ok(())
     })?;
     stop(server)

@@ -363,6 +363,7 @@ impl Device {
                 may_copy: self.facts.features.has(sys::UBLK_F_USER_COPY),
                 threads: config.threads.clone(),
                 cpus: (self.facts.affinity.as_ref()).map(|cpus| cpus[usize::from(queue)].clone()),
+                insists: config.affinity == Some(true),
             };
             let ring_places = config.ring_places.unwrap_or(info.queue_depth);
             let backend = Arc::clone(backend);
@@ -505,10 +506,13 @@ fn serve_queue<B: Backend>(
     let text = |error: io::Error| error.to_string();
     let threads = config.threads.clone();
     match &config.cpus {
-        Some(cpus) => settle_on(cpus),
-        None => threads.settle(config.queue),
+        Some(cpus) if config.insists => settle_on(cpus).map_err(text)?,
+        // Perhaps none of them is there now.
+        Some(cpus) => settle_on(cpus).unwrap_or_else(
+            |error| tracing::debug!(%error, queue = config.queue, "it runs anywhere"),
+        ),
+        None => threads.settle(config.queue).map_err(text)?,
     }
-    .map_err(text)?;
     let data = config.data;
     let queue = UblkQueue::new(config).map_err(text)?;
     let thread = QueueThread::new(queue, backend, mailbox, &counters, &threads).map_err(text)?;

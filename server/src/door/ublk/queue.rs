@@ -59,6 +59,8 @@ pub(super) struct QueueConfig {
     pub(super) threads: ThreadOptions,
     /// Where it runs, if that is where the queue's requests come from.
     pub(super) cpus: Option<Cpus>,
+    /// Whether it must run there.
+    pub(super) insists: bool,
 }
 
 /// One queue of a ublk device. The slot of a request is its tag.
@@ -344,7 +346,7 @@ impl DoorQueue for UblkQueue {
     }
 
     fn is_beside_clients(&self) -> bool {
-        // The thread settled there: what is left of it are processors that are there.
+        // What it may use are processors that are there.
         self.config.cpus.is_some() && is_bound_to_one()
     }
 
@@ -438,6 +440,7 @@ mod tests {
             may_copy: false,
             threads: ThreadOptions::default(),
             cpus: None,
+            insists: false,
         })
         .unwrap()
     }
