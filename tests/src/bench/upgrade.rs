@@ -55,7 +55,9 @@ pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
         let cx = Context::new(Place::Host, paths.clone(), scratch, exchange, Value::Null);
         eprintln!("lab: upgrade, round {round} of {}", settings.rounds);
         let say = |text: &str| eprintln!("lab:   {text}");
-        rounds.push(upgraded::tell(&cx, &depths, &say)?);
+        let found = upgraded::tell(&cx, &depths, &say)?;
+        upgraded::table(&found).iter().for_each(|line| say(line));
+        rounds.push(found);
     }
     for depth in depths {
         let of_depth = |what: &str| -> Vec<&upgraded::Row> {
