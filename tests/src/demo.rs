@@ -40,7 +40,7 @@ pub fn run(repo: &Path, yes: bool) -> Result<ExitCode> {
     );
     let started = Instant::now();
     let say = |text: &str| line(&format!("{:4} s  {text}", started.elapsed().as_secs()));
-    let findings = upgraded::tell(&cx, &[1, 16], &say)?;
+    let findings = upgraded::tell(&cx, &[1, 16].map(upgraded::Load::one_by_one), &say)?;
     say("the end: one disk, two doors, and a descriptor that leads from the first to the second");
     line("");
     for row in upgraded::table(&findings) {

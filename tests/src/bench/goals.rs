@@ -161,12 +161,12 @@ fn block_door(document: &Document) -> Vec<Goal> {
 
 /// A guest, and a program, before and after the upgrade.
 fn upgraded(document: &Document) -> Vec<Goal> {
-    let pair = |who: &str, before: &str, after: &str| {
-        let row = document.row(upgrade::LANE, upgrade::TITLE, "depth 32")?;
+    let pair = |load: &str, who: &str, before: &str, after: &str| {
+        let row = document.row(upgrade::LANE, upgrade::TITLE, load)?;
         let (before, after) = (row.candidate(before)?, row.candidate(after)?);
         let iops = after.iops.ratio(&before.iops)?;
         let calls = Samples::of(&[before.syscalls_per_io? / after.syscalls_per_io?])?;
-        let what = |what: &str| format!("{who}, depth 32: {what} the upgrade");
+        let what = |what: &str| format!("{who}, {load}: {what} the upgrade");
         Some([
             Goal::new(&what("IOPS after ÷ before"), AtLeast(2.0), &iops),
             Goal::new(
@@ -177,8 +177,10 @@ fn upgraded(document: &Document) -> Vec<Goal> {
         ])
     };
     [
-        pair("guest", GUEST, GUEST_UPGRADED),
-        pair("program", PROGRAM, PROGRAM_UPGRADED),
+        pair("depth 32", "guest", GUEST, GUEST_UPGRADED),
+        pair("depth 32, 16 at once", "guest", GUEST, GUEST_UPGRADED),
+        pair("depth 32", "program", PROGRAM, PROGRAM_UPGRADED),
+        pair("depth 32, 16 at once", "program", PROGRAM, PROGRAM_UPGRADED),
     ]
     .into_iter()
     .flatten()

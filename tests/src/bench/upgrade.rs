@@ -10,7 +10,7 @@ use super::record::{Candidate, Row};
 use crate::kernel::Kernel;
 use crate::runner;
 use crate::suites::Need;
-use crate::suites::upgraded::{self, GUEST, GUEST_UPGRADED, PROGRAM, PROGRAM_UPGRADED};
+use crate::suites::upgraded::{self, GUEST, GUEST_UPGRADED, Load, PROGRAM, PROGRAM_UPGRADED};
 use crate::test::{Context, Place};
 
 /// The lane's name.
@@ -25,19 +25,28 @@ const NEEDS: &[Need] = &[
     Need::Kernel(Kernel::X86),
 ];
 
+/// The loads: one request after the other, many, and many by a program that takes little time for itself.
+const LOADS: &[Load] = &[
+    Load::one_by_one(1),
+    Load::one_by_one(32),
+    Load {
+        depth: 32,
+        at_once: 16,
+    },
+];
+
 /// Measures: one boot, and one telling of the story, in each round.
 ///
 /// # Errors
 /// The story does not end well.
 pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
-    let depths: &[u32] = if settings.quick { &[32] } else { &[1, 32] };
-    let words = |depth: u32| format!("depth {depth}");
-    let depths: Vec<u32> = depths
+    let loads = if settings.quick { &LOADS[1..2] } else { LOADS };
+    let loads: Vec<Load> = loads
         .iter()
         .copied()
-        .filter(|depth| settings.wants(LANE, TITLE, &words(*depth)))
+        .filter(|load| settings.wants(LANE, TITLE, &load.to_string()))
         .collect();
-    if depths.is_empty() {
+    if loads.is_empty() {
         return Ok(());
     }
     let mut paths = runner::prepare(&settings.repo, NEEDS, settings.yes)?;
@@ -55,19 +64,19 @@ pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
         let cx = Context::new(Place::Host, paths.clone(), scratch, exchange, Value::Null);
         eprintln!("lab: upgrade, round {round} of {}", settings.rounds);
         let say = |text: &str| eprintln!("lab:   {text}");
-        let found = upgraded::tell(&cx, &depths, &say)?;
+        let found = upgraded::tell(&cx, &loads, &say)?;
         upgraded::table(&found).iter().for_each(|line| say(line));
         rounds.push(found);
     }
-    for depth in depths {
-        let of_depth = |what: &str| -> Vec<&upgraded::Row> {
+    for load in loads {
+        let of_load = |what: &str| -> Vec<&upgraded::Row> {
             let rows = rounds.iter().flat_map(|round| &round.rows);
-            rows.filter(|row| row.depth == depth && row.what == what)
+            rows.filter(|row| row.load == load && row.what == what)
                 .collect()
         };
         let mut candidates = Vec::new();
         for what in [PROGRAM, PROGRAM_UPGRADED, GUEST, GUEST_UPGRADED] {
-            let rows = of_depth(what);
+            let rows = of_load(what);
             let series = |of: fn(&upgraded::Row) -> f64| {
                 let values: Vec<f64> = rows.iter().map(|row| of(row)).collect();
                 Samples::of(&values)
@@ -84,7 +93,7 @@ pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
         row(Row {
             lane: LANE.to_owned(),
             title: TITLE.to_owned(),
-            load: words(depth),
+            load: load.to_string(),
             candidates,
         });
     }

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use self::costs::{SystemCalls, cpu_us, during};
-pub use self::findings::{Bench, Findings, Row, table};
+pub use self::findings::{Bench, Findings, Load, Row, table};
 use super::guest::FilesOnDisk;
 use crate::bench::attach::Client;
 use crate::bench::client::{End, Op, Order, Waiting};
@@ -65,7 +65,7 @@ const WINDOW: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Job {
     disk: PathBuf,
-    depth: u32,
+    load: Load,
 }
 
 /// The way of a request into the server.
@@ -92,8 +92,8 @@ impl Door {
     }
 }
 
-/// Tells the story to `say` while it happens; fio keeps `depths` requests under way.
-pub fn tell(cx: &Context, depths: &[u32], say: &(dyn Fn(&str) + Sync)) -> Result<Findings> {
+/// Tells the story to `say` while it happens; fio makes these loads.
+pub fn tell(cx: &Context, loads: &[Load], say: &(dyn Fn(&str) + Sync)) -> Result<Findings> {
     let kernel = cx.paths.kernel(Kernel::Uml)?;
     let mut linux = Machine::boot(&Uml::new(kernel).memory_mib(4096), &cx.paths, "upgrade")?;
     say(&format!(
@@ -104,7 +104,7 @@ pub fn tell(cx: &Context, depths: &[u32], say: &(dyn Fn(&str) + Sync)) -> Result
     let over = AtomicBool::new(false);
     let findings = std::thread::scope(|scope| {
         scope.spawn(|| follow(&told, &over, say));
-        let findings = linux.run_step(&cx.paths, "upgrade_and_back", &depths);
+        let findings = linux.run_step(&cx.paths, "upgrade_and_back", &loads);
         over.store(true, Ordering::Release);
         findings
     })?;
@@ -130,7 +130,7 @@ fn follow(path: &Path, over: &AtomicBool, say: &dyn Fn(&str)) {
 }
 
 fn a_guest_upgrades_from_the_block_device_and_back(cx: &Context) -> Result<()> {
-    let findings = tell(cx, &[16], &|line| println!("{line}"))?;
+    let findings = tell(cx, &[Load::one_by_one(16)], &|line| println!("{line}"))?;
     for line in table(&findings) {
         println!("{line}");
     }
@@ -145,7 +145,7 @@ struct Story<'a> {
     disk: PathBuf,
     server: u32,
     /// Of the fio jobs.
-    depths: Vec<u32>,
+    loads: Vec<Load>,
     rows: Vec<Row>,
 }
 
@@ -161,27 +161,27 @@ impl Story<'_> {
         reads.as_u64().context("stat counts no reads")
     }
 
-    /// Measures a job that `run` runs somewhere, at each depth, and adds it to the table. All its
+    /// Measures a job that `run` runs somewhere, with each load, and adds it to the table. All its
     /// reads must reach the server by this door.
     fn measure(
         &mut self,
         what: &str,
         door: Door,
         qemu: Option<u32>,
-        mut run: impl FnMut(u32) -> Result<Bench> + Send,
+        mut run: impl FnMut(Load) -> Result<Bench> + Send,
     ) -> Result<()> {
-        for depth in self.depths.clone() {
+        for load in self.loads.clone() {
             let other = self.reads(door.other())?;
-            let (bench, cost) = during(|| run(depth), || self.processor_time(door, qemu))?;
+            let (bench, cost) = during(|| run(load), || self.processor_time(door, qemu))?;
             // A run of its own: being watched makes it slow.
-            let (_, calls) = during(|| run(depth), || self.system_calls(door, qemu))?;
+            let (_, calls) = during(|| run(load), || self.system_calls(door, qemu))?;
             ensure!(
                 self.reads(door.other())? == other,
                 "{what}: reads came by another door than {door:?}"
             );
             self.rows.push(Row {
                 what: what.to_owned(),
-                depth,
+                load,
                 bench,
                 server_us: cost.0,
                 qemu_us: qemu.map(|_| cost.1),
@@ -248,10 +248,10 @@ impl Story<'_> {
     fn measure_in_guest(&mut self, what: &str, door: Door, guest: &mut Machine) -> Result<()> {
         let paths = &self.cx.paths;
         let pid = guest.pid();
-        self.measure(what, door, Some(pid), |depth| {
+        self.measure(what, door, Some(pid), |load| {
             let job = Job {
                 disk: "/dev/vda".into(),
-                depth,
+                load,
             };
             guest.run_step(paths, "bench_disk", &job)
         })
@@ -305,7 +305,7 @@ fn begin<'a>(cx: &'a Context, grace: &str) -> Result<(Server, Story<'a>)> {
         told,
         disk: server.block_device()?,
         server: server.pid(),
-        depths: cx.args()?,
+        loads: cx.args()?,
         rows: Vec::new(),
     };
     Ok((server, story))
@@ -318,13 +318,13 @@ fn programs(cx: &Context) -> Result<Vec<Row>> {
     let (disk, pid) = (story.disk.clone(), story.server);
     let name = disk.display();
     story.say(&format!("ublkup serves a memory disk as {name}"))?;
-    story.measure(PROGRAM, Door::Block, None, |depth| {
+    story.measure(PROGRAM, Door::Block, None, |load| {
         let disk = disk.clone();
-        random_reads(cx, &Job { disk, depth })
+        random_reads(cx, &Job { disk, load })
     })?;
     story.say("fio has read it through the block device")?;
-    story.measure(PROGRAM_UPGRADED, Door::Vhost, None, |depth| {
-        upgraded_reads(&disk, depth, pid)
+    story.measure(PROGRAM_UPGRADED, Door::Vhost, None, |load| {
+        upgraded_reads(&disk, load.depth, pid)
     })?;
     story.say("a program has upgraded from its descriptor of the block device, and read it so")?;
     server.stop()?;
@@ -476,12 +476,20 @@ fn bench_disk(cx: &Context) -> Result<()> {
 }
 
 fn random_reads(cx: &Context, job: &Job) -> Result<Bench> {
-    let fio = Fio::new(&job.disk)
-        .depth(job.depth)
+    let mut fio = Fio::new(&job.disk)
+        .depth(job.load.depth)
         .size("64m")
         .option("time_based", 1)
         .option("runtime", JOB_SECONDS)
         .limit(cx.patience(120));
+    if job.load.at_once > 1 {
+        fio = fio
+            .option("iodepth_batch_submit", job.load.at_once)
+            .option("iodepth_batch_complete_min", job.load.at_once)
+            .option("registerfiles", 1)
+            .option("fixedbufs", 1)
+            .option("norandommap", 1);
+    }
     let report = fio.run()?;
     let latency = report.read_latency().context("fio told no latency")?;
     Ok(Bench {

@@ -1,5 +1,7 @@
 //! What the story found, and the table of it.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// What one fio job measured.
@@ -15,13 +17,41 @@ pub struct Bench {
     pub p99_us: Option<f64>,
 }
 
+/// Reads that fio makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Load {
+    /// Under way.
+    pub depth: u32,
+    /// So many are asked for, and their answers awaited, with one system call. With more than one the file and
+    /// the memory are registered as well: all that a program can do to make requests cheap for itself.
+    pub at_once: u32,
+}
+
+impl Load {
+    /// As fio does when nobody says otherwise.
+    #[must_use]
+    pub const fn one_by_one(depth: u32) -> Self {
+        Self { depth, at_once: 1 }
+    }
+}
+
+impl fmt::Display for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "depth {}", self.depth)?;
+        match self.at_once {
+            1 => Ok(()),
+            many => write!(f, ", {many} at once"),
+        }
+    }
+}
+
 /// One line of the table.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Row {
     /// Who read, and how.
     pub what: String,
-    /// Requests under way.
-    pub depth: u32,
+    /// The load.
+    pub load: Load,
     /// What fio saw.
     pub bench: Bench,
     /// Processor time of the server per request.
@@ -65,9 +95,9 @@ pub struct Findings {
 /// The table, as lines.
 pub fn table(findings: &Findings) -> Vec<String> {
     let mut lines = vec![format!(
-        "{:<34} {:>5} {:>8} {:>9} {:>9} {:>11} {:>9} {:>9}",
+        "{:<34} {:<20} {:>8} {:>9} {:>9} {:>11} {:>9} {:>9}",
         "4 KiB random reads, memory disk",
-        "depth",
+        "",
         "IOPS",
         "mean µs",
         "p99 µs",
@@ -81,9 +111,9 @@ pub fn table(findings: &Findings) -> Vec<String> {
         };
         let (p99, qemu) = (known(row.bench.p99_us, 0), known(row.qemu_us, 1));
         lines.push(format!(
-            "{:<34} {:>5} {:>8.0} {:>9.0} {:>9} {:>11.1} {:>9} {:>9.2}",
+            "{:<34} {:<20} {:>8.0} {:>9.0} {:>9} {:>11.1} {:>9} {:>9.2}",
             row.what,
-            row.depth,
+            row.load.to_string(),
             row.bench.iops,
             row.bench.mean_us,
             p99,
@@ -97,7 +127,7 @@ pub fn table(findings: &Findings) -> Vec<String> {
         findings
             .rows
             .iter()
-            .map(|row| format!("{}, depth {}: {}", row.what, row.depth, row.main_calls())),
+            .map(|row| format!("{}, {}: {}", row.what, row.load, row.main_calls())),
     );
     lines.push(format!(
         "User Mode Linux {}, one processor; {}, TCG: figures to compare with each other only.",
