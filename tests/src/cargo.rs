@@ -101,7 +101,7 @@ pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let log = target.join("lab-build-driver-tests.log");
     let mut build = cargo(repo);
     build.args(["test", "--release", "--locked", "--no-run"]);
-    build.args(["-p", "ublkup", "-p", "upgrade-proto"]);
+    build.args(["-p", "ublkup", "-p", "upgrade-proto", "-p", "fd-ring"]);
     let names = || DRIVER_TESTS.iter().chain(&RING_TESTS);
     for name in names() {
         build.args(["--test", name]);
@@ -123,7 +123,7 @@ pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
         .collect::<Result<_>>()?;
     // Not with the tests: cargo would make test programs of them.
     let mut build = cargo(repo);
-    build.args(["build", "--release", "--locked", "-p", "upgrade-proto"]);
+    build.args(["build", "--release", "--locked", "-p", "fd-ring"]);
     for name in DRIVER_EXAMPLES {
         build.args(["--example", name]);
     }

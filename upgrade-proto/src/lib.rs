@@ -52,7 +52,6 @@ pub mod ffi;
 mod listener;
 mod object;
 mod registry;
-pub mod ring;
 mod socket;
 
 pub use address::{FdAddress, Name};

@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use fd_ring::{Consumer, Options, Producer, Way};
 use serde::{Deserialize, Serialize};
-use upgrade_proto::ring::{Consumer, Options, Producer, Way};
 
 use super::super::client::pin;
 use super::super::figures::percentile;

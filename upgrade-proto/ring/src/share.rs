@@ -14,7 +14,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::memory::{Memory, Pieces, Role};
+use crate::memory::{Memory, Pieces, Role};
 
 /// tmpfs: what a memfd is, unless it is of huge pages, which can run out under a mapping.
 const TMPFS_MAGIC: u64 = 0x0102_1994;

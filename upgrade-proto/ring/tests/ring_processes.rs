@@ -24,13 +24,7 @@ fn program() -> PathBuf {
     let path = target.join("examples/ublkup-pipe");
     if !path.exists() {
         let built = Command::new(env!("CARGO"))
-            .args([
-                "build",
-                "--package",
-                "upgrade-proto",
-                "--example",
-                "ublkup-pipe",
-            ])
+            .args(["build", "--package", "fd-ring", "--example", "ublkup-pipe"])
             .status();
         assert!(built.expect("cargo runs").success(), "ublkup-pipe builds");
     }

@@ -249,7 +249,7 @@ impl Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ring::memory::{FullFence, SharedWord};
+    use crate::memory::{FullFence, SharedWord};
 
     fn at(position: u32) -> Page<SharedWord> {
         let page = Page::default();

@@ -1,6 +1,6 @@
 //! How an end waits before it sleeps, and how soon it asks to be woken.
 
-use super::counters::Counters;
+use crate::counters::Counters;
 
 /// Looks at the peer's position before going to sleep, at most.
 const SPIN_MAX: u32 = 2_000;

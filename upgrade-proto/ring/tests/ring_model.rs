@@ -3,12 +3,12 @@
 
 use std::sync::atomic::Ordering;
 
+use fd_ring::protocol::{
+    Fence, Page, Reader, WAIT_FUTEX, Word, Writer, announce_sleep, awake, close, has_closed,
+};
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::AtomicU32;
 use loom::sync::{Arc, Condvar, Mutex};
-use upgrade_proto::ring::protocol::{
-    Fence, Page, Reader, WAIT_FUTEX, Word, Writer, announce_sleep, awake, close, has_closed,
-};
 
 #[derive(Default)]
 struct Modelled(AtomicU32);

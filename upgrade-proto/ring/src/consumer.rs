@@ -7,16 +7,16 @@ use std::time::Duration;
 use rustix::event::epoll::EventFlags;
 use rustix::io::{Errno, ioctl_fionread};
 
-use super::bytes::Bytes;
-use super::counters::Counters;
-use super::end::Link;
-use super::line::{Line, repeat};
-use super::mapped::RingReader;
-use super::memory::{Memory, Pieces, Role, control};
-use super::pipe::{Mode, read_some, wait};
-use super::talk::{Heard, Message, Talk};
-use super::{MAX_RECORD_BYTES, Options, RingError, Way, is_pipe, is_size, kernel, service, share};
-use crate::{Answer, connect};
+use crate::bytes::Bytes;
+use crate::counters::Counters;
+use crate::end::Link;
+use crate::line::{Line, repeat};
+use crate::mapped::RingReader;
+use crate::memory::{Memory, Pieces, Role, control};
+use crate::pipe::{Mode, read_some, wait};
+use crate::talk::{Heard, Message, Talk};
+use crate::{MAX_RECORD_BYTES, Options, RingError, Way, is_pipe, is_size, kernel, service, share};
+use upgrade_proto::{Answer, connect};
 
 /// After so many bytes from the pipe a consumer asks for a ring once more, then after twice as many.
 const BYTES_PER_TRY: u64 = 64 << 10;

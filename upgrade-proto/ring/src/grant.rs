@@ -3,8 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-use super::pipe::Mode;
-use super::producer::Producer;
+use crate::pipe::Mode;
+use crate::producer::Producer;
 
 /// Room for bytes that the consumer will see when they are committed: part of a ring, or of a buffer.
 ///

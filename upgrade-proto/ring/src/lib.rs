@@ -8,7 +8,7 @@
 //! ```no_run
 //! use std::io::{Read, Write};
 //! use std::os::fd::AsFd;
-//! use upgrade_proto::ring::{Consumer, Options, Producer};
+//! use fd_ring::{Consumer, Options, Producer};
 //!
 //! // In one process:
 //! let mut out = Producer::new(std::io::stdout().as_fd().try_clone_to_owned()?, &Options::default())?;
@@ -28,7 +28,7 @@
 //!
 //! 1. [`Way::Kernel`]: the pipe's own ring, on kernels with the system call `ringbuffer`.
 //! 2. [`Way::Shared`]: memory of the two processes. They meet at the service `ring-buffer` of the pipe (see
-//!    [`crate::connect`]), which the producer offers and the consumer asks for.
+//!    [`upgrade_proto::connect`]), which the producer offers and the consumer asks for.
 //! 3. [`Way::Plain`]: read(2) and write(2).
 //!
 //! # Guarantees
@@ -85,6 +85,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use upgrade_proto::{Lookup, Name};
 
 pub use bytes::Bytes;
 pub use consumer::Consumer;
@@ -92,7 +93,7 @@ pub use counters::Counters;
 pub use grant::Grant;
 pub use producer::Producer;
 
-use crate::{Lookup, Name};
+use memory::Memory;
 
 /// The service by which producer and consumer meet.
 pub const SERVICE: &str = "ring-buffer";
@@ -128,7 +129,7 @@ pub struct Options {
     /// let others run first.
     pub spin: bool,
     /// How a producer offers its ring.
-    pub offer: crate::Options,
+    pub offer: upgrade_proto::Options,
     /// Where a consumer looks for one.
     pub lookup: Lookup,
 }
@@ -140,9 +141,9 @@ impl Default for Options {
             shared: true,
             size_bytes: 256 << 10,
             spin: true,
-            offer: crate::Options {
+            offer: upgrade_proto::Options {
                 backlog: 4,
-                ..crate::Options::default()
+                ..upgrade_proto::Options::default()
             },
             lookup: Lookup {
                 timeout: Duration::from_millis(50),
@@ -222,7 +223,7 @@ fn service() -> io::Result<Name> {
 }
 
 fn is_size(size_bytes: u32) -> bool {
-    size_bytes >= MIN_SIZE_BYTES && memory::Memory::is_size(size_bytes.into())
+    size_bytes >= MIN_SIZE_BYTES && Memory::is_size(size_bytes.into())
 }
 
 /// Only pipes and FIFOs have rings.

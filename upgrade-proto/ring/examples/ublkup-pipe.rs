@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use upgrade_proto::ring::{Consumer, Counters, MAX_RECORD_BYTES, Options, Producer, Way};
+use fd_ring::{Consumer, Counters, MAX_RECORD_BYTES, Options, Producer, Way};
 
 /// Copies bytes through a pipe, or through a ring in its place
 #[derive(Parser)]

@@ -7,13 +7,13 @@ use rustix::event::Timespec;
 use rustix::io::Errno;
 use rustix::thread::{ClockId, futex};
 
-use super::counters::Counters;
-use super::memory::{FullFence, Memory, Role, control};
-use super::patience::{Lateness, Spin, is_alone};
-use super::pipe::wait;
-use super::protocol::{self, Seen, WAIT_FUTEX, WAIT_LATE, WAIT_POLL, Word};
-use super::talk::Talk;
-use super::{RingError, Way, kernel};
+use crate::counters::Counters;
+use crate::memory::{FullFence, Memory, Role, control};
+use crate::patience::{Lateness, Spin, is_alone};
+use crate::pipe::wait;
+use crate::protocol::{self, Seen, WAIT_FUTEX, WAIT_LATE, WAIT_POLL, Word};
+use crate::talk::Talk;
+use crate::{RingError, Way, kernel};
 
 /// How long an end sleeps in a futex before it sleeps in poll(2). A futex is the shorter way for a pair
 /// that is busy; poll(2) also hears of a peer that was killed.

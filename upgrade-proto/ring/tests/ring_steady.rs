@@ -10,9 +10,9 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use common::{options, way};
+use fd_ring::{Consumer, Options, Producer, Way};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
-use upgrade_proto::ring::{Consumer, Options, Producer, Way};
 use upgrade_proto::{Name, connect};
 
 struct Counting;

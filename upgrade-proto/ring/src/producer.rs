@@ -7,16 +7,16 @@ use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
 
-use super::counters::Counters;
-use super::end::Link;
-use super::grant::Grant;
-use super::line::{Line, repeat};
-use super::mapped::RingWriter;
-use super::memory::{Memory, Role, control};
-use super::pipe::{Mode, is_broken, wait_for_room, write_some};
-use super::talk::{Heard, Message, Talk};
-use super::{MAX_RECORD_BYTES, Options, RingError, Way, is_pipe, kernel, service, share};
-use crate::Listener;
+use crate::counters::Counters;
+use crate::end::Link;
+use crate::grant::Grant;
+use crate::line::{Line, repeat};
+use crate::mapped::RingWriter;
+use crate::memory::{Memory, Role, control};
+use crate::pipe::{Mode, is_broken, wait_for_room, write_some};
+use crate::talk::{Heard, Message, Talk};
+use crate::{MAX_RECORD_BYTES, Options, RingError, Way, is_pipe, kernel, service, share};
+use upgrade_proto::Listener;
 
 /// A write of no more than this goes into a ring as a whole, as it goes into a pipe (PIPE_BUF).
 const WHOLE_BYTES: usize = 4096;

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{options, way};
+use fd_ring::{Consumer, Producer, RingError, Way};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
@@ -24,7 +25,6 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use tempfile::TempDir;
-use upgrade_proto::ring::{Consumer, Producer, RingError, Way};
 use upgrade_proto::{Listener, Name, connect};
 
 const SIZE: usize = 128 << 10;

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
-use super::counters::Counters;
-use super::memory::{Memory, Role};
-use super::pipe::wait;
-use super::ready::Ready;
-use super::{Options, Way, kernel};
+use crate::counters::Counters;
+use crate::memory::{Memory, Role};
+use crate::pipe::wait;
+use crate::ready::Ready;
+use crate::{Options, Way, kernel};
 
 #[derive(Debug)]
 pub(crate) struct Line {

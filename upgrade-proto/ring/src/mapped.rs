@@ -5,12 +5,12 @@ use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::Acquire;
 
-use super::bytes::{self, Bytes};
-use super::counters::Counters;
-use super::end::{End, Link};
-use super::memory::{FullFence, Memory, Role, SharedWord};
-use super::protocol::{self, Page, Reader, WAIT_FUTEX, WAIT_LATE, Word, Writer};
-use super::{RingError, Way};
+use crate::bytes::{self, Bytes};
+use crate::counters::Counters;
+use crate::end::{End, Link};
+use crate::memory::{FullFence, Memory, Role, SharedWord};
+use crate::protocol::{self, Page, Reader, WAIT_FUTEX, WAIT_LATE, Word, Writer};
+use crate::{RingError, Way};
 
 /// Bytes that a consumer may have taken without saying so: what a pipe frees at once is a page, too.
 const SILENT_BYTES: u32 = 4096;

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
-use super::memory::{Memory, Pieces, Role, control};
+use crate::memory::{Memory, Pieces, Role, control};
 
 /// `ringbuffer(fd, args, usize)`: a ring descriptor, to be mapped.
 const SYS_RINGBUFFER: libc::c_long = 473;
@@ -124,7 +124,7 @@ pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory
     let ring = unsafe { OwnedFd::from_raw_fd(number) };
     // Another program may have asked first, for a small one: read(2) and write(2) work on that as well.
     let size = u32::try_from(args.size).map_err(|_| Errno::PROTO)?;
-    if !super::is_size(size) {
+    if !crate::is_size(size) {
         return Err(Errno::NOBUFS);
     }
     let page = rustix::param::page_size() as u64;

@@ -8,11 +8,9 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use common::{options, way};
+use fd_ring::{Consumer, End, MAX_RECORD_BYTES, Options, Producer, RingError, Way, connect};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
-use upgrade_proto::ring::{
-    Consumer, End, MAX_RECORD_BYTES, Options, Producer, RingError, Way, connect,
-};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -1,7 +1,7 @@
 //! What the tests of rings share.
 
+use fd_ring::{Options, Way};
 use tempfile::TempDir;
-use upgrade_proto::ring::{Options, Way};
 
 /// The way that is tested. Only some kernels have rings; on those the lab runs all of these tests again
 /// with `RING_TESTS_WAY=kernel`.

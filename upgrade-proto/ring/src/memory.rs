@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use rustix::param::page_size;
 
-use super::protocol::{Fence, Page, Word};
+use crate::protocol::{Fence, Page, Word};
 
 /// The control page's words, as 32-bit indices.
 pub(crate) mod control {
