@@ -89,12 +89,18 @@ fn piped(cx: &Context, script: &str, copies: usize) -> Result<String> {
 
 fn two_programs_on_a_pipe_take_the_best_way_that_both_have(cx: &Context) -> Result<()> {
     let table = [
-        ("PRODUCE --wait 9 data | CONSUME --wait 9 >out", "kernel", 2),
         (
-            "PRODUCE --wait 9 --records 16 data | CONSUME --wait 9 --records 16 >out",
+            "PRODUCE --kernel --wait 9 data | CONSUME --kernel --wait 9 >out",
             "kernel",
             2,
         ),
+        (
+            "PRODUCE --kernel --wait 9 --records 16 data | CONSUME --kernel --wait 9 --records 16 >out",
+            "kernel",
+            2,
+        ),
+        // The kernel's ring is not asked for by default.
+        ("PRODUCE --wait 9 data | CONSUME --wait 9 >out", "shared", 2),
         (
             "PRODUCE --wait 9 --way shared data | CONSUME --wait 9 --way shared >out",
             "shared",
@@ -144,7 +150,7 @@ fn a_live_ring_serves_programs_that_know_nothing_of_it(cx: &Context) -> Result<(
     // A reader that stops, and `cat` for what it left: by the kernel's way the rest is in the ring.
     let said = piped(
         cx,
-        "{ PRODUCE data; PRODUCE data; } | { CONSUME; cat; } >out",
+        "{ PRODUCE --kernel data; PRODUCE --kernel data; } | { CONSUME --kernel; cat; } >out",
         2,
     )?;
     ensure!(said.contains("way=kernel"), "{said}");

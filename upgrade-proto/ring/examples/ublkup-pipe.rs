@@ -45,6 +45,9 @@ struct Shared {
     /// The only way to use beside the plain pipe
     #[arg(long, value_enum, default_value_t = Allowed::Auto)]
     way: Allowed,
+    /// Ask the kernel for a ring first; for kernels with the ringbuffer series only (system calls 473 and 474)
+    #[arg(long)]
+    kernel: bool,
     /// Wait so long for the other end before the first byte
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
     wait: f64,
@@ -61,7 +64,7 @@ struct Shared {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Allowed {
-    /// Whatever both ends have
+    /// Whatever both ends have; the kernel's ring with --kernel only
     Auto,
     /// The kernel's ring
     Kernel,
@@ -74,7 +77,7 @@ enum Allowed {
 impl Shared {
     fn options(&self) -> Options {
         let mut options = Options {
-            kernel: matches!(self.way, Allowed::Auto | Allowed::Kernel),
+            kernel: self.way == Allowed::Kernel || self.kernel && self.way == Allowed::Auto,
             shared: matches!(self.way, Allowed::Auto | Allowed::Shared),
             ..Options::default()
         };

@@ -1,4 +1,5 @@
-//! The kernel's ring: two system calls that this kernel may or may not have.
+//! The kernel's ring: two system calls of the out-of-tree ringbuffer series, made only if the caller of the
+//! library asks for them ([`crate::Options::kernel`]).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -10,9 +11,6 @@ use crate::memory::{Memory, Pieces, Role, control};
 const SYS_RINGBUFFER: libc::c_long = 473;
 /// `ringbuffer_wakeup(fd, side, flags)`.
 const SYS_RINGBUFFER_WAKEUP: libc::c_long = 474;
-
-/// The kernel whose next free numbers those are. In a later one they may belong to something else.
-const NEWEST: (u32, u32) = (7, 3);
 
 /// `struct ringbuffer_args`, first version.
 #[repr(C)]
@@ -80,26 +78,9 @@ impl From<Role> for Side {
     }
 }
 
-/// Whether this kernel is one in which the numbers mean a ring or nothing.
-fn numbers_are_ours() -> bool {
-    let name = rustix::system::uname();
-    name.release()
-        .to_str()
-        .is_ok_and(|release| version(release).is_some_and(|this| this <= NEWEST))
-}
-
-/// The first two numbers of a release.
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
-}
-
 /// Asks for the ring of a pipe and maps this side of it. ENOSYS, EOPNOTSUPP, EPERM: there is none to be
 /// had.
 pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory, Errno> {
-    if !numbers_are_ours() {
-        return Err(Errno::NOSYS);
-    }
     let mut args = Args {
         size,
         side: Side::from(role).number(),
@@ -152,14 +133,5 @@ mod tests {
     #[test]
     fn the_arguments_are_as_long_as_their_first_version() {
         assert_eq!(size_of::<Args>(), 32);
-    }
-
-    #[test]
-    fn a_kernel_is_known_by_its_release() {
-        assert_eq!(version("7.3.4-ublkup"), Some((7, 3)));
-        assert_eq!(version("6.18.44-fc"), Some((6, 18)));
-        assert_eq!(version("7.4-rc1"), Some((7, 4)));
-        assert!(version("7.4-rc1") > Some(NEWEST) && version("6.18.1") < Some(NEWEST));
-        assert_eq!(version("unknown"), None);
     }
 }

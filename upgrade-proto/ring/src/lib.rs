@@ -26,7 +26,8 @@
 //!
 //! Three ways, the best that both ends have; [`Producer::way`] and [`Consumer::way`] say which it is:
 //!
-//! 1. [`Way::Kernel`]: the pipe's own ring, on kernels with the system call `ringbuffer`.
+//! 1. [`Way::Kernel`]: the pipe's own ring, on kernels with the system call `ringbuffer`, and if
+//!    [`Options::kernel`] asks for it.
 //! 2. [`Way::Shared`]: memory of the two processes. They meet at the service `ring-buffer` of the pipe (see
 //!    [`upgrade_proto::connect`]), which the producer offers and the consumer asks for.
 //! 3. [`Way::Plain`]: read(2) and write(2).
@@ -119,7 +120,9 @@ pub enum Way {
 /// What a handle may use, and how.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Whether the kernel's ring is asked for.
+    /// Whether the kernel's ring is asked for, by system calls 473 and 474. Off by default: only Linux with the
+    /// out-of-tree ringbuffer series knows them. A seccomp filter may kill a process for them, and on another
+    /// kernel they may be something else.
     pub kernel: bool,
     /// Whether a ring in shared memory is offered (producer) or asked for (consumer).
     pub shared: bool,
@@ -137,7 +140,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            kernel: true,
+            kernel: false,
             shared: true,
             size_bytes: 256 << 10,
             spin: true,
@@ -158,7 +161,6 @@ impl Options {
     #[must_use]
     pub fn plain() -> Self {
         Self {
-            kernel: false,
             shared: false,
             ..Self::default()
         }

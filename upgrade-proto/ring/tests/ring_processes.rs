@@ -1,8 +1,8 @@
 //! `ublkup-pipe` as a shell would run it: with its like, with programs that know nothing, and killed.
 
 use std::fs::File;
-use std::io::Read;
-use std::os::unix::process::ExitStatusExt;
+use std::io::{self, Read};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -181,6 +181,63 @@ fn programs_that_know_nothing_before_and_after_in_the_same_pipe_keep_their_place
         got.len(),
         expected.len()
     );
+}
+
+/// Installs a filter that kills this process at either system call of the kernel's ring.
+fn forbid_ring_calls() -> io::Result<()> {
+    let op = |code: u32, jt, jf, k| libc::sock_filter {
+        code: u16::try_from(code).unwrap_or(0),
+        jt,
+        jf,
+        k,
+    };
+    let mut filter = [
+        // The number of the system call is the first word.
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, 473),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, 474),
+        op(libc::BPF_RET, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
+        op(libc::BPF_RET, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: 5,
+        filter: filter.as_mut_ptr(),
+    };
+    let mode = libc::SECCOMP_MODE_FILTER;
+    // SAFETY: `program` and the filter it points to live until the calls return.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) == 0
+    };
+    done.then_some(()).ok_or_else(io::Error::last_os_error)
+}
+
+#[test]
+fn the_system_calls_of_the_kernels_ring_are_made_only_if_asked_for() {
+    let place = Place::new(300_000);
+    let forbidden = |role: &str, args: &[&str]| {
+        let mut command = Command::new(program());
+        command.args([role, "--stats", "--wait", "5", "--runtime-dir"]);
+        command.arg(place.dir.path()).args(args);
+        // SAFETY: between fork and exec it makes two system calls, and uses nothing but its own stack.
+        unsafe { command.pre_exec(forbid_ring_calls) };
+        command
+    };
+    let data = place.data.to_str().expect("text");
+    let (digest, said) = run(forbidden("produce", &[data]), forbidden("consume", &[]));
+    assert_eq!(digest, place.digest, "{said}");
+    assert_eq!(said.matches("way=shared").count(), 2, "{said}");
+    // The filter works: a process that asks dies of it.
+    for ask in [&["--kernel"][..], &["--way", "kernel"]] {
+        let mut asking = forbidden("consume", ask);
+        let (pipe, _writer) = io::pipe().expect("a pipe");
+        let status = asking.stdin(pipe).stdout(Stdio::null()).status();
+        assert_eq!(
+            status.expect("starts").signal(),
+            Some(libc::SIGSYS),
+            "{ask:?}"
+        );
+    }
 }
 
 /// Waits for a child, but not for ever.
