@@ -1,28 +1,16 @@
-//! ublkup: one storage backend, two doors.
+//! ublkup: one storage, two doors.
 //!
-//! The way of a request goes [`door`] → [`queue_thread`] → [`backend`] and back; [`request`] holds
-//! the words they share and [`io`] the ring they work on. [`device`] puts an export together from
-//! them; `docs/ARCHITECTURE.md` tells the whole story.
+//! A request goes [`door`] → [`engine`] → [`storage`] and back; [`request`] holds the words they
+//! share and [`io`] the ring they work on. [`export`] puts a served disk together from them,
+//! [`config`] says how, [`command`] is what a person types. A room imports only from rooms below
+//! it: `command`, `export`, `config`, `door`, `storage`, `engine`, then `io` and `request`.
+//! `docs/ARCHITECTURE.md` tells the whole story.
 
-pub mod access;
-pub mod backend;
-pub mod cli;
-pub mod client;
+pub mod command;
 pub mod config;
-pub mod control;
-pub mod counters;
-pub mod crash;
-pub mod device;
-pub mod doctor;
 pub mod door;
+pub mod engine;
+pub mod export;
 pub mod io;
-pub mod offer;
-pub mod polling;
-pub mod probe;
-pub mod qemu;
-pub mod queue_thread;
 pub mod request;
-pub mod runtime;
-pub mod serve;
-pub mod signals;
-pub mod threads;
+pub mod storage;

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
-use ublkup::cli::{Cli, Command, Qemu};
-use ublkup::runtime::RuntimeDir;
-use ublkup::{client, doctor, probe, qemu, serve};
+use ublkup::command::cli::{Cli, Command, Qemu};
+use ublkup::command::{client, doctor, probe, qemu, serve};
+use ublkup::export::runtime_dir::RuntimeDir;
 
 /// Exit code for wrong usage; clap uses the same.
 const USAGE: u8 = 2;

@@ -7,18 +7,18 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::*;
-use ublkup::backend::{Fault, Memory as MemoryDisk};
+use ublkup::storage::{Fault, Memory as MemoryDisk};
 
-fn house(rules: &[&str]) -> House {
+fn fixture(rules: &[&str]) -> Fixture {
     let disk = MemoryDisk::new(limits(64 << 20)).unwrap();
     let rules = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-    House::new(Fault::new(disk, rules), 1)
+    Fixture::new(Fault::new(disk, rules), 1)
 }
 
 #[test]
 fn errors_come_where_and_as_often_as_they_were_asked_for() {
-    let house = house(&["write=eio@1M-2M", "read=eio/3*2"]);
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = fixture(&["write=eio@1M-2M", "read=eio/3*2"]);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     let sector = |bytes: u64| bytes / 512;
     assert_eq!(driver.write(0, &[1; 512]), OK);
     assert_eq!(driver.write(sector(1 << 20), &[1; 512]), IOERR);
@@ -32,13 +32,13 @@ fn errors_come_where_and_as_often_as_they_were_asked_for() {
         .collect();
     assert_eq!(failed, [2, 5]);
     assert_eq!(driver.read(sector(1 << 20), 512), (OK, vec![0; 512]));
-    assert_eq!(house.counters.totals().errors, 4);
+    assert_eq!(fixture.counters.totals().errors, 4);
 }
 
 #[test]
 fn a_delay_holds_its_request_and_no_other() {
-    let house = house(&["write=delay300@0-1M"]);
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = fixture(&["write=delay300@0-1M"]);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     let start = Instant::now();
     assert_eq!(driver.write(0, &[1; 512]), OK);
     assert!(start.elapsed() >= Duration::from_millis(300));
@@ -49,7 +49,7 @@ fn a_delay_holds_its_request_and_no_other() {
 
 #[test]
 fn a_stalled_request_stalls_nothing_else() {
-    let (stalled, fine) = (house(&["write=stall"]), house(&[]));
+    let (stalled, fine) = (fixture(&["write=stall"]), fixture(&[]));
     let mut driver = Driver::running(stalled.connect(), USUAL);
     driver.add_vring(128);
     let mut other = Driver::running(fine.connect(), USUAL);

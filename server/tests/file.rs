@@ -17,8 +17,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use client::{Client, Random, Shape};
-use ublkup::backend::{Backend, CacheMode, File, FileOptions};
+use ublkup::engine::StorageControl;
 use ublkup::request::{IoError, Op, Serial};
+use ublkup::storage::{CacheMode, File, FileOptions};
 
 const PUNCH: Op = Op::Discard;
 const UNMAP: Op = Op::WriteZeroes {

@@ -36,13 +36,14 @@ use std::time::{Duration, Instant};
 
 use libublk::ctrl::UblkCtrl;
 use serving::Lab;
-use ublkup::backend::{Backend, BackendQueue, Memory, Null};
-use ublkup::counters::{Counters, Totals};
-use ublkup::device::remove_left_over_device;
 use ublkup::door::ublk::{self, DataPath, DoorEnd, UblkConfig, UblkDoor, UblkError};
+use ublkup::engine::counters::{Counters, Totals};
+use ublkup::engine::{Storage, StorageControl, StorageQueue};
+use ublkup::export::remove_left_over_device;
+use ublkup::export::runtime_dir::{DeviceNote, RuntimeDir};
 use ublkup::io::{Ring, Slot};
 use ublkup::request::{Limits, Op, Progress, Request, Serial};
-use ublkup::runtime::{DeviceNote, RuntimeDir};
+use ublkup::storage::{Memory, Null};
 
 const MIB: u64 = 1 << 20;
 
@@ -70,7 +71,7 @@ fn config() -> UblkConfig {
         id: None,
         queues: 4,
         depth: 32,
-        threads: ublkup::threads::ThreadOptions::default(),
+        threads: ublkup::engine::threads::ThreadOptions::default(),
         affinity: None,
         scan_partitions: true,
         recovery: ublkup::door::ublk::Recovery::Off,
@@ -86,7 +87,7 @@ fn no_end(end: DoorEnd) {
     panic!("the device ended by itself: {end:?}");
 }
 
-fn serve<B: Backend>(backend: B) -> UblkDoor {
+fn serve<B: Storage>(backend: B) -> UblkDoor {
     UblkDoor::start(&config(), &Arc::new(backend), Arc::default, no_end).expect("a device")
 }
 
@@ -476,12 +477,14 @@ struct Broken {
     no_queue: bool,
 }
 
-impl Backend for Broken {
-    type Queue = BrokenQueue;
-
+impl StorageControl for Broken {
     fn limits(&self) -> &Limits {
         &self.limits
     }
+}
+
+impl Storage for Broken {
+    type Queue = BrokenQueue;
 
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<BrokenQueue> {
         if self.no_queue {
@@ -494,7 +497,7 @@ impl Backend for Broken {
 /// Panics at the first write.
 struct BrokenQueue;
 
-impl BackendQueue for BrokenQueue {
+impl StorageQueue for BrokenQueue {
     fn start(&mut self, _: &mut Ring, _: Slot, request: &mut Request) -> Progress {
         assert!(!matches!(request.op, Op::Write { .. }), "a bug, on purpose");
         Progress::Done(Ok(()))

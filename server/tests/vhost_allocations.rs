@@ -8,7 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::*;
-use ublkup::backend::{Memory as MemoryDisk, Null};
+use ublkup::storage::{Memory as MemoryDisk, Null};
 
 struct Counting;
 
@@ -53,12 +53,12 @@ fn reads(driver: &mut Driver, count: u32) {
 /// The first and only test here: the count is for the whole process.
 #[test]
 fn requests_in_steady_state_allocate_nothing() {
-    let houses = [
-        House::new(Null::new(limits(1 << 20)), 1),
-        House::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1),
+    let fixtures = [
+        Fixture::new(Null::new(limits(1 << 20)), 1),
+        Fixture::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1),
     ];
-    for house in &houses {
-        let mut driver = Driver::running(house.connect(), USUAL);
+    for fixture in &fixtures {
+        let mut driver = Driver::running(fixture.connect(), USUAL);
         driver.header(DATA, T_IN, 8);
         for n in 0..8 {
             let table = driver.vrings[0].descriptors;
@@ -77,6 +77,6 @@ fn requests_in_steady_state_allocate_nothing() {
         let before = ALLOCATIONS.load(Ordering::Relaxed);
         reads(&mut driver, 16_000);
         assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0);
-        assert_eq!(house.counters.totals().reads, 16_800);
+        assert_eq!(fixture.counters.totals().reads, 16_800);
     }
 }

@@ -12,7 +12,7 @@ use common::*;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
-use ublkup::backend::Memory as MemoryDisk;
+use ublkup::storage::Memory as MemoryDisk;
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
 
 /// Waits for one completion on a queue.
@@ -38,12 +38,12 @@ fn wait(transport: &VirtioBlkTransport, queue: &mut VirtioBlkQueue<'_, u64>, ind
 
 #[test]
 fn the_virtio_driver_crate_reads_what_it_wrote_on_four_queues() {
-    let house = House::new(MemoryDisk::new(limits(64 << 20)).unwrap(), 4);
+    let fixture = Fixture::new(MemoryDisk::new(limits(64 << 20)).unwrap(), 4);
     let features = VirtioFeatureFlags::VERSION_1
         | VirtioFeatureFlags::RING_EVENT_IDX
         | VirtioFeatureFlags::RING_INDIRECT_DESC;
     let blk = FLUSH | DISCARD | WRITE_ZEROES | 1 << 12;
-    let path = house.door.path().to_str().unwrap();
+    let path = fixture.door.path().to_str().unwrap();
     let mut transport: Box<VirtioBlkTransport> =
         Box::new(VhostUser::new(path, features.bits() | blk).unwrap());
     let mut queues = VirtioBlkQueue::<u64>::setup_queues(&mut *transport, 4, 64).unwrap();
@@ -88,11 +88,11 @@ fn the_virtio_driver_crate_reads_what_it_wrote_on_four_queues() {
         assert!(back[..4096].iter().all(|&byte| byte == 0));
         assert_eq!(back[4096..], out[4096..]);
     }
-    let totals = house.counters.totals();
+    let totals = fixture.counters.totals();
     assert_eq!((totals.reads, totals.writes, totals.errors), (8, 4, 0));
     drop(queues);
     drop(transport);
-    house.wait_empty();
+    fixture.wait_empty();
 }
 
 /// A child that does not outlive the test.
@@ -112,23 +112,23 @@ fn the_firmware_of_a_qemu_machine_reads_the_boot_sector() {
     if let Err(error) = Command::new(qemu).arg("--version").output() {
         panic!("cannot run {qemu}: {error}; `cargo lab setup` installs it (qemu-system-x86)");
     }
-    let house = House::new(MemoryDisk::new(limits(64 << 20)).unwrap(), 1);
+    let fixture = Fixture::new(MemoryDisk::new(limits(64 << 20)).unwrap(), 1);
     // A boot sector that halts; the driver writes it as a client that leaves before QEMU comes.
     let mut sector = [0u8; 512];
     sector[..3].copy_from_slice(&[0xfa, 0xf4, 0xeb]);
     sector[510..].copy_from_slice(&[0x55, 0xaa]);
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     assert_eq!(driver.write(0, &sector), OK);
     drop(driver);
-    let before = house.counters.totals();
-    let log = house.scratch.0.join("qemu.log");
+    let before = fixture.counters.totals();
+    let log = fixture.scratch.0.join("qemu.log");
     let child = Command::new(qemu)
         .args("-nodefaults -machine q35 -accel tcg -cpu max -smp 2 -m 64M -display none".split(' '))
         .args(["-object", "memory-backend-memfd,id=m,size=64M,share=on"])
         .args(["-numa", "node,memdev=m"])
         .args([
             "-chardev",
-            &format!("socket,id=c,path={}", house.door.path().display()),
+            &format!("socket,id=c,path={}", fixture.door.path().display()),
         ])
         .args(["-device", "vhost-user-blk-pci,chardev=c,bootindex=1"])
         .stdin(Stdio::null())
@@ -141,10 +141,10 @@ fn the_firmware_of_a_qemu_machine_reads_the_boot_sector() {
         let ended = child.0.try_wait().unwrap();
         let said = || std::fs::read_to_string(&log).unwrap();
         assert!(ended.is_none(), "qemu ended: {}", said());
-        let totals = house.counters.totals();
+        let totals = fixture.counters.totals();
         totals.reads > before.reads && totals.read_bytes - before.read_bytes >= 512
     });
-    assert_eq!(house.counters.totals().errors, 0);
+    assert_eq!(fixture.counters.totals().errors, 0);
     drop(child);
-    house.wait_empty();
+    fixture.wait_empty();
 }

@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 
 use common::*;
-use ublkup::backend::Memory as MemoryDisk;
+use ublkup::storage::Memory as MemoryDisk;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
@@ -22,7 +22,7 @@ const SECTORS: u64 = (1 << 20) / 512;
 
 /// A good session beside the bad ones; the disk is read-only so that both may be there.
 struct Pair {
-    house: House,
+    fixture: Fixture,
     good: Driver,
 }
 
@@ -33,13 +33,13 @@ impl Pair {
     fn new() -> Self {
         let mut limits = limits(1 << 20);
         limits.read_only = true;
-        let house = House::new(MemoryDisk::new(limits).unwrap(), 1);
-        let good = Driver::running(house.connect(), READ_ONLY);
-        Self { house, good }
+        let fixture = Fixture::new(MemoryDisk::new(limits).unwrap(), 1);
+        let good = Driver::running(fixture.connect(), READ_ONLY);
+        Self { fixture, good }
     }
 
     fn bad(&self) -> Driver {
-        Driver::running(self.house.connect(), READ_ONLY)
+        Driver::running(self.fixture.connect(), READ_ONLY)
     }
 
     fn check_good(&mut self) {
@@ -59,8 +59,8 @@ fn run(driver: &mut Driver) -> (u8, u32) {
     (driver.memory.byte(STATUS), len)
 }
 
-fn writable_disk() -> House {
-    House::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1)
+fn writable_disk() -> Fixture {
+    Fixture::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1)
 }
 
 #[test]
@@ -294,8 +294,8 @@ fn chains_that_are_malformed_are_returned_with_an_error() {
 
 #[test]
 fn more_buffers_than_a_request_can_have_are_an_error() {
-    let house = writable_disk();
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = writable_disk();
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     for (count, expected) in [(200u16, OK), (900, IOERR)] {
         driver.header(DATA, T_IN, 0);
         driver.memory.descriptor(TABLE_AT, 0, (DATA, 16, NEXT, 1));
@@ -319,8 +319,8 @@ fn more_buffers_than_a_request_can_have_are_an_error() {
 
 #[test]
 fn requests_outside_the_disk_and_of_unknown_kinds_get_the_right_status() {
-    let house = writable_disk();
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = writable_disk();
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     let read = [(1024, WRITE)];
     let write = [(1024, 0)];
     type Case<'a> = (u32, u64, &'a [(u32, u16)], u8);
@@ -346,13 +346,13 @@ fn requests_outside_the_disk_and_of_unknown_kinds_get_the_right_status() {
         let (status, _) = driver.request(kind, sector, data);
         assert_eq!(status, expected, "type {kind} at {sector} with {data:?}");
     }
-    assert_eq!(house.counters.totals().errors, 13);
+    assert_eq!(fixture.counters.totals().errors, 13);
 }
 
 #[test]
 fn discards_and_write_zeroes_with_flags_or_ranges_nobody_offered_are_refused() {
-    let house = writable_disk();
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = writable_disk();
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     let total = u32::try_from(SECTORS).unwrap();
     for (kind, sector, sectors, flags, expected) in [
         (T_DISCARD, 0, 8, 0, OK),
@@ -398,7 +398,7 @@ fn discards_and_write_zeroes_with_flags_or_ranges_nobody_offered_are_refused() {
     // Offered, but not accepted by this driver.
     drop(driver);
     let features = USUAL & !(DISCARD | WRITE_ZEROES);
-    let mut plain = Driver::running(house.connect(), features);
+    let mut plain = Driver::running(fixture.connect(), features);
     assert_eq!(plain.segment(T_DISCARD, 0, 8, 0), UNSUPP);
     assert_eq!(plain.segment(T_WRITE_ZEROES, 0, 8, 0), UNSUPP);
 }
@@ -486,7 +486,7 @@ fn messages_that_make_no_sense_end_the_session_and_nothing_else() {
         let mut bad = pair.bad();
         assert!(attack(&mut bad), "{what} was taken");
         eventually(&format!("{what} ends the session"), || {
-            pair.house.door.sessions().len() == 1
+            pair.fixture.door.sessions().len() == 1
         });
         pair.check_good();
     }
@@ -495,10 +495,12 @@ fn messages_that_make_no_sense_end_the_session_and_nothing_else() {
         &[0xff; 64],
         &[1, 0, 0, 0, 1],
     ] {
-        let mut stream = pair.house.connect();
+        let mut stream = pair.fixture.connect();
         stream.write_all(garbage).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
-        eventually("the session ends", || pair.house.door.sessions().len() == 1);
+        eventually("the session ends", || {
+            pair.fixture.door.sessions().len() == 1
+        });
         pair.check_good();
     }
 }
@@ -532,7 +534,7 @@ fn ring_at(driver: &mut Driver, address: u64) -> bool {
 #[test]
 fn a_kick_pipe_whose_writer_is_gone_ends_the_session_instead_of_spinning() {
     let mut pair = Pair::new();
-    let mut bad = Driver::connect(pair.house.connect(), READ_ONLY);
+    let mut bad = Driver::connect(pair.fixture.connect(), READ_ONLY);
     let (reader, writer) = std::io::pipe().unwrap();
     // SAFETY: the descriptor is handed over.
     let kick = unsafe {
@@ -554,8 +556,10 @@ fn a_kick_pipe_whose_writer_is_gone_ends_the_session_instead_of_spinning() {
     bad.frontend.set_vring_addr(0, &addresses).unwrap();
     bad.frontend.set_vring_kick(0, &kick).unwrap();
     bad.frontend.set_vring_enable(0, true).unwrap();
-    assert_eq!(pair.house.door.sessions().len(), 2);
+    assert_eq!(pair.fixture.door.sessions().len(), 2);
     drop(writer);
-    eventually("the session ends", || pair.house.door.sessions().len() == 1);
+    eventually("the session ends", || {
+        pair.fixture.door.sessions().len() == 1
+    });
     pair.check_good();
 }

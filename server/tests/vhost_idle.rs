@@ -9,7 +9,7 @@ use std::fs::{self, DirEntry};
 use std::time::Duration;
 
 use common::*;
-use ublkup::backend::Memory as MemoryDisk;
+use ublkup::storage::Memory as MemoryDisk;
 
 /// Threads of the door, and how often they were scheduled, of their own will or not.
 fn switches() -> (usize, u64) {
@@ -27,8 +27,8 @@ fn switches() -> (usize, u64) {
 
 #[test]
 fn a_connected_client_with_a_started_queue_wakes_nobody_while_idle() {
-    let house = House::new(MemoryDisk::new(limits(64 << 20)).unwrap(), 4);
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = Fixture::new(MemoryDisk::new(limits(64 << 20)).unwrap(), 4);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     assert_eq!(driver.write(0, &[7; 512]), OK);
     // The threads still have to lie down.
     let mut before = switches();

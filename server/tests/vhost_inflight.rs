@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use common::*;
 use serving::{Lab, Server};
-use ublkup::crash::{REQUEST_POINTS, VARIABLE};
+use ublkup::engine::crash::{REQUEST_POINTS, VARIABLE};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 

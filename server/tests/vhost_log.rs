@@ -16,8 +16,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::*;
 use disks::{Gated, Halves};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use ublkup::backend::{Backend, File as FileDisk, FileOptions, Memory as MemoryDisk};
+use ublkup::engine::StorageControl;
 use ublkup::request::Serial;
+use ublkup::storage::{File as FileDisk, FileOptions, Memory as MemoryDisk};
 use vhost::VhostUserDirtyLogRegion;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VringConfigData};
@@ -123,8 +124,8 @@ impl Enables for vhost::vhost_user::Frontend {
 }
 
 /// A driver whose device logs everything.
-fn logging(house: &House) -> (Driver, Log) {
-    let mut driver = Driver::running(house.connect(), FEATURES);
+fn logging(fixture: &Fixture) -> (Driver, Log) {
+    let mut driver = Driver::running(fixture.connect(), FEATURES);
     let log = Log::new();
     driver.log_to(&log);
     driver.log_requests(true);
@@ -134,8 +135,8 @@ fn logging(house: &House) -> (Driver, Log) {
     (driver, log)
 }
 
-fn memory_house() -> House {
-    House::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1)
+fn memory_house() -> Fixture {
+    Fixture::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1)
 }
 
 /// The used ring and the status byte: what every request writes.
@@ -146,8 +147,8 @@ fn always(driver: &Driver) -> Vec<(u64, u64)> {
 
 #[test]
 fn exactly_what_each_kind_of_request_writes_is_marked() {
-    let house = memory_house();
-    let (mut driver, log) = logging(&house);
+    let fixture = memory_house();
+    let (mut driver, log) = logging(&fixture);
     let buffer = DATA + 4096;
     // Kind, sector, data, and which of the data is written.
     type Case = (u32, u64, Vec<(u32, u16)>, Vec<(u64, u64)>);
@@ -196,8 +197,8 @@ fn a_read_that_failed_half_way_is_marked_whole() {
     let disk = Halves {
         limits: limits(1 << 20),
     };
-    let house = House::new(disk, 1);
-    let (mut driver, log) = logging(&house);
+    let fixture = Fixture::new(disk, 1);
+    let (mut driver, log) = logging(&fixture);
     for data in [
         vec![(0x6000, WRITE)],
         vec![(0x2000, WRITE); 3],
@@ -230,8 +231,8 @@ fn what_the_kernel_read_and_what_was_zero_filled_is_marked() {
     };
     let disk = FileDisk::open(options).unwrap();
     assert_eq!(disk.limits().capacity.bytes(), 1 << 20);
-    let house = House::new(disk, 1);
-    let (mut driver, log) = logging(&house);
+    let fixture = Fixture::new(disk, 1);
+    let (mut driver, log) = logging(&fixture);
     file.set_len(0xd000).unwrap();
     for sector in [0, 0xc000 / 512, 0xe000 / 512] {
         let (status, _) = driver.request(T_IN, sector, &[(0x1000, WRITE), (0x2000, WRITE)]);
@@ -245,8 +246,8 @@ fn what_the_kernel_read_and_what_was_zero_filled_is_marked() {
 
 #[test]
 fn no_page_changes_without_a_mark_whatever_the_chains_are() {
-    let house = memory_house();
-    let (mut driver, log) = logging(&house);
+    let fixture = memory_house();
+    let (mut driver, log) = logging(&fixture);
     let mut random = 0x2545_f491_4f6c_dd1du64;
     let mut draw = |below: u64| {
         random ^= random << 13;
@@ -299,14 +300,14 @@ fn no_page_changes_without_a_mark_whatever_the_chains_are() {
     }
 }
 
-fn gated() -> (House, Arc<EventFd>) {
-    Gated::house(1 << 20, 1)
+fn gated() -> (Fixture, Arc<EventFd>) {
+    Gated::fixture(1 << 20, 1)
 }
 
 #[test]
 fn requests_that_were_under_way_when_the_log_was_switched_on_are_marked() {
-    let (house, gate) = gated();
-    let mut driver = Driver::running(house.connect(), FEATURES);
+    let (fixture, gate) = gated();
+    let mut driver = Driver::running(fixture.connect(), FEATURES);
     driver.prepare(T_IN, 0, &[(0x3000, WRITE)]);
     driver.vrings[0].wait_taken(&driver.memory);
     let log = Log::new();
@@ -323,9 +324,9 @@ fn requests_that_were_under_way_when_the_log_was_switched_on_are_marked() {
 
 #[test]
 fn a_vring_that_stops_has_marked_everything_when_the_client_is_told() {
-    let (house, gate) = gated();
+    let (fixture, gate) = gated();
     let (mut driver, log) = {
-        let mut driver = Driver::running(house.connect(), FEATURES);
+        let mut driver = Driver::running(fixture.connect(), FEATURES);
         let log = Log::new();
         driver.log_to(&log);
         driver.log_requests(true);
@@ -347,8 +348,8 @@ fn a_vring_that_stops_has_marked_everything_when_the_client_is_told() {
 
 #[test]
 fn the_two_switches_are_independent_and_nothing_is_marked_when_both_are_off() {
-    let house = memory_house();
-    let (mut driver, log) = logging(&house);
+    let fixture = memory_house();
+    let (mut driver, log) = logging(&fixture);
     let used = pages(&always(&driver)[..1]);
     let written = pages(&[(DATA + 4096, 4096), (DATA + 16, 1)]);
     for (requests, rings) in [(false, true), (true, false), (false, false), (true, true)] {
@@ -382,8 +383,8 @@ fn the_two_switches_are_independent_and_nothing_is_marked_when_both_are_off() {
 /// The order of QEMU when a device starts while a migration is under way.
 #[test]
 fn the_features_may_come_before_the_log_and_the_log_before_the_vrings() {
-    let house = memory_house();
-    let mut driver = Driver::connect(house.connect(), FEATURES);
+    let fixture = memory_house();
+    let mut driver = Driver::connect(fixture.connect(), FEATURES);
     driver.log_requests(true);
     let log = Log::new();
     driver.log_to(&log);
@@ -398,8 +399,8 @@ fn the_features_may_come_before_the_log_and_the_log_before_the_vrings() {
 
 #[test]
 fn the_log_may_be_switched_at_any_time_while_requests_are_under_way() {
-    let house = memory_house();
-    let mut driver = Driver::running(house.connect(), FEATURES);
+    let fixture = memory_house();
+    let mut driver = Driver::running(fixture.connect(), FEATURES);
     let log = Log::new();
     driver.log_to(&log);
     let over = Arc::new(AtomicBool::new(false));
@@ -443,8 +444,8 @@ fn the_log_may_be_switched_at_any_time_while_requests_are_under_way() {
 
 #[test]
 fn memory_that_is_added_and_removed_under_a_log_is_marked_where_it_is() {
-    let (house, gate) = gated();
-    let mut driver = Driver::connect(house.connect(), FEATURES);
+    let (fixture, gate) = gated();
+    let mut driver = Driver::connect(fixture.connect(), FEATURES);
     let low = driver.memory.part(0, DATA + 8192);
     let high = driver.memory.part(DATA + 8192, MEMORY_BYTES - DATA - 8192);
     driver.frontend.set_mem_table(&[low]).unwrap();
@@ -465,8 +466,8 @@ fn memory_that_is_added_and_removed_under_a_log_is_marked_where_it_is() {
 /// The used entries of a ring that the driver broke in the same round are there, and marked.
 #[test]
 fn what_was_returned_before_the_driver_broke_its_ring_is_marked() {
-    let house = memory_house();
-    let mut driver = Driver::connect(house.connect(), FEATURES);
+    let fixture = memory_house();
+    let mut driver = Driver::connect(fixture.connect(), FEATURES);
     // Far enough on that the next used entry has a page to itself.
     let mut vring = Vring::new(0, 1024);
     (vring.next_available, vring.next_used) = (600, 600);
@@ -505,16 +506,16 @@ fn takes(driver: &Driver, size: u64, offset: u64, file: &impl AsRawFd) -> bool {
 
 #[test]
 fn logs_that_cannot_be_used_end_the_session_with_a_clear_word() {
-    let house = memory_house();
+    let fixture = memory_house();
     let (pipe, _writer) = rustix::pipe::pipe().unwrap();
     let directory = File::open("/").unwrap();
     let readable = File::open("/proc/self/exe").unwrap();
     let log = Log::new();
     let refused = |what: &str, attempt: &dyn Fn(&mut Driver) -> bool| {
-        let mut driver = Driver::running(house.connect(), FEATURES);
+        let mut driver = Driver::running(fixture.connect(), FEATURES);
         assert!(!attempt(&mut driver), "{what}");
         drop(driver);
-        house.wait_empty();
+        fixture.wait_empty();
     };
     refused("a pipe", &|driver| takes(driver, LOG_BYTES, 0, &pipe));
     refused("a directory", &|driver| {
@@ -554,7 +555,7 @@ fn logs_that_cannot_be_used_end_the_session_with_a_clear_word() {
         };
         driver.frontend.set_vring_addr(0, &addresses).is_ok()
     });
-    let mut driver = Driver::running(house.connect(), FEATURES);
+    let mut driver = Driver::running(fixture.connect(), FEATURES);
     assert_eq!(driver.read(0, 512).0, OK);
 }
 
@@ -562,16 +563,16 @@ fn logs_that_cannot_be_used_end_the_session_with_a_clear_word() {
 fn a_log_that_is_cut_short_ends_its_session_and_no_other() {
     let mut limits = limits(1 << 20);
     limits.read_only = true;
-    let house = House::new(MemoryDisk::new(limits).unwrap(), 1);
+    let fixture = Fixture::new(MemoryDisk::new(limits).unwrap(), 1);
     let features = VERSION_1 | PROTOCOL;
-    let mut good = Driver::running(house.connect(), features);
-    let mut bad = Driver::running(house.connect(), features);
+    let mut good = Driver::running(fixture.connect(), features);
+    let mut bad = Driver::running(fixture.connect(), features);
     let log = Log::new();
     bad.log_to(&log);
     bad.log_requests(true);
     assert_eq!(bad.read(0, 4096).0, OK);
     ftruncate(&log.0, 0).unwrap();
     bad.prepare(T_IN, 0, &[(4096, WRITE)]);
-    eventually("the session ends", || house.door.sessions().len() == 1);
+    eventually("the session ends", || fixture.door.sessions().len() == 1);
     assert_eq!(good.read(0, 4096).0, OK);
 }

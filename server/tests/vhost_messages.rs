@@ -13,7 +13,7 @@ use std::time::Duration;
 use common::*;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use ublkup::backend::Memory as MemoryDisk;
+use ublkup::storage::Memory as MemoryDisk;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vmm_sys_util::eventfd::EventFd;
@@ -24,13 +24,13 @@ const SET_VRING_CALL: u32 = 13;
 const SET_STATUS: u32 = 39;
 const NEED_REPLY: u32 = 8;
 
-fn house() -> House {
-    House::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1)
+fn fixture() -> Fixture {
+    Fixture::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1)
 }
 
 /// A driver, and its connection for messages that its crate does not send.
-fn running(house: &House) -> (Driver, UnixStream) {
-    let stream = house.connect();
+fn running(fixture: &Fixture) -> (Driver, UnixStream) {
+    let stream = fixture.connect();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let raw = stream.try_clone().unwrap();
     (Driver::running(stream, USUAL), raw)
@@ -69,8 +69,8 @@ fn is_closed(mut stream: &UnixStream) -> bool {
 
 #[test]
 fn messages_may_come_in_pieces() {
-    let house = house();
-    let (mut driver, mut raw) = running(&house);
+    let fixture = fixture();
+    let (mut driver, mut raw) = running(&fixture);
     let features = message(GET_FEATURES, 0, &[]);
     let status = message(SET_STATUS, NEED_REPLY, &7u64.to_ne_bytes());
     for (message, request) in [(features, GET_FEATURES), (status, SET_STATUS)] {
@@ -118,37 +118,37 @@ fn a_client_that_sends_half_a_message_and_stays_loses_its_session_and_the_disk()
     ];
     let clients: Vec<_> = (halves.iter())
         .map(|(half, descriptors)| {
-            let house = house();
-            let (mut driver, raw) = running(&house);
+            let fixture = fixture();
+            let (mut driver, raw) = running(&fixture);
             assert_eq!(driver.write(0, &[7; 512]), OK);
             send(&raw, half, descriptors);
             // Its requests go on meanwhile.
             assert_eq!(driver.read(0, 512), (OK, vec![7; 512]));
-            (house, driver, raw)
+            (fixture, driver, raw)
         })
         .collect();
-    for ((house, _driver, raw), (half, _)) in clients.into_iter().zip(halves) {
+    for ((fixture, _driver, raw), (half, _)) in clients.into_iter().zip(halves) {
         assert!(is_closed(&raw), "{half:?}");
-        house.wait_empty();
-        let mut next = Driver::running(house.connect(), USUAL);
+        fixture.wait_empty();
+        let mut next = Driver::running(fixture.connect(), USUAL);
         assert_eq!(next.read(0, 512), (OK, vec![7; 512]));
     }
 }
 
 #[test]
 fn a_client_that_says_nothing_may_stay() {
-    let house = house();
-    let mut silent = house.connect();
+    let fixture = fixture();
+    let mut silent = fixture.connect();
     std::thread::sleep(Duration::from_secs(7));
-    assert_eq!(house.door.sessions().len(), 1);
+    assert_eq!(fixture.door.sessions().len(), 1);
     silent.write_all(&message(GET_FEATURES, 0, &[])).unwrap();
     assert_ne!(answer(&silent, GET_FEATURES) & VERSION_1, 0);
 }
 
 #[test]
 fn a_descriptor_for_news_of_the_log_is_taken_and_not_kept() {
-    let house = house();
-    let (mut driver, raw) = running(&house);
+    let fixture = fixture();
+    let (mut driver, raw) = running(&fixture);
     let (reader, writer) = std::io::pipe().unwrap();
     driver.frontend.set_log_fd(writer.as_raw_fd()).unwrap();
     // Nobody asks for an answer, so none comes: the next one is another's.
@@ -168,7 +168,7 @@ fn a_descriptor_for_news_of_the_log_is_taken_and_not_kept() {
 
 #[test]
 fn messages_about_the_log_that_make_no_sense_end_the_session() {
-    let house = house();
+    let fixture = fixture();
     let event = EventFd::new(0).unwrap();
     // SAFETY: the descriptor stays open during the borrow.
     let event = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
@@ -182,10 +182,10 @@ fn messages_about_the_log_that_make_no_sense_end_the_session() {
         (&[event], 4, &[]),
     ];
     for (descriptors, flags, payload) in odd {
-        let (driver, raw) = running(&house);
+        let (driver, raw) = running(&fixture);
         send(&raw, &message(SET_LOG_FD, flags, payload), descriptors);
         assert!(is_closed(&raw), "{} {payload:?}", descriptors.len());
         drop(driver);
-        house.wait_empty();
+        fixture.wait_empty();
     }
 }

@@ -9,9 +9,9 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use common::{DATA, Driver, House, MEMORY_BYTES, NEXT, OK, T_IN, T_OUT, USUAL, WRITE, limits};
-use ublkup::backend::{CacheMode, File, FileOptions, Memory as MemoryDisk};
+use common::{DATA, Driver, Fixture, MEMORY_BYTES, NEXT, OK, T_IN, T_OUT, USUAL, WRITE, limits};
 use ublkup::request::Serial;
+use ublkup::storage::{CacheMode, File, FileOptions, Memory as MemoryDisk};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
@@ -59,9 +59,9 @@ fn pattern(seed: u8) -> Vec<u8> {
 fn data_of_pinned_memory_arrives_and_the_pins_go_with_the_session() {
     let _alone = alone();
     let dir = scratch();
-    let house = House::pinning(disk(dir.path()), 1);
+    let fixture = Fixture::pinning(disk(dir.path()), 1);
     assert_eq!(pinned_kib(), 0);
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     assert_eq!(pinned_kib(), MEMORY_BYTES / 1024);
     for (sector, seed) in [(0, 1), (1000, 2), (8176, 3)] {
         assert_eq!(driver.write(sector, &pattern(seed)), OK);
@@ -77,9 +77,9 @@ fn data_of_pinned_memory_arrives_and_the_pins_go_with_the_session() {
     assert_eq!(driver.request(T_IN, 16, &pieces), (OK, 8193));
     assert_eq!(driver.memory.get(DATA + 4096, 8192), pattern(4));
     drop(driver);
-    house.wait_empty();
+    fixture.wait_empty();
     common::eventually("nothing is pinned any more", || pinned_kib() == 0);
-    drop(house);
+    drop(fixture);
     let file = fs::read(dir.path().join("disk.img")).unwrap();
     assert_eq!(file[1000 * 512..][..8192], pattern(2));
 }
@@ -88,8 +88,8 @@ fn data_of_pinned_memory_arrives_and_the_pins_go_with_the_session() {
 fn what_is_pinned_follows_the_memory_table() {
     let _alone = alone();
     let dir = scratch();
-    let house = House::pinning(disk(dir.path()), 2);
-    let mut driver = Driver::connect(house.connect(), USUAL);
+    let fixture = Fixture::pinning(disk(dir.path()), 2);
+    let mut driver = Driver::connect(fixture.connect(), USUAL);
     let half = MEMORY_BYTES / 2;
     let low = driver.memory.part(0, half);
     driver.frontend.set_mem_table(&[low]).unwrap();
@@ -132,8 +132,8 @@ fn what_is_pinned_follows_the_memory_table() {
 #[test]
 fn a_disk_in_memory_has_no_use_for_pins() {
     let _alone = alone();
-    let house = House::pinning(MemoryDisk::new(limits(1 << 20)).unwrap(), 1);
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = Fixture::pinning(MemoryDisk::new(limits(1 << 20)).unwrap(), 1);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     assert_eq!(driver.write(0, &pattern(5)), OK);
     assert_eq!(driver.read(0, 8192), (OK, pattern(5)));
     assert_eq!(pinned_kib(), 0);

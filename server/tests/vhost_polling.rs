@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use common::*;
 use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
-use ublkup::backend::Memory as MemoryDisk;
-use ublkup::polling::Polling;
+use ublkup::engine::polling::Polling;
+use ublkup::storage::Memory as MemoryDisk;
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
 
 const DEPTH: usize = 32;
@@ -35,10 +35,10 @@ impl Blocks {
 }
 
 /// Writes and reads 32 blocks at a time, never notified, and compares what it reads.
-fn work(house: &House, event_index: bool, rounds: usize) {
+fn work(fixture: &Fixture, event_index: bool, rounds: usize) {
     let mut features = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_INDIRECT_DESC;
     features.set(VirtioFeatureFlags::RING_EVENT_IDX, event_index);
-    let path = house.door.path().to_str().unwrap();
+    let path = fixture.door.path().to_str().unwrap();
     let mut transport: Box<VirtioBlkTransport> =
         Box::new(VhostUser::new(path, features.bits()).unwrap());
     let mut queues = VirtioBlkQueue::<usize>::setup_queues(&mut *transport, 1, 128).unwrap();
@@ -109,11 +109,11 @@ fn work(house: &House, event_index: bool, rounds: usize) {
     }
     drop(queues);
     drop(transport);
-    house.wait_empty();
+    fixture.wait_empty();
 }
 
-fn house(polling: Polling) -> House {
-    House::polling(MemoryDisk::new(limits(64 << 20)).unwrap(), 1, polling)
+fn fixture(polling: Polling) -> Fixture {
+    Fixture::polling(MemoryDisk::new(limits(64 << 20)).unwrap(), 1, polling)
 }
 
 #[test]
@@ -121,9 +121,9 @@ fn blocks_are_read_back_however_the_thread_waits() {
     let adaptive = |us| Polling::Adaptive(Duration::from_micros(us));
     for polling in [Polling::Never, adaptive(1), adaptive(100), Polling::Always] {
         for event_index in [true, false] {
-            let house = house(polling);
-            work(&house, event_index, 200);
-            let totals = house.counters.totals();
+            let fixture = fixture(polling);
+            work(&fixture, event_index, 200);
+            let totals = fixture.counters.totals();
             assert_eq!(totals.errors, 0, "{polling}");
             assert_eq!(totals.reads + totals.writes, 200 * DEPTH as u64);
         }
@@ -132,9 +132,9 @@ fn blocks_are_read_back_however_the_thread_waits() {
 
 #[test]
 fn a_thread_that_always_looks_needs_no_system_call_for_a_client_that_looks() {
-    let house = house(Polling::Always);
-    work(&house, true, 1000);
-    let totals = house.counters.totals();
+    let fixture = fixture(Polling::Always);
+    work(&fixture, true, 1000);
+    let totals = fixture.counters.totals();
     let requests = totals.reads + totals.writes;
     assert_eq!(requests, 1000 * DEPTH as u64);
     // The start, the end, the first notification, and a kick for each turn of the index.

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use common::*;
 use disks::Gated;
-use ublkup::backend::Memory as MemoryDisk;
+use ublkup::storage::Memory as MemoryDisk;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
@@ -20,8 +20,8 @@ const SET_STATUS: u32 = 39;
 const GET_STATUS: u32 = 40;
 const NEED_REPLY: u32 = 8;
 
-fn house() -> House {
-    House::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 2)
+fn fixture() -> Fixture {
+    Fixture::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 2)
 }
 
 /// A second hand on the connection of a driver: for messages that its crate does not know.
@@ -60,8 +60,8 @@ impl Raw {
     }
 }
 
-fn running(house: &House) -> (Driver, Raw) {
-    let stream = house.connect();
+fn running(fixture: &Fixture) -> (Driver, Raw) {
+    let stream = fixture.connect();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let raw = Raw(stream.try_clone().unwrap());
     (Driver::running(stream, USUAL), raw)
@@ -79,8 +79,8 @@ fn start_again(driver: &mut Driver) {
 
 #[test]
 fn a_device_that_was_reset_begins_anew_and_keeps_memory_and_disk() {
-    let house = house();
-    let (mut driver, mut raw) = running(&house);
+    let fixture = fixture();
+    let (mut driver, mut raw) = running(&fixture);
     driver.add_vring(128);
     assert_eq!(driver.write(0, &[7; 512]), OK);
     for by_status in [false, true, false] {
@@ -89,8 +89,8 @@ fn a_device_that_was_reset_begins_anew_and_keeps_memory_and_disk() {
         } else {
             driver.frontend.reset_device().unwrap();
         }
-        assert_eq!(house.door.sessions()[0].vrings, 0);
-        assert!(house.access.holder().is_some(), "it boots anew, no more");
+        assert_eq!(fixture.door.sessions()[0].vrings, 0);
+        assert!(fixture.access.holder().is_some(), "it boots anew, no more");
         start_again(&mut driver);
         assert_eq!(driver.read(0, 512), (OK, vec![7; 512]));
     }
@@ -98,8 +98,8 @@ fn a_device_that_was_reset_begins_anew_and_keeps_memory_and_disk() {
 
 #[test]
 fn the_status_is_what_was_set_and_a_reset_is_acknowledged_when_all_is_done() {
-    let (house, gate) = Gated::house(1 << 20, 1);
-    let (mut driver, mut raw) = running(&house);
+    let (fixture, gate) = Gated::fixture(1 << 20, 1);
+    let (mut driver, mut raw) = running(&fixture);
     assert_eq!(raw.status(), 0);
     for status in [1, 3, 11, 15] {
         assert_eq!(raw.set_status(status), 0);
@@ -114,7 +114,7 @@ fn the_status_is_what_was_set_and_a_reset_is_acknowledged_when_all_is_done() {
         gate.write(1).unwrap();
     });
     eventually("the device takes the request", || {
-        house.counters.totals().batches > 0
+        fixture.counters.totals().batches > 0
     });
     assert_eq!(raw.set_status(0), 0);
     assert_eq!(raw.status(), 0);
@@ -123,7 +123,7 @@ fn the_status_is_what_was_set_and_a_reset_is_acknowledged_when_all_is_done() {
 
 #[test]
 fn messages_about_the_status_that_make_no_sense_end_the_session() {
-    let house = house();
+    let fixture = fixture();
     let odd: [(u32, u32, &[u8]); 5] = [
         (SET_STATUS, 0, &256u64.to_ne_bytes()),
         (SET_STATUS, 0, &[0; 7]),
@@ -133,14 +133,14 @@ fn messages_about_the_status_that_make_no_sense_end_the_session() {
         (GET_STATUS, 4, &[]),
     ];
     for (request, flags, payload) in odd {
-        let (driver, mut raw) = running(&house);
+        let (driver, mut raw) = running(&fixture);
         raw.send(request, flags, payload);
         assert!(raw.is_closed(), "{request} {payload:?}");
         drop(driver);
-        house.wait_empty();
+        fixture.wait_empty();
     }
     // Who did not agree on it may not use it.
-    let mut raw = Raw(house.connect());
+    let mut raw = Raw(fixture.connect());
     raw.0.set_read_timeout(Some(PATIENCE)).unwrap();
     raw.send(GET_STATUS, 0, &[]);
     assert!(raw.is_closed());
@@ -151,9 +151,9 @@ fn messages_about_the_status_that_make_no_sense_end_the_session() {
 fn a_client_that_does_not_read_its_answers_loses_its_session() {
     let mut limits = limits(1 << 20);
     limits.read_only = true;
-    let house = House::new(MemoryDisk::new(limits).unwrap(), 1);
-    let mut good = Driver::running(house.connect(), VERSION_1 | PROTOCOL);
-    let mut deaf = house.connect();
+    let fixture = Fixture::new(MemoryDisk::new(limits).unwrap(), 1);
+    let mut good = Driver::running(fixture.connect(), VERSION_1 | PROTOCOL);
+    let mut deaf = fixture.connect();
     deaf.set_write_timeout(Some(Duration::from_millis(100)))
         .unwrap();
     let get_features = [1u32, 1, 0].map(u32::to_ne_bytes).concat();
@@ -167,7 +167,7 @@ fn a_client_that_does_not_read_its_answers_loses_its_session() {
     for _ in 0..100 {
         assert_eq!(good.read(0, 4096).0, OK);
     }
-    assert_eq!(house.door.sessions().len(), 2, "it is being waited for");
-    eventually("its session ends", || house.door.sessions().len() == 1);
+    assert_eq!(fixture.door.sessions().len(), 2, "it is being waited for");
+    eventually("its session ends", || fixture.door.sessions().len() == 1);
     assert_eq!(good.read(0, 4096).0, OK);
 }

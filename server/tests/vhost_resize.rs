@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use common::*;
 use serving::Lab;
-use ublkup::backend::Null;
 use ublkup::request::Capacity;
+use ublkup::storage::Null;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
@@ -22,11 +22,11 @@ use vhost::vhost_user::message::VhostUserConfigFlags;
 const OLD_BYTES: u64 = 1 << 20;
 const NEW_BYTES: u64 = 1 << 21;
 
-/// A house and the size of its disk.
-fn house() -> (House, Capacity) {
+/// A fixture and the size of its disk.
+fn fixture() -> (Fixture, Capacity) {
     let limits = limits(OLD_BYTES);
     let capacity = limits.capacity.clone();
-    (House::new(Null::new(limits), 1), capacity)
+    (Fixture::new(Null::new(limits), 1), capacity)
 }
 
 fn told_sectors(driver: &mut Driver) -> u64 {
@@ -46,14 +46,14 @@ fn channel(driver: &mut Driver) -> UnixStream {
 
 #[test]
 fn a_client_is_told_of_another_size_and_may_use_it() {
-    let (house, capacity) = house();
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let (fixture, capacity) = fixture();
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     let mut messages = channel(&mut driver);
     let behind = OLD_BYTES / 512;
     assert_eq!(told_sectors(&mut driver), behind);
     assert_eq!(driver.read(behind, 512).0, IOERR);
     capacity.set(NEW_BYTES);
-    assert_eq!(house.door.tell_new_size(), 0);
+    assert_eq!(fixture.door.tell_new_size(), 0);
     let mut message = [0; 12];
     messages.read_exact(&mut message).unwrap();
     // CONFIG_CHANGE_MSG, version 1, nothing behind.
@@ -71,13 +71,13 @@ fn every_client_of_a_read_only_disk_is_told() {
     let mut limits = limits(OLD_BYTES);
     limits.read_only = true;
     let capacity = limits.capacity.clone();
-    let house = House::new(Null::new(limits), 1);
+    let fixture = Fixture::new(Null::new(limits), 1);
     let mut clients: Vec<_> = (0..4)
-        .map(|_| Driver::running(house.connect(), VERSION_1 | PROTOCOL))
+        .map(|_| Driver::running(fixture.connect(), VERSION_1 | PROTOCOL))
         .map(|mut driver| (channel(&mut driver), driver))
         .collect();
     capacity.set(NEW_BYTES);
-    assert_eq!(house.door.tell_new_size(), 0);
+    assert_eq!(fixture.door.tell_new_size(), 0);
     for (messages, driver) in &mut clients {
         messages.read_exact(&mut [0; 12]).unwrap();
         assert_eq!(told_sectors(driver), NEW_BYTES / 512);
@@ -87,12 +87,12 @@ fn every_client_of_a_read_only_disk_is_told() {
 
 #[test]
 fn clients_that_cannot_be_told_or_do_not_read_disturb_nobody() {
-    let (house, _) = house();
-    let mut deaf = Driver::running(house.connect(), USUAL);
-    assert_eq!(house.door.tell_new_size(), 1, "it has no channel");
+    let (fixture, _) = fixture();
+    let mut deaf = Driver::running(fixture.connect(), USUAL);
+    assert_eq!(fixture.door.tell_new_size(), 1, "it has no channel");
     let full = channel(&mut deaf);
     let mut sent = 0;
-    while house.door.tell_new_size() == 0 {
+    while fixture.door.tell_new_size() == 0 {
         sent += 1;
         assert!(sent < 1_000_000, "somebody reads");
     }
@@ -100,23 +100,23 @@ fn clients_that_cannot_be_told_or_do_not_read_disturb_nobody() {
     // The channel is replaced by the next one, and a broken one breaks nothing else.
     let mut again = channel(&mut deaf);
     drop(full);
-    assert_eq!(house.door.tell_new_size(), 0);
+    assert_eq!(fixture.door.tell_new_size(), 0);
     again.read_exact(&mut [0; 12]).unwrap();
     drop(again);
     // A test beside this one may be starting a program, which has the channel until it runs.
-    eventually("the channel is gone", || house.door.tell_new_size() == 1);
+    eventually("the channel is gone", || fixture.door.tell_new_size() == 1);
     assert_eq!(deaf.read(0, 512).0, OK);
 }
 
 #[test]
 fn a_channel_that_is_no_stream_socket_is_refused() {
-    let (house, _) = house();
-    let mut driver = Driver::connect(house.connect(), USUAL);
+    let (fixture, _) = fixture();
+    let mut driver = Driver::connect(fixture.connect(), USUAL);
     let file = tempfile::tempfile().unwrap();
     assert!(driver.frontend.set_backend_request_fd(&file).is_err());
     assert!(file.as_raw_fd() >= 0);
-    house.wait_empty();
-    assert_eq!(house.door.stop(Duration::from_secs(5)), 0);
+    fixture.wait_empty();
+    assert_eq!(fixture.door.stop(Duration::from_secs(5)), 0);
 }
 
 #[test]

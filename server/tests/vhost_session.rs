@@ -17,33 +17,33 @@ use std::time::Duration;
 use common::*;
 use disks::{Gated, Recorder};
 use rustix::fs::ftruncate;
-use ublkup::backend::Memory as MemoryDisk;
-use ublkup::counters::Registry;
 use ublkup::door::vhost::{SessionState, StartError, VhostConfig, VhostDoor};
-use ublkup::polling::Polling;
+use ublkup::engine::counters::CounterSet;
+use ublkup::engine::polling::Polling;
 use ublkup::request::Op;
+use ublkup::storage::Memory as MemoryDisk;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 use vmm_sys_util::eventfd::EventFd;
 
-fn house() -> House {
-    House::new(MemoryDisk::new(limits(64 << 20)).unwrap(), 2)
+fn fixture() -> Fixture {
+    Fixture::new(MemoryDisk::new(limits(64 << 20)).unwrap(), 2)
 }
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..=250).cycle().take(len).collect()
 }
 
-fn gated(threads: u16) -> (House, Arc<EventFd>) {
-    Gated::house(64 << 20, threads)
+fn gated(threads: u16) -> (Fixture, Arc<EventFd>) {
+    Gated::fixture(64 << 20, threads)
 }
 
 #[test]
 fn what_a_client_writes_it_reads_back() {
     for features in [USUAL, USUAL | EVENT_IDX] {
-        let house = house();
-        let mut driver = Driver::running(house.connect(), features);
+        let fixture = fixture();
+        let mut driver = Driver::running(fixture.connect(), features);
         let data = pattern(8192);
         assert_eq!(driver.write(100, &data), OK);
         driver.memory.put(DATA + 4096, &[0; 8192]);
@@ -55,7 +55,7 @@ fn what_a_client_writes_it_reads_back() {
         assert_eq!(status, OK);
         assert!(back[..5120].iter().all(|&b| b == 0));
         assert_eq!(back[5120..], data[5120..]);
-        let totals = house.counters.totals();
+        let totals = fixture.counters.totals();
         assert_eq!((totals.reads, totals.writes, totals.flushes), (2, 1, 1));
         assert_eq!(
             (totals.discards, totals.write_zeroes, totals.errors),
@@ -66,8 +66,8 @@ fn what_a_client_writes_it_reads_back() {
 
 #[test]
 fn the_serial_has_twenty_bytes_and_shorter_buffers_get_less() {
-    let house = house();
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = fixture();
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     assert_eq!(driver.request(T_GET_ID, 0, &[(20, WRITE)]), (OK, 21));
     assert_eq!(driver.memory.get(DATA + 4096, 20), b"serial-of-20-letters");
     assert_eq!(driver.request(T_GET_ID, 0, &[(4, WRITE)]), (OK, 5));
@@ -75,8 +75,8 @@ fn the_serial_has_twenty_bytes_and_shorter_buffers_get_less() {
 
 #[test]
 fn any_layout_of_descriptors_is_understood() {
-    let house = house();
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = fixture();
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     let data = pattern(1024);
     // Header in three pieces, the last one with the first data; all pieces apart from each other.
     driver.header(DATA, T_OUT, 7);
@@ -117,8 +117,8 @@ fn any_layout_of_descriptors_is_understood() {
 
 #[test]
 fn buffers_may_straddle_memory_regions() {
-    let house = house();
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = fixture();
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     let split = DATA + 8192;
     let parts = [
         driver.memory.part(0, split),
@@ -135,8 +135,8 @@ fn buffers_may_straddle_memory_regions() {
 fn the_configuration_is_answered_in_exactly_the_length_asked_for() {
     // Two queues are told of, and one thread would serve them.
     let disk = MemoryDisk::new(limits(64 << 20)).unwrap();
-    let house = House::with(disk, (2, 1), Polling::default());
-    let mut driver = Driver::connect(house.connect(), USUAL);
+    let fixture = Fixture::with(disk, (2, 1), Polling::default());
+    let mut driver = Driver::connect(fixture.connect(), USUAL);
     let flags = VhostUserConfigFlags::WRITABLE;
     for len in [1, 8, 60, 96, 256] {
         let buffer = vec![0xff; len];
@@ -168,19 +168,19 @@ fn a_disk_without_cache_discard_or_writes_does_not_offer_them() {
     limits.max_discard_bytes = 0;
     limits.max_write_zeroes_bytes = 0;
     limits.read_only = true;
-    let house = House::new(MemoryDisk::new(limits).unwrap(), 1);
+    let fixture = Fixture::new(MemoryDisk::new(limits).unwrap(), 1);
     let features = VERSION_1 | PROTOCOL;
-    let mut first = Driver::running(house.connect(), features);
+    let mut first = Driver::running(fixture.connect(), features);
     let offered = first.frontend.get_features().unwrap();
     assert_eq!(offered & (FLUSH | CONFIG_WCE | DISCARD | WRITE_ZEROES), 0);
     assert_eq!(offered & (1 << 5), 1 << 5, "read-only");
     assert_eq!(first.write(0, &[1; 512]), IOERR);
     assert_eq!(first.segment(T_DISCARD, 0, 8, 0), UNSUPP);
     // Several clients may read at once.
-    let mut second = Driver::running(house.connect(), features);
+    let mut second = Driver::running(fixture.connect(), features);
     assert_eq!(second.read(0, 512).0, OK);
     assert_eq!(first.read(0, 512).0, OK);
-    assert_eq!(house.door.sessions().len(), 2);
+    assert_eq!(fixture.door.sessions().len(), 2);
 }
 
 #[test]
@@ -198,8 +198,8 @@ fn writes_are_durable_exactly_when_the_cache_is_off() {
             limits: limits(1 << 20),
             seen: Arc::clone(&seen),
         };
-        let house = House::new(disk, 1);
-        let mut driver = Driver::running(house.connect(), features);
+        let fixture = Fixture::new(disk, 1);
+        let mut driver = Driver::running(fixture.connect(), features);
         if let Some(byte) = writeback {
             let flags = VhostUserConfigFlags::WRITABLE;
             driver.frontend.set_config(32, flags, &[byte]).unwrap();
@@ -223,8 +223,8 @@ fn writes_are_durable_exactly_when_the_cache_is_off() {
 
 #[test]
 fn a_vring_stops_where_it_is_and_goes_on_from_there() {
-    let house = house();
-    let mut driver = Driver::running(house.connect(), USUAL | EVENT_IDX);
+    let fixture = fixture();
+    let mut driver = Driver::running(fixture.connect(), USUAL | EVENT_IDX);
     for sector in 0..5 {
         assert_eq!(driver.write(sector, &[7; 512]), OK);
     }
@@ -232,18 +232,18 @@ fn a_vring_stops_where_it_is_and_goes_on_from_there() {
     // Offered while the vring is off: left for later.
     driver.prepare(T_IN, 0, &[(512, WRITE)]);
     assert_eq!(driver.frontend.get_vring_base(0).unwrap(), 5);
-    assert_eq!(house.door.sessions()[0].state, SessionState::Idle);
+    assert_eq!(fixture.door.sessions()[0].state, SessionState::Idle);
     assert_eq!(driver.vrings[0].reap(&driver.memory), None);
     driver.start(0, 5);
     assert_eq!(driver.vrings[0].wait(&driver.memory), (0, 513));
-    assert_eq!(house.door.sessions()[0].state, SessionState::Running);
+    assert_eq!(fixture.door.sessions()[0].state, SessionState::Running);
     assert_eq!(driver.read(4, 512), (OK, vec![7; 512]));
 }
 
 #[test]
 fn stopping_a_vring_waits_for_what_is_under_way() {
-    let (house, gate) = gated(1);
-    let mut driver = Driver::running(house.connect(), USUAL | EVENT_IDX);
+    let (fixture, gate) = gated(1);
+    let mut driver = Driver::running(fixture.connect(), USUAL | EVENT_IDX);
     driver.prepare(T_IN, 0, &[(512, WRITE)]);
     driver.header(DATA + 0x8000, T_IN, 0);
     let second = [
@@ -268,8 +268,8 @@ fn stopping_a_vring_waits_for_what_is_under_way() {
 
 #[test]
 fn memory_may_be_added_and_removed_while_requests_use_it() {
-    let (house, gate) = gated(1);
-    let mut driver = Driver::connect(house.connect(), USUAL | EVENT_IDX);
+    let (fixture, gate) = gated(1);
+    let mut driver = Driver::connect(fixture.connect(), USUAL | EVENT_IDX);
     let low = driver.memory.part(0, DATA + 8192);
     let high = driver.memory.part(DATA + 8192, MEMORY_BYTES - DATA - 8192);
     driver.frontend.set_mem_table(&[low]).unwrap();
@@ -291,8 +291,8 @@ fn memory_may_be_added_and_removed_while_requests_use_it() {
 /// Each request keeps the memory that the client had when it was taken.
 #[test]
 fn a_client_cannot_pile_up_memory_that_it_took_away() {
-    let (house, gate) = gated(1);
-    let mut driver = Driver::running(house.connect(), USUAL | EVENT_IDX);
+    let (fixture, gate) = gated(1);
+    let mut driver = Driver::running(fixture.connect(), USUAL | EVENT_IDX);
     // The rings and the request have a region to themselves.
     let rest = (MEMORY_BYTES - 2 * DATA) / 31;
     let mut table = vec![driver.memory.part(0, 2 * DATA)];
@@ -317,13 +317,13 @@ fn a_client_cannot_pile_up_memory_that_it_took_away() {
     assert!(change(&mut driver).is_err());
     gate.write(64).unwrap();
     drop(driver);
-    house.wait_empty();
+    fixture.wait_empty();
 }
 
 #[test]
 fn four_vrings_on_two_threads_serve_each_on_its_own() {
-    let house = house();
-    let mut driver = Driver::connect(house.connect(), USUAL | EVENT_IDX);
+    let fixture = fixture();
+    let mut driver = Driver::connect(fixture.connect(), USUAL | EVENT_IDX);
     for _ in 0..4 {
         driver.add_vring(64);
     }
@@ -340,15 +340,15 @@ fn four_vrings_on_two_threads_serve_each_on_its_own() {
             assert_eq!(got, (u32::from(round % 50), 513));
         }
     }
-    assert_eq!(house.counters.totals().reads, 800);
-    assert_eq!(house.door.sessions()[0].vrings, 4);
+    assert_eq!(fixture.counters.totals().reads, 800);
+    assert_eq!(fixture.door.sessions()[0].vrings, 4);
 }
 
 #[test]
 fn no_kick_and_no_notification_is_lost_in_a_hundred_thousand_requests() {
     // More than one wrap of the 16-bit indexes, in bursts, sleeping on nothing but the eventfd.
-    let house = House::new(ublkup::backend::Null::new(limits(1 << 20)), 1);
-    let mut driver = Driver::running(house.connect(), USUAL | EVENT_IDX);
+    let fixture = Fixture::new(ublkup::storage::Null::new(limits(1 << 20)), 1);
+    let mut driver = Driver::running(fixture.connect(), USUAL | EVENT_IDX);
     driver.header(DATA, T_FLUSH, 0);
     for head in 0..64 {
         let vring = &driver.vrings[0];
@@ -375,14 +375,14 @@ fn no_kick_and_no_notification_is_lost_in_a_hundred_thousand_requests() {
         }
         left -= count;
     }
-    assert_eq!(house.counters.totals().flushes, 100_000);
+    assert_eq!(fixture.counters.totals().flushes, 100_000);
     assert!(driver.vrings[0].kicks < 100_000, "kicks are suppressed");
 }
 
 #[test]
 fn the_notification_goes_to_the_descriptor_that_was_set_last() {
-    let (house, gate) = gated(1);
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let (fixture, gate) = gated(1);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     driver.prepare(T_IN, 0, &[(512, WRITE)]);
     let masked = EventFd::new(0).unwrap();
     driver.frontend.set_vring_call(0, &masked).unwrap();
@@ -393,8 +393,8 @@ fn the_notification_goes_to_the_descriptor_that_was_set_last() {
 
 #[test]
 fn a_client_whose_notifications_block_hurts_nobody_but_itself() {
-    let house = house();
-    let mut driver = Driver::running(house.connect(), USUAL);
+    let fixture = fixture();
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     let full = EventFd::new(0).unwrap();
     full.write(u64::MAX - 1).unwrap();
     driver.frontend.set_vring_call(0, &full).unwrap();
@@ -420,7 +420,7 @@ fn a_client_whose_notifications_block_hurts_nobody_but_itself() {
     assert!(readable(&full, PATIENCE));
     full.write(u64::MAX - 2).unwrap();
     drop(driver);
-    house.wait_empty();
+    fixture.wait_empty();
 }
 
 /// It fills its notification descriptor, which nobody empties, and goes; perhaps it stops the vring first.
@@ -432,8 +432,8 @@ fn a_client_that_goes_with_notifications_that_nobody_takes_leaves_the_disk_to_ot
 }
 
 fn goes_with_notifications_that_nobody_takes(stops: bool) {
-    let house = house();
-    let stream = house.connect();
+    let fixture = fixture();
+    let stream = fixture.connect();
     let mut raw = stream.try_clone().unwrap();
     let mut driver = Driver::running(stream, USUAL);
     let full = EventFd::new(0).unwrap();
@@ -451,30 +451,30 @@ fn goes_with_notifications_that_nobody_takes(stops: bool) {
     if stops {
         raw.write_all(&stop).unwrap();
         std::thread::sleep(Duration::from_millis(50));
-        assert_eq!(house.door.sessions().len(), 1);
+        assert_eq!(fixture.door.sessions().len(), 1);
     }
     drop((driver, raw));
-    house.wait_empty();
-    let mut next = Driver::running(house.connect(), USUAL);
+    fixture.wait_empty();
+    let mut next = Driver::running(fixture.connect(), USUAL);
     assert_eq!(next.read(0, 512).0, OK);
 }
 
 #[test]
 fn a_writable_export_has_one_client_and_the_next_one_follows_at_once() {
-    let house = house();
-    let first = Driver::running(house.connect(), USUAL);
-    let mut refused = house.connect();
+    let fixture = fixture();
+    let first = Driver::running(fixture.connect(), USUAL);
+    let mut refused = fixture.connect();
     refused.set_read_timeout(Some(PATIENCE)).unwrap();
     assert_eq!(refused.read(&mut [0; 1]).unwrap(), 0, "closed at once");
-    assert_eq!(house.door.sessions().len(), 1);
+    assert_eq!(fixture.door.sessions().len(), 1);
     let pid = i32::try_from(std::process::id()).unwrap();
-    assert_eq!(house.door.sessions()[0].peer_pid, Some(pid));
+    assert_eq!(fixture.door.sessions()[0].peer_pid, Some(pid));
     drop(first);
-    let mut next = Driver::running(house.connect(), USUAL);
+    let mut next = Driver::running(fixture.connect(), USUAL);
     assert_eq!(next.read(0, 512).0, OK);
 }
 
-/// Open descriptors, threads and shared mappings of this process that belong to `house`.
+/// Open descriptors, threads and shared mappings of this process that belong to `fixture`.
 fn belongings() -> (usize, usize) {
     let count = |path: &str| std::fs::read_dir(path).unwrap().count();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
@@ -501,11 +501,11 @@ fn clients_that_hang_up_in_any_state_leave_nothing_behind() {
         assert!(status.success());
         return;
     }
-    let (house, gate) = gated(2);
+    let (fixture, gate) = gated(2);
     let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let mut before = None;
     for round in 0..105 {
-        let mut driver = Driver::connect(house.connect(), USUAL);
+        let mut driver = Driver::connect(fixture.connect(), USUAL);
         match round % 5 {
             0 => {}
             1 => driver.add_vring(128),
@@ -524,7 +524,7 @@ fn clients_that_hang_up_in_any_state_leave_nothing_behind() {
             _ => assert!(driver.frontend.set_vring_base(1000, 0).is_err()),
         }
         drop(driver);
-        house.wait_empty();
+        fixture.wait_empty();
         // A request that was not taken before the client hung up leaves its unit at the gate.
         let _ = gate.read();
         if round == 4 {
@@ -540,10 +540,10 @@ fn clients_that_hang_up_in_any_state_leave_nothing_behind() {
 fn memory_cut_short_ends_that_session_and_no_other() {
     let mut limits = limits(1 << 20);
     limits.read_only = true;
-    let house = House::new(MemoryDisk::new(limits).unwrap(), 1);
+    let fixture = Fixture::new(MemoryDisk::new(limits).unwrap(), 1);
     let features = VERSION_1 | PROTOCOL;
-    let mut good = Driver::running(house.connect(), features);
-    let mut bad = Driver::running(house.connect(), features);
+    let mut good = Driver::running(fixture.connect(), features);
+    let mut bad = Driver::running(fixture.connect(), features);
     assert_eq!(bad.read(0, 4096).0, OK);
     let (kick, file) = (
         bad.vrings[0].kick.try_clone().unwrap(),
@@ -552,14 +552,14 @@ fn memory_cut_short_ends_that_session_and_no_other() {
     // From here on this process must not touch the memory either.
     ftruncate(&file, 0).unwrap();
     kick.write(1).unwrap();
-    eventually("the session ends", || house.door.sessions().len() == 1);
+    eventually("the session ends", || fixture.door.sessions().len() == 1);
     assert_eq!(good.read(0, 4096).0, OK);
 }
 
 #[test]
 fn closing_the_door_finishes_what_is_under_way() {
-    let (house, gate) = gated(1);
-    let House { door, scratch, .. } = house;
+    let (fixture, gate) = gated(1);
+    let Fixture { door, scratch, .. } = fixture;
     let stream = UnixStream::connect(door.path()).unwrap();
     let mut driver = Driver::running(stream, USUAL | EVENT_IDX);
     driver.prepare(T_IN, 0, &[(512, WRITE)]);
@@ -580,14 +580,14 @@ fn closing_the_door_finishes_what_is_under_way() {
 /// ring, one of them returned. The next one does the other two, in the order in which they were taken.
 #[test]
 fn requests_of_a_server_that_died_are_done_by_the_next_one() {
-    let house = house();
+    let fixture = fixture();
     let told = VhostUserInflight::new(0, 0, 1, 128);
-    let mut asking = Driver::connect(house.connect(), USUAL);
+    let mut asking = Driver::connect(fixture.connect(), USUAL);
     let (told, record) = asking.frontend.get_inflight_fd(&told).unwrap();
     drop(asking);
-    house.wait_empty();
+    fixture.wait_empty();
 
-    let mut driver = Driver::connect(house.connect(), USUAL);
+    let mut driver = Driver::connect(fixture.connect(), USUAL);
     let fd = record.as_raw_fd();
     driver.frontend.set_inflight_fd(&told, fd).unwrap();
     // Chains 0, 3 and 6 read sectors 0, 8 and 16; all three are on the ring.
@@ -651,9 +651,9 @@ fn requests_of_a_server_that_died_are_done_by_the_next_one() {
 
 #[test]
 fn sessions_come_by_socket_pair_as_well() {
-    let house = house();
+    let fixture = fixture();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    house.door.adopt(theirs).unwrap();
+    fixture.door.adopt(theirs).unwrap();
     assert_eq!(Driver::running(ours, USUAL).read(0, 512).0, OK);
 }
 
@@ -666,12 +666,12 @@ fn socket_paths_are_taken_over_only_when_nobody_is_there() {
             socket: scratch.0.join(name),
             queues: 1,
             queue_threads: 1,
-            threads: ublkup::threads::ThreadOptions::default(),
+            threads: ublkup::engine::threads::ThreadOptions::default(),
             pin_memory: false,
             access: open_access(false),
         };
         let disk = Arc::new(MemoryDisk::new(limits(1 << 20)).unwrap());
-        VhostDoor::start(config, disk, Arc::new(Registry::default()))
+        VhostDoor::start(config, disk, Arc::new(CounterSet::default()))
     };
     let message = |result: Result<VhostDoor, StartError>| result.err().unwrap().to_string();
     let door = open("s").unwrap();

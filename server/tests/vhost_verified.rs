@@ -9,11 +9,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{
-    DATA, Driver, EVENT_IDX, House, OK, PATIENCE, T_IN, T_OUT, UNTOUCHED, USUAL, WRITE, limits,
+    DATA, Driver, EVENT_IDX, Fixture, OK, PATIENCE, T_IN, T_OUT, UNTOUCHED, USUAL, WRITE, limits,
 };
-use ublkup::backend::{Backend, CacheMode, File, FileOptions, Memory as MemoryDisk};
-use ublkup::polling::Polling;
+use ublkup::engine::Storage;
+use ublkup::engine::polling::Polling;
 use ublkup::request::Serial;
+use ublkup::storage::{CacheMode, File, FileOptions, Memory as MemoryDisk};
 
 const SLOTS: u16 = 32;
 const REQUESTS: u32 = 6000;
@@ -123,9 +124,9 @@ impl Load {
         }
     }
 
-    fn run(house: &House, sleeps: bool) {
+    fn run(fixture: &Fixture, sleeps: bool) {
         let mut load = Load {
-            driver: Driver::running(house.connect(), USUAL | EVENT_IDX),
+            driver: Driver::running(fixture.connect(), USUAL | EVENT_IDX),
             random: Random(0x9e37_79b9_7f4a_7c15),
             model: vec![0; usize::try_from(DISK_BYTES).unwrap()],
             pending: [None; SLOTS as usize],
@@ -159,22 +160,22 @@ fn file(dir: &Path, cache: CacheMode) -> File {
 
 /// Every way of waiting, each with a client that sleeps and one that looks; and every way of holding
 /// memory, if the disk is a file.
-fn verify<B: Backend>(disk: impl Fn() -> B, may_pin: bool) {
+fn verify<B: Storage>(disk: impl Fn() -> B, may_pin: bool) {
     let adaptive = Polling::Adaptive(Duration::from_micros(100));
     for polling in [Polling::Never, adaptive, Polling::Always] {
         for sleeps in [true, false] {
-            let house = House::polling(disk(), 1, polling);
-            Load::run(&house, sleeps);
-            assert_eq!(house.counters.totals().errors, 0);
-            house.wait_empty();
+            let fixture = Fixture::polling(disk(), 1, polling);
+            Load::run(&fixture, sleeps);
+            assert_eq!(fixture.counters.totals().errors, 0);
+            fixture.wait_empty();
         }
     }
     for sleeps in [true, false] {
         if may_pin {
-            let house = House::pinning(disk(), 1);
-            Load::run(&house, sleeps);
-            assert_eq!(house.counters.totals().errors, 0);
-            house.wait_empty();
+            let fixture = Fixture::pinning(disk(), 1);
+            Load::run(&fixture, sleeps);
+            assert_eq!(fixture.counters.totals().errors, 0);
+            fixture.wait_empty();
         }
     }
 }

@@ -4,13 +4,14 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::{ConfigError, format_size, parse_size};
-use crate::backend::{BadRule, CacheMode, Rule};
+use super::ConfigError;
 use crate::request::{MAX_DISK_BYTES, SECTOR_BYTES};
+use crate::request::{format_size, parse_size};
+use crate::storage::{BadRule, CacheMode, Rule};
 
 /// Where the data of an export lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BackendSpec {
+pub enum StorageSpec {
     /// `null:SIZE`: takes everything, holds nothing.
     Null {
         /// Size of the disk.
@@ -30,7 +31,7 @@ pub enum BackendSpec {
     },
 }
 
-impl BackendSpec {
+impl StorageSpec {
     /// What an export is called when nobody named it.
     #[must_use]
     pub fn default_name(&self) -> String {
@@ -46,7 +47,7 @@ impl BackendSpec {
     }
 }
 
-impl fmt::Display for BackendSpec {
+impl fmt::Display for StorageSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Null { size_bytes } => write!(f, "null:{}", format_size(*size_bytes)),
@@ -66,7 +67,7 @@ pub struct Spec {
     /// NAME, if there is one.
     pub name: Option<String>,
     /// KIND and ARG.
-    pub backend: BackendSpec,
+    pub backend: StorageSpec,
     /// `,serial=TEXT`.
     pub serial: Option<String>,
     /// `,block-size=512…4096`.
@@ -99,7 +100,7 @@ fn parse(text: &str) -> Result<Spec, String> {
         None => (None, head),
     };
     if let Some(name) = name {
-        super::check_name(name).map_err(|error| error.0)?;
+        super::check_name(name).map_err(|error| error.to_string())?;
     }
     if kind == "fault" {
         let (rules, disk) = rest
@@ -121,14 +122,14 @@ fn parse(text: &str) -> Result<Spec, String> {
     let mut parts = split_commas(rest).into_iter();
     let arg = parts.next().unwrap_or_default();
     let mut backend = match kind {
-        "null" => BackendSpec::Null {
+        "null" => StorageSpec::Null {
             size_bytes: disk_size(&arg)?,
         },
-        "mem" => BackendSpec::Memory {
+        "mem" => StorageSpec::Memory {
             size_bytes: disk_size(&arg)?,
         },
         "file" if arg.is_empty() => return Err("no path after 'file:'".into()),
-        "file" => BackendSpec::File {
+        "file" => StorageSpec::File {
             path: arg.into(),
             cache: CacheMode::Auto,
         },
@@ -145,7 +146,7 @@ fn parse(text: &str) -> Result<Spec, String> {
             ("serial", _) => serial = Some(value.to_owned()),
             ("block-size", _) => block_bytes = Some(block_size(value)?),
             ("read-only", _) => read_only = switch(key, value)?,
-            ("cache", BackendSpec::File { cache, .. }) => {
+            ("cache", StorageSpec::File { cache, .. }) => {
                 *cache = match value {
                     "auto" => CacheMode::Auto,
                     "direct" => CacheMode::Direct,
@@ -169,7 +170,7 @@ fn parse(text: &str) -> Result<Spec, String> {
         read_only,
         faults: Vec::new(),
     };
-    if let BackendSpec::Null { size_bytes } | BackendSpec::Memory { size_bytes } = spec.backend {
+    if let StorageSpec::Null { size_bytes } | StorageSpec::Memory { size_bytes } = spec.backend {
         let block_bytes = u64::from(spec.block_bytes.unwrap_or(512));
         if size_bytes % block_bytes != 0 {
             return Err(format!(
@@ -181,7 +182,7 @@ fn parse(text: &str) -> Result<Spec, String> {
 }
 
 fn disk_size(text: &str) -> Result<u64, String> {
-    let bytes = parse_size(text).map_err(|error| error.0)?;
+    let bytes = parse_size(text).map_err(|error| error.to_string())?;
     if bytes < SECTOR_BYTES {
         return Err(format!(
             "a disk of {bytes} bytes is smaller than a sector ({SECTOR_BYTES} bytes)"
@@ -236,7 +237,7 @@ mod tests {
         assert_eq!(spec.name.as_deref(), Some("d"));
         assert_eq!(
             spec.backend,
-            BackendSpec::File {
+            StorageSpec::File {
                 path: "/srv/a,b:c=d.img".into(),
                 cache: CacheMode::Buffered
             }
@@ -246,7 +247,7 @@ mod tests {
         let spec: Spec = "mem:1G,block-size=4096,read-only=off".parse().unwrap();
         assert_eq!(
             spec.backend,
-            BackendSpec::Memory {
+            StorageSpec::Memory {
                 size_bytes: 1 << 30
             }
         );

@@ -1,11 +1,9 @@
 //! io_uring and what goes with it. Knows nothing of disks.
 //!
 //! A [`Ring`] belongs to one thread. What is put on it carries a [`Token`] that says who gets the
-//! completion. A [`SlotTable`] holds what is under way. A [`Mailbox`](mailbox::Mailbox) brings
-//! messages from other threads and wakes the ring.
+//! completion. A [`SlotTable`] holds what is in flight.
 
 mod enter;
-pub mod mailbox;
 mod pinned;
 mod ring;
 mod slots;

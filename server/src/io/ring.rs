@@ -422,6 +422,6 @@ mod tests {
         unsafe { ring.push(sqe, token(1)) }.unwrap();
         assert!(ring.drain(Duration::ZERO, Some(Owner::Door)));
         assert_eq!(ring.in_flight(), 1);
-        assert!(!ring.drain(Duration::ZERO, Some(Owner::Backend)));
+        assert!(!ring.drain(Duration::ZERO, Some(Owner::Storage)));
     }
 }

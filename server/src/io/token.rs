@@ -18,7 +18,7 @@ pub enum Owner {
     /// The door.
     Door = 2,
     /// The backend.
-    Backend = 3,
+    Storage = 3,
 }
 
 /// Who gets a completion and what it is about; travels through the kernel as `user_data`.
@@ -50,7 +50,7 @@ impl Token {
             0 => Owner::Nobody,
             1 => Owner::Mailbox,
             2 => Owner::Door,
-            3 => Owner::Backend,
+            3 => Owner::Storage,
             _ => panic!("user_data that is no token"),
         };
         #[expect(clippy::cast_possible_truncation, reason = "fields of a packed word")]
@@ -64,7 +64,7 @@ impl Token {
 
 const _: () = {
     let last = Token {
-        owner: Owner::Backend,
+        owner: Owner::Storage,
         kind: u16::MAX,
         index: u32::MAX,
     };
@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn tokens_survive_the_way_through_user_data() {
-        for owner in [Owner::Nobody, Owner::Mailbox, Owner::Door, Owner::Backend] {
+        for owner in [Owner::Nobody, Owner::Mailbox, Owner::Door, Owner::Storage] {
             for kind in [0, 1, 0x8000, u16::MAX] {
                 for index in [0, 1, 0x8000_0000, u32::MAX] {
                     let token = Token { owner, kind, index };

@@ -59,7 +59,7 @@ impl Buffers {
     }
 
     /// The first `len_bytes` of a buffer in the ring's table. Only for backends that take such
-    /// (`Backend::ring_buffers`).
+    /// (`Storage::ring_buffers`).
     #[must_use]
     pub fn in_ring(index: u16, len_bytes: usize) -> Self {
         Self(Place::Ring(RingBuffer {

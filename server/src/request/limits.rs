@@ -4,7 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{IoError, Op};
+use super::op::Op;
+use super::outcome::IoError;
 
 /// Bytes in the sector that ublk and virtio-blk count in, whatever the block size of the disk.
 pub const SECTOR_BYTES: u64 = 512;

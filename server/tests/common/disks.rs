@@ -8,12 +8,12 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
 use io_uring::{opcode, types};
-use ublkup::backend::{Backend, BackendQueue};
+use ublkup::engine::{Storage, StorageControl, StorageQueue};
 use ublkup::io::{Owner, Ring, Slot, Token};
 use ublkup::request::{IoError, Limits, Op, Progress, Request};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::common::{House, limits};
+use crate::common::{Fixture, limits};
 
 /// Remembers what it was asked for.
 pub struct Recorder {
@@ -23,19 +23,21 @@ pub struct Recorder {
 
 pub struct RecorderQueue(Arc<Mutex<Vec<Op>>>);
 
-impl Backend for Recorder {
-    type Queue = RecorderQueue;
-
+impl StorageControl for Recorder {
     fn limits(&self) -> &Limits {
         &self.limits
     }
+}
+
+impl Storage for Recorder {
+    type Queue = RecorderQueue;
 
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<RecorderQueue> {
         Ok(RecorderQueue(Arc::clone(&self.seen)))
     }
 }
 
-impl BackendQueue for RecorderQueue {
+impl StorageQueue for RecorderQueue {
     fn start(&mut self, _ring: &mut Ring, _slot: Slot, request: &mut Request) -> Progress {
         self.0.lock().unwrap().push(request.op);
         Progress::Done(Ok(()))
@@ -54,15 +56,15 @@ pub struct Gated {
 }
 
 impl Gated {
-    /// A house with such a disk, and its gate, which blocks nobody who reads it.
-    pub fn house(capacity_bytes: u64, threads: u16) -> (House, Arc<EventFd>) {
+    /// A fixture with such a disk, and its gate, which blocks nobody who reads it.
+    pub fn fixture(capacity_bytes: u64, threads: u16) -> (Fixture, Arc<EventFd>) {
         let gate = EventFd::new(libc::EFD_SEMAPHORE | libc::EFD_NONBLOCK).unwrap();
         let gate = Arc::new(gate);
         let disk = Self {
             limits: limits(capacity_bytes),
             gate: Arc::clone(&gate),
         };
-        (House::new(disk, threads), gate)
+        (Fixture::new(disk, threads), gate)
     }
 }
 
@@ -71,12 +73,14 @@ pub struct GatedQueue {
     counts: Box<[u64]>,
 }
 
-impl Backend for Gated {
-    type Queue = GatedQueue;
-
+impl StorageControl for Gated {
     fn limits(&self) -> &Limits {
         &self.limits
     }
+}
+
+impl Storage for Gated {
+    type Queue = GatedQueue;
 
     fn queue(&self, _ring: &mut Ring, slots: u32) -> io::Result<GatedQueue> {
         Ok(GatedQueue {
@@ -86,12 +90,12 @@ impl Backend for Gated {
     }
 }
 
-impl BackendQueue for GatedQueue {
+impl StorageQueue for GatedQueue {
     fn start(&mut self, ring: &mut Ring, slot: Slot, _request: &mut Request) -> Progress {
         let fd = types::Fd(self.gate.as_raw_fd());
         let count = std::ptr::from_mut(&mut self.counts[slot as usize]);
         let token = Token {
-            owner: Owner::Backend,
+            owner: Owner::Storage,
             kind: 0,
             index: slot,
         };
@@ -126,19 +130,21 @@ pub struct Halves {
 
 pub struct HalvesQueue;
 
-impl Backend for Halves {
-    type Queue = HalvesQueue;
-
+impl StorageControl for Halves {
     fn limits(&self) -> &Limits {
         &self.limits
     }
+}
+
+impl Storage for Halves {
+    type Queue = HalvesQueue;
 
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<HalvesQueue> {
         Ok(HalvesQueue)
     }
 }
 
-impl BackendQueue for HalvesQueue {
+impl StorageQueue for HalvesQueue {
     fn start(&mut self, _ring: &mut Ring, _slot: Slot, request: &mut Request) -> Progress {
         if request.op != Op::Read {
             return Progress::Done(Ok(()));

@@ -15,13 +15,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use ublkup::access::Access;
-use ublkup::backend::Backend;
-use ublkup::counters::Registry;
+use ublkup::door::ownership::Ownership;
 use ublkup::door::vhost::{VhostConfig, VhostDoor};
-use ublkup::polling::Polling;
+use ublkup::engine::Storage;
+use ublkup::engine::counters::CounterSet;
+use ublkup::engine::polling::Polling;
+use ublkup::engine::threads::ThreadOptions;
 use ublkup::request::{Limits, Serial};
-use ublkup::threads::ThreadOptions;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -103,49 +103,49 @@ impl Drop for Scratch {
 }
 
 /// The right to a disk without a block door.
-pub fn open_access(read_only: bool) -> Arc<Access> {
-    let access = Access::new("test", read_only, Duration::from_secs(1), None);
+pub fn open_access(read_only: bool) -> Arc<Ownership> {
+    let access = Ownership::new("test", read_only, Duration::from_secs(1), None);
     access.open(None);
     access
 }
 
 /// A door with its directory and counters.
-pub struct House {
+pub struct Fixture {
     pub door: VhostDoor,
-    pub access: Arc<Access>,
-    pub counters: Arc<Registry>,
+    pub access: Arc<Ownership>,
+    pub counters: Arc<CounterSet>,
     pub scratch: Scratch,
 }
 
-impl House {
-    pub fn new<B: Backend>(disk: B, queue_threads: u16) -> Self {
+impl Fixture {
+    pub fn new<B: Storage>(disk: B, queue_threads: u16) -> Self {
         Self::polling(disk, queue_threads, Polling::default())
     }
 
-    /// A house whose queue threads wait in this way.
-    pub fn polling<B: Backend>(disk: B, queue_threads: u16, polling: Polling) -> Self {
+    /// A fixture whose queue threads wait in this way.
+    pub fn polling<B: Storage>(disk: B, queue_threads: u16, polling: Polling) -> Self {
         Self::with(disk, (queue_threads, queue_threads), polling)
     }
 
-    /// A house with so many queues and so many threads for them.
-    pub fn with<B: Backend>(disk: B, threads: (u16, u16), polling: Polling) -> Self {
+    /// A fixture with so many queues and so many threads for them.
+    pub fn with<B: Storage>(disk: B, threads: (u16, u16), polling: Polling) -> Self {
         Self::built(disk, threads, polling, false)
     }
 
-    /// A house that pins the memory of its clients.
-    pub fn pinning<B: Backend>(disk: B, queue_threads: u16) -> Self {
+    /// A fixture that pins the memory of its clients.
+    pub fn pinning<B: Storage>(disk: B, queue_threads: u16) -> Self {
         let threads = (queue_threads, queue_threads);
         Self::built(disk, threads, Polling::default(), true)
     }
 
-    fn built<B: Backend>(
+    fn built<B: Storage>(
         disk: B,
         (queues, queue_threads): (u16, u16),
         polling: Polling,
         pin_memory: bool,
     ) -> Self {
         let scratch = Scratch::new();
-        let counters = Arc::new(Registry::default());
+        let counters = Arc::new(CounterSet::default());
         let access = open_access(disk.limits().read_only);
         let config = VhostConfig {
             name: "test".into(),

@@ -3,9 +3,10 @@
 
 use std::collections::VecDeque;
 
-use ublkup::backend::{Backend, BackendQueue, File};
+use ublkup::engine::{Storage, StorageControl, StorageQueue};
 use ublkup::io::{Completion, Ring, Slot};
 use ublkup::request::{Buffer, Buffers, Limits, Op, Outcome, Progress, Range, Request};
+use ublkup::storage::File;
 
 /// How the memory of a request lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +110,7 @@ impl Ended {
 
 pub struct Client {
     ring: Ring,
-    queue: <File as Backend>::Queue,
+    queue: <File as Storage>::Queue,
     limits: Limits,
     running: Vec<Option<(Request, Memory)>>,
     backlog: VecDeque<Slot>,

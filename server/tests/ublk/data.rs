@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use std::sync::Arc;
 
-use ublkup::backend::{CacheMode, File, FileOptions};
-use ublkup::counters::{Counters, Totals};
 use ublkup::door::ublk::{DataPath, UblkConfig, UblkDoor};
+use ublkup::engine::counters::{Counters, Totals};
 use ublkup::request::Serial;
+use ublkup::storage::{CacheMode, File, FileOptions};
 
 use crate::serving::{Lab, Server};
 use crate::{MIB, config, dd, no_end, noise, run};

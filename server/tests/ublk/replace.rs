@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use ublkup::crash;
+use ublkup::engine::crash;
 
 use super::common::{Driver, OK, eventually};
 use super::recovery::Disk;

@@ -5,7 +5,7 @@ use libublk::sys;
 use super::error::UblkError;
 use super::features::Features;
 use super::{DataPath, Recovery, UblkConfig};
-use crate::backend::RingBuffers;
+use crate::engine::RingBuffers;
 
 /// What was chosen for a new device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,7 +164,7 @@ mod tests {
             id: None,
             queues: 1,
             depth: 1,
-            threads: crate::threads::ThreadOptions::default(),
+            threads: crate::engine::threads::ThreadOptions::default(),
             affinity: None,
             scan_partitions: true,
             data,

@@ -21,19 +21,19 @@ use super::choice;
 use super::control::{Control, NewDevice};
 use super::error::UblkError;
 use super::features::{Features, features_of};
-use super::fence::WriteFence;
+use super::fence::WriteGate;
 use super::leftover;
 use super::memory::page_bytes;
 use super::owner;
 use super::params::{Params, buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
 use super::{DataPath, Facts, UblkConfig};
-use crate::backend::{Backend, RingBuffers};
-use crate::counters::Counters;
-use crate::crash;
-use crate::io::mailbox::{self, Mailbox};
-use crate::queue_thread::QueueThread;
-use crate::threads::{Cpus, is_unbound, settle_on};
+use crate::engine::counters::Counters;
+use crate::engine::crash;
+use crate::engine::mailbox::{self, Mailbox};
+use crate::engine::queue_thread::QueueThread;
+use crate::engine::threads::{Cpus, is_unbound, settle_on};
+use crate::engine::{RingBuffers, Storage};
 
 /// How long queue threads may take to come up, and to end when they were told to.
 const THREAD_LIMIT: Duration = Duration::from_secs(30);
@@ -98,7 +98,7 @@ pub(super) struct Device {
 
 impl Device {
     /// Adds a device, starts its queue threads and makes the disk appear.
-    pub(super) fn start<B: Backend>(
+    pub(super) fn start<B: Storage>(
         config: &UblkConfig,
         backend: &Arc<B>,
         counters: impl FnMut() -> Arc<Counters>,
@@ -226,9 +226,9 @@ impl Device {
     }
 
     /// The switch for the writes of all queues.
-    pub(super) fn fence(&self) -> WriteFence {
+    pub(super) fn fence(&self) -> WriteGate {
         let queues = self.queues.iter().map(|queue| queue.commands.clone());
-        WriteFence::new(self.id, queues.collect())
+        WriteGate::new(self.id, queues.collect())
     }
 
     /// The open character device, while there is one.
@@ -334,7 +334,7 @@ impl Device {
         }
     }
 
-    fn spawn<B: Backend>(
+    fn spawn<B: Storage>(
         &mut self,
         info: &sys::ublksrv_ctrl_dev_info,
         config: &UblkConfig,
@@ -494,7 +494,7 @@ impl Drop for Device {
 }
 
 /// What a queue thread does, from its first to its last instruction.
-fn serve_queue<B: Backend>(
+fn serve_queue<B: Storage>(
     config: QueueConfig,
     ring_places: u16,
     backend: &B,

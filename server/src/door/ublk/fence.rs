@@ -1,15 +1,15 @@
 //! The block door's writes, shut off while a vhost client has the disk.
 //!
 //! Each queue thread keeps its own [`Writes`]: nothing is shared with others and nothing is atomic
-//! on the way of a request. [`WriteFence`] tells all queues through their mailboxes.
+//! on the way of a request. [`WriteGate`] tells all queues through their mailboxes.
 
 use std::fs;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::queue::Command;
-use crate::access::BlockDoor;
-use crate::io::mailbox;
+use crate::door::ownership::BlockDoor;
+use crate::engine::mailbox;
 use crate::request::IoError;
 
 /// Whether a queue takes writes, and how many it has under way.
@@ -71,12 +71,12 @@ impl Writes {
 
 /// All queues of a device, for switching their writes off and on.
 #[derive(Debug)]
-pub(super) struct WriteFence {
+pub(super) struct WriteGate {
     id: u32,
     queues: Vec<mailbox::Sender<Command>>,
 }
 
-impl WriteFence {
+impl WriteGate {
     pub(super) fn new(id: u32, queues: Vec<mailbox::Sender<Command>>) -> Self {
         Self { id, queues }
     }
@@ -109,7 +109,7 @@ impl WriteFence {
     }
 }
 
-impl BlockDoor for WriteFence {
+impl BlockDoor for WriteGate {
     fn close(&self, limit: Duration) -> Result<(), String> {
         self.await_drained(limit).inspect_err(|_| self.open())
     }
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn a_queue_that_is_gone_cannot_be_drained() {
         let (sender, mailbox) = mailbox::Mailbox::new().unwrap();
-        let fence = WriteFence::new(0, vec![sender]);
+        let fence = WriteGate::new(0, vec![sender]);
         let queue = std::thread::spawn(move || {
             let mut mailbox = mailbox;
             // Takes the question and ends without an answer.
@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn a_queue_that_does_not_answer_is_told_to_go_on() {
         let (sender, mut mailbox) = mailbox::Mailbox::new().unwrap();
-        let fence = WriteFence::new(0, vec![sender]);
+        let fence = WriteGate::new(0, vec![sender]);
         let error = fence.close(Duration::from_millis(20)).unwrap_err();
         assert!(error.contains("did not end"), "{error}");
         assert!(matches!(mailbox.take(), Some(Command::RefuseWrites(_))));

@@ -45,15 +45,15 @@ pub use features::{Features, available};
 pub use leftover::{Leftover, Survivor, leftovers, marked, remove, survivor};
 pub use owner::owner;
 
-use crate::access::BlockDoor;
-use crate::backend::Backend;
-use crate::counters::Counters;
+use crate::door::ownership::BlockDoor;
+use crate::engine::Storage;
+use crate::engine::counters::Counters;
+use crate::engine::threads::{Cpus, ThreadOptions};
 use crate::request::SECTOR_SHIFT;
-use crate::threads::{Cpus, ThreadOptions};
 use control::Control;
 use device::{Device, Event, Wanted};
 use features::features_of;
-use fence::WriteFence;
+use fence::WriteGate;
 use libublk::sys;
 
 /// What a ublk device shall be.
@@ -169,7 +169,7 @@ pub enum DoorEnd {
 pub struct UblkDoor {
     id: u32,
     facts: Facts,
-    fence: Arc<WriteFence>,
+    fence: Arc<WriteGate>,
     /// Weak: the device can be removed only after this file was closed.
     char_device: Weak<File>,
     events: Sender<Event>,
@@ -187,7 +187,7 @@ impl UblkDoor {
     /// # Errors
     ///
     /// What failed; no device is left then.
-    pub fn start<B: Backend>(
+    pub fn start<B: Storage>(
         config: &UblkConfig,
         backend: &Arc<B>,
         counters: impl FnMut() -> Arc<Counters>,
@@ -298,7 +298,7 @@ impl UblkDoor {
     /// This door, as far as the right to write goes.
     #[must_use]
     pub fn writes(&self) -> Arc<dyn BlockDoor> {
-        Arc::<WriteFence>::clone(&self.fence)
+        Arc::<WriteGate>::clone(&self.fence)
     }
 
     /// Finishes the requests under way and removes the device. Takes some minutes at the very

@@ -197,7 +197,7 @@ fn sectors(bytes: u64, block_sectors: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::tests::small_disk;
+    use crate::request::small_disk;
 
     const PAGE: u32 = 4096;
 

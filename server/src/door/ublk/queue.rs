@@ -18,11 +18,11 @@ use libublk::sys;
 use super::DataPath;
 use super::fence::Writes;
 use super::memory::{Descriptors, Direction, IoBuffers};
-use crate::counters::Counters;
-use crate::door::{DoorQueue, Next};
+use crate::engine::counters::Counters;
+use crate::engine::threads::{Cpus, ThreadOptions, is_bound_to_one};
+use crate::engine::{DoorQueue, Next};
 use crate::io::{Completion, Full, Owner, Ring, Slot, Token};
 use crate::request::{Buffers, IoError, Limits, Op, Outcome, Range, Request, SECTOR_SHIFT};
-use crate::threads::{Cpus, ThreadOptions, is_bound_to_one};
 
 /// What other threads may ask of a queue.
 pub(super) enum Command {
@@ -402,7 +402,7 @@ fn answer_to(op: Op, len_bytes: u64, outcome: Outcome) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::tests::small_disk;
+    use crate::request::small_disk;
 
     const BUFFER: u32 = 1 << 20;
 

@@ -24,7 +24,7 @@ use vhost::vhost_user::message::VhostUserInflight;
 use super::MAX_VRINGS;
 use super::memory::{MemoryMap, Region, RegionAddress};
 use super::virtqueue::MAX_QUEUE_SIZE;
-use crate::crash;
+use crate::engine::crash;
 
 const HEADER_BYTES: u64 = 16;
 const ENTRY_BYTES: u64 = 16;

@@ -30,12 +30,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use crate::access::Access;
-use crate::backend::{Backend, RingBuffers};
-use crate::counters::Registry;
-use crate::io::mailbox::Mailbox;
-use crate::queue_thread::QueueThread;
-use crate::threads::ThreadOptions;
+use crate::door::ownership::Ownership;
+use crate::engine::counters::CounterSet;
+use crate::engine::mailbox::Mailbox;
+use crate::engine::queue_thread::QueueThread;
+use crate::engine::threads::ThreadOptions;
+use crate::engine::{RingBuffers, Storage};
 use link::Link;
 use queue::VhostQueues;
 use session::{Ending, QueueHandle, Sizes, Spawn};
@@ -69,7 +69,7 @@ pub struct VhostConfig {
     /// Whether the memory of clients is pinned, where the disk gains by it.
     pub pin_memory: bool,
     /// Who may write.
-    pub access: Arc<Access>,
+    pub access: Arc<Ownership>,
 }
 
 /// Why a door cannot be opened.
@@ -127,7 +127,7 @@ struct Shared {
     name: String,
     limits: crate::request::Limits,
     serve: Box<Serve>,
-    access: Arc<Access>,
+    access: Arc<Ownership>,
     sessions: Mutex<Sessions>,
     /// A session has gone, or the door closes.
     changed: Condvar,
@@ -148,10 +148,10 @@ impl VhostDoor {
     /// # Errors
     ///
     /// [`StartError`], each with what to do about it.
-    pub fn start<B: Backend>(
+    pub fn start<B: Storage>(
         config: VhostConfig,
         disk: Arc<B>,
-        counters: Arc<Registry>,
+        counters: Arc<CounterSet>,
     ) -> Result<Self, StartError> {
         let VhostConfig {
             name,
@@ -445,11 +445,11 @@ impl Drop for Membership {
 }
 
 /// How a session starts its queue threads.
-fn spawner<B: Backend>(
+fn spawner<B: Storage>(
     link: Arc<Link>,
     (queue_threads, options, pins): (u16, ThreadOptions, bool),
     disk: &Arc<B>,
-    counters: &Arc<Registry>,
+    counters: &Arc<CounterSet>,
 ) -> Spawn {
     let (disk, registry) = (Arc::clone(disk), Arc::clone(counters));
     Box::new(move |number| {

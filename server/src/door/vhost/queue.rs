@@ -22,8 +22,8 @@ use super::memory::{HeldMap, MemoryMap, Region};
 use super::sigbus;
 use super::virtqueue::{RingError, RingOptions, Virtqueue};
 use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
-use crate::counters::Counters;
-use crate::door::{DoorQueue, Next};
+use crate::engine::counters::Counters;
+use crate::engine::{DoorQueue, Next};
 use crate::io::{Completion, FreeSlots, Full, Piece, Ring, Slot, SlotTable};
 use crate::request::{Buffer, Buffers, Op, Outcome, Range, Request};
 

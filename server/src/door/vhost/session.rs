@@ -29,8 +29,8 @@ use super::memory::{MAX_MAPPINGS, MemoryMap, Region};
 use super::queue::Command;
 use super::virtqueue::{RingAddresses, used_ring_bytes};
 use super::vring::Start;
-use crate::access::{Access, Client, Hold};
-use crate::io::mailbox::Sender;
+use crate::door::ownership::{Client, Lease, Ownership};
+use crate::engine::mailbox::Sender;
 
 /// `VHOST_F_LOG_ALL`: what requests write is marked in the log of dirty pages.
 const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
@@ -66,7 +66,7 @@ pub(super) fn converse(
     link: &Arc<Link>,
     sizes: Sizes,
     spawn: Spawn,
-    access: &Arc<Access>,
+    access: &Arc<Ownership>,
 ) -> io::Result<Ending> {
     let stream = link.stream().try_clone()?;
     stream.set_read_timeout(Some(CLIENT_LIMIT))?;
@@ -148,9 +148,9 @@ struct Session {
     link: Arc<Link>,
     sizes: Sizes,
     spawn: Spawn,
-    access: Arc<Access>,
+    access: Arc<Ownership>,
     /// The right to the disk, from the first vring on.
-    hold: Option<Hold>,
+    hold: Option<Lease>,
     threads: BTreeMap<u16, QueueHandle>,
     map: Arc<MemoryMap>,
     /// Maps before that one, which requests under way may still use.
@@ -188,7 +188,7 @@ fn not_offered<T>() -> Result<T> {
 }
 
 impl Session {
-    fn new(link: Arc<Link>, sizes: Sizes, spawn: Spawn, access: Arc<Access>) -> Self {
+    fn new(link: Arc<Link>, sizes: Sizes, spawn: Spawn, access: Arc<Ownership>) -> Self {
         Self {
             link,
             sizes,
@@ -271,7 +271,7 @@ impl Session {
             return Ok(());
         }
         // It may have stopped for a migration that failed, or succeeded.
-        let kept = self.hold.as_ref().map(Hold::resume).transpose();
+        let kept = self.hold.as_ref().map(Lease::resume).transpose();
         if kept.map_err(|why| failed(io::Error::other(why)))? == Some(false) {
             self.hold = None;
         }
@@ -487,13 +487,13 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     use super::*;
-    use crate::access::AccessState;
-    use crate::io::mailbox::Mailbox;
-    use crate::request::tests::small_disk;
+    use crate::door::ownership::OwnershipState;
+    use crate::engine::mailbox::Mailbox;
+    use crate::request::small_disk;
 
     #[test]
     fn a_handler_that_panics_leaves_no_thread_and_the_disk_to_nobody_before() {
-        let access = Access::new("test", false, Duration::ZERO, None);
+        let access = Ownership::new("test", false, Duration::ZERO, None);
         access.open(None);
         let (sender, seen) = mpsc::channel();
         let spawn: Spawn = Box::new({
@@ -529,7 +529,7 @@ mod tests {
             panic!("as a handler might");
         }));
         assert!(panicked.is_err());
-        assert_eq!(seen.try_recv(), Ok(AccessState::Draining));
-        assert_eq!(access.state(), AccessState::Free);
+        assert_eq!(seen.try_recv(), Ok(OwnershipState::Draining));
+        assert_eq!(access.state(), OwnershipState::Free);
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::inflight::InflightQueue;
 use super::memory::{HeldMap, MemoryMap, Purpose};
-use crate::crash;
+use crate::engine::crash;
 use chain::descriptor_at;
 pub(super) use chain::{Chain, Descriptor};
 

@@ -1,0 +1,208 @@
+//! A disk of a guest: what the user said about it, and QEMU's options for it.
+
+use std::path::PathBuf;
+
+use super::memory::{Bus, pairs};
+
+/// `DEVICE[,key=value…]`: a block device, and properties for the guest's disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The block device.
+    pub path: PathBuf,
+    /// Properties of QEMU's `-device`, in the user's order.
+    pub properties: Vec<(String, String)>,
+}
+
+impl std::str::FromStr for Disk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = pairs(text, "path").into_iter();
+        let path = match parts.next() {
+            Some((key, path)) if key == "path" && !path.is_empty() => path,
+            _ => return Err("starts with the path of a block device (a comma in it is ,,)".into()),
+        };
+        let properties: Vec<_> = parts.collect();
+        for (key, _) in &properties {
+            let why = match key.as_str() {
+                "serial" => {
+                    "the server says the serial number: give it to ublkup serve (SPEC,serial=…)"
+                }
+                "chardev" | "drive" | "driver" => "is the launcher's to set",
+                _ => continue,
+            };
+            return Err(format!("'{key}': {why}"));
+        }
+        let path = path.into();
+        Ok(Self { path, properties })
+    }
+}
+
+/// Where the guest's requests go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// To the service, at this socket address.
+    Service {
+        /// What QEMU's chardev connects to.
+        address: String,
+    },
+    /// Through the block device.
+    Block {
+        /// What QEMU opens.
+        filename: String,
+        /// Whether the disk is read-only.
+        read_only: bool,
+    },
+}
+
+/// QEMU's pause between attempts to come back to a server that went away.
+pub const RECONNECT_MS: u32 = 1000;
+
+/// The kernel's address of the service behind descriptor `fd` of the process that uses it.
+#[must_use]
+pub fn fd_address(fd: i32) -> String {
+    format!("/dev/self/fd/{fd}/{}", crate::export::upgrade::SERVICE)
+}
+
+/// QEMU's name for a virtio disk.
+#[must_use]
+pub fn driver(bus: Bus, link: &Link) -> &'static str {
+    match (link, bus) {
+        (Link::Service { .. }, Bus::Pci) => "vhost-user-blk-pci",
+        (Link::Service { .. }, Bus::Mmio) => "vhost-user-blk",
+        (Link::Block { .. }, Bus::Pci) => "virtio-blk-pci",
+        (Link::Block { .. }, Bus::Mmio) => "virtio-blk-device",
+    }
+}
+
+impl Disk {
+    /// QEMU's options for this disk, the `index`th.
+    #[must_use]
+    pub fn options(&self, index: usize, bus: Bus, link: &Link) -> Vec<String> {
+        let name = format!("ublkup-{index}");
+        let (host, node) = match link {
+            Link::Service { address } => (
+                [
+                    "-chardev".to_owned(),
+                    format!(
+                        "socket,id={name},path={},reconnect-ms={RECONNECT_MS}",
+                        escape(address)
+                    ),
+                ],
+                "chardev",
+            ),
+            Link::Block {
+                filename,
+                read_only,
+            } => (
+                [
+                    "-blockdev".to_owned(),
+                    format!(
+                        "driver=host_device,node-name={name},filename={},cache.direct=on,\
+                         cache.no-flush=off,discard=unmap,read-only={}",
+                        escape(filename),
+                        if *read_only { "on" } else { "off" }
+                    ),
+                ],
+                "drive",
+            ),
+        };
+        let mut device = format!("{},{node}={name}", driver(bus, link));
+        if !self.properties.iter().any(|(key, _)| key == "id") {
+            device.push_str(&format!(",id={name}"));
+        }
+        for (key, value) in &self.properties {
+            device.push_str(&format!(",{key}={}", escape(value)));
+        }
+        host.into_iter()
+            .chain(["-device".to_owned(), device])
+            .collect()
+    }
+}
+
+fn escape(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+/// A word as a shell reads it.
+#[must_use]
+pub fn quote(word: &str) -> String {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "@%+=:,./_-".contains(letter);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(text: &str, bus: Bus, link: &Link) -> String {
+        let disk: Disk = text.parse().unwrap();
+        disk.options(1, bus, link).join(" ")
+    }
+
+    #[test]
+    fn a_disk_becomes_a_chardev_and_a_device() {
+        let link = Link::Service {
+            address: fd_address(9),
+        };
+        assert_eq!(
+            options("/dev/ublkb0", Bus::Pci, &link),
+            "-chardev socket,id=ublkup-1,path=/dev/self/fd/9/vhost-user-blk,reconnect-ms=1000 \
+             -device vhost-user-blk-pci,chardev=ublkup-1,id=ublkup-1"
+        );
+        assert_eq!(
+            options("/dev/ublkb0,id=root,bootindex=1", Bus::Mmio, &link),
+            "-chardev socket,id=ublkup-1,path=/dev/self/fd/9/vhost-user-blk,reconnect-ms=1000 \
+             -device vhost-user-blk,chardev=ublkup-1,id=root,bootindex=1"
+        );
+        let link = Link::Service {
+            address: "/run/a,b".into(),
+        };
+        assert!(options("/dev/ublkb0", Bus::Pci, &link).contains("path=/run/a,,b,"));
+    }
+
+    #[test]
+    fn a_disk_without_service_becomes_a_block_node_on_the_same_descriptor() {
+        let link = Link::Block {
+            filename: "/proc/self/fd/9".into(),
+            read_only: true,
+        };
+        assert_eq!(
+            options("/dev/ublkb0,num-queues=2", Bus::Pci, &link),
+            "-blockdev driver=host_device,node-name=ublkup-1,filename=/proc/self/fd/9,\
+             cache.direct=on,cache.no-flush=off,discard=unmap,read-only=on \
+             -device virtio-blk-pci,drive=ublkup-1,id=ublkup-1,num-queues=2"
+        );
+        assert!(options("/dev/ublkb0", Bus::Mmio, &link).contains("-device virtio-blk-device,"));
+    }
+
+    #[test]
+    fn properties_that_are_not_the_users_are_refused() {
+        for (text, says) in [
+            ("/dev/ublkb0,serial=x", "ublkup serve"),
+            ("/dev/ublkb0,drive=x", "launcher"),
+            ("", "path"),
+            (",id=x", "path"),
+        ] {
+            let error = text.parse::<Disk>().unwrap_err();
+            assert!(error.contains(says), "{text}: {error}");
+        }
+        let disk: Disk = "/dev/a,,b".parse().unwrap();
+        assert_eq!(disk.path, PathBuf::from("/dev/a,b"));
+    }
+
+    #[test]
+    fn a_shell_reads_a_quoted_word_as_it_was() {
+        for word in ["plain", "", "two words", "it's", "$HOME `x` \"", "a,b=c/d"] {
+            let out = std::process::Command::new("sh")
+                .args(["-c", &format!("printf %s {}", quote(word))])
+                .output()
+                .unwrap();
+            assert_eq!(String::from_utf8_lossy(&out.stdout), word);
+        }
+        assert_eq!(quote("id=a,b"), "id=a,b");
+    }
+}

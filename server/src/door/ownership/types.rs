@@ -1,0 +1,88 @@
+//! The words of ownership: who takes part, what `stat` shows, why a client is refused.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The block door, as far as the right to write goes.
+pub trait BlockDoor: Send + Sync {
+    /// Refuses writes from now on. Returns when those that were accepted are complete.
+    ///
+    /// # Errors
+    ///
+    /// When they are not within `limit`; writes are then accepted as before.
+    fn close(&self, limit: Duration) -> Result<(), String>;
+
+    /// Accepts writes again.
+    fn open(&self);
+
+    /// Who uses the block device so that it cannot be taken away, if that is known: a mounted file
+    /// system, say.
+    fn in_use(&self) -> Option<String>;
+}
+
+/// What `stat` shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OwnershipState {
+    /// The block door may write.
+    Block,
+    /// There is no block door, and no client has the disk.
+    Free,
+    /// One side finishes its writes before the other may begin.
+    Draining,
+    /// A vhost client has the disk.
+    Upgraded,
+    /// A client died; the disk is kept for its return.
+    Waiting,
+    /// A client has stopped for a live migration; another may take the disk over.
+    Moving,
+    /// The disk is read-only: everybody may use it.
+    Shared,
+}
+
+impl fmt::Display for OwnershipState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Block => "block",
+            Self::Free => "free",
+            Self::Draining => "draining",
+            Self::Upgraded => "upgraded",
+            Self::Waiting => "waiting",
+            Self::Moving => "moving",
+            Self::Shared => "shared",
+        })
+    }
+}
+
+/// Why a client does not get the disk.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Another client has it.
+    #[error("{0} has the disk")]
+    Taken(String),
+    /// Somebody uses the block device.
+    #[error("the block device is in use ({0}): the writes of a client would go behind its back")]
+    InUse(String),
+    /// Another server has the storage.
+    #[error("{0}")]
+    Storage(String),
+    /// The block door's writes did not end.
+    #[error("the block door cannot be drained: {0}")]
+    Drain(String),
+    /// The runtime directory is full, say.
+    #[error("cannot note in the runtime directory that a client has the disk: {0}")]
+    Note(String),
+    /// The export is being opened or closed.
+    #[error("the export is not open")]
+    NotOpen,
+}
+
+/// A client that wants the disk.
+#[derive(Clone)]
+pub struct Client {
+    /// Who it is, for messages: `session 3 of process 4711`.
+    pub name: String,
+    /// Whether it is gone already, and only its session has not noticed.
+    pub gone: Arc<dyn Fn() -> bool + Send + Sync>,
+}

@@ -1,0 +1,193 @@
+//! What `stat` shows: counted by the queue threads, read by anyone.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::request::{Op, Outcome};
+
+/// The counters of one queue thread. Only that thread writes them, so a count is a plain load and
+/// store, and no cache line is shared with another writer.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct Counters {
+    reads: AtomicU64,
+    read_bytes: AtomicU64,
+    writes: AtomicU64,
+    write_bytes: AtomicU64,
+    forced_writes: AtomicU64,
+    flushes: AtomicU64,
+    discards: AtomicU64,
+    write_zeroes: AtomicU64,
+    errors: AtomicU64,
+    batches: AtomicU64,
+    enters: AtomicU64,
+}
+
+/// A reading of one or more [`Counters`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Totals {
+    /// Reads completed.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes completed.
+    pub writes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Writes among them that had to be durable at completion (FUA, write-through).
+    pub forced_writes: u64,
+    /// Flushes completed.
+    pub flushes: u64,
+    /// Discards completed.
+    pub discards: u64,
+    /// Write-zeroes completed.
+    pub write_zeroes: u64,
+    /// Requests of any kind that failed (they count above as well).
+    pub errors: u64,
+    /// Rounds of the loop.
+    pub batches: u64,
+    /// `io_uring_enter` calls.
+    pub enters: u64,
+}
+
+impl Counters {
+    /// Counts a finished request of `len_bytes`.
+    #[inline]
+    pub fn count(&self, op: Op, len_bytes: u64, outcome: Outcome) {
+        match op {
+            Op::Read => {
+                add(&self.reads, 1);
+                add(&self.read_bytes, len_bytes);
+            }
+            Op::Write { fua } => {
+                add(&self.writes, 1);
+                add(&self.forced_writes, u64::from(fua));
+                add(&self.write_bytes, len_bytes);
+            }
+            Op::Flush => add(&self.flushes, 1),
+            Op::Discard => add(&self.discards, 1),
+            Op::WriteZeroes { .. } => add(&self.write_zeroes, 1),
+        }
+        if outcome.is_err() {
+            self.count_rejected();
+        }
+    }
+
+    /// Counts a request that a door refused before it became one.
+    pub fn count_rejected(&self) {
+        add(&self.errors, 1);
+    }
+
+    /// Counts a round of the loop; `enters` is the ring's own running count.
+    pub fn count_batch(&self, enters: u64) {
+        add(&self.batches, 1);
+        self.enters.store(enters, Ordering::Relaxed);
+    }
+
+    /// Adds a reading of these counters to `totals`.
+    pub fn add_to(&self, totals: &mut Totals) {
+        for (total, counter) in [
+            (&mut totals.reads, &self.reads),
+            (&mut totals.read_bytes, &self.read_bytes),
+            (&mut totals.writes, &self.writes),
+            (&mut totals.write_bytes, &self.write_bytes),
+            (&mut totals.forced_writes, &self.forced_writes),
+            (&mut totals.flushes, &self.flushes),
+            (&mut totals.discards, &self.discards),
+            (&mut totals.write_zeroes, &self.write_zeroes),
+            (&mut totals.errors, &self.errors),
+            (&mut totals.batches, &self.batches),
+            (&mut totals.enters, &self.enters),
+        ] {
+            *total += counter.load(Ordering::Relaxed);
+        }
+    }
+}
+
+/// The counters of threads that come and go: nothing is lost when a thread ends.
+#[derive(Debug, Default)]
+pub struct CounterSet {
+    inner: Mutex<Threads>,
+}
+
+#[derive(Debug, Default)]
+struct Threads {
+    running: Vec<Arc<Counters>>,
+    ended: Totals,
+}
+
+impl CounterSet {
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        // No code that holds the lock can panic between two changes.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counters for a new thread.
+    #[must_use]
+    pub fn register(&self) -> Arc<Counters> {
+        let counters = Arc::new(Counters::default());
+        self.threads().running.push(Arc::clone(&counters));
+        counters
+    }
+
+    /// Keeps the totals of a thread that ended.
+    pub fn retire(&self, counters: &Arc<Counters>) {
+        let mut threads = self.threads();
+        let before = threads.running.len();
+        threads
+            .running
+            .retain(|other| !Arc::ptr_eq(other, counters));
+        if threads.running.len() < before {
+            counters.add_to(&mut threads.ended);
+        }
+    }
+
+    /// What all threads counted, ended ones included.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        let threads = self.threads();
+        let mut totals = threads.ended;
+        for counters in &threads.running {
+            counters.add_to(&mut totals);
+        }
+        totals
+    }
+}
+
+fn add(counter: &AtomicU64, amount: u64) {
+    // One writer per counter: no read-modify-write needed.
+    counter.store(counter.load(Ordering::Relaxed) + amount, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::IoError;
+
+    #[test]
+    fn readings_of_several_threads_add_up() {
+        let (a, b) = (Counters::default(), Counters::default());
+        a.count(Op::Read, 512, Ok(()));
+        b.count(Op::Read, 1024, Err(IoError::Io));
+        b.count(Op::Flush, 0, Ok(()));
+        b.count_rejected();
+        let mut totals = Totals::default();
+        a.add_to(&mut totals);
+        b.add_to(&mut totals);
+        assert_eq!((totals.reads, totals.read_bytes), (2, 1536));
+        assert_eq!((totals.flushes, totals.errors), (1, 2));
+    }
+
+    #[test]
+    fn threads_that_ended_still_count_and_count_once() {
+        let registry = CounterSet::default();
+        let (a, b) = (registry.register(), registry.register());
+        a.count(Op::Read, 512, Ok(()));
+        b.count(Op::Read, 512, Ok(()));
+        registry.retire(&a);
+        registry.retire(&a);
+        b.count(Op::Flush, 0, Ok(()));
+        let totals = registry.totals();
+        assert_eq!((totals.reads, totals.flushes), (2, 1));
+    }
+}

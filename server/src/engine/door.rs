@@ -1,0 +1,79 @@
+//! What a queue thread needs of a door.
+
+use crate::io::{Completion, Full, Ring, Slot};
+use crate::request::{Outcome, Request};
+
+/// The part of a door that one queue thread drives: one or more queues of one client.
+///
+/// In each round the thread calls [`command`](Self::command) and [`event`](Self::event) for what
+/// arrived, then [`next`](Self::next) until there is nothing, [`complete`](Self::complete) for what
+/// ended, and [`end_batch`](Self::end_batch) last; before it sleeps it calls
+/// [`listen`](Self::listen). Completions of what the door puts on the ring
+/// must carry [`crate::io::Owner::Door`].
+pub trait DoorQueue {
+    /// What other threads may ask of this one.
+    type Command: Send + 'static;
+
+    /// How many requests can be under way: slots are 0 to this number - 1.
+    fn slots(&self) -> u32;
+
+    /// How many operations the door itself may have on the ring at once.
+    fn ring_operations(&self) -> u32;
+
+    /// Begins to listen: puts the first operations on the ring.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] when they do not fit, which [`ring_operations`](Self::ring_operations) prevents.
+    fn start(&mut self, ring: &mut Ring) -> Result<(), Full>;
+
+    /// Does what another thread asked for.
+    fn command(&mut self, ring: &mut Ring, command: Self::Command);
+
+    /// Takes a completion of an operation that the door put on the ring.
+    fn event(&mut self, ring: &mut Ring, completion: Completion);
+
+    /// The next request, if there is one and a slot for it. What the door refuses by itself it
+    /// answers by itself.
+    fn next(&mut self, ring: &mut Ring) -> Option<(Slot, Request)>;
+
+    /// Answers a request. The answer may wait for [`end_batch`](Self::end_batch).
+    fn complete(&mut self, ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome);
+
+    /// Publishes the answers of this round, notifies clients, and says what the thread does next.
+    fn end_batch(&mut self, ring: &mut Ring) -> Next;
+
+    /// Whether something arrived that no completion on the ring tells of. Asked again and again
+    /// by a thread that looks for work before it sleeps.
+    fn has_news(&self) -> bool {
+        false
+    }
+
+    /// Gets ready to sleep: whatever arrives from now on completes an operation on the ring.
+    /// False when something is there already.
+    fn listen(&mut self, _ring: &mut Ring) -> bool {
+        true
+    }
+
+    /// Whether all clients run on the one processor that this thread may run on.
+    fn is_beside_clients(&self) -> bool {
+        false
+    }
+
+    /// Whether the door leaves what it still has on the ring to the kernel when the thread ends,
+    /// because no cancellation reaches it. It then leaks the memory that these operations point to.
+    fn abandons_operations(&self) -> bool {
+        false
+    }
+}
+
+/// What a queue thread does after a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Another round at once: there are requests waiting.
+    Again,
+    /// Nothing to do until something arrives.
+    Idle,
+    /// The door is closed and everything is answered: the thread ends.
+    Exit,
+}

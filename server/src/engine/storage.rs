@@ -1,0 +1,105 @@
+//! What doors and queue threads need of a storage.
+
+use std::io;
+use std::time::Duration;
+
+use crate::io::{Ring, Slot};
+use crate::request::{Limits, Progress, Request};
+
+/// A disk as a whole: what does not concern a single request.
+pub trait StorageControl: Send + Sync + 'static {
+    /// What the disk is and what it takes.
+    fn limits(&self) -> &Limits;
+
+    /// Whether requests may come with their data in the ring's table ([`Buffers::ring`]).
+    ///
+    /// [`Buffers::ring`]: crate::request::Buffers::ring
+    fn ring_buffers(&self) -> RingBuffers {
+        RingBuffers::No
+    }
+
+    /// Makes the storage at least `wanted_bytes` long, and says how long it is then; how long it is
+    /// now if nothing is wanted. What the disk is stays as it is: see [`Limits::capacity`].
+    ///
+    /// # Errors
+    ///
+    /// When this storage has the size it has, or the size cannot be had.
+    fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
+        let now = self.limits().capacity.bytes();
+        match wanted_bytes {
+            Some(wanted) if wanted != now => {
+                Err(io::Error::other("a disk in memory cannot change"))
+            }
+            _ => Ok(now),
+        }
+    }
+
+    /// Truncates the storage to `capacity_bytes`.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be done.
+    fn cut(&self, _capacity_bytes: u64) -> io::Result<()> {
+        Err(io::Error::other("this disk cannot shrink"))
+    }
+
+    /// Claims storage that was [opened](FileOptions::claim_later) for a later claim, so that nobody
+    /// else writes to it.
+    ///
+    /// # Errors
+    ///
+    /// When somebody else has it for longer than `limit`, or it is not what it was.
+    fn claim(&self, _limit: Duration) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Lets others have what was [claimed](Self::claim). All that was written is with the storage
+    /// before.
+    fn release(&self) {}
+}
+
+/// A disk that queue threads can work with.
+pub trait Storage: StorageControl {
+    /// The part of the disk that one queue thread works with.
+    type Queue: StorageQueue;
+
+    /// A queue for requests in slots 0 to `slots` - 1, to be used with `ring` only.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses what the queue needs.
+    fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<Self::Queue>;
+}
+
+/// What a storage makes of data in the ring's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingBuffers {
+    /// It has to reach the data itself.
+    No,
+    /// It takes them, and is no better for it.
+    Possible,
+    /// It does less with them.
+    Better {
+        /// Of pieces of memory: a power of two.
+        alignment_bytes: u32,
+    },
+}
+
+/// One thread's access to a disk.
+///
+/// Completions of what a queue puts on the ring must carry the slot of the request as their
+/// token's index and [`crate::io::Owner::Storage`] as owner.
+pub trait StorageQueue {
+    /// Begins a request, or goes on with one for which the queue last said [`Progress::Full`].
+    fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress;
+
+    /// Goes on after a completion for the request in `slot`.
+    fn advance(
+        &mut self,
+        ring: &mut Ring,
+        slot: Slot,
+        request: &mut Request,
+        kind: u16,
+        result: i32,
+    ) -> Progress;
+}

@@ -1,0 +1,260 @@
+//! What an export answers at its admin socket.
+
+use std::sync::PoisonError;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::admin::{self, ExportStatus, Resized, SessionStatus, UblkStatus, VhostStatus};
+use super::event::Event;
+use super::shared::{Shared, State};
+use super::upgrade::UpgradeListener;
+use crate::config::StorageSpec;
+use crate::door::ownership::OwnershipState;
+use crate::door::ublk::UblkDoor;
+use crate::door::vhost::SessionInfo;
+use crate::engine::counters::CounterSet;
+use crate::request::MAX_DISK_BYTES;
+use crate::request::format_size;
+
+impl Shared {
+    /// Whether another server could go on with this export.
+    pub(super) fn may_leave(&self) -> Result<()> {
+        if let StorageSpec::Memory { .. } = self.config.backend {
+            bail!("what is in memory goes with its server");
+        }
+        if let Some((door, _)) = &self.doors().ublk
+            && !door.can_be_left()
+        {
+            bail!(
+                "{} goes with its server (--ublk-recovery, and a kernel with user recovery, would \
+                 keep it)",
+                door.block_path().display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes the disk away from those who might begin to use it.
+    ///
+    /// # Errors
+    ///
+    /// Who uses it already.
+    fn close_if_unused(&self) -> Result<()> {
+        const FORCE: &str = "stop --force stops it all the same";
+        match self.access.state() {
+            OwnershipState::Waiting => {
+                bail!("in use: the disk is kept for a client that died ({FORCE})")
+            }
+            _ => {
+                if let Some(holder) = self.access.holder() {
+                    bail!("in use: {holder} has the disk ({FORCE})");
+                }
+            }
+        }
+        let doors = self.doors();
+        if let Some((door, _)) = &doors.vhost {
+            let running = door.sessions().into_iter().find(|client| client.vrings > 0);
+            if let Some(client) = running {
+                let pid = client.peer_pid.map_or("?".into(), |pid| pid.to_string());
+                bail!("in use: the vhost-user client of process {pid} has the disk ({FORCE})");
+            }
+        }
+        if let Some((door, _)) = &doors.ublk
+            && !door.close_unless_open()?
+        {
+            let user = door.user().unwrap_or("nobody we can see".into());
+            bail!(
+                "in use: {} is open: {user} ({FORCE})",
+                door.block_path().display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Gives the disk its size back: the storage keeps what was to be cut off.
+    fn undo_shrinking(&self, old_size_bytes: u64) {
+        self.limits.capacity.set(old_size_bytes);
+        let doors = self.doors();
+        if let Some((door, _)) = &doors.ublk
+            && let Err(error) = door.resize(old_size_bytes)
+        {
+            tracing::error!("{}: {error}", self.config.name);
+        }
+        if let Some((door, _)) = &doors.vhost {
+            // Who cannot be told sees it when it connects anew.
+            let _ = door.tell_new_size();
+        }
+    }
+
+    /// Whether something may be cut off the disk.
+    fn may_shrink(&self, less_bytes: u64, wanted: bool) -> Result<()> {
+        if !wanted {
+            bail!(
+                "{} would be cut off: say --shrink if that is what you want",
+                format_size(less_bytes)
+            );
+        }
+        let doors = self.doors();
+        if doors
+            .vhost
+            .as_ref()
+            .is_some_and(|(door, _)| !door.sessions().is_empty())
+        {
+            bail!("a vhost-user client has the disk, which can only grow then");
+        }
+        if let Some((door, _)) = &doors.ublk
+            && let Some(user) = door.writes().in_use()
+        {
+            bail!("the block device is in use ({user}), and can only grow then");
+        }
+        Ok(())
+    }
+}
+
+impl admin::Service for Shared {
+    fn status(&self) -> ExportStatus {
+        let doors = self.doors();
+        let (config, limits) = (&self.config, &self.limits);
+        ExportStatus {
+            name: config.name.clone(),
+            state: match doors.state {
+                State::Serving => "serving",
+                State::Stopping | State::Stopped | State::Left => "stopping",
+            }
+            .into(),
+            access: self.access.state(),
+            pid: std::process::id(),
+            backend: match config.faults.is_empty() {
+                true => config.backend.to_string(),
+                false => format!("fault:…;{}", config.backend),
+            },
+            size_bytes: limits.capacity.bytes(),
+            block_bytes: limits.block_bytes,
+            read_only: limits.read_only,
+            write_cache: limits.write_cache,
+            serial: limits.serial.as_str().to_owned(),
+            poll_us: config.threads.polling.to_string(),
+            cpus: config.threads.cpus.as_ref().map(ToString::to_string),
+            ublk: (doors.ublk.as_ref()).map(|(door, registry)| ublk_status(door, registry)),
+            vhost: doors.vhost.as_ref().map(|(door, registry)| VhostStatus {
+                socket: door.path().to_owned(),
+                queues: config.queues,
+                threads: config.vhost_threads,
+                upgrade: doors
+                    .offer
+                    .iter()
+                    .flat_map(UpgradeListener::ways)
+                    .map(str::to_owned)
+                    .collect(),
+                sessions: door.sessions().iter().map(session_status).collect(),
+                counters: registry.totals(),
+            }),
+        }
+    }
+
+    fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized> {
+        let _one = (self.resizing.lock()).unwrap_or_else(PoisonError::into_inner);
+        let (name, capacity) = (&self.config.name, &self.limits.capacity);
+        let old_size_bytes = capacity.bytes();
+        let block_bytes = u64::from(self.limits.block_bytes);
+        if let Some(wanted) = size_bytes
+            && (wanted == 0 || !wanted.is_multiple_of(block_bytes) || wanted > MAX_DISK_BYTES)
+        {
+            bail!(
+                "{wanted} is no size for a disk with blocks of {block_bytes}, or too large (at most {})",
+                format_size(MAX_DISK_BYTES)
+            );
+        }
+        let storage = (self.storage().clone()).context("it is being stopped")?;
+        let have_bytes = storage.grow(size_bytes)?;
+        let size_bytes = size_bytes.unwrap_or(have_bytes).min(have_bytes);
+        if size_bytes == 0 {
+            bail!("nothing would be left of it");
+        }
+        if size_bytes < old_size_bytes {
+            self.may_shrink(old_size_bytes - size_bytes, shrink)?;
+        } else {
+            // What the clients are about to be told is true already.
+            capacity.set(size_bytes);
+        }
+        let doors = self.doors();
+        if size_bytes != old_size_bytes
+            && let Some((door, _)) = &doors.ublk
+            && let Err(error) = door.resize(size_bytes)
+        {
+            capacity.set(old_size_bytes);
+            return Err(error.into());
+        }
+        capacity.set(size_bytes);
+        let untold_clients = match &doors.vhost {
+            Some((door, _)) if size_bytes != old_size_bytes => door.tell_new_size(),
+            _ => 0,
+        };
+        drop(doors);
+        if size_bytes < old_size_bytes
+            && let Err(error) = storage.cut(size_bytes)
+        {
+            self.undo_shrinking(old_size_bytes);
+            return Err(error.into());
+        }
+        tracing::info!(
+            "{name}: {}, was {}",
+            format_size(size_bytes),
+            format_size(old_size_bytes)
+        );
+        Ok(Resized {
+            size_bytes,
+            old_size_bytes,
+            untold_clients,
+        })
+    }
+
+    fn stop(&self, force: bool) -> Result<()> {
+        if !force {
+            self.close_if_unused()?;
+        }
+        let name = self.config.name.clone();
+        // Nobody listens any more when the server is on its way out, and then it stops anyway.
+        let _ = self.events.send(Event::Stop { name });
+        match self.await_end() {
+            State::Left => bail!("it has just been left to another server: stop it there"),
+            _ => Ok(()),
+        }
+    }
+
+    fn leave(&self) -> Result<()> {
+        if self.doors().state != State::Serving {
+            bail!("it is being stopped");
+        }
+        self.may_leave()?;
+        let name = self.config.name.clone();
+        // As above.
+        let _ = self.events.send(Event::Leave { name });
+        // If somebody else has stopped it the name is free as well.
+        self.await_end();
+        Ok(())
+    }
+}
+
+fn ublk_status(door: &UblkDoor, registry: &CounterSet) -> UblkStatus {
+    let facts = door.facts();
+    let affinity = facts.affinity.as_ref();
+    UblkStatus {
+        device: door.block_path(),
+        queues: facts.queues,
+        depth: facts.depth,
+        data: facts.data,
+        features: facts.features.names(),
+        affinity: affinity.map(|queues| queues.iter().map(ToString::to_string).collect()),
+        counters: registry.totals(),
+    }
+}
+
+fn session_status(info: &SessionInfo) -> SessionStatus {
+    SessionStatus {
+        pid: info.peer_pid,
+        state: info.state,
+        vrings: info.vrings,
+        age_seconds: info.since.elapsed().unwrap_or_default().as_secs(),
+    }
+}

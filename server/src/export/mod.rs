@@ -1,0 +1,205 @@
+//! A served disk: one storage and its doors, from opening to closing.
+//!
+//! | file               | tells                                                    |
+//! |--------------------|----------------------------------------------------------|
+//! | `open.rs`          | how it is opened: storage, doors, what an earlier server left |
+//! | `shared.rs`        | what its threads share, and how its doors are closed     |
+//! | `admin.rs`         | the admin socket: its protocol and its server            |
+//! | `admin_service.rs` | what an export answers there                             |
+//! | `succession.rs`    | how a server gets an export from another one             |
+//! | `upgrade.rs`       | clients that come by the block device's descriptor       |
+//! | `runtime_dir.rs`   | names, locks and notes below `/run/ublkup`               |
+
+pub mod admin;
+mod admin_service;
+mod event;
+mod open;
+pub mod runtime_dir;
+mod shared;
+mod succession;
+pub mod upgrade;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, mpsc};
+
+use anyhow::{Context, Result};
+
+pub use event::{Door, Event};
+pub use open::remove_left_over_device;
+
+use crate::config::ExportConfig;
+use crate::engine::crash;
+use admin::Listening;
+use open::{Opened, Opening};
+use runtime_dir::{CONTROL, NameLock, RuntimeDir};
+use shared::{Closing, Shared, State};
+
+/// A served export. Dropping it without [`Export::stop`] closes the doors all the same.
+pub struct Export {
+    shared: Arc<Shared>,
+    claim: NameLock,
+    /// Declared after what its service uses; dropped last in [`Export::stop`].
+    admin: Listening,
+}
+
+impl Export {
+    /// Claims the name, opens the backend, opens the doors. On failure nothing is left behind but
+    /// what was there.
+    ///
+    /// With `take_over` a living server of the name is asked to make way, and its block device is gone
+    /// on with or left alone, but never replaced. A block device that waits for a server still does so
+    /// after a failure.
+    ///
+    /// # Errors
+    ///
+    /// When any of it fails, or no door can be opened.
+    pub fn start(
+        dir: &RuntimeDir,
+        config: ExportConfig,
+        take_over: bool,
+        events: mpsc::Sender<Event>,
+    ) -> Result<Self> {
+        let claim = match take_over {
+            true => succession::claim(dir, &config)?,
+            false => dir.claim(&config.name)?,
+        };
+        crash::point("claimed");
+        let house = Opening {
+            config: &config,
+            dir,
+            claim: &claim,
+            events: &events,
+            take_over,
+        };
+        let finished = match house.open_backend() {
+            Ok(opened) => Self::finish(opened, config, &claim, events),
+            Err(error) => Err(error),
+        };
+        match finished {
+            Ok((shared, admin)) => Ok(Self {
+                shared,
+                claim,
+                admin,
+            }),
+            Err(error) if take_over && claim.left_device().is_some() => {
+                let name = claim.name();
+                Err(error.context(format!(
+                    "nobody serves it now, and its block device waits (ublkup recover {name})"
+                )))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn finish(
+        (doors, storage, access): Opened,
+        config: ExportConfig,
+        claim: &NameLock,
+        events: mpsc::Sender<Event>,
+    ) -> Result<(Arc<Shared>, Listening)> {
+        let is_inherited = doors.is_inherited;
+        let shared = Arc::new(Shared {
+            config,
+            limits: storage.limits().clone(),
+            storage: Mutex::new(Some(storage)),
+            access,
+            resizing: Mutex::default(),
+            doors: Mutex::new(doors),
+            ended: Condvar::new(),
+            events,
+        });
+        match publish(&shared, claim) {
+            Ok(admin) => Ok((shared, admin)),
+            Err(error) => {
+                shared.close_doors(claim, is_inherited);
+                Err(error)
+            }
+        }
+    }
+
+    /// The open doors and where they are.
+    #[must_use]
+    pub fn doors(&self) -> Vec<(Door, PathBuf)> {
+        let doors = self.shared.doors();
+        let ublk = doors
+            .ublk
+            .as_ref()
+            .map(|(door, _)| (Door::Ublk, door.block_path()));
+        let vhost = doors
+            .vhost
+            .as_ref()
+            .map(|(door, _)| (Door::Vhost, door.path().to_owned()));
+        ublk.into_iter().chain(vhost).collect()
+    }
+
+    /// Closes a door that closed by itself; whether another is still open.
+    pub fn close(&mut self, door: Door) -> bool {
+        let mut doors = self.shared.doors();
+        // Whichever door goes, nobody can come from one to the other any more.
+        let offer = doors.offer.take();
+        let closed = match door {
+            Door::Ublk => {
+                self.shared.access.forget_block_door();
+                doors.ublk.take().map(|(door, _)| Closing::Ublk(door))
+            }
+            Door::Vhost => doors.vhost.take().map(|(door, _)| Closing::Vhost(door)),
+        };
+        let left = doors.ublk.is_some() || doors.vhost.is_some();
+        // Closing takes time; `stat` must not wait for it.
+        drop(doors);
+        drop(offer);
+        if let Some(closed) = closed {
+            closed.close(&self.shared.config.name, &self.claim);
+        }
+        left
+    }
+
+    /// Ends serving, and leaves block device and clients to another server: what is under way is
+    /// finished, clients are hung up on as if this server had died, the notes stay.
+    ///
+    /// An export that nobody could go on with is stopped.
+    pub fn leave(self) {
+        if let Err(error) = self.shared.may_leave() {
+            tracing::warn!("{}: {error:#}: it is stopped", self.shared.config.name);
+            return self.stop();
+        }
+        crash::point("asked-to-leave");
+        self.shared.close_doors(&self.claim, true);
+        crash::point("doors-left");
+        let name = &self.shared.config.name;
+        tracing::info!("{name}: left to another server");
+        self.claim.leave();
+        self.shared.set_ended(State::Left);
+        drop(self.admin);
+    }
+
+    /// Ends serving because something else failed: a block device that was another server's before is
+    /// left to the next who tries, all else goes.
+    pub fn give_up(self) {
+        if self.shared.doors().is_inherited {
+            self.leave();
+        } else {
+            self.stop();
+        }
+    }
+
+    /// Drains both doors, closes them and gives the name back.
+    pub fn stop(self) {
+        self.shared.close_doors(&self.claim, false);
+        tracing::info!("{}: stopped", self.shared.config.name);
+        drop(self.claim);
+        self.shared.set_ended(State::Stopped);
+        // Waits until those who asked for the stop have their answer.
+        drop(self.admin);
+    }
+}
+
+/// Notes what is served, and listens to those who ask for it.
+fn publish(shared: &Arc<Shared>, claim: &NameLock) -> Result<Listening> {
+    let served = serde_json::to_string(&shared.config.served_as)?;
+    claim
+        .note_served(&served)
+        .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
+    crash::point("export-noted");
+    admin::listen(&claim.folder().join(CONTROL), Arc::clone(shared))
+}

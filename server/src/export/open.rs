@@ -1,0 +1,379 @@
+//! How an export is opened: its backend, its doors, and what an earlier server left of them.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::path::PathBuf;
+use std::sync::{Arc, Once, mpsc};
+
+use anyhow::{Context, Result, bail};
+
+use super::event::{Door, Event};
+use super::runtime_dir::{DeviceNote, NameLock, RuntimeDir, VHOST_SOCKET};
+use super::shared::{Counted, Doors};
+use super::upgrade::UpgradeListener;
+use crate::config::{DoorMode, ExportConfig, StorageSpec};
+use crate::door::ownership::Ownership;
+use crate::door::ublk::{
+    self, DoorEnd, Recovery, Survivor, UblkConfig, UblkDoor, UblkError, Unavailable,
+};
+use crate::door::vhost::{VhostConfig, VhostDoor};
+use crate::engine::counters::CounterSet;
+use crate::engine::crash;
+use crate::engine::{Storage, StorageControl};
+use crate::request::Limits;
+use crate::request::format_size;
+use crate::storage::{Fault, File, FileOptions, Memory, Null};
+
+/// Largest discard of the disks that hold nothing or hold it in memory.
+const MAX_DISCARD_BYTES: u64 = 1 << 30;
+
+/// Largest write-zeroes of a disk in memory: bounds how long one request keeps a thread busy.
+const MAX_WRITE_ZEROES_BYTES: u64 = 16 << 20;
+
+/// Largest read or write that the doors offer.
+const MAX_IO_BYTES: u32 = 1 << 20;
+
+/// Whether the storage is claimed only while a guest has the disk: other servers may want it. A block
+/// door would use it all the time.
+fn claims_later(config: &ExportConfig) -> bool {
+    config.migration && config.ublk == DoorMode::No && !config.read_only
+}
+
+/// What doors are opened with.
+pub(super) struct Opening<'a> {
+    pub(super) config: &'a ExportConfig,
+    pub(super) dir: &'a RuntimeDir,
+    pub(super) claim: &'a NameLock,
+    pub(super) events: &'a mpsc::Sender<Event>,
+    pub(super) take_over: bool,
+}
+
+/// What an export is made of.
+pub(super) type Opened = (Doors, Arc<dyn StorageControl>, Arc<Ownership>);
+
+impl Opening<'_> {
+    pub(super) fn open_backend(&self) -> Result<Opened> {
+        let config = self.config;
+        match &config.backend {
+            StorageSpec::Null { size_bytes } => {
+                self.open(Null::new(plain_limits(config, *size_bytes)))
+            }
+            StorageSpec::Memory { size_bytes } => {
+                let disk = Memory::new(plain_limits(config, *size_bytes))
+                    .with_context(|| format!("cannot reserve {}", format_size(*size_bytes)))?;
+                self.open(disk)
+            }
+            StorageSpec::File { path, cache } => {
+                let disk = File::open(FileOptions {
+                    path: path.clone(),
+                    cache: *cache,
+                    read_only: config.read_only,
+                    block_bytes: config.block_bytes,
+                    serial: config.serial,
+                    claim_later: claims_later(config),
+                })?;
+                self.open(disk)
+            }
+        }
+    }
+
+    /// Opens the doors that were asked for, to a disk that fails if that was asked for.
+    fn open<B: Storage>(&self, disk: B) -> Result<Opened> {
+        if self.config.faults.is_empty() {
+            return self.open_doors(disk);
+        }
+        tracing::warn!("{}: fault injection is on", self.config.name);
+        self.open_doors(Fault::new(disk, self.config.faults.clone()))
+    }
+
+    fn open_doors<B: Storage>(&self, disk: B) -> Result<Opened> {
+        let disk = Arc::new(disk);
+        let limits = disk.limits().clone();
+        let config = self.config;
+        let access = Ownership::new(
+            &config.name,
+            limits.read_only,
+            config.reconnect_grace,
+            Some(self.claim.upgraded_note()),
+        );
+        if config.migration {
+            let claimed = || Arc::clone(&disk) as Arc<dyn StorageControl>;
+            access.allow_moves(claims_later(config).then(claimed));
+        }
+        let vhost = self.open_vhost(&disk, &access)?;
+        // Clients that were too fast wait for what comes of this.
+        let mut doors = (self.open_block_door(&disk, &limits)).inspect_err(|_| access.close())?;
+        doors.vhost = vhost;
+        if doors.ublk.is_none() && doors.vhost.is_none() {
+            bail!("no door can be opened: there is no ublk here, and --vhost is no");
+        }
+        let returns = doors.is_inherited && self.claim.was_upgraded();
+        match doors.ublk.as_ref().map(|(door, _)| door.writes()) {
+            Some(writes) if returns => access.open_for_return(writes),
+            writes => access.open(writes),
+        }
+        doors.offer = self.offer(&doors);
+        Ok((doors, disk, access))
+    }
+
+    /// The block door, if it is to be opened: to the device that waits for a server of this name, or to
+    /// a new one.
+    fn open_block_door<B: Storage>(&self, disk: &Arc<B>, limits: &Limits) -> Result<Doors> {
+        let survivor = self.survivor(limits)?;
+        if survivor.is_none() {
+            // Even with --ublk no: a dead device of this name is in nobody's way but ours.
+            remove_left_over_device(self.claim)?;
+        }
+        let returns = survivor.is_some() && self.claim.was_upgraded();
+        Ok(Doors {
+            ublk: self.open_ublk(disk, survivor, returns)?,
+            is_inherited: survivor.is_some(),
+            ..Doors::default()
+        })
+    }
+
+    fn open_vhost<B: Storage>(
+        &self,
+        disk: &Arc<B>,
+        access: &Arc<Ownership>,
+    ) -> Result<Option<Counted<VhostDoor>>> {
+        let Some(socket) = vhost_socket(self.config, self.claim) else {
+            return Ok(None);
+        };
+        let registry = Arc::new(CounterSet::default());
+        let vhost = VhostConfig {
+            name: self.config.name.clone(),
+            socket,
+            queues: self.config.queues,
+            queue_threads: self.config.vhost_threads,
+            threads: self.config.threads.clone(),
+            pin_memory: self.config.vhost_pin_memory,
+            access: Arc::clone(access),
+        };
+        let door = VhostDoor::start(vhost, Arc::clone(disk), Arc::clone(&registry))?;
+        Ok(Some((door, registry)))
+    }
+
+    /// The block device of a server of this name that died, if it can be gone on with.
+    fn survivor(&self, limits: &Limits) -> Result<Option<u32>> {
+        let Some(note) = self.claim.left_device() else {
+            return Ok(None);
+        };
+        let Some(id) = noted_device(&note)? else {
+            return Ok(None);
+        };
+        if !may_open_ublk(self.config)? {
+            if self.take_over && ublk::survivor(id, limits)? != Survivor::None {
+                bail!("the block door would be closed, and /dev/ublkb{id} waits for a server");
+            }
+            return Ok(None);
+        }
+        let wanted = self.config.ublk_id.is_none_or(|wanted| wanted == id);
+        match ublk::survivor(id, limits)? {
+            Survivor::Waiting if wanted => Ok(Some(id)),
+            Survivor::None => Ok(None),
+            Survivor::Waiting if self.take_over => {
+                bail!(
+                    "/dev/ublkb{id} waits for a server, not the number that was asked for: leave --ublk-id away"
+                )
+            }
+            Survivor::OtherDisk if self.take_over => bail!(
+                "/dev/ublkb{id} waits for a server, but of another disk: size, block size and \
+                 attributes must be as before (ublkup doctor --clean removes the device)"
+            ),
+            Survivor::Waiting | Survivor::OtherDisk => Ok(None),
+        }
+    }
+
+    fn open_ublk<B: Storage>(
+        &self,
+        disk: &Arc<B>,
+        survivor: Option<u32>,
+        refuse_writes: bool,
+    ) -> Result<Option<Counted<UblkDoor>>> {
+        let config = self.config;
+        if !may_open_ublk(config)? {
+            return Ok(None);
+        }
+        let registry = Arc::new(CounterSet::default());
+        let counters = || registry.register();
+        let (ended, export) = (self.events.clone(), config.name.clone());
+        let on_end = move |end| {
+            let why = match end {
+                DoorEnd::Outside => "somebody else removed its device".to_owned(),
+                DoorEnd::Failed(error) => error.to_string(),
+            };
+            let closed = Event::Closed {
+                name: export,
+                door: Door::Ublk,
+                why,
+            };
+            // Without a receiver the server is on its way out anyway.
+            let _ = ended.send(closed);
+        };
+        let ublk = UblkConfig {
+            id: config.ublk_id,
+            queues: config.queues,
+            depth: config.depth,
+            threads: config.threads.clone(),
+            affinity: config.ublk_affinity,
+            scan_partitions: config.scan_partitions,
+            data: config.ublk_data,
+            ring_places: None,
+            recovery: recovery(config),
+            mark: self.mark(survivor.is_some())?,
+            take_over: survivor,
+            refuse_writes,
+        };
+        let mark = ublk.mark;
+        let door = UblkDoor::start(&ublk, disk, counters, on_end).inspect_err(|_| {
+            if survivor.is_none() && !matches!(ublk::marked(mark), Ok(Some(_))) {
+                self.claim.forget_ublk_id();
+            }
+        })?;
+        if survivor.is_some() {
+            let (name, disk) = (&config.name, door.block_path());
+            tracing::info!("{name}: goes on with {}", disk.display());
+        }
+        let noted = self.note(&DeviceNote {
+            id: Some(door.id()),
+            disk_sequence: door.disk_sequence(),
+            mark: Some(mark),
+        });
+        if let Err(error) = noted {
+            // The old note still leads to it.
+            let ended = match survivor {
+                Some(_) => door.leave(),
+                None => door.stop().inspect(|()| self.claim.forget_ublk_id()),
+            };
+            if let Err(error) = ended {
+                tracing::error!("{}: {error}", config.name);
+            }
+            return Err(error);
+        }
+        crash::point("id-noted");
+        Ok(Some((door, registry)))
+    }
+
+    fn note(&self, note: &DeviceNote) -> Result<()> {
+        let folder = self.claim.folder().display();
+        (self.claim.note_device(note)).with_context(|| format!("cannot write to {folder}"))
+    }
+
+    /// The mark of the block device: of a new one it is noted before the device is made, so that it
+    /// is found whenever this server dies.
+    fn mark(&self, survives: bool) -> Result<u64> {
+        if survives {
+            let old = self.claim.left_device().and_then(|note| note.mark);
+            return Ok(old.unwrap_or_default());
+        }
+        // Not zero, which devices of others have.
+        let mark = RandomState::new().build_hasher().finish().max(1);
+        self.note(&DeviceNote {
+            mark: Some(mark),
+            ..DeviceNote::default()
+        })?;
+        crash::point("mark-noted");
+        Ok(mark)
+    }
+
+    /// Leads from the block device to the vhost door, if there are both. Without it the doors are
+    /// still good.
+    fn offer(&self, doors: &Doors) -> Option<UpgradeListener> {
+        let ((ublk, _), (vhost, _)) = doors.ublk.as_ref().zip(doors.vhost.as_ref())?;
+        let name = &self.config.name;
+        match UpgradeListener::start(name, ublk, self.dir.path(), vhost.adopter()) {
+            Ok(offer) => Some(offer),
+            Err(error) => {
+                let disk = ublk.block_path();
+                tracing::warn!("{name}: no upgrade from {}: {error:#}", disk.display());
+                None
+            }
+        }
+    }
+}
+
+fn vhost_socket(config: &ExportConfig, claim: &NameLock) -> Option<PathBuf> {
+    if config.vhost == DoorMode::No {
+        return None;
+    }
+    let default = || claim.folder().join(VHOST_SOCKET);
+    Some(config.vhost_socket.clone().unwrap_or_else(default))
+}
+
+/// What shall become of the block device when this server dies.
+fn recovery(config: &ExportConfig) -> Recovery {
+    match (config.recovery, &config.backend) {
+        (asked_for, StorageSpec::File { .. }) => asked_for,
+        // What was in memory has gone with the server; requests had better fail.
+        (Recovery::Auto, _) => Recovery::Off,
+        (asked_for, _) => asked_for,
+    }
+}
+
+/// The device that is meant by a note, if it is there.
+fn noted_device(note: &DeviceNote) -> Result<Option<u32>, UblkError> {
+    match (note.mark, note.id, note.disk_sequence) {
+        (Some(mark), ..) => match ublk::marked(mark) {
+            // There are no devices: the machine was booted again.
+            Err(UblkError::Unavailable(Unavailable::NoDriver)) => Ok(None),
+            other => other,
+        },
+        // One that was made without a mark is known by its disk, until the machine boots again.
+        (None, Some(id), Some(sequence)) => {
+            Ok((ublk::disk_sequence(id) == Some(sequence)).then_some(id))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Whether the block door is to be opened. In automatic mode, says once per process why not.
+pub(super) fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
+    if config.ublk == DoorMode::No {
+        return Ok(false);
+    }
+    match ublk::available() {
+        Ok(_) => Ok(true),
+        Err(why) if config.ublk == DoorMode::Auto => {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| tracing::warn!("no block door: {why}"));
+            Ok(false)
+        }
+        Err(why) => Err(why.into()),
+    }
+}
+
+/// Removes the block device that a killed server of this name left behind, if there is one.
+///
+/// # Errors
+///
+/// When it cannot be removed, or has a living server.
+pub fn remove_left_over_device(claim: &NameLock) -> Result<()> {
+    let Some(note) = claim.left_device() else {
+        return Ok(());
+    };
+    // One with the same number that is not ours is none of our business.
+    if let Some(id) = noted_device(&note)? {
+        ublk::remove(id, true)?;
+    }
+    claim.forget_ublk_id();
+    Ok(())
+}
+
+/// The limits of the disks without a file behind them.
+fn plain_limits(config: &ExportConfig, size_bytes: u64) -> Limits {
+    let block_bytes = config.block_bytes.unwrap_or(512);
+    Limits {
+        capacity: (size_bytes).into(),
+        block_bytes,
+        physical_block_bytes: 4096,
+        optimal_io_bytes: 0,
+        max_io_bytes: MAX_IO_BYTES,
+        discard_granularity_bytes: 4096,
+        max_discard_bytes: MAX_DISCARD_BYTES,
+        max_write_zeroes_bytes: MAX_WRITE_ZEROES_BYTES,
+        read_only: config.read_only,
+        // What was written is where it will ever be: there is nothing to flush.
+        write_cache: false,
+        serial: config.serial,
+    }
+}

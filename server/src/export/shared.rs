@@ -1,0 +1,139 @@
+//! What an export's threads share: its doors, its storage and its state.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
+
+use super::event::Event;
+use super::runtime_dir::NameLock;
+use super::upgrade::UpgradeListener;
+use crate::config::ExportConfig;
+use crate::door::ownership::Ownership;
+use crate::door::ublk::UblkDoor;
+use crate::door::vhost::VhostDoor;
+use crate::engine::StorageControl;
+use crate::engine::counters::CounterSet;
+use crate::engine::crash;
+use crate::request::Limits;
+
+/// How long a client's requests may take to end when the door closes.
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the admin socket's thread sees.
+pub(super) struct Shared {
+    pub(super) config: ExportConfig,
+    pub(super) limits: Limits,
+    /// Gone as soon as the doors are closed: whoever still talks to the admin socket must not keep
+    /// the next server from it.
+    pub(super) storage: Mutex<Option<Arc<dyn StorageControl>>>,
+    pub(super) access: Arc<Ownership>,
+    /// One at a time.
+    pub(super) resizing: Mutex<()>,
+    pub(super) doors: Mutex<Doors>,
+    pub(super) ended: Condvar,
+    pub(super) events: mpsc::Sender<Event>,
+}
+
+#[derive(Default)]
+pub(super) struct Doors {
+    pub(super) state: State,
+    /// Whether the block device was another server's before.
+    pub(super) is_inherited: bool,
+    /// Declared before the doors that it leads to.
+    pub(super) offer: Option<UpgradeListener>,
+    pub(super) ublk: Option<Counted<UblkDoor>>,
+    pub(super) vhost: Option<Counted<VhostDoor>>,
+}
+
+/// A door and its counters.
+pub(super) type Counted<D> = (D, Arc<CounterSet>);
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum State {
+    #[default]
+    Serving,
+    Stopping,
+    Stopped,
+    /// Another server's from now on.
+    Left,
+}
+
+/// A door on its way out.
+pub(super) enum Closing {
+    Ublk(UblkDoor),
+    Vhost(VhostDoor),
+}
+
+impl Closing {
+    pub(super) fn close(self, name: &str, claim: &NameLock) {
+        match self {
+            Self::Ublk(door) => match door.stop() {
+                Ok(()) => claim.forget_ublk_id(),
+                Err(error) => tracing::error!("{name}: {error:#}"),
+            },
+            Self::Vhost(door) => {
+                let left = door.stop(DRAIN_LIMIT);
+                if left > 0 {
+                    tracing::error!("{name}: {left} vhost sessions are stuck in the storage");
+                }
+            }
+        }
+    }
+}
+
+impl Shared {
+    pub(super) fn doors(&self) -> MutexGuard<'_, Doors> {
+        // Whoever panicked with the lock has taken a door or has not: both are states we know.
+        self.doors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes both doors and lets go of the storage. If the export is left to another server, the block
+    /// device stays.
+    pub(super) fn close_doors(&self, claim: &NameLock, is_left: bool) {
+        let name = &self.config.name;
+        let (offer, ublk, vhost) = {
+            let mut doors = self.doors();
+            doors.state = State::Stopping;
+            (doors.offer.take(), doors.ublk.take(), doors.vhost.take())
+        };
+        // Before the block device, whose removal waits for clients that nobody accepts.
+        drop(offer);
+        // From here on the right to write stays as it is noted.
+        self.access.close();
+        // The block door first: it may have a file system on it that wants to write.
+        match ublk {
+            Some((door, _)) if is_left => {
+                if let Err(error) = door.leave() {
+                    tracing::error!("{name}: {error:#}");
+                }
+            }
+            Some((door, _)) => Closing::Ublk(door).close(name, claim),
+            None => {}
+        }
+        if is_left {
+            crash::point("block-door-left");
+        }
+        if let Some((door, _)) = vhost {
+            Closing::Vhost(door).close(name, claim);
+        }
+        drop(self.storage().take());
+    }
+
+    pub(super) fn storage(&self) -> MutexGuard<'_, Option<Arc<dyn StorageControl>>> {
+        // It is there or it is not.
+        self.storage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_ended(&self, state: State) {
+        self.doors().state = state;
+        self.ended.notify_all();
+    }
+
+    /// Waits for the end, and says which it was.
+    pub(super) fn await_end(&self) -> State {
+        let mut doors = self.doors();
+        while !matches!(doors.state, State::Stopped | State::Left) {
+            doors = (self.ended.wait(doors)).unwrap_or_else(PoisonError::into_inner);
+        }
+        doors.state
+    }
+}

@@ -1,0 +1,130 @@
+//! A server makes way for another one of the same name.
+//!
+//! The new server looks whether it could go on with what the old one has, as far as that can be seen
+//! from outside, and only then asks the old one to leave. From the old one's "left" on the name, the
+//! storage and the block device are free, and what the driver and the clients have under way waits.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::admin::{self, ExportStatus};
+use super::open::may_open_ublk;
+use super::runtime_dir::{CONTROL, NameLock, RuntimeDir};
+use crate::config::{DoorMode, ExportConfig, StorageSpec};
+use crate::request::format_size;
+
+/// How long the old server may take to say what it has.
+const STAT_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long it may take to finish what is under way.
+const LEAVE_LIMIT: Duration = Duration::from_secs(120);
+
+/// Takes the name of an export, from its living server if there is one.
+///
+/// # Errors
+///
+/// When the old server has what the new one could not go on with, or does not leave.
+pub(super) fn claim(dir: &RuntimeDir, config: &ExportConfig) -> Result<NameLock> {
+    let name = &config.name;
+    if !dir.is_alive(name) {
+        return dir.claim(name);
+    }
+    let control = dir.folder(name).join(CONTROL);
+    // Who hangs up is about to die, or has died: it has left as well.
+    match admin::stat(&control, STAT_LIMIT) {
+        Ok(status) => may_follow(&status, config)?,
+        Err(error) if hung_up(&error) => return dir.claim_soon(name),
+        Err(error) => return Err(error.context("its server does not answer")),
+    }
+    match admin::leave(&control, LEAVE_LIMIT) {
+        Err(error) if !hung_up(&error) => Err(error.context("its server stays")),
+        _ => dir.claim_soon(name),
+    }
+}
+
+fn hung_up(error: &anyhow::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
+    let kinds = [
+        BrokenPipe,
+        ConnectionRefused,
+        ConnectionReset,
+        NotFound,
+        UnexpectedEof,
+    ];
+    (error.chain().last())
+        .and_then(|cause| cause.downcast_ref::<io::Error>())
+        .is_some_and(|cause| kinds.contains(&cause.kind()))
+}
+
+/// Whether a server with this configuration could go on with what another one has.
+fn may_follow(old: &ExportStatus, config: &ExportConfig) -> Result<()> {
+    if let Some(door) = &old.ublk {
+        let device = door.device.display();
+        if config.ublk == DoorMode::No || !may_open_ublk(config)? {
+            bail!("the block door would be closed, and {device} is served");
+        }
+        if let Some(id) = config.ublk_id
+            && !door.device.ends_with(format!("ublkb{id}"))
+        {
+            bail!("its block device is {device}, not /dev/ublkb{id}");
+        }
+    }
+    let running = |door: &admin::VhostStatus| door.sessions.iter().any(|one| one.vrings > 0);
+    if config.vhost == DoorMode::No && old.vhost.as_ref().is_some_and(running) {
+        bail!("the vhost door would be closed, and a client has the disk");
+    }
+    if old.read_only != config.read_only {
+        bail!("read-only or not, it must be as it was");
+    }
+    let size_bytes = match &config.backend {
+        StorageSpec::Memory { .. } => bail!("what is in memory goes with its server"),
+        StorageSpec::Null { size_bytes } => *size_bytes,
+        StorageSpec::File { path, .. } => {
+            let path_name = path.display();
+            File::options()
+                .read(true)
+                .write(!config.read_only)
+                .open(path)
+                .and_then(|mut file| file.seek(SeekFrom::End(0)))
+                .with_context(|| format!("cannot open {path_name}"))?
+        }
+    };
+    if size_bytes < old.size_bytes {
+        bail!(
+            "the disk would be smaller: {} instead of {}",
+            format_size(size_bytes),
+            format_size(old.size_bytes)
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_hangs_up_at_any_moment_of_a_conversation_is_about_to_die() {
+        for errno in [
+            libc::ENOENT,
+            libc::ECONNREFUSED,
+            libc::EPIPE,
+            libc::ECONNRESET,
+        ] {
+            let error = anyhow::Error::from(io::Error::from_raw_os_error(errno));
+            assert!(hung_up(&error.context("more of it")), "{errno}");
+        }
+        let error = io::Error::from(io::ErrorKind::UnexpectedEof);
+        assert!(hung_up(&error.into()));
+        // Who has something against it lives.
+        for alive in [
+            anyhow::anyhow!("it is being stopped"),
+            io::Error::from_raw_os_error(libc::EACCES).into(),
+        ] {
+            assert!(!hung_up(&alive), "{alive}");
+        }
+    }
+}

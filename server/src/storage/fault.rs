@@ -1,0 +1,305 @@
+//! A disk that fails as it is told: for tests of everything in front of it.
+//!
+//! Requests that match a [`Rule`] get an error, or wait, before the disk behind sees them.
+
+use std::io;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use io_uring::{opcode, types};
+
+use crate::engine::{RingBuffers, Storage, StorageControl, StorageQueue};
+use crate::io::{Owner, Ring, Slot, Token};
+use crate::request::{IoError, Limits, Op, Progress, Request};
+
+/// The kind of the tokens of waits; backends behind use smaller ones.
+const WAIT: u16 = 0x8000;
+
+/// How long a stall lasts: longer than anybody waits.
+const STALL: Duration = Duration::from_secs(3600);
+
+/// Which requests a rule is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Any,
+    Read,
+    Write,
+    Flush,
+    Discard,
+    Zeroes,
+}
+
+impl Kind {
+    fn is(self, op: Op) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Read => op == Op::Read,
+            Self::Write => matches!(op, Op::Write { .. }),
+            Self::Flush => op == Op::Flush,
+            Self::Discard => op == Op::Discard,
+            Self::Zeroes => matches!(op, Op::WriteZeroes { .. }),
+        }
+    }
+}
+
+/// What happens to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Action {
+    Fail(IoError),
+    Wait(Duration),
+}
+
+/// What happens to which requests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    kind: Kind,
+    action: Action,
+    /// Bytes of the disk: first, and first behind. Requests that touch them.
+    range: (u64, u64),
+    /// Every so many of them.
+    every: u64,
+    /// No more than so many.
+    times: u64,
+}
+
+/// Why a text is no rule.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is no fault: write OP=ACTION[@FROM-END][/EVERY][*TIMES]")]
+pub struct BadRule(String);
+
+impl FromStr for Rule {
+    type Err = BadRule;
+
+    fn from_str(text: &str) -> Result<Self, BadRule> {
+        rule(text).ok_or_else(|| BadRule(text.to_owned()))
+    }
+}
+
+fn rule(text: &str) -> Option<Rule> {
+    let (kind, rest) = text.split_once('=')?;
+    let number = |text: Option<&str>, default| match text {
+        Some(text) => text.parse().ok().filter(|number| *number > 0),
+        None => Some(default),
+    };
+    let (rest, times) = last_part(rest, '*');
+    let (rest, every) = last_part(rest, '/');
+    let (action, range) = last_part(rest, '@');
+    let size = |text: &str| match text {
+        "0" => Some(0),
+        _ => crate::request::parse_size(text).ok(),
+    };
+    Some(Rule {
+        kind: match kind {
+            "any" => Kind::Any,
+            "read" => Kind::Read,
+            "write" => Kind::Write,
+            "flush" => Kind::Flush,
+            "discard" => Kind::Discard,
+            "zeroes" => Kind::Zeroes,
+            _ => return None,
+        },
+        action: match action {
+            "eio" => Action::Fail(IoError::Io),
+            "enospc" => Action::Fail(IoError::NoSpace),
+            "eopnotsupp" => Action::Fail(IoError::Unsupported),
+            "stall" => Action::Wait(STALL),
+            _ => Action::Wait(Duration::from_millis(
+                action.strip_prefix("delay")?.parse().ok()?,
+            )),
+        },
+        range: match range.map(|range| range.split_once('-')) {
+            Some(range) => (size(range?.0)?, size(range?.1)?),
+            None => (0, u64::MAX),
+        },
+        every: number(every, 1)?,
+        times: number(times, u64::MAX)?,
+    })
+}
+
+fn last_part(text: &str, before: char) -> (&str, Option<&str>) {
+    match text.rsplit_once(before) {
+        Some((rest, part)) => (rest, Some(part)),
+        None => (text, None),
+    }
+}
+
+/// A rule and how often it was asked.
+#[derive(Debug)]
+struct Counted {
+    rule: Rule,
+    matched: AtomicU64,
+}
+
+impl Counted {
+    fn applies(&self, request: &Request) -> bool {
+        let rule = &self.rule;
+        let (first, end) = rule.range;
+        let touches = match request.op {
+            Op::Flush => true,
+            _ => request.offset_bytes < end && request.offset_bytes + request.len_bytes > first,
+        };
+        if !rule.kind.is(request.op) || !touches {
+            return false;
+        }
+        let number = self.matched.fetch_add(1, Ordering::Relaxed) + 1;
+        number.is_multiple_of(rule.every) && number / rule.every <= rule.times
+    }
+}
+
+/// A disk behind rules.
+#[derive(Debug)]
+pub struct Fault<B> {
+    disk: B,
+    rules: Arc<[Counted]>,
+}
+
+impl<B: Storage> Fault<B> {
+    /// `disk`, whose requests fail by `rules`; the first that applies decides.
+    #[must_use]
+    pub fn new(disk: B, rules: Vec<Rule>) -> Self {
+        let counted = |rule| Counted {
+            rule,
+            matched: AtomicU64::new(0),
+        };
+        Self {
+            disk,
+            rules: rules.into_iter().map(counted).collect(),
+        }
+    }
+}
+
+impl<B: Storage> StorageControl for Fault<B> {
+    fn limits(&self) -> &Limits {
+        self.disk.limits()
+    }
+
+    fn ring_buffers(&self) -> RingBuffers {
+        self.disk.ring_buffers()
+    }
+
+    fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
+        self.disk.grow(wanted_bytes)
+    }
+
+    fn cut(&self, capacity_bytes: u64) -> io::Result<()> {
+        self.disk.cut(capacity_bytes)
+    }
+
+    fn claim(&self, limit: Duration) -> Result<(), String> {
+        self.disk.claim(limit)
+    }
+
+    fn release(&self) {
+        self.disk.release();
+    }
+}
+
+impl<B: Storage> Storage for Fault<B> {
+    type Queue = FaultQueue<B::Queue>;
+
+    fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<Self::Queue> {
+        let waits = (0..slots).map(|_| Wait::default()).collect();
+        Ok(FaultQueue {
+            disk: self.disk.queue(ring, slots)?,
+            rules: Arc::clone(&self.rules),
+            waits,
+        })
+    }
+}
+
+/// The wait of a slot. It stays where it is until the kernel has read it.
+#[derive(Debug, Default)]
+struct Wait {
+    time: types::Timespec,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    /// The rules were not asked.
+    #[default]
+    New,
+    /// There was no room on the ring for the wait.
+    Due,
+    /// The disk has it.
+    Passed,
+}
+
+/// One thread's access to a disk behind rules.
+#[derive(Debug)]
+pub struct FaultQueue<Q> {
+    disk: Q,
+    rules: Arc<[Counted]>,
+    waits: Box<[Wait]>,
+}
+
+impl<Q: StorageQueue> FaultQueue<Q> {
+    fn wait(&mut self, ring: &mut Ring, slot: Slot) -> Progress {
+        let wait = &mut self.waits[slot as usize];
+        let token = Token {
+            owner: Owner::Storage,
+            kind: WAIT,
+            index: slot,
+        };
+        let sqe = opcode::Timeout::new(&raw const wait.time).build();
+        // SAFETY: the time stays in its box, unchanged, until the slot is used again, which is after
+        // the completion.
+        if unsafe { ring.push(sqe, token) }.is_ok() {
+            Progress::Pending
+        } else {
+            wait.state = State::Due;
+            Progress::Full
+        }
+    }
+
+    fn pass(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
+        self.waits[slot as usize].state = State::Passed;
+        let progress = self.disk.start(ring, slot, request);
+        self.note(slot, progress)
+    }
+
+    /// The slot is free again when its request is done.
+    fn note(&mut self, slot: Slot, progress: Progress) -> Progress {
+        if matches!(progress, Progress::Done(_)) {
+            self.waits[slot as usize].state = State::New;
+        }
+        progress
+    }
+}
+
+impl<Q: StorageQueue> StorageQueue for FaultQueue<Q> {
+    fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
+        match self.waits[slot as usize].state {
+            State::Passed => return self.pass(ring, slot, request),
+            State::Due => return self.wait(ring, slot),
+            State::New => {}
+        }
+        let rule = self.rules.iter().find(|rule| rule.applies(request));
+        match rule.map(|counted| counted.rule.action) {
+            None => self.pass(ring, slot, request),
+            Some(Action::Fail(error)) => Progress::Done(Err(error)),
+            Some(Action::Wait(time)) => {
+                self.waits[slot as usize].time = time.into();
+                self.wait(ring, slot)
+            }
+        }
+    }
+
+    fn advance(
+        &mut self,
+        ring: &mut Ring,
+        slot: Slot,
+        request: &mut Request,
+        kind: u16,
+        result: i32,
+    ) -> Progress {
+        if kind == WAIT {
+            // Over, or cancelled by a thread that ends.
+            return self.pass(ring, slot, request);
+        }
+        let progress = self.disk.advance(ring, slot, request, kind, result);
+        self.note(slot, progress)
+    }
+}

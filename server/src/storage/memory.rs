@@ -1,0 +1,294 @@
+//! A disk in anonymous memory: sparse, gone with the process.
+
+use std::io;
+use std::ptr;
+use std::sync::Arc;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+use crate::engine::{Storage, StorageControl, StorageQueue};
+use crate::io::{Ring, Slot};
+use crate::request::{IoError, Limits, Op, Outcome, Progress, Request};
+
+/// A disk in memory. Pages that were never written, or were discarded, take no room.
+#[derive(Debug)]
+pub struct Memory {
+    limits: Limits,
+    mapping: Arc<Mapping>,
+}
+
+impl Memory {
+    /// A disk of zeroes with these limits.
+    ///
+    /// # Errors
+    ///
+    /// When the address space (or the machine's overcommit policy) does not allow the size.
+    pub fn new(limits: Limits) -> io::Result<Self> {
+        let mapping = Arc::new(Mapping::new(limits.capacity.bytes())?);
+        Ok(Self { limits, mapping })
+    }
+}
+
+impl StorageControl for Memory {
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+}
+
+impl Storage for Memory {
+    type Queue = MemoryQueue;
+
+    fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<MemoryQueue> {
+        Ok(MemoryQueue {
+            mapping: Arc::clone(&self.mapping),
+        })
+    }
+}
+
+/// One thread's access to a disk in memory: everything is copied at once.
+#[derive(Debug)]
+pub struct MemoryQueue {
+    mapping: Arc<Mapping>,
+}
+
+impl StorageQueue for MemoryQueue {
+    fn start(&mut self, _ring: &mut Ring, _slot: Slot, request: &mut Request) -> Progress {
+        Progress::Done(self.serve(request))
+    }
+
+    fn advance(
+        &mut self,
+        _ring: &mut Ring,
+        slot: Slot,
+        _request: &mut Request,
+        _kind: u16,
+        _result: i32,
+    ) -> Progress {
+        unreachable!("a memory disk puts nothing on the ring, slot {slot}")
+    }
+}
+
+impl MemoryQueue {
+    fn serve(&self, request: &Request) -> Outcome {
+        let mut at = self
+            .mapping
+            .range(request.offset_bytes, request.len_bytes)?;
+        match request.op {
+            Op::Read => {
+                for buffer in request.buffers.list() {
+                    // SAFETY: the door keeps the buffer mapped; `at` stays inside the mapping
+                    // because the buffers are as long as the range. Clients that race with each
+                    // other get torn data, as on any disk.
+                    unsafe { ptr::copy(at, buffer.iov_base.cast(), buffer.iov_len) };
+                    at = at.wrapping_add(buffer.iov_len);
+                }
+                Ok(())
+            }
+            Op::Write { .. } => {
+                for buffer in request.buffers.list() {
+                    // SAFETY: as for reads, in the other direction.
+                    unsafe { ptr::copy(buffer.iov_base.cast_const().cast(), at, buffer.iov_len) };
+                    at = at.wrapping_add(buffer.iov_len);
+                }
+                Ok(())
+            }
+            Op::Flush => Ok(()),
+            Op::Discard | Op::WriteZeroes { unmap: true, .. } => self
+                .mapping
+                .release(request.offset_bytes, request.len_bytes),
+            Op::WriteZeroes { unmap: false, .. } => {
+                self.mapping.zero(request.offset_bytes, request.len_bytes)
+            }
+        }
+    }
+}
+
+/// Private anonymous memory, shared by the threads of this process.
+#[derive(Debug)]
+struct Mapping {
+    base: *mut u8,
+    len_bytes: usize,
+    page_bytes: u64,
+}
+
+// SAFETY: the mapping is only touched by raw copies; ordering between conflicting requests is the
+// client's business, as on any disk.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(len_bytes: u64) -> io::Result<Self> {
+        let len_bytes =
+            usize::try_from(len_bytes).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
+        let base = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                len_bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )?
+        };
+        // A hint: random access to small pages spends its time with their tables. Memory that is
+        // touched here and there takes up to 512 times as much.
+        // SAFETY: changes nothing of what the memory holds.
+        let _ = unsafe { madvise(base, len_bytes, Advice::LinuxHugepage) };
+        Ok(Self {
+            base: base.cast(),
+            len_bytes,
+            page_bytes: rustix::param::page_size() as u64,
+        })
+    }
+
+    /// Where a range begins. The doors have checked ranges; a mistake there must not become a
+    /// write outside the disk.
+    fn range(&self, offset_bytes: u64, len_bytes: u64) -> Result<*mut u8, IoError> {
+        let total = self.len_bytes as u64;
+        if offset_bytes > total || len_bytes > total - offset_bytes {
+            return Err(IoError::Io);
+        }
+        let offset = usize::try_from(offset_bytes).map_err(|_| IoError::Io)?;
+        Ok(self.base.wrapping_add(offset))
+    }
+
+    fn zero(&self, offset_bytes: u64, len_bytes: u64) -> Outcome {
+        let at = self.range(offset_bytes, len_bytes)?;
+        let len = usize::try_from(len_bytes).map_err(|_| IoError::Io)?;
+        // SAFETY: `range` checked that all of it lies inside the mapping.
+        unsafe { ptr::write_bytes(at, 0, len) };
+        Ok(())
+    }
+
+    /// Zeroes a range and gives its whole pages back.
+    fn release(&self, offset_bytes: u64, len_bytes: u64) -> Outcome {
+        self.range(offset_bytes, len_bytes)?;
+        let end = offset_bytes + len_bytes;
+        let first_page = offset_bytes.next_multiple_of(self.page_bytes);
+        let last_page = end / self.page_bytes * self.page_bytes;
+        if first_page >= last_page {
+            return self.zero(offset_bytes, len_bytes);
+        }
+        self.zero(offset_bytes, first_page - offset_bytes)?;
+        self.zero(last_page, end - last_page)?;
+        let at = self.range(first_page, last_page - first_page)?;
+        let len = usize::try_from(last_page - first_page).map_err(|_| IoError::Io)?;
+        // SAFETY: whole pages inside our own private mapping; afterwards they read as zeroes.
+        unsafe { madvise(at.cast(), len, Advice::LinuxDontNeed) }
+            .map_err(|error| IoError::from_errno(error.raw_os_error()))
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: every queue holds the mapping by `Arc`, so nobody uses it any more. Failure
+        // would mean that the range was never mapped; there is nothing to do about it.
+        let _ = unsafe { munmap(self.base.cast(), self.len_bytes) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::small_disk;
+    use crate::request::{Buffer, Buffers, Range};
+
+    fn run(queue: &MemoryQueue, op: Op, offset_bytes: u64, bytes: &mut [u8]) -> Outcome {
+        let half = bytes.len() / 2;
+        let (a, b) = bytes.split_at_mut(half);
+        let mut list = [a, b].map(|part| Buffer {
+            iov_base: part.as_mut_ptr().cast(),
+            iov_len: part.len(),
+        });
+        let range = Range {
+            offset_bytes,
+            len_bytes: 2 * half as u64,
+        };
+        // SAFETY: `list` and `bytes` outlive the request, which is finished below.
+        let buffers = unsafe { Buffers::from_list(&mut list) };
+        let request = Request::new(op, range, buffers);
+        let outcome = queue.serve(&request);
+        request.finish();
+        outcome
+    }
+
+    fn disk(len_bytes: u64) -> MemoryQueue {
+        let memory = Memory::new(small_disk(len_bytes)).unwrap();
+        memory.queue(&mut Ring::new(2).unwrap(), 1).unwrap()
+    }
+
+    #[test]
+    fn what_was_written_is_read_back_and_the_rest_is_zero() {
+        let disk = disk(1 << 20);
+        let mut data: Vec<u8> = (0..=255).cycle().take(6000).collect();
+        run(&disk, Op::Write { fua: false }, 1000, &mut data).unwrap();
+        let mut back = vec![0xaa; 8000];
+        run(&disk, Op::Read, 0, &mut back).unwrap();
+        assert!(back[..1000].iter().all(|&b| b == 0));
+        assert_eq!(back[1000..7000], data);
+        assert!(back[7000..].iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn released_ranges_read_as_zeroes_at_any_alignment() {
+        for (op, from, len) in [
+            (Op::Discard, 512, 512),
+            (Op::Discard, 512, 16 * 4096),
+            (
+                Op::WriteZeroes {
+                    unmap: true,
+                    fua: false,
+                },
+                4096,
+                8192,
+            ),
+            (
+                Op::WriteZeroes {
+                    unmap: false,
+                    fua: true,
+                },
+                1024,
+                9216,
+            ),
+        ] {
+            let disk = disk(1 << 20);
+            let mut ones = vec![1; 1 << 20];
+            run(&disk, Op::Write { fua: false }, 0, &mut ones).unwrap();
+            let range = Range {
+                offset_bytes: from,
+                len_bytes: len,
+            };
+            let request = Request::new(op, range, Buffers::NONE);
+            disk.serve(&request).unwrap();
+            request.finish();
+            let mut back = vec![0xaa; 1 << 20];
+            run(&disk, Op::Read, 0, &mut back).unwrap();
+            for (at, byte) in (0u64..).zip(&back) {
+                let inside = (from..from + len).contains(&at);
+                assert_eq!(*byte, u8::from(!inside), "{op:?} at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn sixteen_tebibytes_are_sparse() {
+        let disk = disk(16 << 40);
+        let mut data = vec![7; 4096];
+        let last = (16 << 40) - 4096;
+        run(&disk, Op::Write { fua: false }, last, &mut data).unwrap();
+        let mut back = vec![0; 4096];
+        run(&disk, Op::Read, last, &mut back).unwrap();
+        assert_eq!(back, data);
+    }
+
+    #[test]
+    fn a_range_that_no_door_should_have_let_through_is_an_error() {
+        let disk = disk(1 << 20);
+        let mut data = vec![7; 4096];
+        assert_eq!(
+            run(&disk, Op::Read, (1 << 20) - 2048, &mut data),
+            Err(IoError::Io)
+        );
+        assert_eq!(run(&disk, Op::Read, u64::MAX, &mut data), Err(IoError::Io));
+    }
+}

@@ -1,0 +1,15 @@
+//! Where the data lives. A storage knows nothing of doors.
+//!
+//! A [`Storage`](crate::engine::Storage) is the disk as a whole, shared by all threads. Each queue
+//! thread makes a [`StorageQueue`](crate::engine::StorageQueue) of its own from it and then needs
+//! no lock: a queue puts its work on the thread's ring.
+
+mod fault;
+mod file;
+mod memory;
+mod null;
+
+pub use fault::{BadRule, Fault, Rule};
+pub use file::{CacheMode, File, FileOptions, OpenError};
+pub use memory::Memory;
+pub use null::Null;
