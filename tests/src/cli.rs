@@ -52,7 +52,7 @@ enum Action {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
-    /// Measures against others in the same run; writes JSON, tables and pictures
+    /// Measures against others in the same run; writes JSON and tables
     Bench(bench::Arguments),
     /// Builds, boots and edits the lab's kernels
     Kernel {

@@ -87,7 +87,7 @@ fn look() -> Vec<Finding> {
         required("cache", cache_problem(), &cache_place()),
         optional(
             "packages",
-            apt::Release::of_this_system().is_some() && rustix::process::geteuid().is_root(),
+            apt::codename().is_some() && rustix::process::geteuid().is_root(),
             "the lab can install what is missing",
             "not Debian, or not root: what is missing has to be installed by hand",
         ),
@@ -111,11 +111,7 @@ fn lacking(purpose: Purpose) -> Option<String> {
     if missing.is_empty() {
         return None;
     }
-    let all: Vec<String> = missing
-        .iter()
-        .map(|one| format!("{} ({})", one.package, one.sought))
-        .collect();
-    Some(format!("install {}", all.join(", ")))
+    Some(format!("install {}", missing.join(" ")))
 }
 
 fn io_uring() -> Option<String> {

@@ -14,7 +14,8 @@ use crate::job::{self, Job};
 use crate::kernel::build::{self, Product};
 use crate::machine::{Hypervisor, Machine, Qemu, Uml};
 use crate::packages::crates::FSX;
-use crate::packages::{self, Purpose, herd7};
+use crate::packages::unpacked::HERD7;
+use crate::packages::{self, Purpose};
 use crate::report::{Outcome, SuiteResult, TestResult, Totals, line};
 use crate::suites::{self, Need, SUITES, Suite};
 use crate::test::{Paths, Place, Test};
@@ -179,7 +180,7 @@ pub fn prepare(repo: &Path, wanted: &[Need], yes: bool) -> Result<Paths> {
         paths.fsx = Some(FSX.program()?);
     }
     if needs(Need::Herd7) {
-        match herd7::unpacked() {
+        match HERD7.dir() {
             Ok(home) => paths.herd7 = Some(home),
             // Its tests say that they are skipped.
             Err(error) => eprintln!("lab: {error:#}"),

@@ -1,7 +1,6 @@
 //! `cargo lab bench`: measures against others in the same run, and writes down everything.
 
 pub mod attach;
-pub mod chart;
 pub mod client;
 pub mod compare;
 pub mod exports;
@@ -334,7 +333,7 @@ fn servers(repo: &Path, arguments: &Arguments) -> Result<Vec<(String, PathBuf)>>
     Ok(all)
 }
 
-/// Writes the document, its tables and its pictures into a folder.
+/// Writes the document, and its tables into a folder.
 fn write(document: &Document, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let put = |name: &str, text: &str| {
@@ -343,11 +342,7 @@ fn write(document: &Document, folder: &Path) -> Result<()> {
     };
     let json = serde_json::to_string_pretty(document).context("cannot encode the results")?;
     put("bench.json", &json)?;
-    put("bench.md", &table::markdown(document))?;
-    for (name, picture) in chart::all(document) {
-        put(&name, &picture)?;
-    }
-    Ok(())
+    put("bench.md", &table::markdown(document))
 }
 
 /// Between these lines of the page is what a run wrote.

@@ -10,7 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
-use super::source::{self, Source};
+use super::find;
+use super::source::Source;
 use super::{Kernel, KernelPatch, config, selftests};
 use crate::cache;
 use crate::packages::{self, Purpose};
@@ -76,7 +77,7 @@ pub fn kernels(repo: &Path, kernels: &[Kernel], yes: bool) -> Result<Vec<PathBuf
 pub fn ensure(repo: &Path, products: &[Product], yes: bool) -> Result<Vec<PathBuf>> {
     let patch = KernelPatch::of(repo);
     // What is there can be used while another run builds something else.
-    if let Some(source) = source::find_here(&patch)? {
+    if let Some(source) = find::find_here(&patch)? {
         let homes = homes(&patch, &source, products)?;
         if homes.iter().all(|(_, home)| home.exists()) {
             return Ok(results(homes));
@@ -84,10 +85,10 @@ pub fn ensure(repo: &Path, products: &[Product], yes: bool) -> Result<Vec<PathBu
     }
     // One at a time: the second run finds what the first one built.
     let _lock = cache::lock("kernels")?;
-    let mut source = source::find(&patch);
+    let mut source = find::find(&patch);
     if source.is_err() && !packages::missing(&[Purpose::KernelBuild]).is_empty() {
         packages::ensure(&[Purpose::KernelBuild], yes)?;
-        source = source::find(&patch);
+        source = find::find(&patch);
     }
     let source = source?;
     let homes = homes(&patch, &source, products)?;

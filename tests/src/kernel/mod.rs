@@ -3,6 +3,7 @@
 
 pub mod build;
 pub mod config;
+pub mod find;
 pub mod mutants;
 pub mod selftests;
 pub mod source;

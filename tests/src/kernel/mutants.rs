@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 
 use super::build::{self, Product};
-use super::{Kernel, KernelPatch, source};
+use super::{Kernel, KernelPatch, find};
 use crate::cache;
 use crate::kit::shell::Shell;
 use crate::machine::{Machine, Uml};
@@ -51,7 +51,7 @@ pub fn run(repo: &Path, pattern: &str, yes: bool) -> Result<ExitCode> {
         ..Paths::default()
     };
     packages::ensure(&[Purpose::KernelBuild], yes)?;
-    let source = source::find(&patch)?;
+    let source = find::find(&patch)?;
     let work = tempfile::Builder::new()
         .prefix("mutants-")
         .tempdir_in(cache::dir()?)

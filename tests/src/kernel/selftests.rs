@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::build::plain_make;
-use crate::packages::liburing;
+use crate::packages::unpacked::LIBURING;
 use crate::progress;
 use crate::suites::litmus;
 
@@ -159,7 +159,7 @@ pub(super) fn ingredients() -> String {
 /// Builds kublk, the kernel's own ublk server, of `tree` into `into`, with that tree's headers.
 pub(super) fn build_kublk(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
     let minute = Duration::from_secs(60);
-    let liburing = liburing::unpacked()?;
+    let liburing = LIBURING.dir()?;
     let headers = into.join("headers");
     let mut install = plain_make();
     install

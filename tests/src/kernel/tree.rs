@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{KernelPatch, Series, source};
+use super::{KernelPatch, Series, find};
 use crate::cache;
 use crate::kit::shell::{Shell, sh};
 
@@ -29,7 +29,7 @@ pub fn ensure_tree(repo: &Path) -> Result<PathBuf> {
     if dir.exists() {
         return Ok(dir);
     }
-    let source = source::find(&patch)?;
+    let source = find::find(&patch)?;
     let work = tempfile::Builder::new()
         .prefix("build-")
         .tempdir_in(cache::dir()?)

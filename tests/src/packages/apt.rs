@@ -1,10 +1,10 @@
-//! apt with sources and lists of the lab's own.
+//! apt with a configuration, sources and lists of its own, in the cache.
 //!
-//! Nothing in `/etc` is changed: the lab gives apt a directory of its own with
-//! the distribution's sources as configured, the extra suites derived from
-//! them, and pins, so that a later `apt upgrade` of the system sees none of it.
-//! Downloading needs no root.
+//! The lab needs a few packages from suites that the system has not configured. Nothing in
+//! `/etc/apt` is changed and no mirror is named: the addresses are those that apt uses on this
+//! system, and pins keep the other suites from replacing anything. Downloading needs no root.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,38 +12,26 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::sources;
 use crate::cache;
-use crate::kit::shell::Shell;
+use crate::kit::shell::{Shell, sh};
 use crate::progress;
 
-/// A Debian release.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Release {
-    /// Its code name.
-    pub codename: String,
-}
+/// Where the package `debian-archive-keyring` has the keys of all suites.
+const KEYRINGS: [&str; 2] = [
+    "/usr/share/keyrings/debian-archive-keyring.gpg",
+    "/usr/share/keyrings/debian-archive-keyring.pgp",
+];
 
-impl Release {
-    /// The release this system is, if it is Debian with apt.
-    #[must_use]
-    pub fn of_this_system() -> Option<Self> {
-        super::find_program("apt-get")?;
-        Self::parse(&fs::read_to_string("/etc/os-release").ok()?)
-    }
+/// Releases whose own QEMU is too old; it comes from their backports.
+const QEMU_FROM_BACKPORTS: [&str; 1] = ["bookworm"];
 
-    fn parse(os_release: &str) -> Option<Self> {
-        let get = |name: &str| {
-            os_release
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
-                .map(|value| value.trim_matches('"').to_owned())
-        };
-        (get("ID")? == "debian").then_some(())?;
-        Some(Release {
-            codename: get("VERSION_CODENAME")?,
-        })
-    }
+/// The code name of this system's release, if it is Debian with apt.
+#[must_use]
+pub fn codename() -> Option<String> {
+    let script = "command -v apt-get >/dev/null; . /etc/os-release; \
+                  test \"$ID\" = debian; echo \"$VERSION_CODENAME\"";
+    let name = sh(script).run().ok()?;
+    Some(name.trim().to_owned())
 }
 
 /// apt with a directory of its own.
@@ -53,215 +41,245 @@ pub struct Apt {
 }
 
 impl Apt {
-    /// Prepares apt for the release and these extra suites, and fetches their
-    /// lists.
+    /// Fetches the lists of the system's release and of these suites beside it.
     ///
     /// # Errors
-    /// The system's sources cannot be read or do not answer.
-    pub fn prepare(release: &Release, name: &str, extra_suites: &[&str]) -> Result<Self> {
+    /// This is not Debian, or the sources do not answer.
+    pub fn prepare(name: &str, extra_suites: &[&str]) -> Result<Self> {
+        let codename = codename().context("this is not Debian, so there is no apt to ask")?;
         let dir = cache::dir()?.join("apt").join(name);
-        for part in ["etc/parts", "lists/partial", "archives/partial"] {
-            let part = dir.join(part);
-            fs::create_dir_all(&part)
-                .with_context(|| format!("cannot create {}", part.display()))?;
-        }
-        let all = sources::configured(Path::new("/etc/apt"))?;
-        let own = sources::of_release(&all, &release.codename)?;
-        let mut stanzas: Vec<String> = own.iter().map(sources::Source::stanza).collect();
-        for suite in extra_suites {
-            stanzas.push(sources::derive(&own[0], &[suite]).stanza());
-        }
-        fs::write(dir.join("etc/parts/lab.sources"), stanzas.join("\n"))
-            .context("cannot write a package source")?;
-        fs::write(dir.join("etc/preferences"), pins(release, extra_suites))
-            .context("cannot write package pins")?;
+        fs::create_dir_all(dir.join("lists/partial"))
+            .and_then(|()| fs::create_dir_all(dir.join("archives/partial")))
+            .with_context(|| format!("cannot create {}", dir.display()))?;
+        let configured = Shell::new("apt-get")
+            .args(["--print-uris", "-o", "Debug::NoLocking=1", "-o"])
+            .arg(format!("Dir::State::lists={}", dir.join("lists").display()))
+            .arg("update")
+            .run()?;
         let apt = Apt { dir };
+        apt.write(
+            "sources.list",
+            &sources(&configured, &codename, extra_suites)?,
+        )?;
+        apt.write("preferences", &pins(&codename, extra_suites))?;
+        apt.write("apt.conf", &apt.configuration())?;
         let mut update = apt.command("apt-get");
         update.args(["-q", "update"]);
-        progress::run(
-            "fetching package lists",
-            update,
-            &apt.dir.join("update.log"),
-            Duration::from_secs(600),
-        )?;
+        apt.step("fetching package lists", update, 600)?;
         Ok(apt)
     }
 
-    /// An apt program with the lab's directories.
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.dir.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn configuration(&self) -> String {
+        let at = self.dir.display();
+        // The cache is in a home directory, which apt's own user may not enter.
+        format!(
+            "Dir::Etc::sourcelist \"{at}/sources.list\";\n\
+             Dir::Etc::sourceparts \"/dev/null\";\n\
+             Dir::Etc::preferences \"{at}/preferences\";\n\
+             Dir::Etc::preferencesparts \"/dev/null\";\n\
+             Dir::State::lists \"{at}/lists\";\n\
+             Dir::Cache::archives \"{at}/archives\";\n\
+             Dir::Cache::pkgcache \"{at}/pkgcache.bin\";\n\
+             Dir::Cache::srcpkgcache \"{at}/srcpkgcache.bin\";\n\
+             APT::Sandbox::User \"root\";\n\
+             Acquire::Languages \"none\";\n\
+             Acquire::Retries \"3\";\n"
+        )
+    }
+
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command.env("LC_ALL", "C");
-        for option in self.options() {
-            command.arg("-o").arg(option);
-        }
+        command
+            .env("APT_CONFIG", self.dir.join("apt.conf"))
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .env("LC_ALL", "C");
         command
     }
 
-    fn options(&self) -> Vec<String> {
-        let at = |path: &str| self.dir.join(path).display().to_string();
-        vec![
-            "Dir::Etc::sourcelist=/dev/null".to_owned(),
-            format!("Dir::Etc::sourceparts={}", at("etc/parts")),
-            format!("Dir::Etc::preferences={}", at("etc/preferences")),
-            "Dir::Etc::preferencesparts=/dev/null".to_owned(),
-            format!("Dir::State::lists={}", at("lists")),
-            format!("Dir::Cache::archives={}", at("archives")),
-            format!("Dir::Cache::pkgcache={}", at("pkgcache.bin")),
-            format!("Dir::Cache::srcpkgcache={}", at("srcpkgcache.bin")),
-            // The cache is in a home directory, where apt's own user may not look.
-            "APT::Sandbox::User=root".to_owned(),
-            "Acquire::Languages=none".to_owned(),
-            "Acquire::Retries=3".to_owned(),
-        ]
+    fn step(&self, what: &str, command: Command, limit_s: u64) -> Result<()> {
+        let log = self.dir.join("apt.log");
+        progress::run(what, command, &log, Duration::from_secs(limit_s))
     }
 
-    /// Names and versions of packages whose name begins with `prefix`, newest
-    /// version of each.
+    /// Names and newest versions of the packages whose name begins with `prefix`.
     ///
     /// # Errors
     /// apt failed.
     pub fn versions(&self, prefix: &str) -> Result<Vec<(String, String)>> {
-        let names = self
-            .shell("apt-cache")
-            .args(["pkgnames", prefix])
-            .run()
-            .context("cannot list packages")?;
-        let mut found = Vec::new();
-        for name in names.lines() {
-            let version = self.version(name)?;
-            found.extend(version.map(|version| (name.to_owned(), version)));
-        }
-        Ok(found)
-    }
-
-    /// The newest version of a package, if there is one.
-    ///
-    /// # Errors
-    /// apt failed.
-    pub fn version(&self, name: &str) -> Result<Option<String>> {
-        let text = self.shell("apt-cache").args(["madison", name]).run()?;
-        Ok(text.lines().find_map(|line| {
-            let mut columns = line.split('|').map(str::trim);
-            let package = columns.next()?;
-            let version = columns.next()?;
-            (package == name && !columns.next()?.ends_with("Sources")).then(|| version.to_owned())
-        }))
+        let script = format!("apt-cache pkgnames {prefix} | xargs -r apt-cache madison");
+        let table = sh(&script)
+            .env("APT_CONFIG", self.dir.join("apt.conf"))
+            .run()?;
+        Ok(newest_of_each(&table))
     }
 
     /// Downloads one package file into `into` and returns its path.
     ///
     /// # Errors
     /// There is no such package, or the download failed.
-    pub fn download(&self, package: &str, version: &str, into: &Path) -> Result<PathBuf> {
+    pub fn download(&self, package: &str, into: &Path) -> Result<PathBuf> {
         fs::create_dir_all(into).with_context(|| format!("cannot create {}", into.display()))?;
         let scratch = tempfile::tempdir_in(into).context("cannot make a directory")?;
         let mut download = self.command("apt-get");
         download
-            .arg("download")
-            .arg(format!("{package}={version}"))
+            .args(["download", package])
             .current_dir(scratch.path());
-        progress::run(
-            &format!("downloading {package} {version}"),
-            download,
-            &self.dir.join("download.log"),
-            Duration::from_secs(1800),
-        )?;
-        for entry in fs::read_dir(scratch.path()).context("cannot list the download")? {
-            let file = entry.context("cannot list the download")?.path();
-            if file.extension().is_some_and(|ending| ending == "deb")
-                && let Some(name) = file.file_name()
-            {
-                let kept = into.join(name);
-                fs::rename(&file, &kept).context("cannot keep the download")?;
-                return Ok(kept);
-            }
-        }
-        bail!("apt downloaded nothing for {package} {version}")
-    }
-
-    fn shell(&self, program: &str) -> Shell {
-        let mut shell = Shell::new(program).env("LC_ALL", "C");
-        for option in self.options() {
-            shell = shell.arg("-o").arg(option);
-        }
-        shell
+        self.step(&format!("downloading {package}"), download, 1800)?;
+        let file = fs::read_dir(scratch.path())?.flatten().next();
+        let file = file.with_context(|| format!("apt downloaded nothing for {package}"))?;
+        let kept = into.join(file.file_name());
+        fs::rename(file.path(), &kept).context("cannot keep the download")?;
+        Ok(kept)
     }
 }
 
-/// Extra suites must not replace anything; the release's own backports keep
-/// their low priority and are asked for by name.
-fn pins(release: &Release, extra_suites: &[&str]) -> String {
-    let own_backports = format!("{}-backports", release.codename);
-    extra_suites
-        .iter()
-        .filter(|suite| **suite != own_backports)
-        .map(|suite| format!("Package: *\nPin: release n={suite}\nPin-Priority: 1\n"))
-        .collect::<Vec<_>>()
-        .join("\n")
-}
-
-/// Releases whose own QEMU is too old; theirs comes from their backports.
-const QEMU_FROM_BACKPORTS: [&str; 1] = ["bookworm"];
-
-/// Installs packages. Those of QEMU come from backports where the release's
-/// own are too old.
+/// Installs packages. Those of QEMU come from backports where the release's own are too old.
 ///
 /// # Errors
-/// apt failed; the message has the end of what it said.
-pub fn install(release: &Release, packages: &[&str]) -> Result<()> {
-    let (qemu, plain): (Vec<&str>, Vec<&str>) =
-        packages.iter().partition(|name| name.starts_with("qemu"));
-    let from_backports = QEMU_FROM_BACKPORTS.contains(&release.codename.as_str());
-    let backports = format!("{}-backports", release.codename);
-    let extra: Vec<&str> = if from_backports && !qemu.is_empty() {
-        vec![&backports]
-    } else {
-        Vec::new()
+/// apt failed; the message has the end of its output.
+pub fn install(packages: &[&str]) -> Result<()> {
+    let codename = codename().context("this is not Debian")?;
+    let backports = format!("{codename}-backports");
+    let is_backported = |package: &&str| {
+        package.starts_with("qemu") && QEMU_FROM_BACKPORTS.contains(&codename.as_str())
     };
-    let apt = Apt::prepare(release, "install", &extra)?;
-    for (names, target) in [(plain, None), (qemu, extra.first().copied())] {
+    let (newer, plain): (Vec<&str>, Vec<&str>) =
+        packages.iter().partition(|&one| is_backported(one));
+    let extra: &[&str] = if newer.is_empty() { &[] } else { &[&backports] };
+    let apt = Apt::prepare("install", extra)?;
+    for (names, target) in [(plain, &[][..]), (newer, &["-t", &backports])] {
         if names.is_empty() {
             continue;
         }
         let mut install = apt.command("apt-get");
-        install.args(["-q", "-y", "--no-install-recommends", "install"]);
-        if let Some(suite) = target {
-            install.args(["-t", suite]);
-        }
-        install.args(&names);
-        progress::run(
-            &format!("installing {}", names.join(" ")),
-            install,
-            &apt.dir.join("install.log"),
-            Duration::from_secs(1800),
-        )?;
+        install
+            .args(["-q", "-y", "--no-install-recommends", "install"])
+            .args(target)
+            .args(&names);
+        apt.step(&format!("installing {}", names.join(" ")), install, 1800)?;
     }
     // The package files are of no more use.
-    fs::remove_dir_all(apt.dir.join("archives")).context("cannot tidy up after apt")?;
-    Ok(())
+    fs::remove_dir_all(apt.dir.join("archives")).context("cannot tidy up after apt")
+}
+
+/// The sources of the release itself among what `apt-get --print-uris update` prints, and the extra
+/// suites at the release's address. Sources of others are left out: the lab needs none of them.
+fn sources(configured: &str, codename: &str, extra_suites: &[&str]) -> Result<String> {
+    let key = KEYRINGS.into_iter().find(|file| Path::new(file).exists());
+    let option = key.map_or_else(String::new, |file| format!("[signed-by={file}] "));
+    let (mut list, mut address) = (String::new(), None);
+    let mut add = |uri: &str, suite: &str| {
+        writeln!(list, "deb {option}{uri} {suite} main").expect("writing to a String cannot fail");
+    };
+    for line in configured.lines() {
+        let uri = line.trim_start_matches('\'').split("/InRelease'").next();
+        let Some((uri, suite)) = uri.and_then(|uri| uri.rsplit_once("/dists/")) else {
+            continue;
+        };
+        let is_own = suite
+            .strip_prefix(codename)
+            .is_some_and(|rest| ["", "-updates", "-security", "/updates"].contains(&rest));
+        if is_own {
+            add(uri, suite);
+        }
+        if suite == codename {
+            address.get_or_insert_with(|| uri.to_owned());
+        }
+    }
+    let Some(address) = address else {
+        bail!("apt has no source of {codename}");
+    };
+    for suite in extra_suites.iter().filter(|suite| **suite != codename) {
+        add(&address, suite);
+    }
+    Ok(list)
+}
+
+/// Extra suites must not replace anything. The release's own backports have a low priority anyway.
+fn pins(codename: &str, extra_suites: &[&str]) -> String {
+    extra_suites
+        .iter()
+        .filter(|suite| suite.strip_suffix("-backports").unwrap_or(suite) != codename)
+        .map(|suite| format!("Package: *\nPin: release n={suite}\nPin-Priority: 1\n\n"))
+        .collect()
+}
+
+/// The first line of each package in the output of `apt-cache madison`, which begins with the newest.
+fn newest_of_each(table: &str) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = Vec::new();
+    for line in table.lines().filter(|line| !line.ends_with("Sources")) {
+        let mut columns = line.split('|').map(str::trim);
+        if let (Some(name), Some(version)) = (columns.next(), columns.next())
+            && found.last().is_none_or(|(known, _)| known != name)
+        {
+            found.push((name.to_owned(), version.to_owned()));
+        }
+    }
+    found
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const CONFIGURED: &str = "\
+'http://mirror.example/debian/dists/bookworm/InRelease' x 0 
+'http://mirror.example/debian/dists/bookworm/main/binary-amd64/Packages.xz' x 0 
+'http://other.example/debian-security/dists/bookworm-security/InRelease' x 0 
+'https://third.example/tool/dists/stable/InRelease' x 0 
+";
+
     #[test]
-    fn the_release_is_read_from_os_release() {
-        let debian = "PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nVERSION_CODENAME=bookworm\nID=debian\n";
-        let release = Release::parse(debian).expect("it is Debian");
-        assert_eq!(release.codename, "bookworm");
-        assert!(Release::parse("ID=fedora\nVERSION_CODENAME=\"\"\n").is_none());
-        assert!(Release::parse("ID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n").is_none());
+    fn other_suites_have_the_address_of_the_release_and_third_parties_are_left_out() {
+        let list = sources(CONFIGURED, "bookworm", &["sid"]).expect("it has the release");
+        let plain: Vec<String> = list
+            .lines()
+            .map(|line| {
+                line.split(' ')
+                    .filter(|word| !word.starts_with('['))
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            })
+            .collect();
+        assert_eq!(
+            plain,
+            [
+                "deb http://mirror.example/debian bookworm main",
+                "deb http://other.example/debian-security bookworm-security main",
+                "deb http://mirror.example/debian sid main",
+            ]
+        );
+        assert!(sources(CONFIGURED, "trixie", &[]).is_err());
     }
 
     #[test]
     fn foreign_suites_are_pinned_below_everything() {
-        let release = Release {
-            codename: "bookworm".into(),
-        };
-        let text = pins(&release, &["bookworm-backports", "trixie-backports"]);
+        let text = pins("bookworm", &["bookworm-backports", "trixie-backports"]);
         assert!(text.contains("Pin: release n=trixie-backports\nPin-Priority: 1"));
         assert!(!text.contains("bookworm"));
+    }
+
+    #[test]
+    fn the_newest_binary_version_of_each_package_is_taken() {
+        let table = "\
+linux-source-7.3 | 7.3.4-1 | http://mirror.example/debian sid/main amd64 Packages
+linux-source-7.3 | 7.3.1-1 | http://mirror.example/debian forky/main amd64 Packages
+linux-source-7.2 | 7.2.9-1 | http://mirror.example/debian forky/main amd64 Packages
+     linux | 7.3.4-1 | http://mirror.example/debian sid/main Sources
+";
+        let newest = newest_of_each(table);
+        let expected = [
+            ("linux-source-7.3", "7.3.4-1"),
+            ("linux-source-7.2", "7.2.9-1"),
+        ];
+        assert_eq!(
+            newest,
+            expected.map(|(name, version)| (name.to_owned(), version.to_owned()))
+        );
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::packages::herd7;
+use crate::kit::shell::Shell;
 use crate::skip;
 use crate::test;
 use crate::test::{Context, Test};
@@ -70,10 +70,21 @@ impl Model {
         Ok(tests)
     }
 
+    /// herd7 with the loader and the libraries that were unpacked with it.
+    fn herd7(&self) -> Shell {
+        Shell::new(self.herd7.join("usr/lib64/ld-linux-x86-64.so.2"))
+            .arg("--library-path")
+            .arg(self.herd7.join("usr/lib/x86_64-linux-gnu"))
+            .arg(self.herd7.join("usr/bin/herd7"))
+            .arg("-set-libdir")
+            .arg(self.herd7.join("usr/share/herdtools7/herd"))
+    }
+
     fn ask(&self, cx: &Context, text: &str) -> Result<Answer> {
         let file = cx.scratch().join("asked.litmus");
         fs::write(&file, text).context("cannot write a litmus test")?;
-        let said = herd7::command(&self.herd7)
+        let said = self
+            .herd7()
             .args(["-conf", "linux-kernel.cfg"])
             .arg(&file)
             .dir(&self.dir.join("model"))

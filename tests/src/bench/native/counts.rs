@@ -13,7 +13,6 @@ use super::steps::Stepper;
 use super::{Load, attach};
 use crate::bench::Settings;
 use crate::bench::client::End;
-use crate::packages::find_program;
 use crate::process;
 
 /// What a server does for one request; `None` is "cannot be counted here".
@@ -40,10 +39,7 @@ pub fn of(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<
     let cpu = settings.server_cpu;
     let server = servers::start(who, load.backend, files, &socket, cpu)?;
     let output = files.scratch.join("syscalls.txt");
-    let Some(counter) = Counter::start(server.pid(), &output)? else {
-        server.stop()?;
-        return Ok(Counts::default());
-    };
+    let counter = Counter::start(server.pid(), &output)?;
     let answer = attach(
         settings,
         load,
@@ -99,8 +95,8 @@ enum Counter {
 }
 
 impl Counter {
-    /// Attaches to a process; `None` if this machine has nothing to count with.
-    fn start(pid: u32, output: &Path) -> Result<Option<Self>> {
+    /// Attaches to a process.
+    fn start(pid: u32, output: &Path) -> Result<Self> {
         let spawn = |program: &str, args: &[&str]| {
             process::spawn_bound(
                 Command::new(program)
@@ -116,14 +112,11 @@ impl Counter {
             let args = ["stat", "-x", ",", "-e", &events, "-p", &pid, "-o", &file];
             let child = spawn("perf", &args)?;
             std::thread::sleep(Duration::from_millis(300));
-            return Ok(Some(Counter::Perf(child)));
+            return Ok(Counter::Perf(child));
         }
-        if find_program("strace").is_some() {
-            let child = spawn("strace", &["-c", "-f", "-p", &pid, "-o", &file])?;
-            std::thread::sleep(Duration::from_millis(300));
-            return Ok(Some(Counter::Strace(child)));
-        }
-        Ok(None)
+        let child = spawn("strace", &["-c", "-f", "-p", &pid, "-o", &file])?;
+        std::thread::sleep(Duration::from_millis(300));
+        Ok(Counter::Strace(child))
     }
 
     /// System calls, and instructions if they could be counted.

@@ -1,0 +1,82 @@
+//! Packages of newer Debian releases, unpacked in the cache. Nothing on the system changes.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use super::apt::Apt;
+use crate::cache;
+use crate::kit::shell::Shell;
+
+/// herd7, which says what the kernel's memory model allows, with the C library it was built for.
+pub const HERD7: Unpacked = Unpacked {
+    name: "herd7",
+    suites: &["forky", "sid"],
+    packages: &["herdtools7", "libc6", "libgmp10"],
+    // Some 25 of 250 megabytes.
+    kept: &[
+        "usr/bin/herd7",
+        "usr/share/herdtools7",
+        "usr/lib/x86_64-linux-gnu",
+        "usr/lib64",
+    ],
+};
+
+/// liburing with its headers: the kernel's ublk test server needs a newer one than the oldest
+/// supported Debian has.
+pub const LIBURING: Unpacked = Unpacked {
+    name: "liburing",
+    suites: &["trixie", "forky", "sid"],
+    packages: &["liburing-dev"],
+    kept: &["usr"],
+};
+
+/// A directory in the cache with files of packages.
+#[derive(Debug)]
+pub struct Unpacked {
+    name: &'static str,
+    /// Suites whose packages are new enough, oldest first. All packages come from one suite.
+    suites: &'static [&'static str],
+    packages: &'static [&'static str],
+    kept: &'static [&'static str],
+}
+
+impl Unpacked {
+    /// The directory, filled if need be.
+    ///
+    /// # Errors
+    /// This is not Debian, or no suite has the packages.
+    pub fn dir(&self) -> Result<PathBuf> {
+        let home = cache::dir()?.join(self.name);
+        let _one_at_a_time = cache::lock(self.name)?;
+        if home.exists() {
+            return Ok(home);
+        }
+        let mut failed = Vec::new();
+        for suite in self.suites {
+            match self.unpack(suite, &home) {
+                Ok(()) => return Ok(home),
+                Err(error) => failed.push(format!("{suite}: {error:#}")),
+            }
+        }
+        bail!("cannot get {}: {}", self.name, failed.join("; "))
+    }
+
+    fn unpack(&self, suite: &str, home: &PathBuf) -> Result<()> {
+        let apt = Apt::prepare(&format!("{}-{suite}", self.name), &[suite])?;
+        let work = tempfile::tempdir_in(cache::dir()?).context("cannot make a directory")?;
+        let (all, kept) = (work.path().join("all"), work.path().join("kept"));
+        for package in self.packages {
+            let file = apt.download(&format!("{package}/{suite}"), work.path())?;
+            Shell::new("dpkg-deb").arg("-x").args([&file, &all]).run()?;
+        }
+        for part in self.kept {
+            let to = kept.join(part);
+            fs::create_dir_all(to.parent().context("a part without a parent")?)?;
+            fs::rename(all.join(part), &to)
+                .with_context(|| format!("the packages have no {part}"))?;
+        }
+        fs::rename(&kept, home).with_context(|| format!("cannot create {}", home.display()))
+    }
+}
