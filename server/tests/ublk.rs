@@ -39,7 +39,7 @@ use serving::Lab;
 use ublkup::door::ublk::{self, DataPath, DoorEnd, UblkConfig, UblkDoor, UblkError};
 use ublkup::engine::counters::{Counters, Totals};
 use ublkup::engine::{Storage, StorageControl, StorageQueue};
-use ublkup::export::remove_left_over_device;
+use ublkup::export::remove_stale_device;
 use ublkup::export::runtime_dir::{DeviceNote, RuntimeDir};
 use ublkup::io::{Ring, Slot};
 use ublkup::request::{Limits, Op, Progress, Request, Serial};
@@ -282,7 +282,12 @@ fn a_taken_id_is_refused_and_its_device_lives_on() {
     let error = ublk::remove(door.id(), false).unwrap_err();
     assert!(matches!(error, UblkError::Alive { .. }), "{error}");
     assert!(error.to_string().contains(&std::process::id().to_string()));
-    assert!(ublk::leftovers().unwrap().iter().all(|l| l.id != door.id()));
+    assert!(
+        ublk::stale_devices()
+            .unwrap()
+            .iter()
+            .all(|l| l.id != door.id())
+    );
     let read = ["bs=4k", "count=1", "iflag=direct"];
     dd(&door.block_path(), Path::new("/dev/null"), &read).unwrap();
     door.stop().unwrap();
@@ -290,7 +295,7 @@ fn a_taken_id_is_refused_and_its_device_lives_on() {
 
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
-fn a_device_with_a_server_is_no_left_over_whatever_is_noted() {
+fn a_device_with_a_server_is_not_stale_whatever_is_noted() {
     let door = serve(Null::new(limits()));
     let unmarked = UblkConfig {
         mark: 0,
@@ -299,7 +304,7 @@ fn a_device_with_a_server_is_no_left_over_whatever_is_noted() {
     let disk = Arc::new(Null::new(limits()));
     let other = UblkDoor::start(&unmarked, &disk, Arc::default, no_end).unwrap();
     let us = format!("process {}", std::process::id());
-    let error = ublk::survivor(door.id(), &limits()).unwrap_err();
+    let error = ublk::recoverable_device(door.id(), &limits()).unwrap_err();
     assert!(matches!(error, UblkError::Alive { .. }), "{error}");
     assert!(error.to_string().contains(&us), "{error}");
     // Who has no mark cannot be found by it.
@@ -315,7 +320,7 @@ fn a_device_with_a_server_is_no_left_over_whatever_is_noted() {
         mark: Some(config().mark),
     };
     claim.note_device(&noted).unwrap();
-    let error = remove_left_over_device(&claim).unwrap_err().to_string();
+    let error = remove_stale_device(&claim).unwrap_err().to_string();
     assert!(
         error.contains("left alone") && error.contains(&us),
         "{error}"
@@ -327,7 +332,7 @@ fn a_device_with_a_server_is_no_left_over_whatever_is_noted() {
         ..noted
     };
     claim.note_device(&noted).unwrap();
-    remove_left_over_device(&claim).unwrap();
+    remove_stale_device(&claim).unwrap();
     assert_eq!(claim.left_device(), None);
     drop(claim);
     let read = ["bs=4k", "count=1", "iflag=direct"];
@@ -577,7 +582,7 @@ fn a_killed_server_leaves_a_dead_device_that_can_be_removed() {
     ublk::remove(id, false).unwrap();
     assert!(is_gone(id));
     ublk::remove(id, false).unwrap();
-    assert!(ublk::leftovers().unwrap().iter().all(|l| l.id != id));
+    assert!(ublk::stale_devices().unwrap().iter().all(|l| l.id != id));
 }
 
 #[test]

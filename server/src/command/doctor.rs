@@ -191,7 +191,7 @@ fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Check> {
 fn dead_devices(clean: bool) -> Vec<Check> {
     let what = "dead block devices";
     // Without a driver, or rights, there is nothing to be seen; another check says so.
-    let Ok(dead) = ublk::leftovers() else {
+    let Ok(dead) = ublk::stale_devices() else {
         return Vec::new();
     };
     dead.into_iter()
@@ -217,5 +217,5 @@ fn dead_devices(clean: bool) -> Vec<Check> {
 fn clear_away(dir: &RuntimeDir, name: &str) -> Result<()> {
     // Taking the name clears the sockets; dropping the claim removes the folder.
     let claim = dir.claim(name)?;
-    crate::export::remove_left_over_device(&claim)
+    crate::export::remove_stale_device(&claim)
 }

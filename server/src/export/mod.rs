@@ -25,7 +25,7 @@ use std::sync::{Arc, Condvar, Mutex, mpsc};
 use anyhow::{Context, Result};
 
 pub use event::{Door, Event};
-pub use open::remove_left_over_device;
+pub use open::remove_stale_device;
 
 use crate::config::ExportConfig;
 use crate::engine::crash;

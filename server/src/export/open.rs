@@ -13,7 +13,7 @@ use super::upgrade::UpgradeListener;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
 use crate::door::ownership::Ownership;
 use crate::door::ublk::{
-    self, DoorEnd, Recovery, Survivor, UblkConfig, UblkDoor, UblkError, Unavailable,
+    self, DoorEnd, RecoverableDevice, Recovery, UblkConfig, UblkDoor, UblkError, Unavailable,
 };
 use crate::door::vhost::{VhostConfig, VhostDoor};
 use crate::engine::counters::CounterSet;
@@ -118,15 +118,15 @@ impl Opening<'_> {
     /// The block door, if it is to be opened: to the device that waits for a server of this name, or to
     /// a new one.
     fn open_block_door<B: Storage>(&self, disk: &Arc<B>, limits: &Limits) -> Result<Doors> {
-        let survivor = self.survivor(limits)?;
-        if survivor.is_none() {
+        let recoverable = self.recoverable(limits)?;
+        if recoverable.is_none() {
             // Even with --ublk no: a dead device of this name is in nobody's way but ours.
-            remove_left_over_device(self.claim)?;
+            remove_stale_device(self.claim)?;
         }
-        let returns = survivor.is_some() && self.claim.was_upgraded();
+        let returns = recoverable.is_some() && self.claim.was_upgraded();
         Ok(Doors {
-            ublk: self.open_ublk(disk, survivor, returns)?,
-            is_inherited: survivor.is_some(),
+            ublk: self.open_ublk(disk, recoverable, returns)?,
+            is_inherited: recoverable.is_some(),
             ..Doors::default()
         })
     }
@@ -154,7 +154,7 @@ impl Opening<'_> {
     }
 
     /// The block device of a server of this name that died, if it can be gone on with.
-    fn survivor(&self, limits: &Limits) -> Result<Option<u32>> {
+    fn recoverable(&self, limits: &Limits) -> Result<Option<u32>> {
         let Some(note) = self.claim.left_device() else {
             return Ok(None);
         };
@@ -162,32 +162,32 @@ impl Opening<'_> {
             return Ok(None);
         };
         if !may_open_ublk(self.config)? {
-            if self.take_over && ublk::survivor(id, limits)? != Survivor::None {
+            if self.take_over && ublk::recoverable_device(id, limits)? != RecoverableDevice::None {
                 bail!("the block door would be closed, and /dev/ublkb{id} waits for a server");
             }
             return Ok(None);
         }
         let wanted = self.config.ublk_id.is_none_or(|wanted| wanted == id);
-        match ublk::survivor(id, limits)? {
-            Survivor::Waiting if wanted => Ok(Some(id)),
-            Survivor::None => Ok(None),
-            Survivor::Waiting if self.take_over => {
+        match ublk::recoverable_device(id, limits)? {
+            RecoverableDevice::Waiting if wanted => Ok(Some(id)),
+            RecoverableDevice::None => Ok(None),
+            RecoverableDevice::Waiting if self.take_over => {
                 bail!(
                     "/dev/ublkb{id} waits for a server, not the number that was asked for: leave --ublk-id away"
                 )
             }
-            Survivor::OtherDisk if self.take_over => bail!(
+            RecoverableDevice::OtherDisk if self.take_over => bail!(
                 "/dev/ublkb{id} waits for a server, but of another disk: size, block size and \
                  attributes must be as before (ublkup doctor --clean removes the device)"
             ),
-            Survivor::Waiting | Survivor::OtherDisk => Ok(None),
+            RecoverableDevice::Waiting | RecoverableDevice::OtherDisk => Ok(None),
         }
     }
 
     fn open_ublk<B: Storage>(
         &self,
         disk: &Arc<B>,
-        survivor: Option<u32>,
+        recoverable: Option<u32>,
         refuse_writes: bool,
     ) -> Result<Option<Counted<UblkDoor>>> {
         let config = self.config;
@@ -220,17 +220,17 @@ impl Opening<'_> {
             data: config.ublk_data,
             ring_places: None,
             recovery: recovery(config),
-            mark: self.mark(survivor.is_some())?,
-            take_over: survivor,
+            mark: self.mark(recoverable.is_some())?,
+            take_over: recoverable,
             refuse_writes,
         };
         let mark = ublk.mark;
         let door = UblkDoor::start(&ublk, disk, counters, on_end).inspect_err(|_| {
-            if survivor.is_none() && !matches!(ublk::marked(mark), Ok(Some(_))) {
+            if recoverable.is_none() && !matches!(ublk::marked(mark), Ok(Some(_))) {
                 self.claim.forget_ublk_id();
             }
         })?;
-        if survivor.is_some() {
+        if recoverable.is_some() {
             let (name, disk) = (&config.name, door.block_path());
             tracing::info!("{name}: goes on with {}", disk.display());
         }
@@ -241,7 +241,7 @@ impl Opening<'_> {
         });
         if let Err(error) = noted {
             // The old note still leads to it.
-            let ended = match survivor {
+            let ended = match recoverable {
                 Some(_) => door.leave(),
                 None => door.stop().inspect(|()| self.claim.forget_ublk_id()),
             };
@@ -347,7 +347,7 @@ pub(super) fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
 /// # Errors
 ///
 /// When it cannot be removed, or has a living server.
-pub fn remove_left_over_device(claim: &NameLock) -> Result<()> {
+pub fn remove_stale_device(claim: &NameLock) -> Result<()> {
     let Some(note) = claim.left_device() else {
         return Ok(());
     };

@@ -174,7 +174,7 @@ impl RuntimeDir {
                     left: false,
                     _lock: lock,
                 };
-                claim.clear_left_over()?;
+                claim.clear_stale()?;
                 return Ok(claim);
             }
         }
@@ -291,7 +291,7 @@ impl NameLock {
     }
 
     /// Removes the sockets of a dead server; keeps its notes, which the doors read.
-    fn clear_left_over(&self) -> Result<()> {
+    fn clear_stale(&self) -> Result<()> {
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
             let keep = [LOCK, UBLK_ID, SERVED, UPGRADED];

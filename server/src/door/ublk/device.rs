@@ -22,11 +22,11 @@ use super::control::{Control, NewDevice};
 use super::error::UblkError;
 use super::features::{Features, features_of};
 use super::fence::WriteGate;
-use super::leftover;
 use super::memory::page_bytes;
 use super::owner;
 use super::params::{Params, buffer_bytes, check_queues, params};
 use super::queue::{Command, QueueConfig, UblkQueue};
+use super::stale_device;
 use super::{DataPath, Facts, UblkConfig};
 use crate::engine::counters::Counters;
 use crate::engine::crash;
@@ -118,7 +118,7 @@ impl Device {
             _ => None,
         };
         let info = match config.take_over {
-            Some(id) => leftover::take_over(&control, id)?,
+            Some(id) => stale_device::take_over(&control, id)?,
             None => control.add(NewDevice {
                 id: config.id,
                 queues: config.queues,

@@ -5,19 +5,19 @@
 //! failed, or somebody else stopped or deleted the device), and removes the device in either case.
 //! Every command to the driver has a time limit.
 //!
-//! | file            | tells                                            |
-//! |-----------------|--------------------------------------------------|
-//! | `device.rs`     | the life of a device                             |
-//! | `choice.rs`     | what a new device gets of what the driver offers |
-//! | `queue.rs`      | commands to requests, outcomes to commits        |
-//! | `fence.rs`      | writes, off while a vhost client has the disk    |
-//! | `memory.rs`     | descriptors and data buffers                     |
-//! | `params.rs`     | what the disk looks like to the block layer      |
-//! | `control.rs`    | commands to `/dev/ublk-control`                  |
-//! | `features.rs`   | what the driver can do                           |
-//! | `leftover.rs`   | devices of servers that were killed              |
-//! | `users.rs`      | who has a disk open                              |
-//! | `owner.rs`      | devices of ordinary users                        |
+//! | file              | tells                                            |
+//! |-------------------|--------------------------------------------------|
+//! | `device.rs`       | the life of a device                             |
+//! | `choice.rs`       | what a new device gets of what the driver offers |
+//! | `queue.rs`        | commands to requests, outcomes to commits        |
+//! | `fence.rs`        | writes, off while a vhost client has the disk    |
+//! | `memory.rs`       | descriptors and data buffers                     |
+//! | `params.rs`       | what the disk looks like to the block layer      |
+//! | `control.rs`      | commands to `/dev/ublk-control`                  |
+//! | `features.rs`     | what the driver can do                           |
+//! | `stale_device.rs` | devices whose server has died                    |
+//! | `users.rs`        | who has a disk open                              |
+//! | `owner.rs`        | devices of ordinary users                        |
 //!
 //! The server never opens its own `/dev/ublkbN`: the last close of it can wait for the server.
 
@@ -27,11 +27,11 @@ mod device;
 mod error;
 mod features;
 mod fence;
-mod leftover;
 mod memory;
 mod owner;
 mod params;
 mod queue;
+mod stale_device;
 mod users;
 
 use std::fs::File;
@@ -42,8 +42,10 @@ use std::thread;
 
 pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::{Features, available};
-pub use leftover::{Leftover, Survivor, leftovers, marked, remove, survivor};
 pub use owner::owner;
+pub use stale_device::{
+    RecoverableDevice, StaleDevice, marked, recoverable_device, remove, stale_devices,
+};
 
 use crate::door::ownership::BlockDoor;
 use crate::engine::Storage;

@@ -1,10 +1,11 @@
-//! Devices whose server is dead.
+//! Devices whose server has died: stale ones, which are removed, and recoverable ones, which the next
+//! server of the export takes over.
 //!
-//! After SIGKILL the driver stops the device by itself, but nobody deletes it: its id stays taken.
-//! A device is removed here only if nobody can be its server: the driver has it as dead, and its
-//! character device, which a server holds open from the beginning to the end, is free. That
-//! includes devices of other programs. A device that waits for its server to come back (user
-//! recovery) is not dead; it is taken over, or removed, by whoever knows that it was his.
+//! After SIGKILL the driver stops the device by itself, but does not delete it: its id stays in use.
+//! A device is removed here only if it cannot have a server: its state in the driver is DEAD, and its
+//! character device, which a server holds open from beginning to end, can be opened. That includes
+//! devices of other programs. A device in user recovery, which waits for a server, is not stale; only
+//! the export that it belongs to takes it over or removes it.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -22,25 +23,25 @@ use crate::request::Limits;
 /// How long the driver may take to stop the device of a server that was killed.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
-/// A device that looks dead.
+/// A device whose state in the driver is DEAD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Leftover {
+pub struct StaleDevice {
     /// Its id.
     pub id: u32,
 }
 
-/// The devices that the driver has as dead. One that is just being set up by a living server looks
-/// the same; [`remove`] tells them apart.
+/// The devices whose state is DEAD. One that a living server is setting up looks the same; [`remove`]
+/// tells them apart.
 ///
 /// # Errors
 ///
 /// When there is no ublk, or not for us.
-pub fn leftovers() -> Result<Vec<Leftover>, UblkError> {
+pub fn stale_devices() -> Result<Vec<StaleDevice>, UblkError> {
     let control = Control::open()?;
     let mut found = Vec::new();
     for id in known_ids().map_err(Unavailable::Other)? {
         match control.info(id) {
-            Ok(info) if is_dead(&info) => found.push(Leftover { id }),
+            Ok(info) if is_dead(&info) => found.push(StaleDevice { id }),
             // Gone meanwhile, or the device of an unprivileged user, which is not ours to judge.
             Ok(_) | Err(UblkError::Command { .. }) => {}
             Err(error) => return Err(error),
@@ -49,27 +50,26 @@ pub fn leftovers() -> Result<Vec<Leftover>, UblkError> {
     Ok(found)
 }
 
-/// What became of a device whose server is gone.
+/// Whether a device whose server is gone can be taken over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Survivor {
-    /// It is not there, or it is dead: nobody will miss it.
+pub enum RecoverableDevice {
+    /// No: there is no such device, or its state is DEAD.
     None,
-    /// It waits for a server, and would look to its users as the disk does that there is now.
+    /// Yes: it waits for a server, and the present disk has the same size, blocks and attributes.
     Waiting,
-    /// It waits for a server, but not with this disk: size, blocks or attributes are others.
+    /// No: it waits for a server, but size, blocks or attributes of the present disk differ.
     OtherDisk,
 }
 
-/// Whether a device waits for a server, and would look to its users as a disk with these limits
-/// does.
+/// Whether a device can be taken over by a server whose disk has these limits.
 ///
 /// # Errors
 ///
 /// [`UblkError::Alive`] when it still has one after some seconds; otherwise what the driver answered.
-pub fn survivor(id: u32, limits: &Limits) -> Result<Survivor, UblkError> {
+pub fn recoverable_device(id: u32, limits: &Limits) -> Result<RecoverableDevice, UblkError> {
     let control = Control::open()?;
     let Some(info) = settled(&control, id)? else {
-        return Ok(Survivor::None);
+        return Ok(RecoverableDevice::None);
     };
     if u32::from(info.state) == sys::UBLK_S_DEV_LIVE {
         let why = match info.ublksrv_pid {
@@ -79,12 +79,12 @@ pub fn survivor(id: u32, limits: &Limits) -> Result<Survivor, UblkError> {
         return Err(UblkError::Alive { id, why });
     }
     if !is_waiting(&info) {
-        return Ok(Survivor::None);
+        return Ok(RecoverableDevice::None);
     }
     let wanted = params(limits, info.max_io_buf_bytes, page_bytes())?;
     Ok(match same_disk(&wanted, &control.params(id)?) {
-        true => Survivor::Waiting,
-        false => Survivor::OtherDisk,
+        true => RecoverableDevice::Waiting,
+        false => RecoverableDevice::OtherDisk,
     })
 }
 
@@ -102,7 +102,7 @@ pub fn marked(mark: u64) -> Result<Option<u32>, UblkError> {
     for id in known_ids().map_err(Unavailable::Other)? {
         match control.info(id) {
             Ok(info) if info.ublksrv_flags == mark && may_be_ours(&info) => return Ok(Some(id)),
-            // As in `leftovers`.
+            // As in `stale_devices`.
             Ok(_) | Err(UblkError::Command { .. }) => {}
             Err(error) => return Err(error),
         }
