@@ -21,7 +21,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// What the library's tests take for the way that they test.
-const BY_THE_KERNEL: &[(&str, &str)] = &[("RING_TESTS_WAY", "kernel")];
+const BY_THE_KERNEL: &[(&str, &str)] = &[("RING_TESTS_TRANSPORT", "kernel")];
 
 fn the_two_ends_of_a_ring_pass_their_tests_by_the_kernels_way(cx: &Context) -> Result<()> {
     own_tests::pass_all(cx, "ring", BY_THE_KERNEL)

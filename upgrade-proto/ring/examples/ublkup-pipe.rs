@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use fd_ring::{Consumer, Counters, MAX_RECORD_BYTES, Options, Producer, Way};
+use fd_ring::{Consumer, Counters, MAX_RECORD_BYTES, Options, Producer, Transport};
 
 /// Copies bytes through a pipe, or through a ring in its place
 #[derive(Parser)]
@@ -105,12 +105,12 @@ impl Shared {
         }
     }
 
-    fn report(&self, role: &str, ring: Option<Way>, counters: &Counters) {
+    fn report(&self, role: &str, ring: Option<Transport>, counters: &Counters) {
         if self.stats {
             let way = match ring {
-                Some(Way::Kernel) => "kernel",
-                Some(Way::Shared) => "shared",
-                Some(Way::Plain) | None => "plain",
+                Some(Transport::Kernel) => "kernel",
+                Some(Transport::Shared) => "shared",
+                Some(Transport::Plain) | None => "plain",
             };
             eprintln!(
                 "ublkup-pipe {role}: way={way} bytes={} ring_bytes={} system_calls={} wakes={} sleeps={}",

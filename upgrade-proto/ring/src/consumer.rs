@@ -1,211 +1,177 @@
 //! The reading end.
 
+mod buffer;
+mod upgrade;
+
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
-use rustix::io::{Errno, ioctl_fionread};
 
+use self::buffer::Buffer;
+use self::upgrade::Step;
 use crate::bytes::Bytes;
 use crate::counters::Counters;
-use crate::end::Link;
-use crate::line::{Line, repeat};
-use crate::mapped::RingReader;
-use crate::memory::{Memory, Pieces, Role, control};
+use crate::error::RingError;
+use crate::handle::{Handle, Phase};
+use crate::memory::{MAX_RECORD_BYTES, Role};
+use crate::options::{Options, Transport};
 use crate::pipe::{Mode, read_some, wait};
-use crate::talk::{Heard, Message, Talk};
-use crate::{MAX_RECORD_BYTES, Options, RingError, Way, is_pipe, is_size, kernel, service, share};
-use upgrade_proto::{Answer, connect};
+use crate::pipe_end::{PipeEnd, retry};
+use crate::protocol::Reader;
 
-/// After so many bytes from the pipe a consumer asks for a ring once more, then after twice as many.
-const BYTES_PER_TRY: u64 = 64 << 10;
-
-#[derive(Debug)]
-enum Phase {
-    /// The pipe.
-    Plain,
-    /// The pipe, until a producer asks the kernel for the ring as well.
-    Pending(Memory),
-    /// The pipe, until the producer offers memory.
-    Talking(Talk),
-    /// The pipe, until the producer has written its last byte to it.
-    Accepted(Talk, Memory),
-    /// So many more bytes of the pipe.
-    Draining(Talk, Memory, u64),
-    Ring(RingReader),
-    Dead,
-}
-
-/// What was in the pipe.
+/// What a read from the pipe found.
 enum Pulled {
     Bytes(usize),
+    /// Nothing yet.
     Nothing,
+    /// The end of the stream.
     End,
-    /// The bytes are elsewhere from now on.
-    Switched,
+    /// The bytes come from a ring from here on.
+    Ring,
 }
 
-/// Reads from a pipe, or from the ring that took its place.
+/// Reads from a pipe, or from the ring that replaced it.
 ///
-/// Dropping it closes the descriptor. Bytes that were peeked or read ahead and not consumed go with it.
+/// Dropping it closes the descriptor; bytes that were read ahead and not consumed are lost.
 #[derive(Debug)]
 pub struct Consumer {
-    // The ring is closed before the pipe.
-    phase: Phase,
-    line: Line,
-    has_rings: bool,
-    /// Bytes from the pipe, and records that straddle a change of ways: from `start` to `end`.
-    buffer: Vec<u8>,
-    start: usize,
-    end: usize,
+    handle: Handle<Step, Reader>,
+    may_have_ring: bool,
+    /// What comes before the bytes of the pipe or of the ring.
+    buffer: Buffer,
+    /// Bytes read from the pipe.
     pipe_bytes: u64,
+    /// At how many of them the next connection is tried.
     next_try: u64,
 }
 
 impl Consumer {
-    /// Makes the reading end of `pipe`, which need not be a pipe: others are read plainly.
+    /// Makes the reading end of `pipe`. Another kind of file is read plainly.
     ///
-    /// Never waits for a producer: one that offers a ring later is found when its first bytes are read.
+    /// Does not wait for a producer: one that offers a ring later is found when its first bytes are read.
     pub fn new(pipe: OwnedFd, options: &Options) -> io::Result<Self> {
-        let line = Line::new(pipe, options, EventFlags::IN)?;
-        let has_rings = is_pipe(&line.pipe)? && line.ready.is_some();
+        let pipe = PipeEnd::new(pipe, options, EventFlags::IN)?;
+        let may_have_ring = pipe.may_have_ring()?;
+        let step = match may_have_ring.then(|| pipe.open_kernel_ring(Role::Consumer)) {
+            Some(Some(memory)) => Step::KernelPending(memory),
+            _ => Step::Idle,
+        };
         let mut this = Self {
-            phase: Phase::Plain,
-            line,
-            has_rings,
-            buffer: vec![0; MAX_RECORD_BYTES],
-            start: 0,
-            end: 0,
+            handle: Handle::new(step, pipe),
+            may_have_ring,
+            buffer: Buffer::new(),
             pipe_bytes: 0,
             next_try: 0,
         };
-        if has_rings && let Some(memory) = this.line.ask_kernel(Role::Consumer) {
-            this.phase = Phase::Pending(memory);
-        }
-        this.attend()?;
+        this.advance()?;
         Ok(this)
     }
 
-    /// How bytes come at this moment.
+    /// What carries the bytes at this moment.
     #[must_use]
-    pub fn way(&self) -> Way {
-        match &self.phase {
-            Phase::Ring(ring) => ring.way(),
-            _ => Way::Plain,
-        }
+    pub fn transport(&self) -> Transport {
+        self.handle.transport()
     }
 
-    /// Which ring there is, or was last.
+    /// The ring in use, or the last one that was.
     #[must_use]
-    pub fn last_ring(&self) -> Option<Way> {
-        self.line.last_ring
+    pub fn last_ring(&self) -> Option<Transport> {
+        self.handle.pipe.last_ring
     }
 
-    /// What happened so far.
+    /// Statistics.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        self.line.counters
+        self.handle.pipe.counters
     }
 
-    /// Waits until the ring is there, at most so long, reading ahead what is in the pipe; how bytes come
-    /// then.
-    pub fn upgrade(&mut self, limit: Duration) -> io::Result<Way> {
-        repeat(limit, || {
-            if let Phase::Ring(ring) = &mut self.phase
-                && ring.way() == Way::Shared
+    /// Waits until there is a ring, at most for `limit`, and reads ahead what is in the pipe; returns what
+    /// carries the bytes then.
+    pub fn upgrade(&mut self, limit: Duration) -> io::Result<Transport> {
+        retry(limit, || {
+            let Handle { phase, pipe } = &mut self.handle;
+            if let Phase::Ring(ring) = phase
+                && ring.transport() == Transport::Shared
                 && ring.is_peer_gone()?
-                && ring.look(self.line.pipe.as_fd(), &mut self.line.counters)? == 0
+                && ring.refresh(pipe)? == 0
             {
-                self.leave()?;
+                self.leave_ring()?;
             }
-            // What is left of the pipe comes before the ring.
-            let room = self.buffer.len() - self.end;
-            if room > 0
-                && !matches!(self.phase, Phase::Ring(_))
+            // The bytes in the pipe precede those of a ring.
+            if self.buffer.len() < MAX_RECORD_BYTES
+                && !matches!(self.handle.phase, Phase::Ring(_))
                 && let Pulled::End = self.pull_into_buffer(Mode::Now)?
             {
                 return Ok(true);
             }
             self.next_try = self.pipe_bytes;
-            self.attend()?;
-            Ok(self.way() != Way::Plain)
+            self.advance()?;
+            Ok(self.transport() != Transport::Plain)
         })?;
-        Ok(self.way())
+        Ok(self.transport())
     }
 
-    /// The bytes that are there, after waiting until there are `at_least` so many, and one. Fewer: the stream
-    /// ends with these. Peeking again shows the same bytes, and perhaps more.
+    /// Waits until at least `at_least` bytes (and one) are readable, and returns all that are; fewer at the end
+    /// of the stream. Peeking again returns the same bytes, and perhaps more.
     #[inline]
     pub fn peek(&mut self, at_least: usize) -> io::Result<Bytes<'_>> {
         self.fill(at_least, Mode::Wait)?;
-        Ok(self.view())
+        Ok(self.bytes())
     }
 
-    /// The bytes that are there if they are `at_least` so many, or the last ones. Otherwise see
-    /// [`Consumer::prepare_to_poll`]. Who asks again and again instead sees somewhat later that a producer was
-    /// killed, or that others wrote to the pipe.
+    /// As [`Consumer::peek`], but `None` instead of waiting; then see [`Consumer::prepare_to_poll`]. A caller
+    /// that tries again without polling learns a little later that a producer was killed, or that another
+    /// program wrote to the pipe.
     #[inline]
     pub fn try_peek(&mut self, at_least: usize) -> io::Result<Option<Bytes<'_>>> {
         match self.fill(at_least, Mode::Now)? {
-            true => Ok(Some(self.view())),
+            true => Ok(Some(self.bytes())),
             false => Ok(None),
         }
     }
 
-    /// To be called before polling the descriptor of [`AsFd`] for reading, after `try_peek` had too little.
-    /// False: something changed already, try again without polling.
+    /// Must be called between a `try_peek` that returned `None` and polling the descriptor of [`AsFd`] for
+    /// reading. False: something has changed already; try again without polling.
     pub fn prepare_to_poll(&mut self) -> io::Result<bool> {
-        match &mut self.phase {
-            Phase::Ring(ring) => Ok(!ring.arm()),
-            Phase::Dead => Err(RingError::Dead.into()),
-            _ => Ok(true),
-        }
+        self.handle.prepare_to_poll()
     }
 
     /// Takes the first `len_bytes` of what was peeked.
     ///
     /// # Panics
-    /// There are not so many.
+    /// There are fewer.
     #[inline]
     pub fn consume(&mut self, len_bytes: usize) {
-        let buffered = self.buffered();
-        match &mut self.phase {
-            Phase::Ring(ring) if buffered == 0 => {
-                assert!(
-                    len_bytes <= ring.filled(),
-                    "more is consumed than was peeked"
-                );
-                self.line.counters.ring_bytes += len_bytes as u64;
-                ring.consume(len_bytes, self.line.pipe.as_fd(), &mut self.line.counters);
-            }
-            _ => {
-                assert!(len_bytes <= buffered, "more is consumed than was peeked");
-                self.start += len_bytes;
-            }
+        let Handle { phase, pipe } = &mut self.handle;
+        let peeked = match phase {
+            Phase::Ring(ring) if self.buffer.is_empty() => ring.filled(),
+            _ => self.buffer.len(),
+        };
+        assert!(len_bytes <= peeked, "more is consumed than was peeked");
+        match phase {
+            Phase::Ring(ring) if self.buffer.is_empty() => ring.consume(len_bytes, pipe),
+            _ => self.buffer.consume(len_bytes),
         }
-        self.line.counters.bytes += len_bytes as u64;
+        pipe.counters.bytes += len_bytes as u64;
     }
 
     #[inline]
-    fn buffered(&self) -> usize {
-        self.end - self.start
-    }
-
-    #[inline]
-    fn view(&self) -> Bytes<'_> {
-        match &self.phase {
-            Phase::Ring(ring) if self.buffered() == 0 => ring.bytes(),
-            _ => Bytes::of(&self.buffer[self.start..self.end]),
+    fn bytes(&self) -> Bytes<'_> {
+        match &self.handle.phase {
+            Phase::Ring(ring) if self.buffer.is_empty() => ring.bytes(),
+            _ => self.buffer.bytes(),
         }
     }
 
-    /// Whether `at_least` bytes are there, or the end; false only if it may not wait.
+    /// Whether `at_least` bytes, or the last ones, are readable; false only in [`Mode::Now`].
     #[inline]
     fn fill(&mut self, at_least: usize, mode: Mode) -> io::Result<bool> {
-        if let Phase::Ring(ring) = &self.phase
+        if let Phase::Ring(ring) = &self.handle.phase
             && ring.filled() >= at_least.max(1)
-            && self.buffered() == 0
+            && self.buffer.is_empty()
         {
             return Ok(true);
         }
@@ -217,345 +183,188 @@ impl Consumer {
             return Err(RingError::TooLong(at_least).into());
         }
         loop {
-            if self.buffered() >= at_least {
+            if self.buffer.len() >= at_least {
                 return Ok(true);
             }
-            match &self.phase {
+            match &self.handle.phase {
                 Phase::Dead => return Err(RingError::Dead.into()),
                 Phase::Ring(_) => {
                     let filled = self.fill_from_ring(at_least, mode);
-                    match filled.map_err(|error| self.fail(error))? {
-                        Some(answer) => return Ok(answer),
-                        None => continue,
+                    if let Some(answer) = self.handle.check(filled)? {
+                        return Ok(answer);
                     }
                 }
-                _ => match self.pull_into_buffer(mode)? {
-                    Pulled::Bytes(_) | Pulled::Switched => {}
+                Phase::Pipe(_) => match self.pull_into_buffer(mode)? {
+                    Pulled::Bytes(_) | Pulled::Ring => {}
                     Pulled::End => return Ok(true),
                     Pulled::Nothing if mode == Mode::Now => return Ok(false),
-                    Pulled::Nothing => self.line.wait()?,
+                    Pulled::Nothing => self.handle.pipe.wait()?,
                 },
             }
         }
     }
 
-    /// One round with a ring; `None`: look again.
+    /// One attempt with a ring; `None`: try again.
     fn fill_from_ring(&mut self, at_least: usize, mode: Mode) -> io::Result<Option<bool>> {
-        let buffered = self.buffered();
-        let (Phase::Ring(ring), Some(ready)) = (&mut self.phase, &self.line.ready) else {
+        let Handle { phase, pipe } = &mut self.handle;
+        let Phase::Ring(ring) = phase else {
             return Ok(None);
         };
-        let pipe = self.line.pipe.as_fd();
-        let polled = ring.is_armed();
-        // Whether it is gone must be known before the last look at what it wrote.
+        let was_polling = ring.is_armed();
+        // To be known before the position is loaded, which is final then.
         let gone = ring.is_peer_gone()?;
-        let filled = ring.look(pipe, &mut self.line.counters)?;
-        if buffered == 0 && filled >= at_least {
+        let filled = ring.refresh(pipe)?;
+        if self.buffer.is_empty() && filled >= at_least {
             return Ok(Some(true));
         }
         if filled > 0 {
-            // Too little, or the rest of what began in the pipe. While it waits in the buffer the ring is
-            // empty: whoever polls is not told of it again and again, and the pipe may go on.
-            self.move_from_ring(at_least - buffered);
+            // Too little, or the rest of a record that began in the pipe. With the first part in the buffer the
+            // ring is empty: a poller is not woken for it again and again, and bytes of the pipe may follow.
+            let missing = at_least - self.buffer.len();
+            let count = ring.bytes().first(missing).copy_to(self.buffer.space());
+            ring.consume(count, pipe);
+            self.buffer.add(count);
             return Ok(None);
         }
         if gone {
-            return match ring.way() {
-                Way::Kernel => Ok(Some(true)),
+            return match ring.transport() {
+                Transport::Kernel => Ok(Some(true)),
                 _ => {
                     // The pipe goes on after the ring.
-                    self.leave()?;
+                    self.leave_ring()?;
                     Ok(None)
                 }
             };
         }
         if mode == Mode::Now {
-            // Whoever asks again and again without polling makes hardly any system calls.
-            let asks = polled || ring.looked_in_vain(&mut self.line.counters);
-            let more = asks && self.pull_aside()?;
-            return Ok(Some(more && self.buffered() >= at_least));
+            // A caller that tries again without polling makes hardly any system calls.
+            let asks = was_polling || ring.note_miss(pipe);
+            let more = asks && self.pull_beside_ring()?;
+            return Ok(Some(more && self.buffer.len() >= at_least));
         }
-        ring.sleep(ready.as_fd(), &mut self.line.counters)?;
-        if ring.look(pipe, &mut self.line.counters)? == 0 {
-            self.pull_aside()?;
+        ring.sleep(pipe)?;
+        if ring.refresh(pipe)? == 0 {
+            self.pull_beside_ring()?;
         }
         Ok(None)
     }
 
-    /// Takes what other writers put into the pipe while a ring is there, between two of the producer's
-    /// commits: the ring is empty.
-    fn pull_aside(&mut self) -> io::Result<bool> {
-        if self.way() != Way::Shared {
+    /// Reads what other writers put into the pipe beside a shared ring; whether there was anything. The ring is
+    /// empty, so this is between two commits of the producer.
+    fn pull_beside_ring(&mut self) -> io::Result<bool> {
+        if self.transport() != Transport::Shared {
             return Ok(false);
         }
-        self.compact();
-        self.line.counters.system_calls += 1;
-        let room = &mut self.buffer[self.end..];
-        match read_some(self.line.pipe.as_fd(), room, Mode::Now)? {
+        let pipe = &mut self.handle.pipe;
+        pipe.counters.system_calls += 1;
+        match read_some(pipe.fd.as_fd(), self.buffer.space(), Mode::Now)? {
             Some(0) => {
-                // Nobody has it any more, not even the producer: it would be ready for ever.
-                if let Some(ready) = &self.line.ready {
-                    ready.forget(&self.line.pipe).or_else(unless_so)?;
-                }
+                // No writer is left, not even the producer. The pipe would be ready for ever.
+                pipe.unwatch(&pipe.fd)?;
                 Ok(false)
             }
             Some(count) => {
                 self.pipe_bytes += count as u64;
-                self.end += count;
+                self.buffer.add(count);
                 Ok(true)
             }
             None => Ok(false),
         }
     }
 
-    /// Copies up to `len_bytes` from the ring to the end of the buffer.
-    fn move_from_ring(&mut self, len_bytes: usize) {
-        self.compact();
-        let Phase::Ring(ring) = &mut self.phase else {
-            return;
-        };
-        let space = &mut self.buffer[self.end..];
-        let count = ring.bytes().first(len_bytes).copy_to(space);
-        ring.consume(count, self.line.pipe.as_fd(), &mut self.line.counters);
-        self.line.counters.ring_bytes += count as u64;
-        self.end += count;
-    }
-
-    fn compact(&mut self) {
-        if self.start > 0 {
-            self.buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
-        }
-    }
-
     fn pull_into_buffer(&mut self, mode: Mode) -> io::Result<Pulled> {
-        self.compact();
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let pulled = self.pull(&mut buffer[self.end..], mode);
+        let mut buffer = mem::take(&mut self.buffer);
+        let pulled = self.pull(buffer.space(), mode);
         self.buffer = buffer;
         if let Ok(Pulled::Bytes(count)) = pulled {
-            self.end += count;
+            self.buffer.add(count);
         }
         pulled
     }
 
-    /// Reads from the pipe, as far as the bytes are there.
-    fn pull(&mut self, into: &mut [u8], mode: Mode) -> io::Result<Pulled> {
-        self.attend()?;
-        let most = match &mut self.phase {
-            Phase::Ring(_) | Phase::Dead => return Ok(Pulled::Switched),
-            Phase::Draining(_, _, left) => {
-                usize::try_from(*left).unwrap_or(usize::MAX).min(into.len())
+    /// Reads from the pipe, unless or until a ring replaces it.
+    fn pull(&mut self, target: &mut [u8], mode: Mode) -> io::Result<Pulled> {
+        self.advance()?;
+        let Handle { phase, pipe } = &mut self.handle;
+        let Phase::Pipe(step) = phase else {
+            return Ok(Pulled::Ring);
+        };
+        let (most, mode_now) = match step {
+            Step::Idle | Step::KernelPending(_) => (target.len(), mode),
+            // A message may arrive while read(2) would sleep.
+            Step::Connected(_) | Step::Mapped(..) => (target.len(), Mode::Now),
+            Step::Draining(_, _, left) => {
+                let left = usize::try_from(*left).unwrap_or(usize::MAX);
+                (left.min(target.len()), Mode::Now)
             }
-            _ => into.len(),
         };
-        // Who talks must not sleep in read(2) alone.
-        let quiet = matches!(self.phase, Phase::Plain | Phase::Pending(_));
-        let how = if quiet { mode } else { Mode::Now };
-        self.line.counters.system_calls += 1;
-        let count = match read_some(self.line.pipe.as_fd(), &mut into[..most], how)? {
-            None if matches!(self.phase, Phase::Draining(..)) => return self.drained(),
-            None => return Ok(Pulled::Nothing),
-            Some(count) => count,
-        };
-        self.pipe_bytes += count as u64;
-        match &mut self.phase {
-            Phase::Draining(_, _, left) if count > 0 => {
+        pipe.counters.system_calls += 1;
+        let count = read_some(pipe.fd.as_fd(), &mut target[..most], mode_now)?;
+        self.pipe_bytes += count.unwrap_or(0) as u64;
+        match (step, count) {
+            (Step::Draining(_, _, left), Some(count)) if count > 0 => {
                 *left -= count as u64;
                 Ok(Pulled::Bytes(count))
             }
-            // Another reader took them.
-            Phase::Draining(..) => self.drained(),
-            Phase::Talking(_) | Phase::Accepted(..) if count == 0 => self.last_words(mode),
-            _ if count == 0 => Ok(Pulled::End),
-            _ => Ok(Pulled::Bytes(count)),
+            (Step::Draining(_, _, left), _) => {
+                // Another reader took them.
+                *left = 0;
+                self.advance()?;
+                Ok(Pulled::Ring)
+            }
+            (_, None) => Ok(Pulled::Nothing),
+            (Step::Connected(_) | Step::Mapped(..), Some(0)) => self.pipe_ended(mode),
+            (_, Some(0)) => Ok(Pulled::End),
+            (_, Some(count)) => Ok(Pulled::Bytes(count)),
         }
     }
 
-    fn drained(&mut self) -> io::Result<Pulled> {
-        if let Phase::Draining(_, _, left) = &mut self.phase {
-            *left = 0;
-        }
-        self.attend()?;
-        Ok(Pulled::Switched)
-    }
-
-    /// The pipe ends, but its producer may have said something on the socket before: a ring may be full.
-    fn last_words(&mut self, mode: Mode) -> io::Result<Pulled> {
+    /// The pipe has ended while the negotiation goes on: SWITCH may still be on the socket, and a ring full of
+    /// bytes behind it.
+    fn pipe_ended(&mut self, mode: Mode) -> io::Result<Pulled> {
         loop {
-            self.attend()?;
-            let talk = match &self.phase {
-                Phase::Talking(talk) | Phase::Accepted(talk, _) => talk,
-                Phase::Plain => return Ok(Pulled::End),
-                _ => return Ok(Pulled::Switched),
+            self.advance()?;
+            let Handle { phase, pipe } = &mut self.handle;
+            let channel = match phase {
+                Phase::Pipe(Step::Connected(channel) | Step::Mapped(channel, _)) => channel,
+                Phase::Pipe(Step::Idle) => return Ok(Pulled::End),
+                _ => return Ok(Pulled::Ring),
             };
             if mode == Mode::Now {
-                // It has ended, and would be ready until the socket says more.
-                if let Some(ready) = &self.line.ready {
-                    ready.forget(&self.line.pipe).or_else(unless_so)?;
-                }
+                // It would be ready for ever; the socket is what to poll.
+                pipe.unwatch(&pipe.fd)?;
                 return Ok(Pulled::Nothing);
             }
-            self.line.counters.system_calls += 1;
-            wait(talk.as_fd())?;
+            pipe.counters.system_calls += 1;
+            wait(channel.as_fd())?;
         }
-    }
-
-    fn fail(&mut self, error: io::Error) -> io::Error {
-        if error.kind() == io::ErrorKind::InvalidData {
-            self.phase = Phase::Dead;
-        }
-        error
-    }
-
-    /// Takes the next step towards a ring, if the other end has taken its own.
-    fn attend(&mut self) -> io::Result<()> {
-        match std::mem::replace(&mut self.phase, Phase::Plain) {
-            Phase::Plain => self.ask(),
-            Phase::Pending(memory) => match memory.word(control::STATE) {
-                control::PENDING => self.phase = Phase::Pending(memory),
-                control::LIVE => self.start(memory, Link::Kernel(kernel::Side::Read))?,
-                _ => self.phase = Phase::Dead,
-            },
-            Phase::Talking(talk) => {
-                self.line.counters.system_calls += 1;
-                match talk.hear() {
-                    Heard::Nothing => self.phase = Phase::Talking(talk),
-                    Heard::Said(Message::Offer(size), Some(file)) => {
-                        self.line.counters.system_calls += 1;
-                        match self.accept(size, &talk, &file) {
-                            Some(memory) => self.phase = Phase::Accepted(talk, memory),
-                            None => self.watch_pipe()?,
-                        }
-                    }
-                    Heard::Gone | Heard::Said(..) => self.watch_pipe()?,
-                }
-            }
-            Phase::Accepted(talk, memory) => {
-                self.line.counters.system_calls += 1;
-                match talk.hear() {
-                    Heard::Nothing => self.phase = Phase::Accepted(talk, memory),
-                    Heard::Said(Message::Switch, _) => {
-                        // All that the producer wrote to the pipe is among these bytes.
-                        self.line.counters.system_calls += 1;
-                        let left = ioctl_fionread(&self.line.pipe)?;
-                        self.phase = Phase::Draining(talk, memory, left);
-                        return self.attend();
-                    }
-                    Heard::Gone | Heard::Said(..) => self.watch_pipe()?,
-                }
-            }
-            Phase::Draining(talk, memory, 0) => self.start(memory, Link::Shared(talk))?,
-            other => self.phase = other,
-        }
-        Ok(())
-    }
-
-    /// Asks whether the producer offers a ring: at once, when its first bytes were read (it offers before
-    /// it writes), and ever more rarely after that.
-    fn ask(&mut self) {
-        if !self.has_rings || !self.line.options.shared || self.pipe_bytes < self.next_try {
-            return;
-        }
-        self.next_try = match self.pipe_bytes {
-            0 => 1,
-            bytes => bytes + bytes.max(BYTES_PER_TRY),
-        };
-        let (Some(ready), Ok(name)) = (&self.line.ready, service()) else {
-            return;
-        };
-        self.line.counters.system_calls += 1;
-        let answer = connect(&self.line.pipe, &name, &self.line.options.lookup);
-        if let Ok(Answer::Found(connection)) = answer {
-            let talk = Talk::new(connection.into_stream());
-            if ready.add(&talk).is_ok() {
-                self.phase = Phase::Talking(talk);
-            }
-        }
-    }
-
-    /// Maps what was offered, if it is sound, and says so.
-    fn accept(&self, size: u64, talk: &Talk, file: &OwnedFd) -> Option<Memory> {
-        let most = u64::from(self.line.options.size_bytes);
-        let size = u32::try_from(size).ok()?;
-        if !is_size(size) || u64::from(size) > most {
-            return None;
-        }
-        share::check(file, Memory::file_bytes(size)).ok()?;
-        let page = share::create(rustix::param::page_size() as u64).ok()?;
-        let pieces = Pieces {
-            main: file.as_fd(),
-            consumer: Some((page.as_fd(), 0)),
-            control_writable: false,
-        };
-        let memory = Memory::map(Role::Consumer, size, &pieces).ok()?;
-        share::seal(&page).ok()?;
-        talk.say(Message::Ready, Some(page.as_fd()))
-            .then_some(memory)
-    }
-
-    fn start(&mut self, memory: Memory, link: Link) -> io::Result<()> {
-        match RingReader::new(memory, link, self.line.options.spin) {
-            Ok(ring) => {
-                self.line.note_ring(ring.way());
-                self.phase = Phase::Ring(ring);
-                Ok(())
-            }
-            Err(error) => {
-                self.phase = Phase::Dead;
-                Err(error)
-            }
-        }
-    }
-
-    /// The producer is gone and its ring is empty: the pipe goes on, perhaps with another producer.
-    fn leave(&mut self) -> io::Result<()> {
-        self.phase = Phase::Plain;
-        self.next_try = self.pipe_bytes + 1;
-        self.watch_pipe()
-    }
-
-    /// The pipe is of interest again, if it was not.
-    fn watch_pipe(&self) -> io::Result<()> {
-        if let Some(ready) = &self.line.ready {
-            ready.add(&self.line.pipe).or_else(unless_so)?;
-        }
-        Ok(())
-    }
-}
-
-/// That something is watched, or is not, already is no error.
-fn unless_so(errno: Errno) -> Result<(), Errno> {
-    match errno {
-        Errno::EXIST | Errno::NOENT => Ok(()),
-        _ => Err(errno),
     }
 }
 
 impl AsFd for Consumer {
-    /// Readable when there may be bytes: for polling, after [`Consumer::prepare_to_poll`]. Stays the same.
+    /// The descriptor to poll for reading, after [`Consumer::prepare_to_poll`]. It stays the same.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.line.as_fd()
+        self.handle.pipe.as_fd()
     }
 }
 
 impl io::Read for Consumer {
-    /// Waits until there is a byte; zero is the end.
+    /// Waits for at least one byte; zero is the end of the stream.
     #[inline]
     fn read(&mut self, target: &mut [u8]) -> io::Result<usize> {
         if target.is_empty() {
             return Ok(0);
         }
-        // A pipe is read without a stop in the buffer.
-        while self.buffered() == 0 && !matches!(self.phase, Phase::Ring(_) | Phase::Dead) {
+        // Without a copy by way of the buffer.
+        while self.buffer.is_empty() && matches!(self.handle.phase, Phase::Pipe(_)) {
             match self.pull(target, Mode::Wait)? {
                 Pulled::Bytes(count) => {
-                    self.line.counters.bytes += count as u64;
+                    self.handle.pipe.counters.bytes += count as u64;
                     return Ok(count);
                 }
                 Pulled::End => return Ok(0),
-                Pulled::Nothing => self.line.wait()?,
-                Pulled::Switched => break,
+                Pulled::Nothing => self.handle.pipe.wait()?,
+                Pulled::Ring => break,
             }
         }
         let bytes = self.peek(1)?;
@@ -567,13 +376,14 @@ impl io::Read for Consumer {
 
 impl Drop for Consumer {
     fn drop(&mut self) {
-        if !self.line.is_ours() {
+        let Handle { phase, pipe } = &mut self.handle;
+        if !pipe.is_owner() {
             return;
         }
-        match &mut self.phase {
-            Phase::Ring(ring) => ring.close(self.line.pipe.as_fd(), &mut self.line.counters),
+        match phase {
+            Phase::Ring(ring) => ring.publish(true, pipe),
             // The producer may be writing to it already.
-            Phase::Accepted(_, memory) | Phase::Draining(_, memory, _) => memory.abandon(),
+            Phase::Pipe(Step::Mapped(_, memory) | Step::Draining(_, memory, _)) => memory.abandon(),
             _ => {}
         }
     }

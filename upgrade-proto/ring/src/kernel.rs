@@ -7,7 +7,7 @@ use rustix::io::Errno;
 
 use crate::memory::{Memory, Pieces, Role, control};
 
-/// `ringbuffer(fd, args, usize)`: a ring descriptor, to be mapped.
+/// `ringbuffer(fd, args, usize)`: returns a descriptor to map the ring by.
 const SYS_RINGBUFFER: libc::c_long = 473;
 /// `ringbuffer_wakeup(fd, side, flags)`.
 const SYS_RINGBUFFER_WAKEUP: libc::c_long = 474;
@@ -22,7 +22,7 @@ struct Args {
     resv: [u64; 2],
 }
 
-/// Which side of a pipe we are on, in the kernel's words.
+/// The side of a pipe that this end is, in the kernel's terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     Read,
@@ -37,7 +37,7 @@ impl Side {
         }
     }
 
-    /// The bit that says that the other side is gone for good.
+    /// The bit of `control::CLOSED` for the other side.
     #[inline]
     pub(crate) fn peer_bit(self) -> u32 {
         match self {
@@ -46,7 +46,7 @@ impl Side {
         }
     }
 
-    /// The bit that says that somebody sleeps in the kernel on the other side.
+    /// The bit of `control::WAITING` for the other side.
     #[inline]
     pub(crate) fn sleeper_bit(self) -> u32 {
         match self {
@@ -55,9 +55,10 @@ impl Side {
         }
     }
 
-    /// Wakes whoever sleeps on the other side, in whichever way.
+    /// Wakes all sleepers on the other side, in the kernel and in futexes.
     pub(crate) fn wake_peer(self, pipe: BorrowedFd<'_>) {
-        // SAFETY: no memory is involved. Failure would mean that the ring is dead, which shows elsewhere.
+        // An error would mean that the ring is dead, which the control page says, too.
+        // SAFETY: the call accesses no memory of this process.
         let _woken = unsafe {
             libc::syscall(
                 SYS_RINGBUFFER_WAKEUP,
@@ -78,15 +79,14 @@ impl From<Role> for Side {
     }
 }
 
-/// Asks for the ring of a pipe and maps this side of it. ENOSYS, EOPNOTSUPP, EPERM: there is none to be
-/// had.
+/// Asks for the ring of a pipe and maps this side of it. ENOSYS, EOPNOTSUPP, EPERM: there is none.
 pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory, Errno> {
     let mut args = Args {
         size,
         side: Side::from(role).number(),
         ..Args::default()
     };
-    // SAFETY: the kernel reads and writes `args` within the size that is said, during the call.
+    // SAFETY: the kernel reads and writes `args`, within the size that is passed, during the call.
     let answer = unsafe {
         libc::syscall(
             SYS_RINGBUFFER,
@@ -101,11 +101,11 @@ pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory
             .map_or(Errno::IO, Errno::from_raw_os_error));
     }
     let number = i32::try_from(answer).map_err(|_| Errno::BADF)?;
-    // SAFETY: the kernel has just made it for us.
+    // SAFETY: the kernel has just opened it for the caller.
     let ring = unsafe { OwnedFd::from_raw_fd(number) };
-    // Another program may have asked first, for a small one: read(2) and write(2) work on that as well.
+    // Another program may have asked first, for a smaller ring: use that by read(2) and write(2).
     let size = u32::try_from(args.size).map_err(|_| Errno::PROTO)?;
-    if !crate::is_size(size) {
+    if !Memory::is_size(size.into()) {
         return Err(Errno::NOBUFS);
     }
     let page = rustix::param::page_size() as u64;
@@ -114,7 +114,7 @@ pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory
         consumer: Some((ring.as_fd(), 2 * page)),
         control_writable: false,
     };
-    // The mapping keeps the ring; its descriptor has done its duty.
+    // The mapping outlives the descriptor.
     let memory = Memory::map(role, size, &pieces)?;
     let says = |word, value: u64| u64::from(memory.word(word)) == value;
     let as_expected = says(control::VERSION, control::VERSION_1.into())

@@ -1,8 +1,8 @@
-//! A ring's memory as one end maps it: control page, producer's page, consumer's page, data twice in a row.
+//! The mapping of a ring: control page, producer's index page, consumer's index page, and the data twice in a row.
 //!
-//! The layout is the kernel's, also where two processes made the memory themselves. Each piece is mapped
-//! with the rights that this end has to it. The data is mapped twice, so that what wraps around the end
-//! of the ring still is one stretch of addresses.
+//! The layout is the kernel's, also for memory that two processes made themselves. Each piece is mapped with the
+//! access that this end has to it. The data is mapped twice, so that a record that wraps around the end of the
+//! ring has contiguous addresses.
 
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
@@ -12,9 +12,17 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use rustix::param::page_size;
 
-use crate::protocol::{Fence, Page, Word};
+use crate::bytes::{Bytes, Space};
+use crate::protocol::{Fence, IndexPage, Word};
 
-/// The control page's words, as 32-bit indices.
+/// The most bytes that can be reserved or peeked at once.
+pub const MAX_RECORD_BYTES: usize = 64 << 10;
+
+/// The least size of a ring in bytes. Two records fit, so that a producer that waits for free space for one and
+/// a consumer that waits for the whole of another cannot wait for each other.
+pub const MIN_SIZE_BYTES: u32 = 128 << 10;
+
+/// The words of the control page, as indices of 32-bit words.
 pub(crate) mod control {
     /// The version of the layout: 1.
     pub const VERSION: usize = 0;
@@ -22,28 +30,28 @@ pub(crate) mod control {
     pub const SIZE: usize = 1;
     /// The size less one.
     pub const MASK: usize = 2;
-    /// All of it, in bytes.
+    /// Bytes of the whole layout.
     pub const MMAP_SIZE: usize = 3;
-    /// Where the producer's page is.
+    /// Offset of the producer's index page.
     pub const PRODUCER_OFFSET: usize = 4;
-    /// Where the consumer's page is.
+    /// Offset of the consumer's index page.
     pub const CONSUMER_OFFSET: usize = 5;
-    /// Where the data is.
+    /// Offset of the data.
     pub const DATA_OFFSET: usize = 6;
-    /// [`PENDING`], [`LIVE`], or dead.
+    /// [`PENDING`], [`LIVE`], or another value: dead.
     pub const STATE: usize = 8;
-    /// Who is gone: [`NO_WRITER`], [`NO_READER`].
+    /// Which ends are closed: [`NO_WRITER`], [`NO_READER`].
     pub const CLOSED: usize = 9;
-    /// Changes with the two before it; a futex. The kernel's rings only.
+    /// Changes with the two before it; a futex. In the kernel's rings only.
     pub const EVENT: usize = 10;
-    /// Who sleeps in the kernel: [`SLEEPS_READ`], [`SLEEPS_WRITE`]. The kernel's rings only.
+    /// Which sides have sleepers in the kernel: [`SLEEPS_READ`], [`SLEEPS_WRITE`]. In the kernel's rings only.
     pub const WAITING: usize = 32;
-    /// How many words there are.
+    /// Number of words.
     pub const WORDS: usize = 33;
 
     /// The only version there is.
     pub const VERSION_1: u32 = 1;
-    /// The ring waits for its other end.
+    /// The other end has not asked for the ring yet.
     pub const PENDING: u32 = 0;
     /// Data goes through the ring.
     pub const LIVE: u32 = 1;
@@ -51,9 +59,9 @@ pub(crate) mod control {
     pub const NO_WRITER: u32 = 1;
     /// No reader is left.
     pub const NO_READER: u32 = 2;
-    /// Somebody reads or polls in the kernel.
+    /// A reader or poller sleeps in the kernel.
     pub const SLEEPS_READ: u32 = 1;
-    /// Somebody writes or polls in the kernel.
+    /// A writer or poller sleeps in the kernel.
     pub const SLEEPS_WRITE: u32 = 2;
 }
 
@@ -63,7 +71,7 @@ pub(crate) mod control {
 pub struct SharedWord(AtomicU32);
 
 impl SharedWord {
-    /// For a futex.
+    /// The word itself, for a futex.
     pub(crate) fn atomic(&self) -> &AtomicU32 {
         &self.0
     }
@@ -72,7 +80,7 @@ impl SharedWord {
 impl Word for SharedWord {
     #[inline]
     fn load(&self, order: Ordering) -> u32 {
-        // The page may be mapped for reading only. Rust promises of relaxed loads alone that they work there.
+        // The page may be mapped read-only, where Rust allows no atomic loads but relaxed ones.
         let value = self.0.load(Ordering::Relaxed);
         if order != Ordering::Relaxed {
             fence(order);
@@ -97,19 +105,19 @@ impl Fence for FullFence {
     }
 }
 
-/// Which end of a ring we are.
+/// Which end of a ring this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     Producer,
     Consumer,
 }
 
-/// Where the pieces come from.
+/// The files with the pieces of a ring.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pieces<'a> {
-    /// Control page, producer's page and data at their places in the layout.
+    /// Control page, producer's index page and data at their offsets in the layout.
     pub main: BorrowedFd<'a>,
-    /// The consumer's page, and where it is in that file; `None`: [`Memory::map_consumer`] follows.
+    /// The consumer's index page and its offset in that file; `None`: [`Memory::map_consumer`] follows.
     pub consumer: Option<(BorrowedFd<'a>, u64)>,
     /// Whether this end may write to the control page.
     pub control_writable: bool,
@@ -118,7 +126,7 @@ pub(crate) struct Pieces<'a> {
 /// Pages before the data.
 pub(crate) const HEAD_PAGES: usize = 3;
 
-/// The mapping. The child of a fork does not have it.
+/// The mapping. A forked child does not have it.
 #[derive(Debug)]
 pub(crate) struct Memory {
     base: NonNull<u8>,
@@ -128,19 +136,19 @@ pub(crate) struct Memory {
     owner_pid: u32,
 }
 
-// SAFETY: the mapping belongs to this value alone; what it points to is shared with another process and
-// reached by atomic operations, or (the producer's free room) by whoever has this value alone.
+// SAFETY: this value owns the mapping; the memory is accessed by atomic operations only.
 unsafe impl Send for Memory {}
 
 impl Memory {
-    /// Bytes of a file that holds the whole layout.
+    /// Bytes of a file with the whole layout.
     pub(crate) fn file_bytes(size: u32) -> u64 {
         (HEAD_PAGES * page_size()) as u64 + u64::from(size)
     }
 
-    /// Whether a ring may have this size: a power of two, whole pages, at most 2^30.
+    /// Whether a ring may have so many bytes of data: a power of two, whole pages, at most 2^30.
     pub(crate) fn is_size(size: u64) -> bool {
-        size.is_power_of_two() && size >= page_size() as u64 && size <= 1 << 30
+        let least = u64::from(MIN_SIZE_BYTES).max(page_size() as u64);
+        size.is_power_of_two() && (least..=1 << 30).contains(&size)
     }
 
     /// Maps a ring of `size` bytes of data.
@@ -152,7 +160,7 @@ impl Memory {
         let head_bytes = HEAD_PAGES * page_bytes;
         let data_bytes = size as usize;
         let total = head_bytes + 2 * data_bytes;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
         let base = unsafe {
             mmap_anonymous(
                 std::ptr::null_mut(),
@@ -162,7 +170,7 @@ impl Memory {
             )?
         };
         let base = NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)?;
-        // From here on dropping it unmaps.
+        // Dropping it unmaps.
         let this = Self {
             base,
             page_bytes,
@@ -192,7 +200,7 @@ impl Memory {
         Ok(this)
     }
 
-    /// Maps the consumer's page, which the producer had to wait for.
+    /// Maps the consumer's index page, which the producer received later.
     pub(crate) fn map_consumer(&mut self, file: BorrowedFd<'_>) -> Result<(), Errno> {
         let rights = match self.role {
             Role::Producer => ProtFlags::READ,
@@ -201,7 +209,7 @@ impl Memory {
         self.put(2 * self.page_bytes, self.page_bytes, rights, (file, 0))
     }
 
-    /// Maps one piece in its place.
+    /// Maps one piece at its offset.
     fn put(
         &self,
         place: usize,
@@ -211,13 +219,17 @@ impl Memory {
     ) -> Result<(), Errno> {
         assert!(place + len_bytes <= self.total_bytes());
         let flags = MapFlags::SHARED | MapFlags::FIXED;
-        // SAFETY: the piece lies inside the region that is ours, and replaces what nobody has used yet. A
-        // child that used the ring would be a second producer or consumer, and there can be only one.
+        // SAFETY: the piece lies inside the region that this value owns, and replaces reserved addresses that
+        // were not used yet. Not inherited: a forked child would be a second producer or consumer.
         unsafe {
             let at = self.base.as_ptr().add(place).cast();
             mmap(at, len_bytes, rights, flags, file, offset)?;
             madvise(at, len_bytes, Advice::LinuxDontFork)
         }
+    }
+
+    pub(crate) fn role(&self) -> Role {
+        self.role
     }
 
     fn total_bytes(&self) -> usize {
@@ -234,12 +246,12 @@ impl Memory {
     #[inline]
     pub(crate) fn control(&self, index: usize) -> &SharedWord {
         assert!(index < control::WORDS);
-        // SAFETY: the control page is mapped as long as `self` lives, its words are aligned, and nobody
-        // accesses them but by atomic operations.
+        // SAFETY: the control page is mapped as long as `self` lives, its words are aligned, and they are
+        // accessed by atomic operations only.
         unsafe { self.base.cast::<SharedWord>().add(index).as_ref() }
     }
 
-    /// Fills the control page of a ring between two processes, before anybody else has it.
+    /// Fills in the control page of a new ring, before another process has it.
     pub(crate) fn write_control(&self) {
         let page = to_word(self.page_bytes);
         for (index, value) in [
@@ -263,42 +275,70 @@ impl Memory {
     }
 
     #[inline]
-    fn page(&self, owner: Role) -> &Page<SharedWord> {
+    fn page(&self, owner: Role) -> &IndexPage<SharedWord> {
         let index = match owner {
             Role::Producer => 1,
             Role::Consumer => 2,
         };
-        // SAFETY: the page is mapped as long as `self` lives, is aligned, and nobody accesses its words
-        // but by atomic operations.
+        // SAFETY: the page is mapped as long as `self` lives, is aligned, and its words are accessed by atomic
+        // operations only.
         unsafe { self.base.add(index * self.page_bytes).cast().as_ref() }
     }
 
-    /// The page that this end writes.
+    /// The index page that this end writes.
     #[inline]
-    pub(crate) fn own(&self) -> &Page<SharedWord> {
+    pub(crate) fn own(&self) -> &IndexPage<SharedWord> {
         self.page(self.role)
     }
 
-    /// The page that the other end writes.
+    /// The index page that the peer writes.
     #[inline]
-    pub(crate) fn peer(&self) -> &Page<SharedWord> {
+    pub(crate) fn peer(&self) -> &IndexPage<SharedWord> {
         match self.role {
             Role::Producer => self.page(Role::Consumer),
             Role::Consumer => self.page(Role::Producer),
         }
     }
 
-    /// Says that this end leaves, where no ring was made of the memory yet.
+    /// Announces that this end closes, before a [`crate::ring::Ring`] was made of the memory.
     pub(crate) fn abandon(&self) {
         self.own().closed.store(1, Ordering::Release);
     }
 
-    /// The data at a position: `size` bytes from here are mapped.
+    /// The address of the data at a position.
+    ///
+    /// # Panics
+    /// `len_bytes` is more than the size.
     #[inline]
-    pub(crate) fn at(&self, position: u32) -> NonNull<u8> {
+    fn at(&self, position: u32, len_bytes: usize) -> NonNull<u8> {
+        assert!(len_bytes <= self.size as usize, "longer than the ring");
         let offset = (position & (self.size - 1)) as usize;
         // SAFETY: less than `size` into the first of two mappings of `size` bytes.
         unsafe { self.base.add(HEAD_PAGES * self.page_bytes + offset) }
+    }
+
+    /// Data to read.
+    #[inline]
+    pub(crate) fn bytes(&self, position: u32, len_bytes: usize) -> Bytes<'_> {
+        let start = self.at(position, len_bytes);
+        // SAFETY: `len_bytes` from there are mapped as long as `self` lives. This process writes data by `Space`.
+        unsafe { Bytes::new(start, len_bytes) }
+    }
+
+    /// Data to write.
+    ///
+    /// # Panics
+    /// This is the consumer.
+    #[inline]
+    pub(crate) fn space(&mut self, position: u32, len_bytes: usize) -> Space<'_> {
+        assert!(
+            self.role == Role::Producer,
+            "a consumer maps the data read-only"
+        );
+        let start = self.at(position, len_bytes);
+        // SAFETY: `len_bytes` from there are mapped for the producer to write as long as `self` lives. This
+        // process accesses data by `Bytes` and `Space`.
+        unsafe { Space::new(start, len_bytes) }
     }
 }
 
@@ -308,11 +348,11 @@ fn to_word(bytes: usize) -> u32 {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // A forked child does not have the pieces, and may have something else in their place.
+        // A forked child does not have the mapping, and may have another one at these addresses.
         if std::process::id() != self.owner_pid {
             return;
         }
-        // SAFETY: the region is ours, and what borrowed from it borrowed `self`.
+        // SAFETY: this value owns the region, and all references into it borrow `self`.
         let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.total_bytes()) };
         debug_assert!(unmapped.is_ok(), "{unmapped:?}");
     }

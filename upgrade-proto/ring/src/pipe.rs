@@ -1,4 +1,4 @@
-//! Reading and writing the pipe itself, with and without waiting, whatever its flags say.
+//! Reads and writes of the pipe itself that do or do not wait, independent of O_NONBLOCK.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::BorrowedFd;
@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2, read, write};
 
-/// "At the current position", which a pipe does not have.
+/// The offset that means the current position.
 const HERE: u64 = u64::MAX;
 
 /// A write of no more than this is all or nothing (pipe(7)).
@@ -15,9 +15,9 @@ const ATOMIC_BYTES: usize = 4096;
 /// Whether to wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// As the descriptor's own flags say.
+    /// Wait, unless the descriptor has O_NONBLOCK.
     Wait,
-    /// Never.
+    /// Do not wait.
     Now,
 }
 
@@ -27,12 +27,12 @@ fn events_now(pipe: BorrowedFd<'_>, events: PollFlags) -> Result<PollFlags, Errn
     Ok(fds[0].revents())
 }
 
-/// Waits until something can be written, or there is a signal.
+/// Waits until the descriptor is writable, or for a signal.
 pub(crate) fn wait_for_room(pipe: BorrowedFd<'_>) -> io::Result<()> {
     wait_for(pipe, PollFlags::OUT)
 }
 
-/// Waits until something can be read, or there is a signal.
+/// Waits until the descriptor is readable, or for a signal.
 pub(crate) fn wait(ready: BorrowedFd<'_>) -> io::Result<()> {
     wait_for(ready, PollFlags::IN)
 }
@@ -44,13 +44,13 @@ fn wait_for(fd: BorrowedFd<'_>, events: PollFlags) -> io::Result<()> {
     }
 }
 
-/// Whether nobody is at the other end any more.
+/// Whether the other end is closed.
 pub(crate) fn is_broken(pipe: BorrowedFd<'_>) -> bool {
     events_now(pipe, PollFlags::empty())
         .is_ok_and(|events| events.intersects(PollFlags::ERR | PollFlags::HUP))
 }
 
-/// Reads; `None` if that would have to wait.
+/// Reads; `None` if it would wait.
 pub(crate) fn read_some(
     pipe: BorrowedFd<'_>,
     buffer: &mut [u8],
@@ -62,7 +62,7 @@ pub(crate) fn read_some(
             Mode::Now => {
                 let mut buffers = [IoSliceMut::new(buffer)];
                 match preadv2(pipe, &mut buffers, HERE, ReadWriteFlags::NOWAIT) {
-                    // Not for this kind of file: a FIFO, a terminal.
+                    // Not supported for this kind of file: a FIFO, a terminal.
                     Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE | Errno::INVAL) => {
                         match events_now(pipe, PollFlags::IN)?.is_empty() {
                             true => Err(Errno::AGAIN),
@@ -82,7 +82,7 @@ pub(crate) fn read_some(
     }
 }
 
-/// Writes; `None` if that would have to wait.
+/// Writes; `None` if it would wait.
 pub(crate) fn write_some(
     pipe: BorrowedFd<'_>,
     bytes: &[u8],
@@ -94,7 +94,7 @@ pub(crate) fn write_some(
             Mode::Now => {
                 match pwritev2(pipe, &[IoSlice::new(bytes)], HERE, ReadWriteFlags::NOWAIT) {
                     Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE | Errno::INVAL) => {
-                        // What poll(2) promises is room for this much.
+                        // poll(2) promises this much.
                         let part = &bytes[..bytes.len().min(ATOMIC_BYTES)];
                         match events_now(pipe, PollFlags::OUT)?.is_empty() {
                             true => Err(Errno::AGAIN),

@@ -1,168 +1,137 @@
 //! The writing end.
 
+mod upgrade;
+
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::NonNull;
 use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
-
-use crate::counters::Counters;
-use crate::end::Link;
-use crate::grant::Grant;
-use crate::line::{Line, repeat};
-use crate::mapped::RingWriter;
-use crate::memory::{Memory, Role, control};
-use crate::pipe::{Mode, is_broken, wait_for_room, write_some};
-use crate::talk::{Heard, Message, Talk};
-use crate::{MAX_RECORD_BYTES, Options, RingError, Way, is_pipe, kernel, service, share};
 use upgrade_proto::Listener;
 
-/// A write of no more than this goes into a ring as a whole, as it goes into a pipe (PIPE_BUF).
-const WHOLE_BYTES: usize = 4096;
+use self::upgrade::Step;
+use crate::bytes::Space;
+use crate::counters::Counters;
+use crate::error::RingError;
+use crate::handle::{Handle, Phase};
+use crate::memory::MAX_RECORD_BYTES;
+use crate::options::{Options, Transport};
+use crate::pipe::{Mode, is_broken, wait_for_room, write_some};
+use crate::pipe_end::{PipeEnd, retry};
+use crate::protocol::Writer;
 
-/// In how many writes to the pipe a producer looks for a consumer once, after the first few.
+/// A write of at most so many bytes goes into a ring as a whole, as it goes into a pipe (PIPE_BUF).
+const ATOMIC_BYTES: usize = 4096;
+
+/// A producer looks for a consumer at its first writes to the pipe, then once in so many.
 const WRITES_PER_LOOK: u32 = 32;
 
-#[derive(Debug)]
-enum Phase {
-    /// The pipe.
-    Plain,
-    /// The pipe, until a consumer asks the kernel for the ring as well.
-    Pending(Memory),
-    /// The pipe, until a consumer has mapped what it was offered.
-    Talking(Talk, Memory),
-    /// The pipe, until the last byte of the queue is in it.
-    Agreed(Talk, Memory),
-    Ring(RingWriter),
-    Dead,
-}
-
-/// Writes to a pipe, or to the ring that took its place.
+/// Writes to a pipe, or to the ring that replaced it.
 ///
-/// Dropping it closes the descriptor. A consumer sees the end of the stream then, after everything that was
-/// committed; call [`Producer::finish`] to learn of errors.
+/// Dropping it closes the descriptor, which is the end of the stream for a consumer after everything that was
+/// committed. Call [`Producer::finish`] to learn of errors.
 #[derive(Debug)]
 pub struct Producer {
-    // The ring is closed before the pipe.
-    phase: Phase,
     listener: Option<Listener>,
-    line: Line,
-    /// Where a grant's bytes are made while there is no ring.
+    handle: Handle<Step, Writer>,
+    /// The bytes of a reservation while there is no ring.
     staging: Vec<u8>,
-    /// Accepted, and not yet in the pipe: from `sent` on.
+    /// Bytes that were committed and are not in the pipe yet, from `sent` on.
     queue: Vec<u8>,
     sent: usize,
+    /// Writes to the pipe.
     writes: u32,
 }
 
 impl Producer {
-    /// Makes the writing end of `pipe`, which need not be a pipe: others are written to plainly.
+    /// Makes the writing end of `pipe`. Another kind of file is written plainly.
     ///
-    /// Never waits. That no ring can be offered is no error.
+    /// Does not wait for a consumer. It is no error if no ring can be offered.
     pub fn new(pipe: OwnedFd, options: &Options) -> io::Result<Self> {
+        let pipe = PipeEnd::new(pipe, options, EventFlags::OUT)?;
+        let may_have_ring = pipe.may_have_ring()?;
         let mut this = Self {
-            phase: Phase::Plain,
             listener: None,
-            line: Line::new(pipe, options, EventFlags::OUT)?,
+            handle: Handle::new(Step::Idle, pipe),
             staging: vec![0; MAX_RECORD_BYTES],
             queue: Vec::with_capacity(MAX_RECORD_BYTES),
             sent: 0,
             writes: 0,
         };
-        if is_pipe(&this.line.pipe)? {
+        if may_have_ring {
             this.offer();
         }
         Ok(this)
     }
 
-    fn offer(&mut self) {
-        if let Some(memory) = self.line.ask_kernel(Role::Producer) {
-            self.phase = Phase::Pending(memory);
-            return;
-        }
-        let (true, Some(ready), Ok(name)) = (self.line.options.shared, &self.line.ready, service())
-        else {
-            return;
-        };
-        // A pipe without a place for a service, or with another producer that was first: no ring.
-        let listener = Listener::bind(&self.line.pipe, &name, &self.line.options.offer).ok();
-        self.listener = listener.filter(|listener| ready.add(listener).is_ok());
-    }
-
-    /// How bytes go at this moment.
+    /// What carries the bytes at this moment.
     #[must_use]
-    pub fn way(&self) -> Way {
-        match &self.phase {
-            Phase::Ring(ring) => ring.way(),
-            _ => Way::Plain,
-        }
+    pub fn transport(&self) -> Transport {
+        self.handle.transport()
     }
 
-    /// Which ring there is, or was last.
+    /// The ring in use, or the last one that was.
     #[must_use]
-    pub fn last_ring(&self) -> Option<Way> {
-        self.line.last_ring
+    pub fn last_ring(&self) -> Option<Transport> {
+        self.handle.pipe.last_ring
     }
 
-    /// What happened so far.
+    /// Statistics.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        self.line.counters
+        self.handle.pipe.counters
     }
 
-    /// Waits until the ring is there, at most so long; how bytes go then.
-    pub fn upgrade(&mut self, limit: Duration) -> io::Result<Way> {
-        repeat(limit, || {
+    /// Waits until there is a ring, at most for `limit`; returns what carries the bytes then.
+    pub fn upgrade(&mut self, limit: Duration) -> io::Result<Transport> {
+        retry(limit, || {
             self.check_peer()?;
             if self.send_queue(Mode::Now)? {
-                self.attend()?;
+                self.advance()?;
             }
-            Ok(self.way() != Way::Plain || is_broken(self.line.pipe.as_fd()))
+            let has_ring = self.transport() != Transport::Plain;
+            Ok(has_ring || is_broken(self.handle.pipe.fd.as_fd()))
         })?;
-        Ok(self.way())
+        Ok(self.transport())
     }
 
-    /// Space for `len_bytes`, waiting for it if need be. What is written there arrives after
-    /// [`Grant::commit`]; a grant that is dropped was never there.
+    /// Reserves `len_bytes`, after waiting for free space if need be. What is written there reaches the consumer
+    /// with [`Reservation::commit`]; dropping the reservation discards it.
     #[inline]
-    pub fn reserve(&mut self, len_bytes: usize) -> io::Result<Grant<'_>> {
+    pub fn reserve(&mut self, len_bytes: usize) -> io::Result<Reservation<'_>> {
         self.make_room(len_bytes, Mode::Wait)?;
-        Ok(Grant::new(self, len_bytes, Mode::Wait))
+        Ok(Reservation::new(self, len_bytes, Mode::Wait))
     }
 
-    /// Space for `len_bytes` if there is any now. Otherwise see [`Producer::prepare_to_poll`].
+    /// As [`Producer::reserve`], but `None` instead of waiting; then see [`Producer::prepare_to_poll`].
     #[inline]
-    pub fn try_reserve(&mut self, len_bytes: usize) -> io::Result<Option<Grant<'_>>> {
+    pub fn try_reserve(&mut self, len_bytes: usize) -> io::Result<Option<Reservation<'_>>> {
         match self.make_room(len_bytes, Mode::Now)? {
-            true => Ok(Some(Grant::new(self, len_bytes, Mode::Now))),
+            true => Ok(Some(Reservation::new(self, len_bytes, Mode::Now))),
             false => Ok(None),
         }
     }
 
-    /// To be called before polling the descriptor of [`AsFd`] for reading, after `try_reserve` or
-    /// `try_write` had no room. False: something changed already, try again without polling.
+    /// Must be called between a `try_reserve` or `try_write` that returned `None` and polling the descriptor of
+    /// [`AsFd`] for reading. False: something has changed already; try again without polling.
     pub fn prepare_to_poll(&mut self) -> io::Result<bool> {
-        match &mut self.phase {
-            Phase::Ring(ring) => Ok(!ring.arm() && !ring.peer_left()),
-            Phase::Dead => Err(RingError::Dead.into()),
-            _ => Ok(true),
-        }
+        self.handle.prepare_to_poll()
     }
 
-    /// Writes as much as fits now; `None` if nothing does.
+    /// Writes as much as there is space for, up to 4096 bytes; `None` if there is none.
     pub fn try_write(&mut self, bytes: &[u8]) -> io::Result<Option<usize>> {
-        let len_bytes = bytes.len().min(WHOLE_BYTES);
-        let Some(mut grant) = self.try_reserve(len_bytes)? else {
+        let len_bytes = bytes.len().min(ATOMIC_BYTES);
+        let Some(mut reservation) = self.try_reserve(len_bytes)? else {
             return Ok(None);
         };
-        grant.put(0, &bytes[..len_bytes]);
-        grant.commit(len_bytes)?;
+        reservation.put(0, &bytes[..len_bytes]);
+        reservation.commit(len_bytes)?;
         Ok(Some(len_bytes))
     }
 
-    /// Waits until everything that was committed is in the pipe or in a ring. That a consumer which took
-    /// everything is gone is no error yet.
+    /// Waits until everything that was committed is in the pipe or in a ring. It is not an error yet if a consumer
+    /// that took everything is gone.
     pub fn flush(&mut self) -> io::Result<()> {
         match self.check_peer() {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe || !self.is_all_taken() => {
@@ -173,7 +142,7 @@ impl Producer {
     }
 
     fn is_all_taken(&mut self) -> bool {
-        match &mut self.phase {
+        match &mut self.handle.phase {
             Phase::Ring(ring) => matches!(ring.is_empty(), Ok(true)),
             _ => false,
         }
@@ -181,35 +150,36 @@ impl Producer {
 
     /// Flushes and closes.
     pub fn finish(mut self) -> io::Result<()> {
-        self.ask_peer();
+        self.probe_peer();
         self.flush()
     }
 
-    /// Learns whether the consumer was killed.
-    fn ask_peer(&mut self) {
-        if let Phase::Ring(ring) = &mut self.phase {
-            ring.ask_peer(&mut self.line.counters);
+    fn probe_peer(&mut self) {
+        let Handle { phase, pipe } = &mut self.handle;
+        if let Phase::Ring(ring) = phase {
+            ring.probe_peer(pipe);
         }
     }
 
-    /// Ends a ring whose consumer is gone.
+    /// Leaves a ring of which the consumer is known to be gone.
     fn check_peer(&mut self) -> io::Result<()> {
-        let Phase::Ring(ring) = &mut self.phase else {
+        let Phase::Ring(ring) = &mut self.handle.phase else {
             return Ok(());
         };
-        match ring.check_peer() {
-            Ok(true) => self.leave(),
-            Ok(false) => Ok(()),
-            Err(error) => Err(self.fail(error)),
+        let gone = ring.check_peer();
+        match self.handle.check(gone)? {
+            true => self.leave_ring(),
+            false => Ok(()),
         }
     }
 
+    /// Whether a ring has `len_bytes` free, or the pipe can take them; false only in [`Mode::Now`].
     #[inline]
     fn make_room(&mut self, len_bytes: usize, mode: Mode) -> io::Result<bool> {
-        if let Phase::Ring(ring) = &mut self.phase
+        if let Phase::Ring(ring) = &mut self.handle.phase
             && len_bytes <= MAX_RECORD_BYTES
-            && ring.is_calm()
-            && matches!(ring.has_room(len_bytes), Ok(true))
+            && ring.is_undisturbed()
+            && matches!(ring.has_free(len_bytes), Ok(true))
         {
             return Ok(true);
         }
@@ -222,35 +192,24 @@ impl Producer {
             return Err(RingError::TooLong(len_bytes).into());
         }
         loop {
-            match &mut self.phase {
+            match &self.handle.phase {
                 Phase::Dead => return Err(RingError::Dead.into()),
-                Phase::Ring(ring) => {
-                    ring.disarm(&mut self.line.counters);
-                    self.check_peer()?;
-                    let Phase::Ring(ring) = &mut self.phase else {
-                        continue;
-                    };
-                    match ring.has_room(len_bytes) {
-                        Ok(true) => return Ok(true),
-                        Ok(false) if mode == Mode::Now => {
-                            // One that was killed is found out when it is asked for again.
-                            ring.looked_in_vain(&mut self.line.counters);
-                            return Ok(false);
-                        }
-                        Ok(false) => self.sleep_in_ring()?,
-                        Err(error) => return Err(self.fail(error)),
+                Phase::Ring(_) => {
+                    let made = self.make_room_in_ring(len_bytes, mode);
+                    if let Some(answer) = self.handle.check(made)? {
+                        return Ok(answer);
                     }
                 }
-                _ => {
+                Phase::Pipe(_) => {
                     let is_sent = self.send_queue(mode)?;
-                    // Who polls would be told of a consumer's message until it is read.
+                    // A message of a consumer must be read before polling, or it would be an event again and again.
                     if !is_sent || self.is_time_to_look() {
-                        self.attend()?;
+                        self.advance()?;
                     }
                     if !is_sent {
                         return Ok(false);
                     }
-                    if !matches!(self.phase, Phase::Ring(_)) {
+                    if !matches!(self.handle.phase, Phase::Ring(_)) {
                         return Ok(true);
                     }
                 }
@@ -258,66 +217,65 @@ impl Producer {
         }
     }
 
-    fn sleep_in_ring(&mut self) -> io::Result<()> {
-        let (Phase::Ring(ring), Some(ready)) = (&mut self.phase, &self.line.ready) else {
-            return Ok(());
+    /// One attempt with a ring; `None`: try again.
+    fn make_room_in_ring(&mut self, len_bytes: usize, mode: Mode) -> io::Result<Option<bool>> {
+        let Handle { phase, pipe } = &mut self.handle;
+        if let Phase::Ring(ring) = phase {
+            ring.disarm(pipe);
+        }
+        self.check_peer()?;
+        let Handle { phase, pipe } = &mut self.handle;
+        let Phase::Ring(ring) = phase else {
+            return Ok(None);
         };
-        ring.sleep(ready.as_fd(), &mut self.line.counters)?;
-        if !ring.has_room(1)? {
-            // Woken for something else: a consumer that was killed took the other end of the pipe with it.
-            self.line.counters.system_calls += 1;
-            if is_broken(self.line.pipe.as_fd()) {
+        if ring.has_free(len_bytes)? {
+            return Ok(Some(true));
+        }
+        if mode == Mode::Now {
+            // A consumer that was killed is noticed at the next attempt.
+            ring.note_miss(pipe);
+            return Ok(Some(false));
+        }
+        ring.sleep(pipe)?;
+        if !ring.has_free(1)? {
+            // Woken by another event: the other end of the pipe is closed if its consumer was killed.
+            pipe.counters.system_calls += 1;
+            if is_broken(pipe.fd.as_fd()) {
                 ring.set_peer_left();
             }
         }
-        Ok(())
+        Ok(None)
     }
 
-    /// The ring cannot be used any more.
-    fn fail(&mut self, error: io::Error) -> io::Error {
-        if error.kind() == io::ErrorKind::InvalidData {
-            self.phase = Phase::Dead;
-        }
-        error
-    }
-
-    /// Writes into a grant that begins here.
+    /// Where a reservation of `len_bytes` is.
     #[inline]
-    pub(super) fn put(&mut self, offset: usize, source: &[u8]) {
-        match &mut self.phase {
-            Phase::Ring(ring) => ring.put(offset, source),
-            _ => self.staging[offset..offset + source.len()].copy_from_slice(source),
-        }
-    }
-
-    /// Where a grant of so many bytes is.
-    pub(super) fn slot(&mut self, len_bytes: usize) -> NonNull<u8> {
-        match &mut self.phase {
-            Phase::Ring(ring) => ring.slot(len_bytes),
-            _ => NonNull::from(&mut self.staging[..len_bytes]).cast(),
+    fn space(&mut self, len_bytes: usize) -> Space<'_> {
+        match &mut self.handle.phase {
+            Phase::Ring(ring) => ring.space(len_bytes),
+            _ => Space::of(&mut self.staging[..len_bytes]),
         }
     }
 
     #[inline]
-    pub(super) fn commit(&mut self, len_bytes: usize, mode: Mode) -> io::Result<()> {
-        self.line.counters.bytes += len_bytes as u64;
-        if let Phase::Ring(ring) = &mut self.phase {
-            self.line.counters.ring_bytes += len_bytes as u64;
-            ring.commit(len_bytes, self.line.pipe.as_fd(), &mut self.line.counters);
+    fn commit(&mut self, len_bytes: usize, mode: Mode) -> io::Result<()> {
+        let Handle { phase, pipe } = &mut self.handle;
+        pipe.counters.bytes += len_bytes as u64;
+        if let Phase::Ring(ring) = phase {
+            ring.commit(len_bytes, pipe);
             return Ok(());
         }
-        let staging = std::mem::take(&mut self.staging);
+        let staging = mem::take(&mut self.staging);
         let done = self.push(&staging[..len_bytes], mode);
         self.staging = staging;
         done
     }
 
-    /// Puts bytes into the pipe. What does not fit now waits in the queue; who waits instead puts what is
-    /// left into a ring, if one comes up meanwhile.
+    /// Writes to the pipe. [`Mode::Now`] queues what does not fit; [`Mode::Wait`] writes the rest to a ring, if
+    /// one replaces the pipe meanwhile.
     fn push(&mut self, bytes: &[u8], mode: Mode) -> io::Result<()> {
         let mut rest = bytes;
         while !rest.is_empty() {
-            if let Phase::Ring(_) = self.phase {
+            if let Phase::Ring(_) = self.handle.phase {
                 return self.push_into_ring(rest);
             }
             match self.write_pipe(rest, mode)? {
@@ -326,7 +284,11 @@ impl Producer {
                     self.queue.extend_from_slice(rest);
                     return Ok(());
                 }
-                None => self.wait_for_pipe()?,
+                None => {
+                    // Until the pipe has space, or for the next step of the negotiation.
+                    self.handle.pipe.wait()?;
+                    self.advance()?;
+                }
             }
         }
         Ok(())
@@ -336,29 +298,30 @@ impl Producer {
         let mut rest = bytes;
         while !rest.is_empty() {
             self.make_room(1, Mode::Wait)?;
-            let Phase::Ring(ring) = &mut self.phase else {
+            let Handle { phase, pipe } = &mut self.handle;
+            let Phase::Ring(ring) = phase else {
                 return self.push(rest, Mode::Wait);
             };
-            let count = ring.room()?.min(rest.len());
-            ring.put(0, &rest[..count]);
-            ring.commit(count, self.line.pipe.as_fd(), &mut self.line.counters);
-            self.line.counters.ring_bytes += count as u64;
+            let count = ring.free()?.min(rest.len());
+            ring.space(count).put(0, &rest[..count]);
+            ring.commit(count, pipe);
             rest = &rest[count..];
         }
         Ok(())
     }
 
-    /// Writes what waits in the queue, which is empty before there is a ring; whether it is empty then.
+    /// Writes the queue to the pipe; whether it is empty then. It is empty whenever there is a ring.
     fn send_queue(&mut self, mode: Mode) -> io::Result<bool> {
+        let pipe = &mut self.handle.pipe;
         while self.sent < self.queue.len() {
-            self.line.counters.system_calls += 1;
-            // Consumers that come meanwhile wait: this is before anything in a ring.
-            match write_some(self.line.pipe.as_fd(), &self.queue[self.sent..], mode)? {
+            pipe.counters.system_calls += 1;
+            // Without a look at consumers that connect: these bytes precede those of any ring.
+            match write_some(pipe.fd.as_fd(), &self.queue[self.sent..], mode)? {
                 Some(count) => self.sent += count,
                 None if mode == Mode::Now => return Ok(false),
                 None => {
-                    self.line.counters.system_calls += 1;
-                    wait_for_room(self.line.pipe.as_fd())?;
+                    pipe.counters.system_calls += 1;
+                    wait_for_room(pipe.fd.as_fd())?;
                 }
             }
         }
@@ -368,173 +331,49 @@ impl Producer {
     }
 
     fn write_pipe(&mut self, bytes: &[u8], mode: Mode) -> io::Result<Option<usize>> {
-        // While a consumer may come, waiting is for both.
+        // While a consumer may connect, the wait is for both.
         let mode = match self.listener.is_some() {
             true => Mode::Now,
             false => mode,
         };
         self.writes = self.writes.wrapping_add(1);
-        self.line.counters.system_calls += 1;
-        write_some(self.line.pipe.as_fd(), bytes, mode)
-    }
-
-    /// Waits until the pipe has room or a consumer comes nearer.
-    fn wait_for_pipe(&mut self) -> io::Result<()> {
-        self.line.wait()?;
-        self.attend()
+        let pipe = &mut self.handle.pipe;
+        pipe.counters.system_calls += 1;
+        write_some(pipe.fd.as_fd(), bytes, mode)
     }
 
     fn is_time_to_look(&self) -> bool {
-        match &self.phase {
-            Phase::Plain => {
+        match &self.handle.phase {
+            Phase::Pipe(Step::Idle) => {
                 self.writes < WRITES_PER_LOOK / 2 || self.writes.is_multiple_of(WRITES_PER_LOOK)
             }
             _ => true,
         }
     }
-
-    /// Takes the next step towards a ring, if the other end has taken its own. The last one waits until the
-    /// queue is empty.
-    fn attend(&mut self) -> io::Result<()> {
-        let is_sent = self.queue.is_empty();
-        match std::mem::replace(&mut self.phase, Phase::Plain) {
-            Phase::Plain => self.accept(),
-            Phase::Pending(memory) => match memory.word(control::STATE) {
-                control::LIVE if is_sent => {
-                    self.start(memory, Link::Kernel(kernel::Side::Write))?
-                }
-                control::PENDING | control::LIVE => self.phase = Phase::Pending(memory),
-                _ => self.phase = Phase::Dead,
-            },
-            Phase::Talking(talk, mut memory) => {
-                self.line.counters.system_calls += 1;
-                match talk.hear() {
-                    Heard::Nothing => self.phase = Phase::Talking(talk, memory),
-                    Heard::Said(Message::Ready, Some(page)) if is_mapped(&mut memory, &page) => {
-                        self.phase = Phase::Agreed(talk, memory);
-                        return self.attend();
-                    }
-                    // Another client may do better.
-                    Heard::Gone | Heard::Said(..) => self.listen(true)?,
-                }
-            }
-            Phase::Agreed(talk, memory) if is_sent => {
-                self.line.counters.system_calls += 1;
-                match talk.say(Message::Switch, None) {
-                    true => self.start(memory, Link::Shared(talk))?,
-                    false => self.listen(true)?,
-                }
-            }
-            Phase::Agreed(talk, memory) => {
-                self.line.counters.system_calls += 1;
-                match talk.hear() {
-                    Heard::Nothing => self.phase = Phase::Agreed(talk, memory),
-                    Heard::Gone | Heard::Said(..) => self.listen(true)?,
-                }
-            }
-            other => self.phase = other,
-        }
-        Ok(())
-    }
-
-    fn accept(&mut self) {
-        let (Some(listener), Some(ready)) = (&self.listener, &self.line.ready) else {
-            return;
-        };
-        self.line.counters.system_calls += 1;
-        let connection = match listener.accept() {
-            Ok(Some(connection)) => connection,
-            Ok(None) => return,
-            Err(_) => {
-                // It would be ready for ever, and nobody could come.
-                self.listener = None;
-                return;
-            }
-        };
-        let talk = Talk::new(connection.into_stream());
-        let made = share::create_ring(self.line.options.size_bytes);
-        let Ok((file, memory)) = made else { return };
-        let offer = Message::Offer(self.line.options.size_bytes.into());
-        self.line.counters.system_calls += 1;
-        // One at a time: others wait in the backlog.
-        if talk.say(offer, Some(file.as_fd()))
-            && ready.add(&talk).is_ok()
-            && self.listen(false).is_ok()
-        {
-            self.phase = Phase::Talking(talk, memory);
-        }
-    }
-
-    /// Whether a client that comes is of interest to those who wait.
-    fn listen(&self, on: bool) -> io::Result<()> {
-        match (&self.listener, &self.line.ready, on) {
-            (Some(listener), Some(ready), true) => ready.add(listener)?,
-            (Some(listener), Some(ready), false) => ready.forget(listener)?,
-            _ => {}
-        }
-        Ok(())
-    }
-
-    fn start(&mut self, memory: Memory, link: Link) -> io::Result<()> {
-        let shared = matches!(link, Link::Shared(_));
-        let ring = match RingWriter::new(memory, link, self.line.options.spin) {
-            Ok(ring) => ring,
-            Err(error) => return Err(self.fail(error)),
-        };
-        if let (true, Some(ready)) = (shared, &self.line.ready) {
-            // Room in the pipe is of no interest now; that it breaks is.
-            ready.change(&self.line.pipe, EventFlags::empty())?;
-        }
-        self.line.note_ring(ring.way());
-        self.phase = Phase::Ring(ring);
-        Ok(())
-    }
-
-    /// The consumer is gone: what it has not taken goes to the pipe, and so does everything after.
-    fn leave(&mut self) -> io::Result<()> {
-        let Phase::Ring(ring) = &mut self.phase else {
-            return Ok(());
-        };
-        if let Err(error) = ring.take_back(&mut self.queue) {
-            return Err(self.fail(error));
-        }
-        self.phase = Phase::Plain;
-        self.writes = 0;
-        if let Some(ready) = &self.line.ready {
-            ready.change(&self.line.pipe, EventFlags::OUT)?;
-        }
-        self.listen(true)
-    }
-}
-
-/// The consumer says where its page is: whether that is sound, and mapped.
-fn is_mapped(memory: &mut Memory, page: &OwnedFd) -> bool {
-    let page_bytes = rustix::param::page_size() as u64;
-    share::check(page, page_bytes).is_ok() && memory.map_consumer(page.as_fd()).is_ok()
 }
 
 impl AsFd for Producer {
-    /// Readable when there may be room: for polling, after [`Producer::prepare_to_poll`]. Stays the same.
+    /// The descriptor to poll for reading, after [`Producer::prepare_to_poll`]. It stays the same.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.line.as_fd()
+        self.handle.pipe.as_fd()
     }
 }
 
 impl io::Write for Producer {
-    /// Waits until at least one byte fits; up to 4096 bytes are written as a whole.
+    /// Waits until at least one byte can be written; up to 4096 bytes are written as a whole.
     #[inline]
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let whole = bytes.len().min(WHOLE_BYTES);
-        self.make_room(whole, Mode::Wait)?;
-        let count = match &mut self.phase {
+        let least = bytes.len().min(ATOMIC_BYTES);
+        self.make_room(least, Mode::Wait)?;
+        let Handle { phase, pipe } = &mut self.handle;
+        let count = match phase {
             Phase::Ring(ring) => {
-                let count = match bytes.len() > whole {
-                    true => ring.room()?.min(bytes.len()),
-                    false => whole,
+                let count = match bytes.len() > least {
+                    true => ring.free()?.min(bytes.len()),
+                    false => least,
                 };
-                ring.put(0, &bytes[..count]);
-                ring.commit(count, self.line.pipe.as_fd(), &mut self.line.counters);
-                self.line.counters.ring_bytes += count as u64;
+                ring.space(count).put(0, &bytes[..count]);
+                ring.commit(count, pipe);
                 count
             }
             _ => {
@@ -542,7 +381,7 @@ impl io::Write for Producer {
                 bytes.len()
             }
         };
-        self.line.counters.bytes += count as u64;
+        self.handle.pipe.counters.bytes += count as u64;
         Ok(count)
     }
 
@@ -553,16 +392,91 @@ impl io::Write for Producer {
 
 impl Drop for Producer {
     fn drop(&mut self) {
-        if !self.line.is_ours() {
+        if !self.handle.pipe.is_owner() {
             return;
         }
-        // A consumer that is gone has left bytes for others. Whoever wants to know of errors calls `finish`.
-        self.ask_peer();
+        // What a consumer that is gone has not taken is for other readers. Errors are for `finish` to report.
+        self.probe_peer();
         let _checked = self.check_peer();
-        if let Phase::Ring(ring) = &mut self.phase {
-            ring.close(self.line.pipe.as_fd(), &mut self.line.counters);
-        } else {
+        if !matches!(self.handle.phase, Phase::Ring(_)) {
             let _sent = self.send_queue(Mode::Now);
         }
+    }
+}
+
+/// Space for a record: part of a ring, or of a buffer.
+///
+/// It can be written to and not read, and gives no `&mut [u8]`: a kernel's ring can be written to by every
+/// process that may write to the pipe. Bytes that are committed without having been written are those that were
+/// there before.
+#[derive(Debug)]
+pub struct Reservation<'a> {
+    producer: &'a mut Producer,
+    len_bytes: usize,
+    mode: Mode,
+}
+
+impl<'a> Reservation<'a> {
+    #[inline]
+    fn new(producer: &'a mut Producer, len_bytes: usize, mode: Mode) -> Self {
+        Self {
+            producer,
+            len_bytes,
+            mode,
+        }
+    }
+
+    /// Number of bytes that were reserved.
+    #[inline]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len_bytes
+    }
+
+    /// Whether no bytes were reserved.
+    #[inline]
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len_bytes == 0
+    }
+
+    /// Writes `bytes`, beginning at `offset`.
+    ///
+    /// # Panics
+    /// They do not fit.
+    #[inline]
+    pub fn put(&mut self, offset: usize, bytes: &[u8]) {
+        self.producer.space(self.len_bytes).put(offset, bytes);
+    }
+
+    /// Writes all of it.
+    ///
+    /// # Panics
+    /// There are more or fewer bytes than were reserved.
+    #[inline]
+    pub fn copy_from_slice(&mut self, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.len_bytes, "not as many as were reserved");
+        self.put(0, bytes);
+    }
+
+    /// read(2) of another file, without a copy, into the bytes from `offset` on. Returns the number of bytes: zero
+    /// at the end of the file, or if `offset` leaves no space.
+    pub fn read_from(&mut self, offset: usize, file: impl AsFd) -> io::Result<usize> {
+        let mut space = self.producer.space(self.len_bytes);
+        space.read_from(offset, file)
+    }
+
+    /// The address, for a system call that writes there. Other accesses through it must be volatile or atomic
+    /// stores.
+    #[must_use]
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.producer.space(self.len_bytes).as_mut_ptr()
+    }
+
+    /// Hands over the first `len_bytes` of it, or all if there are fewer.
+    #[inline]
+    pub fn commit(self, len_bytes: usize) -> io::Result<()> {
+        let len_bytes = len_bytes.min(self.len_bytes);
+        self.producer.commit(len_bytes, self.mode)
     }
 }

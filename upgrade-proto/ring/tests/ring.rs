@@ -1,4 +1,4 @@
-//! Rings between two ends in one process, by the way that `common` says; what is peculiar to the shared way
+//! Rings between two ends in one process, by the transport that `common` says; what is peculiar to the shared transport
 //! always by that, with a registry of each test's own.
 
 mod common;
@@ -7,8 +7,8 @@ use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use common::{options, way};
-use fd_ring::{Consumer, End, MAX_RECORD_BYTES, Options, Producer, RingError, Way, connect};
+use common::{options, transport};
+use fd_ring::{Consumer, End, MAX_RECORD_BYTES, Options, Producer, RingError, Transport, connect};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
 
@@ -20,19 +20,19 @@ struct Pair {
     /// More descriptors of the same pipe.
     reader: PipeReader,
     writer: PipeWriter,
-    way: Way,
+    transport: Transport,
     options: Options,
     _dir: TempDir,
 }
 
 impl Pair {
     fn new() -> Self {
-        Self::by(way())
+        Self::by(transport())
     }
 
-    fn by(way: Way) -> Self {
+    fn by(transport: Transport) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let options = options(way, &dir);
+        let options = options(transport, &dir);
         let (reader, writer) = io::pipe().expect("a pipe");
         let copy = writer.try_clone().expect("copied");
         let producer = Producer::new(copy.into(), &options).expect("a producer");
@@ -43,7 +43,7 @@ impl Pair {
             consumer,
             reader,
             writer,
-            way,
+            transport,
             options,
             _dir: dir,
         }
@@ -60,15 +60,15 @@ impl Pair {
         for _ in 0..1000 {
             self.producer.upgrade(Duration::ZERO).expect("asked");
             self.consumer.upgrade(Duration::ZERO).expect("asked");
-            if self.ways() == (self.way, self.way) {
+            if self.transports() == (self.transport, self.transport) {
                 return;
             }
         }
-        panic!("the ends do not meet: {:?}", self.ways());
+        panic!("the ends do not meet: {:?}", self.transports());
     }
 
-    fn ways(&self) -> (Way, Way) {
-        (self.producer.way(), self.consumer.way())
+    fn transports(&self) -> (Transport, Transport) {
+        (self.producer.transport(), self.consumer.transport())
     }
 }
 
@@ -96,7 +96,7 @@ fn stream(from: usize, len_bytes: usize) -> Vec<u8> {
 #[test]
 fn the_two_ends_meet_whoever_comes_first_and_say_so() {
     let mut pair = Pair::new();
-    assert_eq!(pair.producer.way(), Way::Plain);
+    assert_eq!(pair.producer.transport(), Transport::Plain);
     pair.upgrade();
     pair.producer
         .write_all(b"through the ring")
@@ -108,7 +108,7 @@ fn the_two_ends_meet_whoever_comes_first_and_say_so() {
     assert_eq!(pair.producer.counters().ring_bytes, 16);
     // The consumer first.
     let dir = tempfile::tempdir().expect("a directory");
-    let options = options(way(), &dir);
+    let options = options(transport(), &dir);
     let (reader, writer) = io::pipe().expect("a pipe");
     let mut consumer = Consumer::new(reader.into(), &options).expect("a consumer");
     let mut producer = Producer::new(writer.into(), &options).expect("a producer");
@@ -119,13 +119,16 @@ fn the_two_ends_meet_whoever_comes_first_and_say_so() {
         consumer.read_exact(&mut place[..64]).expect("read");
         assert_eq!(place[..64], record, "round {round}");
     }
-    assert_eq!((producer.way(), consumer.way()), (way(), way()));
+    assert_eq!(
+        (producer.transport(), consumer.transport()),
+        (transport(), transport())
+    );
 }
 
 #[test]
 fn what_was_in_the_pipe_before_the_ring_comes_before_it() {
     let dir = tempfile::tempdir().expect("a directory");
-    let options = options(way(), &dir);
+    let options = options(transport(), &dir);
     let (reader, writer) = io::pipe().expect("a pipe");
     let mut producer = Producer::new(writer.into(), &options).expect("a producer");
     let mut sent = 0;
@@ -187,14 +190,15 @@ fn a_record_that_begins_in_the_pipe_and_ends_in_the_ring_is_one_record() {
 fn a_reader_that_knows_nothing_gets_the_bytes_and_the_end() {
     let dir = tempfile::tempdir().expect("a directory");
     let (mut reader, writer) = io::pipe().expect("a pipe");
-    let mut producer = Producer::new(writer.into(), &options(way(), &dir)).expect("a producer");
+    let mut producer =
+        Producer::new(writer.into(), &options(transport(), &dir)).expect("a producer");
     let writing = std::thread::spawn(move || {
         for round in 0..1000 {
             let mut record = producer.reserve(300).expect("room");
             record.copy_from_slice(&stream(round * 300, 300));
             record.commit(300).expect("committed");
         }
-        assert_eq!(producer.way(), Way::Plain);
+        assert_eq!(producer.transport(), Transport::Plain);
         producer.finish().expect("finished");
     });
     let mut got = Vec::new();
@@ -207,7 +211,8 @@ fn a_reader_that_knows_nothing_gets_the_bytes_and_the_end() {
 fn a_writer_that_knows_nothing_is_read_to_its_end() {
     let dir = tempfile::tempdir().expect("a directory");
     let (reader, mut writer) = io::pipe().expect("a pipe");
-    let mut consumer = Consumer::new(reader.into(), &options(way(), &dir)).expect("a consumer");
+    let mut consumer =
+        Consumer::new(reader.into(), &options(transport(), &dir)).expect("a consumer");
     let writing = std::thread::spawn(move || writer.write_all(&stream(0, 300_000)));
     let mut got = Vec::new();
     loop {
@@ -221,7 +226,7 @@ fn a_writer_that_knows_nothing_is_read_to_its_end() {
     }
     writing.join().expect("the writer").expect("written");
     assert!(got == stream(0, 300_000));
-    assert_eq!(consumer.way(), Way::Plain);
+    assert_eq!(consumer.transport(), Transport::Plain);
 }
 
 #[test]
@@ -307,7 +312,7 @@ fn a_second_consumer_gets_a_ring_of_its_own_after_the_first() {
     let copy = pair.reader.try_clone().expect("copied");
     // The kernel's ring is for one consumer at a time; another one waits until its offer comes.
     let mut first = Some(pair.consumer);
-    first.take_if(|_| way() == Way::Kernel);
+    first.take_if(|_| transport() == Transport::Kernel);
     pair.consumer = Consumer::new(copy.into(), &pair.options).expect("a consumer");
     drop(first);
     pair.producer.flush().expect("flushed");
@@ -340,13 +345,13 @@ fn a_second_producer_gets_a_ring_of_its_own_after_the_first() {
 
 #[test]
 fn a_second_producer_beside_the_first_writes_to_the_pipe_and_is_heard() {
-    let mut pair = Pair::by(Way::Shared);
+    let mut pair = Pair::by(Transport::Shared);
     pair.upgrade();
     let copy = pair.writer.try_clone().expect("copied");
     let mut other = Producer::new(copy.into(), &pair.options).expect("a producer");
     pair.producer.write_all(b"ring ").expect("written");
     other.write_all(b"pipe ").expect("written");
-    assert_eq!(other.way(), Way::Plain);
+    assert_eq!(other.transport(), Transport::Plain);
     let mut got = [0; 5];
     pair.consumer.read_exact(&mut got).expect("read");
     assert_eq!(&got, b"ring ");
@@ -360,7 +365,7 @@ fn a_second_producer_beside_the_first_writes_to_the_pipe_and_is_heard() {
 #[test]
 fn a_record_of_which_a_part_is_in_the_ring_and_the_rest_comes_by_the_pipe_is_one() {
     for polls in [true, false] {
-        let mut pair = Pair::by(Way::Shared);
+        let mut pair = Pair::by(Transport::Shared);
         pair.upgrade();
         pair.producer.write_all(b"half a ").expect("written");
         assert!(pair.consumer.try_peek(13).expect("asked").is_none());
@@ -442,15 +447,15 @@ fn an_upgrade_may_be_waited_for_for_ever() {
     let mut pair = Pair::new();
     let mut producer = pair.producer;
     let asking = std::thread::spawn(move || {
-        let way = producer.upgrade(Duration::MAX).expect("asked");
-        (producer, way)
+        let transport = producer.upgrade(Duration::MAX).expect("asked");
+        (producer, transport)
     });
     assert_eq!(
         pair.consumer.upgrade(Duration::MAX).expect("asked"),
-        pair.way
+        pair.transport
     );
-    let (_producer, way) = asking.join().expect("the producer");
-    assert_eq!(way, pair.way);
+    let (_producer, transport) = asking.join().expect("the producer");
+    assert_eq!(transport, pair.transport);
 }
 
 #[test]
@@ -668,17 +673,17 @@ fn what_is_no_pipe_is_read_and_written_plainly() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("file");
     let file = std::fs::File::create(&path).expect("made");
-    let mut producer = Producer::new(file.into(), &options(way(), &dir)).expect("a producer");
+    let mut producer = Producer::new(file.into(), &options(transport(), &dir)).expect("a producer");
     producer.write_all(&stream(0, 100_000)).expect("written");
     producer.finish().expect("finished");
     let file = std::fs::File::open(&path).expect("opened");
-    let mut consumer = Consumer::new(file.into(), &options(way(), &dir)).expect("a consumer");
+    let mut consumer = Consumer::new(file.into(), &options(transport(), &dir)).expect("a consumer");
     let mut got = Vec::new();
     consumer.read_to_end(&mut got).expect("read");
     assert!(got == stream(0, 100_000));
     let (near, far) = std::os::unix::net::UnixStream::pair().expect("a pair");
-    let mut producer = Producer::new(near.into(), &options(way(), &dir)).expect("a producer");
-    let mut consumer = Consumer::new(far.into(), &options(way(), &dir)).expect("a consumer");
+    let mut producer = Producer::new(near.into(), &options(transport(), &dir)).expect("a producer");
+    let mut consumer = Consumer::new(far.into(), &options(transport(), &dir)).expect("a consumer");
     producer.write_all(b"by a socket").expect("written");
     producer.finish().expect("finished");
     got.clear();

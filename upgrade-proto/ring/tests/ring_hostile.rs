@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{options, way};
-use fd_ring::{Consumer, Producer, RingError, Way};
+use common::{options, transport};
+use fd_ring::{Consumer, Producer, RingError, Transport};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
@@ -188,7 +188,7 @@ fn is_dead(error: &io::Error) -> bool {
 /// A consumer that was offered `file` as a ring of `size` bytes, and its producer's end of the socket.
 fn offered(file: &OwnedFd, size: u64) -> (TempDir, Consumer, io::PipeWriter, UnixStream) {
     let dir = tempfile::tempdir().expect("a directory");
-    let options = options(Way::Shared, &dir);
+    let options = options(Transport::Shared, &dir);
     let (reader, writer) = io::pipe().expect("a pipe");
     let name = Name::new("ring-buffer").expect("a name");
     let listener = Listener::bind(&writer, &name, &options.offer).expect("bound");
@@ -207,11 +207,11 @@ type Peer = Box<dyn Any>;
 
 /// A consumer with a ring, the words that its hostile producer may write, and that one's hold on it.
 fn with_hostile_producer(seed: u64) -> (Consumer, Vec<Words>, Peer) {
-    if way() == Way::Kernel {
+    if transport() == Transport::Kernel {
         let dir = tempfile::tempdir().expect("a directory");
         let (reader, writer) = io::pipe().expect("a pipe");
         let ring = kernel_ring(&writer, WRITE);
-        let consumer = Consumer::new(reader.into(), &options(Way::Kernel, &dir));
+        let consumer = Consumer::new(reader.into(), &options(Transport::Kernel, &dir));
         let mut words = vec![Words::map(&ring, PAGE, PAGE)];
         if seed.is_multiple_of(2) {
             words.push(Words::map(&ring, 3 * PAGE, SIZE));
@@ -238,10 +238,10 @@ fn with_hostile_producer(seed: u64) -> (Consumer, Vec<Words>, Peer) {
 /// A producer with a ring, the words that its hostile consumer may write, and that one's hold on it.
 fn with_hostile_consumer() -> (Producer, Words, Peer) {
     let dir = tempfile::tempdir().expect("a directory");
-    let options = options(way(), &dir);
+    let options = options(transport(), &dir);
     let (reader, writer) = io::pipe().expect("a pipe");
     let mut producer = Producer::new(writer.into(), &options).expect("a producer");
-    if way() == Way::Kernel {
+    if transport() == Transport::Kernel {
         let ring = kernel_ring(&reader, READ);
         producer.upgrade(Duration::ZERO).expect("asked");
         let words = Words::map(&ring, 2 * PAGE, PAGE);
@@ -294,7 +294,7 @@ fn a_producer_that_scribbles_everywhere_kills_the_ring_and_nothing_else() {
     let mut deaths = 0;
     for seed in 1..25 {
         let (mut consumer, words, _peer) = with_hostile_producer(seed);
-        assert_eq!(consumer.way(), way());
+        assert_eq!(consumer.transport(), transport());
         let mut buffer = vec![0; 8192];
         among_scribblers(words, seed, || match consumer.try_peek(1) {
             Ok(Some(bytes)) if bytes.is_empty() => true,
@@ -325,7 +325,7 @@ fn a_consumer_that_scribbles_kills_the_ring_and_nothing_else() {
     let mut deaths = 0;
     for seed in 1..25 {
         let (mut producer, words, _peer) = with_hostile_consumer();
-        assert_eq!(producer.way(), way());
+        assert_eq!(producer.transport(), transport());
         let mut answers = 0;
         among_scribblers(vec![words], seed, || match producer.try_write(&[7; 1000]) {
             Ok(_) => {
@@ -454,8 +454,8 @@ fn memory_that_could_be_pulled_away_is_refused_and_the_pipe_goes_on() {
         let mut got = [0; 11];
         consumer.read_exact(&mut got).expect("read");
         assert_eq!(
-            (&got, consumer.way()),
-            (b"by the pipe", Way::Plain),
+            (&got, consumer.transport()),
+            (b"by the pipe", Transport::Plain),
             "{what}"
         );
         say(&_socket, SWITCH, 0, None);
@@ -468,7 +468,7 @@ fn memory_that_could_be_pulled_away_is_refused_and_the_pipe_goes_on() {
 #[test]
 fn a_peer_that_talks_nonsense_or_hangs_up_is_no_peer() {
     let dir = tempfile::tempdir().expect("a directory");
-    let options = options(Way::Shared, &dir);
+    let options = options(Transport::Shared, &dir);
     let (mut reader, writer) = io::pipe().expect("a pipe");
     let mut producer = Producer::new(writer.into(), &options).expect("a producer");
     let name = Name::new("ring-buffer").expect("a name");
@@ -488,7 +488,7 @@ fn a_peer_that_talks_nonsense_or_hangs_up_is_no_peer() {
         let mut got = [0; 100];
         reader.read_exact(&mut got).expect("read");
         assert_eq!(got, [round; 100]);
-        assert_eq!(producer.way(), Way::Plain);
+        assert_eq!(producer.transport(), Transport::Plain);
     }
     drop(reader);
     let error = producer.write(b"x").expect_err("nobody reads");
@@ -515,7 +515,7 @@ fn vain_calls(producer: &mut Producer) -> usize {
 #[test]
 fn what_a_consumer_says_while_the_pipe_is_full_is_told_once() {
     let dir = tempfile::tempdir().expect("a directory");
-    let options = options(Way::Shared, &dir);
+    let options = options(Transport::Shared, &dir);
     let (mut reader, writer) = io::pipe().expect("a pipe");
     let mut producer = Producer::new(writer.into(), &options).expect("a producer");
     let mut sent = 0;
@@ -530,19 +530,19 @@ fn what_a_consumer_says_while_the_pipe_is_full_is_told_once() {
     let (page, _words) = sealed(PAGE, ALL_SEALS).expect("made");
     say(&socket, READY, 0, Some(page.as_fd()));
     assert!(vain_calls(&mut producer) <= 1, "it is ready for the ring");
-    assert_eq!(producer.way(), Way::Plain);
+    assert_eq!(producer.transport(), Transport::Plain);
     // What was accepted last is not in the pipe yet.
     let mut got = vec![0; sent - 4096];
     reader.read_exact(&mut got).expect("read");
     assert!(producer.try_write(b"x").expect("asked").is_some());
     hear(&socket, SWITCH);
-    assert_eq!(producer.way(), Way::Shared);
+    assert_eq!(producer.transport(), Transport::Shared);
 }
 
 #[test]
 fn a_consumer_that_hangs_up_while_the_pipe_is_full_is_told_of_once() {
     let dir = tempfile::tempdir().expect("a directory");
-    let options = options(Way::Shared, &dir);
+    let options = options(Transport::Shared, &dir);
     let (reader, writer) = io::pipe().expect("a pipe");
     let mut producer = Producer::new(writer.into(), &options).expect("a producer");
     while producer.try_write(&[9; 4096]).expect("written").is_some() {}

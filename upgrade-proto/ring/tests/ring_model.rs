@@ -4,7 +4,8 @@
 use std::sync::atomic::Ordering;
 
 use fd_ring::protocol::{
-    Fence, Page, Reader, WAIT_FUTEX, Word, Writer, announce_sleep, awake, close, has_closed,
+    Cursor, Fence, IndexPage, Reader, WAIT_FUTEX, Word, Writer, announce_awake, announce_sleep,
+    close, has_closed,
 };
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::AtomicU32;
@@ -45,8 +46,8 @@ const SIZE: u32 = 2;
 
 /// Shared by the two ends: their pages, the data, and a futex for each position.
 struct Ring {
-    producer: Page<Modelled>,
-    consumer: Page<Modelled>,
+    producer: IndexPage<Modelled>,
+    consumer: IndexPage<Modelled>,
     data: [UnsafeCell<u32>; SIZE as usize],
     /// The kernel's queue of sleepers: whoever looks at the value does so under its lock.
     futex: Mutex<()>,
@@ -56,7 +57,7 @@ struct Ring {
 impl Ring {
     fn new(start: u32) -> Arc<Self> {
         let at = |position: u32| {
-            let page: Page<Modelled> = Page::default();
+            let page: IndexPage<Modelled> = IndexPage::default();
             page.position.store(position, Ordering::Relaxed);
             page
         };
@@ -81,7 +82,7 @@ impl Ring {
     }
 
     /// As an end sleeps; whether the peer has closed.
-    fn sleep<F: Fence>(&self, own: &Page<Modelled>, peer: &Page<Modelled>, seen: u32) {
+    fn sleep<F: Fence>(&self, own: &IndexPage<Modelled>, peer: &IndexPage<Modelled>, seen: u32) {
         announce_sleep::<_, F>(own, WAIT_FUTEX);
         let moved = || peer.position.load(Ordering::Acquire) != seen || has_closed(peer);
         if !moved() {
@@ -92,14 +93,14 @@ impl Ring {
                 drop(self.wake.wait(queue).expect("not poisoned"));
             }
         }
-        awake(own);
+        announce_awake(own);
     }
 
     fn produce<F: Fence>(&self, start: u32, count: u32) {
         let mut writer = Writer::new(SIZE, start, start).expect("valid");
         for value in 0..count {
-            while writer.look(&self.consumer).expect("an honest peer") == 0 {
-                self.sleep::<F>(&self.producer, &self.consumer, writer.consumed());
+            while writer.refresh(&self.consumer).expect("an honest peer") == 0 {
+                self.sleep::<F>(&self.producer, &self.consumer, writer.seen());
             }
             // loom complains if the consumer still looks at this place.
             // SAFETY: the place is free.
@@ -118,11 +119,11 @@ impl Ring {
         loop {
             // As the library does: first whether it is closed, then the last look.
             let closed = has_closed(&self.producer);
-            if reader.look(&self.producer).expect("an honest peer") == 0 {
+            if reader.refresh(&self.producer).expect("an honest peer") == 0 {
                 if closed {
                     return last;
                 }
-                self.sleep::<F>(&self.consumer, &self.producer, reader.produced());
+                self.sleep::<F>(&self.consumer, &self.producer, reader.seen());
                 continue;
             }
             // SAFETY: the place was published.
@@ -180,8 +181,8 @@ fn one_record(mistaken: bool) {
         let producing = Arc::clone(&ring);
         let producer = loom::thread::spawn(move || producing.produce::<Full>(0, 3));
         let mut reader = Reader::new(SIZE, 0, 0).expect("valid");
-        while reader.look(&ring.producer).expect("an honest peer") == 0 {
-            ring.sleep::<Full>(&ring.consumer, &ring.producer, reader.produced());
+        while reader.refresh(&ring.producer).expect("an honest peer") == 0 {
+            ring.sleep::<Full>(&ring.consumer, &ring.producer, reader.seen());
         }
         let cell = ring.cell(reader.position());
         // SAFETY: the place was published; in the mistaken order it is not ours any more.

@@ -13,8 +13,8 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The way that is tested: see `common` of the other tests.
-fn way() -> String {
-    std::env::var("RING_TESTS_WAY").unwrap_or("shared".to_owned())
+fn transport() -> String {
+    std::env::var("RING_TESTS_TRANSPORT").unwrap_or("shared".to_owned())
 }
 
 /// The example's program; built here if only this test was asked for.
@@ -61,7 +61,7 @@ impl Place {
 
     fn ours(&self, role: &str, args: &[&str]) -> Command {
         let mut command = Command::new(program());
-        command.args([role, "--stats", "--way", &way(), "--runtime-dir"]);
+        command.args([role, "--stats", "--way", &transport(), "--runtime-dir"]);
         command.arg(self.dir.path()).args(args);
         command
     }
@@ -148,7 +148,7 @@ fn the_same_bytes_arrive_whoever_knows_of_rings() {
         }
         let (digest, said) = run(first, second);
         assert_eq!(digest, place.digest, "{what}: {said}");
-        let seen = said.matches(&format!("way={}", way())).count();
+        let seen = said.matches(&format!("way={}", transport())).count();
         assert_eq!(seen, upgraded, "{what}: {said}");
     }
 }
@@ -162,7 +162,7 @@ fn programs_that_know_nothing_before_and_after_in_the_same_pipe_keep_their_place
         place.dir.path().display(),
         place.data.display(),
     );
-    let ours = format!("--way {} --runtime-dir {dir}", way());
+    let ours = format!("--way {} --runtime-dir {dir}", transport());
     let script = format!(
         "{{ echo before; {program} produce {ours} {data}; echo between; {program} produce {ours} {data}; echo after; }} \
          | {program} consume {ours} > {dir}/out"
@@ -317,7 +317,7 @@ fn a_producer_whose_consumer_pauses_waits_and_loses_nothing() {
     assert_eq!(hex(&Sha256::digest(&all)), place.digest);
     let said = first.wait_with_output().expect("ended").stderr;
     let said = String::from_utf8_lossy(&said);
-    assert!(said.contains(&format!("way={}", way())), "{said}");
+    assert!(said.contains(&format!("way={}", transport())), "{said}");
     assert!(ended(&mut second).success());
 }
 
@@ -368,7 +368,7 @@ fn a_writer_that_knows_nothing_dies_of_sigpipe_after_a_ring_as_well() {
     let place = Place::new(300_000);
     let (program, dir) = (program(), place.dir.path().display());
     let (program, data) = (program.display(), place.data.display());
-    let ours = format!("--wait 5 --stats --way {} --runtime-dir {dir}", way());
+    let ours = format!("--wait 5 --stats --way {} --runtime-dir {dir}", transport());
     let script = format!(
         "{{ {program} produce {ours} {data}; cat /dev/zero; echo $? > {dir}/status; }} \
          | {program} consume {ours} 2> {dir}/said | head -c 400000 > {dir}/out"
@@ -378,7 +378,7 @@ fn a_writer_that_knows_nothing_dies_of_sigpipe_after_a_ring_as_well() {
     assert!(ended(&mut shell).success());
     let read = |name| std::fs::read(place.dir.path().join(name)).expect("read");
     let said = String::from_utf8(read("said")).expect("words");
-    assert!(said.contains(&format!("way={}", way())), "{said}");
+    assert!(said.contains(&format!("way={}", transport())), "{said}");
     let (expected, got) = ([read("data"), vec![0; 100_000]].concat(), read("out"));
     assert!(got == expected, "{} bytes", got.len());
     let status = String::from_utf8(read("status")).expect("a number");

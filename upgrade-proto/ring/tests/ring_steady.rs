@@ -9,8 +9,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use common::{options, way};
-use fd_ring::{Consumer, Options, Producer, Way};
+use common::{options, transport};
+use fd_ring::{Consumer, Options, Producer, Transport};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use upgrade_proto::{Name, connect};
@@ -51,7 +51,7 @@ fn upgraded() -> (Producer, Consumer) {
 
 fn upgraded_with(change: impl FnOnce(&mut Options)) -> (Producer, Consumer) {
     let dir = tempfile::tempdir().expect("a directory");
-    let mut options = options(way(), &dir);
+    let mut options = options(transport(), &dir);
     change(&mut options);
     let (reader, writer) = io::pipe().expect("a pipe");
     let mut producer = Producer::new(writer.into(), &options).expect("a producer");
@@ -60,7 +60,10 @@ fn upgraded_with(change: impl FnOnce(&mut Options)) -> (Producer, Consumer) {
         producer.upgrade(Duration::ZERO).expect("asked");
         consumer.upgrade(Duration::ZERO).expect("asked");
     }
-    assert_eq!((producer.way(), consumer.way()), (way(), way()));
+    assert_eq!(
+        (producer.transport(), consumer.transport()),
+        (transport(), transport())
+    );
     assert!(exchange(&mut producer, &mut consumer, 4).expect("exchanged"));
     (producer, consumer)
 }
@@ -216,7 +219,7 @@ fn a_child_that_drops_its_copies_of_the_ends_changes_nothing() {
 fn a_producer_that_can_accept_nobody_is_not_ready_for_ever() {
     let ready = in_a_child(|| {
         let dir = tempfile::tempdir().expect("a directory");
-        let options = options(Way::Shared, &dir);
+        let options = options(Transport::Shared, &dir);
         let (reader, writer) = io::pipe().expect("a pipe");
         let mut producer = Producer::new(writer.into(), &options).expect("a producer");
         let name = Name::new("ring-buffer").expect("a name");

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use fd_ring::{Consumer, Options, Producer, Way};
+use fd_ring::{Consumer, Options, Producer, Transport};
 use serde::{Deserialize, Serialize};
 
 use super::super::client::pin;
@@ -196,11 +196,11 @@ impl In {
     }
 }
 
-fn wanted(order: &Order) -> Way {
+fn wanted(order: &Order) -> Transport {
     match order.through {
-        Through::Pipe => Way::Plain,
-        Through::KernelRing => Way::Kernel,
-        Through::SharedRing => Way::Shared,
+        Through::Pipe => Transport::Plain,
+        Through::KernelRing => Transport::Kernel,
+        Through::SharedRing => Transport::Shared,
     }
 }
 

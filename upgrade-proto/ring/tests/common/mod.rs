@@ -1,23 +1,23 @@
 //! What the tests of rings share.
 
-use fd_ring::{Options, Way};
+use fd_ring::{Options, Transport};
 use tempfile::TempDir;
 
 /// The way that is tested. Only some kernels have rings; on those the lab runs all of these tests again
-/// with `RING_TESTS_WAY=kernel`.
-pub fn way() -> Way {
-    match std::env::var("RING_TESTS_WAY").as_deref() {
-        Err(_) | Ok("shared") => Way::Shared,
-        Ok("kernel") => Way::Kernel,
-        Ok(other) => panic!("RING_TESTS_WAY is {other}, neither kernel nor shared"),
+/// with `RING_TESTS_TRANSPORT=kernel`.
+pub fn transport() -> Transport {
+    match std::env::var("RING_TESTS_TRANSPORT").as_deref() {
+        Err(_) | Ok("shared") => Transport::Shared,
+        Ok("kernel") => Transport::Kernel,
+        Ok(other) => panic!("RING_TESTS_TRANSPORT is {other}, neither kernel nor shared"),
     }
 }
 
 /// This way alone, with a small ring; for the shared one with a registry in this directory.
-pub fn options(way: Way, dir: &TempDir) -> Options {
+pub fn options(transport: Transport, dir: &TempDir) -> Options {
     let mut options = Options {
-        kernel: way == Way::Kernel,
-        shared: way == Way::Shared,
+        kernel: transport == Transport::Kernel,
+        shared: transport == Transport::Shared,
         size_bytes: 128 << 10,
         ..Options::default()
     };

@@ -1,10 +1,10 @@
-//! Memory that two processes share without trusting each other.
+//! Sealed memory files: memory that two processes share without trusting each other.
 //!
-//! The producer makes a file with the control page, its own page and the data; the consumer makes a file
-//! with its own page. Each maps its file for writing once and then seals it: nobody can shrink it (no
-//! SIGBUS), grow it, punch holes into it, or map it for writing again. So each end can write what is its
-//! own and nothing else. All of it is allocated beforehand: a page that is not there yet may not be had when
-//! it is touched, and that is SIGBUS, too.
+//! The producer makes a file with the control page, its index page and the data; the consumer makes a file
+//! with its index page. Each maps its file for writing once and then seals it: from then on no process can
+//! shrink it (which would be SIGBUS), grow it, punch a hole into it, or map it for writing. So each end can
+//! write its own pages and nothing else. All pages are allocated before: an allocation that fails at the first
+//! access is SIGBUS, too.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -16,16 +16,16 @@ use rustix::io::Errno;
 
 use crate::memory::{Memory, Pieces, Role};
 
-/// tmpfs: what a memfd is, unless it is of huge pages, which can run out under a mapping.
+/// tmpfs, the file system of a memfd. One of huge pages is on hugetlbfs, where pages can run out under a mapping.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// What must be sealed before memory of another process is touched.
+/// Seals that a file of another process must have before it is mapped.
 const SEALS: SealFlags = SealFlags::SHRINK
     .union(SealFlags::GROW)
     .union(SealFlags::FUTURE_WRITE)
     .union(SealFlags::SEAL);
 
-/// New memory of this size; to be mapped, then [`seal`]ed, then handed over.
+/// Makes a file of this size, to be mapped, then [`seal`]ed, then sent.
 pub(crate) fn create(len_bytes: u64) -> Result<OwnedFd, Errno> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = match memfd_create("ring-buffer", flags | MemfdFlags::NOEXEC_SEAL) {
@@ -37,7 +37,7 @@ pub(crate) fn create(len_bytes: u64) -> Result<OwnedFd, Errno> {
     Ok(file)
 }
 
-/// Memory for a ring whose consumer's page is to come; sealed.
+/// Makes and maps the producer's file of a ring, and seals it. The consumer's page follows later.
 pub(crate) fn create_ring(size: u32) -> Result<(OwnedFd, Memory), Errno> {
     let file = create(Memory::file_bytes(size))?;
     let pieces = Pieces {
@@ -51,42 +51,41 @@ pub(crate) fn create_ring(size: u32) -> Result<(OwnedFd, Memory), Errno> {
     Ok((file, memory))
 }
 
-/// Nobody can change the size, or write but through the mappings that exist.
+/// Forbids to change the size, and to write except through mappings that exist.
 pub(crate) fn seal(file: impl AsFd) -> Result<(), Errno> {
     fcntl_add_seals(file, SEALS)
 }
 
-/// Why memory from another process is not used.
+/// Why a file of another process is not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Unfit {
     #[error("it is not a memory file")]
     Kind,
     #[error("it is not sealed")]
     Unsealed,
-    #[error("it has another size than was said")]
+    #[error("it has another size than was announced")]
     Size,
-    #[error("parts of it are not there yet")]
+    #[error("parts of it are not allocated")]
     Sparse,
 }
 
-/// Checks that touching the memory can never raise SIGBUS, and its size.
+/// Checks that the file has this size and that no access to it can raise SIGBUS.
 pub(crate) fn check(file: impl AsFd, len_bytes: u64) -> Result<(), Unfit> {
     let file = file.as_fd();
     let kind = fstatfs(file).map_err(|_| Unfit::Kind)?;
     if u64::try_from(kind.f_type) != Ok(TMPFS_MAGIC) {
         return Err(Unfit::Kind);
     }
-    // A file of a mounted tmpfs has no seals to give and answers EINVAL, or has F_SEAL_SEAL alone.
+    // A file of a mounted tmpfs cannot be sealed: EINVAL, or F_SEAL_SEAL alone.
     let seals = fcntl_get_seals(file).map_err(|_| Unfit::Kind)?;
     if !seals.contains(SEALS) {
         return Err(Unfit::Unsealed);
     }
-    // Only now is the size more than a snapshot.
+    // Sealed, so the size and the allocation cannot change after this.
     let stat = fstat(file).map_err(|_| Unfit::Kind)?;
     if u64::try_from(stat.st_size) != Ok(len_bytes) {
         return Err(Unfit::Size);
     }
-    // What is allocated stays so.
     match u64::try_from(stat.st_blocks) {
         Ok(blocks) if blocks.saturating_mul(512) >= len_bytes => Ok(()),
         _ => Err(Unfit::Sparse),

@@ -1,14 +1,14 @@
-//! What the two ends say to each other on the socket, and the bell that it becomes afterwards.
+//! The control channel of a shared ring: a socket for the negotiation, and for notifications afterwards.
 //!
 //! ```text
 //! consumer ── connects ─────────────────────▶ producer
 //!          ◀── OFFER size, memory ───────────
 //!          ── READY, the consumer's page ───▶
-//!          ◀── SWITCH ───────────────────────   the producer wrote its last byte to the pipe before this
+//!          ◀── SWITCH ───────────────────────   the producer has written its last byte to the pipe
 //! ```
 //!
-//! Neither ever waits for an answer: both go on with the pipe until the next message is there. After
-//! SWITCH every byte on the socket is a ring of the bell, and its end is the end of the peer.
+//! Neither end waits for an answer: both use the pipe until the next message has arrived. After SWITCH every
+//! byte on the socket is a notification, and its end of file means that the peer is gone.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -21,21 +21,34 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recv, recvmsg, send, sendmsg,
 };
 
+use upgrade_proto::{Error, Name};
+
+use crate::kernel;
+
+/// The service of a pipe by which producer and consumer meet.
+pub const SERVICE: &str = "ring-buffer";
+
+/// [`SERVICE`] as a name.
+pub(crate) fn service() -> Result<Name, Error> {
+    Name::new(SERVICE)
+}
+
 const MAGIC: u64 = u64::from_le_bytes(*b"fd-ring\0");
 const VERSION: u32 = 1;
 const MESSAGE_BYTES: usize = 32;
 
-/// System calls that listen to the bell, at most. A peer that wakes once per sleep needs one.
+/// Calls of recv(2) in one [`ControlChannel::drain`], at most. One suffices for a peer that notifies once per
+/// sleep.
 const DRAINS_MAX: u32 = 16;
 
 /// A message without its descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
-    /// Memory for a ring with this many bytes of data; with the file.
+    /// Memory for a ring with so many bytes of data; with the file.
     Offer(u64),
-    /// The consumer has mapped it; with the file of its page.
+    /// The consumer has mapped it; with the file of its index page.
     Ready,
-    /// Everything from here on is in the ring.
+    /// All further bytes are in the ring.
     Switch,
 }
 
@@ -64,31 +77,40 @@ impl Message {
             3 => Self::Switch,
             _ => return None,
         };
-        // Whatever else differs is of another version.
+        // Other magic, version or reserved bytes: not this protocol.
         (message.encode() == *bytes).then_some(message)
     }
 }
 
 /// What was on the socket.
 #[derive(Debug)]
-pub(crate) enum Heard {
+pub(crate) enum Received {
     Nothing,
-    /// The peer closed it, died, or does not speak as we do.
+    /// The peer closed it, died, or sent something that is not of this protocol.
     Gone,
-    Said(Message, Option<OwnedFd>),
+    Message(Message, Option<OwnedFd>),
 }
 
-/// A connected socket; never blocks.
+/// How the ends of a ring notify each other, and learn that the other one is gone.
 #[derive(Debug)]
-pub(crate) struct Talk(OwnedFd);
+pub(crate) enum Channel {
+    /// Through the kernel, by the pipe itself.
+    Kernel(kernel::Side),
+    /// Through the socket of the negotiation.
+    Socket(ControlChannel),
+}
 
-impl Talk {
+/// A connected socket; no call blocks.
+#[derive(Debug)]
+pub(crate) struct ControlChannel(OwnedFd);
+
+impl ControlChannel {
     pub(crate) fn new(stream: UnixStream) -> Self {
         Self(stream.into())
     }
 
-    /// Says something; whether it could be said.
-    pub(crate) fn say(&self, message: Message, file: Option<BorrowedFd<'_>>) -> bool {
+    /// Sends a message; whether that worked.
+    pub(crate) fn send(&self, message: Message, file: Option<BorrowedFd<'_>>) -> bool {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut rights = SendAncillaryBuffer::new(&mut space);
         let files: Vec<BorrowedFd<'_>> = file.into_iter().collect();
@@ -100,14 +122,14 @@ impl Talk {
         loop {
             match sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut rights, flags) {
                 Err(Errno::INTR) => {}
-                // The buffer of a new socket holds many messages: a shorter one means a strange peer.
+                // The buffer of a new socket holds many messages: only a misbehaving peer has it full.
                 other => return other == Ok(bytes.len()),
             }
         }
     }
 
-    /// Takes one message.
-    pub(crate) fn hear(&self) -> Heard {
+    /// Receives one message.
+    pub(crate) fn receive(&self) -> Received {
         let mut bytes = [0; MESSAGE_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut rights = RecvAncillaryBuffer::new(&mut space);
@@ -124,8 +146,8 @@ impl Talk {
             }
         };
         let len_bytes = match received {
-            Err(Errno::AGAIN) => return Heard::Nothing,
-            Err(_) => return Heard::Gone,
+            Err(Errno::AGAIN) => return Received::Nothing,
+            Err(_) => return Received::Gone,
             Ok(received) => received.bytes,
         };
         let mut files = rights.drain().flat_map(|message| match message {
@@ -134,16 +156,16 @@ impl Talk {
         });
         let file = files.by_ref().flatten().next();
         if len_bytes != bytes.len() {
-            return Heard::Gone;
+            return Received::Gone;
         }
         match Message::decode(&bytes) {
-            Some(message) => Heard::Said(message, file),
-            None => Heard::Gone,
+            Some(message) => Received::Message(message, file),
+            None => Received::Gone,
         }
     }
 
-    /// Wakes a peer that polls; whether it still is there. A full socket is bell enough.
-    pub(crate) fn ring(&self) -> bool {
+    /// Wakes a peer that polls; false if it is gone. A full socket wakes it already.
+    pub(crate) fn notify(&self) -> bool {
         loop {
             match send(&self.0, &[1], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(_) | Err(Errno::AGAIN) => return true,
@@ -153,8 +175,8 @@ impl Talk {
         }
     }
 
-    /// Takes what the bell left; whether the peer still is there. Of a peer that rings without end some is
-    /// left for the next time.
+    /// Takes the notifications that are there; false if the peer is gone. The number of system calls is bounded:
+    /// a peer that floods the socket leaves some for the next time.
     pub(crate) fn drain(&self) -> bool {
         let mut bytes = [0_u8; 64];
         for _ in 0..DRAINS_MAX {
@@ -169,84 +191,11 @@ impl Talk {
     }
 }
 
-impl AsFd for Talk {
+impl AsFd for ControlChannel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pair() -> (Talk, Talk) {
-        let (a, b) = UnixStream::pair().expect("a pair");
-        (Talk::new(a), Talk::new(b))
-    }
-
-    #[test]
-    fn what_is_said_is_heard_with_its_descriptor() {
-        let (a, b) = pair();
-        assert!(matches!(b.hear(), Heard::Nothing));
-        let (read, _write) = std::io::pipe().expect("a pipe");
-        assert!(a.say(Message::Offer(65536), Some(read.as_fd())));
-        assert!(a.say(Message::Switch, None));
-        assert!(matches!(
-            b.hear(),
-            Heard::Said(Message::Offer(65536), Some(_))
-        ));
-        assert!(matches!(b.hear(), Heard::Said(Message::Switch, None)));
-        drop(a);
-        assert!(matches!(b.hear(), Heard::Gone));
-        assert!(!b.say(Message::Ready, None) && !b.ring() && !b.drain());
-    }
-
-    #[test]
-    fn noise_is_a_peer_that_is_gone() {
-        let good = Message::Offer(4096).encode();
-        assert_eq!(Message::decode(&good), Some(Message::Offer(4096)));
-        for place in 0..good.len() {
-            for bit in 0..8 {
-                let mut bad = good;
-                bad[place] ^= 1 << bit;
-                let decoded = Message::decode(&bad);
-                let size_alone = (16..24).contains(&place);
-                assert_eq!(decoded.is_some(), size_alone, "byte {place} bit {bit}");
-            }
-        }
-        let (a, b) = pair();
-        send(&a, &good[..31], SendFlags::empty()).expect("sent");
-        assert!(matches!(b.hear(), Heard::Gone));
-    }
-
-    #[test]
-    fn a_bell_that_nobody_answers_never_blocks() {
-        let (a, b) = pair();
-        for _ in 0..100_000 {
-            assert!(a.ring());
-        }
-        while matches!(b.hear(), Heard::Gone) {
-            assert!(b.drain());
-        }
-        assert!(b.drain());
-    }
-
-    #[test]
-    fn a_bell_that_rings_without_end_holds_nobody() {
-        let (a, b) = pair();
-        let noise = [1; 4096];
-        let mut sent = 0;
-        while let Ok(count) = send(&a, &noise, SendFlags::DONTWAIT) {
-            sent += count;
-        }
-        assert!(sent > 3 * 64 * DRAINS_MAX as usize, "{sent}");
-        assert!(b.drain());
-        assert!(matches!(b.hear(), Heard::Gone), "it was all taken");
-        drop(a);
-        let mut drains = 1;
-        while b.drain() {
-            drains += 1;
-        }
-        assert!(drains > 1, "the end is heard after the noise");
-    }
-}
+mod tests;
