@@ -9,8 +9,8 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, Spec};
 use crate::config::{check_together, read_file};
 use crate::door::ublk::{DataPath, Recovery};
+use crate::engine::cpus::Cpus;
 use crate::engine::polling::Polling;
-use crate::engine::threads::Cpus;
 
 /// Serves disks as /dev/ublkbN block devices and as vhost-user-blk sockets, from one backend.
 #[derive(Debug, Parser)]

@@ -11,8 +11,9 @@ pub use file::read_file;
 pub use spec::{Spec, StorageSpec};
 
 use crate::door::ublk::{DataPath, Recovery};
+use crate::engine::cpus::Cpus;
 use crate::engine::polling::Polling;
-use crate::engine::threads::{Cpus, ThreadOptions};
+use crate::engine::threads::ThreadOptions;
 use crate::request::{BadSize, Serial};
 use crate::storage::Rule;
 

@@ -2,6 +2,7 @@
 //! both implement, polling, where threads run, counters, messages between threads.
 
 pub mod counters;
+pub mod cpus;
 pub mod crash;
 mod door;
 pub mod mailbox;

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use crate::engine::threads::processors_online;
+use crate::engine::cpus::processors_online;
 
 /// What a thread does when it has nothing to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

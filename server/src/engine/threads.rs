@@ -1,13 +1,9 @@
 //! How queue threads run: where, and what they do when they have nothing to do.
 
-use std::fmt;
 use std::io;
-use std::str::FromStr;
-use std::sync::Arc;
 
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-
-use crate::engine::polling::Polling;
+use super::cpus::{Cpus, settle_on};
+use super::polling::Polling;
 
 /// What all queue threads of an export have in common.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,153 +24,14 @@ impl ThreadOptions {
         let Some(cpus) = &self.cpus else {
             return Ok(());
         };
-        settle_on(&Cpus([cpus.of(number)].into()))
-    }
-}
-
-/// Keeps the calling thread on these processors, or on those of them that this process may use.
-///
-/// # Errors
-///
-/// When there is none of them that it may use.
-pub fn settle_on(cpus: &Cpus) -> io::Result<()> {
-    let mut set = CpuSet::new();
-    for cpu in cpus.0.iter() {
-        set.set(usize::from(*cpu));
-    }
-    sched_setaffinity(None, &set).map_err(|error| {
-        io::Error::other(format!(
-            "a queue thread cannot run on processor {cpus}: {error}"
-        ))
-    })
-}
-
-/// Whether the calling thread may run on one processor only.
-pub(crate) fn is_bound_to_one() -> bool {
-    may_use() == Some(1)
-}
-
-/// Whether the calling thread may run on all processors that are there.
-pub(crate) fn is_unbound() -> bool {
-    may_use().is_some_and(|count| count >= processors_online())
-}
-
-/// How many processors there are, for whomever.
-pub(crate) fn processors_online() -> usize {
-    // SAFETY: asks for a number.
-    let count = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
-    usize::try_from(count).unwrap_or(1)
-}
-
-/// How many processors that are there the calling thread may run on.
-fn may_use() -> Option<usize> {
-    // It fails where there are more processors than the mask has room for.
-    usize::try_from(sched_getaffinity(None).ok()?.count()).ok()
-}
-
-/// Processors, in the order in which threads get them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cpus(Arc<[u16]>);
-
-impl Cpus {
-    /// The processor of the `number`th thread: when there are more threads, they begin again with
-    /// the first.
-    #[must_use]
-    pub fn of(&self, number: u16) -> u16 {
-        self.0[usize::from(number) % self.0.len()]
-    }
-
-    /// The processors whose bits are set in a mask, the lowest first, as far as an affinity mask of
-    /// ours has room for them. `None` when there are none.
-    #[must_use]
-    pub fn from_mask(words: &[u64]) -> Option<Self> {
-        let bits = (0..MAX).filter(|bit| {
-            let word = words.get(bit / 64).copied().unwrap_or(0);
-            word >> (bit % 64) & 1 == 1
-        });
-        // No truncation: `MAX` fits.
-        let cpus: Arc<[u16]> = bits.filter_map(|bit| u16::try_from(bit).ok()).collect();
-        (!cpus.is_empty()).then_some(Self(cpus))
-    }
-}
-
-/// Why a text is no list of processors.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is no list of processors below {MAX} like 0,2,4-7")]
-pub struct BadCpus(String);
-
-/// Processors that an affinity mask has room for.
-const MAX: usize = CpuSet::MAX_CPU;
-
-impl FromStr for Cpus {
-    type Err = BadCpus;
-
-    fn from_str(text: &str) -> Result<Self, BadCpus> {
-        let mut cpus = Vec::new();
-        for part in text.split(',') {
-            let (first, last) = part.split_once('-').unwrap_or((part, part));
-            match (first.parse::<u16>(), last.parse::<u16>()) {
-                (Ok(first), Ok(last)) if first <= last && usize::from(last) < MAX => {
-                    cpus.extend(first..=last);
-                }
-                _ => return Err(BadCpus(text.to_owned())),
-            }
-        }
-        Ok(Self(cpus.into()))
-    }
-}
-
-impl fmt::Display for Cpus {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let cpus: Vec<_> = self.0.iter().map(u16::to_string).collect();
-        f.write_str(&cpus.join(","))
-    }
-}
-
-impl serde::Serialize for Cpus {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for Cpus {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(serde::de::Error::custom)
+        settle_on(&Cpus::from(cpus.of(number)))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lists_of_processors_are_read_in_their_order() {
-        let cpus: Cpus = "3,0-1,7".parse().unwrap();
-        assert_eq!(cpus.to_string(), "3,0,1,7");
-        let got: Vec<_> = (0..6).map(|number| cpus.of(number)).collect();
-        assert_eq!(got, [3, 0, 1, 7, 3, 0]);
-    }
-
-    #[test]
-    fn what_is_no_list_of_processors_is_refused() {
-        for bad in ["", ",", "1,", "a", "3-1", "-1", "1-", "1024", "0-70000"] {
-            let error = bad.parse::<Cpus>().unwrap_err().to_string();
-            assert!(error.contains(bad), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_mask_is_a_list_of_processors() {
-        let cpus = |words: &[u64]| Cpus::from_mask(words).map(|cpus| cpus.to_string());
-        assert_eq!(cpus(&[0b1011, 0, 1]), Some("0,1,3,128".into()));
-        assert_eq!(cpus(&[1 << 63]), Some("63".into()));
-        assert_eq!((cpus(&[]), cpus(&[0; 128])), (None, None));
-        // Behind the last one that we could settle on.
-        let mut far = [0; 128];
-        far[MAX / 64] = 1;
-        assert_eq!(cpus(&far), None);
-    }
+    use crate::engine::cpus::{is_bound_to_one, is_unbound, processors_online};
 
     #[test]
     fn a_thread_settles_on_its_processor_or_says_why_not() {

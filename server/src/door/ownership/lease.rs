@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
+use super::state::{DRAIN_LIMIT, Inner, Ownership, SUCCESSION_LIMIT, State};
 use super::types::{Client, Refused};
-use super::{DRAIN_LIMIT, Inner, Ownership, SUCCESSION_LIMIT, State};
 
 /// A client's hold on the disk. Dropping it is dying.
 #[derive(Debug)]

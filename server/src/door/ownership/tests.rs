@@ -1,7 +1,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
 
 use super::*;
+use crate::engine::StorageControl;
 use crate::request::Limits;
 
 /// A block door that keeps a diary, and a lock to hold up its draining.

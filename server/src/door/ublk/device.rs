@@ -29,10 +29,10 @@ use super::queue::{Command, QueueConfig, UblkQueue};
 use super::stale_device;
 use super::{DataPath, Facts, UblkConfig};
 use crate::engine::counters::Counters;
+use crate::engine::cpus::{Cpus, is_unbound, settle_on};
 use crate::engine::crash;
 use crate::engine::mailbox::{self, Mailbox};
 use crate::engine::queue_thread::QueueThread;
-use crate::engine::threads::{Cpus, is_unbound, settle_on};
 use crate::engine::{RingBuffers, Storage};
 
 /// How long queue threads may take to come up, and to end when they were told to.

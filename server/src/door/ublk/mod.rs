@@ -50,7 +50,8 @@ pub use stale_device::{
 use crate::door::ownership::BlockDoor;
 use crate::engine::Storage;
 use crate::engine::counters::Counters;
-use crate::engine::threads::{Cpus, ThreadOptions};
+use crate::engine::cpus::Cpus;
+use crate::engine::threads::ThreadOptions;
 use crate::request::SECTOR_SHIFT;
 use control::Control;
 use device::{Device, Event, Wanted};

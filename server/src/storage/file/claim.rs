@@ -1,25 +1,17 @@
 //! That nobody else writes to the storage: from its opening on, or while somebody wants it so.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::fs::{Advice, OFlags, fadvise};
 
-use super::Shared;
+use super::lock::{Lock, is_taken, lock, unless_taken};
+use super::shared::{Claim, Shared};
 use crate::request::Limits;
-
-/// A claim that comes and goes.
-#[derive(Debug)]
-pub(super) enum Claim {
-    /// A lock on the file that is served.
-    Lock,
-    /// The device, opened once more: `O_EXCL` holds until it is closed.
-    Device { _exclusive: fs::File },
-}
 
 impl Shared {
     pub(super) fn claim(&self, limits: &Limits, limit: Duration) -> Result<(), String> {
@@ -112,68 +104,5 @@ impl Shared {
     fn claimed(&self) -> MutexGuard<'_, Option<Claim>> {
         // It is there or it is not.
         self.claim.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A lock on a regular file.
-///
-/// A writer locks every byte, so that programs which lock some bytes of their images (QEMU locks
-/// bytes 100 to 203) and this server keep each other out. Readers lock the first byte and keep out
-/// our writers only. Block devices are not locked: writers claim them with `O_EXCL`, and a
-/// `flock(2)` would collide with udev, which takes one whenever it looks at a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lock {
-    Read,
-    Write,
-    None,
-}
-
-/// Changes the lock that this open file has.
-///
-/// # Errors
-///
-/// When somebody else has a lock that does not go with it for longer than `limit`
-/// ([`is_taken`]), or the file system knows no locks.
-pub(super) fn lock(file: &fs::File, lock: Lock, limit: Duration) -> io::Result<()> {
-    // Lock types are small constants; the field is narrower than they are.
-    #[expect(clippy::cast_possible_truncation, reason = "0 to 2")]
-    let (kind, len) = match lock {
-        Lock::Read => (libc::F_RDLCK as libc::c_short, 1),
-        Lock::Write => (libc::F_WRLCK as libc::c_short, 0),
-        Lock::None => (libc::F_UNLCK as libc::c_short, 0),
-    };
-    // SAFETY: all zeroes is a valid `flock`: from the start of the file, by nobody.
-    let mut range: libc::flock = unsafe { std::mem::zeroed() };
-    range.l_type = kind;
-    range.l_len = len;
-    let try_lock = || {
-        // SAFETY: `range` is a whole `struct flock` that lives through the call.
-        match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    };
-    unless_taken(limit, try_lock, is_taken)
-}
-
-/// Whether [`lock`] failed because somebody else has one.
-pub(super) fn is_taken(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
-}
-
-/// Tries again for a short time while somebody else has the file.
-pub(super) fn unless_taken<T>(
-    limit: Duration,
-    mut attempt: impl FnMut() -> io::Result<T>,
-    is_taken: impl Fn(&io::Error) -> bool,
-) -> io::Result<T> {
-    let deadline = Instant::now() + limit;
-    loop {
-        match attempt() {
-            Err(error) if is_taken(&error) && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            result => return result,
-        }
     }
 }

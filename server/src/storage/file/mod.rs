@@ -5,102 +5,36 @@
 //! | `open.rs`   | what the storage is, what it takes, who else has it          |
 //! | `queue.rs`  | one request from start to end, step by step                  |
 //! | `resize.rs` | another size for a disk that is being served               |
-//! | `claim.rs`  | that nobody else writes to it                                |
+//! | `claim.rs`  | exclusive access, from opening on or while a client has the disk |
+//! | `lock.rs`   | locks on regular files                                       |
+//! | `shared.rs` | what all queues use                                          |
 //! | `bounce.rs` | buffers for data that does not lie as `O_DIRECT` wants it    |
 
 mod bounce;
 mod claim;
+mod lock;
 mod open;
 mod queue;
 mod resize;
+mod shared;
 
-use std::fs;
 use std::io;
-use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-pub use open::OpenError;
+pub use open::{CacheMode, FileOptions, OpenError};
 pub use queue::FileQueue;
+use shared::Shared;
 
 use crate::engine::{RingBuffers, Storage, StorageControl};
 use crate::io::Ring;
-use crate::request::{Limits, Serial};
-
-/// How a file disk uses the host's page cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CacheMode {
-    /// Around it where the file system can, else through it.
-    #[default]
-    Auto,
-    /// Around it (`O_DIRECT`) or not at all.
-    Direct,
-    /// Through it.
-    Buffered,
-}
-
-/// Which file, and how.
-#[derive(Clone, Debug)]
-pub struct FileOptions {
-    /// A regular file or a block device.
-    pub path: PathBuf,
-    /// How the page cache is used.
-    pub cache: CacheMode,
-    /// Open it for reading only; writes are refused.
-    pub read_only: bool,
-    /// Logical block size to advertise; what the storage takes when there is none.
-    pub block_bytes: Option<u32>,
-    /// What the disk calls itself.
-    pub serial: Serial,
-    /// Do not claim it, so that others may have it until [`Storage::claim`].
-    pub claim_later: bool,
-}
+use crate::request::Limits;
 
 /// A disk in a file. Holds the file, and a lock on it, until the last queue is gone.
 #[derive(Debug)]
 pub struct File {
     limits: Limits,
     shared: Arc<Shared>,
-}
-
-/// What all queues of a file disk use.
-#[derive(Debug)]
-struct Shared {
-    /// For messages.
-    path: PathBuf,
-    file: fs::File,
-    is_device: bool,
-    /// The file has no storage but memory.
-    is_in_memory: bool,
-    alignment: Option<Alignment>,
-    /// Whether it is claimed only while somebody wants it so.
-    claims_later: bool,
-    /// A claim that comes and goes.
-    claim: Mutex<Option<claim::Claim>>,
-    /// What the storage turned out not to know; each is tried until then.
-    lacks: Lacks,
-}
-
-/// What `O_DIRECT` asks of a transfer. Both are powers of two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Alignment {
-    /// Of addresses.
-    memory_bytes: usize,
-    /// Of lengths and positions.
-    block_bytes: usize,
-}
-
-#[derive(Debug, Default)]
-struct Lacks {
-    /// `RWF_DSYNC`.
-    forced_writes: AtomicBool,
-    /// `FALLOC_FL_PUNCH_HOLE`.
-    punch_hole: AtomicBool,
-    /// `FALLOC_FL_ZERO_RANGE`.
-    zero_range: AtomicBool,
-    /// `BLOCK_URING_CMD_DISCARD` (Linux 6.12).
-    discard_command: AtomicBool,
 }
 
 impl File {

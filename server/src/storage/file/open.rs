@@ -13,9 +13,38 @@ use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl, fstatfs};
 use rustix::fs::{ioctl_blkpbszget, ioctl_blksszget};
 
 use super::bounce::Aligned;
-use super::claim::{self, Lock, is_taken, unless_taken};
-use super::{Alignment, CacheMode, FileOptions, Lacks, Shared};
-use crate::request::{Limits, MAX_DISK_BYTES};
+use super::lock::{self, Lock, is_taken, unless_taken};
+use super::shared::{Alignment, Lacks, Shared};
+use crate::request::{Limits, MAX_DISK_BYTES, Serial};
+
+/// How a file disk uses the host's page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Around it where the file system can, else through it.
+    #[default]
+    Auto,
+    /// Around it (`O_DIRECT`) or not at all.
+    Direct,
+    /// Through it.
+    Buffered,
+}
+
+/// Which file, and how.
+#[derive(Clone, Debug)]
+pub struct FileOptions {
+    /// A regular file or a block device.
+    pub path: PathBuf,
+    /// How the page cache is used.
+    pub cache: CacheMode,
+    /// Open it for reading only; writes are refused.
+    pub read_only: bool,
+    /// Logical block size to advertise; what the storage takes when there is none.
+    pub block_bytes: Option<u32>,
+    /// What the disk calls itself.
+    pub serial: Serial,
+    /// Do not claim it, so that others may have it until [`Storage::claim`].
+    pub claim_later: bool,
+}
 
 /// Block sizes that a disk may have.
 const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=4096;
@@ -274,7 +303,7 @@ fn check_kind(path: &Path, metadata: &fs::Metadata) -> Result<(), OpenError> {
 /// One writer, or any number of readers, of a regular file.
 fn lock(file: &fs::File, path: &Path, read_only: bool) -> Result<(), OpenError> {
     let kind = if read_only { Lock::Read } else { Lock::Write };
-    match claim::lock(file, kind, TAKEN_LIMIT) {
+    match lock::lock(file, kind, TAKEN_LIMIT) {
         Ok(()) => Ok(()),
         Err(error) if is_taken(&error) => Err(OpenError::InUse(path.to_owned())),
         Err(error) => {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use io_uring::{opcode, squeue, types};
 
 use super::bounce::{Aligned, BOUNCE_BYTES, Pool, gather, scatter};
-use super::{Alignment, Shared};
+use super::shared::{Alignment, Lacks, Shared};
 use crate::engine::StorageQueue;
 use crate::io::{Owner, Ring, Slot, Token};
 use crate::request::{Buffer, IoError, Op, Progress, Request};
@@ -107,7 +107,7 @@ impl FileQueue {
         })
     }
 
-    fn lacks(&self, what: impl Fn(&super::Lacks) -> &AtomicBool) -> bool {
+    fn lacks(&self, what: impl Fn(&Lacks) -> &AtomicBool) -> bool {
         what(&self.shared.lacks).load(Ordering::Relaxed)
     }
 

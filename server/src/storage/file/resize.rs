@@ -2,7 +2,7 @@
 
 use std::io::{self, Seek, SeekFrom};
 
-use super::Shared;
+use super::shared::Shared;
 use crate::request::Limits;
 use crate::request::format_size;
 
