@@ -2,8 +2,9 @@
 //!
 //! A `&[u8]` promises that nothing writes to the bytes, and a `&mut [u8]` that nothing else accesses them.
 //! Neither holds for memory that a peer has mapped. [`Bytes`] can only be copied out of, and [`Space`] can only
-//! be written to; both copy by relaxed atomic operations of at most a machine word, each word once. Check and
-//! use the copy: reading the same place twice may give two answers.
+//! be written to. Both copy by relaxed atomic operations of at most a machine word, each word once, except where
+//! no other process can write: there a plain copy is faster. Check and use the copy: reading the same place twice
+//! may give two answers.
 //!
 //! This file has all accesses to such data; `memory.rs` has the atomic words beside it.
 
@@ -142,18 +143,22 @@ impl<'a> Bytes<'a> {
 pub(crate) struct Space<'a> {
     start: NonNull<u8>,
     len_bytes: usize,
+    /// Nothing else writes there.
+    exclusive: bool,
     lives: PhantomData<&'a [AtomicU8]>,
 }
 
 impl<'a> Space<'a> {
     /// # Safety
-    /// `start` is valid for reads and writes of `len_bytes` bytes for `'a`, and until then this process accesses
-    /// them by atomic operations only.
+    /// `start` is valid for reads and writes of `len_bytes` bytes for `'a`. If it is `exclusive`, nothing else
+    /// writes to them until then, and this process does not read them; otherwise this process accesses them by
+    /// atomic operations only.
     #[inline]
-    pub(crate) unsafe fn new(start: NonNull<u8>, len_bytes: usize) -> Self {
+    pub(crate) unsafe fn new(start: NonNull<u8>, len_bytes: usize, exclusive: bool) -> Self {
         Self {
             start,
             len_bytes,
+            exclusive,
             lives: PhantomData,
         }
     }
@@ -163,6 +168,7 @@ impl<'a> Space<'a> {
         Self {
             len_bytes: slice.len(),
             start: NonNull::from(slice).cast(),
+            exclusive: true,
             lives: PhantomData,
         }
     }
@@ -177,6 +183,11 @@ impl<'a> Space<'a> {
         assert!(fits, "more is written than was reserved");
         // SAFETY: inside the stretch.
         let target = unsafe { self.start.add(offset) };
+        if self.exclusive {
+            // SAFETY: inside the stretch; `source` is no part of it, as there are no slices of it.
+            unsafe { target.copy_from_nonoverlapping(NonNull::from(source).cast(), source.len()) };
+            return;
+        }
         match is_whole_words(target, source.len()) {
             // SAFETY: aligned, and inside the stretch.
             true => unsafe { store_words(target, source.as_chunks().0) },

@@ -112,7 +112,7 @@ pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory
     let pieces = Pieces {
         main: ring.as_fd(),
         consumer: Some((ring.as_fd(), 2 * page)),
-        control_writable: false,
+        own: false,
     };
     // The mapping outlives the descriptor.
     let memory = Memory::map(role, size, &pieces)?;

@@ -43,7 +43,7 @@ pub(crate) fn create_ring(size: u32) -> Result<(OwnedFd, Memory), Errno> {
     let pieces = Pieces {
         main: file.as_fd(),
         consumer: None,
-        control_writable: true,
+        own: true,
     };
     let memory = Memory::map(Role::Producer, size, &pieces)?;
     memory.write_control();

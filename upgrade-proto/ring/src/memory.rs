@@ -119,8 +119,9 @@ pub(crate) struct Pieces<'a> {
     pub main: BorrowedFd<'a>,
     /// The consumer's index page and its offset in that file; `None`: [`Memory::map_consumer`] follows.
     pub consumer: Option<(BorrowedFd<'a>, u64)>,
-    /// Whether this end may write to the control page.
-    pub control_writable: bool,
+    /// Whether this end made and sealed `main`. Then it may write the control page, and what it writes no other
+    /// process can write.
+    pub own: bool,
 }
 
 /// Pages before the data.
@@ -133,6 +134,8 @@ pub(crate) struct Memory {
     page_bytes: usize,
     size: u32,
     role: Role,
+    /// No other process can write what this end can write.
+    exclusive: bool,
     owner_pid: u32,
 }
 
@@ -176,13 +179,14 @@ impl Memory {
             page_bytes,
             size,
             role,
+            exclusive: pieces.own,
             owner_pid: std::process::id(),
         };
         let owned = |owner: Role| match owner == role {
             true => ProtFlags::READ | ProtFlags::WRITE,
             false => ProtFlags::READ,
         };
-        let control = match pieces.control_writable {
+        let control = match pieces.own {
             true => ProtFlags::READ | ProtFlags::WRITE,
             false => ProtFlags::READ,
         };
@@ -337,8 +341,8 @@ impl Memory {
         );
         let start = self.at(position, len_bytes);
         // SAFETY: `len_bytes` from there are mapped for the producer to write as long as `self` lives. This
-        // process accesses data by `Bytes` and `Space`.
-        unsafe { Space::new(start, len_bytes) }
+        // process accesses data by `Bytes` and `Space`, and a reader in this process only what was committed.
+        unsafe { Space::new(start, len_bytes, self.exclusive) }
     }
 }
 

@@ -21,10 +21,12 @@ fn every_start_and_length_is_copied_whole() {
 #[test]
 fn every_place_and_length_is_stored_whole_and_nothing_beside_it() {
     let source: Vec<u8> = (1..=40).collect();
-    for place in 0..16 {
+    for (place, exclusive) in (0..32).map(|number| (number / 2, number % 2 == 0)) {
         for len_bytes in 0..source.len() {
             let mut target = [0_u8; 64];
-            Space::of(&mut target[place..]).put(0, &source[..len_bytes]);
+            let mut space = Space::of(&mut target[place..]);
+            space.exclusive = exclusive;
+            space.put(0, &source[..len_bytes]);
             assert_eq!(target[place..place + len_bytes], source[..len_bytes]);
             let beside = target[..place].iter().chain(&target[place + len_bytes..]);
             assert!(

@@ -122,7 +122,7 @@ impl Consumer {
         let pieces = Pieces {
             main: file.as_fd(),
             consumer: Some((page.as_fd(), 0)),
-            control_writable: false,
+            own: false,
         };
         let memory = Memory::map(Role::Consumer, size, &pieces).ok()?;
         memfd::seal(&page).ok()?;
