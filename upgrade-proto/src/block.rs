@@ -79,7 +79,7 @@ impl DiskClaim {
     }
 }
 
-/// Connects to a service of the block device behind `fd`, and checks on both ways that its server is root
+/// Connects to a service of the block device behind `fd`, and checks on both routes that its server is root
 /// or the owner of the device.
 pub fn connect_to_disk(
     fd: impl AsFd,

@@ -15,37 +15,47 @@ use crate::object::{self, Key};
 use crate::registry::{self, Entry};
 use crate::socket::{self, Peer};
 
-/// How client and server met.
+/// How a client finds a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Way {
-    /// Through the fd address: the kernel knows the service.
+pub enum Route {
+    /// By the fd address: the kernel knows the service.
     Kernel,
-    /// Through an entry in the registry.
+    /// By an entry in the registry.
     Registry,
+}
+
+impl Route {
+    /// `kernel` or `registry`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Registry => "registry",
+        }
+    }
 }
 
 /// A connected stream socket, blocking and close-on-exec.
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
-    way: Way,
+    route: Route,
     peer: Peer,
     entry: Option<PathBuf>,
 }
 
 impl Connection {
-    pub(crate) fn new(stream: UnixStream, way: Way, peer: Peer) -> Self {
+    pub(crate) fn new(stream: UnixStream, route: Route, peer: Peer) -> Self {
         Self {
             stream,
-            way,
+            route,
             peer,
             entry: None,
         }
     }
 
-    /// How the two met.
-    pub fn way(&self) -> Way {
-        self.way
+    /// How the client found the server.
+    pub fn route(&self) -> Route {
+        self.route
     }
 
     /// Who is at the other end.
@@ -98,9 +108,9 @@ impl<T> Answer<T> {
 /// Where a client looks, and for how long.
 #[derive(Clone, Debug)]
 pub struct Lookup {
-    /// Whether the kernel's way is tried.
+    /// Whether the kernel's route is tried.
     pub kernel: bool,
-    /// Runtime directories whose registries are searched, in order; empty: the kernel's way only.
+    /// Runtime directories whose registries are searched, in order; empty: the kernel's route only.
     pub runtime_dirs: Vec<PathBuf>,
     /// How long a server with a full backlog is waited for; then EAGAIN.
     pub timeout: Duration,
@@ -116,10 +126,9 @@ impl Default for Lookup {
     }
 }
 
-/// Connects to the service `name` of the object behind `fd`, by the kernel's way or else the registry's.
+/// Connects to the service `name` of the object behind `fd`, by the kernel's route or else the registry's.
 ///
-/// A refusal by a kernel that knows the service (EACCES, EPERM, EPROTOTYPE) is final: the registry is no
-/// way round it.
+/// A refusal by a kernel that knows the service (EACCES, EPERM, EPROTOTYPE) is final: the registry does not get round it.
 pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Connection>, Error> {
     let fd = fd.as_fd();
     let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
@@ -128,7 +137,7 @@ pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Con
         false => Err(Errno::NOENT),
     };
     match connected {
-        Ok(stream) => Ok(Answer::Found(introduce(stream, Way::Kernel)?)),
+        Ok(stream) => Ok(Answer::Found(introduce(stream, Route::Kernel)?)),
         Err(Errno::CONNREFUSED | Errno::NOENT | Errno::NOTDIR) => {
             connect_by_registry(fd, name, lookup, &mut || Key::of(fd))
         }
@@ -139,13 +148,13 @@ pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Con
     }
 }
 
-fn introduce(stream: OwnedFd, way: Way) -> Result<Connection, Error> {
+fn introduce(stream: OwnedFd, route: Route) -> Result<Connection, Error> {
     let peer =
         socket::peer(&stream).map_err(|errno| Error::system("examine", "the server", errno))?;
-    Ok(Connection::new(UnixStream::from(stream), way, peer))
+    Ok(Connection::new(UnixStream::from(stream), route, peer))
 }
 
-/// The registry's way. `key` is asked before and after connecting, and must answer the same.
+/// The registry's route. `key` is asked before and after connecting, and must answer the same.
 fn connect_by_registry(
     fd: BorrowedFd<'_>,
     name: &Name,
@@ -173,7 +182,7 @@ fn connect_by_registry(
                     continue;
                 }
             };
-            let mut connection = introduce(stream, Way::Registry)?;
+            let mut connection = introduce(stream, Route::Registry)?;
             connection.entry = Some(registry::entry_path(dir, &candidate, name));
             if !is_trusted_peer(fd, connection.peer())? {
                 refusal = NoService::ForeignPeer {

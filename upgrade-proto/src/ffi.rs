@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use crate::{Answer, BlockUpgrade, Key, Listener, Lookup, Name, Options, Way, connect};
+use crate::{Answer, BlockUpgrade, Key, Listener, Lookup, Name, Options, Route, connect};
 
-const WAY_KERNEL: c_uint = 1;
-const WAY_REGISTRY: c_uint = 2;
+const ROUTE_KERNEL: c_uint = 1;
+const ROUTE_REGISTRY: c_uint = 2;
 
-fn code(way: Way) -> c_uint {
-    match way {
-        Way::Kernel => WAY_KERNEL,
-        Way::Registry => WAY_REGISTRY,
+fn code(route: Route) -> c_uint {
+    match route {
+        Route::Kernel => ROUTE_KERNEL,
+        Route::Registry => ROUTE_REGISTRY,
     }
 }
 
@@ -80,7 +80,7 @@ unsafe fn lookup(runtime_dir: *const c_char) -> Lookup {
 /// Offers a service; see the header.
 ///
 /// # Safety
-/// Strings are NULL or NUL-terminated, `disk` is NULL or two integers, `ways` NULL or writable, `out` writable.
+/// Strings are NULL or NUL-terminated, `disk` is NULL or two integers, `routes` NULL or writable, `out` writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn upgrade_listen(
     fd: c_int,
@@ -88,7 +88,7 @@ pub unsafe extern "C" fn upgrade_listen(
     runtime_dir: *const c_char,
     disk: *const c_uint,
     out: *mut *mut Listener,
-    ways: *mut c_uint,
+    routes: *mut c_uint,
 ) -> c_int {
     let bind = || {
         if out.is_null() {
@@ -107,13 +107,13 @@ pub unsafe extern "C" fn upgrade_listen(
         }
         let listener = Listener::bind(fd, &name, &options).map_err(|error| error.errno())?;
         let open = listener
-            .ways()
+            .routes()
             .into_iter()
-            .fold(0, |open, way| open | code(way));
+            .fold(0, |open, route| open | code(route));
         let poll = listener.as_fd().as_raw_fd();
         // SAFETY: checked or promised; the box is the caller's until upgrade_listener_free.
         unsafe {
-            put(ways, open);
+            put(routes, open);
             put(out, Box::into_raw(Box::new(listener)));
         }
         Ok(poll)
@@ -124,9 +124,9 @@ pub unsafe extern "C" fn upgrade_listen(
 /// Takes a waiting connection; see the header.
 ///
 /// # Safety
-/// `listener` comes from `upgrade_listen` and was not freed; `way` is NULL or writable.
+/// `listener` comes from `upgrade_listen` and was not freed; `route` is NULL or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn upgrade_accept(listener: *const Listener, way: *mut c_uint) -> c_int {
+pub unsafe extern "C" fn upgrade_accept(listener: *const Listener, route: *mut c_uint) -> c_int {
     // SAFETY: NULL or alive by our caller's promise.
     let Some(listener) = (unsafe { listener.as_ref() }) else {
         return answer(Err(Errno::INVAL));
@@ -134,7 +134,7 @@ pub unsafe extern "C" fn upgrade_accept(listener: *const Listener, way: *mut c_u
     answer(match listener.accept() {
         Ok(Some(connection)) => {
             // SAFETY: by our caller's promise.
-            unsafe { put(way, code(connection.way())) };
+            unsafe { put(route, code(connection.route())) };
             Ok(connection.into_stream().into_raw_fd())
         }
         Ok(None) => Err(Errno::AGAIN),
@@ -157,13 +157,13 @@ pub unsafe extern "C" fn upgrade_listener_free(listener: *mut Listener) {
 /// Connects to a service; see the header.
 ///
 /// # Safety
-/// Strings are NULL or NUL-terminated, `way` is NULL or writable.
+/// Strings are NULL or NUL-terminated, `route` is NULL or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn upgrade_connect(
     fd: c_int,
     service: *const c_char,
     runtime_dir: *const c_char,
-    way: *mut c_uint,
+    route: *mut c_uint,
 ) -> c_int {
     let find = || {
         // SAFETY: by our caller's promise; all are used during this call only.
@@ -171,7 +171,7 @@ pub unsafe extern "C" fn upgrade_connect(
         match connect(fd, &name, &lookup).map_err(|error| error.errno())? {
             Answer::Found(connection) => {
                 // SAFETY: by our caller's promise.
-                unsafe { put(way, code(connection.way())) };
+                unsafe { put(route, code(connection.route())) };
                 Ok(connection.into_stream().into_raw_fd())
             }
             Answer::NoService(why) => Err(why.errno()),
@@ -183,14 +183,14 @@ pub unsafe extern "C" fn upgrade_connect(
 /// Claims and upgrades a block device; see the header.
 ///
 /// # Safety
-/// Strings are NULL or NUL-terminated, `way` is NULL or writable, `out` writable.
+/// Strings are NULL or NUL-terminated, `route` is NULL or writable, `out` writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn upgrade_block(
     fd: c_int,
     service: *const c_char,
     runtime_dir: *const c_char,
     out: *mut *mut BlockUpgrade,
-    way: *mut c_uint,
+    route: *mut c_uint,
 ) -> c_int {
     let upgrade = || {
         if out.is_null() {
@@ -201,10 +201,11 @@ pub unsafe extern "C" fn upgrade_block(
         match BlockUpgrade::from_fd(fd, &name, &lookup).map_err(|error| error.errno())? {
             Answer::Found(upgrade) => {
                 let connection = upgrade.connection();
-                let (socket, way_taken) = (connection.as_fd().as_raw_fd(), code(connection.way()));
+                let (socket, route_taken) =
+                    (connection.as_fd().as_raw_fd(), code(connection.route()));
                 // SAFETY: checked or promised; the box is the caller's until upgrade_block_release.
                 unsafe {
-                    put(way, way_taken);
+                    put(route, route_taken);
                     put(out, Box::into_raw(Box::new(upgrade)));
                 }
                 Ok(socket)

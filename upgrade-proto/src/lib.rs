@@ -9,13 +9,13 @@
 //!
 //! let disk = std::fs::File::options().read(true).write(true).open("/dev/ublkb0")?;
 //! match connect(&disk, &Name::new("vhost-user-blk")?, &Lookup::default())? {
-//!     Answer::Found(connection) => println!("by the {:?}", connection.way()),
+//!     Answer::Found(connection) => println!("by the {:?}", connection.route()),
 //!     Answer::NoService(why) => println!("staying with the block device: {why}"),
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! There are two ways. The *kernel's* is an `AF_UNIX` address, `/dev/self/fd/<fd>/<name>`, on kernels that
+//! There are two routes. The *kernel's* is an `AF_UNIX` address, `/dev/self/fd/<fd>/<name>`, on kernels that
 //! have fd addresses. The *registry's* is a directory of sockets, for all others. [`connect`] and
 //! [`Listener`] try both and say which one it was.
 //!
@@ -37,7 +37,7 @@
 //!
 //! # Limits
 //!
-//! - A registry entry is for root and the server's own user; others need the kernel's way.
+//! - A registry entry is for root and the server's own user; others need the kernel's route.
 //! - Inode numbers of pipes are 32 bits wide and wrap: a registry entry that outlives its pipe for four
 //!   billion inodes could meet a stranger. A listener should end with its pipe.
 //! - Without CAP_SYS_ADMIN the page cache is dropped by posix_fadvise(2), which leaves pages that another
@@ -57,7 +57,7 @@ mod socket;
 pub use address::{FdAddress, Name};
 pub use block::{BlockUpgrade, DiskClaim, connect_to_disk};
 pub use claim::disk_user;
-pub use connect::{Answer, Connection, Lookup, Way, connect};
+pub use connect::{Answer, Connection, Lookup, Route, connect};
 pub use error::{Error, NoService};
 pub use listener::{Listener, Options};
 pub use object::{Key, Side};

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 
 use crate::address::{FdAddress, Name};
-use crate::connect::{Connection, Way};
+use crate::connect::{Connection, Route};
 use crate::object::Key;
 use crate::registry::{self, Published};
 use crate::{Error, socket};
@@ -17,14 +17,14 @@ use crate::{Error, socket};
 /// How a service is offered.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Whether the kernel's way is tried.
+    /// Whether the kernel's route is tried.
     pub kernel: bool,
     /// The runtime directory whose registry gets an entry; `None` publishes nothing.
     pub runtime_dir: Option<PathBuf>,
     /// The object's key, for a server whose descriptor does not show it: the ublk server binds through
     /// the character device and takes the key of its disk from [`Key::of_disk`]. `None`: [`Key::of`].
     pub key: Option<Key>,
-    /// Connections that may wait to be accepted, for each way.
+    /// Connections that may wait to be accepted, for each route.
     pub backlog: i32,
 }
 
@@ -52,9 +52,9 @@ impl Listener {
     /// Offers the service `name` of the object behind `fd`.
     ///
     /// The kernel address is tried first. The registry gets an entry in either case, since a client may
-    /// live in a container whose seccomp rules or whose kernel know no fd addresses. One open way is enough: see
-    /// [`Listener::ways`]. A kernel that knows fd addresses and refuses this caller is an error, and so
-    /// is a rival on either way; the descriptor is not kept.
+    /// live in a container whose seccomp rules or whose kernel know no fd addresses. One open route is enough: see
+    /// [`Listener::routes`]. A kernel that knows fd addresses and refuses this caller is an error, and so
+    /// is a rival on either route; the descriptor is not kept.
     pub fn bind(fd: impl AsFd, name: &Name, options: &Options) -> Result<Self, Error> {
         let fd = fd.as_fd();
         let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
@@ -104,14 +104,14 @@ impl Listener {
         })
     }
 
-    /// The ways that are open to clients, the kernel's first. Never empty.
-    pub fn ways(&self) -> Vec<Way> {
-        let kernel = self.kernel.as_ref().map(|_| Way::Kernel);
-        let registry = self.registry.as_ref().map(|_| Way::Registry);
+    /// The routes that are open to clients, the kernel's first. Never empty.
+    pub fn routes(&self) -> Vec<Route> {
+        let kernel = self.kernel.as_ref().map(|_| Route::Kernel);
+        let registry = self.registry.as_ref().map(|_| Route::Registry);
         kernel.into_iter().chain(registry).collect()
     }
 
-    /// Why the registry has no entry, if one was wanted and only the kernel's way is open.
+    /// Why the registry has no entry, if one was wanted and only the kernel's route is open.
     pub fn registry_error(&self) -> Option<&Error> {
         self.registry_error.as_ref()
     }
@@ -119,17 +119,20 @@ impl Listener {
     /// Takes one waiting connection; `None` if nobody waits. Never blocks: poll the descriptor of
     /// [`AsFd`] for reading first.
     pub fn accept(&self) -> Result<Option<Connection>, Error> {
-        let ways = [
-            (Way::Kernel, self.kernel.as_ref()),
-            (Way::Registry, self.registry.as_ref().map(Published::socket)),
+        let routes = [
+            (Route::Kernel, self.kernel.as_ref()),
+            (
+                Route::Registry,
+                self.registry.as_ref().map(Published::socket),
+            ),
         ];
-        for (way, listening) in ways {
+        for (route, listening) in routes {
             let Some(listening) = listening else { continue };
             match accept_with(listening, SocketFlags::CLOEXEC) {
                 Ok(stream) => {
                     let peer = socket::peer(&stream)
                         .map_err(|errno| Error::system("examine", "the client", errno))?;
-                    return Ok(Some(Connection::new(UnixStream::from(stream), way, peer)));
+                    return Ok(Some(Connection::new(UnixStream::from(stream), route, peer)));
                 }
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
                 Err(errno) => return Err(Error::system("accept", "a client", errno)),
@@ -140,7 +143,7 @@ impl Listener {
 }
 
 impl AsFd for Listener {
-    /// Readable while a client waits on either way. For polling only.
+    /// Readable while a client waits on either route. For polling only.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }

@@ -1,7 +1,7 @@
 //! The block device's step, on a real block device. These tests overwrite the device named by
-//! `UPGRADE_TEST_DEVICE` (loop, brd, ublk: any scratch disk with a volatile write cache), go the way
+//! `UPGRADE_TEST_DEVICE` (loop, brd, ublk: any scratch disk with a volatile write cache), go the route
 //! named by `UPGRADE_TEST_WAY` (`registry`, or `kernel` on a kernel with fd addresses) and need root.
-//! `cargo test` shows them as ignored; the lab's guests run them with `-- --ignored`, both ways.
+//! `cargo test` shows them as ignored; the lab's guests run them with `-- --ignored`, both routes.
 
 use std::fs::File;
 use std::io::Write;
@@ -18,7 +18,7 @@ use rustix::ioctl::{self, opcode};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use tempfile::TempDir;
 use upgrade_proto::{
-    Answer, BlockUpgrade, DiskClaim, Error, Key, Listener, Lookup, Name, NoService, Options, Way,
+    Answer, BlockUpgrade, DiskClaim, Error, Key, Listener, Lookup, Name, NoService, Options, Route,
     connect_to_disk,
 };
 
@@ -27,7 +27,7 @@ static DEVICE: Mutex<()> = Mutex::new(());
 
 struct Disk {
     path: PathBuf,
-    way: Way,
+    route: Route,
     dir: TempDir,
     name: Name,
     _turn: MutexGuard<'static, ()>,
@@ -37,9 +37,9 @@ impl Disk {
     fn take() -> Self {
         let path = std::env::var_os("UPGRADE_TEST_DEVICE")
             .expect("UPGRADE_TEST_DEVICE names a block device that may be overwritten");
-        let way = match std::env::var("UPGRADE_TEST_WAY").as_deref() {
-            Ok("kernel") => Way::Kernel,
-            Ok("registry") | Err(_) => Way::Registry,
+        let route = match std::env::var("UPGRADE_TEST_WAY").as_deref() {
+            Ok("kernel") => Route::Kernel,
+            Ok("registry") | Err(_) => Route::Registry,
             Ok(other) => panic!("UPGRADE_TEST_WAY is kernel or registry, not {other}"),
         };
         let turn = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -47,7 +47,7 @@ impl Disk {
         let name = Name::new("upgrade-test").expect("a name");
         Self {
             path: path.into(),
-            way,
+            route,
             dir: tempfile::tempdir().expect("a directory"),
             name,
             _turn: turn,
@@ -67,10 +67,10 @@ impl Disk {
         Key::of_disk(major(number), minor(number)).expect("a key from sysfs")
     }
 
-    /// A server that is found the way under test.
+    /// A server that is found the route under test.
     fn serve(&self) -> Listener {
-        match self.way {
-            Way::Kernel => {
+        match self.route {
+            Route::Kernel => {
                 let options = Options {
                     kernel: true,
                     runtime_dir: None,
@@ -79,7 +79,7 @@ impl Disk {
                 };
                 Listener::bind(self.plain(), &self.name, &options).expect("bound")
             }
-            Way::Registry => self.publish(self.key()),
+            Route::Registry => self.publish(self.key()),
         }
     }
 
@@ -99,7 +99,7 @@ impl Disk {
 
     fn lookup(&self) -> Lookup {
         Lookup {
-            kernel: self.way == Way::Kernel,
+            kernel: self.route == Route::Kernel,
             runtime_dirs: vec![self.dir.path().to_owned()],
             ..Lookup::default()
         }
@@ -158,7 +158,7 @@ fn a_disk_is_claimed_while_the_upgrade_lives_and_free_afterwards() {
         .expect("an answer")
         .found()
         .expect("upgraded");
-    assert_eq!(upgrade.connection().way(), disk.way);
+    assert_eq!(upgrade.connection().route(), disk.route);
     assert!(!upgrade.is_read_only());
     assert!(listener.accept().expect("accepted").is_some());
     let exclusive = || {
@@ -188,7 +188,7 @@ fn a_claim_that_is_given_up_leaves_a_descriptor_that_leads_to_the_service() {
     let kept = kept.give_up().expect("given up");
     let _other = DiskClaim::open(&disk.path).expect("free");
     let answer = connect_to_disk(&kept, &disk.name, &disk.lookup()).expect("an answer");
-    assert_eq!(answer.found().expect("connected").way(), disk.way);
+    assert_eq!(answer.found().expect("connected").route(), disk.route);
 }
 
 #[test]
@@ -262,9 +262,9 @@ fn half_a_descriptor_of_a_writable_disk_gets_nothing() {
             Answer::Found(_) => panic!("upgraded in spite of {why}"),
         }
         // Here the kernel itself refuses, or the library that asks the registry.
-        let expected = match disk.way {
-            Way::Kernel => NoService::Refused(Errno::ACCESS),
-            Way::Registry => why,
+        let expected = match disk.route {
+            Route::Kernel => NoService::Refused(Errno::ACCESS),
+            Route::Registry => why,
         };
         match upgrade_proto::connect(half.as_fd(), &disk.name, &disk.lookup()).expect("an answer") {
             Answer::NoService(told) => assert_eq!(told, expected),
@@ -281,7 +281,7 @@ fn a_disk_made_read_only_is_shared_by_the_registry_and_refused_by_the_kernel() {
     disk.set_read_only(1);
     let both = (disk.upgrade(), disk.upgrade());
     disk.set_read_only(0);
-    if disk.way == Way::Kernel {
+    if disk.route == Route::Kernel {
         // What counts there is the driver's flag, not the administrator's wish.
         let refused = |answer: &Result<Answer<BlockUpgrade>, Error>| {
             matches!(

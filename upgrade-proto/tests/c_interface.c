@@ -19,7 +19,7 @@ int main(int argc, char **argv)
 {
 	struct upgrade_listener *listener = NULL, *rival = NULL;
 	struct upgrade_block *block = NULL;
-	unsigned int ways = 0, client_way = 0, server_way = 0;
+	unsigned int routes = 0, client_route = 0, server_route = 0;
 	int ends[2], watch, client, server;
 	const char *dir = argv[argc - 1];
 	char heard[6] = "";
@@ -30,18 +30,18 @@ int main(int argc, char **argv)
 	EXPECT(upgrade_connect(ends[0], "a/b", dir, NULL) == -EINVAL);
 	EXPECT(upgrade_connect(ends[0], NULL, dir, NULL) == -EINVAL);
 
-	watch = upgrade_listen(ends[1], "svc", dir, NULL, &listener, &ways);
-	EXPECT(watch >= 0 && listener && (ways & UPGRADE_WAY_REGISTRY));
+	watch = upgrade_listen(ends[1], "svc", dir, NULL, &listener, &routes);
+	EXPECT(watch >= 0 && listener && (routes & UPGRADE_ROUTE_REGISTRY));
 	EXPECT(upgrade_listen(ends[1], "svc", dir, NULL, &rival, NULL) == -EADDRINUSE && !rival);
 	EXPECT(upgrade_listen(ends[1], "svc", dir, NULL, NULL, NULL) == -EINVAL);
 	EXPECT(upgrade_accept(listener, NULL) == -EAGAIN);
 
-	client = upgrade_connect(ends[0], "svc", dir, &client_way);
-	EXPECT(client >= 0 && (client_way & ways));
+	client = upgrade_connect(ends[0], "svc", dir, &client_route);
+	EXPECT(client >= 0 && (client_route & routes));
 	struct pollfd ready = { .fd = watch, .events = POLLIN };
 	EXPECT(poll(&ready, 1, 5000) == 1);
-	server = upgrade_accept(listener, &server_way);
-	EXPECT(server >= 0 && server_way == client_way);
+	server = upgrade_accept(listener, &server_route);
+	EXPECT(server >= 0 && server_route == client_route);
 	EXPECT(write(client, "hello", 5) == 5 && read(server, heard, 5) == 5 && !strcmp(heard, "hello"));
 
 	upgrade_listener_free(listener);

@@ -1,4 +1,4 @@
-//! The registry's way, with its rules of trust; each test has a runtime directory of its own.
+//! The registry's route, with its rules of trust; each test has a runtime directory of its own.
 
 use std::fs;
 use std::io::{PipeReader, PipeWriter, Read, Write};
@@ -11,7 +11,7 @@ use std::sync::Barrier;
 use rustix::io::Errno;
 use tempfile::TempDir;
 use upgrade_proto::{
-    Answer, Connection, Error, Listener, Lookup, Name, NoService, Options, Way, connect,
+    Answer, Connection, Error, Listener, Lookup, Name, NoService, Options, Route, connect,
 };
 
 const STRANGER: u32 = 12345;
@@ -106,11 +106,14 @@ fn as_stranger<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 fn the_other_end_of_a_pipe_finds_the_service_and_talks_to_it() {
     let place = Place::new();
     let listener = place.bind(&place.write).expect("bound");
-    assert_eq!(listener.ways(), [Way::Registry]);
+    assert_eq!(listener.routes(), [Route::Registry]);
     assert!(listener.accept().expect("asked").is_none());
     let client = place.connect(&place.read).found().expect("connected");
     let server = listener.accept().expect("accepted").expect("a client");
-    assert_eq!((client.way(), server.way()), (Way::Registry, Way::Registry));
+    assert_eq!(
+        (client.route(), server.route()),
+        (Route::Registry, Route::Registry)
+    );
     assert_eq!(client.peer().uid, rustix::process::geteuid().as_raw());
     client.stream().write_all(b"hello").expect("sent");
     let mut heard = [0; 5];
@@ -453,6 +456,6 @@ fn both_ways_together_work_on_this_kernel_whatever_it_is() {
         .found()
         .expect("connected");
     let server = listener.accept().expect("accepted").expect("a client");
-    assert_eq!(client.way(), listener.ways()[0]);
-    assert_eq!(server.way(), client.way());
+    assert_eq!(client.route(), listener.routes()[0]);
+    assert_eq!(server.route(), client.route());
 }

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use serde::Serialize;
 use upgrade_proto::{
-    Answer, Connection, DiskClaim, Error, Lookup, Name, Way, client_runtime_dirs, connect_to_disk,
+    Answer, Connection, DiskClaim, Error, Lookup, Name, client_runtime_dirs, connect_to_disk,
 };
 
 use crate::command::client::print;
@@ -107,7 +107,7 @@ fn look(device: &Path, lookup: &Lookup) -> Result<Finding> {
             device: device.display().to_string(),
             upgradable: true,
             why_not: None,
-            way: Some(way_name(connection.way())),
+            way: Some(connection.route().name()),
             server_pid: Some(connection.peer().pid),
             size_bytes: Some(size_bytes),
             read_only: Some(read_only),
@@ -146,15 +146,6 @@ pub fn service(disk: impl AsFd, lookup: &Lookup) -> Result<Found> {
         Ok(0) | Err(Errno::INTR) => Ok(Found::Service(connection)),
         Ok(_) => Ok(Found::Taken),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// What users read about a way.
-#[must_use]
-pub fn way_name(way: Way) -> &'static str {
-    match way {
-        Way::Kernel => "kernel",
-        Way::Registry => "registry",
     }
 }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use upgrade_proto::{Key, Listener, Name, Options, Way};
+use upgrade_proto::{Key, Listener, Name, Options, Route};
 
 use crate::door::ublk::UblkDoor;
 
@@ -26,7 +26,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// A service that is offered on a disk. Dropping it ends the offer; clients stay.
 #[derive(Debug)]
 pub struct UpgradeListener {
-    ways: Vec<Way>,
+    routes: Vec<Route>,
     bell: OwnedFd,
     thread: Option<JoinHandle<()>>,
 }
@@ -58,7 +58,7 @@ impl UpgradeListener {
         if let Some(error) = listener.registry_error() {
             tracing::warn!(export, "no entry in the registry: {error}");
         }
-        let ways = listener.ways();
+        let routes = listener.routes();
         let bell = eventfd(0, EventfdFlags::CLOEXEC)?;
         let heard = rustix::io::dup(&bell)?;
         let export = export.to_owned();
@@ -66,7 +66,7 @@ impl UpgradeListener {
             .name("upgrade".into())
             .spawn(move || receive(&export, &listener, &heard, adopt))?;
         Ok(Self {
-            ways,
+            routes,
             bell,
             thread: Some(thread),
         })
@@ -75,7 +75,7 @@ impl UpgradeListener {
     /// How clients can come, the kernel's way first.
     #[must_use]
     pub fn ways(&self) -> Vec<&'static str> {
-        self.ways.iter().copied().map(way_name).collect()
+        self.routes.iter().map(|route| route.name()).collect()
     }
 }
 
@@ -88,14 +88,6 @@ impl Drop for UpgradeListener {
         {
             tracing::error!("the thread that receives upgrades panicked");
         }
-    }
-}
-
-/// What `stat` calls a way.
-fn way_name(way: Way) -> &'static str {
-    match way {
-        Way::Kernel => "kernel",
-        Way::Registry => "registry",
     }
 }
 
@@ -122,8 +114,8 @@ fn receive(
         }
         match listener.accept() {
             Ok(Some(client)) => {
-                let (way, pid) = (way_name(client.way()), client.peer().pid);
-                tracing::info!(export, pid, "a client comes by the {way}'s way");
+                let (route, pid) = (client.route().name(), client.peer().pid);
+                tracing::info!(export, pid, "a client comes by the {route}'s way");
                 if let Err(error) = adopt(client.into_stream()) {
                     tracing::warn!(export, "a client was refused: {error}");
                 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use rustix::fs::{major, minor};
 use rustix::io::Errno;
-use upgrade_proto::{Answer, Key, Listener, NoService, Options, Way};
+use upgrade_proto::{Answer, Key, Listener, NoService, Options, Route};
 
 use super::common::{Driver, OK};
 use super::run;
@@ -27,7 +27,7 @@ use super::upgrade::{
 /// A user without rights.
 pub const NOBODY: u32 = 65534;
 
-const WAYS: [Way; 2] = [Way::Kernel, Way::Registry];
+const ROUTES: [Route; 2] = [Route::Kernel, Route::Registry];
 
 /// Does `work` with the rights of nobody, in a thread of its own: the raw system calls change one
 /// thread only.
@@ -70,17 +70,17 @@ fn opened(disk: &Path, read: bool, write: bool) -> std::io::Result<File> {
 
 impl Export {
     /// Why a descriptor leads nowhere.
-    fn refused(&self, fd: &File, way: Way) -> NoService {
-        match self.answer(fd, way) {
+    fn refused(&self, fd: &File, route: Route) -> NoService {
+        match self.answer(fd, route) {
             Answer::NoService(why) => why,
-            Answer::Found(_) => panic!("it leads to the server by {way:?}"),
+            Answer::Found(_) => panic!("it leads to the server by {route:?}"),
         }
     }
 
     /// The rightful client gets the disk by both ways, and after it the block device writes.
     fn is_intact(&self) {
-        for way in WAYS {
-            let mut driver = Driver::running(self.come(way), PLAIN);
+        for route in ROUTES {
+            let mut driver = Driver::running(self.come(route), PLAIN);
             assert_eq!(self.access(), "upgraded");
             assert_eq!(driver.write(0, &[b'v'; BLOCK]), OK);
             leave(driver);
@@ -133,7 +133,7 @@ fn an_unprivileged_user_gets_to_a_disk_by_no_way() {
     // Handed a descriptor for reading.
     let reader = opened(disk, true, false).unwrap();
     let read = as_nobody(|| {
-        let reasons = WAYS.map(|way| export.refused(&reader, way));
+        let reasons = ROUTES.map(|route| export.refused(&reader, route));
         (kernel_says(&reader), reasons)
     });
     let [kernel, registry] = read.1;
@@ -199,9 +199,9 @@ fn an_unprivileged_user_connects_to_no_socket_of_a_server() {
     // Not with a descriptor either: the registry cannot see it. The kernel does, and lets its
     // holder in: whoever gave the descriptor away gave the disk.
     let both = opened(&export.disk, true, true).unwrap();
-    let why = as_nobody(|| export.refused(&both, Way::Registry));
+    let why = as_nobody(|| export.refused(&both, Route::Registry));
     assert_eq!(why, NoService::Refused(Errno::ACCESS));
-    let holder = as_nobody(|| matches!(export.answer(&both, Way::Kernel), Answer::Found(_)));
+    let holder = as_nobody(|| matches!(export.answer(&both, Route::Kernel), Answer::Found(_)));
     assert!(holder, "who holds the disk is refused");
     drop(both);
     export.is_intact();
@@ -256,10 +256,10 @@ fn half_a_descriptor_of_a_writable_disk_leads_nowhere() {
         let half = opened(&export.disk, read, !read).unwrap();
         assert_eq!(kernel_says(&half), Some(libc::EACCES));
         assert_eq!(
-            export.refused(&half, Way::Kernel),
+            export.refused(&half, Route::Kernel),
             NoService::Refused(Errno::ACCESS)
         );
-        assert_eq!(export.refused(&half, Way::Registry), why);
+        assert_eq!(export.refused(&half, Route::Registry), why);
     }
     // A descriptor that only names the disk is none.
     let named = File::options()
@@ -268,9 +268,9 @@ fn half_a_descriptor_of_a_writable_disk_leads_nowhere() {
         .open(&export.disk)
         .unwrap();
     assert_eq!(kernel_says(&named), Some(libc::EBADF));
-    for way in WAYS {
-        let error = upgrade_proto::connect(&named, &service(), &export.lookup(way)).unwrap_err();
-        assert_eq!(error.errno(), Errno::BADF, "{way:?}");
+    for route in ROUTES {
+        let error = upgrade_proto::connect(&named, &service(), &export.lookup(route)).unwrap_err();
+        assert_eq!(error.errno(), Errno::BADF, "{route:?}");
     }
     drop(named);
     export.is_intact();
@@ -285,7 +285,7 @@ fn a_disk_of_somebody_else_offers_nothing() {
     let other = run("losetup", &["-f", "--show", image.to_str().unwrap()]).unwrap();
     let held = opened(Path::new(&other), true, true).unwrap();
     let says = kernel_says(&held);
-    let reasons = WAYS.map(|way| export.refused(&held, way));
+    let reasons = ROUTES.map(|route| export.refused(&held, route));
     drop(held);
     run("losetup", &["-d", &other]).unwrap();
     assert_eq!(says, Some(libc::ECONNREFUSED));
@@ -320,16 +320,16 @@ fn what_a_killed_server_left_in_the_registry_leads_nowhere() {
     );
     assert_eq!(kernel_says(&held), Some(libc::ECONNREFUSED));
     assert_eq!(refusal(&entry), Some(libc::ECONNREFUSED));
-    let lookup = |way| upgrade_proto::Lookup {
-        kernel: way == Way::Kernel,
+    let lookup = |route| upgrade_proto::Lookup {
+        kernel: route == Route::Kernel,
         runtime_dirs: vec![lab.path("run")],
         ..upgrade_proto::Lookup::default()
     };
-    for way in WAYS {
-        let answer = upgrade_proto::connect(&held, &service(), &lookup(way)).unwrap();
+    for route in ROUTES {
+        let answer = upgrade_proto::connect(&held, &service(), &lookup(route)).unwrap();
         assert!(
             matches!(answer, Answer::NoService(NoService::NotOffered)),
-            "{way:?}: {answer:?}"
+            "{route:?}: {answer:?}"
         );
     }
     // The next server takes its place.
@@ -402,7 +402,7 @@ fn what_others_planted_in_the_registry_is_refused_by_clients_and_servers() {
         let export = serve_in(lab, &spec, &[]);
         let planted = planting(&export);
         let held = direct(&export.disk);
-        let why = export.refused(&held, Way::Registry);
+        let why = export.refused(&held, Route::Registry);
         assert_eq!(why.errno(), Errno::PERM);
         assert!(why.to_string().contains(says), "{why}");
         if let Some(planted) = &planted {
@@ -415,7 +415,7 @@ fn what_others_planted_in_the_registry_is_refused_by_clients_and_servers() {
         }
         drop(held);
         // The kernel's way does not lead through the registry.
-        leave(Driver::running(export.come(Way::Kernel), PLAIN));
+        leave(Driver::running(export.come(Route::Kernel), PLAIN));
         export.expect_access("block");
 
         // A server does not publish there, says why, and goes on by the kernel's way.
@@ -428,7 +428,7 @@ fn what_others_planted_in_the_registry_is_refused_by_clients_and_servers() {
             "{says}"
         );
         let export = Export { lab, server, disk };
-        leave(Driver::running(export.come(Way::Kernel), PLAIN));
+        leave(Driver::running(export.come(Route::Kernel), PLAIN));
         export.expect_access("block");
         let log = export.server.stop();
         assert!(log.contains("no entry in the registry"), "{log}");

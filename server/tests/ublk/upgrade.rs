@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use upgrade_proto::{Answer, BlockUpgrade, Lookup, Name, NoService, Way, connect};
+use upgrade_proto::{Answer, BlockUpgrade, Lookup, Name, NoService, Route, connect};
 use vhost::VhostBackend;
 
 use super::common::{self, Driver, INDIRECT, OK, PATIENCE, PROTOCOL, VERSION_1, eventually};
@@ -63,13 +63,13 @@ impl Export {
         stat(&self.lab)["access"].as_str().unwrap().to_owned()
     }
 
-    pub fn lookup(&self, way: Way) -> Lookup {
-        match way {
-            Way::Kernel => Lookup {
+    pub fn lookup(&self, route: Route) -> Lookup {
+        match route {
+            Route::Kernel => Lookup {
                 runtime_dirs: Vec::new(),
                 ..Lookup::default()
             },
-            Way::Registry => Lookup {
+            Route::Registry => Lookup {
                 kernel: false,
                 runtime_dirs: vec![self.lab.path("run")],
                 ..Lookup::default()
@@ -77,18 +77,18 @@ impl Export {
         }
     }
 
-    pub fn answer(&self, fd: &File, way: Way) -> Answer<upgrade_proto::Connection> {
-        connect(fd, &service(), &self.lookup(way)).unwrap()
+    pub fn answer(&self, fd: &File, route: Route) -> Answer<upgrade_proto::Connection> {
+        connect(fd, &service(), &self.lookup(route)).unwrap()
     }
 
     /// A client that holds nothing but the descriptor of the disk.
-    pub fn come(&self, way: Way) -> UnixStream {
-        match self.answer(&direct(&self.disk), way) {
+    pub fn come(&self, route: Route) -> UnixStream {
+        match self.answer(&direct(&self.disk), route) {
             Answer::Found(found) => {
-                assert_eq!(found.way(), way);
+                assert_eq!(found.route(), route);
                 found.into_stream()
             }
-            Answer::NoService(why) => panic!("no service by {way:?}: {why}"),
+            Answer::NoService(why) => panic!("no service by {route:?}: {why}"),
         }
     }
 
@@ -153,17 +153,17 @@ pub fn leave(driver: Driver) {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn while_a_client_has_the_disk_the_block_door_reads_and_does_not_write() {
-    for way in [Way::Kernel, Way::Registry] {
+    for route in [Route::Kernel, Route::Registry] {
         let export = serve(&[]);
         let block = direct(&export.disk);
         write_block(&block, 7, b'b').unwrap();
         // Looking does not take the disk.
-        let looking = Driver::connect(export.come(way), PLAIN);
+        let looking = Driver::connect(export.come(route), PLAIN);
         assert_eq!(export.access(), "block");
         write_block(&block, 8, b'b').unwrap();
         drop(looking);
 
-        let mut driver = Driver::running(export.come(way), PLAIN);
+        let mut driver = Driver::running(export.come(route), PLAIN);
         assert_eq!(export.access(), "upgraded");
         assert_eq!(driver.read(7 * 8, BLOCK), (OK, vec![b'b'; BLOCK]));
         assert_eq!(driver.write(7 * 8, &[b'v'; BLOCK]), OK);
@@ -190,12 +190,12 @@ fn while_a_client_has_the_disk_the_block_door_reads_and_does_not_write() {
 fn the_disk_is_kept_for_a_client_that_died_until_the_grace_is_over() {
     let export = serve(&["--reconnect-grace", "3600"]);
     let block = direct(&export.disk);
-    let mut driver = Driver::running(export.come(Way::Kernel), PLAIN);
+    let mut driver = Driver::running(export.come(Route::Kernel), PLAIN);
     assert_eq!(driver.write(0, &[b'v'; BLOCK]), OK);
     drop(driver);
     export.expect_access("waiting");
     assert_eq!(errno(write_block(&block, 0, b'x')), Some(libc::EBADE));
-    let mut again = Driver::running(export.come(Way::Registry), PLAIN);
+    let mut again = Driver::running(export.come(Route::Registry), PLAIN);
     assert_eq!(export.access(), "upgraded");
     assert_eq!(again.read(0, BLOCK), (OK, vec![b'v'; BLOCK]));
     leave(again);
@@ -205,7 +205,7 @@ fn the_disk_is_kept_for_a_client_that_died_until_the_grace_is_over() {
 
     let export = serve(&["--reconnect-grace", "1"]);
     let block = direct(&export.disk);
-    drop(Driver::running(export.come(Way::Kernel), PLAIN));
+    drop(Driver::running(export.come(Route::Kernel), PLAIN));
     export.expect_access("block");
     write_block(&block, 0, b'c').unwrap();
     drop(block);
@@ -251,7 +251,7 @@ fn every_write_of_the_block_door_is_complete_before_a_client_has_the_disk() {
             })
             .collect();
         eventually("they write", || counts().sum::<u64>() >= before + 20);
-        let mut driver = Driver::running(export.come(Way::Kernel), PLAIN);
+        let mut driver = Driver::running(export.come(Route::Kernel), PLAIN);
         let found: Vec<u64> = (0..4)
             .map(|number| {
                 let (status, data) = driver.read(number * 8, BLOCK);
@@ -279,11 +279,11 @@ fn a_mounted_disk_is_not_taken_from_its_file_system() {
     fs::create_dir(&place).unwrap();
     run("mount", &[disk, place.to_str().unwrap()]).unwrap();
     // The library's claim notices it first …
-    let refused = BlockUpgrade::open(&export.disk, &service(), &export.lookup(Way::Kernel));
+    let refused = BlockUpgrade::open(&export.disk, &service(), &export.lookup(Route::Kernel));
     let message = refused.unwrap_err().to_string();
     assert!(message.contains("mounted at"), "{message}");
     // … and a client without manners is refused by the server when it starts a vring.
-    let mut rude = Driver::connect(export.come(Way::Kernel), PLAIN);
+    let mut rude = Driver::connect(export.come(Route::Kernel), PLAIN);
     let started = common::attempt(|| rude.add_vring(128));
     assert!(started.is_err(), "the vring of a mounted disk was started");
     drop(rude);
@@ -291,7 +291,7 @@ fn a_mounted_disk_is_not_taken_from_its_file_system() {
     fs::write(place.join("file"), "still writable").unwrap();
     run("sync", &["-f", place.to_str().unwrap()]).unwrap();
     run("umount", &[place.to_str().unwrap()]).unwrap();
-    leave(Driver::running(export.come(Way::Kernel), PLAIN));
+    leave(Driver::running(export.come(Route::Kernel), PLAIN));
     export.expect_access("block");
     run("fsck.ext4", &["-fn", disk]).unwrap();
     export.end();
@@ -307,7 +307,7 @@ fn what_is_dirty_in_the_page_cache_is_written_before_the_client_reads() {
         .open(&export.disk)
         .unwrap();
     cached.write_all_at(&[b'd'; BLOCK], 0).unwrap();
-    let upgrade = BlockUpgrade::open(&export.disk, &service(), &export.lookup(Way::Kernel));
+    let upgrade = BlockUpgrade::open(&export.disk, &service(), &export.lookup(Route::Kernel));
     let Answer::Found(upgrade) = upgrade.unwrap() else {
         panic!("no service");
     };
@@ -336,20 +336,20 @@ fn what_is_dirty_in_the_page_cache_is_written_before_the_client_reads() {
 fn who_may_not_write_to_the_disk_gets_no_client_of_it() {
     let export = serve(&[]);
     let reader = File::open(&export.disk).unwrap();
-    for (way, wanted) in [
-        (Way::Kernel, NoService::Refused(rustix::io::Errno::ACCESS)),
-        (Way::Registry, NoService::ReadOnlyDescriptor),
+    for (route, wanted) in [
+        (Route::Kernel, NoService::Refused(rustix::io::Errno::ACCESS)),
+        (Route::Registry, NoService::ReadOnlyDescriptor),
     ] {
-        match export.answer(&reader, way) {
+        match export.answer(&reader, route) {
             Answer::NoService(why) => assert_eq!(why, wanted),
-            Answer::Found(_) => panic!("a reader came in by {way:?}"),
+            Answer::Found(_) => panic!("a reader came in by {route:?}"),
         }
     }
     drop(reader);
     // One disk's clients do not get to another's.
     let other = serve(&["--ublk-id", "77"]);
     assert_eq!(other.disk, Path::new("/dev/ublkb77"));
-    let mut driver = Driver::running(other.come(Way::Kernel), PLAIN);
+    let mut driver = Driver::running(other.come(Route::Kernel), PLAIN);
     assert_eq!(driver.write(0, &[b'o'; BLOCK]), OK);
     assert_eq!(
         (export.access(), other.access()),
@@ -370,21 +370,21 @@ fn who_may_not_write_to_the_disk_gets_no_client_of_it() {
 #[ignore = "needs root and /dev/ublk-control"]
 fn one_client_at_a_time_has_a_writable_disk_and_many_a_read_only_one() {
     let export = serve(&[]);
-    let first = Driver::running(export.come(Way::Kernel), PLAIN);
-    let mut second = common::attempt(|| Driver::running(export.come(Way::Registry), PLAIN));
+    let first = Driver::running(export.come(Route::Kernel), PLAIN);
+    let mut second = common::attempt(|| Driver::running(export.come(Route::Registry), PLAIN));
     assert!(second.is_err(), "two clients have the disk");
     leave(first);
     export.expect_access("block");
-    second = common::attempt(|| Driver::running(export.come(Way::Registry), PLAIN));
+    second = common::attempt(|| Driver::running(export.come(Route::Registry), PLAIN));
     leave(second.unwrap());
     export.end();
 
     let export = serve(&["--read-only"]);
     assert_eq!(export.access(), "shared");
     let disk = File::open(&export.disk).unwrap();
-    let clients: Vec<_> = [Way::Kernel, Way::Registry, Way::Kernel]
+    let clients: Vec<_> = [Route::Kernel, Route::Registry, Route::Kernel]
         .into_iter()
-        .map(|way| match export.answer(&disk, way) {
+        .map(|route| match export.answer(&disk, route) {
             Answer::Found(found) => Driver::running(found.into_stream(), PLAIN),
             Answer::NoService(why) => panic!("{why}"),
         })
@@ -403,10 +403,10 @@ fn one_client_at_a_time_has_a_writable_disk_and_many_a_read_only_one() {
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_server_that_stops_takes_its_offer_along() {
     let export = serve(&[]);
-    let looking = Driver::connect(export.come(Way::Kernel), PLAIN);
-    let running = Driver::running(export.come(Way::Kernel), PLAIN);
+    let looking = Driver::connect(export.come(Route::Kernel), PLAIN);
+    let running = Driver::running(export.come(Route::Kernel), PLAIN);
     let held = direct(&export.disk);
-    let lookups = [export.lookup(Way::Kernel), export.lookup(Way::Registry)];
+    let lookups = [export.lookup(Route::Kernel), export.lookup(Route::Registry)];
     let started = Instant::now();
     let Export { lab, server, .. } = export;
     server.stop();

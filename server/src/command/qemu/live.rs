@@ -14,11 +14,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
-use upgrade_proto::{Connection, DiskClaim, Way};
+use upgrade_proto::{Connection, DiskClaim, Route};
 
 use super::disk::{RECONNECT_MS, fd_address};
 use super::qmp::Qmp;
-use crate::command::probe::{Found, NOT_UPGRADABLE, lookup, service, way_name};
+use crate::command::probe::{Found, NOT_UPGRADABLE, lookup, service};
 
 /// How long a guest may take to let go of a disk.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(60);
@@ -83,7 +83,7 @@ fn upgrade(qmp: &mut Qmp, wanted: &str, runtime_dir: Option<&Path>) -> Result<St
     check_quiet(qmp, &old)?;
     // QEMU keeps the claim as long as it lives, and finds the service again through it.
     let given = hand_over(qmp, &claim)?;
-    let way = way_name(connection.way());
+    let route = connection.route().name();
     let exchanged = address(&connection, given.fd).and_then(|address| {
         // The server takes one client at a time.
         drop(connection);
@@ -97,7 +97,7 @@ fn upgrade(qmp: &mut Qmp, wanted: &str, runtime_dir: Option<&Path>) -> Result<St
         });
     }
     Ok(format!(
-        "{}: upgraded by the {way}'s way: the guest has its disk back, as vhost-user-blk-pci '{}'",
+        "{}: upgraded by the {route}'s way: the guest has its disk back, as vhost-user-blk-pci '{}'",
         path.display(),
         new_id(&old)
     ))
@@ -304,8 +304,8 @@ fn hand_over(qmp: &mut Qmp, claim: &DiskClaim) -> Result<Given> {
 }
 
 fn address(connection: &Connection, fd: RawFd) -> Result<String> {
-    Ok(match (connection.way(), connection.entry()) {
-        (Way::Registry, Some(entry)) => entry.to_str().context("not UTF-8")?.to_owned(),
+    Ok(match (connection.route(), connection.entry()) {
+        (Route::Registry, Some(entry)) => entry.to_str().context("not UTF-8")?.to_owned(),
         _ => fd_address(fd),
     })
 }

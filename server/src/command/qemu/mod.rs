@@ -20,10 +20,10 @@ use anyhow::{Context, Result, bail};
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use signal_hook::iterator::Signals;
-use upgrade_proto::{Connection, DiskClaim, Lookup, Way};
+use upgrade_proto::{Connection, DiskClaim, Lookup, Route};
 
 use crate::command::client::print;
-use crate::command::probe::{Found, NOT_UPGRADABLE, lookup, service, way_name};
+use crate::command::probe::{Found, NOT_UPGRADABLE, lookup, service};
 use crate::command::signals;
 use disk::{Disk, Link, fd_address, quote};
 
@@ -125,9 +125,9 @@ fn find_link(
     match service(claim, lookup).with_context(|| path.to_string())? {
         Found::Service(connection) => {
             let address = address(&connection, fd)?;
-            let way = way_name(connection.way());
+            let route = connection.route().name();
             let pid = connection.peer().pid;
-            tracing::info!("{path}: upgraded by the {way}'s way, to server process {pid}");
+            tracing::info!("{path}: upgraded by the {route}'s way, to server process {pid}");
             Ok((Link::Service { address }, None))
         }
         Found::Nothing(why) => {
@@ -143,9 +143,9 @@ fn find_link(
 
 /// What QEMU's chardev connects to: once now, and again whenever the server comes back.
 fn address(connection: &Connection, fd: i32) -> Result<String> {
-    match connection.way() {
-        Way::Kernel => Ok(fd_address(fd)),
-        Way::Registry => {
+    match connection.route() {
+        Route::Kernel => Ok(fd_address(fd)),
+        Route::Registry => {
             let entry = connection.entry().and_then(Path::to_str);
             Ok(entry
                 .context("the registry's path is not UTF-8")?
