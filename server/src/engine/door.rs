@@ -6,21 +6,21 @@ use crate::request::{Outcome, Request};
 /// The part of a door that one queue thread drives: one or more queues of one client.
 ///
 /// In each round the thread calls [`command`](Self::command) and [`event`](Self::event) for what
-/// arrived, then [`next`](Self::next) until there is nothing, [`complete`](Self::complete) for what
-/// ended, and [`end_batch`](Self::end_batch) last; before it sleeps it calls
-/// [`listen`](Self::listen). Completions of what the door puts on the ring
-/// must carry [`crate::io::Owner::Door`].
+/// arrived, then [`next`](Self::next) until there is no request, [`complete`](Self::complete) for
+/// what ended, and [`end_batch`](Self::end_batch) last; before it sleeps it calls
+/// [`listen`](Self::listen). Completions of what the door puts on the ring must carry
+/// [`crate::io::Owner::Door`].
 pub trait DoorQueue {
     /// What other threads may ask of this one.
     type Command: Send + 'static;
 
-    /// How many requests can be under way: slots are 0 to this number - 1.
+    /// How many requests can be in flight: slots are 0 to this number - 1.
     fn slots(&self) -> u32;
 
     /// How many operations the door itself may have on the ring at once.
     fn ring_operations(&self) -> u32;
 
-    /// Begins to listen: puts the first operations on the ring.
+    /// Puts the first operations on the ring.
     ///
     /// # Errors
     ///
@@ -33,35 +33,36 @@ pub trait DoorQueue {
     /// Takes a completion of an operation that the door put on the ring.
     fn event(&mut self, ring: &mut Ring, completion: Completion);
 
-    /// The next request, if there is one and a slot for it. What the door refuses by itself it
-    /// answers by itself.
+    /// The next request, if there is one and a slot for it. Requests that the door itself refuses
+    /// are answered here and not returned.
     fn next(&mut self, ring: &mut Ring) -> Option<(Slot, Request)>;
 
-    /// Answers a request. The answer may wait for [`end_batch`](Self::end_batch).
+    /// Answers a request. The answer may be delayed until [`end_batch`](Self::end_batch).
     fn complete(&mut self, ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome);
 
     /// Publishes the answers of this round, notifies clients, and says what the thread does next.
     fn end_batch(&mut self, ring: &mut Ring) -> Next;
 
-    /// Whether something arrived that no completion on the ring tells of. Asked again and again
-    /// by a thread that looks for work before it sleeps.
-    fn has_news(&self) -> bool {
+    /// Whether there is work that no completion on the ring tells of. Called again and again by a
+    /// thread that polls.
+    fn has_work(&self) -> bool {
         false
     }
 
-    /// Gets ready to sleep: whatever arrives from now on completes an operation on the ring.
-    /// False when something is there already.
+    /// Prepares for sleep: from now on new work completes an operation on the ring. Returns false
+    /// when there is work already.
     fn listen(&mut self, _ring: &mut Ring) -> bool {
         true
     }
 
-    /// Whether all clients run on the one processor that this thread may run on.
+    /// Whether all clients can run only on the one processor that this thread may use.
     fn is_beside_clients(&self) -> bool {
         false
     }
 
-    /// Whether the door leaves what it still has on the ring to the kernel when the thread ends,
-    /// because no cancellation reaches it. It then leaks the memory that these operations point to.
+    /// Whether operations of the door that are still on the ring when the thread ends are left to
+    /// the kernel, because no cancellation reaches them. The door then leaks the memory that these
+    /// operations point to.
     fn abandons_operations(&self) -> bool {
         false
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::counters::Counters;
 use crate::engine::mailbox::Mailbox;
-use crate::engine::polling::{Look, Poller};
+use crate::engine::polling::{IdleAction, Poller};
 use crate::engine::threads::ThreadOptions;
 use crate::engine::{DoorQueue, Next};
 use crate::engine::{Storage, StorageQueue};
@@ -31,8 +31,8 @@ const ANSWERS: u64 = 16;
 const LEAST_BEGUN: usize = 2;
 const MOST_BEGUN: usize = 32;
 
-/// An idle thread that looks for work looks at the clock after this many times.
-const LOOKS_PER_CLOCK: u32 = 64;
+/// An idle thread that polls reads the clock once per this many polls.
+const POLLS_PER_CLOCK: u32 = 64;
 
 /// How long a thread that ends waits for operations it cancelled.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -44,8 +44,8 @@ pub struct QueueThread<D: DoorQueue, B: Storage> {
     door: D,
     backend: B::Queue,
     running: SlotTable<Request>,
-    /// How many are in there.
-    under_way: usize,
+    /// How many requests the storage has.
+    in_flight: usize,
     /// Requests the backend had no room for, in order.
     backlog: VecDeque<Slot>,
     batch: Vec<Completion>,
@@ -85,7 +85,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             door,
             backend,
             running: SlotTable::new(slots),
-            under_way: 0,
+            in_flight: 0,
             backlog: VecDeque::with_capacity(slots),
             batch: Vec::with_capacity(BATCH),
             counters: Arc::clone(counters),
@@ -132,42 +132,42 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             self.begun = false;
             let before = self.answered;
             self.dispatch();
-            let came_back = self.answered - before;
+            let completed = self.answered - before;
             self.start_requests();
             self.counters.count_batch(self.ring.enters());
             if self.begun || self.answered > before {
-                self.poller.worked(came_back);
+                self.poller.worked(completed);
             }
             let want = match self.door.end_batch(&mut self.ring) {
-                Next::Exit if self.under_way == 0 => return Ok(()),
+                Next::Exit if self.in_flight == 0 => return Ok(()),
                 // A backlog waits for completions like everything else.
                 Next::Exit => 1,
                 Next::Again => usize::from(!self.backlog.is_empty()),
-                Next::Idle => usize::from(!self.look()? && self.door.listen(&mut self.ring)),
+                Next::Idle => usize::from(!self.poll()? && self.door.listen(&mut self.ring)),
             };
             self.ring.submit_and_wait(want)?;
             self.ring.reap(&mut self.batch);
         }
     }
 
-    /// Looks for work, for as long as it seems worth it. Says whether there is some.
-    fn look(&mut self) -> io::Result<bool> {
-        if self.poller.glances(self.under_way) {
-            // What others wait for goes first.
+    /// Polls for work for as long as the poller says. Returns whether there is some.
+    fn poll(&mut self) -> io::Result<bool> {
+        if self.poller.polls_briefly(self.in_flight) {
+            // Submit first: others wait for what is queued.
             self.ring.submit_and_wait(0)?;
-            if self.is_news_soon() {
-                self.poller.came_at_once();
+            if self.poll_briefly() {
+                self.poller.found_at_once();
                 return Ok(true);
             }
         }
-        let until = match self.poller.look(self.under_way) {
-            Look::Sleep => return Ok(false),
-            Look::Until(end) => Some(end),
-            Look::ForEver => None,
+        let until = match self.poller.idle_action(self.in_flight) {
+            IdleAction::Sleep => return Ok(false),
+            IdleAction::PollUntil(end) => Some(end),
+            IdleAction::PollForEver => None,
         };
         self.ring.submit_and_wait(0)?;
         loop {
-            if self.is_news_soon() {
+            if self.poll_briefly() {
                 return Ok(true);
             }
             if until.is_some_and(|until| Instant::now() >= until) {
@@ -176,10 +176,10 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         }
     }
 
-    /// Looks for work for about a microsecond.
-    fn is_news_soon(&mut self) -> bool {
-        for _ in 0..LOOKS_PER_CLOCK {
-            if self.ring.has_news() || self.door.has_news() {
+    /// Polls for about a microsecond.
+    fn poll_briefly(&mut self) -> bool {
+        for _ in 0..POLLS_PER_CLOCK {
+            if self.ring.has_completions() || self.door.has_work() {
                 return true;
             }
             std::hint::spin_loop();
@@ -235,9 +235,9 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             }
         }
         let enough = self.answered + ANSWERS;
-        let busy = self.under_way;
+        let busy = self.in_flight;
         let most = busy + busy.clamp(LEAST_BEGUN, MOST_BEGUN);
-        while self.answered < enough && self.under_way < most {
+        while self.answered < enough && self.in_flight < most {
             let Some((slot, mut request)) = self.door.next(&mut self.ring) else {
                 return;
             };
@@ -256,7 +256,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
 
     fn keep(&mut self, slot: Slot, request: Request) {
         self.begun = true;
-        self.under_way += 1;
+        self.in_flight += 1;
         self.running.put(slot, request);
     }
 
@@ -280,7 +280,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
 
     fn complete(&mut self, slot: Slot, outcome: Outcome) {
         let request = self.running.take(slot);
-        self.under_way -= 1;
+        self.in_flight -= 1;
         self.finish(slot, request, outcome);
     }
 

@@ -18,12 +18,12 @@ pub trait StorageControl: Send + Sync + 'static {
         RingBuffers::No
     }
 
-    /// Makes the storage at least `wanted_bytes` long, and says how long it is then; how long it is
-    /// now if nothing is wanted. What the disk is stays as it is: see [`Limits::capacity`].
+    /// Makes the storage at least `wanted_bytes` long, if a length is given, and returns its length.
+    /// The capacity that doors advertise does not change: see [`Limits::capacity`].
     ///
     /// # Errors
     ///
-    /// When this storage has the size it has, or the size cannot be had.
+    /// When this storage cannot change its size, or not to that one.
     fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
         let now = self.limits().capacity.bytes();
         match wanted_bytes {
@@ -43,18 +43,17 @@ pub trait StorageControl: Send + Sync + 'static {
         Err(io::Error::other("this disk cannot shrink"))
     }
 
-    /// Claims storage that was [opened](FileOptions::claim_later) for a later claim, so that nobody
-    /// else writes to it.
+    /// Claims storage that was opened without a claim: no other process may write to it.
     ///
     /// # Errors
     ///
-    /// When somebody else has it for longer than `limit`, or it is not what it was.
+    /// When another process has it for longer than `limit`, or it has changed in a way that this
+    /// disk cannot continue with.
     fn claim(&self, _limit: Duration) -> Result<(), String> {
         Ok(())
     }
 
-    /// Lets others have what was [claimed](Self::claim). All that was written is with the storage
-    /// before.
+    /// Flushes, then gives up a [claim](Self::claim), so that another server may take it.
     fn release(&self) {}
 }
 
@@ -71,16 +70,16 @@ pub trait Storage: StorageControl {
     fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<Self::Queue>;
 }
 
-/// What a storage makes of data in the ring's table.
+/// Whether a storage takes requests whose data is in the ring's buffer table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingBuffers {
-    /// It has to reach the data itself.
+    /// It must reach the data in memory.
     No,
-    /// It takes them, and is no better for it.
+    /// Supported, no gain.
     Possible,
-    /// It does less with them.
+    /// Cheaper than data in memory.
     Better {
-        /// Of pieces of memory: a power of two.
+        /// Required alignment of pieces of memory: a power of two.
         alignment_bytes: u32,
     },
 }

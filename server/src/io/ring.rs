@@ -253,7 +253,7 @@ impl Ring {
 
     /// Whether completions are there, or would be after a call of [`Ring::submit_and_wait`]. Makes no
     /// system call.
-    pub fn has_news(&mut self) -> bool {
+    pub fn has_completions(&mut self) -> bool {
         !self.uring.completion().is_empty() || self.holds_back()
     }
 

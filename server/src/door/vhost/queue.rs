@@ -569,7 +569,7 @@ impl DoorQueue for VhostQueues {
         }
     }
 
-    fn has_news(&self) -> bool {
+    fn has_work(&self) -> bool {
         // Without a slot news is of no use: completions come first.
         !self.free.is_empty()
             && (self.vrings.iter().flatten())

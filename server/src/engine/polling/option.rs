@@ -1,0 +1,100 @@
+//! The option `--poll-us`.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// What an idle queue thread does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Polling {
+    /// Sleep at once.
+    Never,
+    /// Poll for at most this long where polling has paid off lately, then sleep.
+    Adaptive(Duration),
+    /// Poll and never sleep.
+    Always,
+}
+
+/// Longest `--poll-us` that is accepted: beyond it the cost of a wake-up does not matter.
+const MAX_POLL_US: u32 = 1_000_000;
+
+/// Default `--poll-us`: two wake-ups on a virtual machine, so that a client that sleeps at depth 1
+/// finds the thread awake (docs/decisions.md).
+const DEFAULT_POLL_US: u32 = 100;
+
+impl Default for Polling {
+    fn default() -> Self {
+        Self::Adaptive(Duration::from_micros(DEFAULT_POLL_US.into()))
+    }
+}
+
+/// A string that is not a polling time.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is neither a number of microseconds (0 to {MAX_POLL_US}) nor 'always'")]
+pub struct BadPolling(String);
+
+impl FromStr for Polling {
+    type Err = BadPolling;
+
+    fn from_str(text: &str) -> Result<Self, BadPolling> {
+        if text == "always" {
+            return Ok(Self::Always);
+        }
+        match text.parse::<u32>() {
+            Ok(0) => Ok(Self::Never),
+            Ok(longest @ ..=MAX_POLL_US) => {
+                Ok(Self::Adaptive(Duration::from_micros(longest.into())))
+            }
+            _ => Err(BadPolling(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Polling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Never => f.write_str("0"),
+            Self::Adaptive(longest) => write!(f, "{}", longest.as_micros()),
+            Self::Always => f.write_str("always"),
+        }
+    }
+}
+
+impl serde::Serialize for Polling {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Polling {
+    /// A number of microseconds, or a text like on the command line.
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(serde::Deserialize)]
+        #[serde(untagged, expecting = "a number of microseconds or \"always\"")]
+        enum Either {
+            Number(u32),
+            Text(String),
+        }
+        let text = match Either::deserialize(deserializer)? {
+            Either::Number(number) => number.to_string(),
+            Either::Text(text) => text,
+        };
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_polling_time_is_parsed_and_printed_as_it_was_written() {
+        for text in ["0", "1", "1000000", "always"] {
+            assert_eq!(text.parse::<Polling>().unwrap().to_string(), text);
+        }
+        for text in ["", "-1", "1000001", "Always", "1.5"] {
+            assert!(text.parse::<Polling>().is_err(), "{text}");
+        }
+        assert_eq!("0".parse(), Ok(Polling::Never));
+    }
+}
