@@ -84,7 +84,7 @@ pub struct Arguments {
     /// Where results go [default: bench in the target directory]
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
-    /// Put the tables into docs/benchmarks.md too
+    /// Put the tables into docs/benchmark-results.md too
     #[arg(long)]
     pub write_docs: bool,
     /// Measure nothing: show, as one, the results of earlier runs (their bench.json)
@@ -177,7 +177,7 @@ pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
     };
     write(&document, &output)?;
     if arguments.write_docs {
-        write_docs(&document, &repo.join("docs/benchmarks.md"))?;
+        write_docs(&document, &repo.join("docs/benchmark-results.md"))?;
     }
     if arguments.json {
         line(&serde_json::to_string_pretty(&document).context("cannot encode the results")?);
@@ -348,7 +348,7 @@ fn write(document: &Document, folder: &Path) -> Result<()> {
 /// Between these lines of the page is what a run wrote.
 const MARKS: [&str; 2] = ["<!-- results begin -->\n", "<!-- results end -->\n"];
 
-/// Replaces the results in the page about benchmarks.
+/// Replaces the tables in the page of results.
 fn write_docs(document: &Document, page: &Path) -> Result<()> {
     let text =
         fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
@@ -387,8 +387,8 @@ mod tests {
     }
 
     #[test]
-    fn the_page_about_benchmarks_has_a_place_for_results() {
-        let page = include_str!("../../../docs/benchmarks.md");
+    fn the_page_of_results_has_a_place_for_them() {
+        let page = include_str!("../../../docs/benchmark-results.md");
         assert!(with_results(page, "new").is_some());
     }
 }
