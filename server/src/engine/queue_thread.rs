@@ -193,7 +193,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         let mut batch = std::mem::take(&mut self.batch);
         for completion in batch.drain(..) {
             match completion.token.owner {
-                Owner::Nobody => {}
+                Owner::None => {}
                 Owner::Mailbox => self.open_mail(completion.result),
                 Owner::Door => self.door.event(&mut self.ring, completion),
                 Owner::Storage => {

@@ -3,12 +3,14 @@
 //! A [`Ring`] belongs to one thread. What is put on it carries a [`Token`] that says who gets the
 //! completion. A [`SlotTable`] holds what is in flight.
 
+mod anonymous;
 mod enter;
 mod pinned;
 mod ring;
 mod slots;
 mod token;
 
+pub use anonymous::AnonymousMemory;
 pub use pinned::Piece;
 pub use ring::{Completion, Full, Ring};
 pub use slots::{FreeSlots, Slot, SlotTable};

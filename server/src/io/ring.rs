@@ -129,7 +129,7 @@ impl Ring {
     pub fn cancel(&mut self, token: Token) -> Result<(), Full> {
         let sqe = opcode::AsyncCancel::new(token.encode()).build();
         let nobody = Token {
-            owner: Owner::Nobody,
+            owner: Owner::None,
             kind: 0,
             index: 0,
         };

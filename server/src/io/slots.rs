@@ -1,6 +1,6 @@
-//! Fixed tables for what is under way. They allocate when they are made and never again.
+//! Fixed tables for requests in flight. They allocate when they are created and never again.
 
-/// The number of a request under way on one queue thread.
+/// The number of a request in flight on one queue thread.
 pub type Slot = u32;
 
 /// One entry per slot.
@@ -22,10 +22,10 @@ impl<T> SlotTable<T> {
     ///
     /// # Panics
     ///
-    /// When the slot is taken or outside the table: two requests would share one answer.
+    /// When the slot is in use or outside the table: two requests would share one answer.
     pub fn put(&mut self, slot: Slot, value: T) -> &mut T {
         let entry = &mut self.entries[slot as usize];
-        assert!(entry.is_none(), "slot {slot} is taken");
+        assert!(entry.is_none(), "slot {slot} is in use");
         entry.insert(value)
     }
 
@@ -33,7 +33,7 @@ impl<T> SlotTable<T> {
     ///
     /// # Panics
     ///
-    /// When the slot is empty: a completion for a request that is not under way.
+    /// When the slot is empty: a completion for a request that is not in flight.
     pub fn take(&mut self, slot: Slot) -> T {
         let value = self.entries[slot as usize].take();
         value.expect("slot holds a request")
@@ -66,14 +66,14 @@ impl FreeSlots {
         }
     }
 
-    /// A free slot: the one used last, which is warm in the cache.
+    /// Takes a free slot: the one used last, which is warm in the cache.
     pub fn take(&mut self) -> Option<Slot> {
         self.free.pop()
     }
 
-    /// Gives a slot back.
+    /// Returns a slot.
     pub fn give_back(&mut self, slot: Slot) {
-        debug_assert!(!self.free.contains(&slot), "slot {slot} given back twice");
+        debug_assert!(!self.free.contains(&slot), "slot {slot} returned twice");
         self.free.push(slot);
     }
 
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "slot 1 is taken")]
+    #[should_panic(expected = "slot 1 is in use")]
     fn a_taken_slot_is_not_overwritten() {
         let mut table = SlotTable::new(2);
         table.put(1, "first");

@@ -11,13 +11,13 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Owner {
-    /// Nobody: the result does not matter (a cancellation's own completion).
-    Nobody = 0,
+    /// The result is not needed (a cancellation's own completion).
+    None = 0,
     /// The mailbox of the thread.
     Mailbox = 1,
     /// The door.
     Door = 2,
-    /// The backend.
+    /// The storage.
     Storage = 3,
 }
 
@@ -26,9 +26,9 @@ pub enum Owner {
 pub struct Token {
     /// Who gets the completion.
     pub owner: Owner,
-    /// What it is, in the owner's terms.
+    /// Which operation; its meaning is the owner's.
     pub kind: u16,
-    /// Which one: a slot, a tag, a queue.
+    /// Of which slot, tag or queue.
     pub index: u32,
 }
 
@@ -47,11 +47,11 @@ impl Token {
     #[must_use]
     pub const fn decode(user_data: u64) -> Self {
         let owner = match user_data >> 48 {
-            0 => Owner::Nobody,
+            0 => Owner::None,
             1 => Owner::Mailbox,
             2 => Owner::Door,
             3 => Owner::Storage,
-            _ => panic!("user_data that is no token"),
+            _ => panic!("user_data that is not a token"),
         };
         #[expect(clippy::cast_possible_truncation, reason = "fields of a packed word")]
         Self {
@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn tokens_survive_the_way_through_user_data() {
-        for owner in [Owner::Nobody, Owner::Mailbox, Owner::Door, Owner::Storage] {
+        for owner in [Owner::None, Owner::Mailbox, Owner::Door, Owner::Storage] {
             for kind in [0, 1, 0x8000, u16::MAX] {
                 for index in [0, 1, 0x8000_0000, u32::MAX] {
                     let token = Token { owner, kind, index };

@@ -4,10 +4,10 @@ use std::io;
 use std::ptr;
 use std::sync::Arc;
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, madvise};
 
 use crate::engine::{Storage, StorageControl, StorageQueue};
-use crate::io::{Ring, Slot};
+use crate::io::{AnonymousMemory, Ring, Slot};
 use crate::request::{IoError, Limits, Op, Outcome, Progress, Request};
 
 /// A disk in memory. Pages that were never written, or were discarded, take no room.
@@ -103,53 +103,38 @@ impl MemoryQueue {
     }
 }
 
-/// Private anonymous memory, shared by the threads of this process.
+/// The memory of a disk, shared by the threads of this process. Its accesses are raw copies: the order
+/// of conflicting requests is the client's business, as on any disk.
 #[derive(Debug)]
 struct Mapping {
-    base: *mut u8,
-    len_bytes: usize,
+    memory: AnonymousMemory,
     page_bytes: u64,
 }
-
-// SAFETY: the mapping is only touched by raw copies; ordering between conflicting requests is the
-// client's business, as on any disk.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(len_bytes: u64) -> io::Result<Self> {
         let len_bytes =
             usize::try_from(len_bytes).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
-        let base = unsafe {
-            mmap_anonymous(
-                ptr::null_mut(),
-                len_bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )?
-        };
-        // A hint: random access to small pages spends its time with their tables. Memory that is
-        // touched here and there takes up to 512 times as much.
-        // SAFETY: changes nothing of what the memory holds.
-        let _ = unsafe { madvise(base, len_bytes, Advice::LinuxHugepage) };
+        let memory = AnonymousMemory::new(len_bytes)?;
+        // A hint: with small pages, random access spends its time in page-table walks. Sparsely used
+        // memory takes up to 512 times as much.
+        // SAFETY: leaves the contents as they are.
+        let _ = unsafe { madvise(memory.as_ptr().cast(), len_bytes, Advice::LinuxHugepage) };
         Ok(Self {
-            base: base.cast(),
-            len_bytes,
+            memory,
             page_bytes: rustix::param::page_size() as u64,
         })
     }
 
-    /// Where a range begins. The doors have checked ranges; a mistake there must not become a
-    /// write outside the disk.
+    /// Address of a range. Doors have checked it; a mistake there must not become an access outside
+    /// the disk.
     fn range(&self, offset_bytes: u64, len_bytes: u64) -> Result<*mut u8, IoError> {
-        let total = self.len_bytes as u64;
+        let total = self.memory.len_bytes() as u64;
         if offset_bytes > total || len_bytes > total - offset_bytes {
             return Err(IoError::Io);
         }
         let offset = usize::try_from(offset_bytes).map_err(|_| IoError::Io)?;
-        Ok(self.base.wrapping_add(offset))
+        Ok(self.memory.as_ptr().wrapping_add(offset))
     }
 
     fn zero(&self, offset_bytes: u64, len_bytes: u64) -> Outcome {
@@ -160,7 +145,7 @@ impl Mapping {
         Ok(())
     }
 
-    /// Zeroes a range and gives its whole pages back.
+    /// Zeroes a range and returns its whole pages to the system.
     fn release(&self, offset_bytes: u64, len_bytes: u64) -> Outcome {
         self.range(offset_bytes, len_bytes)?;
         let end = offset_bytes + len_bytes;
@@ -173,17 +158,9 @@ impl Mapping {
         self.zero(last_page, end - last_page)?;
         let at = self.range(first_page, last_page - first_page)?;
         let len = usize::try_from(last_page - first_page).map_err(|_| IoError::Io)?;
-        // SAFETY: whole pages inside our own private mapping; afterwards they read as zeroes.
+        // SAFETY: whole pages inside this mapping; afterwards they read as zeroes.
         unsafe { madvise(at.cast(), len, Advice::LinuxDontNeed) }
             .map_err(|error| IoError::from_errno(error.raw_os_error()))
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: every queue holds the mapping by `Arc`, so nobody uses it any more. Failure
-        // would mean that the range was never mapped; there is nothing to do about it.
-        let _ = unsafe { munmap(self.base.cast(), self.len_bytes) };
     }
 }
 

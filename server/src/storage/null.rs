@@ -1,4 +1,4 @@
-//! A disk that takes everything and holds nothing.
+//! A disk that accepts all requests and stores nothing.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use crate::engine::{RingBuffers, Storage, StorageControl, StorageQueue};
 use crate::io::{Ring, Slot};
 use crate::request::{Limits, Progress, Request};
 
-/// A disk without storage: writes vanish, reads leave the buffers as they are. For measuring doors.
+/// A disk without storage: writes are dropped, reads leave the buffers unchanged. For measuring doors.
 #[derive(Debug)]
 pub struct Null {
     limits: Limits,
@@ -26,7 +26,7 @@ impl StorageControl for Null {
     }
 
     fn ring_buffers(&self) -> RingBuffers {
-        // A read that nobody fills shows what was in the pages before.
+        // Reads are not filled: they return what the pages held before.
         RingBuffers::Possible
     }
 

@@ -1,61 +1,21 @@
-//! Aligned memory: for data whose buffers do not lie as `O_DIRECT` wants it, and for zeroes.
+//! Bounce buffers for data that is not aligned as `O_DIRECT` requires.
 
 use std::io;
 use std::ptr;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
-
+use crate::io::AnonymousMemory;
 use crate::request::Buffer;
 
-/// Bytes of one bounce buffer; larger transfers go in pieces.
+/// Size of a bounce buffer; larger transfers are split.
 pub(super) const BOUNCE_BYTES: usize = 256 << 10;
 
-/// Bounce buffers of one queue. They are mapped when first needed.
+/// Bounce buffers of one queue. Each is mapped when first needed.
 const BOUNCE_BUFFERS: usize = 4;
 
-/// Anonymous, page-aligned memory; zeroes until it is written to.
-#[derive(Debug)]
-pub(super) struct Aligned {
-    base: *mut u8,
-    len_bytes: usize,
-}
-
-// SAFETY: the memory belongs to the value alone.
-unsafe impl Send for Aligned {}
-
-impl Aligned {
-    pub(super) fn new(len_bytes: usize) -> io::Result<Self> {
-        // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
-        let base = unsafe {
-            mmap_anonymous(
-                ptr::null_mut(),
-                len_bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE,
-            )?
-        };
-        Ok(Self {
-            base: base.cast(),
-            len_bytes,
-        })
-    }
-
-    pub(super) fn as_ptr(&self) -> *mut u8 {
-        self.base
-    }
-}
-
-impl Drop for Aligned {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new`, and whoever lends it to the kernel keeps the value meanwhile.
-        let _ = unsafe { munmap(self.base.cast(), self.len_bytes) };
-    }
-}
-
-/// A few bounce buffers, lent out by number.
+/// Bounce buffers, lent by number.
 #[derive(Debug)]
 pub(super) struct Pool {
-    buffers: [Option<Aligned>; BOUNCE_BUFFERS],
+    buffers: [Option<AnonymousMemory>; BOUNCE_BUFFERS],
     lent: [bool; BOUNCE_BUFFERS],
 }
 
@@ -67,17 +27,17 @@ impl Pool {
         }
     }
 
-    /// A free buffer. `Ok(None)`: all are lent, one will come back.
+    /// Lends a buffer. `Ok(None)`: all are lent, one will be given back.
     ///
     /// # Errors
     ///
-    /// When there is no memory for the first one, so that none will come back.
+    /// When there is no memory for the first one, so that none will be given back.
     pub(super) fn take(&mut self) -> io::Result<Option<usize>> {
         let Some(number) = self.lent.iter().position(|lent| !lent) else {
             return Ok(None);
         };
         if self.buffers[number].is_none() {
-            match Aligned::new(BOUNCE_BYTES) {
+            match AnonymousMemory::new(BOUNCE_BYTES) {
                 Ok(memory) => self.buffers[number] = Some(memory),
                 Err(_) if self.lent.contains(&true) => return Ok(None),
                 Err(error) => return Err(error),
@@ -92,7 +52,7 @@ impl Pool {
         self.lent[number] = false;
     }
 
-    /// Where a buffer that is lent lies.
+    /// Address of a buffer that is lent.
     pub(super) fn memory(&self, number: usize) -> *mut u8 {
         self.buffers[number]
             .as_ref()

@@ -1,4 +1,4 @@
-//! That nobody else writes to the storage: from its opening on, or while somebody wants it so.
+//! Exclusive write access to the storage that comes and goes while the disk is served.
 
 use std::fs::OpenOptions;
 use std::io::{self, Seek, SeekFrom};
@@ -32,7 +32,7 @@ impl Shared {
             how.read(true)
                 .write(true)
                 .custom_flags(flags.bits().cast_signed());
-            // The path may lead elsewhere by now.
+            // The path may name another device by now.
             let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
             let busy = |error: &io::Error| error.raw_os_error() == Some(libc::EBUSY);
             let opened = unless_taken(limit, || how.open(&same), busy);
@@ -49,7 +49,7 @@ impl Shared {
                 Err(error) => return Err(format!("cannot lock {path}: {error}")),
             }
         });
-        // What was read before is not what others have written since.
+        // Cached pages may be older than what other servers wrote since.
         if let Err(error) = fadvise(&self.file, 0, None, Advice::DontNeed) {
             tracing::warn!("{path}: old pages may stay in the cache: {error}");
         }
@@ -71,7 +71,7 @@ impl Shared {
             return;
         }
         let path = self.path.display();
-        // The next one may be another machine, to which this one's cache means nothing.
+        // The next server may be on another machine, which does not see this page cache.
         if let Err(error) = self.file.sync_data() {
             tracing::error!("{path}: writes may be lost, it cannot be flushed: {error}");
         }
@@ -82,9 +82,9 @@ impl Shared {
         }
     }
 
-    /// Changes a regular file, which must be nobody else's meanwhile.
+    /// Runs `change` on a regular file, locked meanwhile if it is not claimed anyway.
     pub(super) fn change<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        // Held to the end: who claims the file meanwhile waits for it.
+        // Held to the end, so that a claim waits for the change.
         let claim = self.claimed();
         if !self.claims_later || claim.is_some() {
             return change();

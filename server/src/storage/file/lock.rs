@@ -18,12 +18,12 @@ pub(super) enum Lock {
     None,
 }
 
-/// Changes the lock that this open file has.
+/// Replaces the lock of this open file.
 ///
 /// # Errors
 ///
-/// When somebody else has a lock that does not go with it for longer than `limit`
-/// ([`is_taken`]), or the file system knows no locks.
+/// When another open file has a conflicting lock for longer than `limit` ([`is_taken`]), or the file
+/// system has no locks.
 pub(super) fn lock(file: &fs::File, lock: Lock, limit: Duration) -> io::Result<()> {
     // Lock types are small constants; the field is narrower than they are.
     #[expect(clippy::cast_possible_truncation, reason = "0 to 2")]
@@ -32,7 +32,7 @@ pub(super) fn lock(file: &fs::File, lock: Lock, limit: Duration) -> io::Result<(
         Lock::Write => (libc::F_WRLCK as libc::c_short, 0),
         Lock::None => (libc::F_UNLCK as libc::c_short, 0),
     };
-    // SAFETY: all zeroes is a valid `flock`: from the start of the file, by nobody.
+    // SAFETY: all zeroes is a valid `flock`: from the start of the file.
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
     range.l_type = kind;
     range.l_len = len;
@@ -46,12 +46,12 @@ pub(super) fn lock(file: &fs::File, lock: Lock, limit: Duration) -> io::Result<(
     unless_taken(limit, try_lock, is_taken)
 }
 
-/// Whether [`lock`] failed because somebody else has one.
+/// Whether [`lock`] failed because of another lock.
 pub(super) fn is_taken(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
 }
 
-/// Tries again for a short time while somebody else has the file.
+/// Tries again until `limit` while another process has the file; the kernel has no timed wait for it.
 pub(super) fn unless_taken<T>(
     limit: Duration,
     mut attempt: impl FnMut() -> io::Result<T>,

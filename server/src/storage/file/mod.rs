@@ -1,17 +1,21 @@
 //! A disk in a regular file or on a block device.
 //!
-//! | file        | tells                                                       |
-//! |-------------|-------------------------------------------------------------|
-//! | `open.rs`   | what the storage is, what it takes, who else has it          |
-//! | `queue.rs`  | one request from start to end, step by step                  |
-//! | `resize.rs` | another size for a disk that is being served               |
+//! | file        | tells                                                            |
+//! |-------------|------------------------------------------------------------------|
+//! | `open.rs`   | what the storage is, what it takes, and the claim on it          |
+//! | `device.rs` | what a block device says about itself                            |
+//! | `queue.rs`  | one request from start to end, step by step                      |
+//! | `step.rs`   | the steps, and the io_uring operation of each                    |
+//! | `resize.rs` | changing the size of a disk that is being served                 |
 //! | `claim.rs`  | exclusive access, from opening on or while a client has the disk |
-//! | `lock.rs`   | locks on regular files                                       |
-//! | `shared.rs` | what all queues use                                          |
-//! | `bounce.rs` | buffers for data that does not lie as `O_DIRECT` wants it    |
+//! | `lock.rs`   | locks on regular files                                           |
+//! | `bounce.rs` | buffers for data that is not aligned as `O_DIRECT` requires      |
+//! | `shared.rs` | what all queues use                                              |
 
 mod bounce;
 mod claim;
+mod device;
+mod error;
 mod lock;
 mod open;
 mod queue;
@@ -22,7 +26,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use open::{CacheMode, FileOptions, OpenError};
+pub use error::OpenError;
+pub use open::{CacheMode, FileOptions};
 pub use queue::FileQueue;
 use shared::Shared;
 

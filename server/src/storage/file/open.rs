@@ -1,4 +1,4 @@
-//! Opening: what the storage is, what it takes, and that nobody else writes to it.
+//! Opening a file disk: what the storage is, what it takes, and the claim on it.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -10,26 +10,27 @@ use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl, fstatfs};
-use rustix::fs::{ioctl_blkpbszget, ioctl_blksszget};
 
-use super::bounce::Aligned;
+use super::device::{self, DeviceFacts};
+use super::error::OpenError;
 use super::lock::{self, Lock, is_taken, unless_taken};
 use super::shared::{Alignment, Lacks, Shared};
+use crate::io::AnonymousMemory;
 use crate::request::{Limits, MAX_DISK_BYTES, Serial};
 
 /// How a file disk uses the host's page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheMode {
-    /// Around it where the file system can, else through it.
+    /// `O_DIRECT` where the file system supports it, else through the page cache.
     #[default]
     Auto,
-    /// Around it (`O_DIRECT`) or not at all.
+    /// `O_DIRECT`, or the file is not served.
     Direct,
-    /// Through it.
+    /// Through the page cache.
     Buffered,
 }
 
-/// Which file, and how.
+/// Which file to serve, and how.
 #[derive(Clone, Debug)]
 pub struct FileOptions {
     /// A regular file or a block device.
@@ -38,11 +39,11 @@ pub struct FileOptions {
     pub cache: CacheMode,
     /// Open it for reading only; writes are refused.
     pub read_only: bool,
-    /// Logical block size to advertise; what the storage takes when there is none.
+    /// Logical block size to advertise; by default the smallest that the storage takes.
     pub block_bytes: Option<u32>,
     /// What the disk calls itself.
     pub serial: Serial,
-    /// Do not claim it, so that others may have it until [`Storage::claim`].
+    /// Leave it unclaimed, so that another server may have it, until `StorageControl::claim`.
     pub claim_later: bool,
 }
 
@@ -62,80 +63,6 @@ const MAX_WRITE_ZEROES_BYTES: u64 = 64 << 20;
 /// kernel end a little after its process.
 const TAKEN_LIMIT: Duration = Duration::from_millis(500);
 
-/// `BLKROGET`, `_IO(0x12, 94)` (`include/uapi/linux/fs.h`).
-const BLKROGET: libc::Ioctl = (0x12 << 8) | 94;
-
-/// Why a file cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The system said no.
-    #[error("cannot open {}: {source}{}", .path.display(), hint(.source, *.read_only))]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Whether it was to be opened for reading only.
-        read_only: bool,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// Not something with blocks in it.
-    #[error("{} is {what}: only regular files and block devices can be served", .path.display())]
-    Kind {
-        /// The file.
-        path: PathBuf,
-        /// What it is.
-        what: &'static str,
-    },
-    /// Somebody else has it.
-    #[error("{} is in use by another process (a server, a mount, a virtual machine): stop that first", .0.display())]
-    InUse(PathBuf),
-    /// Too small to be a disk.
-    #[error("{} has {len_bytes} bytes, less than one block of {block_bytes}: enlarge it (truncate -s)", .path.display())]
-    TooSmall {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        len_bytes: u64,
-        /// The smallest disk.
-        block_bytes: u32,
-    },
-    /// Too large.
-    #[error("{} is larger than 16T, the largest disk served", .0.display())]
-    TooLarge(PathBuf),
-    /// `cache=direct` where the file system has no `O_DIRECT`.
-    #[error("{}: its file system cannot go around the page cache (O_DIRECT): use cache=auto or cache=buffered", .0.display())]
-    NotDirect(PathBuf),
-    /// The storage has blocks larger than a disk may have here.
-    #[error("{} has blocks of {needed_bytes} bytes, and 4096 is the most that can be served: put the disk in a file on it", .path.display())]
-    LargeBlocks {
-        /// The file.
-        path: PathBuf,
-        /// What the storage takes.
-        needed_bytes: u32,
-    },
-    /// `block-size` smaller than what the storage takes.
-    #[error("{}: its storage takes blocks of {needed_bytes} bytes, not {asked_bytes}: leave block-size out{}", .path.display(), if *.is_device { "" } else { ", or use cache=buffered" })]
-    BlockSize {
-        /// The file.
-        path: PathBuf,
-        /// What the storage takes.
-        needed_bytes: u32,
-        /// What was asked for.
-        asked_bytes: u32,
-        /// A block device, which takes no smaller blocks through the page cache either.
-        is_device: bool,
-    },
-}
-
-fn hint(error: &io::Error, read_only: bool) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only => {
-            " (it can perhaps be served --read-only)"
-        }
-        _ => "",
-    }
-}
-
 pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> {
     let FileOptions {
         path,
@@ -154,7 +81,7 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
     let metadata = file.metadata().map_err(failed)?;
     let is_device = metadata.file_type().is_block_device();
     if is_device {
-        if !read_only && device_is_read_only(&file) {
+        if !read_only && device::is_read_only(&file) {
             return Err(failed(io::Error::from_raw_os_error(libc::EROFS)));
         }
     } else if !claim_later {
@@ -164,7 +91,7 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
         Some(error) => failed(error),
         None => OpenError::NotDirect(path.clone()),
     })?;
-    let device = is_device.then(|| DeviceFacts::of(&file, metadata.rdev()));
+    let device = is_device.then(|| DeviceFacts::read(&file, metadata.rdev()));
 
     let needed_bytes = match (alignment, &device) {
         (Some(alignment), _) => u32::try_from(alignment.block_bytes).unwrap_or(u32::MAX),
@@ -247,7 +174,7 @@ fn is_in_memory(file: &fs::File) -> bool {
     fstatfs(file).is_ok_and(|fs| matches!(fs.f_type, TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
-/// Opens without hanging on a FIFO, and refuses everything that is not made of blocks.
+/// Opens without blocking on a FIFO, and refuses what is neither a regular file nor a block device.
 fn open_file(path: &Path, read_only: bool, claim_later: bool) -> Result<fs::File, OpenError> {
     let failed = |source: io::Error| OpenError::Open {
         path: path.to_owned(),
@@ -308,20 +235,12 @@ fn lock(file: &fs::File, path: &Path, read_only: bool) -> Result<(), OpenError> 
         Err(error) if is_taken(&error) => Err(OpenError::InUse(path.to_owned())),
         Err(error) => {
             tracing::warn!(
-                "{}: cannot be locked: {error}; take care that nobody else writes to it",
+                "{}: cannot be locked: {error}; make sure that no other program writes to it",
                 path.display()
             );
             Ok(())
         }
     }
-}
-
-/// Whether a device is write-protected. Opening it for writing works all the same.
-fn device_is_read_only(device: &fs::File) -> bool {
-    let mut read_only: libc::c_int = 0;
-    // SAFETY: the kernel writes one int to where `read_only` is, which lives through the call.
-    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut read_only) };
-    result == 0 && read_only != 0
 }
 
 /// Switches to the cache mode that was asked for; the alignment it needs, if it is around the
@@ -374,7 +293,7 @@ fn direct_alignment(file: &fs::File) -> io::Result<Option<Alignment>> {
         candidates.retain(|candidate| *candidate >= block_bytes);
         memory_bytes = said.stx_dio_mem_align;
     }
-    let probe = Aligned::new(4096)?;
+    let probe = AnonymousMemory::new(4096)?;
     for block_bytes in candidates {
         // SAFETY: `probe` has 4096 bytes and lives through the call.
         let got = unsafe {
@@ -412,44 +331,6 @@ fn punches_holes(file: &fs::File, len_bytes: u64) -> bool {
         // The file is as long as the file system allows, so there is nothing behind it to try.
         Ok(()) | Err(rustix::io::Errno::FBIG) => true,
         Err(_) => false,
-    }
-}
-
-/// What a block device says about itself.
-struct DeviceFacts {
-    logical_bytes: u32,
-    physical_bytes: u32,
-    optimal_io_bytes: u32,
-    discards: bool,
-    discard_granularity_bytes: u32,
-}
-
-impl DeviceFacts {
-    fn of(file: &fs::File, device: u64) -> Self {
-        let logical_bytes = ioctl_blksszget(file).unwrap_or(512);
-        let physical_bytes = ioctl_blkpbszget(file).unwrap_or(logical_bytes);
-        let number = format!(
-            "/sys/dev/block/{}:{}",
-            rustix::fs::major(device),
-            rustix::fs::minor(device)
-        );
-        // A partition has no queue of its own; its disk, the folder above, has.
-        let folders = [format!("{number}/queue"), format!("{number}/../queue")];
-        let limit = |name: &str| -> u64 {
-            folders
-                .iter()
-                .find_map(|folder| fs::read_to_string(format!("{folder}/{name}")).ok())
-                .and_then(|text| text.trim().parse().ok())
-                .unwrap_or(0)
-        };
-        let small = |bytes: u64| u32::try_from(bytes).unwrap_or(0);
-        Self {
-            logical_bytes,
-            physical_bytes,
-            optimal_io_bytes: small(limit("optimal_io_size")),
-            discards: limit("discard_max_bytes") > 0,
-            discard_granularity_bytes: small(limit("discard_granularity")),
-        }
     }
 }
 

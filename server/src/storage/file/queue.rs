@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use io_uring::{opcode, squeue, types};
 
-use super::bounce::{Aligned, BOUNCE_BYTES, Pool, gather, scatter};
+use super::bounce::{BOUNCE_BYTES, Pool, gather, scatter};
 use super::shared::{Alignment, Lacks, Shared};
 use crate::engine::StorageQueue;
-use crate::io::{Owner, Ring, Slot, Token};
+use crate::io::{AnonymousMemory, Owner, Ring, Slot, Token};
 use crate::request::{Buffer, IoError, Op, Progress, Request};
 
 /// `RWF_DSYNC`: this write is durable when it completes.
@@ -85,7 +85,7 @@ pub struct FileQueue {
     steps: Box<[Step]>,
     bounce: Pool,
     /// Never written to; mapped when first needed.
-    zeroes: Option<Aligned>,
+    zeroes: Option<AnonymousMemory>,
     /// `/dev/zero`, opened when first needed.
     zero_device: Option<fs::File>,
 }
@@ -266,7 +266,7 @@ impl FileQueue {
             Step::WriteZeroes => {
                 let zeroes = match &self.zeroes {
                     Some(zeroes) => zeroes,
-                    None => self.zeroes.insert(Aligned::new(ZERO_BYTES)?),
+                    None => self.zeroes.insert(AnonymousMemory::new(ZERO_BYTES)?),
                 };
                 let piece = piece_bytes(len, ZERO_BYTES);
                 opcode::Write::new(fd, zeroes.as_ptr(), clamp(piece))

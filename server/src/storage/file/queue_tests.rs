@@ -465,7 +465,7 @@ fn a_request_that_the_ring_had_no_room_for_keeps_its_step() {
     let mut queue = queue(None);
     let mut ring = Ring::new(2).unwrap();
     let token = Token {
-        owner: Owner::Nobody,
+        owner: Owner::None,
         kind: 0,
         index: 0,
     };

@@ -1,14 +1,14 @@
-//! Another size for a disk that is being served.
+//! Changing the size of a disk that is being served.
 
 use std::io::{self, Seek, SeekFrom};
 
 use super::shared::Shared;
-use crate::request::Limits;
-use crate::request::format_size;
+use crate::request::{Limits, format_size};
 
-/// What is served of the storage once it is at least `wanted_bytes` long.
+/// Makes the storage at least `wanted_bytes` long, if a length is given, and returns how much of it can
+/// be served.
 pub(super) fn grow(shared: &Shared, limits: &Limits, wanted_bytes: Option<u64>) -> io::Result<u64> {
-    // The position is nobody's: all I/O says where.
+    // Nothing depends on the file position: all I/O names its own.
     let end = || (&shared.file).seek(SeekFrom::End(0));
     let mut len_bytes = end()?;
     if let Some(wanted) = wanted_bytes
@@ -35,7 +35,7 @@ pub(super) fn grow(shared: &Shared, limits: &Limits, wanted_bytes: Option<u64>) 
     Ok(len_bytes / block_bytes * block_bytes)
 }
 
-/// Cuts a regular file; a device stays as long as it is.
+/// Truncates a regular file; a device keeps its length.
 pub(super) fn cut(shared: &Shared, capacity_bytes: u64) -> io::Result<()> {
     if shared.is_device || (&shared.file).seek(SeekFrom::End(0))? <= capacity_bytes {
         return Ok(());

@@ -12,18 +12,18 @@ pub(super) struct Shared {
     pub(super) path: PathBuf,
     pub(super) file: fs::File,
     pub(super) is_device: bool,
-    /// The file has no storage but memory.
+    /// The file system has no storage but memory (tmpfs).
     pub(super) is_in_memory: bool,
     pub(super) alignment: Option<Alignment>,
-    /// Whether it is claimed only while somebody wants it so.
+    /// Whether the file is claimed only while a client has the disk (`--migration`).
     pub(super) claims_later: bool,
-    /// A claim that comes and goes.
+    /// The claim, while there is one.
     pub(super) claim: Mutex<Option<Claim>>,
-    /// What the storage turned out not to know; each is tried until then.
+    /// Operations that the storage turned out not to support.
     pub(super) lacks: Lacks,
 }
 
-/// What `O_DIRECT` asks of a transfer. Both are powers of two.
+/// Alignment that `O_DIRECT` requires of a transfer. Both are powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Alignment {
     /// Of addresses.
@@ -44,7 +44,7 @@ pub(super) struct Lacks {
     pub(super) discard_command: AtomicBool,
 }
 
-/// A claim that comes and goes.
+/// Exclusive write access that comes and goes.
 #[derive(Debug)]
 pub(super) enum Claim {
     /// A lock on the file that is served.
