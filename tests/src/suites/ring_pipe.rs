@@ -1,5 +1,5 @@
-//! The library of rings on kernels that have them: its own tests once more, by the kernel's way; and
-//! `ublkup-pipe` in shells: whoever knows of what, the same bytes arrive.
+//! The package `fd-ring` on kernels that have rings: its own tests with the kernel's ring, and `ublkup-pipe` in shells,
+//! where the same bytes must arrive whichever programs have rings.
 
 use std::fs;
 
@@ -12,40 +12,40 @@ use crate::test::{Context, Test};
 
 /// For every kernel with both series.
 pub const TESTS: &[Test] = &[
-    test!(the_two_ends_of_a_ring_pass_their_tests_by_the_kernels_way).limit_s(300),
-    test!(hostile_peers_of_the_kernels_way_harm_nobody).limit_s(300),
-    test!(programs_in_shells_pass_their_tests_by_the_kernels_way).limit_s(300),
-    test!(a_record_costs_nothing_by_the_kernels_way_either).limit_s(300),
-    test!(two_programs_on_a_pipe_take_the_best_way_that_both_have).limit_s(60),
-    test!(a_live_ring_serves_programs_that_know_nothing_of_it).limit_s(60),
+    test!(the_two_ends_of_a_ring_pass_their_tests_with_the_kernels).limit_s(300),
+    test!(hostile_peers_do_no_harm_with_the_kernels_ring).limit_s(300),
+    test!(programs_in_shells_pass_their_tests_with_the_kernels_ring).limit_s(300),
+    test!(a_record_costs_nothing_with_the_kernels_ring).limit_s(300),
+    test!(two_programs_on_a_pipe_use_the_best_ring_that_both_allow).limit_s(60),
+    test!(a_live_ring_serves_plain_programs).limit_s(60),
 ];
 
-/// What the library's tests take for the way that they test.
-const BY_THE_KERNEL: &[(&str, &str)] = &[("RING_TESTS_TRANSPORT", "kernel")];
+/// Makes the tests of the package use the kernel's ring.
+const KERNEL_RING: &[(&str, &str)] = &[("RING_TESTS_TRANSPORT", "kernel")];
 
-fn the_two_ends_of_a_ring_pass_their_tests_by_the_kernels_way(cx: &Context) -> Result<()> {
-    own_tests::pass_all(cx, "ring", BY_THE_KERNEL)
+fn the_two_ends_of_a_ring_pass_their_tests_with_the_kernels(cx: &Context) -> Result<()> {
+    own_tests::pass_all(cx, "ring", KERNEL_RING)
 }
 
-/// They write nonsense into each word that the kernel lets them write.
-fn hostile_peers_of_the_kernels_way_harm_nobody(cx: &Context) -> Result<()> {
-    own_tests::pass_all(cx, "ring_hostile", BY_THE_KERNEL)
+/// They write random values to each word that the kernel lets them write.
+fn hostile_peers_do_no_harm_with_the_kernels_ring(cx: &Context) -> Result<()> {
+    own_tests::pass_all(cx, "ring_hostile", KERNEL_RING)
 }
 
 /// They are killed, too.
-fn programs_in_shells_pass_their_tests_by_the_kernels_way(cx: &Context) -> Result<()> {
-    own_tests::pass_all(cx, "ring_processes", BY_THE_KERNEL)
+fn programs_in_shells_pass_their_tests_with_the_kernels_ring(cx: &Context) -> Result<()> {
+    own_tests::pass_all(cx, "ring_processes", KERNEL_RING)
 }
 
-fn a_record_costs_nothing_by_the_kernels_way_either(cx: &Context) -> Result<()> {
-    own_tests::pass_all(cx, "ring_steady", BY_THE_KERNEL)
+fn a_record_costs_nothing_with_the_kernels_ring(cx: &Context) -> Result<()> {
+    own_tests::pass_all(cx, "ring_steady", KERNEL_RING)
 }
 
 /// Bytes that are piped: enough to fill rings several times.
 const LEN_BYTES: usize = 3_000_017;
 
-/// Runs a shell script in the scratch directory, where `data` is; what it said on standard error, after
-/// `out` was found to be `copies` of the data.
+/// Runs a shell script in the scratch directory, where `data` is, and checks that `out` is `copies` of the data;
+/// returns its standard error.
 fn piped(cx: &Context, script: &str, copies: usize) -> Result<String> {
     let folder = cx.scratch();
     let program = cx.paths.driver_tests.get("ublkup-pipe");
@@ -87,7 +87,7 @@ fn piped(cx: &Context, script: &str, copies: usize) -> Result<String> {
     Ok(said)
 }
 
-fn two_programs_on_a_pipe_take_the_best_way_that_both_have(cx: &Context) -> Result<()> {
+fn two_programs_on_a_pipe_use_the_best_ring_that_both_allow(cx: &Context) -> Result<()> {
     let table = [
         (
             "PRODUCE --kernel --wait 9 data | CONSUME --kernel --wait 9 >out",
@@ -106,7 +106,7 @@ fn two_programs_on_a_pipe_take_the_best_way_that_both_have(cx: &Context) -> Resu
             "shared",
             2,
         ),
-        // Different ways: none in common but the pipe.
+        // Nothing in common but the pipe.
         (
             "PRODUCE --way kernel data | CONSUME --way shared >out",
             "plain",
@@ -130,24 +130,21 @@ fn two_programs_on_a_pipe_take_the_best_way_that_both_have(cx: &Context) -> Resu
     for (script, way, ends) in table {
         let said = piped(cx, script, 1)?;
         let seen = said.matches(&format!("way={way}")).count();
-        ensure!(
-            seen == ends,
-            "{script}: {seen} ends by way of '{way}': {said}"
-        );
+        ensure!(seen == ends, "{script}: {seen} ends with way={way}: {said}");
     }
     Ok(())
 }
 
-fn a_live_ring_serves_programs_that_know_nothing_of_it(cx: &Context) -> Result<()> {
+fn a_live_ring_serves_plain_programs(cx: &Context) -> Result<()> {
     for way in ["kernel", "shared"] {
-        // After one of ours a writer that knows nothing, and another of ours.
+        // A plain writer between two of `ublkup-pipe`.
         let script = format!(
             "{{ PRODUCE --wait 9 --way {way} data; cat data; PRODUCE --way {way} data; }} | CONSUME --wait 9 --way {way} >out"
         );
         let said = piped(cx, &script, 3)?;
         ensure!(said.contains(&format!("way={way}")), "{script}: {said}");
     }
-    // A reader that stops, and `cat` for what it left: by the kernel's way the rest is in the ring.
+    // A reader that stops, and `cat` for what it left: with the kernel's ring the rest is in the ring.
     let said = piped(
         cx,
         "{ PRODUCE --kernel data; PRODUCE --kernel data; } | { CONSUME --kernel; cat; } >out",

@@ -1,6 +1,6 @@
-//! A pipe whose two ends take the best way there is: `ublkup-pipe produce FILE | ublkup-pipe consume`.
+//! Copies a file through a pipe, or through a ring that replaces it: `ublkup-pipe produce FILE | ublkup-pipe consume`.
 //!
-//! Either of the two may be replaced by any other program; the same bytes arrive.
+//! Either of the two can be another program, as `cat`; the same bytes arrive.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -39,32 +39,32 @@ enum Role {
 
 #[derive(Args)]
 struct Shared {
-    /// Bytes handed over at a time, at most 65536; otherwise as many as there are
+    /// Copy records of this size, at most 65536; by default as many bytes as there are
     #[arg(long, value_name = "BYTES")]
     records: Option<usize>,
-    /// The only way to use beside the plain pipe
+    /// The ring to use beside the plain pipe
     #[arg(long, value_enum, default_value_t = Allowed::Auto)]
     way: Allowed,
     /// Ask the kernel for a ring first; for kernels with the ringbuffer series only (system calls 473 and 474)
     #[arg(long)]
     kernel: bool,
-    /// Wait so long for the other end before the first byte
+    /// Wait for the other end before the first byte, at most so long
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
     wait: f64,
     /// Bytes of the ring: a power of two from 131072
     #[arg(long, value_name = "BYTES")]
     size: Option<u32>,
-    /// Another place for the registry than the usual one
+    /// The directory of the registry, instead of the default ones
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
-    /// Say at the end which way it was and what it took
+    /// Print the transport that was used, and counts, to standard error
     #[arg(long)]
     stats: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Allowed {
-    /// Whatever both ends have; the kernel's ring with --kernel only
+    /// The best that both ends have; the kernel's ring only with --kernel
     Auto,
     /// The kernel's ring
     Kernel,
@@ -91,7 +91,7 @@ impl Shared {
         options
     }
 
-    fn patience(&self) -> io::Result<Duration> {
+    fn wait_limit(&self) -> io::Result<Duration> {
         Duration::try_from_secs_f64(self.wait).map_err(io::Error::other)
     }
 
@@ -137,7 +137,7 @@ fn produce(file: &PathBuf, shared: &Shared) -> io::Result<()> {
         })?,
     };
     let mut producer = Producer::new(stdout, &shared.options())?;
-    producer.upgrade(shared.patience()?)?;
+    producer.upgrade(shared.wait_limit()?)?;
     let sent = match records {
         None => send_stream(&source, &mut producer),
         Some(size) => send_records(&source, &mut producer, size),
@@ -147,7 +147,7 @@ fn produce(file: &PathBuf, shared: &Shared) -> io::Result<()> {
     flushed.and_then(|()| producer.finish())
 }
 
-/// The file is read right into the ring.
+/// Reads the file directly into the ring.
 fn send_stream(source: &File, producer: &mut Producer) -> io::Result<()> {
     loop {
         let mut room = producer.reserve(MAX_RECORD_BYTES)?;
@@ -182,7 +182,7 @@ fn consume(shared: &Shared) -> io::Result<()> {
     let at_least = shared.record_bytes()?.unwrap_or(1);
     let mut target = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let mut consumer = Consumer::new(stdin, &shared.options())?;
-    consumer.upgrade(shared.patience()?)?;
+    consumer.upgrade(shared.wait_limit()?)?;
     let mut buffer = vec![0; MAX_RECORD_BYTES];
     let received = loop {
         let bytes = match consumer.peek(at_least) {
@@ -190,7 +190,7 @@ fn consume(shared: &Shared) -> io::Result<()> {
             Err(error) => break Err(error),
         };
         let there = bytes.len();
-        // Whole records, but for the last one.
+        // Whole records, except for the last one.
         let whole = match there < at_least {
             true => there,
             false => there.min(buffer.len()) / at_least * at_least,

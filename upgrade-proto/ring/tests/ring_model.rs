@@ -1,5 +1,5 @@
-//! Every order in which two processors may see the ring's words: the protocol of `ring::protocol`, run by
-//! loom. The words and the data are loom's, the steps are the library's own.
+//! The code of `fd_ring::protocol` in every order in which two processors may see its loads and stores, by loom.
+//! The words and the data are loom's types.
 
 use std::sync::atomic::Ordering;
 
@@ -33,7 +33,7 @@ impl Fence for Full {
     }
 }
 
-/// One that is too weak: the negative control.
+/// A fence that is too weak, as the negative control.
 struct Weak;
 
 impl Fence for Weak {
@@ -49,7 +49,7 @@ struct Ring {
     producer: IndexPage<Modelled>,
     consumer: IndexPage<Modelled>,
     data: [UnsafeCell<u32>; SIZE as usize],
-    /// The kernel's queue of sleepers: whoever looks at the value does so under its lock.
+    /// The kernel's queue of sleepers; the futex's value is compared under this lock.
     futex: Mutex<()>,
     wake: Condvar,
 }
@@ -81,14 +81,14 @@ impl Ring {
         }
     }
 
-    /// As an end sleeps; whether the peer has closed.
+    /// Sleeps as an end of a ring does.
     fn sleep<F: Fence>(&self, own: &IndexPage<Modelled>, peer: &IndexPage<Modelled>, seen: u32) {
         announce_sleep::<_, F>(own, WAIT_FUTEX);
         let moved = || peer.position.load(Ordering::Acquire) != seen || has_closed(peer);
         if !moved() {
             let queue = self.futex.lock().expect("not poisoned");
-            // The kernel compares the value under its lock. (In the library the sleep ends by itself after a
-            // while, in case the peer closes just here; the model has no such mercy, so it compares both.)
+            // The kernel compares the value under its lock. The library has a timeout for a peer that closes just
+            // now; the model has none, and so compares both words.
             if !moved() {
                 drop(self.wake.wait(queue).expect("not poisoned"));
             }
@@ -102,8 +102,8 @@ impl Ring {
             while writer.refresh(&self.consumer).expect("an honest peer") == 0 {
                 self.sleep::<F>(&self.producer, &self.consumer, writer.seen());
             }
-            // loom complains if the consumer still looks at this place.
-            // SAFETY: the place is free.
+            // loom reports it if the consumer still reads there.
+            // SAFETY: the slot is free.
             self.cell(writer.position())
                 .with_mut(|place| unsafe { *place = value + 1 });
             let seen = writer.commit::<_, F>(&self.producer, &self.consumer, 1);
@@ -112,12 +112,12 @@ impl Ring {
         self.wake_if(close::<_, F>(&self.producer, &self.consumer));
     }
 
-    /// Until the producer has closed; the values in their order.
+    /// Reads values, which must be in order, until the producer has closed; returns the last one.
     fn consume<F: Fence>(&self, start: u32) -> u32 {
         let mut reader = Reader::new(SIZE, start, start).expect("valid");
         let mut last = 0;
         loop {
-            // As the library does: first whether it is closed, then the last look.
+            // As in the library: whether it is closed must be known before the position is loaded.
             let closed = has_closed(&self.producer);
             if reader.refresh(&self.producer).expect("an honest peer") == 0 {
                 if closed {
@@ -126,7 +126,7 @@ impl Ring {
                 self.sleep::<F>(&self.consumer, &self.producer, reader.seen());
                 continue;
             }
-            // SAFETY: the place was published.
+            // SAFETY: the slot was published.
             let value = self.cell(reader.position()).with(|place| unsafe { *place });
             assert_eq!(value, last + 1, "a record is lost, doubled or torn");
             last = value;
@@ -154,7 +154,7 @@ fn model<F: Fence>(start: u32, count: u32) {
 }
 
 #[test]
-fn records_arrive_whole_and_in_order_and_nobody_sleeps_for_ever() {
+fn records_arrive_whole_and_in_order_and_no_wake_up_is_lost() {
     model::<Full>(0, 1);
     model::<Full>(0, 2);
 }
@@ -165,14 +165,14 @@ fn a_full_ring_and_positions_that_wrap_change_nothing() {
 }
 
 #[test]
-fn the_model_finds_the_lost_wake_up_of_a_weaker_fence() {
+fn a_weaker_fence_loses_a_wake_up_and_the_model_finds_it() {
     let found = std::panic::catch_unwind(|| model::<Weak>(0, 1));
     let error = found.expect_err("a weaker fence must lose a wake-up");
     let text = error.downcast_ref::<String>().map_or("", String::as_str);
     assert!(text.contains("deadlock"), "{text}");
 }
 
-/// A consumer of one record that gives its place back before it has read it, or as it should.
+/// A consumer of one record that publishes its position before it has read the data, if `mistaken`.
 fn one_record(mistaken: bool) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(2);
@@ -185,7 +185,7 @@ fn one_record(mistaken: bool) {
             ring.sleep::<Full>(&ring.consumer, &ring.producer, reader.seen());
         }
         let cell = ring.cell(reader.position());
-        // SAFETY: the place was published; in the mistaken order it is not ours any more.
+        // SAFETY: the slot was published; in the mistaken order it is the producer's again, which loom must report.
         let read = || cell.with(|place| unsafe { std::ptr::read(place) });
         if !mistaken {
             read();
@@ -201,8 +201,8 @@ fn one_record(mistaken: bool) {
 }
 
 #[test]
-fn the_model_finds_a_consumer_that_gives_a_place_back_before_it_has_read_it() {
+fn a_consumer_that_publishes_before_it_has_read_is_found() {
     one_record(false);
     let found = std::panic::catch_unwind(|| one_record(true));
-    assert!(found.is_err(), "reading after giving back must be found");
+    assert!(found.is_err(), "reading after publishing must be found");
 }

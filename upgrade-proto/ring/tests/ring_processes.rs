@@ -1,4 +1,4 @@
-//! `ublkup-pipe` as a shell would run it: with its like, with programs that know nothing, and killed.
+//! `ublkup-pipe` as a shell runs it: with itself, with programs that have no rings, and killed.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The way that is tested: see `common` of the other tests.
+/// The transport under test: see `common`.
 fn transport() -> String {
     std::env::var("RING_TESTS_TRANSPORT").unwrap_or("shared".to_owned())
 }
 
-/// The example's program; built here if only this test was asked for.
+/// The example, which is built here if cargo built this test alone.
 fn program() -> PathBuf {
     let test = std::env::current_exe().expect("this program's path");
     let target = test.ancestors().nth(2).expect("the target directory");
@@ -73,7 +73,7 @@ impl Place {
     }
 }
 
-/// Runs two programs with a pipe between them; the digest of what came out, and what they said.
+/// Runs two programs with a pipe between them; returns the digest of the output, and their messages.
 fn run(mut first: Command, mut second: Command) -> (String, String) {
     let mut first = first
         .stdout(Stdio::piped())
@@ -114,7 +114,7 @@ fn cat(file: Option<&Path>) -> Command {
 }
 
 #[test]
-fn the_same_bytes_arrive_whoever_knows_of_rings() {
+fn the_same_bytes_arrive_whichever_end_has_rings() {
     let place = Place::new(5_000_011);
     let plain = ["--way", "plain"];
     let table: [(&str, Command, Command, usize); 7] = [
@@ -154,7 +154,7 @@ fn the_same_bytes_arrive_whoever_knows_of_rings() {
 }
 
 #[test]
-fn programs_that_know_nothing_before_and_after_in_the_same_pipe_keep_their_places() {
+fn plain_programs_before_and_after_in_the_same_pipe_keep_their_order() {
     let place = Place::new(300_000);
     let program = program();
     let (program, dir, data) = (
@@ -227,7 +227,7 @@ fn the_system_calls_of_the_kernels_ring_are_made_only_if_asked_for() {
     let (digest, said) = run(forbidden("produce", &[data]), forbidden("consume", &[]));
     assert_eq!(digest, place.digest, "{said}");
     assert_eq!(said.matches("way=shared").count(), 2, "{said}");
-    // The filter works: a process that asks dies of it.
+    // The filter works: it kills a process that asks.
     for ask in [&["--kernel"][..], &["--way", "kernel"]] {
         let mut asking = forbidden("consume", ask);
         let (pipe, _writer) = io::pipe().expect("a pipe");
@@ -240,19 +240,19 @@ fn the_system_calls_of_the_kernels_ring_are_made_only_if_asked_for() {
     }
 }
 
-/// Waits for a child, but not for ever.
+/// Waits for a child, with a limit.
 fn ended(child: &mut Child) -> std::process::ExitStatus {
-    let limit = Instant::now() + PATIENCE;
+    let limit = Instant::now() + TIMEOUT;
     loop {
         if let Some(status) = child.try_wait().expect("asked") {
             return status;
         }
-        assert!(Instant::now() < limit, "a peer of the killed one hangs");
+        assert!(Instant::now() < limit, "the peer of a killed end hangs");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
 
-/// Two of ours on a pipe; the source is endless, the result a file.
+/// A pair on a pipe, with an endless source and a file as the target.
 fn endless(place: &Place) -> (Child, Child, PathBuf) {
     let mut first = place.ours("produce", &["--wait", "5"]);
     first.stdin(File::open("/dev/zero").expect("opened"));
@@ -270,11 +270,11 @@ fn endless(place: &Place) -> (Child, Child, PathBuf) {
 }
 
 #[test]
-fn the_peer_of_a_killed_end_ends_too_at_whatever_moment() {
+fn the_peer_of_a_killed_end_ends_too_at_any_moment() {
     let place = Place::new(0);
     for round in 0..16_u64 {
         let (mut first, mut second, out) = endless(&place);
-        // From the handshake on, to well into the stream.
+        // From the negotiation to well into the stream.
         std::thread::sleep(Duration::from_micros(500 * round * round));
         let (victim, survivor) = match round % 2 {
             0 => (&mut first, &mut second),
@@ -321,7 +321,7 @@ fn a_producer_whose_consumer_pauses_waits_and_loses_nothing() {
     assert!(ended(&mut second).success());
 }
 
-/// Programs of which the last one stops early: how the others end, and what came out.
+/// Runs programs and a `head` that stops early; returns how the others ended, and the output.
 fn cut_short(mut programs: Vec<Command>) -> (Vec<std::process::ExitStatus>, Vec<u8>) {
     let mut head = Command::new("head");
     head.args(["-c", "5000"]);
@@ -343,17 +343,17 @@ fn cut_short(mut programs: Vec<Command>) -> (Vec<std::process::ExitStatus>, Vec<
 }
 
 #[test]
-fn everybody_ends_when_the_last_program_has_enough() {
+fn all_programs_end_when_the_last_one_has_enough() {
     let place = Place::new(3_000_000);
     let wanted = std::fs::read(&place.data).expect("read")[..5000].to_vec();
     let waiting = ["--wait", "5"];
-    // One end of ours, plain: the writer gets EPIPE, or SIGPIPE if it knows nothing of rings.
+    // One end alone uses the pipe: the writer gets EPIPE, or SIGPIPE if it is another program.
     let (statuses, out) = cut_short(vec![place.produce(&[])]);
     assert!(out == wanted && !statuses[0].success(), "{statuses:?}");
     let (statuses, out) = cut_short(vec![cat(Some(&place.data)), place.ours("consume", &[])]);
     assert!(out == wanted && !statuses[1].success(), "{statuses:?}");
     assert_eq!(statuses[0].signal(), Some(libc::SIGPIPE));
-    // A ring between ours: the consumer's end is the producer's.
+    // A ring: the end of the consumer is the end of the producer.
     let both = vec![place.produce(&waiting), place.ours("consume", &waiting)];
     let (statuses, out) = cut_short(both);
     assert!(out == wanted, "{} bytes", out.len());
@@ -364,7 +364,7 @@ fn everybody_ends_when_the_last_program_has_enough() {
 }
 
 #[test]
-fn a_writer_that_knows_nothing_dies_of_sigpipe_after_a_ring_as_well() {
+fn a_plain_writer_after_a_ring_gets_sigpipe() {
     let place = Place::new(300_000);
     let (program, dir) = (program(), place.dir.path().display());
     let (program, data) = (program.display(), place.data.display());

@@ -1,5 +1,5 @@
-//! What a record costs in steady state: no system call and no allocation. The process that shows it is
-//! killed by the kernel at the first system call but exit_group(2).
+//! In steady state a record costs no system call and no allocation, by count and in a process that is killed for any
+//! system call but exit_group(2).
 
 mod common;
 
@@ -18,7 +18,7 @@ use upgrade_proto::{Name, connect};
 struct Counting;
 
 thread_local! {
-    /// Of this thread alone: other tests run at the same time.
+    /// Per thread, as other tests run at the same time.
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
 }
 
@@ -43,8 +43,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Both ends of a ring that has been used: the kernel wakes whoever watches a pipe when its ring begins,
-/// and then once more for the first record.
+/// Both ends of a ring that has been used: the kernel wakes pollers of a pipe when its ring begins, and once more for
+/// the first record.
 fn upgraded() -> (Producer, Consumer) {
     upgraded_with(|_| {})
 }
@@ -103,7 +103,7 @@ fn no_record_costs_a_system_call_or_an_allocation() {
     assert_eq!(before, after, "(system calls, allocations)");
 }
 
-/// Installs a filter that kills the process at every system call but exit_group(2).
+/// Installs a filter that kills the process for any system call but exit_group(2).
 fn forbid_system_calls() -> bool {
     let op = |code: u32, jt, jf, k| libc::sock_filter {
         code: u16::try_from(code).unwrap_or(0),
@@ -147,7 +147,7 @@ fn in_a_child(work: impl FnOnce() -> i32) -> (Option<i32>, Option<i32>) {
     assert!(child >= 0);
     if child == 0 {
         let code = work();
-        // SAFETY: ends the child at once.
+        // SAFETY: ends the child.
         unsafe { libc::_exit(code) };
     }
     let mut status = 0;
@@ -161,8 +161,8 @@ fn in_a_child(work: impl FnOnce() -> i32) -> (Option<i32>, Option<i32>) {
 }
 
 #[test]
-fn a_process_that_may_not_make_system_calls_exchanges_records() {
-    // A child has no ring of its parent's, so it makes its own before it is locked up.
+fn a_process_without_system_calls_exchanges_records() {
+    // A child does not have its parent's ring, so it makes its own.
     let exchanged = in_a_child(|| {
         let (mut producer, mut consumer) = upgraded();
         if !forbid_system_calls() {
@@ -174,7 +174,7 @@ fn a_process_that_may_not_make_system_calls_exchanges_records() {
         i32::from(!matches!(exchanged, Ok(true)))
     });
     assert_eq!(exchanged, (Some(0), None));
-    // Locked up it is: one system call, and it is dead.
+    // The filter works: a system call kills.
     let killed = in_a_child(|| {
         if !forbid_system_calls() {
             return 3;
@@ -192,8 +192,8 @@ fn a_child_that_drops_its_copies_of_the_ends_changes_nothing() {
     consumer.consume(8);
     let page = bytes.map_addr(|address| address & !4095);
     let ended = in_a_child(|| {
-        // The child has no ring; something of its own may be in the same place.
-        // SAFETY: nothing is there, as a child does not have the pages of a ring.
+        // The child does not have the ring mapped, and may have another mapping at its address.
+        // SAFETY: fails if anything is mapped there.
         let place = unsafe {
             mmap_anonymous(
                 page.cast_mut().cast(),
@@ -208,7 +208,7 @@ fn a_child_that_drops_its_copies_of_the_ends_changes_nothing() {
         // SAFETY: bitwise copies, as a child has them of all its parent's values; the parent drops its own.
         let copies = unsafe { (std::ptr::read(&producer), std::ptr::read(&consumer)) };
         drop(copies);
-        // SAFETY: nobody has unmapped it: that is what this test asks, and the answer may be a signal.
+        // SAFETY: it is still mapped, if the library is correct; otherwise the test fails by a signal.
         i32::from(unsafe { place.cast::<u8>().read_volatile() } != 77)
     });
     assert_eq!(ended, (Some(0), None));
@@ -216,7 +216,7 @@ fn a_child_that_drops_its_copies_of_the_ends_changes_nothing() {
 }
 
 #[test]
-fn a_producer_that_can_accept_nobody_is_not_ready_for_ever() {
+fn a_producer_that_cannot_accept_is_not_ready_for_ever() {
     let ready = in_a_child(|| {
         let dir = tempfile::tempdir().expect("a directory");
         let options = options(Transport::Shared, &dir);
@@ -225,7 +225,7 @@ fn a_producer_that_can_accept_nobody_is_not_ready_for_ever() {
         let name = Name::new("ring-buffer").expect("a name");
         let asked = connect(&reader, &name, &options.lookup).expect("asked");
         let _client = asked.found().expect("offered");
-        // As many as are open for sure.
+        // Fewer than are open.
         let limit = libc::rlimit {
             rlim_cur: 3,
             rlim_max: 3,
@@ -242,7 +242,7 @@ fn a_producer_that_can_accept_nobody_is_not_ready_for_ever() {
     assert_eq!(ready, (Some(0), None));
 }
 
-/// This thread and those that it starts run on one processor.
+/// Restricts this thread, and those that it starts, to one processor.
 fn share_one_processor() {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
     let allowed = sched_getaffinity(None).expect("processors");
@@ -257,7 +257,7 @@ fn a_stream_on_one_processor_does_not_send_its_consumer_to_sleep_after_each_reco
     const RECORDS: u64 = 200_000;
     let streaming = std::thread::spawn(|| {
         share_one_processor();
-        // Letting others run before sleeping would do on some kernels.
+        // Without yields, which would suffice on some kernels.
         let (mut producer, mut consumer) = upgraded_with(|options| options.spin = false);
         let reading = std::thread::spawn(move || {
             for round in 0..RECORDS {

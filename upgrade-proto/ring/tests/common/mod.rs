@@ -3,8 +3,8 @@
 use fd_ring::{Options, Transport};
 use tempfile::TempDir;
 
-/// The way that is tested. Only some kernels have rings; on those the lab runs all of these tests again
-/// with `RING_TESTS_TRANSPORT=kernel`.
+/// The ring under test. On kernels that have rings the lab runs these tests again, with
+/// `RING_TESTS_TRANSPORT=kernel`.
 pub fn transport() -> Transport {
     match std::env::var("RING_TESTS_TRANSPORT").as_deref() {
         Err(_) | Ok("shared") => Transport::Shared,
@@ -13,7 +13,7 @@ pub fn transport() -> Transport {
     }
 }
 
-/// This way alone, with a small ring; for the shared one with a registry in this directory.
+/// This transport only, with a small ring, and a registry in `dir`.
 pub fn options(transport: Transport, dir: &TempDir) -> Options {
     let mut options = Options {
         kernel: transport == Transport::Kernel,
