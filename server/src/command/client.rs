@@ -14,7 +14,8 @@ use crate::config::check_name;
 use crate::door::ublk::{self, DataPath};
 use crate::engine::counters::Totals;
 use crate::export::admin::{self, ExportStatus};
-use crate::export::runtime_dir::{CONTROL, RuntimeDir};
+use crate::export::name_lock::CONTROL;
+use crate::export::runtime_dir::RuntimeDir;
 use crate::request::format_size;
 
 /// A server that does not answer within this time has a problem that must be told.

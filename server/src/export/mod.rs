@@ -8,11 +8,13 @@
 //! | `admin_service.rs` | what an export answers there                             |
 //! | `succession.rs`    | how a server gets an export from another one             |
 //! | `upgrade.rs`       | clients that come by the block device's descriptor       |
-//! | `runtime_dir.rs`   | names, locks and notes below `/run/ublkup`               |
+//! | `runtime_dir.rs`   | which exports this machine serves: `/run/ublkup`         |
+//! | `name_lock.rs`     | the lock of one name, and the notes below it             |
 
 pub mod admin;
 mod admin_service;
 mod event;
+pub mod name_lock;
 mod open;
 pub mod runtime_dir;
 mod shared;
@@ -30,8 +32,9 @@ pub use open::remove_stale_device;
 use crate::config::ExportConfig;
 use crate::engine::crash;
 use admin::Listening;
+use name_lock::{CONTROL, NameLock};
 use open::{Opened, Opening};
-use runtime_dir::{CONTROL, NameLock, RuntimeDir};
+use runtime_dir::RuntimeDir;
 use shared::{Closing, Shared, State};
 
 /// A served export. Dropping it without [`Export::stop`] closes the doors all the same.

@@ -1,4 +1,4 @@
-//! How an export is opened: its backend, its doors, and what an earlier server left of them.
+//! Opening an export: its storage, its doors, and what an earlier server left of them.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
@@ -7,7 +7,8 @@ use std::sync::{Arc, Once, mpsc};
 use anyhow::{Context, Result, bail};
 
 use super::event::{Door, Event};
-use super::runtime_dir::{DeviceNote, NameLock, RuntimeDir, VHOST_SOCKET};
+use super::name_lock::{DeviceNote, NameLock, VHOST_SOCKET};
+use super::runtime_dir::RuntimeDir;
 use super::shared::{Counted, Doors};
 use super::upgrade::UpgradeListener;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
@@ -23,7 +24,7 @@ use crate::request::Limits;
 use crate::request::format_size;
 use crate::storage::{Fault, File, FileOptions, Memory, Null};
 
-/// Largest discard of the disks that hold nothing or hold it in memory.
+/// Largest discard of null and memory disks.
 const MAX_DISCARD_BYTES: u64 = 1 << 30;
 
 /// Largest write-zeroes of a disk in memory: bounds how long one request keeps a thread busy.
@@ -32,8 +33,8 @@ const MAX_WRITE_ZEROES_BYTES: u64 = 16 << 20;
 /// Largest read or write that the doors offer.
 const MAX_IO_BYTES: u32 = 1 << 20;
 
-/// Whether the storage is claimed only while a guest has the disk: other servers may want it. A block
-/// door would use it all the time.
+/// Whether the storage is claimed only while a client has the disk, so that other servers can have it.
+/// A ublk door would use it all the time.
 fn claims_later(config: &ExportConfig) -> bool {
     config.migration && config.ublk == DoorMode::No && !config.read_only
 }
@@ -76,7 +77,7 @@ impl Opening<'_> {
         }
     }
 
-    /// Opens the doors that were asked for, to a disk that fails if that was asked for.
+    /// Opens the doors, with fault injection if that is configured.
     fn open<B: Storage>(&self, disk: B) -> Result<Opened> {
         if self.config.faults.is_empty() {
             return self.open_doors(disk);
@@ -100,7 +101,7 @@ impl Opening<'_> {
             access.allow_moves(claims_later(config).then(claimed));
         }
         let vhost = self.open_vhost(&disk, &access)?;
-        // Clients that were too fast wait for what comes of this.
+        // Clients that have connected already wait until ownership is opened.
         let mut doors = (self.open_block_door(&disk, &limits)).inspect_err(|_| access.close())?;
         doors.vhost = vhost;
         if doors.ublk.is_none() && doors.vhost.is_none() {
@@ -120,7 +121,7 @@ impl Opening<'_> {
     fn open_block_door<B: Storage>(&self, disk: &Arc<B>, limits: &Limits) -> Result<Doors> {
         let recoverable = self.recoverable(limits)?;
         if recoverable.is_none() {
-            // Even with --ublk no: a dead device of this name is in nobody's way but ours.
+            // Even with --ublk no: a dead device of this name only gets in the way of this export.
             remove_stale_device(self.claim)?;
         }
         let returns = recoverable.is_some() && self.claim.was_upgraded();
@@ -207,7 +208,7 @@ impl Opening<'_> {
                 door: Door::Ublk,
                 why,
             };
-            // Without a receiver the server is on its way out anyway.
+            // Without a receiver the server is ending anyway.
             let _ = ended.send(closed);
         };
         let ublk = UblkConfig {
@@ -227,7 +228,7 @@ impl Opening<'_> {
         let mark = ublk.mark;
         let door = UblkDoor::start(&ublk, disk, counters, on_end).inspect_err(|_| {
             if recoverable.is_none() && !matches!(ublk::marked(mark), Ok(Some(_))) {
-                self.claim.forget_ublk_id();
+                self.claim.forget_device();
             }
         })?;
         if recoverable.is_some() {
@@ -240,10 +241,10 @@ impl Opening<'_> {
             mark: Some(mark),
         });
         if let Err(error) = noted {
-            // The old note still leads to it.
+            // The old note still identifies the device.
             let ended = match recoverable {
                 Some(_) => door.leave(),
-                None => door.stop().inspect(|()| self.claim.forget_ublk_id()),
+                None => door.stop().inspect(|()| self.claim.forget_device()),
             };
             if let Err(error) = ended {
                 tracing::error!("{}: {error}", config.name);
@@ -259,14 +260,14 @@ impl Opening<'_> {
         (self.claim.note_device(note)).with_context(|| format!("cannot write to {folder}"))
     }
 
-    /// The mark of the block device: of a new one it is noted before the device is made, so that it
+    /// The mark of the block device. A new one is noted before the device is added, so that the device
     /// is found whenever this server dies.
     fn mark(&self, survives: bool) -> Result<u64> {
         if survives {
             let old = self.claim.left_device().and_then(|note| note.mark);
             return Ok(old.unwrap_or_default());
         }
-        // Not zero, which devices of others have.
+        // Not zero, which devices of other servers have.
         let mark = RandomState::new().build_hasher().finish().max(1);
         self.note(&DeviceNote {
             mark: Some(mark),
@@ -276,8 +277,8 @@ impl Opening<'_> {
         Ok(mark)
     }
 
-    /// Leads from the block device to the vhost door, if there are both. Without it the doors are
-    /// still good.
+    /// Offers the upgrade from the block device to the vhost door, if there are both. The doors work
+    /// without it.
     fn offer(&self, doors: &Doors) -> Option<UpgradeListener> {
         let ((ublk, _), (vhost, _)) = doors.ublk.as_ref().zip(doors.vhost.as_ref())?;
         let name = &self.config.name;
@@ -300,25 +301,25 @@ fn vhost_socket(config: &ExportConfig, claim: &NameLock) -> Option<PathBuf> {
     Some(config.vhost_socket.clone().unwrap_or_else(default))
 }
 
-/// What shall become of the block device when this server dies.
+/// What happens to the block device when this server dies.
 fn recovery(config: &ExportConfig) -> Recovery {
     match (config.recovery, &config.backend) {
         (asked_for, StorageSpec::File { .. }) => asked_for,
-        // What was in memory has gone with the server; requests had better fail.
+        // The contents are lost with the server, so requests must fail.
         (Recovery::Auto, _) => Recovery::Off,
         (asked_for, _) => asked_for,
     }
 }
 
-/// The device that is meant by a note, if it is there.
+/// The device that a note identifies, if it exists.
 fn noted_device(note: &DeviceNote) -> Result<Option<u32>, UblkError> {
     match (note.mark, note.id, note.disk_sequence) {
         (Some(mark), ..) => match ublk::marked(mark) {
-            // There are no devices: the machine was booted again.
+            // No driver, no devices: the machine was rebooted.
             Err(UblkError::Unavailable(Unavailable::NoDriver)) => Ok(None),
             other => other,
         },
-        // One that was made without a mark is known by its disk, until the machine boots again.
+        // A device without a mark is identified by its disk, until the next reboot.
         (None, Some(id), Some(sequence)) => {
             Ok((ublk::disk_sequence(id) == Some(sequence)).then_some(id))
         }
@@ -326,7 +327,7 @@ fn noted_device(note: &DeviceNote) -> Result<Option<u32>, UblkError> {
     }
 }
 
-/// Whether the block door is to be opened. In automatic mode, says once per process why not.
+/// Whether the ublk door is to be opened. In automatic mode the reason why not is logged once.
 pub(super) fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
     if config.ublk == DoorMode::No {
         return Ok(false);
@@ -351,15 +352,15 @@ pub fn remove_stale_device(claim: &NameLock) -> Result<()> {
     let Some(note) = claim.left_device() else {
         return Ok(());
     };
-    // One with the same number that is not ours is none of our business.
+    // Another server may have a device with the same number: it is left alone.
     if let Some(id) = noted_device(&note)? {
         ublk::remove(id, true)?;
     }
-    claim.forget_ublk_id();
+    claim.forget_device();
     Ok(())
 }
 
-/// The limits of the disks without a file behind them.
+/// The limits of null and memory disks.
 fn plain_limits(config: &ExportConfig, size_bytes: u64) -> Limits {
     let block_bytes = config.block_bytes.unwrap_or(512);
     Limits {
@@ -372,7 +373,7 @@ fn plain_limits(config: &ExportConfig, size_bytes: u64) -> Limits {
         max_discard_bytes: MAX_DISCARD_BYTES,
         max_write_zeroes_bytes: MAX_WRITE_ZEROES_BYTES,
         read_only: config.read_only,
-        // What was written is where it will ever be: there is nothing to flush.
+        // There is nothing to flush to.
         write_cache: false,
         serial: config.serial,
     }

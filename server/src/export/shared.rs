@@ -4,7 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use super::event::Event;
-use super::runtime_dir::NameLock;
+use super::name_lock::NameLock;
 use super::upgrade::UpgradeListener;
 use crate::config::ExportConfig;
 use crate::door::ownership::Ownership;
@@ -22,11 +22,10 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 pub(super) struct Shared {
     pub(super) config: ExportConfig,
     pub(super) limits: Limits,
-    /// Gone as soon as the doors are closed: whoever still talks to the admin socket must not keep
-    /// the next server from it.
+    /// Dropped as soon as the doors are closed: an admin client must not keep the next server from it.
     pub(super) storage: Mutex<Option<Arc<dyn StorageControl>>>,
     pub(super) access: Arc<Ownership>,
-    /// One at a time.
+    /// Serializes resizes.
     pub(super) resizing: Mutex<()>,
     pub(super) doors: Mutex<Doors>,
     pub(super) ended: Condvar,
@@ -36,7 +35,7 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct Doors {
     pub(super) state: State,
-    /// Whether the block device was another server's before.
+    /// Whether the block device was taken over from another server.
     pub(super) is_inherited: bool,
     /// Declared before the doors that it leads to.
     pub(super) offer: Option<UpgradeListener>,
@@ -53,11 +52,11 @@ pub(super) enum State {
     Serving,
     Stopping,
     Stopped,
-    /// Another server's from now on.
+    /// Left to another server.
     Left,
 }
 
-/// A door on its way out.
+/// A door that is being closed.
 pub(super) enum Closing {
     Ublk(UblkDoor),
     Vhost(VhostDoor),
@@ -67,7 +66,7 @@ impl Closing {
     pub(super) fn close(self, name: &str, claim: &NameLock) {
         match self {
             Self::Ublk(door) => match door.stop() {
-                Ok(()) => claim.forget_ublk_id(),
+                Ok(()) => claim.forget_device(),
                 Err(error) => tracing::error!("{name}: {error:#}"),
             },
             Self::Vhost(door) => {
@@ -82,11 +81,11 @@ impl Closing {
 
 impl Shared {
     pub(super) fn doors(&self) -> MutexGuard<'_, Doors> {
-        // Whoever panicked with the lock has taken a door or has not: both are states we know.
+        // A holder that panicked has taken a door or has not: both are valid states.
         self.doors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Closes both doors and lets go of the storage. If the export is left to another server, the block
+    /// Closes both doors and drops the storage. If the export is left to another server, the block
     /// device stays.
     pub(super) fn close_doors(&self, claim: &NameLock, is_left: bool) {
         let name = &self.config.name;
@@ -95,9 +94,9 @@ impl Shared {
             doors.state = State::Stopping;
             (doors.offer.take(), doors.ublk.take(), doors.vhost.take())
         };
-        // Before the block device, whose removal waits for clients that nobody accepts.
+        // Before the block device, whose removal waits for pending connections to it.
         drop(offer);
-        // From here on the right to write stays as it is noted.
+        // From here on ownership stays as it is noted.
         self.access.close();
         // The block door first: it may have a file system on it that wants to write.
         match ublk {
@@ -119,7 +118,7 @@ impl Shared {
     }
 
     pub(super) fn storage(&self) -> MutexGuard<'_, Option<Arc<dyn StorageControl>>> {
-        // It is there or it is not.
+        // An `Option` is valid whatever its holder panicked about.
         self.storage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -128,7 +127,7 @@ impl Shared {
         self.ended.notify_all();
     }
 
-    /// Waits for the end, and says which it was.
+    /// Waits until the export has stopped or was left, and returns which.
     pub(super) fn await_end(&self) -> State {
         let mut doors = self.doors();
         while !matches!(doors.state, State::Stopped | State::Left) {

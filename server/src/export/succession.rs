@@ -1,8 +1,8 @@
-//! A server makes way for another one of the same name.
+//! A server hands an export over to another one of the same name.
 //!
-//! The new server looks whether it could go on with what the old one has, as far as that can be seen
-//! from outside, and only then asks the old one to leave. From the old one's "left" on the name, the
-//! storage and the block device are free, and what the driver and the clients have under way waits.
+//! The new server checks whether it could serve what the old one serves, as far as that is visible from
+//! outside, and only then asks the old one to leave. Once the old one has answered "left", the name, the
+//! storage and the block device are free, and requests in flight in the driver and of clients wait.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -11,31 +11,32 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::admin::{self, ExportStatus};
+use super::name_lock::{CONTROL, NameLock};
 use super::open::may_open_ublk;
-use super::runtime_dir::{CONTROL, NameLock, RuntimeDir};
+use super::runtime_dir::RuntimeDir;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
 use crate::request::format_size;
 
-/// How long the old server may take to say what it has.
+/// How long the old server may take to answer `stat`.
 const STAT_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long it may take to finish what is under way.
+/// How long it may take to finish requests in flight.
 const LEAVE_LIMIT: Duration = Duration::from_secs(120);
 
 /// Takes the name of an export, from its living server if there is one.
 ///
 /// # Errors
 ///
-/// When the old server has what the new one could not go on with, or does not leave.
+/// When the new server could not serve what the old one serves, or the old one does not leave.
 pub(super) fn claim(dir: &RuntimeDir, config: &ExportConfig) -> Result<NameLock> {
     let name = &config.name;
     if !dir.is_alive(name) {
         return dir.claim(name);
     }
     let control = dir.folder(name).join(CONTROL);
-    // Who hangs up is about to die, or has died: it has left as well.
+    // A server that hangs up has died or is about to: it has left as well.
     match admin::stat(&control, STAT_LIMIT) {
-        Ok(status) => may_follow(&status, config)?,
+        Ok(status) => may_succeed(&status, config)?,
         Err(error) if hung_up(&error) => return dir.claim_soon(name),
         Err(error) => return Err(error.context("its server does not answer")),
     }
@@ -59,8 +60,8 @@ fn hung_up(error: &anyhow::Error) -> bool {
         .is_some_and(|cause| kinds.contains(&cause.kind()))
 }
 
-/// Whether a server with this configuration could go on with what another one has.
-fn may_follow(old: &ExportStatus, config: &ExportConfig) -> Result<()> {
+/// Whether a server with this configuration could take over from another one.
+fn may_succeed(old: &ExportStatus, config: &ExportConfig) -> Result<()> {
     if let Some(door) = &old.ublk {
         let device = door.device.display();
         if config.ublk == DoorMode::No || !may_open_ublk(config)? {
@@ -107,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_hangs_up_at_any_moment_of_a_conversation_is_about_to_die() {
+    fn a_server_that_hangs_up_at_any_moment_of_a_conversation_is_dying() {
         for errno in [
             libc::ENOENT,
             libc::ECONNREFUSED,
@@ -119,7 +120,7 @@ mod tests {
         }
         let error = io::Error::from(io::ErrorKind::UnexpectedEof);
         assert!(hung_up(&error.into()));
-        // Who has something against it lives.
+        // An answer that refuses comes from a living server.
         for alive in [
             anyhow::anyhow!("it is being stopped"),
             io::Error::from_raw_os_error(libc::EACCES).into(),

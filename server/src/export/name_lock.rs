@@ -1,0 +1,204 @@
+//! The name of an export, held by one server, and the notes below it.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+
+use crate::engine::crash;
+
+/// The admin socket in an export's folder.
+pub const CONTROL: &str = "control";
+
+/// The vhost door's socket in an export's folder.
+pub const VHOST_SOCKET: &str = "vhost-user-blk";
+
+pub(super) const LOCK: &str = "lock";
+pub(super) const UBLK_ID: &str = "ublk-id";
+const UPGRADED: &str = "upgraded";
+pub(super) const SERVED: &str = "served";
+
+/// How long other processes may hold the shared lock with which they check whether a name has a server.
+const CHECK_LIMIT: Duration = Duration::from_secs(1);
+
+pub(super) fn open_lock(folder: &Path, more: OFlags) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | more;
+    Ok(open(folder.join(LOCK), flags, Mode::from(0o600))?.into())
+}
+
+/// Locks a name exclusively. Returns false if a server has it.
+pub(super) fn lock_exclusively(lock: &File) -> bool {
+    let deadline = Instant::now() + CHECK_LIMIT;
+    loop {
+        if flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return true;
+        }
+        // A check takes a shared lock for a moment; a server holds an exclusive one.
+        let is_shared = flock(lock, FlockOperation::NonBlockingLockShared).is_ok();
+        if !is_shared || Instant::now() > deadline {
+            return false;
+        }
+        // Unlocking a lock that is held does not fail.
+        let _ = flock(lock, FlockOperation::Unlock);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The name of an export, held by this process. Dropping it removes the folder, unless a block device is
+/// noted there: the device waits for a server, which needs all the notes.
+#[derive(Debug)]
+pub struct NameLock {
+    pub(super) folder: PathBuf,
+    pub(super) name: String,
+    /// The notes are kept for another server.
+    pub(super) left: bool,
+    /// Held, not read: the kernel releases it when the process ends, however it ends.
+    pub(super) _lock: File,
+}
+
+impl NameLock {
+    /// The name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The block device that an earlier server of this name left, if it is noted.
+    #[must_use]
+    pub fn left_device(&self) -> Option<DeviceNote> {
+        DeviceNote::parse(&fs::read_to_string(self.folder.join(UBLK_ID)).ok()?)
+    }
+
+    /// Notes the block device, so that it can be found after a crash.
+    ///
+    /// # Errors
+    ///
+    /// When the folder cannot be written.
+    pub fn note_device(&self, note: &DeviceNote) -> io::Result<()> {
+        self.note(UBLK_ID, &note.text())
+    }
+
+    /// Notes what is served, for `ublkup recover`.
+    ///
+    /// # Errors
+    ///
+    /// When the folder cannot be written.
+    pub fn note_served(&self, text: &str) -> io::Result<()> {
+        self.note(SERVED, text)
+    }
+
+    /// Writes a note beside the old one and puts it in its place.
+    fn note(&self, name: &str, text: &str) -> io::Result<()> {
+        let new = self.folder.join(format!(".{name}.new"));
+        let mut file = File::create(&new)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        crash::point(match name {
+            SERVED => "export-written",
+            _ => "id-written",
+        });
+        fs::rename(new, self.folder.join(name))?;
+        File::open(&self.folder)?.sync_all()
+    }
+
+    /// Releases the name and keeps the notes for the next server.
+    pub fn leave(mut self) {
+        self.left = true;
+    }
+
+    /// Whether a vhost client had the disk when the last server of this name died.
+    #[must_use]
+    pub fn was_upgraded(&self) -> bool {
+        self.folder.join(UPGRADED).exists()
+    }
+
+    /// The file that exists while a vhost client has the disk.
+    #[must_use]
+    pub fn upgraded_note(&self) -> PathBuf {
+        self.folder.join(UPGRADED)
+    }
+
+    /// Removes the note of the block device, which is gone.
+    pub fn forget_device(&self) {
+        remove(&self.folder.join(UBLK_ID));
+    }
+
+    /// Removes the sockets of a dead server and keeps its notes.
+    pub(super) fn clear_stale(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            let keep = [LOCK, UBLK_ID, SERVED, UPGRADED];
+            if !keep.iter().any(|name| entry.file_name() == *name) {
+                fs::remove_file(entry.path())
+                    .with_context(|| format!("cannot remove {}", entry.path().display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for NameLock {
+    fn drop(&mut self) {
+        if self.left {
+            return;
+        }
+        let notes: &[&str] = match self.left_device() {
+            Some(_) => &[],
+            None => &[SERVED, UPGRADED],
+        };
+        // The lock last: after it another server may use the folder.
+        for file in [&[CONTROL, VHOST_SOCKET][..], notes, &[LOCK]].concat() {
+            remove(&self.folder.join(file));
+        }
+        // Not empty when there are notes left: then the folder stays.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// What is noted about a block device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceNote {
+    /// Its number; unknown before it was added.
+    pub id: Option<u32>,
+    /// The sequence number of its disk; unknown before the disk was started.
+    pub disk_sequence: Option<u64>,
+    /// The mark in the device's parameters, which identifies it whatever else has changed.
+    pub mark: Option<u64>,
+}
+
+impl DeviceNote {
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split_whitespace().map(|word| word.parse::<u64>().ok());
+        let mut next = || words.next().flatten();
+        let note = Self {
+            id: next().and_then(|id| u32::try_from(id).ok()),
+            disk_sequence: next(),
+            // Devices of other servers have zero there.
+            mark: next().filter(|mark| *mark != 0),
+        };
+        (note.id.is_some() || note.mark.is_some()).then_some(note)
+    }
+
+    fn text(&self) -> String {
+        let word = |number: Option<u64>| number.map_or("-".to_owned(), |number| number.to_string());
+        let id = self.id.map(u64::from);
+        [id, self.disk_sequence, self.mark].map(word).join(" ") + "\n"
+    }
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "cannot remove");
+    }
+}

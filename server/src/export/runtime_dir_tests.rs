@@ -1,0 +1,156 @@
+use std::fs::File;
+
+use super::*;
+use crate::export::name_lock::{CONTROL, DeviceNote, UBLK_ID};
+
+fn dir() -> (tempfile::TempDir, RuntimeDir) {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = RuntimeDir::find(Some(temp.path().join("run"))).unwrap();
+    (temp, dir)
+}
+
+#[test]
+fn a_name_is_held_once_and_given_back() {
+    let (_temp, dir) = dir();
+    let claim = dir.claim("a").unwrap();
+    let error = dir.claim("a").unwrap_err().to_string();
+    assert!(error.contains("already served"), "{error}");
+    assert!(dir.is_alive("a") && !dir.is_alive("b"));
+    dir.claim("b").unwrap();
+    drop(claim);
+    assert!(!dir.is_alive("a"));
+    assert!(!dir.folder("a").exists());
+    dir.claim("a").unwrap();
+}
+
+#[test]
+fn what_a_dead_server_left_is_cleared_but_its_device_is_remembered() {
+    let (_temp, dir) = dir();
+    let folder = dir.folder("a");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join(LOCK), "").unwrap();
+    fs::write(folder.join(CONTROL), "").unwrap();
+    fs::write(folder.join(UBLK_ID), "7\n").unwrap();
+    assert_eq!(dir.names().unwrap(), ["a"]);
+    assert!(!dir.is_alive("a"));
+    let claim = dir.claim("a").unwrap();
+    assert!(!folder.join(CONTROL).exists());
+    let noted = DeviceNote {
+        id: Some(7),
+        ..DeviceNote::default()
+    };
+    assert_eq!(claim.left_device(), Some(noted));
+    claim.forget_device();
+    drop(claim);
+    assert!(!folder.exists());
+}
+
+#[test]
+fn leaving_releases_the_name_and_keeps_the_notes() {
+    let (_temp, dir) = dir();
+    let claim = dir.claim("a").unwrap();
+    for note in [
+        DeviceNote {
+            mark: Some(u64::MAX),
+            ..DeviceNote::default()
+        },
+        DeviceNote {
+            id: Some(3),
+            disk_sequence: Some(12),
+            mark: Some(5),
+        },
+    ] {
+        claim.note_device(&note).unwrap();
+        assert_eq!(claim.left_device(), Some(note));
+    }
+    claim.note_served("this").unwrap();
+    claim.leave();
+    assert!(!dir.is_alive("a"));
+    assert_eq!(dir.served("a").unwrap(), "this");
+    let claim = dir.claim_soon("a").unwrap();
+    assert_eq!(claim.left_device().unwrap().id, Some(3));
+    claim.forget_device();
+    drop(claim);
+    assert!(!dir.folder("a").exists());
+}
+
+#[test]
+fn a_failed_start_keeps_the_notes_of_a_waiting_device() {
+    let (_temp, dir) = dir();
+    let waiting = DeviceNote {
+        mark: Some(9),
+        ..DeviceNote::default()
+    };
+    let first = dir.claim("a").unwrap();
+    first.note_device(&waiting).unwrap();
+    first.note_served("this").unwrap();
+    File::create(first.upgraded_note()).unwrap();
+    first.leave();
+    // One that could not serve it, and one that did not get that far.
+    drop(dir.claim("a").unwrap());
+    let junk = dir.folder("a").join("junk");
+    fs::create_dir(&junk).unwrap();
+    let error = format!("{:#}", dir.claim("a").unwrap_err());
+    assert!(error.contains("junk"), "{error}");
+    fs::remove_dir(junk).unwrap();
+    assert!(!dir.is_alive("a"));
+    assert_eq!(dir.served("a").unwrap(), "this");
+    let next = dir.claim("a").unwrap();
+    assert_eq!(next.left_device(), Some(waiting));
+    assert!(next.was_upgraded());
+    // Without the device they mean nothing.
+    next.forget_device();
+    drop(next);
+    assert!(!dir.folder("a").exists());
+}
+
+#[test]
+fn a_device_without_a_mark_is_known_by_its_disk_alone() {
+    for text in ["3 12 0\n", "3 12\n", "3 12 -\n"] {
+        let noted = DeviceNote {
+            id: Some(3),
+            disk_sequence: Some(12),
+            mark: None,
+        };
+        assert_eq!(DeviceNote::parse(text), Some(noted), "{text}");
+    }
+    assert_eq!(DeviceNote::parse("- - 0\n"), None);
+}
+
+#[test]
+fn a_check_for_life_does_not_keep_a_server_from_the_name() {
+    let (_temp, dir) = dir();
+    dir.claim("a").unwrap().leave();
+    // A check that is interrupted for a moment.
+    let check = open_lock(&dir.folder("a"), OFlags::empty()).unwrap();
+    flock(&check, FlockOperation::NonBlockingLockShared).unwrap();
+    let ending = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        drop(check);
+    });
+    let claim = dir.claim("a").unwrap();
+    ending.join().unwrap();
+    assert!(dir.is_alive("a"));
+    drop(claim);
+}
+
+#[test]
+fn a_contended_name_has_one_holder_at_a_time() {
+    let (_temp, dir) = dir();
+    let held = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let mut got = 0;
+                for _ in 0..2000 {
+                    let Ok(claim) = dir.claim("a") else { continue };
+                    assert_eq!(held.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                    got += 1;
+                    held.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                    drop(claim);
+                }
+                got
+            });
+        }
+    });
+}
