@@ -8,7 +8,7 @@ use std::time::Duration;
 pub enum Unavailable {
     /// There is no control device.
     #[error(
-        "/dev/ublk-control does not exist: load the driver with `modprobe ublk_drv` (Linux 6.0 or later, CONFIG_BLK_DEV_UBLK)"
+        "/dev/ublk-control does not exist: load the driver with `modprobe ublk_drv` (Linux 6.5 or later, CONFIG_BLK_DEV_UBLK)"
     )]
     NoDriver,
     /// The control device may not be opened, or not be used.
