@@ -5,7 +5,7 @@
 //! | `open.rs`   | what the storage is, what it takes, and the claim on it          |
 //! | `device.rs` | what a block device says about itself                            |
 //! | `queue.rs`  | one request from start to end, step by step                      |
-//! | `step.rs`   | the steps, and the io_uring operation of each                    |
+//! | `operations.rs` | the steps, and the io_uring operation of each                |
 //! | `resize.rs` | changing the size of a disk that is being served                 |
 //! | `claim.rs`  | exclusive access, from opening on or while a client has the disk |
 //! | `lock.rs`   | locks on regular files                                           |
@@ -18,6 +18,7 @@ mod device;
 mod error;
 mod lock;
 mod open;
+mod operations;
 mod queue;
 mod resize;
 mod shared;

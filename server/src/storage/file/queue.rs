@@ -1,109 +1,35 @@
 //! One request from start to end.
 //!
-//! Each request has one operation on the ring at a time. Between two of them its [`Step`] says what
-//! comes next, and what is left to do is what is left of the request: its position and its buffers
-//! move forward as the transfer does.
+//! A request has one operation on the ring at a time. Between two of them its [`Step`] says which is
+//! next. The position and the buffers of the request advance with the transfer, so that what is left
+//! of the request is what is left to do.
 
-use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use io_uring::{opcode, squeue, types};
-
-use super::bounce::{BOUNCE_BYTES, Pool, gather, scatter};
+use super::bounce::scatter;
+use super::operations::{MAX_BUFFERS, Operations, Step};
 use super::shared::{Alignment, Lacks, Shared};
 use crate::engine::StorageQueue;
-use crate::io::{AnonymousMemory, Owner, Ring, Slot, Token};
-use crate::request::{Buffer, IoError, Op, Progress, Request};
-
-/// `RWF_DSYNC`: this write is durable when it completes.
-const RWF_DSYNC: i32 = 0x2;
-
-/// `BLOCK_URING_CMD_DISCARD`, `_IO(0x12, 0)` (`include/uapi/linux/blkdev.h`).
-const DISCARD_COMMAND: u32 = 0x12 << 8;
-
-const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-
-/// Zeroes written at once where the storage has no operation for it.
-const ZERO_BYTES: usize = 1 << 20;
-
-/// Buffers that one system call takes (`UIO_MAXIOV`); the rest goes as after a short transfer.
-const MAX_BUFFERS: usize = 1024;
-
-/// What a request does next, or is doing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Step {
-    /// Nothing yet.
-    #[default]
-    Begin,
-    /// Data between the client's buffers and the file; `forced`: with `RWF_DSYNC`.
-    Transfer { forced: bool },
-    /// What lies behind the end of the file, into a buffer of the ring.
-    ReadZeroes,
-    /// Data by way of this bounce buffer.
-    Bounce { number: usize, forced: bool },
-    /// `BLOCK_URING_CMD_DISCARD`.
-    DiscardCommand,
-    /// `FALLOC_FL_PUNCH_HOLE`; what comes if the storage cannot depends on the operation.
-    PunchHole,
-    /// `FALLOC_FL_ZERO_RANGE`.
-    ZeroRange,
-    /// Zeroes, written.
-    WriteZeroes,
-    /// `fdatasync`, the last step of whatever must be durable.
-    Sync,
-}
-
-impl Step {
-    /// Whether it is a write that goes out with `RWF_DSYNC`.
-    fn is_forced(self) -> bool {
-        matches!(
-            self,
-            Self::Transfer { forced: true } | Self::Bounce { forced: true, .. }
-        )
-    }
-
-    /// The same without `RWF_DSYNC`.
-    fn not_forced(mut self) -> Self {
-        if let Self::Transfer { forced } | Self::Bounce { forced, .. } = &mut self {
-            *forced = false;
-        }
-        self
-    }
-}
+use crate::io::{Owner, Ring, Slot, Token};
+use crate::request::{IoError, Op, Progress, Request};
 
 /// One thread's access to a disk in a file.
 #[derive(Debug)]
 pub struct FileQueue {
     shared: Arc<Shared>,
-    /// The file in the ring's table, or the descriptor itself; the flags of an operation tell which.
-    fd: types::Fd,
-    fd_flags: squeue::Flags,
+    operations: Operations,
     steps: Box<[Step]>,
-    bounce: Pool,
-    /// Never written to; mapped when first needed.
-    zeroes: Option<AnonymousMemory>,
-    /// `/dev/zero`, opened when first needed.
-    zero_device: Option<fs::File>,
 }
 
 impl FileQueue {
     pub(super) fn new(shared: Arc<Shared>, ring: &mut Ring, slots: u32) -> io::Result<Self> {
-        let (fd, fd_flags) = match ring.register_file(shared.file.as_fd()) {
-            Some(index) => (index, squeue::Flags::FIXED_FILE),
-            None => (shared.file.as_raw_fd(), squeue::Flags::empty()),
-        };
         Ok(Self {
+            operations: Operations::new(&shared.file, ring),
             shared,
-            fd: types::Fd(fd),
-            fd_flags,
             steps: vec![Step::default(); slots as usize].into(),
-            bounce: Pool::new(),
-            zeroes: None,
-            zero_device: None,
         })
     }
 
@@ -124,7 +50,7 @@ impl FileQueue {
                 if aligned {
                     Step::Transfer { forced }
                 } else {
-                    match self.bounce.take() {
+                    match self.operations.bounce.take() {
                         Ok(Some(number)) => Step::Bounce { number, forced },
                         Ok(None) => return Ok(None),
                         Err(_) => return Err(IoError::Io),
@@ -138,7 +64,7 @@ impl FileQueue {
             Op::Discard | Op::WriteZeroes { unmap: true, .. } if !self.lacks(|l| &l.punch_hole) => {
                 Step::PunchHole
             }
-            // A discard is a wish that nobody has to grant.
+            // A discard is advisory.
             Op::Discard => return Err(IoError::Unsupported),
             Op::WriteZeroes { .. } if !self.lacks(|l| &l.zero_range) => Step::ZeroRange,
             Op::WriteZeroes { .. } => Step::WriteZeroes,
@@ -148,7 +74,7 @@ impl FileQueue {
     /// Puts the operation of the slot's step on the ring.
     fn submit(&mut self, ring: &mut Ring, slot: Slot, request: &Request) -> Progress {
         let step = self.steps[slot as usize];
-        let Ok(sqe) = self.operation(ring, step, request) else {
+        let Ok(sqe) = self.operations.entry(step, request) else {
             return self.end(slot, Err(IoError::Io));
         };
         let token = Token {
@@ -156,127 +82,13 @@ impl FileQueue {
             kind: 0,
             index: slot,
         };
-        let flags = match step {
-            Step::ReadZeroes => squeue::Flags::empty(),
-            _ => self.fd_flags,
-        };
         // SAFETY: what the operation points to is the request's buffers and their list, valid until
         // the request is finished (`Buffers::from_list`), or a bounce buffer or the zeroes, which
         // this queue keeps until the thread has drained its ring.
-        match unsafe { ring.push(sqe.flags(flags), token) } {
+        match unsafe { ring.push(sqe, token) } {
             Ok(()) => Progress::Pending,
             Err(crate::io::Full) => Progress::Full,
         }
-    }
-
-    fn operation(
-        &mut self,
-        ring: &mut Ring,
-        step: Step,
-        request: &Request,
-    ) -> io::Result<squeue::Entry> {
-        let fd = self.fd;
-        let (offset, len) = (request.position_bytes(), request.remaining_bytes());
-        let write_flags = if step.is_forced() { RWF_DSYNC } else { 0 };
-        Ok(match step {
-            Step::Begin => unreachable!("a request without a step"),
-            Step::Transfer { .. } if request.buffers.ring().is_some() => {
-                let (at, len, index) = in_ring(request);
-                if request.op == Op::Read {
-                    opcode::ReadFixed::new(fd, at.cast_mut(), len, index)
-                        .offset(offset)
-                        .build()
-                } else {
-                    opcode::WriteFixed::new(fd, at, len, index)
-                        .offset(offset)
-                        .rw_flags(write_flags)
-                        .build()
-                }
-            }
-            Step::ReadZeroes => {
-                let zeroes = match &self.zero_device {
-                    Some(device) => device,
-                    None => self.zero_device.insert(fs::File::open("/dev/zero")?),
-                };
-                let fd = types::Fd(zeroes.as_raw_fd());
-                let (at, len, index) = in_ring(request);
-                opcode::ReadFixed::new(fd, at.cast_mut(), len, index).build()
-            }
-            Step::Transfer { .. } => match (request.op, request.buffers.list()) {
-                (op, [one]) => {
-                    let (at, len) = (one.iov_base.cast::<u8>(), clamp(one.iov_len));
-                    let pinned = ring.pinned(at.addr(), one.iov_len);
-                    match (op, pinned) {
-                        (Op::Read, None) => opcode::Read::new(fd, at, len).offset(offset).build(),
-                        (Op::Read, Some(index)) => opcode::ReadFixed::new(fd, at, len, index)
-                            .offset(offset)
-                            .build(),
-                        (_, None) => opcode::Write::new(fd, at, len)
-                            .offset(offset)
-                            .rw_flags(write_flags)
-                            .build(),
-                        (_, Some(index)) => opcode::WriteFixed::new(fd, at, len, index)
-                            .offset(offset)
-                            .rw_flags(write_flags)
-                            .build(),
-                    }
-                }
-                (Op::Read, list) => opcode::Readv::new(fd, list.as_ptr(), buffer_count(list))
-                    .offset(offset)
-                    .build(),
-                (_, list) => opcode::Writev::new(fd, list.as_ptr(), buffer_count(list))
-                    .offset(offset)
-                    .rw_flags(write_flags)
-                    .build(),
-            },
-            Step::Bounce { number, .. } => {
-                let memory = self.bounce.memory(number);
-                let piece = piece_bytes(len, BOUNCE_BYTES);
-                if request.op == Op::Read {
-                    opcode::Read::new(fd, memory, clamp(piece))
-                        .offset(offset)
-                        .build()
-                } else {
-                    // SAFETY: the request's buffers are mapped and hold `len` bytes at least; the
-                    // bounce buffer has room for a piece and is lent to this request.
-                    unsafe { gather(request.buffers.list(), memory, piece) };
-                    opcode::Write::new(fd, memory, clamp(piece))
-                        .offset(offset)
-                        .rw_flags(write_flags)
-                        .build()
-                }
-            }
-            Step::DiscardCommand => {
-                // The kernel takes the length from where `addr3` is, the first half of the command.
-                let mut command = [0; 16];
-                command[..8].copy_from_slice(&len.to_ne_bytes());
-                opcode::UringCmd16::new(fd, DISCARD_COMMAND)
-                    .addr(Some(offset))
-                    .cmd(command)
-                    .build()
-            }
-            Step::PunchHole => opcode::Fallocate::new(fd, len)
-                .offset(offset)
-                .mode(PUNCH_HOLE)
-                .build(),
-            Step::ZeroRange => opcode::Fallocate::new(fd, len)
-                .offset(offset)
-                .mode(ZERO_RANGE)
-                .build(),
-            Step::WriteZeroes => {
-                let zeroes = match &self.zeroes {
-                    Some(zeroes) => zeroes,
-                    None => self.zeroes.insert(AnonymousMemory::new(ZERO_BYTES)?),
-                };
-                let piece = piece_bytes(len, ZERO_BYTES);
-                opcode::Write::new(fd, zeroes.as_ptr(), clamp(piece))
-                    .offset(offset)
-                    .build()
-            }
-            Step::Sync => opcode::Fsync::new(fd)
-                .flags(types::FsyncFlags::DATASYNC)
-                .build(),
-        })
     }
 
     /// The step after `step` was done with `result`. `Ok(None)`: the request is done.
@@ -331,7 +143,13 @@ impl FileQueue {
             let len = usize::try_from(moved).unwrap_or(0);
             // SAFETY: the kernel put `len` bytes into the bounce buffer, a piece at most; the
             // request's buffers are mapped and as long as what is left of it.
-            unsafe { scatter(self.bounce.memory(number), request.buffers.list(), len) };
+            unsafe {
+                scatter(
+                    self.operations.bounce.memory(number),
+                    request.buffers.list(),
+                    len,
+                )
+            };
         }
         let at_end = reading && (moved == 0 || self.is_cut_by_end(request, moved));
         // A block cut in two by the end was read as far as it goes; any other is moved again whole.
@@ -342,7 +160,7 @@ impl FileQueue {
             return Ok(owed.then_some(Step::Sync));
         }
         if at_end {
-            // Somebody made the file shorter: what is not there reads as zeroes.
+            // The file was truncated meanwhile: the rest reads as zeroes.
             if request.buffers.ring().is_some() {
                 return Ok(Some(Step::ReadZeroes));
             }
@@ -377,7 +195,7 @@ impl FileQueue {
             && (self.shared.file.metadata()).is_ok_and(|file| file.len() <= end)
     }
 
-    /// Another way to the same end, where the storage does not know the one that was tried.
+    /// The step that replaces one which the storage does not support.
     fn after_error(&self, step: Step, request: &Request, errno: i32) -> Result<Step, IoError> {
         let lacks = &self.shared.lacks;
         let unknown = matches!(
@@ -386,7 +204,7 @@ impl FileQueue {
         );
         match (step, request.op) {
             (step, _) if matches!(errno, libc::EINTR | libc::EAGAIN) => Ok(step),
-            // Asked of the step: another write may have found it out while this one was under way.
+            // The step decides: another write may have found it out while this one was in flight.
             (step, _) if errno == libc::EOPNOTSUPP && step.is_forced() => {
                 lacks.forced_writes.store(true, Ordering::Relaxed);
                 Ok(step.not_forced())
@@ -437,7 +255,7 @@ impl FileQueue {
             };
             match u64::try_from(moved) {
                 Ok(0) if request.op == Op::Read => {
-                    // Somebody made the file shorter: what is not there reads as zeroes.
+                    // The file was truncated meanwhile: the rest reads as zeroes.
                     request.zero_fill();
                     break;
                 }
@@ -457,7 +275,7 @@ impl FileQueue {
 
     fn end(&mut self, slot: Slot, outcome: Result<(), IoError>) -> Progress {
         if let Step::Bounce { number, .. } = std::mem::take(&mut self.steps[slot as usize]) {
-            self.bounce.give_back(number);
+            self.operations.bounce.give_back(number);
         }
         Progress::Done(outcome)
     }
@@ -476,7 +294,7 @@ impl StorageQueue for FileQueue {
             match self.first_step(request) {
                 Ok(Some(step)) => self.steps[slot as usize] = step,
                 Ok(None) => return Progress::Full,
-                // Nobody has to grant a discard; everything else must be told.
+                // A discard is advisory; any other operation that is not supported is an error.
                 Err(IoError::Unsupported) if request.op == Op::Discard => {
                     return Progress::Done(Ok(()));
                 }
@@ -500,7 +318,7 @@ impl StorageQueue for FileQueue {
                 if let Step::Bounce { number, .. } = step
                     && !matches!(next, Step::Bounce { .. })
                 {
-                    self.bounce.give_back(number);
+                    self.operations.bounce.give_back(number);
                 }
                 self.steps[slot as usize] = next;
                 self.submit(ring, slot, request)
@@ -510,16 +328,6 @@ impl StorageQueue for FileQueue {
             Err(error) => self.end(slot, Err(error)),
         }
     }
-}
-
-/// What is left of a request's buffer in the ring's table: where it begins, its length, its index.
-/// Such a buffer begins at address 0.
-fn in_ring(request: &Request) -> (*const u8, u32, u16) {
-    let Some(buffer) = request.buffers.ring() else {
-        unreachable!("the data of this request is in memory")
-    };
-    let at = std::ptr::without_provenance(buffer.offset_bytes);
-    (at, clamp(buffer.len_bytes), buffer.index)
 }
 
 fn after_zeroing(request: &Request) -> Option<Step> {
@@ -532,19 +340,6 @@ fn is_aligned(request: &Request, alignment: Alignment) -> bool {
         (buffer.iov_base as usize).is_multiple_of(alignment.memory_bytes)
             && buffer.iov_len.is_multiple_of(alignment.block_bytes)
     })
-}
-
-fn piece_bytes(len_bytes: u64, most: usize) -> usize {
-    usize::try_from(len_bytes).unwrap_or(most).min(most)
-}
-
-fn buffer_count(list: &[Buffer]) -> u32 {
-    clamp(list.len().min(MAX_BUFFERS))
-}
-
-/// A length for the kernel, which moves no more than this at once: short transfers are resumed.
-fn clamp(len: usize) -> u32 {
-    u32::try_from(len).unwrap_or(u32::MAX).min(0x7fff_f000)
 }
 
 #[cfg(test)]

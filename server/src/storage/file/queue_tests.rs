@@ -1,7 +1,8 @@
 //! The steps of a request, fed with results by hand.
 
+use io_uring::{opcode, squeue};
+
 use super::*;
-use crate::io::Piece;
 use crate::request::{Buffer, Buffers, Range, Serial};
 use crate::storage::file::{FileOptions, open};
 
@@ -64,9 +65,9 @@ fn ranged(op: Op, len_bytes: u64) -> Request {
     Request::new(op, range, Buffers::NONE)
 }
 
-/// What the queue would put on a ring on which nothing is pinned.
+/// What the queue would put on the ring.
 fn operation(queue: &mut FileQueue, step: Step, request: &Request) -> io::Result<squeue::Entry> {
-    queue.operation(&mut Ring::new(8).unwrap(), step, request)
+    queue.operations.entry(step, request)
 }
 
 fn sqe(entry: &squeue::Entry) -> [u8; 64] {
@@ -153,44 +154,6 @@ fn data_in_the_table_of_the_ring_is_read_and_written_there() {
 }
 
 #[test]
-fn a_single_buffer_in_pinned_memory_is_read_and_written_there() {
-    let mut queue = queue(None);
-    let mut ring = Ring::new(8).unwrap();
-    let (other, mut memory) = (Memory::new(4096), Memory::new(8192));
-    let piece = |memory: &Memory| Piece {
-        start: memory.bytes.as_ptr().addr(),
-        len_bytes: memory.bytes.len(),
-    };
-    // SAFETY: the memory lives longer than the ring has it.
-    unsafe { ring.pin(&[piece(&other), piece(&memory)]).unwrap() };
-    for (op, fixed, plain) in [
-        (Op::Read, opcode::ReadFixed::CODE, opcode::Readv::CODE),
-        (WRITE, opcode::WriteFixed::CODE, opcode::Writev::CODE),
-        (FORCED, opcode::WriteFixed::CODE, opcode::Writev::CODE),
-    ] {
-        memory.list = Memory::halves(&mut memory.bytes);
-        let mut request = memory.request(op);
-        let (start, step) = (memory.bytes.as_ptr().addr() as u64, PLAIN);
-        let entry = queue.operation(&mut ring, step, &request).unwrap();
-        assert_eq!(sqe(&entry)[0], plain, "two buffers");
-        assert_eq!(queue.next_step(step, &mut request, 5000), Ok(Some(step)));
-        let step = if op == FORCED { WITH_DSYNC } else { PLAIN };
-        let entry = queue.operation(&mut ring, step, &request).unwrap();
-        let bytes = sqe(&entry);
-        let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
-        assert_eq!(bytes[0], fixed);
-        assert_eq!((word(8), word(16)), (4096 + 5000, start + 5000));
-        assert_eq!(bytes[24..28], 3192u32.to_ne_bytes());
-        assert_eq!(bytes[40..42], 1u16.to_ne_bytes());
-        assert_eq!(flags(&entry) != 0, op == FORCED);
-        assert_eq!(queue.next_step(step, &mut request, 3192), Ok(None));
-        request.finish();
-    }
-    // SAFETY: nothing.
-    unsafe { ring.pin(&[]).unwrap() };
-}
-
-#[test]
 fn what_lies_behind_the_end_of_the_file_comes_from_the_zero_device() {
     let mut queue = queue(None);
     let range = Range {
@@ -204,7 +167,7 @@ fn what_lies_behind_the_end_of_the_file_comes_from_the_zero_device() {
     let bytes = sqe(&operation(&mut queue, Step::ReadZeroes, &request).unwrap());
     assert_eq!(bytes[0], opcode::ReadFixed::CODE);
     assert_eq!(bytes[16..24], 1000u64.to_ne_bytes());
-    let device = queue.zero_device.as_ref().unwrap().as_raw_fd();
+    let device = queue.operations.zero_device.as_ref().unwrap().as_raw_fd();
     assert_eq!(bytes[4..8], device.to_ne_bytes());
     assert_eq!(queue.next_step(Step::ReadZeroes, &mut request, 96), zeroes);
     assert_eq!(
