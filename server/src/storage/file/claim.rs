@@ -73,7 +73,9 @@ impl Shared {
         let path = self.path.display();
         // The next server may be on another machine, which does not see this page cache.
         if let Err(error) = self.file.sync_data() {
-            tracing::error!("{path}: writes may be lost, it cannot be flushed: {error}");
+            tracing::error!("{path}: cannot be flushed, so no other server gets it: {error}");
+            self.flush_failed(error.raw_os_error().unwrap_or(libc::EIO));
+            return;
         }
         if let Some(Claim::Lock) = claim.take()
             && let Err(error) = lock(&self.file, Lock::None, Duration::ZERO)

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, OFlags};
@@ -162,6 +163,7 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
         is_in_memory,
         alignment,
         lacks: Lacks::default(),
+        has_lost_writes: AtomicBool::new(false),
     };
     Ok((limits, shared))
 }

@@ -8,6 +8,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use io_uring::{opcode, squeue, types};
 
 use super::bounce::scatter;
 use super::operations::{MAX_BUFFERS, Operations, Step};
@@ -16,12 +19,31 @@ use crate::engine::StorageQueue;
 use crate::io::{Owner, Ring, Slot, Token};
 use crate::request::{IoError, Op, Progress, Request};
 
+/// Kind of the tokens of operations of a step, and of the pause before a step is tried again.
+const STEP: u16 = 0;
+const PAUSE: u16 = 1;
+
+/// How often a step is tried again after `EAGAIN` or `EINTR`, each time after twice as long: about a
+/// second in all.
+const MAX_RETRIES: u8 = 9;
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+
+/// Where the request in a slot stands.
+#[derive(Clone, Copy, Debug, Default)]
+struct SlotState {
+    step: Step,
+    /// How often the step was tried again.
+    retries: u8,
+    /// The length of the pause, where the kernel reads it.
+    pause: types::Timespec,
+}
+
 /// One thread's access to a disk in a file.
 #[derive(Debug)]
 pub struct FileQueue {
     shared: Arc<Shared>,
     operations: Operations,
-    steps: Box<[Step]>,
+    slots: Box<[SlotState]>,
 }
 
 impl FileQueue {
@@ -29,7 +51,7 @@ impl FileQueue {
         Ok(Self {
             operations: Operations::new(&shared.file, ring),
             shared,
-            steps: vec![Step::default(); slots as usize].into(),
+            slots: vec![SlotState::default(); slots as usize].into(),
         })
     }
 
@@ -57,6 +79,9 @@ impl FileQueue {
                     }
                 }
             }
+            Op::Flush if self.shared.has_lost_writes.load(Ordering::Relaxed) => {
+                return Err(IoError::Io);
+            }
             Op::Flush => Step::Sync,
             Op::Discard if self.shared.is_device && !self.lacks(|l| &l.discard_command) => {
                 Step::DiscardCommand
@@ -73,22 +98,27 @@ impl FileQueue {
 
     /// Puts the operation of the slot's step on the ring.
     fn submit(&mut self, ring: &mut Ring, slot: Slot, request: &Request) -> Progress {
-        let step = self.steps[slot as usize];
+        let step = self.slots[slot as usize].step;
         let Ok(sqe) = self.operations.entry(step, request) else {
             return self.end(slot, Err(IoError::Io));
-        };
-        let token = Token {
-            owner: Owner::Storage,
-            kind: 0,
-            index: slot,
         };
         // SAFETY: what the operation points to is the request's buffers and their list, valid until
         // the request is finished (`Buffers::from_list`), or a bounce buffer or the zeroes, which
         // this queue keeps until the thread has drained its ring.
-        match unsafe { ring.push(sqe, token) } {
-            Ok(()) => Progress::Pending,
-            Err(crate::io::Full) => Progress::Full,
+        unsafe { push(ring, sqe, STEP, slot) }
+    }
+
+    /// Tries the slot's step again after a pause, a limited number of times.
+    fn retry(&mut self, ring: &mut Ring, slot: Slot) -> Progress {
+        let state = &mut self.slots[slot as usize];
+        if state.retries == MAX_RETRIES {
+            return self.end(slot, Err(IoError::Io));
         }
+        state.pause = (FIRST_PAUSE * (1 << state.retries)).into();
+        state.retries += 1;
+        let sqe = opcode::Timeout::new(&raw const state.pause).build();
+        // SAFETY: the slots stay in their box, and this one is not changed before the completion.
+        unsafe { push(ring, sqe, PAUSE, slot) }
     }
 
     /// The step after `step` was done with `result`. `Ok(None)`: the request is done.
@@ -125,7 +155,10 @@ impl FileQueue {
                 })
             }
             Step::PunchHole | Step::ZeroRange => Ok(after_zeroing(request)),
-            Step::DiscardCommand | Step::Sync => Ok(None),
+            Step::DiscardCommand => Ok(None),
+            // The kernel reports a failed write-back to one of the flushes in flight only.
+            Step::Sync if self.shared.has_lost_writes.load(Ordering::Relaxed) => Err(IoError::Io),
+            Step::Sync => Ok(None),
         }
     }
 
@@ -198,33 +231,38 @@ impl FileQueue {
     /// The step that replaces one which the storage does not support.
     fn after_error(&self, step: Step, request: &Request, errno: i32) -> Result<Step, IoError> {
         let lacks = &self.shared.lacks;
-        let unknown = matches!(
-            errno,
-            libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS | libc::ENODEV
-        );
+        // The storage never supports it, or (EINVAL) not for this range.
+        let never = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV);
+        let unsupported = never || errno == libc::EINVAL;
         match (step, request.op) {
-            (step, _) if matches!(errno, libc::EINTR | libc::EAGAIN) => Ok(step),
             // The step decides: another write may have found it out while this one was in flight.
             (step, _) if errno == libc::EOPNOTSUPP && step.is_forced() => {
                 lacks.forced_writes.store(true, Ordering::Relaxed);
                 Ok(step.not_forced())
             }
-            (Step::DiscardCommand, _) if unknown => {
-                lacks.discard_command.store(true, Ordering::Relaxed);
+            (Step::DiscardCommand, _) if unsupported => {
+                lacks.discard_command.fetch_or(never, Ordering::Relaxed);
                 Ok(Step::PunchHole)
             }
-            (Step::PunchHole, op) if unknown => {
-                lacks.punch_hole.store(true, Ordering::Relaxed);
+            (Step::PunchHole, op) if unsupported => {
+                lacks.punch_hole.fetch_or(never, Ordering::Relaxed);
                 match op {
                     Op::Discard => Err(IoError::Unsupported),
                     _ => Ok(Step::ZeroRange),
                 }
             }
-            (Step::ZeroRange, _) if unknown => {
-                lacks.zero_range.store(true, Ordering::Relaxed);
+            (Step::ZeroRange, _) if unsupported => {
+                lacks.zero_range.fetch_or(never, Ordering::Relaxed);
                 Ok(Step::WriteZeroes)
             }
-            _ => Err(IoError::from_errno(errno)),
+            _ => {
+                // A forced write that finds no room has not been cached, so nothing of it is lost.
+                let no_room = matches!(errno, libc::ENOSPC | libc::EDQUOT);
+                if step == Step::Sync || step.is_forced() && !no_room {
+                    self.shared.flush_failed(errno);
+                }
+                Err(IoError::from_errno(errno))
+            }
         }
     }
 
@@ -274,7 +312,7 @@ impl FileQueue {
     }
 
     fn end(&mut self, slot: Slot, outcome: Result<(), IoError>) -> Progress {
-        if let Step::Bounce { number, .. } = std::mem::take(&mut self.steps[slot as usize]) {
+        if let Step::Bounce { number, .. } = std::mem::take(&mut self.slots[slot as usize]).step {
             self.operations.bounce.give_back(number);
         }
         Progress::Done(outcome)
@@ -290,9 +328,9 @@ impl StorageQueue for FileQueue {
         if self.shared.is_in_memory && matches!(request.op, Op::Read | Op::Write { fua: false }) {
             return self.transfer_now(request);
         }
-        if self.steps[slot as usize] == Step::Begin {
+        if self.slots[slot as usize].step == Step::Begin {
             match self.first_step(request) {
-                Ok(Some(step)) => self.steps[slot as usize] = step,
+                Ok(Some(step)) => self.slots[slot as usize].step = step,
                 Ok(None) => return Progress::Full,
                 // A discard is advisory; any other operation that is not supported is an error.
                 Err(IoError::Unsupported) if request.op == Op::Discard => {
@@ -309,10 +347,16 @@ impl StorageQueue for FileQueue {
         ring: &mut Ring,
         slot: Slot,
         request: &mut Request,
-        _kind: u16,
+        kind: u16,
         result: i32,
     ) -> Progress {
-        let step = self.steps[slot as usize];
+        if kind == PAUSE {
+            return self.submit(ring, slot, request);
+        }
+        if [-libc::EAGAIN, -libc::EINTR].contains(&result) {
+            return self.retry(ring, slot);
+        }
+        let step = self.slots[slot as usize].step;
         match self.next_step(step, request, result) {
             Ok(Some(next)) => {
                 if let Step::Bounce { number, .. } = step
@@ -320,13 +364,32 @@ impl StorageQueue for FileQueue {
                 {
                     self.operations.bounce.give_back(number);
                 }
-                self.steps[slot as usize] = next;
+                let state = &mut self.slots[slot as usize];
+                (state.step, state.retries) = (next, 0);
                 self.submit(ring, slot, request)
             }
             Ok(None) => self.end(slot, Ok(())),
             Err(IoError::Unsupported) if request.op == Op::Discard => self.end(slot, Ok(())),
             Err(error) => self.end(slot, Err(error)),
         }
+    }
+}
+
+/// Queues an operation for a slot.
+///
+/// # Safety
+///
+/// As for [`Ring::push`].
+unsafe fn push(ring: &mut Ring, sqe: squeue::Entry, kind: u16, slot: Slot) -> Progress {
+    let token = Token {
+        owner: Owner::Storage,
+        kind,
+        index: slot,
+    };
+    // SAFETY: promised by the caller.
+    match unsafe { ring.push(sqe, token) } {
+        Ok(()) => Progress::Pending,
+        Err(crate::io::Full) => Progress::Full,
     }
 }
 

@@ -201,14 +201,113 @@ fn around_the_page_cache_a_transfer_goes_on_at_a_whole_block() {
 }
 
 #[test]
-fn interruptions_are_tried_again_and_errors_are_told() {
+fn an_interrupted_step_is_tried_again_after_pauses_and_not_for_ever() {
+    for errno in [libc::EINTR, libc::EAGAIN] {
+        let mut queue = queue(None);
+        let mut ring = Ring::new(8).unwrap();
+        let mut memory = Memory::new(4096);
+        let mut request = memory.request(WRITE);
+        assert_eq!(queue.start(&mut ring, 0, &mut request), Progress::Pending);
+        let mut pauses = 0;
+        let outcome = loop {
+            match queue.advance(&mut ring, 0, &mut request, STEP, -errno) {
+                Progress::Done(outcome) => break outcome,
+                progress => assert_eq!(progress, Progress::Pending),
+            }
+            pauses += 1;
+            let progress = queue.advance(&mut ring, 0, &mut request, PAUSE, -libc::ETIME);
+            assert_eq!(progress, Progress::Pending, "the step again");
+            assert!(ring.drain(Duration::from_secs(10), None));
+        };
+        assert_eq!(outcome, Err(IoError::Io));
+        assert_eq!(pauses, MAX_RETRIES);
+        request.finish();
+    }
+}
+
+#[test]
+fn a_step_that_moves_on_has_all_its_retries_again() {
+    let mut queue = queue(None);
+    let mut ring = Ring::new(8).unwrap();
+    let mut memory = Memory::new(4096);
+    let mut request = memory.request(WRITE);
+    assert_eq!(queue.start(&mut ring, 0, &mut request), Progress::Pending);
+    let again = queue.advance(&mut ring, 0, &mut request, STEP, -libc::EAGAIN);
+    assert_eq!((again, queue.slots[0].retries), (Progress::Pending, 1));
+    let moved = queue.advance(&mut ring, 0, &mut request, STEP, 1024);
+    assert_eq!((moved, queue.slots[0].retries), (Progress::Pending, 0));
+    request.finish();
+}
+
+/// A flush of a disk through the page cache after `step` failed with `errno`.
+fn flush_after(
+    alignment: Option<Alignment>,
+    step: Step,
+    errno: i32,
+) -> Result<Option<Step>, IoError> {
+    let mut queue = queue(alignment);
+    let mut failed = ranged(Op::Flush, 0);
+    assert!(queue.next_step(step, &mut failed, -errno).is_err());
+    failed.finish();
+    let mut flush = ranged(Op::Flush, 0);
+    let first = queue.first_step(&flush);
+    if first.is_err() {
+        let in_flight = queue.next_step(Step::Sync, &mut flush, 0);
+        assert_eq!(
+            in_flight,
+            Err(IoError::Io),
+            "one that was in flight already"
+        );
+    }
+    flush.finish();
+    first
+}
+
+#[test]
+fn after_a_failed_flush_through_the_page_cache_all_flushes_fail() {
+    for (step, errno) in [
+        (Step::Sync, libc::EIO),
+        (Step::Sync, libc::ENOSPC),
+        (WITH_DSYNC, libc::EIO),
+    ] {
+        assert_eq!(flush_after(None, step, errno), Err(IoError::Io));
+    }
+    // Nothing was cached: the next flush may succeed.
+    for (alignment, step, errno) in [
+        (Some(SECTORS), Step::Sync, libc::EIO),
+        (None, PLAIN, libc::EIO),
+        (None, WITH_DSYNC, libc::ENOSPC),
+    ] {
+        assert_eq!(flush_after(alignment, step, errno), Ok(Some(Step::Sync)));
+    }
+}
+
+#[test]
+fn an_operation_that_fails_for_one_range_is_tried_again_for_others() {
+    let mut queue = queue(None);
+    Arc::get_mut(&mut queue.shared).unwrap().is_device = true;
+    let zeroes = Op::WriteZeroes {
+        unmap: false,
+        fua: false,
+    };
+    for (op, first) in [
+        (Op::Discard, Step::DiscardCommand),
+        (zeroes, Step::ZeroRange),
+    ] {
+        let mut request = ranged(op, 8192);
+        assert_eq!(queue.first_step(&request), Ok(Some(first)));
+        let other = queue.next_step(first, &mut request, -libc::EINVAL);
+        assert!(other.is_ok_and(|step| step.is_some_and(|step| step != first)));
+        assert_eq!(queue.first_step(&request), Ok(Some(first)));
+        request.finish();
+    }
+}
+
+#[test]
+fn errors_of_the_storage_are_reported() {
     let mut queue = queue(None);
     let mut memory = Memory::new(4096);
     let mut request = memory.request(WRITE);
-    for errno in [libc::EINTR, libc::EAGAIN] {
-        let step = queue.next_step(PLAIN, &mut request, -errno);
-        assert_eq!(step, Ok(Some(PLAIN)));
-    }
     for (errno, error) in [
         (libc::EIO, IoError::Io),
         (libc::ENOSPC, IoError::NoSpace),
@@ -269,7 +368,7 @@ fn forced_writes_that_were_under_way_when_it_turned_out_unknown_succeed_too() {
         }
     }
     for (slot, mut request) in (0..).zip(requests) {
-        assert_eq!(queue.steps[slot as usize], Step::Sync);
+        assert_eq!(queue.slots[slot as usize].step, Step::Sync);
         let progress = queue.advance(&mut ring, slot, &mut request, 0, 0);
         assert_eq!(progress, Progress::Done(Ok(())));
         request.finish();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What all queues of a file disk use.
 #[derive(Debug)]
@@ -21,6 +21,25 @@ pub(super) struct Shared {
     pub(super) claim: Mutex<Option<Claim>>,
     /// Operations that the storage turned out not to support.
     pub(super) lacks: Lacks,
+    /// A flush of the page cache failed: see [`Shared::flush_failed`].
+    pub(super) has_lost_writes: AtomicBool,
+}
+
+impl Shared {
+    /// Notes that a flush failed with `errno`. Through the page cache that is final: the kernel reports a
+    /// failed write-back once and then takes the pages for clean, so that a later fsync(2) succeeds
+    /// although the data is lost. All later flushes fail until the export is opened again.
+    pub(super) fn flush_failed(&self, errno: i32) {
+        if self.alignment.is_some() || self.has_lost_writes.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        tracing::error!(
+            "{}: a flush failed: {}: writes may be lost, and all flushes fail from now on; check the \
+             storage, then restart the export",
+            self.path.display(),
+            std::io::Error::from_raw_os_error(errno)
+        );
+    }
 }
 
 /// Alignment that `O_DIRECT` requires of a transfer. Both are powers of two.
