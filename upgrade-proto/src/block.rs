@@ -1,5 +1,5 @@
-//! The step that only block devices have: nobody else may use the disk while a client talks to its
-//! server directly, and the page cache of the device must hold nothing that the client does not see.
+//! What only block devices need: while a client uses the disk through its server directly, no other program may use
+//! the device, and its page cache must not hold data that the client does not see.
 
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,7 +16,7 @@ use crate::error::NoService;
 use crate::object::is_read_only_disk;
 use crate::{Error, socket};
 
-/// A block device that nobody else may claim, with nothing in its page cache.
+/// An exclusive claim of a block device.
 ///
 /// Dropping it ends the claim without touching the page cache; see [`DiskClaim::release`].
 #[derive(Debug)]
@@ -44,8 +44,8 @@ impl DiskClaim {
         })
     }
 
-    /// Writes the page cache of the device out and drops it: what was written before is the server's
-    /// now, and what is read later is read from the server.
+    /// Writes the page cache of the device out and drops it: earlier writes have reached the server then, and later
+    /// reads come from the server.
     pub fn settle(&self) -> Result<(), Error> {
         write_out(self.fd.as_fd(), &self.device)?;
         drop_cache(self.fd.as_fd(), &self.device)
@@ -56,8 +56,7 @@ impl DiskClaim {
         connect_to_disk(&self.fd, name, lookup)
     }
 
-    /// Ends the claim and keeps the device open: for one who only wanted to know whether it can be
-    /// claimed.
+    /// Ends the claim and keeps the device open, for a caller that only checks whether it can be claimed.
     pub fn give_up(self) -> Result<OwnedFd, Error> {
         let mode = match self.read_only {
             true => OFlags::RDONLY,
@@ -73,7 +72,7 @@ impl DiskClaim {
         self.read_only
     }
 
-    /// Drops what others read of the device meanwhile from the page cache, and ends the claim.
+    /// Drops from the page cache what other programs have read of the device meanwhile, and ends the claim.
     pub fn release(self) -> Result<(), Error> {
         drop_cache(self.fd.as_fd(), &self.device)
     }
@@ -106,7 +105,7 @@ impl AsFd for DiskClaim {
 
 /// A block device whose service is in use: the exclusive claim and the connection, held together.
 ///
-/// Dropping it does what [`BlockUpgrade::release`] does, without a word about failures.
+/// Dropping it does what [`BlockUpgrade::release`] does, but ignores errors.
 #[derive(Debug)]
 pub struct BlockUpgrade {
     connection: Connection,
@@ -159,7 +158,7 @@ impl BlockUpgrade {
         &self.connection
     }
 
-    /// The claimed descriptor of the device, for a caller that goes on with the block door after release.
+    /// The claimed descriptor of the device, for a caller that uses the block device again after the release.
     pub fn device(&self) -> BorrowedFd<'_> {
         self.claim.as_fd()
     }
@@ -169,8 +168,8 @@ impl BlockUpgrade {
         self.claim.is_read_only()
     }
 
-    /// Ends the upgrade: the connection is shut down, what others read of the device meanwhile is dropped
-    /// from the page cache, and the claim ends. Stop the protocol on the connection first.
+    /// Ends the upgrade: shuts the connection down, drops from the page cache what other programs have read of the
+    /// device meanwhile, and ends the claim. Stop the protocol on the connection first.
     pub fn release(mut self) -> Result<(), Error> {
         self.end()
     }
@@ -180,7 +179,7 @@ impl BlockUpgrade {
             return Ok(());
         }
         self.released = true;
-        // The peer may have gone before: that is what a shutdown wants to reach.
+        // An error means that the peer has disconnected before.
         let _gone = self.connection.stream().shutdown(Shutdown::Both);
         drop_cache(self.claim.as_fd(), &self.claim.device)
     }
@@ -204,7 +203,7 @@ fn expect_block_device(fd: BorrowedFd<'_>, device: &str) -> Result<(u32, u32), E
 fn open_claimed(path: &Path, device: &str) -> Result<(OwnedFd, bool), Error> {
     let flags = OFlags::DIRECT | OFlags::CLOEXEC;
     let failed = |errno| Error::system("open", device, errno);
-    // O_PATH first: opening whatever else lies at the path can block, or do something.
+    // O_PATH first: to open another kind of file can block, or have an effect.
     let seen = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
     let (major, minor) = expect_block_device(seen.as_fd(), device)?;
     let same = socket::proc_path(seen.as_fd());
@@ -229,10 +228,10 @@ fn write_out(fd: BorrowedFd<'_>, device: &str) -> Result<(), Error> {
     fsync(fd).map_err(|errno| Error::system("write out the page cache of", device, errno))
 }
 
-/// Drops the device's page cache. BLKFLSBUF wants CAP_SYS_ADMIN; without it, clean pages that nobody has
-/// mapped or locked are dropped by posix_fadvise(2), after a second write-out.
+/// Drops the device's page cache. BLKFLSBUF needs CAP_SYS_ADMIN; without it posix_fadvise(2) drops the clean pages that
+/// no process has mapped or locked, after a second write-out.
 fn drop_cache(fd: BorrowedFd<'_>, device: &str) -> Result<(), Error> {
-    // SAFETY: BLKFLSBUF takes no argument and touches no memory of ours.
+    // SAFETY: BLKFLSBUF takes no argument and accesses no memory of this process.
     let answer = unsafe { ioctl::ioctl(fd, ioctl::NoArg::<{ opcode::none(0x12, 97) }>::new()) };
     match answer {
         Ok(()) => Ok(()),

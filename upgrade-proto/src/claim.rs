@@ -1,16 +1,16 @@
-//! Who holds a block device: the cause behind an EBUSY, in words.
+//! What uses a block device: the cause of an EBUSY, as text.
 
 use std::fs;
 use std::path::Path;
 
-/// Who uses a disk so that nobody else may: a mount, a holder (dm, md, …) or a swap area, of the disk or
-/// of one of its partitions, in words. `None` when nothing is known; a mount in another mount namespace
-/// and a program that claimed the disk (O_EXCL) are not seen.
+/// What uses a disk exclusively, as text: a mount, a holder (dm, md, …) or a swap area, of the disk or of one of its
+/// partitions. `None` if nothing is known; a mount in another mount namespace and a program that claimed the disk
+/// (O_EXCL) are not found.
 pub fn disk_user(major: u32, minor: u32) -> Option<String> {
     known_user(Path::new("/proc"), Path::new("/sys"), major, minor)
 }
 
-/// The cause, as far as `/proc` and `/sys` tell it. Never empty.
+/// The cause, as far as `/proc` and `/sys` say. Never empty.
 pub(crate) fn cause(proc: &Path, sysfs: &Path, major: u32, minor: u32) -> String {
     known_user(proc, sysfs, major, minor).unwrap_or_else(|| {
         "claimed exclusively by another program or in another mount namespace".to_owned()
@@ -37,8 +37,8 @@ fn known_user(proc: &Path, sysfs: &Path, major: u32, minor: u32) -> Option<Strin
     swap_on(&swaps, is_ours).map(|swap| format!("swap on {swap}"))
 }
 
-/// The first mount point of one of the devices, from the text of mountinfo. A file system over several
-/// disks (btrfs) has a number of its own there; the source that it names `is_ours` all the same.
+/// The first mount point of one of the devices, from the text of mountinfo. A file system over several disks (btrfs) has
+/// a number of its own there, and is found by its source, for which `is_ours` is true.
 fn mounted_at(
     mountinfo: &str,
     numbers: &[String],
@@ -55,7 +55,7 @@ fn mounted_at(
     })
 }
 
-/// The first swap area that `is_ours`, from the text of /proc/swaps.
+/// The first swap area for which `is_ours` is true, from the text of /proc/swaps.
 fn swap_on(swaps: &str, is_ours: impl Fn(&str) -> bool) -> Option<String> {
     let paths = swaps
         .lines()
@@ -90,7 +90,7 @@ fn number_of(path: &str) -> String {
     }
 }
 
-/// The device numbers of a disk's partitions: a mounted one keeps the whole disk from being claimed.
+/// The device numbers of a disk's partitions: while one is mounted the disk cannot be claimed.
 fn partitions(device: &Path) -> Vec<String> {
     let inside = names_in(device).into_iter().map(|name| device.join(name));
     inside

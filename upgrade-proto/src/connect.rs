@@ -58,13 +58,13 @@ impl Connection {
         self.route
     }
 
-    /// Who is at the other end.
+    /// The process at the other end.
     pub fn peer(&self) -> Peer {
         self.peer
     }
 
-    /// The socket in the registry through which a client came, for a program that can only be given a
-    /// path. Its directories were trusted when this connection was made.
+    /// The path of the registry's socket, on the client's side, for a program that takes a path only. It was trusted when
+    /// this connection was made.
     pub fn entry(&self) -> Option<&Path> {
         self.entry.as_deref()
     }
@@ -86,12 +86,12 @@ impl AsFd for Connection {
     }
 }
 
-/// What a client learns. "No service" is an answer: the client goes on with what it has.
+/// The answer to a client. "No service" is an answer and no error: the client goes on with what it has.
 #[derive(Debug)]
 pub enum Answer<T> {
     /// The service is there and this leads to it.
     Found(T),
-    /// There is none for this client, and why.
+    /// There is none for this client, for this reason.
     NoService(NoService),
 }
 
@@ -105,14 +105,14 @@ impl<T> Answer<T> {
     }
 }
 
-/// Where a client looks, and for how long.
+/// Where a client looks, and how long it waits.
 #[derive(Clone, Debug)]
 pub struct Lookup {
     /// Whether the kernel's route is tried.
     pub kernel: bool,
     /// Runtime directories whose registries are searched, in order; empty: the kernel's route only.
     pub runtime_dirs: Vec<PathBuf>,
-    /// How long a server with a full backlog is waited for; then EAGAIN.
+    /// How long to wait for a server with a full backlog; then EAGAIN.
     pub timeout: Duration,
 }
 
@@ -128,7 +128,7 @@ impl Default for Lookup {
 
 /// Connects to the service `name` of the object behind `fd`, by the kernel's route or else the registry's.
 ///
-/// A refusal by a kernel that knows the service (EACCES, EPERM, EPROTOTYPE) is final: the registry does not get round it.
+/// A refusal by a kernel that knows the service (EACCES, EPERM, EPROTOTYPE) is final: the registry is not tried then.
 pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Connection>, Error> {
     let fd = fd.as_fd();
     let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
@@ -154,7 +154,7 @@ fn introduce(stream: OwnedFd, route: Route) -> Result<Connection, Error> {
     Ok(Connection::new(UnixStream::from(stream), route, peer))
 }
 
-/// The registry's route. `key` is asked before and after connecting, and must answer the same.
+/// The registry's route. `key` is called before and after connecting, and must return the same.
 fn connect_by_registry(
     fd: BorrowedFd<'_>,
     name: &Name,
@@ -162,7 +162,7 @@ fn connect_by_registry(
     key: &mut dyn FnMut() -> Result<Key, Error>,
 ) -> Result<Answer<Connection>, Error> {
     let before = match key() {
-        // The kernel's answer for an object of another kind is ECONNREFUSED: nobody offers anything.
+        // The kernel's answer for another kind of object is ECONNREFUSED, which is "not offered", too.
         Err(Error::Unsupported { .. }) => return Ok(Answer::NoService(NoService::NotOffered)),
         other => other?,
     };
@@ -215,7 +215,7 @@ fn try_entry(
     };
     match entry.connect(timeout) {
         Ok(stream) => Ok(Answer::Found(stream)),
-        // A server that died leaves its entry; one that left takes it along between our steps.
+        // A server that died left its entry; one that ends may remove it between the two steps.
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(Answer::NoService(NoService::NotOffered)),
         Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::PROTOTYPE)) => {
             Ok(Answer::NoService(NoService::Refused(errno)))

@@ -55,7 +55,7 @@ pub enum Error {
     Claimed {
         /// The device as it was given.
         device: String,
-        /// Who holds it, as far as can be seen.
+        /// What uses it, as far as is known.
         cause: String,
     },
     /// A system call failed.
@@ -92,11 +92,11 @@ impl Error {
     }
 }
 
-/// Why there is no service to use. The caller goes on without it, with the object it already has.
+/// Why there is no service to use. The caller goes on with the object that it has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NoService {
-    /// Nobody offers it: neither the kernel nor the registry knows the name for this object and side.
+    /// No server offers it: neither the kernel nor the registry has the name for this object and side.
     NotOffered,
     /// The kernel knows the service and refuses this caller.
     Refused(Errno),
@@ -111,7 +111,7 @@ pub enum NoService {
         /// The server's user.
         uid: u32,
     },
-    /// The object became another one while the connection was made.
+    /// The key of the object changed while the connection was made.
     ObjectChanged,
 }
 
@@ -130,7 +130,7 @@ impl NoService {
 impl fmt::Display for NoService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotOffered => f.write_str("nobody offers this service on this object"),
+            Self::NotOffered => f.write_str("no server offers this service on this object"),
             Self::Refused(errno) => write!(f, "the kernel refused the connection: {errno}"),
             Self::ReadOnlyDescriptor => {
                 f.write_str("the descriptor is read-only and the device is not")
@@ -142,10 +142,12 @@ impl fmt::Display for NoService {
             Self::ForeignPeer { uid } => {
                 write!(
                     f,
-                    "the server runs as user {uid}, who is neither root nor the owner of the object"
+                    "the server runs as user {uid}, which is neither root nor the owner of the object"
                 )
             }
-            Self::ObjectChanged => f.write_str("the object became another one while connecting"),
+            Self::ObjectChanged => {
+                f.write_str("the descriptor stood for another object after connecting")
+            }
         }
     }
 }

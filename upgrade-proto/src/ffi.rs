@@ -1,5 +1,5 @@
 //! The C interface, described in `include/upgrade_proto.h`. Results are descriptors or negative errno
-//! values; a panic does not cross the border (`extern "C"` aborts).
+//! values; a panic aborts (`extern "C"`).
 
 use std::ffi::{CStr, OsStr, c_char, c_int, c_uint};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd};
@@ -20,7 +20,7 @@ fn code(route: Route) -> c_uint {
     }
 }
 
-/// A result as C sees it.
+/// A result as a C return value.
 fn answer(result: Result<c_int, Errno>) -> c_int {
     result.unwrap_or_else(|errno| -errno.raw_os_error())
 }
@@ -28,7 +28,7 @@ fn answer(result: Result<c_int, Errno>) -> c_int {
 /// # Safety
 /// `text` is NULL or a string that lives, unchanged, as long as the result.
 unsafe fn text<'a>(text: *const c_char) -> Option<&'a CStr> {
-    // SAFETY: not NULL, so a string by our caller's promise.
+    // SAFETY: not NULL, so a string by the caller's promise.
     (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) })
 }
 
@@ -53,7 +53,7 @@ unsafe fn descriptor<'a>(fd: c_int) -> Result<BorrowedFd<'a>, Errno> {
     if fd < 0 {
         return Err(Errno::BADF);
     }
-    // SAFETY: not -1, and open by our caller's promise; if it is not, system calls answer EBADF.
+    // SAFETY: not -1, and open by the caller's promise; if it is not, system calls answer EBADF.
     Ok(unsafe { BorrowedFd::borrow_raw(fd) })
 }
 
@@ -61,7 +61,7 @@ unsafe fn descriptor<'a>(fd: c_int) -> Result<BorrowedFd<'a>, Errno> {
 /// `out` is NULL or valid for one write.
 unsafe fn put<T>(out: *mut T, value: T) {
     if !out.is_null() {
-        // SAFETY: not NULL, so valid by our caller's promise; what was there is plain data.
+        // SAFETY: not NULL, so valid by the caller's promise; what was there is plain data.
         unsafe { out.write(value) };
     }
 }
@@ -94,14 +94,14 @@ pub unsafe extern "C" fn upgrade_listen(
         if out.is_null() {
             return Err(Errno::INVAL);
         }
-        // SAFETY: by our caller's promise; all are used during this call only.
+        // SAFETY: by the caller's promise; all are used during this call only.
         let (fd, name, dir) = unsafe { (descriptor(fd)?, name(service)?, path(runtime_dir)) };
         let mut options = Options::default();
         if let Some(dir) = dir {
             options.runtime_dir = Some(dir.to_owned());
         }
         if !disk.is_null() {
-            // SAFETY: two integers by our caller's promise.
+            // SAFETY: two integers by the caller's promise.
             let [major, minor] = unsafe { disk.cast::<[c_uint; 2]>().read() };
             options.key = Some(Key::of_disk(major, minor).map_err(|error| error.errno())?);
         }
@@ -127,13 +127,13 @@ pub unsafe extern "C" fn upgrade_listen(
 /// `listener` comes from `upgrade_listen` and was not freed; `route` is NULL or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn upgrade_accept(listener: *const Listener, route: *mut c_uint) -> c_int {
-    // SAFETY: NULL or alive by our caller's promise.
+    // SAFETY: NULL or alive by the caller's promise.
     let Some(listener) = (unsafe { listener.as_ref() }) else {
         return answer(Err(Errno::INVAL));
     };
     answer(match listener.accept() {
         Ok(Some(connection)) => {
-            // SAFETY: by our caller's promise.
+            // SAFETY: by the caller's promise.
             unsafe { put(route, code(connection.route())) };
             Ok(connection.into_stream().into_raw_fd())
         }
@@ -166,11 +166,11 @@ pub unsafe extern "C" fn upgrade_connect(
     route: *mut c_uint,
 ) -> c_int {
     let find = || {
-        // SAFETY: by our caller's promise; all are used during this call only.
+        // SAFETY: by the caller's promise; all are used during this call only.
         let (fd, name, lookup) = unsafe { (descriptor(fd)?, name(service)?, lookup(runtime_dir)) };
         match connect(fd, &name, &lookup).map_err(|error| error.errno())? {
             Answer::Found(connection) => {
-                // SAFETY: by our caller's promise.
+                // SAFETY: by the caller's promise.
                 unsafe { put(route, code(connection.route())) };
                 Ok(connection.into_stream().into_raw_fd())
             }
@@ -196,7 +196,7 @@ pub unsafe extern "C" fn upgrade_block(
         if out.is_null() {
             return Err(Errno::INVAL);
         }
-        // SAFETY: by our caller's promise; all are used during this call only.
+        // SAFETY: by the caller's promise; all are used during this call only.
         let (fd, name, lookup) = unsafe { (descriptor(fd)?, name(service)?, lookup(runtime_dir)) };
         match BlockUpgrade::from_fd(fd, &name, &lookup).map_err(|error| error.errno())? {
             Answer::Found(upgrade) => {

@@ -1,8 +1,8 @@
 //! From a file descriptor to the service socket of the object behind it.
 //!
-//! A program holds a pipe or a block device. The program at the other end, or the one that serves the
-//! disk, may speak something better than read(2) and write(2): a ring in shared memory, vhost-user. This
-//! crate introduces the two. Nothing is configured; the descriptor leads to the service:
+//! A program has a pipe or a block device open. The program at the other end, or the server of the disk, may offer
+//! something better than read(2) and write(2): a ring in shared memory, vhost-user. This crate connects the two. Nothing
+//! is configured; the descriptor is the address:
 //!
 //! ```no_run
 //! use upgrade_proto::{Answer, Lookup, Name, connect};
@@ -38,8 +38,8 @@
 //! # Limits
 //!
 //! - A registry entry is for root and the server's own user; others need the kernel's route.
-//! - Inode numbers of pipes are 32 bits wide and wrap: a registry entry that outlives its pipe for four
-//!   billion inodes could meet a stranger. A listener should end with its pipe.
+//! - Inode numbers of pipes are 32 bits wide and wrap: a registry entry that outlives its pipe by four billion inodes
+//!   could be found for another pipe. A listener should end with its pipe.
 //! - Without CAP_SYS_ADMIN the page cache is dropped by posix_fadvise(2), which leaves pages that another
 //!   process has mapped.
 

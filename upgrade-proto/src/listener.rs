@@ -21,10 +21,10 @@ pub struct Options {
     pub kernel: bool,
     /// The runtime directory whose registry gets an entry; `None` publishes nothing.
     pub runtime_dir: Option<PathBuf>,
-    /// The object's key, for a server whose descriptor does not show it: the ublk server binds through
-    /// the character device and takes the key of its disk from [`Key::of_disk`]. `None`: [`Key::of`].
+    /// The object's key, for a server whose descriptor is of another object: the ublk server binds by the character
+    /// device, with the key of its disk from [`Key::of_disk`]. `None`: [`Key::of`].
     pub key: Option<Key>,
-    /// Connections that may wait to be accepted, for each route.
+    /// Connections that can wait to be accepted, for each route.
     pub backlog: i32,
 }
 
@@ -39,7 +39,7 @@ impl Default for Options {
     }
 }
 
-/// A service offered on an object. Dropping it ends the offer; accepted connections live on.
+/// A service offered on an object. Dropping it ends the offer, but not the accepted connections.
 #[derive(Debug)]
 pub struct Listener {
     epoll: OwnedFd,
@@ -51,10 +51,10 @@ pub struct Listener {
 impl Listener {
     /// Offers the service `name` of the object behind `fd`.
     ///
-    /// The kernel address is tried first. The registry gets an entry in either case, since a client may
-    /// live in a container whose seccomp rules or whose kernel know no fd addresses. One open route is enough: see
-    /// [`Listener::routes`]. A kernel that knows fd addresses and refuses this caller is an error, and so
-    /// is a rival on either route; the descriptor is not kept.
+    /// The kernel's address is tried first. The registry gets an entry in either case, since a client may run in a
+    /// container where seccomp or a user-space kernel has no fd addresses. One open route is enough: see
+    /// [`Listener::routes`]. A kernel with fd addresses that refuses this caller is an error, and so is another server
+    /// on either route. The descriptor is not kept.
     pub fn bind(fd: impl AsFd, name: &Name, options: &Options) -> Result<Self, Error> {
         let fd = fd.as_fd();
         let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
@@ -116,8 +116,7 @@ impl Listener {
         self.registry_error.as_ref()
     }
 
-    /// Takes one waiting connection; `None` if nobody waits. Never blocks: poll the descriptor of
-    /// [`AsFd`] for reading first.
+    /// Accepts a connection; `None` if there is none. Does not block: poll the descriptor of [`AsFd`] for reading.
     pub fn accept(&self) -> Result<Option<Connection>, Error> {
         let routes = [
             (Route::Kernel, self.kernel.as_ref()),

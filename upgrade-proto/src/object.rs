@@ -1,4 +1,4 @@
-//! What stands behind a descriptor, and the key under which the registry knows it.
+//! The object behind a descriptor, and its key in the registry.
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -105,12 +105,12 @@ impl Key {
         }
     }
 
-    /// The key of a block device as sysfs tells it, for a server that must not open its own device.
+    /// The key of a block device from sysfs, for a server, which must not open its own device.
     pub fn of_disk(major: u32, minor: u32) -> Result<Self, Error> {
         Self::of_disk_in(Path::new("/sys"), major, minor)
     }
 
-    /// [`Key::of_disk`] with another place for sysfs.
+    /// [`Key::of_disk`] with sysfs at another path.
     pub fn of_disk_in(sysfs: &Path, major: u32, minor: u32) -> Result<Self, Error> {
         let device = sysfs.join(format!("dev/block/{major}:{minor}"));
         // A partition has no number of its own: its directory lies inside its disk's.

@@ -4,8 +4,8 @@
 //! <runtime directory>/fd-upgrade/<object>/<name>     a listening socket, mode 0600
 //! ```
 //!
-//! Every component is opened relative to the one before, without following symlinks, and checked by
-//! descriptor. A socket is bound and connected through `/proc/self/fd`, so what was checked is what is used.
+//! Every component is opened relative to the one before, without following symlinks, and checked by descriptor. A socket
+//! is bound and connected through `/proc/self/fd`, so that the file that was checked is the one that is used.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,8 +30,8 @@ pub const SYSTEM_RUNTIME_DIR: &str = "/run/ublkup";
 /// The registry's folder inside a runtime directory.
 const FOLDER: &str = "fd-upgrade";
 
-/// How long a server waits for another one that changes the registry.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a server waits for the lock of the registry.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The caller's own runtime directory: the system's for root, else below `XDG_RUNTIME_DIR`.
 pub fn own_runtime_dir() -> Option<PathBuf> {
@@ -55,7 +55,7 @@ pub(crate) fn entry_path(runtime_dir: &Path, key: &Key, name: &Name) -> PathBuf 
     folder.join(name.as_str())
 }
 
-/// Checks what is true of everything in the registry: ours or root's, the right kind, writable only by its owner.
+/// Checks a file of the registry: of the right kind, owned by this user or root, and writable by its owner only.
 fn check(stat: &Stat, kind: FileType, path: &Path) -> Result<(), Error> {
     let refuse = |why: String| {
         Err(Error::Untrusted {
@@ -79,12 +79,12 @@ fn check(stat: &Stat, kind: FileType, path: &Path) -> Result<(), Error> {
     }
     if stat.st_uid != 0 && stat.st_uid != geteuid().as_raw() {
         return refuse(format!(
-            "it belongs to user {}, who is neither root nor you",
+            "it belongs to user {}, which is neither root nor this user",
             stat.st_uid
         ));
     }
     if stat.st_mode & 0o022 != 0 {
-        return refuse("its group or everybody may write to it".to_owned());
+        return refuse("its group or others may write to it".to_owned());
     }
     Ok(())
 }
@@ -97,7 +97,7 @@ fn open_dir(at: impl AsFd, name: &OsStr, path: &Path, access: OFlags) -> Result<
     let dir =
         opened.map_err(
             |errno| match (errno, statat(at, name, AtFlags::SYMLINK_NOFOLLOW)) {
-                // Something else is in the place of a directory: say what.
+                // Not a directory: the error says what it is.
                 (Errno::LOOP | Errno::NOTDIR, Ok(stat)) => {
                     match check(&stat, FileType::Directory, path) {
                         Err(error) => error,
@@ -225,7 +225,7 @@ impl Published {
         &self.socket
     }
 
-    /// Removes the entry if it still is ours.
+    /// Removes the entry, unless another server has replaced it.
     fn remove(&self) -> Result<(), Error> {
         let path = Path::new(FOLDER).join(&self.folder);
         let _lock = lock(&self.root, &path)?;
@@ -243,8 +243,8 @@ impl Published {
 
 impl Drop for Published {
     fn drop(&mut self) {
-        // A forked child that drops its copy must not take its parent's service away. A failure leaves a
-        // stale entry, which clients ignore and the next server removes.
+        // A forked child that drops its copy must not remove its parent's entry. An error leaves a stale entry, which
+        // clients ignore and the next server removes.
         if std::process::id() == self.owner_pid {
             let _removed = self.remove();
         }
@@ -253,11 +253,11 @@ impl Drop for Published {
 
 /// The registry's lock; closing it unlocks.
 fn lock(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Error> {
-    // A new open file: locks of one open file do not exclude each other.
+    // A new open file description: locks of the same one do not exclude each other.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let file = openat(root, ".", flags, Mode::empty())
         .map_err(|errno| Error::system("open", path.display(), errno))?;
-    let deadline = Instant::now() + LOCK_PATIENCE;
+    let deadline = Instant::now() + LOCK_TIMEOUT;
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
@@ -269,7 +269,7 @@ fn lock(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Error> {
     }
 }
 
-/// Under the lock: removes `name` from the folder of `rival` if nobody serves it.
+/// Under the lock: removes `name` from the folder of `rival` if it has no server.
 fn clear_stale(
     root: &OwnedFd,
     path: &Path,
@@ -305,8 +305,8 @@ fn clear_stale(
     remove_if_empty(root, &folder, &path)
 }
 
-/// Whether a socket file has a server. A datagram socket asks: a stream server answers EPROTOTYPE and
-/// does not see a connection that comes and goes.
+/// Whether a socket file has a server. Asked by a datagram socket: with a server the answer is EPROTOTYPE, and the server
+/// does not see a short connection.
 fn is_served(address: &str) -> Result<bool, Errno> {
     let probe = socket::new(SocketType::DGRAM)?;
     match net::connect(&probe, &SocketAddrUnix::new(address)?) {

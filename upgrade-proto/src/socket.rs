@@ -32,7 +32,7 @@ pub(crate) fn connect(address: &str, timeout: Duration) -> Result<OwnedFd, Errno
 /// A stream socket bound to `address` with mode 0600, listening.
 pub(crate) fn listen(address: &str, backlog: i32) -> Result<OwnedFd, Errno> {
     let socket = new(SocketType::STREAM)?;
-    // The mode of the socket becomes, less the umask, that of the file: there is no moment of looseness.
+    // bind(2) makes the file with the mode of the socket, less the umask, so it is never accessible to others.
     rustix::fs::fchmod(&socket, 0o600.into())?;
     net::bind(&socket, &SocketAddrUnix::new(address)?)?;
     net::listen(&socket, backlog)?;
@@ -46,7 +46,7 @@ pub(crate) fn proc_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// Who called listen(2) or connect(2) on the other end of a socket.
+/// The process that called listen(2) or connect(2) on the other end of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// Process id in our namespace, 0 if it has none there.

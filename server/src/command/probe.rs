@@ -169,7 +169,7 @@ impl Finding {
             ),
             (None, why) => format!(
                 "{device}: not upgradable: {}",
-                why.as_deref().unwrap_or("nobody offers it")
+                why.as_deref().unwrap_or("no server offers it")
             ),
         }
     }

@@ -41,13 +41,8 @@ impl RuntimeDir {
         if let Some(path) = asked_for {
             return Ok(Self(std::path::absolute(path)?));
         }
-        if rustix::process::geteuid().is_root() {
-            return Ok(Self("/run/ublkup".into()));
-        }
-        match std::env::var_os("XDG_RUNTIME_DIR") {
-            Some(dir) if !dir.is_empty() => Ok(Self(Path::new(&dir).join("ublkup"))),
-            _ => bail!("no runtime directory: set XDG_RUNTIME_DIR or give --runtime-dir"),
-        }
+        let own = upgrade_proto::own_runtime_dir().map(Self);
+        own.context("no runtime directory: set XDG_RUNTIME_DIR or give --runtime-dir")
     }
 
     /// The directory itself.

@@ -381,14 +381,14 @@ const PLANTINGS: [Planting; 4] = [
             set_mode(&export.registry(), 0o777);
             None
         },
-        "everybody may write",
+        "others may write",
     ),
     (
         |export| {
             set_mode(&export.folder(), 0o777);
             None
         },
-        "everybody may write",
+        "others may write",
     ),
 ];
 

@@ -201,7 +201,7 @@ fn without_a_service_qemu_gets_the_block_device(cx: &Context) -> Result<()> {
     let refused = strict.output()?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(
-        refused.status.code() == Some(3) && said.contains("nobody offers this service"),
+        refused.status.code() == Some(3) && said.contains("no server offers this service"),
         "{refused:?}"
     );
     let guest = boot(cx, &mut launcher(cx, &[&disk]))?;

@@ -64,7 +64,7 @@ fn probe_tells_what_can_be_upgraded_and_why_not(cx: &Context) -> Result<()> {
 
     let served = serve(cx, &["disk"], &["--vhost", "no"])?;
     let path = served.device()?.to_string_lossy().into_owned();
-    expect(&probe(&path)?, 3, "nobody offers this service")?;
+    expect(&probe(&path)?, 3, "no server offers this service")?;
     served.stop()
 }
 
