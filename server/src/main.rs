@@ -6,23 +6,17 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
-use ublkup::command::cli::{Cli, Command, Qemu};
-use ublkup::command::{client, doctor, probe, qemu, serve};
+use ublkup::command::cli::{Cli, Command, Qemu, USAGE};
+use ublkup::command::{client, doctor, probe, qemu, serve, shell};
+use ublkup::export::explain;
 use ublkup::export::runtime_dir::RuntimeDir;
-
-/// Exit code for wrong usage; clap uses the same.
-const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let Ok(filter) = EnvFilter::try_new(&cli.log) else {
-        eprintln!("ublkup: --log '{}': no such filter", cli.log);
-        return USAGE.into();
-    };
-    // The journal has clocks of its own.
+    // The journal has a clock of its own.
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
     let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(EnvFilter::new(&cli.log))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false);
@@ -34,7 +28,7 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("ublkup: {error:#}");
+            eprintln!("ublkup: {}", explain(&error));
             ExitCode::FAILURE
         }
     }
@@ -45,11 +39,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(options) => match options.exports() {
             Ok(exports) => {
-                let how = serve::How {
+                let start = serve::StartOptions {
                     keep_going: options.keep_going,
                     take_over: options.take_over,
                 };
-                serve::run(&dir()?, exports, how)
+                serve::run(&dir()?, exports, start)
             }
             Err(error) => {
                 eprintln!("ublkup: {error}");
@@ -69,9 +63,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Probe { device, json } => probe::run(&device, cli.runtime_dir.as_deref(), json),
         Command::Qemu(asked) => run_qemu(&asked, cli.runtime_dir.as_deref()),
         Command::Doctor { json, clean } => doctor::run(&dir()?, json, clean),
-        Command::DeviceOwner { kernel_name } => client::device_owner(&kernel_name),
-        Command::Completions { shell } => client::completions(shell),
-        Command::Man { folder } => client::man(&folder),
+        Command::DeviceOwner { kernel_name } => shell::device_owner(&kernel_name),
+        Command::Completions { shell: wanted } => shell::completions(wanted),
+        Command::Man { folder } => shell::man(&folder),
     }
 }
 
@@ -86,7 +80,7 @@ fn run_qemu(asked: &Qemu, runtime_dir: Option<&Path>) -> anyhow::Result<ExitCode
         });
     };
     match &asked.devices[..] {
-        [device] => qemu::live::run(monitor, device, runtime_dir),
+        [device] => qemu::move_disk(monitor, device, runtime_dir),
         _ => {
             eprintln!("ublkup: --live moves one DEVICE at a time");
             Ok(USAGE.into())

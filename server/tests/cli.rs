@@ -17,27 +17,32 @@ use serving::Lab;
 fn malformed_specs_are_wrong_usage() {
     let lab = Lab::new();
     for (spec, why) in [
-        ("disk.img", "no backend"),
-        ("qcow9:x", "no backend is called 'qcow9'"),
-        ("mem:huge", "no size"),
+        ("disk.img", "write file:disk.img for a file"),
+        ("qcow9:x", "no storage is called 'qcow9'"),
+        ("mem:huge", "not a size"),
         ("mem:100", "smaller than a sector"),
         ("null:17T", "larger than 16T"),
-        ("../x=mem:1M", "no name"),
-        ("mem:1M,colour=red", "no option 'colour'"),
+        ("../x=mem:1M", "not a name"),
+        ("mem:1M,colour=red", "colour: unknown key"),
+        ("mem:1M,readonly", "did you mean 'read-only'?"),
+        ("mem:1M,ublk=on", "give one of auto, yes, no"),
     ] {
         lab.serve_fails(&[spec], 2, &[why, spec]);
     }
     lab.serve_fails(&["a=mem:1M", "a=mem:1M"], 2, &["two exports"]);
-    lab.serve_fails(&["--queues", "0", "mem:1M"], 2, &["0 queues"]);
+    lab.serve_fails(&["a=mem:1M,cpus=1023"], 2, &["'a': cpus: processor 1023"]);
     lab.serve_fails(
         &["--ublk", "no", "--vhost", "no", "mem:1M"],
         2,
-        &["both doors"],
+        &["both 'no'"],
     );
     for (option, value, why) in [
-        ("--poll-us", "1.5", "neither a number"),
-        ("--poll-us", "1000001", "neither a number"),
-        ("--cpus", "3-1", "no list of processors"),
+        ("--queues", "0", "give a number from 1 to 64"),
+        ("--poll-us", "1.5", "give a number of microseconds"),
+        ("--poll-us", "1000001", "give a number of microseconds"),
+        ("--cpus", "3-1", "give processors below 1024"),
+        ("--log", "warning", "give one of error, warn, info"),
+        ("--log", "", "give one of error, warn, info"),
     ] {
         let output = lab.output(&["serve", option, value, "mem:1M"]);
         let told = String::from_utf8_lossy(&output.stderr);
@@ -45,6 +50,55 @@ fn malformed_specs_are_wrong_usage() {
         assert!(told.contains(why), "{told}");
     }
     lab.serve_fails(&["--config", "/does/not/exist"], 2, &["/does/not/exist"]);
+    lab.is_clean();
+}
+
+#[test]
+fn an_error_in_a_configuration_file_names_line_key_and_what_is_allowed() {
+    let lab = Lab::new();
+    let path = lab.path("file.toml");
+    let file = path.display().to_string();
+    for (text, words) in [
+        (
+            "[defaults]\nqueues = 2\n\n[[export]]\nspec = 'a=mem:1M'\npoll-us = 'x'\n",
+            [":6: export 'a': poll-us: invalid value 'x'", "'always'"],
+        ),
+        (
+            "[[export]]\nspec = 'a=mem:1M'\nqeues = 1\n",
+            [":3: export 'a': qeues: unknown key", "'queues'"],
+        ),
+        (
+            "[[export]]\nspec = 'a=mem:1M'\n\n[[export]]\nspec = 'disk.img'\n",
+            [":5: export 2: spec: 'disk.img'", "file:disk.img"],
+        ),
+        ("[[export]]\nspec = \n", [":2: ", "file.toml"]),
+    ] {
+        std::fs::write(&path, text).unwrap();
+        lab.serve_fails(&["--config", &file], 2, &words);
+    }
+    lab.is_clean();
+}
+
+#[test]
+fn paths_in_a_configuration_file_are_relative_to_it_also_when_the_export_is_recovered() {
+    let lab = Lab::new();
+    let image = lab.image("disk.img", 1 << 20);
+    let path = lab.path("file.toml");
+    let text = "[[export]]\nspec = 'a=file:disk.img'\nublk = 'no'\nvhost-socket = 'a.sock'\n";
+    std::fs::write(&path, text).unwrap();
+    let is_served = || {
+        let stat: serde_json::Value =
+            serde_json::from_str(&lab.ok(&["stat", "a", "--json"])).unwrap();
+        assert_eq!(stat["backend"], format!("file:{}", image.display()));
+        UnixStream::connect(lab.path("a.sock")).unwrap();
+    };
+    let server = lab.serve(&["--config", &path.display().to_string()]);
+    is_served();
+    server.kill();
+    std::fs::remove_file(path).unwrap();
+    let server = lab.recover(&["a"]);
+    is_served();
+    server.stop();
     lab.is_clean();
 }
 
@@ -57,6 +111,9 @@ fn files_that_cannot_be_served_are_told_by_path() {
         1,
         &["missing.img", "No such file"],
     );
+    let output = lab.output(&["serve", &format!("file:{}", missing.display())]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(told.matches("os error 2").count(), 1, "{told}");
     let small = lab.path("small.img");
     std::fs::write(&small, [0; 100]).unwrap();
     lab.serve_fails(
@@ -292,7 +349,7 @@ fn the_doctor_speaks_json() {
         .map(|c| c["what"].as_str().unwrap())
         .collect();
     assert!(
-        what.contains(&"io_uring") && what.contains(&"block door"),
+        what.contains(&"io_uring") && what.contains(&"ublk"),
         "{what:?}"
     );
 }
@@ -328,10 +385,17 @@ fn a_server_started_to_outlive_its_terminal_does() {
 #[test]
 fn completions_and_man_pages_are_made() {
     let lab = Lab::new();
-    assert!(lab.ok(&["completions", "bash"]).contains("ublkup"));
+    let script = lab.ok(&["completions", "bash"]);
+    assert!(script.contains("--read-only") && script.contains("--runtime-dir"));
+    assert!(
+        !script.contains("device-owner"),
+        "a hidden command is offered"
+    );
     let folder = lab.path("man");
     lab.ok(&["man", &folder.display().to_string()]);
     assert!(folder.join("ublkup-serve.1").exists());
+    let page = std::fs::read_to_string(folder.join("ublkup.toml.5")).unwrap();
+    assert!(page.contains("reconnect"), "{page}");
 }
 
 #[test]

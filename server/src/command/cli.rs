@@ -3,20 +3,28 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::builder::BoolishValueParser;
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
 
-use crate::config::{ConfigError, DoorMode, ExportConfig, ExportOptions, Spec};
-use crate::config::{check_together, read_file};
-use crate::door::ublk::{DataPath, Recovery};
-use crate::engine::cpus::Cpus;
-use crate::engine::polling::Polling;
+use crate::config::{ConfigError, ExportConfig, ExportOptions, check_together, read_file};
 
-/// Serves disks as /dev/ublkbN block devices and as vhost-user-blk sockets, from one backend.
+/// Exit code for wrong usage; clap's own.
+pub const USAGE: u8 = 2;
+
+/// Exit code for a block device that cannot be upgraded.
+pub const NOT_UPGRADABLE: u8 = 3;
+
+/// The version; a build that is not for use says so.
+const VERSION: &str = match cfg!(feature = "testing") {
+    true => concat!(env!("CARGO_PKG_VERSION"), " with test equipment"),
+    false => env!("CARGO_PKG_VERSION"),
+};
+
+/// Serve disks as /dev/ublkbN block devices and as vhost-user-blk sockets, from one storage.
 #[derive(Debug, Parser)]
 #[command(
     name = "ublkup",
-    version,
+    version = VERSION,
     after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not upgradable.\n\
                   Messages go to standard error, data to standard output."
 )]
@@ -25,18 +33,19 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
 
-    /// Where servers keep their sockets and locks [default: /run/ublkup for root, else
-    /// $XDG_RUNTIME_DIR/ublkup]
+    /// Keep sockets and locks in this folder [default: /run/ublkup for root, else $XDG_RUNTIME_DIR/ublkup]
     #[arg(long, global = true, value_name = "DIR", env = "UBLKUP_RUNTIME_DIR")]
     pub runtime_dir: Option<PathBuf>,
 
-    /// What to log: error, warn, info, debug, trace, or a filter like ublkup::door=debug
+    /// Log what is at least this severe: error, warn, info, debug, trace or off; also for single modules, like
+    /// info,ublkup::door=debug
     #[arg(
         long,
         global = true,
-        value_name = "FILTER",
+        value_name = "LEVEL",
         env = "UBLKUP_LOG",
-        default_value = "info"
+        default_value = "info",
+        value_parser = log_filter
     )]
     pub log: String,
 }
@@ -65,9 +74,9 @@ pub enum Command {
     },
     /// Give an export another size while it is served; both doors tell their clients
     ///
-    /// Without SIZE it gets the size that its file or device has now. A file that is smaller than SIZE is
-    /// made larger. To cut something off takes --shrink, a block device that nobody uses, and no
-    /// vhost-user client; a file is cut then too.
+    /// Without SIZE the export gets the size that its file or device has now. A file that is smaller than SIZE is
+    /// made larger. To make the disk smaller, and a file with it, takes --shrink, a block device that is not in
+    /// use, and no vhost-user client.
     Resize {
         /// The export
         name: String,
@@ -81,16 +90,16 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Drain an export and take it down; refused while somebody uses it
+    /// Drain an export and stop serving it; refused while it is in use
     Stop {
         /// The export
         name: String,
-        /// Also while its block device is open or a vhost-user client has the disk
+        /// Stop also while the block device is open or a vhost-user client has the disk
         #[arg(long)]
         force: bool,
     },
-    /// Serve an export again as it was last served, and go on with the block device and the clients
-    /// that its server left when it died
+    /// Serve an export again as it was last served, with the block device and the clients that its server left when
+    /// it died
     Recover {
         /// The export
         name: String,
@@ -98,11 +107,11 @@ pub enum Command {
         #[arg(long)]
         take_over: bool,
     },
-    /// Say whether a block device can be upgraded, and how; disturbs nobody
+    /// Tell whether a block device can be upgraded to vhost-user, and how
     ///
-    /// Exit code 0: it can; 3: it cannot, and why. The device is claimed (O_EXCL) for the moment between an open
-    /// and a close, in which somebody else's mount or claim gets EBUSY, and nothing is written. The
-    /// server sees a client that comes and goes; only one that starts a ring gets the disk.
+    /// Exit code 0: it can; 3: it cannot, and why. The device is claimed (O_EXCL) for the moment between an open and
+    /// a close, in which another mount or claim gets EBUSY, and nothing is written. The server sees a client that
+    /// connects and disconnects; only a client that starts a vring gets the disk.
     Probe {
         /// The block device
         device: PathBuf,
@@ -116,20 +125,20 @@ pub enum Command {
                           ublkup qemu --live QMP-SOCKET DEVICE"
     )]
     Qemu(Qemu),
-    /// Say what this machine can and cannot do, and find what dead servers left
+    /// Tell what this machine can and cannot do, and find what servers that died left behind
     Doctor {
         /// Print JSON
         #[arg(long)]
         json: bool,
-        /// Remove what dead servers left: their block devices and folders
+        /// Remove what servers that died left behind: their block devices and folders
         #[arg(long)]
         clean: bool,
     },
-    /// Print user and group of the ordinary user who made a ublk device, for udev rules; fails for
-    /// devices of others
+    /// Print user and group of the ordinary user who made a ublk device, for udev rules; fails for devices of
+    /// administrators
     #[command(hide = true)]
     DeviceOwner {
-        /// What the kernel calls it
+        /// The kernel's name of the device
         kernel_name: String,
     },
     /// Print a completion script for a shell
@@ -147,118 +156,37 @@ pub enum Command {
 /// `serve`
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE or file:PATH; keys are
-    /// serial=TEXT, block-size=BYTES, read-only, and for files cache=auto|direct|buffered
+    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE or file:PATH; keys are the export options
+    /// below, and for files cache=auto|direct|buffered
     #[arg(value_name = "SPEC", required_unless_present = "config")]
     pub specs: Vec<String>,
 
-    /// Name of the export, if there is one SPEC [default: from the SPEC]
-    #[arg(long)]
-    pub name: Option<String>,
-
-    /// The block door, /dev/ublkbN [default: auto]
-    #[arg(long, value_enum)]
-    pub ublk: Option<DoorMode>,
-
-    /// N of /dev/ublkbN, if there is one SPEC [default: the kernel's choice]
-    #[arg(long, value_name = "N")]
-    pub ublk_id: Option<u32>,
-
-    /// How the block door's data gets to the backend and back: without a copy where the kernel can and
-    /// it saves work, or as told [default: auto]
-    #[arg(long, value_enum)]
-    pub ublk_data: Option<DataPath>,
-
-    /// Each queue thread of the block door runs only on the processors whose requests its queue gets,
-    /// as the kernel deals them out [default: yes with several queues, unless --cpus is given or this
-    /// process may not use all processors]
-    #[arg(long, value_name = "yes|no", num_args = 0..=1, require_equals = true,
-        default_missing_value = "yes", action = ArgAction::Set, hide_possible_values = true,
-        value_parser = BoolishValueParser::new())]
-    pub ublk_affinity: Option<bool>,
-
-    /// The kernel does not look for partitions on the block device (Linux 7.0)
-    #[arg(long)]
-    pub no_partition_scan: bool,
-
-    /// What becomes of the block device when this server dies: it waits for the next one, and
-    /// requests without an answer are done again (reissue); it stays, and requests fail until there
-    /// is a server (fail-io); it goes (off) [default: auto: reissue for files, off for the others]
-    #[arg(long, value_enum)]
-    pub ublk_recovery: Option<Recovery>,
-
-    /// The vhost-user-blk door [default: auto]
-    #[arg(long, value_enum)]
-    pub vhost: Option<DoorMode>,
-
-    /// Where the vhost door listens, if there is one SPEC [default: in the runtime directory]
-    #[arg(long, value_name = "PATH")]
-    pub vhost_socket: Option<PathBuf>,
-
-    /// Queues of each door [default: the processors, at most 4]
-    #[arg(long, value_name = "N")]
-    pub queues: Option<u16>,
-
-    /// Threads that serve the queues of a vhost client, in turns; each queue of the block door has one
-    /// of its own [default: one for each queue]
-    #[arg(long, value_name = "N")]
-    pub vhost_threads: Option<u16>,
-
-    /// Pin the memory of vhost clients, for files around the page cache: less work for each request.
-    /// Not for guests with a balloon, free page reporting or virtio-mem, whose data it would damage
-    #[arg(long)]
-    pub vhost_pin_memory: bool,
-
-    /// Guests may move by live migration: a second client may connect, and takes the disk over when the
-    /// first has stopped for it. With --ublk no the file is claimed only while a guest has it, so that
-    /// the guest may also move to another server, which needs --migration too
-    #[arg(long)]
-    pub migration: bool,
-
-    /// Requests under way per ublk queue [default: 128]
-    #[arg(long, value_name = "N")]
-    pub depth: Option<u16>,
-
-    /// How long an idle queue thread looks for work before it sleeps, where that has paid off lately,
-    /// in microseconds; 0: not at all; always: it never sleeps and keeps a processor to itself
-    /// [default: 100]
-    #[arg(long, value_name = "N|always")]
-    pub poll_us: Option<Polling>,
-
-    /// Processors for the queue threads of each door, like 2,4-7: one each, from the first again
-    /// when there are more threads [default: wherever there is room]
-    #[arg(long, value_name = "LIST")]
-    pub cpus: Option<Cpus>,
-
-    /// Seconds for which the disk is kept for a vhost client that died, before the block device is
-    /// writable again [default: 10]
-    #[arg(long, value_name = "SECONDS")]
-    pub reconnect_grace: Option<u32>,
-
-    /// Refuse writes at both doors
-    #[arg(long)]
-    pub read_only: bool,
-
-    /// If a living server has an export of this name, take over its block device and its clients: it
-    /// finishes what is under way and leaves, and nobody gets an error
+    /// If a living server has an export of this name, take over its block device and its clients, which see a pause
+    /// and no errors [default: refuse to start]
     #[arg(long)]
     pub take_over: bool,
 
-    /// Serve what can be served when some of several exports cannot start
+    /// If some of several exports cannot start, serve the others [default: serve none]
     #[arg(long)]
     pub keep_going: bool,
 
-    /// A TOML file with `[[export]]` tables; may be given along with SPECs
+    /// Serve the `[[export]]` tables of a TOML file, beside the SPECs
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+
+    /// Options of the exports.
+    #[command(
+        flatten,
+        next_help_heading = "Export options, also keys of a SPEC and of a configuration file"
+    )]
+    pub options: ExportOptions,
 }
 
 /// `qemu`
 #[derive(Debug, Args)]
 pub struct Qemu {
-    /// A block device for the guest; the keys are properties of QEMU's -device, like id=root,
-    /// bootindex=1, num-queues=2. With --live: the id of the guest's disk, its block node, or the
-    /// path of the block device
+    /// A block device for the guest; the keys are properties of QEMU's -device, like id=root, bootindex=1,
+    /// num-queues=2. With --live: the id of the guest's disk, its block node, or the path of the block device
     #[arg(value_name = "DEVICE", required = true)]
     pub devices: Vec<String>,
 
@@ -266,17 +194,33 @@ pub struct Qemu {
     #[arg(long, conflicts_with = "live")]
     pub print: bool,
 
-    /// Fail with 3 when a device has no service, instead of using the block device
+    /// Fail with 3 when a device has no service [default: use the block device]
     #[arg(long, conflicts_with = "live")]
     pub require_upgrade: bool,
 
-    /// Move a disk of the running guest whose monitor is here; the guest must have unmounted it
+    /// Move a disk of the running guest with this monitor; the guest must have unmounted it
     #[arg(long, value_name = "QMP-SOCKET", conflicts_with = "command")]
     pub live: Option<PathBuf>,
 
     /// QEMU and its arguments; the launcher adds the disks, and shared memory if there is none
     #[arg(last = true, value_name = "QEMU", required_unless_present = "live")]
     pub command: Vec<OsString>,
+}
+
+/// Checks a filter of the log. `EnvFilter` takes any word for a module, and a misspelt level switched the log off.
+fn log_filter(text: &str) -> Result<String, String> {
+    let levels = ["error", "warn", "info", "debug", "trace", "off"];
+    let is_good = |directive: &str| {
+        let level = directive.rsplit('=').next().unwrap_or(directive);
+        levels.contains(&level.trim().to_ascii_lowercase().as_str())
+    };
+    match text.split(',').all(is_good) && EnvFilter::try_new(text).is_ok() {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "give one of {}, or MODULE=LEVEL",
+            levels.join(", ")
+        )),
+    }
 }
 
 impl Serve {
@@ -286,47 +230,23 @@ impl Serve {
     ///
     /// When something cannot be served as asked.
     pub fn exports(&self) -> Result<Vec<ExportConfig>, ConfigError> {
-        let options = ExportOptions {
-            name: self.name.clone(),
-            read_only: self.read_only.then_some(true),
-            ublk: self.ublk,
-            ublk_id: self.ublk_id,
-            ublk_data: self.ublk_data,
-            ublk_affinity: self.ublk_affinity,
-            no_partition_scan: self.no_partition_scan.then_some(true),
-            ublk_recovery: self.ublk_recovery,
-            vhost: self.vhost,
-            vhost_socket: self.vhost_socket.clone(),
-            queues: self.queues,
-            vhost_threads: self.vhost_threads,
-            migration: self.migration.then_some(true),
-            vhost_pin_memory: self.vhost_pin_memory.then_some(true),
-            depth: self.depth,
-            poll_us: self.poll_us,
-            cpus: self.cpus.clone(),
-            reconnect_grace: self.reconnect_grace,
-        };
+        let options = &self.options;
         let alone = self.specs.len() == 1 && self.config.is_none();
-        if !alone {
-            for (flag, given) in [
-                ("--name", self.name.is_some()),
-                ("--ublk-id", self.ublk_id.is_some()),
-                ("--vhost-socket", self.vhost_socket.is_some()),
-            ] {
-                if given {
-                    return Err(ConfigError(format!(
-                        "{flag} is for one export, and there are several: \
-                         name them with NAME=SPEC, or say it per export in a --config file"
-                    )));
-                }
-            }
+        if let Some(flag) = options.unshareable().next()
+            && !alone
+        {
+            return Err(ConfigError::new(format!(
+                "{flag} is for one export, and there are several: say it in each SPEC or in a --config file"
+            )));
         }
+        let folder = std::env::current_dir()
+            .map_err(|error| ConfigError::new(format!("no working directory: {error}")))?;
         let mut exports = Vec::new();
         for spec in &self.specs {
-            exports.push(options.clone().export(spec.parse::<Spec>()?)?);
+            exports.push(ExportConfig::new(spec.parse()?, options.clone(), &folder)?);
         }
         if let Some(path) = &self.config {
-            exports.extend(read_file(path, &options)?);
+            exports.extend(read_file(path, options)?);
         }
         check_together(&exports)?;
         Ok(exports)
@@ -353,13 +273,40 @@ mod tests {
     }
 
     #[test]
+    fn a_log_level_that_does_not_exist_is_refused() {
+        for good in ["info", "WARN", "off", "info,ublkup::door=debug"] {
+            assert_eq!(log_filter(good).as_deref(), Ok(good));
+        }
+        for bad in [
+            "",
+            "warning",
+            "verbose",
+            "info,",
+            "ublkup::door",
+            "ublkup=all",
+        ] {
+            assert!(
+                log_filter(bad).unwrap_err().contains("error, warn, info"),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
     fn several_specs_share_the_options_that_can_be_shared() {
         let got = exports(&["--read-only", "--queues", "2", "a=mem:1G", "b=null:2G"]).unwrap();
         assert!(
             got.iter()
                 .all(|export| export.read_only && export.queues == 2)
         );
-        assert!(exports(&["--name", "x", "a=mem:1G", "b=mem:1G"]).is_err());
+        for option in ["--name", "--ublk-id", "--serial", "--vhost-socket"] {
+            let error = exports(&[option, "1", "a=mem:1G", "b=mem:1G"]).unwrap_err();
+            assert!(
+                error.contains(option) && error.contains("one export"),
+                "{error}"
+            );
+            assert!(exports(&[option, "1", "mem:1G"]).is_ok());
+        }
         assert!(
             exports(&["mem:1G", "mem:1G"])
                 .unwrap_err()

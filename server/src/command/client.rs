@@ -1,27 +1,25 @@
-//! The commands that talk to servers: `list`, `stat`, `resize`, `stop`; and the shell's conveniences.
+//! The commands that talk to servers: `list`, `stat`, `resize`, `stop`.
 
 use std::fmt::Write as _;
-use std::io::{self, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::CommandFactory;
 
-use crate::command::cli::Cli;
+use super::output::{count, print};
 use crate::config::check_name;
-use crate::door::ublk::{self, DataPath};
+use crate::door::ublk::DataPath;
 use crate::engine::counters::Totals;
 use crate::export::admin::{self, ExportStatus};
+use crate::export::explain;
 use crate::export::name_lock::CONTROL;
 use crate::export::runtime_dir::RuntimeDir;
 use crate::request::format_size;
 
-/// A server that does not answer within this time has a problem that must be told.
+/// A server that does not answer within this time is reported as not answering.
 const STAT_LIMIT: Duration = Duration::from_secs(5);
 
-/// Draining ends when the storage has answered; a disk may take long for that.
+/// Draining ends when the storage has completed its requests, which may take long.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 
 /// `ublkup list`
@@ -35,15 +33,15 @@ pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
     for name in dir.names()? {
         if !dir.is_alive(&name) {
             tracing::warn!(
-                "{name}: its server is gone; 'ublkup recover {name}' goes on with it, 'ublkup doctor --clean' \
-                 clears what it left"
+                "{name}: its server has died; 'ublkup recover {name}' serves it again, 'ublkup doctor --clean' \
+                 removes what is left of it"
             );
             continue;
         }
         match admin::stat(&dir.folder(&name).join(CONTROL), STAT_LIMIT) {
             Ok(status) => exports.push(status),
             Err(error) => {
-                eprintln!("ublkup: {name}: {error:#}");
+                eprintln!("ublkup: {name}: {}", explain(&error));
                 code = ExitCode::FAILURE;
             }
         }
@@ -66,7 +64,7 @@ pub fn stat(dir: &RuntimeDir, name: &str, json: bool, watch: bool) -> Result<Exi
         let status = admin::stat(&served(dir, name)?.join(CONTROL), STAT_LIMIT)
             .with_context(|| format!("{name} does not answer"))?;
         let text = match json {
-            // One line each when there are many, for the reader's sake.
+            // One line each: a program reads them as they come.
             true if watch => serde_json::to_string(&status)?,
             true => serde_json::to_string_pretty(&status)?,
             false => details(&status),
@@ -120,9 +118,8 @@ pub fn resize(
     }
     if resized.untold_clients > 0 {
         eprintln!(
-            "ublkup: {name}: {} vhost-user clients take no messages; they see the new size when they \
-             connect again",
-            resized.untold_clients
+            "ublkup: {name}: {} cannot be told of the new size, and will see it when connecting again",
+            count(resized.untold_clients, "vhost-user client")
         );
     }
     Ok(ExitCode::SUCCESS)
@@ -137,51 +134,6 @@ fn served(dir: &RuntimeDir, name: &str) -> Result<std::path::PathBuf> {
         );
     }
     Ok(dir.folder(name))
-}
-
-/// `ublkup device-owner`
-///
-/// # Errors
-///
-/// When there is no such device.
-pub fn device_owner(kernel_name: &str) -> Result<ExitCode> {
-    let Some((user, group)) = ublk::owner(kernel_name)? else {
-        return Ok(ExitCode::FAILURE);
-    };
-    print(&format!("{user} {group}\n"))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// `ublkup completions`
-///
-/// # Errors
-///
-/// When standard output cannot be written.
-pub fn completions(shell: clap_complete::Shell) -> Result<ExitCode> {
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "ublkup", &mut script);
-    io::stdout().write_all(&script)?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// `ublkup man`
-///
-/// # Errors
-///
-/// When the pages cannot be written.
-pub fn man(folder: &Path) -> Result<ExitCode> {
-    std::fs::create_dir_all(folder)
-        .and_then(|()| clap_mangen::generate_to(Cli::command(), folder))
-        .with_context(|| format!("cannot write man pages to {}", folder.display()))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Writes to standard output; a reader that went away ends the program quietly, as for any filter.
-pub(crate) fn print(text: &str) -> Result<()> {
-    match io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => Ok(other?),
-    }
 }
 
 fn table(exports: &[ExportStatus]) -> String {
@@ -256,9 +208,9 @@ fn details(status: &ExportStatus) -> String {
     if let Some(door) = &status.ublk {
         let _ = write!(
             text,
-            "\n  block     {} ({} queues of {}{})\n            {}{}\n{}",
+            "\n  ublk      {} ({} of {}{})\n            {}{}\n{}",
             door.device.display(),
-            door.queues,
+            count(door.queues.into(), "queue"),
             door.depth,
             match door.data {
                 DataPath::ZeroCopy => ", data without a copy",
@@ -275,10 +227,10 @@ fn details(status: &ExportStatus) -> String {
     if let Some(door) = &status.vhost {
         let _ = write!(
             text,
-            "\n  vhost     {} ({} queues, {} threads)\n{}",
+            "\n  vhost     {} ({}, {})\n{}",
             door.socket.display(),
-            door.queues,
-            door.threads,
+            count(door.queues.into(), "queue"),
+            count(door.threads.into(), "thread"),
             totals(&door.counters)
         );
         if !door.upgrade.is_empty() {
@@ -291,9 +243,9 @@ fn details(status: &ExportStatus) -> String {
         for session in &door.sessions {
             let _ = write!(
                 text,
-                "\n            session of pid {}: {} queues running, for {} s",
+                "\n            session of pid {}: {} running, for {} s",
                 session.pid.map_or("?".into(), |pid| pid.to_string()),
-                session.vrings,
+                count(session.vrings, "queue"),
                 session.age_seconds
             );
         }

@@ -1,4 +1,4 @@
-//! `ublkup doctor`: what this machine can and cannot do, and what dead servers left behind.
+//! `ublkup doctor`: what this machine can and cannot do, and what servers that died left behind.
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::door::ublk;
 use crate::export::runtime_dir::RuntimeDir;
+use crate::export::{explain, remove_stale_device};
 use crate::io::Ring;
 
 /// How one check ended.
@@ -31,13 +32,13 @@ struct Check {
     finding: String,
 }
 
-/// Checks the machine; with `clean`, removes what dead servers left.
+/// Checks the machine; with `clean`, removes what servers that died left behind.
 ///
 /// # Errors
 ///
 /// When the findings cannot be printed.
 pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
-    let mut checks = vec![kernel(), io_uring(), block_door(), runtime_directory(dir)];
+    let mut checks = vec![kernel(), io_uring(), ublk(), runtime_directory(dir)];
     checks.extend(dead_exports(dir, clean));
     checks.extend(dead_devices(clean));
     let mut out = std::io::stdout().lock();
@@ -99,7 +100,7 @@ fn io_uring() -> Check {
     }
 }
 
-fn block_door() -> Check {
+fn ublk() -> Check {
     let (verdict, finding) = match ublk::available() {
         Ok(features) => (
             Verdict::Ok,
@@ -115,11 +116,11 @@ fn block_door() -> Check {
         ),
         Err(why) => (
             Verdict::Warning,
-            format!("{why} (the vhost door works without it)"),
+            format!("{why} (vhost-user works without it)"),
         ),
     };
     Check {
-        what: "block door",
+        what: "ublk",
         verdict,
         finding,
     }
@@ -172,9 +173,9 @@ fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Check> {
     dead.into_iter()
         .map(|name| {
             let (verdict, finding) = if clean {
-                match clear_away(dir, &name) {
+                match remove_export(dir, &name) {
                     Ok(()) => (Verdict::Ok, format!("{name}: cleared away")),
-                    Err(error) => (Verdict::Problem, format!("{name}: {error:#}")),
+                    Err(error) => (Verdict::Problem, format!("{name}: {}", explain(&error))),
                 }
             } else {
                 (
@@ -187,7 +188,7 @@ fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Check> {
         .collect()
 }
 
-/// Devices that nobody serves and no export remembers.
+/// Stale devices that no export has a note of.
 fn dead_devices(clean: bool) -> Vec<Check> {
     let what = "dead block devices";
     // Without a driver, or rights, there is nothing to be seen; another check says so.
@@ -214,8 +215,8 @@ fn dead_devices(clean: bool) -> Vec<Check> {
         .collect()
 }
 
-fn clear_away(dir: &RuntimeDir, name: &str) -> Result<()> {
-    // Taking the name clears the sockets; dropping the claim removes the folder.
-    let claim = dir.claim(name)?;
-    crate::export::remove_stale_device(&claim)
+fn remove_export(dir: &RuntimeDir, name: &str) -> Result<()> {
+    // Locking the name removes the sockets; dropping the lock removes the folder.
+    let lock = dir.claim(name)?;
+    remove_stale_device(&lock)
 }

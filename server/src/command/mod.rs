@@ -3,7 +3,10 @@
 pub mod cli;
 pub mod client;
 pub mod doctor;
+mod output;
 pub mod probe;
 pub mod qemu;
+mod reference;
 pub mod serve;
+pub mod shell;
 mod signals;

@@ -1,5 +1,5 @@
-//! `ublkup probe`: whether a block device leads to a vhost-user-blk service, without disturbing anyone
-//! for longer than an open(2).
+//! `ublkup probe`: whether a block device leads to a vhost-user-blk service. It claims the device for the time of
+//! an open(2).
 
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd;
@@ -15,17 +15,15 @@ use upgrade_proto::{
     Answer, Connection, DiskClaim, Error, Lookup, Name, client_runtime_dirs, connect_to_disk,
 };
 
-use crate::command::client::print;
+use super::cli::NOT_UPGRADABLE;
+use super::output::print;
 use crate::export::upgrade::SERVICE;
 use crate::request::format_size;
-
-/// Exit code for a device that cannot be upgraded.
-pub const NOT_UPGRADABLE: u8 = 3;
 
 /// How long a server may take to turn away a client that comes second.
 const TURNED_AWAY_WITHIN: Duration = Duration::from_millis(100);
 
-/// What a probe found; the JSON that is printed.
+/// Result of a probe, as its JSON has it.
 #[derive(Debug, Serialize)]
 struct Finding {
     device: String,
@@ -42,7 +40,7 @@ struct Finding {
     read_only: Option<bool>,
 }
 
-/// What leads from a disk to its service.
+/// Result of looking for the service of a disk.
 #[derive(Debug)]
 pub enum Found {
     /// A connection; the server has not hung up on it.
@@ -53,7 +51,7 @@ pub enum Found {
     Taken,
 }
 
-/// Where clients look: the directory that was asked for first.
+/// Where to look for services: in `runtime_dir` first.
 #[must_use]
 pub fn lookup(runtime_dir: Option<&Path>) -> Lookup {
     let mut runtime_dirs: Vec<_> = runtime_dir.map(Path::to_owned).into_iter().collect();
@@ -93,8 +91,8 @@ fn look(device: &Path, lookup: &Lookup) -> Result<Finding> {
         size_bytes: None,
         read_only: None,
     };
-    // The claim shows whether an upgrade would get it, and is given up at once: a program that wants
-    // the disk meanwhile, mount(8) say, must not be refused because somebody looks.
+    // The claim shows whether an upgrade would get the disk, and is given up at once: a program that wants it
+    // meanwhile, mount(8) say, must not be refused because of a probe.
     let claim = match DiskClaim::open(device) {
         Ok(claim) => claim,
         Err(error) => return not_openable(error).map(no),

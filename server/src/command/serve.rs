@@ -9,64 +9,61 @@ use std::thread::Scope;
 use anyhow::{Context, Result, anyhow};
 use signal_hook::iterator::Signals;
 
+use super::output::count;
 use super::signals;
-use crate::config::{ExportConfig, ServedAs, check_name};
+use crate::config::{ExportConfig, SavedExport, check_name};
 use crate::export::runtime_dir::RuntimeDir;
-use crate::export::{Event, Export};
+use crate::export::{Event, Export, explain};
 
-/// How a server begins.
+/// How exports are started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct How {
-    /// Serve what can be served when some of several exports cannot start.
+pub struct StartOptions {
+    /// If some of several exports cannot start, serve the others.
     pub keep_going: bool,
-    /// Go on with what living servers of the same names have.
+    /// Take exports over from living servers that have them.
     pub take_over: bool,
 }
 
-/// Serves what was last served under a name.
+/// `ublkup recover`: serves an export as it was last served.
 ///
 /// # Errors
 ///
-/// When nothing is known of it, or it cannot be served.
+/// When there is no note of it, or it cannot be served.
 pub fn recover(dir: &RuntimeDir, name: &str, take_over: bool) -> Result<ExitCode> {
     check_name(name)?;
     let text = dir.served(name).with_context(|| {
         format!(
-            "nothing is known of an export called '{name}' under {}",
+            "there is no note of an export called '{name}' under {}",
             dir.path().display()
         )
     })?;
-    let served: ServedAs = serde_json::from_str(&text)
-        .with_context(|| format!("{name}: the note of what was served makes no sense"))?;
-    let how = How {
+    let saved: SavedExport = serde_json::from_str(&text)
+        .with_context(|| format!("{name}: cannot read the note of how it was served"))?;
+    let start = StartOptions {
         take_over,
-        ..How::default()
+        ..StartOptions::default()
     };
-    run(dir, vec![served.export()?], how)
+    run(dir, vec![saved.export()?], start)
 }
 
-/// Serves `configs` until a signal, or until the last export was stopped.
+/// Serves `configs` until a signal or until the last export has been stopped.
 ///
 /// # Errors
 ///
 /// When an export cannot be started (unless told to keep going, and another can).
-pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, how: How) -> Result<ExitCode> {
-    let How {
-        keep_going,
-        take_over,
-    } = how;
+pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) -> Result<ExitCode> {
     let (events, inbox) = mpsc::channel();
     forward_signals(events.clone())?;
     let mut exports = BTreeMap::new();
     let mut code = ExitCode::SUCCESS;
     for config in configs {
         let name = config.name.clone();
-        match Export::start(dir, config, take_over, events.clone()) {
+        match Export::start(dir, config, start.take_over, events.clone()) {
             Ok(export) => {
                 exports.insert(name, export);
             }
-            Err(error) if keep_going => {
-                tracing::error!("{name}: {error:#}");
+            Err(error) if start.keep_going => {
+                tracing::error!("{name}: {}", explain(&error));
                 code = ExitCode::FAILURE;
             }
             Err(error) => {
@@ -88,16 +85,16 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, how: How) -> Result<Exi
     Ok(code)
 }
 
-/// Serves until the last export has ended; whether none lost a door before that. An export drains on
-/// its own: as long as that takes, all that happens to the others happens.
+/// Serves until the last export has ended; returns whether none lost a door before that. Each export drains in a
+/// thread of its own, so that the others are served meanwhile.
 fn await_the_end(
     mut exports: BTreeMap<String, Export>,
     inbox: &mpsc::Receiver<Event>,
 ) -> Result<bool> {
-    let mut well = true;
+    let mut all_doors_stayed = true;
     std::thread::scope(|scope| {
         while !exports.is_empty() {
-            match inbox.recv().context("nobody is left who could stop us")? {
+            match inbox.recv().context("the signal thread has ended")? {
                 Event::Signal(signal) => {
                     tracing::info!(exports = exports.len(), signal, "draining");
                     tell_manager(&[sd_notify::NotifyState::Stopping]);
@@ -122,21 +119,21 @@ fn await_the_end(
                         continue;
                     };
                     tracing::error!("{name}: the {door} door closed: {why}");
-                    well = false;
+                    all_doors_stayed = false;
                     if !export.close(door)
                         && let Some(export) = exports.remove(&name)
                     {
-                        tracing::error!("{name}: no door is left; the export ends");
+                        tracing::error!("{name}: the last door closed; stopping the export");
                         end_in(scope, export, Export::stop);
                     }
                 }
             }
         }
-        Ok(well)
+        Ok(all_doors_stayed)
     })
 }
 
-/// Signals become events; from here on they no longer end the process by themselves.
+/// Turns signals into events; from here on they no longer end the process by themselves.
 fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
     let mut signals = Signals::new(signals::that_end()).context("cannot handle signals")?;
     std::thread::Builder::new()
@@ -152,7 +149,7 @@ fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
     Ok(())
 }
 
-/// Ends all exports at once: each drains by itself.
+/// Ends all exports in parallel.
 fn end_all(exports: BTreeMap<String, Export>, end: fn(Export)) {
     std::thread::scope(|scope| {
         for export in exports.into_values() {
@@ -161,15 +158,15 @@ fn end_all(exports: BTreeMap<String, Export>, end: fn(Export)) {
     });
 }
 
-/// Ends an export in a thread of its own, or here if there can be none.
+/// Ends an export in a thread of its own, or in this one if none can be started.
 fn end_in<'scope>(scope: &'scope Scope<'scope, '_>, export: Export, end: fn(Export)) {
     let (hand, given) = mpsc::channel();
     let thread = std::thread::Builder::new().name("end".into());
     let spawned = thread.spawn_scoped(scope, move || given.into_iter().for_each(end));
     if let Err(error) = spawned {
-        tracing::warn!(%error, "cannot start a thread: all else waits for an export to end");
+        tracing::warn!(%error, "cannot start a thread: the other exports wait while this one drains");
     }
-    // Where no thread is, nobody takes it.
+    // The receiver is gone if there is no thread.
     if let Err(mpsc::SendError(export)) = hand.send(export) {
         end(export);
     }
@@ -185,7 +182,7 @@ fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
     }
     writeln!(out, "ready")?;
     out.flush()?;
-    let status = format!("serving {} exports", exports.len());
+    let status = format!("serving {}", count(exports.len(), "export"));
     tell_manager(&[
         sd_notify::NotifyState::Ready,
         sd_notify::NotifyState::Status(&status),
@@ -194,7 +191,7 @@ fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
 }
 
 fn tell_manager(state: &[sd_notify::NotifyState]) {
-    // Does nothing where there is no manager to tell.
+    // Does nothing if there is no service manager.
     if let Err(error) = sd_notify::notify(state) {
         tracing::warn!(%error, "cannot tell the service manager");
     }

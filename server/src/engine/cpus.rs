@@ -66,6 +66,30 @@ impl Cpus {
         self.0[usize::from(number) % self.0.len()]
     }
 
+    /// Checks that this process may run on each of them.
+    ///
+    /// # Errors
+    ///
+    /// When it may not, or one does not exist; the text says which there are.
+    pub fn check_usable(&self) -> Result<(), String> {
+        // It fails where there are more processors than the mask has room for; then threads find out.
+        let Ok(usable) = sched_getaffinity(None) else {
+            return Ok(());
+        };
+        match self.0.iter().find(|cpu| !usable.is_set(usize::from(**cpu))) {
+            Some(cpu) => {
+                let usable = (0..)
+                    .take(MAX)
+                    .filter(|cpu| usable.is_set(usize::from(*cpu)));
+                Err(format!(
+                    "processor {cpu} does not exist or is not allowed to this process: give some of {}",
+                    Self(usable.collect())
+                ))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// The processors whose bits are set in a mask, the lowest first, as far as an affinity mask of
     /// ours has room for them. `None` when there are none.
     #[must_use]
@@ -82,8 +106,8 @@ impl Cpus {
 
 /// Why a text is no list of processors.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is no list of processors below {MAX} like 0,2,4-7")]
-pub struct BadCpus(String);
+#[error("give processors below {MAX}, like 0,2,4-7")]
+pub struct BadCpus;
 
 /// Processors that an affinity mask has room for.
 const MAX: usize = CpuSet::MAX_CPU;
@@ -99,7 +123,7 @@ impl FromStr for Cpus {
                 (Ok(first), Ok(last)) if first <= last && usize::from(last) < MAX => {
                     cpus.extend(first..=last);
                 }
-                _ => return Err(BadCpus(text.to_owned())),
+                _ => return Err(BadCpus),
             }
         }
         Ok(Self(cpus.into()))
@@ -141,9 +165,18 @@ mod tests {
     #[test]
     fn what_is_no_list_of_processors_is_refused() {
         for bad in ["", ",", "1,", "a", "3-1", "-1", "1-", "1024", "0-70000"] {
-            let error = bad.parse::<Cpus>().unwrap_err().to_string();
-            assert!(error.contains(bad), "{error}");
+            assert_eq!(bad.parse::<Cpus>(), Err(BadCpus), "{bad}");
         }
+    }
+
+    #[test]
+    fn processors_that_cannot_be_used_are_refused() {
+        // SAFETY: asks where the thread is.
+        let here = unsafe { libc::sched_getcpu() };
+        let here: Cpus = here.to_string().parse().unwrap();
+        assert_eq!(here.check_usable(), Ok(()));
+        let error = Cpus::from(1023).check_usable().unwrap_err();
+        assert!(error.contains("processor 1023"), "{error}");
     }
 
     #[test]

@@ -1,81 +1,87 @@
-//! Points at which a test lets a server die, so that what it leaves on disk and in the driver can be
-//! looked at in every state on the way from one to the next.
+//! Crash points: places where a test has the server die as by SIGKILL, to look at what it leaves on disk and in
+//! the driver between any two steps.
+//!
+//! They work in builds with the feature `testing`. In all others a point is an empty function.
 
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+#[cfg(feature = "testing")]
+pub use armed::{POINTS, REQUEST_POINTS, VARIABLE};
 
-/// The environment variable that names the point: one of [`POINTS`], or one of [`REQUEST_POINTS`] with a
-/// colon and how many times a server passes it before it dies there, the last one included.
-pub const VARIABLE: &str = "UBLKUP_TEST_CRASH";
-
-/// The points, in the order in which a server that takes over from another passes them; the first
-/// ones are passed by the other.
-pub const POINTS: [&str; 13] = [
-    "asked-to-leave",
-    "quiesced",
-    "block-door-left",
-    "doors-left",
-    "claimed",
-    "mark-noted",
-    "device-added",
-    "before-start",
-    "disk-started",
-    "id-written",
-    "id-noted",
-    "export-written",
-    "export-noted",
-];
-
-/// The points on the way of a request of a vhost client whose requests are on record (`inflight.rs`), in
-/// the order in which it passes them; the last two are passed by a server that finds a record.
-pub const REQUEST_POINTS: [&str; 10] = [
-    "chain-numbered",
-    "chain-on-record",
-    "answer-linked",
-    "answer-in-batch",
-    "answer-written",
-    "answers-shown",
-    "answer-off-record",
-    "batch-noted",
-    "repair-begun",
-    "repair-done",
-];
-
-/// Ends the process at once, as SIGKILL does, if it was told to die here.
+/// Kills this process if the environment chose this point.
+#[inline(always)]
 pub fn point(name: &str) {
-    debug_assert!(POINTS.contains(&name), "{name}");
-    if std::env::var_os(VARIABLE).is_some_and(|at| at == name) {
-        die();
-    }
+    #[cfg(feature = "testing")]
+    armed::reach(name);
+    #[cfg(not(feature = "testing"))]
+    let _ = name;
 }
 
-/// As [`point`], on the way of a request. Only in builds with debug assertions: it would cost others
-/// time.
+/// As [`point`], on the way of a request.
 #[inline(always)]
 pub fn request_point(name: &str) {
-    if cfg!(debug_assertions) {
-        count_down(name);
-    }
+    point(name);
 }
 
-fn count_down(name: &str) {
-    static WHERE: OnceLock<Option<(String, AtomicU64)>> = OnceLock::new();
-    debug_assert!(REQUEST_POINTS.contains(&name), "{name}");
-    let chosen = WHERE.get_or_init(|| {
-        let value = std::env::var(VARIABLE).ok()?;
-        let (point, times) = value.split_once(':')?;
-        Some((point.to_owned(), AtomicU64::new(times.parse().ok()?)))
-    });
-    if let Some((point, times)) = chosen
-        && point == name
-        && times.fetch_sub(1, Ordering::Relaxed) == 1
-    {
-        die();
-    }
-}
+#[cfg(feature = "testing")]
+mod armed {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
-fn die() {
-    let ourselves = rustix::process::getpid();
-    // It cannot fail: every process may signal itself.
-    let _ = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
+    use rustix::process::{Signal, getpid, kill_process};
+
+    /// The environment variable that chooses a point: its name, or the name, a colon and a number N, to die
+    /// when the point is reached for the Nth time.
+    pub const VARIABLE: &str = "UBLKUP_TEST_CRASH";
+
+    /// The points of a take-over, in the order in which they are reached: the first four by the server that
+    /// leaves, the others by the one that follows.
+    pub const POINTS: [&str; 13] = [
+        "asked-to-leave",
+        "quiesced",
+        "block-door-left",
+        "doors-left",
+        "claimed",
+        "mark-noted",
+        "device-added",
+        "before-start",
+        "disk-started",
+        "id-written",
+        "id-noted",
+        "export-written",
+        "export-noted",
+    ];
+
+    /// The points of a request of a vhost-user client with an in-flight record, in the order in which they are
+    /// reached; the last two by a server that finds a record.
+    pub const REQUEST_POINTS: [&str; 10] = [
+        "chain-numbered",
+        "chain-on-record",
+        "answer-linked",
+        "answer-in-batch",
+        "answer-written",
+        "answers-shown",
+        "answer-off-record",
+        "batch-noted",
+        "repair-begun",
+        "repair-done",
+    ];
+
+    pub(super) fn reach(name: &str) {
+        static CHOSEN: OnceLock<Option<(String, AtomicU64)>> = OnceLock::new();
+        debug_assert!(
+            POINTS.contains(&name) || REQUEST_POINTS.contains(&name),
+            "{name}"
+        );
+        let chosen = CHOSEN.get_or_init(|| {
+            let value = std::env::var(VARIABLE).ok()?;
+            let (point, nth) = value.split_once(':').unwrap_or((&value, "1"));
+            Some((point.to_owned(), AtomicU64::new(nth.parse().ok()?)))
+        });
+        if let Some((point, left)) = chosen
+            && point == name
+            && left.fetch_sub(1, Ordering::Relaxed) == 1
+        {
+            // A process may always signal itself.
+            let _ = kill_process(getpid(), Signal::KILL);
+        }
+    }
 }

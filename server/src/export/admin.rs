@@ -314,7 +314,7 @@ fn answer_with<A: Serialize>(result: Result<A>) -> serde_json::Result<String> {
     match result {
         Ok(answer) => serde_json::to_string(&answer),
         Err(error) => serde_json::to_string(&Refused {
-            error: format!("{error:#}"),
+            error: super::explain(&error),
         }),
     }
 }

@@ -19,7 +19,7 @@ use crate::request::format_size;
 impl Shared {
     /// Whether another server could go on with this export.
     pub(super) fn may_leave(&self) -> Result<()> {
-        if let StorageSpec::Memory { .. } = self.config.backend {
+        if let StorageSpec::Memory { .. } = self.config.storage {
             bail!("what is in memory goes with its server");
         }
         if let Some((door, _)) = &self.doors().ublk
@@ -124,10 +124,7 @@ impl admin::Service for Shared {
             .into(),
             access: self.access.state(),
             pid: std::process::id(),
-            backend: match config.faults.is_empty() {
-                true => config.backend.to_string(),
-                false => format!("fault:…;{}", config.backend),
-            },
+            backend: config.storage_text(),
             size_bytes: limits.capacity.bytes(),
             block_bytes: limits.block_bytes,
             read_only: limits.read_only,

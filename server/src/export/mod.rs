@@ -10,11 +10,13 @@
 //! | `upgrade.rs`       | clients that come by the block device's descriptor       |
 //! | `runtime_dir.rs`   | which exports this machine serves: `/run/ublkup`         |
 //! | `name_lock.rs`     | the lock of one name, and the notes below it             |
+//! | `explain.rs`       | errors as users read them                                |
 
 pub mod admin;
 mod admin_service;
 mod event;
 pub mod name_lock;
+mod explain;
 mod open;
 pub mod runtime_dir;
 mod shared;
@@ -27,6 +29,7 @@ use std::sync::{Arc, Condvar, Mutex, mpsc};
 use anyhow::{Context, Result};
 
 pub use event::{Door, Event};
+pub use explain::explain;
 pub use open::remove_stale_device;
 
 use crate::config::ExportConfig;
@@ -199,7 +202,7 @@ impl Export {
 
 /// Notes what is served, and listens to those who ask for it.
 fn publish(shared: &Arc<Shared>, claim: &NameLock) -> Result<Listening> {
-    let served = serde_json::to_string(&shared.config.served_as)?;
+    let served = serde_json::to_string(&shared.config.saved)?;
     claim
         .note_served(&served)
         .with_context(|| format!("cannot write to {}", claim.folder().display()))?;

@@ -22,7 +22,9 @@ use crate::engine::crash;
 use crate::engine::{Storage, StorageControl};
 use crate::request::Limits;
 use crate::request::format_size;
-use crate::storage::{Fault, File, FileOptions, Memory, Null};
+#[cfg(feature = "testing")]
+use crate::storage::Fault;
+use crate::storage::{File, FileOptions, Memory, Null};
 
 /// Largest discard of null and memory disks.
 const MAX_DISCARD_BYTES: u64 = 1 << 30;
@@ -54,7 +56,7 @@ pub(super) type Opened = (Doors, Arc<dyn StorageControl>, Arc<Ownership>);
 impl Opening<'_> {
     pub(super) fn open_backend(&self) -> Result<Opened> {
         let config = self.config;
-        match &config.backend {
+        match &config.storage {
             StorageSpec::Null { size_bytes } => {
                 self.open(Null::new(plain_limits(config, *size_bytes)))
             }
@@ -79,11 +81,12 @@ impl Opening<'_> {
 
     /// Opens the doors, with fault injection if that is configured.
     fn open<B: Storage>(&self, disk: B) -> Result<Opened> {
-        if self.config.faults.is_empty() {
-            return self.open_doors(disk);
+        #[cfg(feature = "testing")]
+        if !self.config.faults.is_empty() {
+            tracing::warn!("{}: fault injection is on", self.config.name);
+            return self.open_doors(Fault::new(disk, self.config.faults.clone()));
         }
-        tracing::warn!("{}: fault injection is on", self.config.name);
-        self.open_doors(Fault::new(disk, self.config.faults.clone()))
+        self.open_doors(disk)
     }
 
     fn open_doors<B: Storage>(&self, disk: B) -> Result<Opened> {
@@ -303,7 +306,7 @@ fn vhost_socket(config: &ExportConfig, claim: &NameLock) -> Option<PathBuf> {
 
 /// What happens to the block device when this server dies.
 fn recovery(config: &ExportConfig) -> Recovery {
-    match (config.recovery, &config.backend) {
+    match (config.recovery, &config.storage) {
         (asked_for, StorageSpec::File { .. }) => asked_for,
         // The contents are lost with the server, so requests must fail.
         (Recovery::Auto, _) => Recovery::Off,

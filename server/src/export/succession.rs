@@ -80,7 +80,7 @@ fn may_succeed(old: &ExportStatus, config: &ExportConfig) -> Result<()> {
     if old.read_only != config.read_only {
         bail!("read-only or not, it must be as it was");
     }
-    let size_bytes = match &config.backend {
+    let size_bytes = match &config.storage {
         StorageSpec::Memory { .. } => bail!("what is in memory goes with its server"),
         StorageSpec::Null { size_bytes } => *size_bytes,
         StorageSpec::File { path, .. } => {

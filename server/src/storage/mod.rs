@@ -4,11 +4,13 @@
 //! thread makes a [`StorageQueue`](crate::engine::StorageQueue) of its own from it and then needs
 //! no lock: a queue puts its work on the thread's ring.
 
+#[cfg(feature = "testing")]
 mod fault;
 mod file;
 mod memory;
 mod null;
 
+#[cfg(feature = "testing")]
 pub use fault::{BadRule, Fault, Rule};
 pub use file::{CacheMode, File, FileOptions, OpenError};
 pub use memory::Memory;

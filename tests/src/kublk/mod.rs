@@ -370,7 +370,7 @@ fn features() -> Result<()> {
     let checks: serde_json::Value = serde_json::from_str(&doctor.stdout)?;
     let finding = checks
         .as_array()
-        .and_then(|checks| checks.iter().find(|check| check["what"] == "block door"))
+        .and_then(|checks| checks.iter().find(|check| check["what"] == "ublk"))
         .and_then(|check| check["finding"].as_str())
         .context("doctor says nothing of the block door")?;
     let offered = finding

@@ -1,8 +1,14 @@
-//! A disk of a guest: what the user said about it, and QEMU's options for it.
+//! A disk of a guest: what the user wrote, and QEMU's options for it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::memory::{Bus, pairs};
+use anyhow::{Context, Result};
+use upgrade_proto::{Connection, Route};
+
+use super::memory::Bus;
+use super::words::pairs;
+use crate::config::commas::escape;
+use crate::export::upgrade::SERVICE;
 
 /// `DEVICE[,key=value…]`: a block device, and properties for the guest's disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +46,7 @@ impl std::str::FromStr for Disk {
 
 /// Where the guest's requests go.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Link {
+pub enum Target {
     /// To the service, at this socket address.
     Service {
         /// What QEMU's chardev connects to.
@@ -55,33 +61,48 @@ pub enum Link {
     },
 }
 
-/// QEMU's pause between attempts to come back to a server that went away.
+/// QEMU's pause between attempts to connect again to a server that went away.
 pub const RECONNECT_MS: u32 = 1000;
 
-/// The kernel's address of the service behind descriptor `fd` of the process that uses it.
-#[must_use]
-pub fn fd_address(fd: i32) -> String {
-    format!("/dev/self/fd/{fd}/{}", crate::export::upgrade::SERVICE)
+/// What QEMU's chardev connects to, now and whenever the server comes back. `fd` is the descriptor of the block
+/// device in QEMU's process.
+///
+/// # Errors
+///
+/// When a path is not UTF-8, which QEMU's options are.
+pub fn service_address(connection: &Connection, fd: i32) -> Result<String> {
+    match connection.route() {
+        Route::Kernel => Ok(fd_address(fd)),
+        Route::Registry => {
+            let entry = connection.entry().and_then(Path::to_str);
+            let entry = entry.context("the registry's path is not UTF-8")?;
+            Ok(entry.to_owned())
+        }
+    }
+}
+
+fn fd_address(fd: i32) -> String {
+    format!("/dev/self/fd/{fd}/{SERVICE}")
 }
 
 /// QEMU's name for a virtio disk.
 #[must_use]
-pub fn driver(bus: Bus, link: &Link) -> &'static str {
-    match (link, bus) {
-        (Link::Service { .. }, Bus::Pci) => "vhost-user-blk-pci",
-        (Link::Service { .. }, Bus::Mmio) => "vhost-user-blk",
-        (Link::Block { .. }, Bus::Pci) => "virtio-blk-pci",
-        (Link::Block { .. }, Bus::Mmio) => "virtio-blk-device",
+pub fn driver(bus: Bus, target: &Target) -> &'static str {
+    match (target, bus) {
+        (Target::Service { .. }, Bus::Pci) => "vhost-user-blk-pci",
+        (Target::Service { .. }, Bus::Mmio) => "vhost-user-blk",
+        (Target::Block { .. }, Bus::Pci) => "virtio-blk-pci",
+        (Target::Block { .. }, Bus::Mmio) => "virtio-blk-device",
     }
 }
 
 impl Disk {
     /// QEMU's options for this disk, the `index`th.
     #[must_use]
-    pub fn options(&self, index: usize, bus: Bus, link: &Link) -> Vec<String> {
+    pub fn options(&self, index: usize, bus: Bus, target: &Target) -> Vec<String> {
         let name = format!("ublkup-{index}");
-        let (host, node) = match link {
-            Link::Service { address } => (
+        let (host, node) = match target {
+            Target::Service { address } => (
                 [
                     "-chardev".to_owned(),
                     format!(
@@ -91,7 +112,7 @@ impl Disk {
                 ],
                 "chardev",
             ),
-            Link::Block {
+            Target::Block {
                 filename,
                 read_only,
             } => (
@@ -107,7 +128,7 @@ impl Disk {
                 "drive",
             ),
         };
-        let mut device = format!("{},{node}={name}", driver(bus, link));
+        let mut device = format!("{},{node}={name}", driver(bus, target));
         if !self.properties.iter().any(|(key, _)| key == "id") {
             device.push_str(&format!(",id={name}"));
         }
@@ -120,63 +141,49 @@ impl Disk {
     }
 }
 
-fn escape(text: &str) -> String {
-    text.replace(',', ",,")
-}
-
-/// A word as a shell reads it.
-#[must_use]
-pub fn quote(word: &str) -> String {
-    let plain = |letter: char| letter.is_ascii_alphanumeric() || "@%+=:,./_-".contains(letter);
-    if !word.is_empty() && word.chars().all(plain) {
-        return word.to_owned();
-    }
-    format!("'{}'", word.replace('\'', r"'\''"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn options(text: &str, bus: Bus, link: &Link) -> String {
+    fn options(text: &str, bus: Bus, target: &Target) -> String {
         let disk: Disk = text.parse().unwrap();
-        disk.options(1, bus, link).join(" ")
+        disk.options(1, bus, target).join(" ")
     }
 
     #[test]
     fn a_disk_becomes_a_chardev_and_a_device() {
-        let link = Link::Service {
+        let target = Target::Service {
             address: fd_address(9),
         };
         assert_eq!(
-            options("/dev/ublkb0", Bus::Pci, &link),
+            options("/dev/ublkb0", Bus::Pci, &target),
             "-chardev socket,id=ublkup-1,path=/dev/self/fd/9/vhost-user-blk,reconnect-ms=1000 \
              -device vhost-user-blk-pci,chardev=ublkup-1,id=ublkup-1"
         );
         assert_eq!(
-            options("/dev/ublkb0,id=root,bootindex=1", Bus::Mmio, &link),
+            options("/dev/ublkb0,id=root,bootindex=1", Bus::Mmio, &target),
             "-chardev socket,id=ublkup-1,path=/dev/self/fd/9/vhost-user-blk,reconnect-ms=1000 \
              -device vhost-user-blk,chardev=ublkup-1,id=root,bootindex=1"
         );
-        let link = Link::Service {
+        let target = Target::Service {
             address: "/run/a,b".into(),
         };
-        assert!(options("/dev/ublkb0", Bus::Pci, &link).contains("path=/run/a,,b,"));
+        assert!(options("/dev/ublkb0", Bus::Pci, &target).contains("path=/run/a,,b,"));
     }
 
     #[test]
     fn a_disk_without_service_becomes_a_block_node_on_the_same_descriptor() {
-        let link = Link::Block {
+        let target = Target::Block {
             filename: "/proc/self/fd/9".into(),
             read_only: true,
         };
         assert_eq!(
-            options("/dev/ublkb0,num-queues=2", Bus::Pci, &link),
+            options("/dev/ublkb0,num-queues=2", Bus::Pci, &target),
             "-blockdev driver=host_device,node-name=ublkup-1,filename=/proc/self/fd/9,\
              cache.direct=on,cache.no-flush=off,discard=unmap,read-only=on \
              -device virtio-blk-pci,drive=ublkup-1,id=ublkup-1,num-queues=2"
         );
-        assert!(options("/dev/ublkb0", Bus::Mmio, &link).contains("-device virtio-blk-device,"));
+        assert!(options("/dev/ublkb0", Bus::Mmio, &target).contains("-device virtio-blk-device,"));
     }
 
     #[test]
@@ -192,17 +199,5 @@ mod tests {
         }
         let disk: Disk = "/dev/a,,b".parse().unwrap();
         assert_eq!(disk.path, PathBuf::from("/dev/a,b"));
-    }
-
-    #[test]
-    fn a_shell_reads_a_quoted_word_as_it_was() {
-        for word in ["plain", "", "two words", "it's", "$HOME `x` \"", "a,b=c/d"] {
-            let out = std::process::Command::new("sh")
-                .args(["-c", &format!("printf %s {}", quote(word))])
-                .output()
-                .unwrap();
-            assert_eq!(String::from_utf8_lossy(&out.stdout), word);
-        }
-        assert_eq!(quote("id=a,b"), "id=a,b");
     }
 }

@@ -14,11 +14,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
-use upgrade_proto::{Connection, DiskClaim, Route};
+use upgrade_proto::DiskClaim;
 
-use super::disk::{RECONNECT_MS, fd_address};
+use super::disk::{RECONNECT_MS, service_address};
 use super::qmp::Qmp;
-use crate::command::probe::{Found, NOT_UPGRADABLE, lookup, service};
+use crate::command::cli::NOT_UPGRADABLE;
+use crate::command::probe::{Found, lookup, service};
 
 /// How long a guest may take to let go of a disk.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(60);
@@ -55,7 +56,7 @@ struct OldDisk {
 ///
 /// When QEMU or the device cannot be used, or a step failed; the message says in which state the
 /// guest is.
-pub fn run(socket: &Path, wanted: &str, runtime_dir: Option<&Path>) -> Result<ExitCode> {
+pub fn move_disk(socket: &Path, wanted: &str, runtime_dir: Option<&Path>) -> Result<ExitCode> {
     let mut qmp = Qmp::connect(socket)?;
     match upgrade(&mut qmp, wanted, runtime_dir) {
         Ok(said) => {
@@ -84,7 +85,7 @@ fn upgrade(qmp: &mut Qmp, wanted: &str, runtime_dir: Option<&Path>) -> Result<St
     // QEMU keeps the claim as long as it lives, and finds the service again through it.
     let given = hand_over(qmp, &claim)?;
     let route = connection.route().name();
-    let exchanged = address(&connection, given.fd).and_then(|address| {
+    let exchanged = service_address(&connection, given.fd).and_then(|address| {
         // The server takes one client at a time.
         drop(connection);
         exchange(qmp, &old, &address, || Ok(claim.settle()?))
@@ -104,7 +105,7 @@ fn upgrade(qmp: &mut Qmp, wanted: &str, runtime_dir: Option<&Path>) -> Result<St
 }
 
 /// Unplugs the old device and plugs the new one in, or else the old one again. `settle` empties the
-/// page cache once nobody uses the block device any more.
+/// page cache when the guest has closed the block device.
 fn exchange(
     qmp: &mut Qmp,
     old: &OldDisk,
@@ -300,13 +301,6 @@ fn hand_over(qmp: &mut Qmp, claim: &DiskClaim) -> Result<Given> {
     Ok(Given {
         fd: RawFd::try_from(fd)?,
         set,
-    })
-}
-
-fn address(connection: &Connection, fd: RawFd) -> Result<String> {
-    Ok(match (connection.route(), connection.entry()) {
-        (Route::Registry, Some(entry)) => entry.to_str().context("not UTF-8")?.to_owned(),
-        _ => fd_address(fd),
     })
 }
 

@@ -1,7 +1,9 @@
-//! What a QEMU command line says about the guest's memory and board, as far as vhost-user cares:
-//! a server maps the guest's memory, so all of it must be in shared memory backends.
+//! What a QEMU command line says about the guest's memory and board. A vhost-user server maps the guest's memory, so
+//! all of it must be in shared memory backends.
 
 use std::collections::BTreeMap;
+
+use super::words::pairs;
 
 /// How disks are attached to the board.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,7 +14,7 @@ pub enum Bus {
     Mmio,
 }
 
-/// What was understood of a command line.
+/// What matters here of a command line.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Board {
     /// The bus for disks.
@@ -24,7 +26,7 @@ pub struct Board {
 /// The name of the memory backend that is added.
 const BACKEND: &str = "ublkup-memory";
 
-/// QEMU's memory for boards that are not told a size.
+/// QEMU's memory size by default.
 const DEFAULT_SIZE: &str = "128M";
 
 /// Options whose value may look like an option.
@@ -34,8 +36,8 @@ const VERBATIM: [&str; 4] = ["append", "name", "fw_cfg", "smbios"];
 ///
 /// # Errors
 ///
-/// When they do not go with vhost-user, or cannot be understood; in words for the user.
-pub fn understand(words: &[String]) -> Result<Board, String> {
+/// When they cannot be read or exclude vhost-user; the text says what to write instead.
+pub fn parse_command_line(words: &[String]) -> Result<Board, String> {
     let mut seen = Seen::default();
     let mut rest = words.iter();
     while let Some(word) = rest.next() {
@@ -99,29 +101,6 @@ fn option_name(word: &str) -> Option<&str> {
     let name = word.strip_prefix('-')?;
     let name = name.strip_prefix('-').unwrap_or(name);
     (!name.is_empty()).then_some(name)
-}
-
-/// `key=value,…` as QEMU reads it: `,,` is a comma, a bare first word is the value of `first`, any
-/// other bare word is a switch.
-pub fn pairs(text: &str, first: &str) -> Vec<(String, String)> {
-    let mut parts = vec![String::new()];
-    let mut letters = text.chars().peekable();
-    while let Some(letter) = letters.next() {
-        match letter {
-            ',' if letters.peek() == Some(&',') => {
-                letters.next();
-                parts.last_mut().expect("never empty").push(',');
-            }
-            ',' => parts.push(String::new()),
-            _ => parts.last_mut().expect("never empty").push(letter),
-        }
-    }
-    let split = |(index, part): (usize, String)| match part.split_once('=') {
-        Some((key, value)) => (key.to_owned(), value.to_owned()),
-        None if index == 0 => (first.to_owned(), part),
-        None => (part, "on".to_owned()),
-    };
-    parts.into_iter().enumerate().map(split).collect()
 }
 
 /// An option that may be given several times: later keys win.
@@ -205,7 +184,7 @@ impl Seen {
         }
     }
 
-    /// The options for a shared memory backend; none if the user has seen to it.
+    /// The options for a shared memory backend; none if the command line has one.
     fn missing_memory(&self) -> Result<Vec<String>, String> {
         let machine = self.machine.get("memory-backend");
         let machine = machine.map(|id| (id.clone(), "-machine memory-backend"));
@@ -270,7 +249,7 @@ mod tests {
     }
 
     fn added(line: &str) -> Result<String, String> {
-        understand(&words(line)).map(|board| board.shared_memory.join(" "))
+        parse_command_line(&words(line)).map(|board| board.shared_memory.join(" "))
     }
 
     fn memfd(size: &str) -> String {
@@ -345,7 +324,7 @@ mod tests {
             ("-machine type=microvm", Bus::Mmio),
             ("-M microvm -machine pcie=on", Bus::Pci),
         ] {
-            assert_eq!(understand(&words(line)).unwrap().bus, bus, "{line}");
+            assert_eq!(parse_command_line(&words(line)).unwrap().bus, bus, "{line}");
         }
         let own = "-M microvm -global virtio-mmio.force-legacy=false";
         assert!(!added(own).unwrap().contains("-global"));
@@ -354,12 +333,5 @@ mod tests {
                 .unwrap()
                 .starts_with("-global virtio-mmio.force-legacy=false")
         );
-    }
-
-    #[test]
-    fn a_doubled_comma_is_a_comma() {
-        let got = pairs("/dev/a,,b,id=x,,y,on", "path");
-        let want = [("path", "/dev/a,b"), ("id", "x,y"), ("on", "on")];
-        assert_eq!(got, want.map(|(key, value)| (key.into(), value.into())));
     }
 }

@@ -13,10 +13,10 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use serde_json::{Value, json};
 
 /// How long QEMU may take to answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// The longest answer that is read; QEMU's are some kilobytes.
-const LONGEST_BYTES: usize = 16 << 20;
+const MAX_ANSWER_BYTES: usize = 16 << 20;
 
 /// A session with one monitor.
 #[derive(Debug)]
@@ -35,22 +35,22 @@ pub struct Refusal {
 }
 
 impl Qmp {
-    /// Connects to a monitor and leaves its negotiation behind.
+    /// Connects to a monitor and completes the capabilities negotiation.
     ///
     /// # Errors
     ///
-    /// When nobody answers there, or something that is not QEMU.
+    /// When there is no answer, or none of QEMU.
     pub fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket)
             .with_context(|| format!("cannot connect to QEMU at {}", socket.display()))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(ANSWER_LIMIT))?;
         let mut qmp = Self {
             stream,
             unread: Vec::new(),
             events: VecDeque::new(),
         };
         let greeting = qmp
-            .message(Instant::now() + PATIENCE)?
+            .message(Instant::now() + ANSWER_LIMIT)?
             .context("it does not greet: another client may be connected to this monitor")?;
         if greeting.get("QMP").is_none() {
             bail!("{} is not a QMP socket", socket.display());
@@ -88,7 +88,7 @@ impl Qmp {
         line.push('\n');
         self.send(line.as_bytes(), fds)
             .with_context(|| format!("cannot send {name}"))?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + ANSWER_LIMIT;
         loop {
             let Some(mut message) = self.message(deadline)? else {
                 bail!("QEMU does not answer {name}");
@@ -163,7 +163,7 @@ impl Qmp {
                 let message = serde_json::from_slice(&line).context("QEMU's answer is no JSON")?;
                 return Ok(Some(message));
             }
-            if self.unread.len() > LONGEST_BYTES {
+            if self.unread.len() > MAX_ANSWER_BYTES {
                 bail!("QEMU's answer does not end");
             }
             let left = deadline.saturating_duration_since(Instant::now());

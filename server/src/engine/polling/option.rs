@@ -30,8 +30,8 @@ impl Default for Polling {
 
 /// A string that is not a polling time.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is neither a number of microseconds (0 to {MAX_POLL_US}) nor 'always'")]
-pub struct BadPolling(String);
+#[error("give a number of microseconds (0 to {MAX_POLL_US}) or 'always'")]
+pub struct BadPolling;
 
 impl FromStr for Polling {
     type Err = BadPolling;
@@ -45,7 +45,7 @@ impl FromStr for Polling {
             Ok(longest @ ..=MAX_POLL_US) => {
                 Ok(Self::Adaptive(Duration::from_micros(longest.into())))
             }
-            _ => Err(BadPolling(text.to_owned())),
+            _ => Err(BadPolling),
         }
     }
 }
@@ -67,18 +67,8 @@ impl serde::Serialize for Polling {
 }
 
 impl<'de> serde::Deserialize<'de> for Polling {
-    /// A number of microseconds, or a text like on the command line.
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(serde::Deserialize)]
-        #[serde(untagged, expecting = "a number of microseconds or \"always\"")]
-        enum Either {
-            Number(u32),
-            Text(String),
-        }
-        let text = match Either::deserialize(deserializer)? {
-            Either::Number(number) => number.to_string(),
-            Either::Text(text) => text,
-        };
+        let text = String::deserialize(deserializer)?;
         text.parse().map_err(serde::de::Error::custom)
     }
 }

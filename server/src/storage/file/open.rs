@@ -20,7 +20,7 @@ use crate::io::AnonymousMemory;
 use crate::request::{Limits, MAX_DISK_BYTES, Serial};
 
 /// How a file disk uses the host's page cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum CacheMode {
     /// `O_DIRECT` where the file system supports it, else through the page cache.
     #[default]

@@ -1,0 +1,361 @@
+//! The options of an export, each of them once: the fields of [`ExportOptions`] are options of `serve`, keys of a
+//! SPEC, keys of `[defaults]` and `[[export]]` in a configuration file, and rows of `docs/export-options.md`.
+
+use std::error::Error;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+
+use clap::error::{ContextKind, ErrorKind};
+use clap::{ArgMatches, Args, Command};
+
+use crate::door::ublk::{DataPath, Recovery};
+use crate::engine::cpus::Cpus;
+use crate::engine::polling::Polling;
+use crate::request::Serial;
+
+/// Whether a door is to be opened.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum DoorMode {
+    /// Open it where this machine can, else say once that it stays closed
+    #[default]
+    Auto,
+    /// Open it or fail
+    Yes,
+    /// Leave it closed
+    No,
+}
+
+/// Most queues of an export. The kernel's ublk driver allows more.
+pub const MAX_QUEUES: u16 = 64;
+
+/// Most requests in flight for each queue.
+pub const MAX_DEPTH: u16 = 1024;
+
+/// Longest time for which a disk is kept for a client that died.
+const MAX_GRACE_SECONDS: u32 = 3600;
+
+/// What may be said of an export; everything may be missing.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct ExportOptions {
+    /// Name the export, if it is the only one [default: NAME of the SPEC, else the file's name or the kind]
+    #[arg(long)]
+    pub name: Option<String>,
+
+    /// Refuse writes at both doors [default: off]
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true,
+        default_missing_value = "on", value_parser = switch)]
+    pub read_only: Option<bool>,
+
+    /// Give the disk a serial number of up to 20 printable ASCII characters, if it is the only one [default: the
+    /// first 20 characters of the name]
+    #[arg(long, value_name = "TEXT", value_parser = serial)]
+    pub serial: Option<String>,
+
+    /// Give the disk logical blocks of 512, 1024, 2048 or 4096 bytes [default: what the storage takes, else 512]
+    #[arg(long, value_name = "BYTES", value_parser = block_size)]
+    pub block_size: Option<u32>,
+
+    /// Serve the disk as a block device, /dev/ublkbN [default: auto]
+    #[arg(long, value_enum)]
+    pub ublk: Option<DoorMode>,
+
+    /// Ask for this N of /dev/ublkbN, if the export is the only one [default: the kernel's choice]
+    #[arg(long, value_name = "N")]
+    pub ublk_id: Option<u32>,
+
+    /// Choose how data gets from the block device to the storage and back [default: auto]
+    #[arg(long, value_enum)]
+    pub ublk_data: Option<DataPath>,
+
+    /// Run each queue thread of the block device only on the processors whose requests the kernel gives to its queue
+    /// [default: yes with several queues, unless cpus is given or this process may not use all processors]
+    #[arg(long, value_name = "yes|no", num_args = 0..=1, require_equals = true,
+        default_missing_value = "yes", value_parser = switch)]
+    pub ublk_affinity: Option<bool>,
+
+    /// Keep the kernel from looking for partitions on the block device (Linux 7.0) [default: off]
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true,
+        default_missing_value = "on", value_parser = switch)]
+    pub no_partition_scan: Option<bool>,
+
+    /// Choose what becomes of the block device when this server dies [default: auto]
+    #[arg(long, value_enum)]
+    pub ublk_recovery: Option<Recovery>,
+
+    /// Serve the disk at a vhost-user-blk socket [default: auto]
+    #[arg(long, value_enum)]
+    pub vhost: Option<DoorMode>,
+
+    /// Listen for vhost-user clients here, if the export is the only one [default: in the runtime directory]
+    #[arg(long, value_name = "PATH")]
+    pub vhost_socket: Option<PathBuf>,
+
+    /// Offer this many queues at each door [default: one for each processor, at most 4]
+    #[arg(long, value_name = "N", value_parser = number(1..=MAX_QUEUES))]
+    pub queues: Option<u16>,
+
+    /// Serve the queues of a vhost-user client with this many threads, in turns; each queue of the block device has
+    /// a thread of its own [default: one for each queue]
+    #[arg(long, value_name = "N", value_parser = number(1..=MAX_QUEUES))]
+    pub vhost_threads: Option<u16>,
+
+    /// Pin the memory of vhost-user clients, for files around the page cache: less work for each request. Not for
+    /// guests with a balloon, free page reporting or virtio-mem, whose data it would damage [default: off]
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true,
+        default_missing_value = "on", value_parser = switch)]
+    pub vhost_pin_memory: Option<bool>,
+
+    /// Let guests move by live migration [default: off]: a second client may connect, and takes the disk over when
+    /// the first has stopped for it. With ublk=no the file is claimed only while a guest has it, so that the guest
+    /// may also move to another server that has this option
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true,
+        default_missing_value = "on", value_parser = switch)]
+    pub migration: Option<bool>,
+
+    /// Let this many requests of each ublk queue be in flight [default: 128]
+    #[arg(long, value_name = "N", value_parser = number(1..=MAX_DEPTH))]
+    pub depth: Option<u16>,
+
+    /// Poll for this many microseconds before an idle queue thread sleeps, where that has paid off lately [default:
+    /// 100]; 0: never; always: never sleep, and keep a processor busy
+    #[arg(long, value_name = "N|always")]
+    pub poll_us: Option<Polling>,
+
+    /// Run the queue threads of each door on these processors, like 2,4-7: one each, from the first again when
+    /// there are more threads [default: anywhere]
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<Cpus>,
+
+    /// Keep the disk for a vhost-user client that died for this many seconds, before the block device is writable
+    /// again [default: 10]
+    #[arg(long, value_name = "SECONDS", value_parser = number(0..=MAX_GRACE_SECONDS))]
+    pub reconnect_grace: Option<u32>,
+}
+
+impl ExportOptions {
+    /// The options given that several exports cannot share, as on the command line.
+    pub fn unshareable(&self) -> impl Iterator<Item = &'static str> {
+        [
+            ("--name", self.name.is_some()),
+            ("--serial", self.serial.is_some()),
+            ("--ublk-id", self.ublk_id.is_some()),
+            ("--vhost-socket", self.vhost_socket.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(flag, given)| given.then_some(flag))
+    }
+}
+
+/// Why a key, or its value, is refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadOption {
+    /// There is no such key.
+    #[error("{key}: unknown key{}", .similar.as_ref().map_or(String::new(), |similar| format!("; did you mean '{similar}'?")))]
+    Unknown {
+        /// The key.
+        key: String,
+        /// One that looks like it.
+        similar: Option<String>,
+    },
+    /// The value is missing or not allowed.
+    #[error("{key}: {why}")]
+    Invalid {
+        /// The key.
+        key: String,
+        /// The value, and what is allowed.
+        why: String,
+    },
+}
+
+impl BadOption {
+    /// The key that is refused.
+    pub fn key(&self) -> &str {
+        match self {
+            Self::Unknown { key, .. } | Self::Invalid { key, .. } => key,
+        }
+    }
+}
+
+/// Reads options given as keys and values, with the parser of the command line. The result updates options that
+/// were given elsewhere with [`clap::FromArgMatches::update_from_arg_matches`].
+pub(super) fn read_keys<'a, A: Args>(
+    pairs: impl IntoIterator<Item = (&'a str, Option<&'a str>)>,
+) -> Result<ArgMatches, BadOption> {
+    let mut words = Vec::new();
+    for (key, value) in pairs {
+        if key.is_empty() || key.starts_with('-') {
+            return Err(BadOption::Unknown {
+                key: key.to_owned(),
+                similar: None,
+            });
+        }
+        words.push(match value {
+            Some(value) => format!("--{key}={value}"),
+            None => format!("--{key}"),
+        });
+    }
+    A::augment_args(Command::new("keys"))
+        .no_binary_name(true)
+        .disable_help_flag(true)
+        .args_override_self(true)
+        .try_get_matches_from(words)
+        .map_err(|error| refusal(&error))
+}
+
+/// The key and the reason out of an error of the command line's parser.
+fn refusal(error: &clap::Error) -> BadOption {
+    let context = |kind| error.get(kind).map(ToString::to_string);
+    let key_of = |argument: String| {
+        let name = argument.trim_start_matches('-');
+        name.split([' ', '=', '['])
+            .next()
+            .unwrap_or(name)
+            .to_owned()
+    };
+    let key = context(ContextKind::InvalidArg).map_or(String::new(), key_of);
+    if error.kind() == ErrorKind::UnknownArgument {
+        let similar = context(ContextKind::SuggestedArg).map(key_of);
+        return BadOption::Unknown { key, similar };
+    }
+    let value = context(ContextKind::InvalidValue).unwrap_or_default();
+    let values = context(ContextKind::ValidValue).filter(|values| !values.is_empty());
+    let allowed = match (error.source(), values) {
+        (Some(source), _) => source.to_string(),
+        (None, Some(values)) => format!("give one of {values}"),
+        (None, None) => "give a value".to_owned(),
+    };
+    let why = match value.is_empty() {
+        true => allowed,
+        false => format!("invalid value '{value}': {allowed}"),
+    };
+    BadOption::Invalid { key, why }
+}
+
+fn switch(text: &str) -> Result<bool, &'static str> {
+    match text {
+        "on" | "yes" | "true" => Ok(true),
+        "off" | "no" | "false" => Ok(false),
+        _ => Err("give on or off"),
+    }
+}
+
+fn number<T>(allowed: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String> + Clone
+where
+    T: std::str::FromStr + PartialOrd + std::fmt::Display + Clone,
+{
+    move |text| {
+        text.parse()
+            .ok()
+            .filter(|number| allowed.contains(number))
+            .ok_or_else(|| {
+                format!(
+                    "give a number from {} to {}",
+                    allowed.start(),
+                    allowed.end()
+                )
+            })
+    }
+}
+
+fn serial(text: &str) -> Result<String, String> {
+    match Serial::new(text) {
+        Ok(serial) => Ok(serial.as_str().to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn block_size(text: &str) -> Result<u32, &'static str> {
+    match text.parse() {
+        Ok(bytes @ (512 | 1024 | 2048 | 4096)) => Ok(bytes),
+        _ => Err("give 512, 1024, 2048 or 4096"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::FromArgMatches;
+
+    fn read(pairs: &[(&str, Option<&str>)]) -> Result<ExportOptions, String> {
+        let mut options = ExportOptions {
+            depth: Some(7),
+            queues: Some(7),
+            ..ExportOptions::default()
+        };
+        let matches =
+            read_keys::<ExportOptions>(pairs.iter().copied()).map_err(|error| error.to_string())?;
+        options.update_from_arg_matches(&matches).unwrap();
+        Ok(options)
+    }
+
+    #[test]
+    fn keys_update_what_was_given_elsewhere() {
+        let options = read(&[
+            ("queues", Some("1")),
+            ("queues", Some("2")),
+            ("ublk", Some("no")),
+            ("read-only", None),
+            ("migration", Some("off")),
+        ]);
+        let wanted = ExportOptions {
+            depth: Some(7),
+            queues: Some(2),
+            ublk: Some(DoorMode::No),
+            read_only: Some(true),
+            migration: Some(false),
+            ..ExportOptions::default()
+        };
+        assert_eq!(options, Ok(wanted));
+    }
+
+    #[test]
+    fn a_refusal_names_the_key_the_value_and_what_is_allowed() {
+        for (key, value, refusal) in [
+            (
+                "queues",
+                Some("0"),
+                "queues: invalid value '0': give a number from 1 to 64",
+            ),
+            ("queues", None, "queues: give a value"),
+            ("queues", Some(""), "queues: give a number from 1 to 64"),
+            (
+                "depth",
+                Some("x"),
+                "depth: invalid value 'x': give a number from 1 to 1024",
+            ),
+            (
+                "ublk",
+                Some("on"),
+                "ublk: invalid value 'on': give one of auto, yes, no",
+            ),
+            (
+                "read-only",
+                Some("2"),
+                "read-only: invalid value '2': give on or off",
+            ),
+            (
+                "readonly",
+                None,
+                "readonly: unknown key; did you mean 'read-only'?",
+            ),
+            ("colour", Some("red"), "colour: unknown key"),
+            ("help", None, "help: unknown key"),
+            ("", None, ": unknown key"),
+            ("-queues", Some("1"), "-queues: unknown key"),
+        ] {
+            assert_eq!(read(&[(key, value)]), Err(refusal.to_owned()));
+        }
+    }
+}
