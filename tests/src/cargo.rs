@@ -40,27 +40,87 @@ pub fn target_dir() -> Result<PathBuf> {
         .context("the lab's binary is not in a target directory")
 }
 
-/// Where the server's release build appears.
+/// A release build of the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Build {
+    /// As it is used.
+    Product,
+    /// With its test equipment: storage that fails on request, crash points.
+    Testing,
+}
+
+/// Where a build of the server is put. Cargo has one place for all of them.
 ///
 /// # Errors
 /// The lab's binary is in a strange place.
-pub fn server_binary() -> Result<PathBuf> {
-    Ok(target_dir()?.join("release/ublkup"))
+pub fn server_binary(build: Build) -> Result<PathBuf> {
+    let folder = match build {
+        Build::Product => "lab/product",
+        Build::Testing => "lab/testing",
+    };
+    Ok(target_dir()?.join(folder).join("ublkup"))
 }
 
-/// Builds the server.
+/// Builds the server; where it is.
 ///
 /// # Errors
 /// It does not build.
-pub fn build_server(repo: &Path) -> Result<()> {
-    build_server_of(repo, &target_dir()?).map(drop)
+pub fn build_server(repo: &Path, build: Build) -> Result<PathBuf> {
+    let features: &[&str] = match build {
+        Build::Product => &[],
+        Build::Testing => &["--features", "testing"],
+    };
+    let built = build_server_of(repo, &target_dir()?, features)?;
+    let binary = server_binary(build)?;
+    let folder = binary.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    // Renamed into its place: an older one may be running.
+    let new = binary.with_extension("new");
+    fs::copy(&built, &new)
+        .and_then(|_| fs::rename(&new, &binary))
+        .with_context(|| format!("cannot write {}", binary.display()))?;
+    Ok(binary)
+}
+
+/// Builds the product and looks whether it has test equipment.
+///
+/// # Errors
+/// It does not build.
+pub fn check_product(repo: &Path) -> Result<TestResult> {
+    let started = Instant::now();
+    let product = build_server(repo, Build::Product)?;
+    // Guests' tests run cargo's own copy, and need its test equipment.
+    build_server(repo, Build::Testing)?;
+    let program = fs::read(&product)?;
+    let has = |text: &str| {
+        program
+            .windows(text.len())
+            .any(|part| part == text.as_bytes())
+    };
+    let serve = Command::new(&product)
+        .args(["serve", "fault:read=eio;mem:1M"])
+        .stdin(Stdio::null())
+        .output()?;
+    let refusal = String::from_utf8_lossy(&serve.stderr);
+    let outcome = if has("UBLKUP_TEST_CRASH") || has("fault injection is on") {
+        Outcome::fail("its test equipment is compiled in")
+    } else if serve.status.code() != Some(2) || !refusal.contains("no storage is called 'fault'") {
+        Outcome::fail(format!("it does not refuse 'fault:': {refusal}"))
+    } else {
+        Outcome::Pass
+    };
+    Ok(TestResult::new(
+        "product_has_no_test_equipment",
+        outcome,
+        started.elapsed(),
+    ))
 }
 
 /// Builds the server of a checkout in a target directory; where it is.
 ///
 /// # Errors
 /// It does not build.
-pub fn build_server_of(repo: &Path, target: &Path) -> Result<PathBuf> {
+pub fn build_server_of(repo: &Path, target: &Path, features: &[&str]) -> Result<PathBuf> {
     fs::create_dir_all(target).with_context(|| format!("cannot create {}", target.display()))?;
     let log = target.join("lab-build-server.log");
     let mut build = cargo(repo);
@@ -73,7 +133,8 @@ pub fn build_server_of(repo: &Path, target: &Path) -> Result<PathBuf> {
             "ublkup",
             "--target-dir",
         ])
-        .arg(target);
+        .arg(target)
+        .args(features);
     progress::run("building the server", build, &log, HOUR)?;
     let server = target.join("release/ublkup");
     if !server.exists() {

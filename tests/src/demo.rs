@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
+use crate::cargo::Build;
 use crate::kernel::Kernel;
 use crate::report::line;
 use crate::runner;
@@ -24,7 +25,7 @@ pub fn run(repo: &Path, yes: bool) -> Result<ExitCode> {
         Need::Kernel(Kernel::Uml),
         Need::Kernel(Kernel::X86),
     ];
-    let paths = runner::prepare(repo, &needs, yes)?;
+    let paths = runner::prepare(repo, &needs, Build::Product, yes)?;
     let folder = tempfile::tempdir().context("cannot make a temporary directory")?;
     let part = |name: &str| {
         let path = folder.path().join(name);

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use regex::Regex;
 use serde::Serialize;
 
-use crate::cargo;
+use crate::cargo::{self, Build};
 use crate::job::{self, Job};
 use crate::kernel::build::{self, Product};
 use crate::machine::{Hypervisor, Machine, Qemu, Uml};
@@ -79,7 +79,7 @@ pub fn run(repo: &Path, request: &Request) -> Result<ExitCode> {
         .flat_map(|one| one.suite.needs)
         .copied()
         .collect();
-    let paths = prepare(repo, &needs, request.yes)?;
+    let paths = prepare(repo, &needs, Build::Testing, request.yes)?;
     let mut results = Vec::new();
     for one in &chosen {
         let result = run_suite(one, &paths)?;
@@ -150,11 +150,11 @@ fn matches(request: &Request, suite: &Suite, name: &str) -> bool {
         .is_none_or(|filter| filter.is_match(&format!("{}: {name}", suite.name)))
 }
 
-/// Installs, builds and finds what is needed.
+/// Installs, builds and finds what is needed; `server` is the build of the server, if one is needed.
 ///
 /// # Errors
 /// Something cannot be had.
-pub fn prepare(repo: &Path, wanted: &[Need], yes: bool) -> Result<Paths> {
+pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result<Paths> {
     let needs = |need: Need| wanted.contains(&need);
     let mut purposes = Vec::new();
     if needs(Need::Tools) {
@@ -167,11 +167,11 @@ pub fn prepare(repo: &Path, wanted: &[Need], yes: bool) -> Result<Paths> {
 
     let mut paths = Paths {
         repo: repo.to_owned(),
-        server: cargo::server_binary()?,
+        server: cargo::server_binary(server)?,
         ..Paths::default()
     };
     if needs(Need::Server) {
-        cargo::build_server(repo)?;
+        cargo::build_server(repo, server)?;
     }
     if needs(Need::DriverTests) {
         paths.driver_tests = cargo::build_driver_tests(repo)?;
@@ -220,6 +220,7 @@ fn run_suite(chosen: &Chosen, paths: &Paths) -> Result<SuiteResult> {
         let (counted, verdict) = cargo::test_workspace(&paths.repo)?;
         result.counted = counted;
         result.tests.extend(verdict);
+        result.push(cargo::check_product(&paths.repo)?);
     }
     match chosen.suite.machine() {
         None => run_on_host(chosen, paths, &mut result)?,

@@ -15,8 +15,8 @@
 pub mod admin;
 mod admin_service;
 mod event;
-pub mod name_lock;
 mod explain;
+pub mod name_lock;
 mod open;
 pub mod runtime_dir;
 mod shared;

@@ -34,7 +34,7 @@ pub fn build(repo: &Path, revision: &str) -> Result<(String, PathBuf)> {
     let _nothing = git(&["worktree", "remove", "--force", tree_name]);
     git(&["worktree", "add", "--detach", tree_name, hash])?;
     let target = home.join("target");
-    let built = cargo::build_server_of(&tree, &target);
+    let built = cargo::build_server_of(&tree, &target, &[]);
     git(&["worktree", "remove", "--force", tree_name])?;
     let built = built.with_context(|| format!("revision {revision}"))?;
     let partial = home.join("partial");

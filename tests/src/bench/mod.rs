@@ -327,8 +327,8 @@ fn servers(repo: &Path, arguments: &Arguments) -> Result<Vec<(String, PathBuf)>>
         all.push(("ublkup".to_owned(), server.clone()));
     } else if all.len() < 2 {
         packages::ensure(&[Purpose::ServerBuild], arguments.yes)?;
-        cargo::build_server(repo)?;
-        all.push(("ublkup".to_owned(), cargo::server_binary()?));
+        let product = cargo::build_server(repo, cargo::Build::Product)?;
+        all.push(("ublkup".to_owned(), product));
     }
     Ok(all)
 }

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::Settings;
 use super::figures::Samples;
 use super::record::{Candidate, Row};
+use crate::cargo::Build;
 use crate::kernel::Kernel;
 use crate::runner;
 use crate::suites::Need;
@@ -49,7 +50,7 @@ pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
     if loads.is_empty() {
         return Ok(());
     }
-    let mut paths = runner::prepare(&settings.repo, NEEDS, settings.yes)?;
+    let mut paths = runner::prepare(&settings.repo, NEEDS, Build::Product, settings.yes)?;
     paths.server = settings.server()?.to_owned();
     let mut rounds = Vec::new();
     for round in 1..=settings.rounds {

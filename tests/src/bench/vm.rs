@@ -13,6 +13,7 @@ use super::figures::Samples;
 use super::record::{Candidate, Row};
 use super::usage::Usage;
 use super::{Settings, peers};
+use crate::cargo::Build;
 use crate::kernel::Kernel;
 use crate::kit::fio::Fio;
 use crate::kit::server::{Serve, Server};
@@ -110,7 +111,7 @@ pub fn run(
     left_out: &mut Vec<String>,
 ) -> Result<()> {
     let needs = [Need::Tools, Need::Kernel(Kernel::X86)];
-    let mut paths = runner::prepare(&settings.repo, &needs, settings.yes)?;
+    let mut paths = runner::prepare(&settings.repo, &needs, Build::Product, settings.yes)?;
     paths.server = settings.server()?.to_owned();
     let mut others = |name: &str, built: Result<PathBuf>| match built {
         Ok(binary) => Some(binary),

@@ -15,6 +15,7 @@ use self::peer::{Answer, Order, Role, SUBCOMMAND, Through};
 use super::Settings;
 use super::figures::Samples;
 use super::record::{Candidate, Measure, Row};
+use crate::cargo::Build;
 use crate::kernel::Kernel;
 use crate::kit::shell::last_lines;
 use crate::machine::{Machine, Qemu, Uml};
@@ -182,6 +183,7 @@ impl Bench {
         let paths = runner::prepare(
             &settings.repo,
             &[Need::Tools, Need::Kernel(kernel)],
+            Build::Product,
             settings.yes,
         )?;
         let image = paths.kernel(kernel)?;
