@@ -667,7 +667,6 @@ fn socket_paths_are_taken_over_only_when_nobody_is_there() {
             queues: 1,
             queue_threads: 1,
             threads: ublkup::engine::threads::ThreadOptions::default(),
-            pin_memory: false,
             access: open_access(false),
         };
         let disk = Arc::new(MemoryDisk::new(limits(1 << 20)).unwrap());

@@ -53,7 +53,6 @@ pub struct ExportConfig {
     pub vhost_socket: Option<PathBuf>,
     pub queues: u16,
     pub vhost_threads: u16,
-    pub vhost_pin_memory: bool,
     pub migration: bool,
     pub depth: u16,
     /// How queue threads run.
@@ -124,7 +123,6 @@ impl ExportConfig {
             vhost_socket: given.vhost_socket.map(|path| folder.join(path)),
             queues,
             vhost_threads,
-            vhost_pin_memory: given.vhost_pin_memory.unwrap_or(false),
             migration: given.migration.unwrap_or(false),
             depth: given.depth.unwrap_or(DEFAULT_DEPTH),
             threads: ThreadOptions {

@@ -111,12 +111,6 @@ pub struct ExportOptions {
     #[arg(long, value_name = "N", value_parser = number(1..=MAX_QUEUES))]
     pub vhost_threads: Option<u16>,
 
-    /// Pin the memory of vhost-user clients, for files around the page cache: less work for each request. Not for
-    /// guests with a balloon, free page reporting or virtio-mem, whose data it would damage [default: off]
-    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true,
-        default_missing_value = "on", value_parser = switch)]
-    pub vhost_pin_memory: Option<bool>,
-
     /// Let guests move by live migration [default: off]: a second client may connect, and takes the disk over when
     /// the first has stopped for it. With ublk=no the file is claimed only while a guest has it, so that the guest
     /// may also move to another server that has this option

@@ -150,7 +150,6 @@ impl Opening<'_> {
             queues: self.config.queues,
             queue_threads: self.config.vhost_threads,
             threads: self.config.threads.clone(),
-            pin_memory: self.config.vhost_pin_memory,
             access: Arc::clone(access),
         };
         let door = VhostDoor::start(vhost, Arc::clone(disk), Arc::clone(&registry))?;

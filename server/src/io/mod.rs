@@ -5,13 +5,11 @@
 
 mod anonymous;
 mod enter;
-mod pinned;
 mod ring;
 mod slots;
 mod token;
 
 pub use anonymous::AnonymousMemory;
-pub use pinned::Piece;
 pub use ring::{Completion, Full, Ring};
 pub use slots::{FreeSlots, Slot, SlotTable};
 pub use token::{Owner, Token};

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::enter::Entrance;
-use super::pinned::{Piece, Pinned};
 use super::{Owner, Token};
 
 /// The ring has as much under way as it can take completions for; try again after the next reap.
@@ -39,7 +38,6 @@ pub struct Ring {
     enters: u64,
     /// Files in the ring's table.
     files: u32,
-    pinned: Pinned,
     /// How many more times the kernel's flag is not believed.
     ignored_flags: u32,
 }
@@ -89,7 +87,6 @@ impl Ring {
             in_flight_by_owner: [0; 4],
             enters: 0,
             files: 0,
-            pinned: Pinned::default(),
             ignored_flags: 0,
         })
     }
@@ -228,27 +225,6 @@ impl Ring {
             self.files += 1;
             index.cast_signed()
         })
-    }
-
-    /// Pins `pieces`, and nothing else from now on: operations whose data lies in one of them need not
-    /// look for its pages. Takes time for each page, and memory for those that nobody used yet.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel cannot, or may not pin so much (`RLIMIT_MEMLOCK`). Some pieces may be pinned.
-    ///
-    /// # Safety
-    ///
-    /// The pieces must stay mapped until others are pinned in their place.
-    pub unsafe fn pin(&mut self, pieces: &[Piece]) -> io::Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { self.pinned.set(&self.uring.submitter(), pieces) }
-    }
-
-    /// The index of the pinned piece that holds a range, for `READ_FIXED` and `WRITE_FIXED`.
-    #[inline]
-    pub fn pinned(&mut self, start: usize, len_bytes: usize) -> Option<u16> {
-        self.pinned.find(start, len_bytes)
     }
 
     /// Whether completions are there, or would be after a call of [`Ring::submit_and_wait`]. Makes no

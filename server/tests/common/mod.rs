@@ -128,21 +128,10 @@ impl Fixture {
     }
 
     /// A fixture with so many queues and so many threads for them.
-    pub fn with<B: Storage>(disk: B, threads: (u16, u16), polling: Polling) -> Self {
-        Self::built(disk, threads, polling, false)
-    }
-
-    /// A fixture that pins the memory of its clients.
-    pub fn pinning<B: Storage>(disk: B, queue_threads: u16) -> Self {
-        let threads = (queue_threads, queue_threads);
-        Self::built(disk, threads, Polling::default(), true)
-    }
-
-    fn built<B: Storage>(
+    pub fn with<B: Storage>(
         disk: B,
         (queues, queue_threads): (u16, u16),
         polling: Polling,
-        pin_memory: bool,
     ) -> Self {
         let scratch = Scratch::new();
         let counters = Arc::new(CounterSet::default());
@@ -156,7 +145,6 @@ impl Fixture {
                 polling,
                 cpus: None,
             },
-            pin_memory,
             access: Arc::clone(&access),
         };
         let door = VhostDoor::start(config, Arc::new(disk), Arc::clone(&counters)).unwrap();

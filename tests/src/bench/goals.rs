@@ -11,7 +11,6 @@ use Bound::{AtLeast, AtMost};
 
 const ADAPTIVE: &str = "ublkup";
 const ALWAYS: &str = "ublkup --poll-us always";
-const PINNED: &str = "ublkup --vhost-pin-memory";
 const QEMU: &str = "qemu-storage-daemon";
 const FIO: &str = "fio on the file";
 
@@ -62,13 +61,9 @@ const SPEED: &[(&str, &str, &str, &str, f64)] = &[
     (NULL, "depth 1, client sleeps", ADAPTIVE, QEMU, 2.0),
     (MEM, "depth 32, client polls", ADAPTIVE, QEMU, 1.3),
     (DIRECT, "depth 32, client sleeps", ADAPTIVE, FIO, 0.97),
-    (DIRECT, "depth 32, client sleeps", PINNED, FIO, 0.97),
     (DIRECT, "depth 32, client polls", ADAPTIVE, FIO, 0.97),
-    (DIRECT, "depth 32, client polls", PINNED, FIO, 0.97),
     (DIRECT, "depth 128, client sleeps", ADAPTIVE, FIO, 0.97),
-    (DIRECT, "depth 128, client sleeps", PINNED, FIO, 0.97),
     (DIRECT, "depth 128, client polls", ADAPTIVE, FIO, 0.97),
-    (DIRECT, "depth 128, client polls", PINNED, FIO, 0.97),
     (DIRECT, "depth 1, client sleeps", ADAPTIVE, QEMU, 1.5),
     (DIRECT, "depth 1, client polls", ADAPTIVE, QEMU, 1.5),
     (TMPFS, "depth 32, client sleeps", ADAPTIVE, QEMU, 2.0),
@@ -80,13 +75,9 @@ const CPU: &[(&str, &str, &str, &str, f64)] = &[
     (NULL, "depth 32, client sleeps", ADAPTIVE, QEMU, 0.5),
     (NULL, "depth 32, client polls", ADAPTIVE, QEMU, 0.5),
     (DIRECT, "depth 32, client sleeps", ADAPTIVE, QEMU, 0.7),
-    (DIRECT, "depth 32, client sleeps", PINNED, QEMU, 0.7),
     (DIRECT, "depth 32, client polls", ADAPTIVE, QEMU, 0.7),
-    (DIRECT, "depth 32, client polls", PINNED, QEMU, 0.7),
     (DIRECT, "depth 128, client sleeps", ADAPTIVE, QEMU, 0.7),
-    (DIRECT, "depth 128, client sleeps", PINNED, QEMU, 0.7),
     (DIRECT, "depth 128, client polls", ADAPTIVE, QEMU, 0.7),
-    (DIRECT, "depth 128, client polls", PINNED, QEMU, 0.7),
 ];
 
 fn native_ratios(document: &Document) -> Vec<Goal> {

@@ -14,7 +14,6 @@ use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::sigbus;
-use crate::io::Piece;
 
 /// `f_type` of hugetlbfs (`HUGETLBFS_MAGIC` in linux/magic.h).
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
@@ -115,16 +114,6 @@ impl Region {
     /// Tells one mapping from another, as long as both are there.
     pub(super) fn mapping(&self) -> *const () {
         Arc::as_ptr(&self.mapping).cast()
-    }
-
-    /// All of it, for pinning.
-    pub(super) fn piece(&self) -> Piece {
-        Piece {
-            start: self.base.addr(),
-            // The region was mapped, so its length fits.
-            #[expect(clippy::cast_possible_truncation)]
-            len_bytes: self.address.len_bytes as usize,
-        }
     }
 
     /// Where byte `offset` of the region is here. The caller has checked that it lies inside.

@@ -31,11 +31,11 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::door::ownership::Ownership;
+use crate::engine::Storage;
 use crate::engine::counters::CounterSet;
 use crate::engine::mailbox::Mailbox;
 use crate::engine::queue_thread::QueueThread;
 use crate::engine::threads::ThreadOptions;
-use crate::engine::{RingBuffers, Storage};
 use link::Link;
 use queue::VhostQueues;
 use session::{Ending, QueueHandle, Sizes, Spawn};
@@ -66,8 +66,6 @@ pub struct VhostConfig {
     pub queue_threads: u16,
     /// How they run.
     pub threads: ThreadOptions,
-    /// Whether the memory of clients is pinned, where the disk gains by it.
-    pub pin_memory: bool,
     /// Who may write.
     pub access: Arc<Ownership>,
 }
@@ -159,7 +157,6 @@ impl VhostDoor {
             queues,
             queue_threads,
             threads,
-            pin_memory,
             access,
         } = config;
         if !(1..=MAX_VRINGS).contains(&queue_threads) {
@@ -167,13 +164,12 @@ impl VhostDoor {
         }
         let socket = Socket::bind(&socket)?;
         let limits = disk.limits().clone();
-        let pins = pin_memory && disk.ring_buffers() != RingBuffers::No;
         let serve = {
             let access = Arc::clone(&access);
             move |link: &Arc<Link>| {
                 let spawn = spawner(
                     Arc::clone(link),
-                    (queue_threads, threads.clone(), pins),
+                    (queue_threads, threads.clone()),
                     &disk,
                     &counters,
                 );
@@ -447,7 +443,7 @@ impl Drop for Membership {
 /// How a session starts its queue threads.
 fn spawner<B: Storage>(
     link: Arc<Link>,
-    (queue_threads, options, pins): (u16, ThreadOptions, bool),
+    (queue_threads, options): (u16, ThreadOptions),
     disk: &Arc<B>,
     counters: &Arc<CounterSet>,
 ) -> Spawn {
@@ -462,7 +458,7 @@ fn spawner<B: Storage>(
             .spawn(move || {
                 let counters = registry.register();
                 let (its_link, its_counters) = (Arc::clone(&link), Arc::clone(&counters));
-                let queues = VhostQueues::new(its_link, its_counters, queue_threads, pins);
+                let queues = VhostQueues::new(its_link, its_counters, queue_threads);
                 let thread = (options.settle(number))
                     .and_then(|()| QueueThread::new(queues, &*disk, mailbox, &counters, &options));
                 // Whoever waits for the answer waits for it and nothing else.

@@ -18,13 +18,13 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::block::{self, MAX_BUFFERS, Parts, Terms, Transfer, Verdict, mask};
 use super::dirty::Logging;
 use super::link::Link;
-use super::memory::{HeldMap, MemoryMap, Region};
+use super::memory::{HeldMap, MemoryMap};
 use super::sigbus;
 use super::virtqueue::{RingError, RingOptions, Virtqueue};
 use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
 use crate::engine::counters::Counters;
 use crate::engine::{DoorQueue, Next};
-use crate::io::{Completion, FreeSlots, Full, Piece, Ring, Slot, SlotTable};
+use crate::io::{Completion, FreeSlots, Full, Ring, Slot, SlotTable};
 use crate::request::{Buffer, Buffers, Op, Outcome, Range, Request};
 
 /// Requests that can be under way on one thread.
@@ -76,8 +76,6 @@ pub(super) struct VhostQueues {
     threads: u16,
     vrings: Vec<Option<Box<Vring>>>,
     map: Rc<HeldMap>,
-    /// Whether the client's memory is pinned.
-    pins: bool,
     /// Where the client wants to know what is written to its memory.
     logging: Option<Logging>,
     free: FreeSlots,
@@ -93,7 +91,7 @@ pub(super) struct VhostQueues {
 }
 
 impl VhostQueues {
-    pub(super) fn new(link: Arc<Link>, counters: Arc<Counters>, threads: u16, pins: bool) -> Self {
+    pub(super) fn new(link: Arc<Link>, counters: Arc<Counters>, threads: u16) -> Self {
         let slots = SLOTS as usize;
         Self {
             link,
@@ -101,7 +99,6 @@ impl VhostQueues {
             threads,
             vrings: Vec::new(),
             map: Rc::default(),
-            pins,
             logging: None,
             free: FreeSlots::new(SLOTS),
             taken: SlotTable::new(slots),
@@ -128,7 +125,7 @@ impl VhostQueues {
         };
         let inflight = start.inflight.take();
         let queue = Virtqueue::new(options, start.addresses, start.base, &start.map, inflight)?;
-        self.hold(ring, Arc::clone(&start.map));
+        self.map = Rc::new(HeldMap::new(Arc::clone(&start.map)));
         self.logging = start.logging.take();
         let mut vring = Box::new(Vring::new(start, queue));
         vring.set_logged(self.logs_requests());
@@ -143,7 +140,7 @@ impl VhostQueues {
     fn set_memory(&mut self, ring: &mut Ring, map: Arc<MemoryMap>, logging: Option<Logging>) {
         // Requests under way keep the old map; rings must be in the new one.
         if !std::ptr::eq(self.map.map(), &raw const *map) {
-            self.hold(ring, map);
+            self.map = Rc::new(HeldMap::new(map));
         }
         self.logging = logging;
         let logged = self.logs_requests();
@@ -156,24 +153,6 @@ impl VhostQueues {
                 self.give_up(ring, local, error);
             }
         }
-    }
-
-    /// Uses this map for everything that begins from now on.
-    fn hold(&mut self, ring: &mut Ring, map: Arc<MemoryMap>) {
-        if self.pins {
-            let pieces: Vec<Piece> = map.regions().iter().map(Region::piece).collect();
-            // SAFETY: `self.map` holds the regions, and keeps the old ones until others are pinned; it
-            // is dropped after the ring's thread has ended its work.
-            if let Err(error) = unsafe { ring.pin(&pieces) } {
-                tracing::warn!(
-                    export = self.link.export(),
-                    session = self.link.id(),
-                    "the client's memory is not all pinned, which costs some speed: {error}; \
-                     see RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=)"
-                );
-            }
-        }
-        self.map = Rc::new(HeldMap::new(map));
     }
 
     fn logs_requests(&self) -> bool {

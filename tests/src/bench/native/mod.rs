@@ -92,24 +92,19 @@ pub fn loads(quick: bool) -> Vec<Load> {
     all
 }
 
-/// The flags with which ours is measured, and whether only a file without a page cache gains by them.
-const WAYS: [(&[&str], bool); 4] = [
-    (&[], false),
-    (&["--poll-us", "0"], false),
-    (&["--poll-us", "always"], false),
-    (&["--vhost-pin-memory"], true),
-];
+/// The flags with which ours is measured.
+const WAYS: [&[&str]; 3] = [&[], &["--poll-us", "0"], &["--poll-us", "always"]];
 
-/// Who is measured on a backend: ours with every set of flags it knows, and the others.
+/// Who is measured: ours with every set of flags it knows, and the others.
 #[must_use]
-pub fn candidates(settings: &Settings, backend: Backend) -> Vec<Who> {
+pub fn candidates(settings: &Settings) -> Vec<Who> {
     let mut all = Vec::new();
     for (prefix, binary) in &settings.servers {
-        for (flags, only_direct) in WAYS {
+        for flags in WAYS {
             let known = flags
                 .iter()
                 .all(|flag| !flag.starts_with("--") || servers::knows(binary, flag));
-            if known && (backend == Backend::Direct || !only_direct) {
+            if known {
                 let words = std::iter::once(prefix.as_str()).chain(flags.iter().copied());
                 all.push(Who::Ublkup {
                     name: words.collect::<Vec<_>>().join(" "),
@@ -138,7 +133,7 @@ pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
         .iter()
         .filter(|load| settings.wants(LANE, &load.title(), &load.words()))
         .try_for_each(|load| {
-            let candidates = candidates(settings, load.backend);
+            let candidates = candidates(settings);
             let measured = measure(settings, &files, &candidates, load)
                 .with_context(|| format!("{}, {}", load.title(), load.words()))?;
             row(measured);
