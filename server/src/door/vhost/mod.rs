@@ -6,9 +6,9 @@
 
 mod block;
 mod channel;
+mod connection;
 mod dirty;
 mod inflight;
-mod link;
 mod memory;
 mod queue;
 mod session;
@@ -36,7 +36,7 @@ use crate::engine::counters::CounterSet;
 use crate::engine::mailbox::Mailbox;
 use crate::engine::queue_thread::QueueThread;
 use crate::engine::threads::ThreadOptions;
-use link::Link;
+use connection::Connection;
 use queue::VhostQueues;
 use session::{Ending, QueueHandle, Sizes, Spawn};
 use socket::Socket;
@@ -119,7 +119,7 @@ pub struct VhostDoor {
 }
 
 /// A protocol thread's main function.
-type Serve = dyn Fn(&Arc<Link>) -> io::Result<Ending> + Send + Sync;
+type Serve = dyn Fn(&Arc<Connection>) -> io::Result<Ending> + Send + Sync;
 
 struct Shared {
     name: String,
@@ -135,7 +135,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Sessions {
-    list: Vec<Arc<Link>>,
+    list: Vec<Arc<Connection>>,
     last_id: u64,
     closing: bool,
 }
@@ -166,7 +166,7 @@ impl VhostDoor {
         let limits = disk.limits().clone();
         let serve = {
             let access = Arc::clone(&access);
-            move |link: &Arc<Link>| {
+            move |link: &Arc<Connection>| {
                 let spawn = spawner(
                     Arc::clone(link),
                     (queue_threads, threads.clone()),
@@ -177,7 +177,7 @@ impl VhostDoor {
                     queues,
                     threads: queue_threads,
                 };
-                session::converse(link, sizes, spawn, &access)
+                session::serve_connection(link, sizes, spawn, &access)
             }
         };
         let shared = Arc::new(Shared {
@@ -226,7 +226,7 @@ impl VhostDoor {
     #[must_use]
     pub fn sessions(&self) -> Vec<SessionInfo> {
         let sessions = self.shared.sessions();
-        let info = |link: &Arc<Link>| {
+        let info = |link: &Arc<Connection>| {
             let vrings = link.vrings.load(Ordering::Relaxed);
             let state = if link.is_ending() {
                 SessionState::Ending
@@ -251,7 +251,7 @@ impl VhostDoor {
     #[must_use]
     pub fn tell_new_size(&self) -> usize {
         let sessions = self.shared.sessions();
-        let told = |link: &&Arc<Link>| !link.tell_config_change();
+        let told = |link: &&Arc<Connection>| !link.tell_config_change();
         sessions.list.iter().filter(told).count()
     }
 
@@ -362,7 +362,7 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
         }
         sessions.last_id += 1;
         let limits = shared.limits.clone();
-        let link = Link::new(&shared.name, sessions.last_id, peer_pid, limits, stream);
+        let link = Connection::new(&shared.name, sessions.last_id, peer_pid, limits, stream);
         let link = Arc::new(link);
         sessions.list.push(Arc::clone(&link));
         link
@@ -410,7 +410,7 @@ fn wait_for_room(shared: &Shared) -> MutexGuard<'_, Sessions> {
     }
 }
 
-fn report(link: &Link, ending: io::Result<Ending>) {
+fn report(link: &Connection, ending: io::Result<Ending>) {
     let (export, session) = (link.export(), link.id());
     match (link.reason(), ending) {
         (Some(reason), _) => tracing::info!(export, session, "session ended: {reason}"),
@@ -428,7 +428,7 @@ fn report(link: &Link, ending: io::Result<Ending>) {
 /// A session's place in the list; it is given up when the session's thread ends, however it does.
 struct Membership {
     shared: Arc<Shared>,
-    link: Arc<Link>,
+    link: Arc<Connection>,
 }
 
 impl Drop for Membership {
@@ -442,7 +442,7 @@ impl Drop for Membership {
 
 /// How a session starts its queue threads.
 fn spawner<B: Storage>(
-    link: Arc<Link>,
+    link: Arc<Connection>,
     (queue_threads, options): (u16, ThreadOptions),
     disk: &Arc<B>,
     counters: &Arc<CounterSet>,

@@ -16,8 +16,8 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::block::{self, MAX_BUFFERS, Parts, Terms, Transfer, Verdict, mask};
+use super::connection::Connection;
 use super::dirty::Logging;
-use super::link::Link;
 use super::memory::{HeldMap, MemoryMap};
 use super::sigbus;
 use super::virtqueue::{RingError, RingOptions, Virtqueue};
@@ -70,7 +70,7 @@ struct Taken {
 
 /// The vrings of one queue thread.
 pub(super) struct VhostQueues {
-    link: Arc<Link>,
+    link: Arc<Connection>,
     counters: Arc<Counters>,
     /// Vring `index` is at `index / threads`.
     threads: u16,
@@ -91,7 +91,7 @@ pub(super) struct VhostQueues {
 }
 
 impl VhostQueues {
-    pub(super) fn new(link: Arc<Link>, counters: Arc<Counters>, threads: u16) -> Self {
+    pub(super) fn new(link: Arc<Connection>, counters: Arc<Counters>, threads: u16) -> Self {
         let slots = SLOTS as usize;
         Self {
             link,
@@ -264,7 +264,7 @@ impl VhostQueues {
 
 /// What must be known to understand a request of a vring.
 #[inline]
-fn terms<'a>(link: &'a Link, vring: &Vring) -> Terms<'a> {
+fn terms<'a>(link: &'a Connection, vring: &Vring) -> Terms<'a> {
     let limits = link.limits();
     let writeback = if vring.features & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
         link.writeback.load(Ordering::Acquire)

@@ -22,9 +22,9 @@ use vhost::vhost_user::{
 use super::MAX_VRINGS;
 use super::block;
 use super::channel::{self, What};
+use super::connection::Connection;
 use super::dirty::{DirtyLog, Logging};
 use super::inflight::InflightBuffer;
-use super::link::Link;
 use super::memory::{MAX_MAPPINGS, MemoryMap, Region};
 use super::queue::Command;
 use super::virtqueue::{RingAddresses, used_ring_bytes};
@@ -61,9 +61,9 @@ pub(super) enum Ending {
     Failed(Error),
 }
 
-/// Talks to the client until one of both hangs up, then ends the queue threads.
-pub(super) fn converse(
-    link: &Arc<Link>,
+/// Serves the client until either side disconnects, then ends the queue threads.
+pub(super) fn serve_connection(
+    link: &Arc<Connection>,
     sizes: Sizes,
     spawn: Spawn,
     access: &Arc<Ownership>,
@@ -145,7 +145,7 @@ pub(super) struct Sizes {
 
 /// What the client has set up so far.
 struct Session {
-    link: Arc<Link>,
+    link: Arc<Connection>,
     sizes: Sizes,
     spawn: Spawn,
     access: Arc<Ownership>,
@@ -188,7 +188,7 @@ fn not_offered<T>() -> Result<T> {
 }
 
 impl Session {
-    fn new(link: Arc<Link>, sizes: Sizes, spawn: Spawn, access: Arc<Ownership>) -> Self {
+    fn new(link: Arc<Connection>, sizes: Sizes, spawn: Spawn, access: Arc<Ownership>) -> Self {
         Self {
             link,
             sizes,
@@ -513,7 +513,13 @@ mod tests {
             }
         });
         let (_client, stream) = UnixStream::pair().unwrap();
-        let link = Arc::new(Link::new("test", 1, None, small_disk(1 << 20), stream));
+        let link = Arc::new(Connection::new(
+            "test",
+            1,
+            None,
+            small_disk(1 << 20),
+            stream,
+        ));
         let sizes = Sizes {
             queues: 1,
             threads: 1,

@@ -1,4 +1,4 @@
-//! What all threads of a session share.
+//! A client's connection: what all threads of its session share.
 
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -12,9 +12,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::channel;
 use crate::request::Limits;
 
-/// A session as its threads, and whoever looks at it, know it.
+/// A client's connection and the state of its session.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct Connection {
     export: String,
     id: u64,
     peer_pid: Option<i32>,
@@ -31,7 +31,7 @@ pub(super) struct Link {
     reason: Mutex<Option<&'static str>>,
 }
 
-impl Link {
+impl Connection {
     pub(super) fn new(
         export: &str,
         id: u64,
