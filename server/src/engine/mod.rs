@@ -5,11 +5,16 @@ pub mod counters;
 pub mod cpus;
 pub mod crash;
 mod door;
+mod end;
 pub mod mailbox;
 pub mod polling;
 pub mod queue_thread;
+mod spawn;
 mod storage;
 pub mod threads;
+pub mod wait;
 
 pub use door::{DoorQueue, Next};
+pub use end::End;
+pub use spawn::{Spawned, spawn_queue};
 pub use storage::{RingBuffers, Storage, StorageControl, StorageQueue};

@@ -6,6 +6,8 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::mem::ManuallyDrop;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +15,7 @@ use crate::engine::counters::Counters;
 use crate::engine::mailbox::Mailbox;
 use crate::engine::polling::{IdleAction, Poller};
 use crate::engine::threads::ThreadOptions;
-use crate::engine::{DoorQueue, Next};
+use crate::engine::{DoorQueue, End, Next};
 use crate::engine::{Storage, StorageQueue};
 use crate::io::{Completion, Owner, Ring, Slot, SlotTable};
 use crate::request::{Outcome, Progress, Request};
@@ -104,24 +106,43 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         self.ring.submitter().register_buffers_sparse(count)
     }
 
-    /// Serves until the door is closed.
+    /// Serves until the door is closed, and says how that ended.
     ///
-    /// # Errors
-    ///
-    /// When the ring is broken. Requests under way are then lost to the door's clients, as if the
-    /// server had died.
-    pub fn run(mut self) -> io::Result<()> {
-        let result = self.serve();
-        // Whoever owned a buffer may free it only after the kernel let go of it.
-        let abandoned = self.door.abandons_operations().then_some(Owner::Door);
-        if !self.ring.drain(DRAIN_LIMIT, abandoned) {
+    /// When it fails or panics, requests under way are lost to the door's clients, as if the server
+    /// had died. Memory that the kernel may still write to is freed in no case: what is on the ring
+    /// is cancelled and waited for, and if that takes too long everything is leaked.
+    pub fn run(self) -> End {
+        // Unwinding must not drop the fields: buffers would be freed while the kernel uses them.
+        let mut this = ManuallyDrop::new(self);
+        let end = End::of(catch_unwind(AssertUnwindSafe(|| this.serve())));
+        // Requests that wait in there hear at once that there will be no answer.
+        this.mailbox.close();
+        let drained = catch_unwind(AssertUnwindSafe(|| this.drain(&end))).unwrap_or(false);
+        if !drained {
             tracing::error!(
-                operations = self.ring.in_flight(),
+                operations = this.ring.in_flight(),
                 "the kernel still holds buffers of a queue thread that ends; they are leaked"
             );
-            std::mem::forget(self);
+            return end;
         }
-        result
+        // Those that are lost have no outcome to wait for.
+        std::mem::forget(std::mem::replace(&mut this.running, SlotTable::new(0)));
+        let freed = catch_unwind(AssertUnwindSafe(move || {
+            drop(ManuallyDrop::into_inner(this));
+        }));
+        match (end, freed) {
+            (End::Finished, Err(panic)) => End::panicked(&*panic),
+            (end, _) => end,
+        }
+    }
+
+    /// Waits until the kernel has let go of all buffers; false if that takes too long.
+    fn drain(&mut self, end: &End) -> bool {
+        if !matches!(end, End::Finished) {
+            self.door.give_up();
+        }
+        let abandoned = self.door.abandons_operations().then_some(Owner::Door);
+        self.ring.drain(DRAIN_LIMIT, abandoned)
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -300,161 +321,5 @@ enum Started {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs::File;
-    use std::os::fd::AsRawFd;
-    use std::sync::atomic::{AtomicU8, Ordering};
-    use std::thread;
-    use std::time::Instant;
-
-    use io_uring::{opcode, squeue, types};
-
-    use super::*;
-    use crate::io::{Full, Token};
-    use crate::request::small_disk;
-    use crate::storage::Null;
-
-    /// What a long read writes to. Both bytes are 1 until it does. Leaked: an abandoned operation
-    /// has no end that anybody hears of.
-    struct Target {
-        begun: AtomicU8,
-        ended: AtomicU8,
-        vectors: Vec<libc::iovec>,
-    }
-
-    // SAFETY: nobody but the kernel follows the pointers.
-    unsafe impl Send for Target {}
-    // SAFETY: as above, and the bytes are atomic.
-    unsafe impl Sync for Target {}
-
-    /// The pieces between the first byte and the last, and how long each is. In all just less than
-    /// the kernel moves at once.
-    const PIECES: usize = 1022;
-    const PIECE_BYTES: usize = 2 << 20;
-
-    fn target() -> &'static Target {
-        let target = Box::leak(Box::new(Target {
-            begun: AtomicU8::new(1),
-            ended: AtomicU8::new(1),
-            vectors: Vec::new(),
-        }));
-        let piece = Box::leak(vec![1u8; PIECE_BYTES].into_boxed_slice());
-        let vector = |base: *mut u8, len| libc::iovec {
-            iov_base: base.cast(),
-            iov_len: len,
-        };
-        let mut vectors = vec![vector(piece.as_mut_ptr(), PIECE_BYTES); PIECES];
-        vectors.insert(0, vector(target.begun.as_ptr(), 1));
-        vectors.push(vector(target.ended.as_ptr(), 1));
-        target.vectors = vectors;
-        target
-    }
-
-    /// A door with one operation that no cancellation ends once it has begun: a worker of the
-    /// kernel reads 2 GiB of holes into the same memory again and again.
-    struct Door {
-        holes: File,
-        target: &'static Target,
-        quit: bool,
-        abandons: bool,
-    }
-
-    impl DoorQueue for Door {
-        type Command = ();
-
-        fn slots(&self) -> u32 {
-            1
-        }
-
-        fn ring_operations(&self) -> u32 {
-            1
-        }
-
-        fn start(&mut self, ring: &mut Ring) -> Result<(), Full> {
-            let vectors = &self.target.vectors;
-            let count = u32::try_from(vectors.len()).expect("a thousand");
-            let fd = types::Fd(self.holes.as_raw_fd());
-            let read = opcode::Readv::new(fd, vectors.as_ptr(), count).build();
-            let token = Token {
-                owner: Owner::Door,
-                kind: 0,
-                index: 0,
-            };
-            // SAFETY: vectors and what they point to are leaked.
-            unsafe { ring.push(read.flags(squeue::Flags::ASYNC), token) }
-        }
-
-        fn command(&mut self, _: &mut Ring, (): ()) {
-            self.quit = true;
-        }
-
-        fn event(&mut self, _: &mut Ring, _: Completion) {}
-
-        fn next(&mut self, _: &mut Ring) -> Option<(Slot, Request)> {
-            None
-        }
-
-        fn complete(&mut self, _: &mut Ring, _: Slot, _: Request, _: Outcome) {
-            unreachable!("there was no request")
-        }
-
-        fn end_batch(&mut self, _: &mut Ring) -> Next {
-            if self.quit { Next::Exit } else { Next::Idle }
-        }
-
-        fn abandons_operations(&self) -> bool {
-            self.abandons
-        }
-    }
-
-    fn eventually(what: &str, byte: &AtomicU8) {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while byte.load(Ordering::Acquire) != 0 {
-            assert!(Instant::now() < deadline, "{what}");
-            thread::sleep(Duration::from_micros(100));
-        }
-    }
-
-    /// Lets a queue quit in the middle of the long read. Returns whether it waited for the end.
-    fn quits_after_the_read(abandons: bool) -> bool {
-        let target = target();
-        let holes = rustix::fs::memfd_create("holes", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&holes, 4 << 30).unwrap();
-        let door = Door {
-            holes: holes.into(),
-            target,
-            quit: false,
-            abandons,
-        };
-        let (commands, mailbox) = Mailbox::new().unwrap();
-        let thread = thread::spawn(move || {
-            let disk = Null::new(small_disk(1 << 20));
-            let thread = QueueThread::new(
-                door,
-                &disk,
-                mailbox,
-                &Arc::default(),
-                &ThreadOptions::default(),
-            )
-            .unwrap();
-            thread.run().unwrap();
-            // The end of a thread waits for its kernel workers in any case: look before it.
-            target.ended.load(Ordering::Acquire) == 0
-        });
-        eventually("the read begins", &target.begun);
-        commands.send(());
-        let ended = thread.join().unwrap();
-        eventually("the read ends", &target.ended);
-        ended
-    }
-
-    #[test]
-    fn a_thread_that_ends_waits_for_what_its_door_has_on_the_ring() {
-        assert!(quits_after_the_read(false));
-    }
-
-    #[test]
-    fn a_thread_that_ends_does_not_wait_for_what_its_door_abandons() {
-        assert!(!quits_after_the_read(true));
-    }
-}
+#[path = "queue_thread_tests.rs"]
+mod tests;

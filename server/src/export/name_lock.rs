@@ -3,12 +3,13 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 
 use crate::engine::crash;
+use crate::engine::wait::repeat_while;
 
 /// The admin socket in an export's folder.
 pub const CONTROL: &str = "control";
@@ -24,6 +25,9 @@ pub(super) const SERVED: &str = "served";
 /// How long other processes may hold the shared lock with which they check whether a name has a server.
 const CHECK_LIMIT: Duration = Duration::from_secs(1);
 
+/// How often the lock is tried meanwhile.
+const CHECK_INTERVAL: Duration = Duration::from_millis(1);
+
 pub(super) fn open_lock(folder: &Path, more: OFlags) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | more;
     Ok(open(folder.join(LOCK), flags, Mode::from(0o600))?.into())
@@ -31,20 +35,17 @@ pub(super) fn open_lock(folder: &Path, more: OFlags) -> io::Result<File> {
 
 /// Locks a name exclusively. Returns false if a server has it.
 pub(super) fn lock_exclusively(lock: &File) -> bool {
-    let deadline = Instant::now() + CHECK_LIMIT;
-    loop {
-        if flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            return true;
+    // A check takes a shared lock for a moment; a server holds an exclusive one.
+    let attempt = || {
+        let exclusive = flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+        let shared = !exclusive && flock(lock, FlockOperation::NonBlockingLockShared).is_ok();
+        if shared {
+            // Unlocking a lock that is held does not fail.
+            let _ = flock(lock, FlockOperation::Unlock);
         }
-        // A check takes a shared lock for a moment; a server holds an exclusive one.
-        let is_shared = flock(lock, FlockOperation::NonBlockingLockShared).is_ok();
-        if !is_shared || Instant::now() > deadline {
-            return false;
-        }
-        // Unlocking a lock that is held does not fail.
-        let _ = flock(lock, FlockOperation::Unlock);
-        std::thread::sleep(Duration::from_millis(1));
-    }
+        (exclusive, shared)
+    };
+    repeat_while(CHECK_LIMIT, CHECK_INTERVAL, attempt, |(_, shared)| *shared).0
 }
 
 /// The name of an export, held by this process. Dropping it removes the folder, unless a block device is

@@ -17,15 +17,19 @@ use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, OFlags, flock};
 
 use super::name_lock::{LOCK, NameLock, SERVED, lock_exclusively, open_lock};
+use crate::engine::wait::repeat_while;
 
 /// How long a server that has answered `leave` may take to release the name.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often that is tried.
+const LEAVE_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Where servers of this user keep their state.
 #[derive(Clone, Debug)]
@@ -106,15 +110,8 @@ impl RuntimeDir {
     ///
     /// As for `claim`, after some seconds.
     pub fn claim_soon(&self, name: &str) -> Result<NameLock> {
-        let deadline = Instant::now() + LEAVE_LIMIT;
-        loop {
-            match self.claim(name) {
-                Err(_) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                other => return other,
-            }
-        }
+        let claim = || self.claim(name);
+        repeat_while(LEAVE_LIMIT, LEAVE_INTERVAL, claim, Result::is_err)
     }
 
     /// Takes the name for this process, and removes the sockets that a dead server left under it.

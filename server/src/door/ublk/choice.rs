@@ -2,9 +2,9 @@
 
 use libublk::sys;
 
+use super::config::{DataPath, Recovery, UblkConfig};
 use super::error::UblkError;
 use super::features::Features;
-use super::{DataPath, Recovery, UblkConfig};
 use crate::engine::RingBuffers;
 
 /// What was chosen for a new device.

@@ -1,10 +1,6 @@
-//! What the ublk driver of this kernel can do.
+//! The feature bits of the ublk driver and their names.
 
 use libublk::sys;
-
-use super::control::Control;
-use super::error::{UblkError, Unavailable};
-use super::owner;
 
 /// The feature bits of `UBLK_U_CMD_GET_FEATURES` by name. The newest ones are not in the bindings
 /// yet and stand here by number (`include/uapi/linux/ublk_cmd.h`, Linux 7.3).
@@ -65,35 +61,6 @@ impl Features {
     }
 }
 
-/// Whether ublk devices can be made here, by this process, and what the driver offers.
-///
-/// # Errors
-///
-/// Why not, in words for the user.
-pub fn available() -> Result<Features, Unavailable> {
-    features_of(&Control::open()?)
-}
-
-/// As [`available`], with a control device that is open already.
-pub(super) fn features_of(control: &Control) -> Result<Features, Unavailable> {
-    let features = control.features().map_err(|error| match error {
-        UblkError::Unavailable(unavailable) => unavailable,
-        // Drivers before 6.5 do not know the question.
-        UblkError::Command { source, .. } => match source.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => Unavailable::NoPermission,
-            _ => Unavailable::TooOld,
-        },
-        other => Unavailable::Other(std::io::Error::other(other)),
-    })?;
-    if !features.has(sys::UBLK_F_CMD_IOCTL_ENCODE) {
-        return Err(Unavailable::TooOld);
-    }
-    if !features.has(sys::UBLK_F_UNPRIVILEGED_DEV) && !owner::is_administrator()? {
-        return Err(Unavailable::NoPermission);
-    }
-    Ok(features)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,12 +81,5 @@ mod tests {
         );
         assert!(features.has(sys::UBLK_F_CMD_IOCTL_ENCODE));
         assert!(!features.has(sys::UBLK_F_CMD_IOCTL_ENCODE | sys::UBLK_F_ZONED));
-    }
-
-    #[test]
-    fn the_driver_is_missing_exactly_when_its_control_device_is() {
-        let exists = std::path::Path::new("/dev/ublk-control").exists();
-        let missing = matches!(available(), Err(Unavailable::NoDriver));
-        assert_eq!(missing, !exists);
     }
 }

@@ -180,8 +180,8 @@ impl IoBuffers {
 
 impl Drop for IoBuffers {
     fn drop(&mut self) {
-        if self.leaked || std::thread::panicking() {
-            // Nobody drained the ring: the kernel may still write here. The memory stays.
+        if self.leaked {
+            // The driver may still write here. The memory stays.
             std::mem::forget(std::mem::take(&mut self.lists));
             return;
         }

@@ -1,16 +1,9 @@
-//! Devices of ordinary users (`UBLK_F_UNPRIVILEGED_DEV`): who may make them, and whose they are.
+//! Whose a device of an ordinary user is (`UBLK_F_UNPRIVILEGED_DEV`).
 
 use libublk::sys;
-use rustix::thread::{CapabilitySet, capabilities};
 
 use super::control::Control;
-use super::error::{UblkError, Unavailable};
-
-/// Whether the driver takes this process for an administrator.
-pub(super) fn is_administrator() -> Result<bool, Unavailable> {
-    let ours = capabilities(None).map_err(|error| Unavailable::Other(error.into()))?;
-    Ok(ours.effective.contains(CapabilitySet::SYS_ADMIN))
-}
+use super::error::UblkError;
 
 /// User and group of the ordinary user who made the device with this kernel name (`ublkc0`,
 /// `ublkb0`); `None` if an administrator did.

@@ -9,8 +9,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use libublk::sys;
 
@@ -18,10 +17,15 @@ use super::control::Control;
 use super::error::{UblkError, Unavailable};
 use super::memory::page_bytes;
 use super::params::{params, same_disk};
+use super::paths::char_path;
+use crate::engine::wait::repeat_while;
 use crate::request::Limits;
 
 /// How long the driver may take to stop the device of a server that was killed.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often it is asked whether it has.
+const STOP_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A device whose state in the driver is DEAD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,10 +72,11 @@ pub enum RecoverableDevice {
 /// [`UblkError::Alive`] when it still has one after some seconds; otherwise what the driver answered.
 pub fn recoverable_device(id: u32, limits: &Limits) -> Result<RecoverableDevice, UblkError> {
     let control = Control::open()?;
-    let Some(info) = settled(&control, id)? else {
+    // The driver may not have noticed yet that the server is dead.
+    let Some(info) = settled(&control, id, is_live)? else {
         return Ok(RecoverableDevice::None);
     };
-    if u32::from(info.state) == sys::UBLK_S_DEV_LIVE {
+    if is_live(&info) {
         let why = match info.ublksrv_pid {
             pid if pid > 0 => format!("process {pid} still serves it; stop that first"),
             _ => "its server has not ended, or is out of sight; try again when it has".to_owned(),
@@ -121,34 +126,32 @@ pub(super) fn take_over(
 
 /// Makes sure that a waiting device has no server, also none that is on its way out or in.
 fn claim_waiting(control: &Control, id: u32) -> Result<(), UblkError> {
-    let deadline = Instant::now() + STOP_LIMIT;
-    loop {
-        match control.start_recovery(id) {
-            Err(UblkError::Command { source, .. })
-                if source.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline =>
-            {
-                thread::sleep(Duration::from_millis(10));
-            }
-            other => return other,
-        }
-    }
+    let recover = || control.start_recovery(id);
+    let busy = |started: &Result<(), UblkError>| match started {
+        Err(UblkError::Command { source, .. }) => source.raw_os_error() == Some(libc::EBUSY),
+        _ => false,
+    };
+    repeat_while(STOP_LIMIT, STOP_INTERVAL, recover, busy)
 }
 
-/// What the driver knows of a device once it has noticed that its server is dead. `None` if there
-/// is no such device.
-fn settled(control: &Control, id: u32) -> Result<Option<sys::ublksrv_ctrl_dev_info>, UblkError> {
-    let deadline = Instant::now() + STOP_LIMIT;
-    loop {
-        let info = match control.info(id) {
-            Ok(info) => info,
-            Err(error) if error.is_gone() => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        if u32::from(info.state) != sys::UBLK_S_DEV_LIVE || Instant::now() > deadline {
-            return Ok(Some(info));
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
+/// What the driver knows of a device, once that is no longer one to `wait` for. `None` if there is no
+/// such device.
+fn settled(
+    control: &Control,
+    id: u32,
+    wait: impl Fn(&sys::ublksrv_ctrl_dev_info) -> bool,
+) -> Result<Option<sys::ublksrv_ctrl_dev_info>, UblkError> {
+    let ask = || match control.info(id) {
+        Ok(info) => Ok(Some(info)),
+        Err(error) if error.is_gone() => Ok(None),
+        Err(error) => Err(error),
+    };
+    repeat_while(
+        STOP_LIMIT,
+        STOP_INTERVAL,
+        ask,
+        |known| matches!(known, Ok(Some(info)) if wait(info)),
+    )
 }
 
 /// Removes a device whose server is dead. It is no error if there is no such device. With
@@ -161,65 +164,54 @@ fn settled(control: &Control, id: u32) -> Result<Option<sys::ublksrv_ctrl_dev_in
 /// driver answered.
 pub fn remove(id: u32, even_if_waiting: bool) -> Result<(), UblkError> {
     let control = Control::open()?;
-    if even_if_waiting && settled(&control, id)?.is_some_and(|info| is_waiting(&info)) {
+    // Its server was killed a moment ago, or lives where we cannot see it.
+    let dying = |info: &sys::ublksrv_ctrl_dev_info| {
+        is_live(info) && (even_if_waiting || info.ublksrv_pid <= 0)
+    };
+    let Some(info) = settled(&control, id, dying)? else {
+        return Ok(());
+    };
+    let alive = |why: String| Err(UblkError::Alive { id, why });
+    if even_if_waiting && is_waiting(&info) {
         claim_waiting(&control, id)?;
-        return match control.delete(id) {
-            Err(error) if error.is_gone() => Ok(()),
-            other => other.map(|deleted| deleted.tell(id)),
-        };
+        return delete(&control, id);
     }
-    let deadline = Instant::now() + STOP_LIMIT;
-    let alive = |why: String| UblkError::Alive { id, why };
-    loop {
-        let info = match control.info(id) {
-            Ok(info) => info,
-            Err(error) if error.is_gone() => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        if info.ublksrv_pid > 0 {
-            let pid = info.ublksrv_pid;
-            return Err(alive(format!("process {pid} serves it; stop that instead")));
-        }
-        if is_dead(&info) {
-            break;
-        }
-        if u32::from(info.state) != sys::UBLK_S_DEV_LIVE {
-            return Err(alive("it waits for its server to come back".to_owned()));
-        }
-        // Its server was killed a moment ago, or lives where we cannot see it.
-        if Instant::now() > deadline {
-            return Err(alive(
-                "its disk is in use or its server is out of sight".to_owned(),
-            ));
-        }
-        thread::sleep(Duration::from_millis(10));
+    if info.ublksrv_pid > 0 {
+        let pid = info.ublksrv_pid;
+        return alive(format!("process {pid} serves it; stop that instead"));
     }
-    let path = super::char_path(id);
-    loop {
-        match OpenOptions::new().read(true).write(true).open(&path) {
-            // As long as we have it nobody else does: the device is as dead as it says. The driver
-            // deletes it when we let go.
-            Ok(held) => {
-                let dead = control.info(id).map(|info| is_dead(&info))?;
-                drop(held);
-                if !dead {
-                    return Err(alive("it has just been started".to_owned()));
-                }
-                break;
+    if is_live(&info) {
+        return alive("its disk is in use or its server is out of sight".to_owned());
+    }
+    if !is_dead(&info) {
+        return alive("it waits for its server to come back".to_owned());
+    }
+    let path = char_path(id);
+    let open = || OpenOptions::new().read(true).write(true).open(&path);
+    // The driver may still be cleaning up behind the dead server.
+    let busy = |opened: &io::Result<_>| match opened {
+        Err(error) => error.raw_os_error() == Some(libc::EBUSY),
+        Ok(_) => false,
+    };
+    match repeat_while(STOP_LIMIT, STOP_INTERVAL, open, busy) {
+        // As long as we have it no other process does: the device is as dead as it says. The driver
+        // deletes it when we let go.
+        Ok(held) => {
+            let dead = control.info(id).map(|info| is_dead(&info))?;
+            drop(held);
+            if !dead {
+                return alive("it has just been started".to_owned());
             }
-            // The driver may still be cleaning up behind the dead server.
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                if Instant::now() > deadline {
-                    return Err(alive(format!(
-                        "a living process has {} open",
-                        path.display()
-                    )));
-                }
-                thread::sleep(Duration::from_millis(10));
-            }
-            Err(source) => return Err(UblkError::CharDevice { id, source }),
         }
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            return alive(format!("a living process has {} open", path.display()));
+        }
+        Err(source) => return Err(UblkError::CharDevice { id, source }),
     }
+    delete(&control, id)
+}
+
+fn delete(control: &Control, id: u32) -> Result<(), UblkError> {
     match control.delete(id) {
         Err(error) if error.is_gone() => Ok(()),
         other => other.map(|deleted| deleted.tell(id)),
@@ -230,6 +222,10 @@ pub fn remove(id: u32, even_if_waiting: bool) -> Result<(), UblkError> {
 fn may_be_ours(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     let ordinary_users = info.flags & u64::from(sys::UBLK_F_UNPRIVILEGED_DEV) != 0;
     !ordinary_users || info.owner_uid == rustix::process::geteuid().as_raw()
+}
+
+fn is_live(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    u32::from(info.state) == sys::UBLK_S_DEV_LIVE
 }
 
 fn is_dead(info: &sys::ublksrv_ctrl_dev_info) -> bool {

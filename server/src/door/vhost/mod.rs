@@ -14,6 +14,7 @@ mod queue;
 mod session;
 mod sigbus;
 mod socket;
+mod spawn;
 mod virtqueue;
 mod vring;
 
@@ -24,7 +25,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -33,13 +34,11 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use crate::door::ownership::Ownership;
 use crate::engine::Storage;
 use crate::engine::counters::CounterSet;
-use crate::engine::mailbox::Mailbox;
-use crate::engine::queue_thread::QueueThread;
 use crate::engine::threads::ThreadOptions;
 use connection::Connection;
-use queue::VhostQueues;
-use session::{Ending, QueueHandle, Sizes, Spawn};
+use session::{Ending, Sizes};
 use socket::Socket;
+use spawn::{QueueOptions, spawner};
 
 /// Vrings one session may have. A vring costs nothing before it is set up.
 pub const MAX_VRINGS: u16 = 256;
@@ -167,12 +166,12 @@ impl VhostDoor {
         let serve = {
             let access = Arc::clone(&access);
             move |link: &Arc<Connection>| {
-                let spawn = spawner(
-                    Arc::clone(link),
-                    (queue_threads, threads.clone()),
-                    &disk,
-                    &counters,
-                );
+                let options = QueueOptions {
+                    count: queue_threads,
+                    threads: threads.clone(),
+                };
+                let (link_of_queues, disk) = (Arc::clone(link), Arc::clone(&disk));
+                let spawn = spawner(link_of_queues, options, disk, Arc::clone(&counters));
                 let sizes = Sizes {
                     queues,
                     threads: queue_threads,
@@ -438,48 +437,4 @@ impl Drop for Membership {
         drop(sessions);
         self.shared.changed.notify_all();
     }
-}
-
-/// How a session starts its queue threads.
-fn spawner<B: Storage>(
-    link: Arc<Connection>,
-    (queue_threads, options): (u16, ThreadOptions),
-    disk: &Arc<B>,
-    counters: &Arc<CounterSet>,
-) -> Spawn {
-    let (disk, registry) = (Arc::clone(disk), Arc::clone(counters));
-    Box::new(move |number| {
-        let (mail, mailbox) = Mailbox::new()?;
-        let (ready, started) = mpsc::channel();
-        let (link, disk, registry) = (Arc::clone(&link), Arc::clone(&disk), Arc::clone(&registry));
-        let options = options.clone();
-        let thread = Builder::new()
-            .name(format!("vhost-{}-q{number}", link.id()))
-            .spawn(move || {
-                let counters = registry.register();
-                let (its_link, its_counters) = (Arc::clone(&link), Arc::clone(&counters));
-                let queues = VhostQueues::new(its_link, its_counters, queue_threads);
-                let thread = (options.settle(number))
-                    .and_then(|()| QueueThread::new(queues, &*disk, mailbox, &counters, &options));
-                // Whoever waits for the answer waits for it and nothing else.
-                match thread {
-                    Ok(thread) => {
-                        let _ = ready.send(Ok(()));
-                        if let Err(error) = thread.run() {
-                            tracing::error!(export = link.export(), %error, "a queue thread failed");
-                            link.hang_up("a queue thread failed");
-                        }
-                    }
-                    Err(error) => {
-                        let _ = ready.send(Err(error));
-                    }
-                }
-                registry.retire(&counters);
-            })?;
-        match started.recv() {
-            Ok(Ok(())) => Ok(QueueHandle { mail, thread }),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(io::Error::other("a queue thread panicked at its start")),
-        }
-    })
 }

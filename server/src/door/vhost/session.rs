@@ -38,7 +38,7 @@ const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 /// How long a client may leave its answers unread, or a message half sent.
 const CLIENT_LIMIT: Duration = Duration::from_secs(5);
 
-/// How often a thread that waits for a queue thread looks whether that is still alive.
+/// How often a thread that waits for a queue thread looks whether the client is still there.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A running queue thread.
@@ -241,7 +241,9 @@ impl Session {
             return refuse("the vring has no thread");
         };
         let (sender, answer) = mpsc::channel();
-        handle.mail.send(command(sender));
+        if handle.mail.send(command(sender)).is_err() {
+            return refuse("a queue thread has ended");
+        }
         loop {
             match answer.recv_timeout(LOOK_INTERVAL) {
                 Ok(answer) => return Ok(answer),
@@ -249,8 +251,8 @@ impl Session {
                 Err(RecvTimeoutError::Timeout) if self.link.hung_up() => {
                     return Err(Error::Disconnected);
                 }
-                Err(RecvTimeoutError::Timeout) if !handle.thread.is_finished() => {}
-                Err(_) => return refuse("a queue thread has ended"),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return refuse("a queue thread has ended"),
             }
         }
     }
@@ -463,7 +465,8 @@ impl Session {
             hold.drain();
         }
         for handle in self.threads.values() {
-            handle.mail.send(Command::Exit);
+            // One that has ended already needs not be told.
+            let _ = handle.mail.send(Command::Exit);
         }
         for handle in std::mem::take(&mut self.threads).into_values() {
             if handle.thread.join().is_err() {

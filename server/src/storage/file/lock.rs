@@ -3,7 +3,12 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::engine::wait::repeat_while;
+
+/// How often a lock is tried again while another process has the file.
+const INTERVAL: Duration = Duration::from_millis(20);
 
 /// A lock on a regular file.
 ///
@@ -54,16 +59,13 @@ pub(super) fn is_taken(error: &io::Error) -> bool {
 /// Tries again until `limit` while another process has the file; the kernel has no timed wait for it.
 pub(super) fn unless_taken<T>(
     limit: Duration,
-    mut attempt: impl FnMut() -> io::Result<T>,
+    attempt: impl FnMut() -> io::Result<T>,
     is_taken: impl Fn(&io::Error) -> bool,
 ) -> io::Result<T> {
-    let deadline = Instant::now() + limit;
-    loop {
-        match attempt() {
-            Err(error) if is_taken(&error) && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            result => return result,
-        }
-    }
+    repeat_while(
+        limit,
+        INTERVAL,
+        attempt,
+        |result| matches!(result, Err(error) if is_taken(error)),
+    )
 }

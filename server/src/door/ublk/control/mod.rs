@@ -4,6 +4,9 @@
 //! microseconds, a handful of times in the life of a device; in return a command that hangs
 //! (`DEL_DEV` after an oops, `STOP_DEV` while the storage does not answer) holds up nobody else.
 
+mod bounded;
+mod commands;
+
 use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,12 +14,16 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{opcode, types};
 use libublk::sys;
 
 use super::error::{DeviceName, UblkError, Unavailable};
 use super::features::Features;
 use super::params::Params;
+use super::paths::char_path;
+use super::privileges::is_administrator;
+use bounded::{End, run_bounded};
+use commands::*;
 
 const CONTROL_PATH: &str = "/dev/ublk-control";
 
@@ -26,82 +33,11 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// How long a deleted device may take to give its id back.
 const HELD_LIMIT: Duration = Duration::from_secs(2);
 
-/// How often a command that somebody may give up is looked after.
-const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
-
 /// Words of a mask of processors: as many as any kernel is built for (`NR_CPUS`).
 const CPU_WORDS: usize = 128;
 
 /// The id that asks the driver to choose one.
 const ANY_ID: u32 = u32::MAX;
-
-/// A command by its number and the name that the driver's documentation gives it.
-#[derive(Clone, Copy)]
-struct Command {
-    number: u32,
-    name: &'static str,
-}
-
-const ADD_DEV: Command = Command {
-    number: sys::UBLK_U_CMD_ADD_DEV,
-    name: "ADD_DEV",
-};
-const SET_PARAMS: Command = Command {
-    number: sys::UBLK_U_CMD_SET_PARAMS,
-    name: "SET_PARAMS",
-};
-const START_DEV: Command = Command {
-    number: sys::UBLK_U_CMD_START_DEV,
-    name: "START_DEV",
-};
-const STOP_DEV: Command = Command {
-    number: sys::UBLK_U_CMD_STOP_DEV,
-    name: "STOP_DEV",
-};
-const DEL_DEV: Command = Command {
-    number: sys::UBLK_U_CMD_DEL_DEV,
-    name: "DEL_DEV",
-};
-const GET_DEV_INFO: Command = Command {
-    number: sys::UBLK_U_CMD_GET_DEV_INFO,
-    name: "GET_DEV_INFO",
-};
-const GET_DEV_INFO2: Command = Command {
-    number: sys::UBLK_U_CMD_GET_DEV_INFO2,
-    name: "GET_DEV_INFO2",
-};
-const GET_PARAMS: Command = Command {
-    number: sys::UBLK_U_CMD_GET_PARAMS,
-    name: "GET_PARAMS",
-};
-const START_USER_RECOVERY: Command = Command {
-    number: sys::UBLK_U_CMD_START_USER_RECOVERY,
-    name: "START_USER_RECOVERY",
-};
-const END_USER_RECOVERY: Command = Command {
-    number: sys::UBLK_U_CMD_END_USER_RECOVERY,
-    name: "END_USER_RECOVERY",
-};
-const GET_QUEUE_AFFINITY: Command = Command {
-    number: sys::UBLK_U_CMD_GET_QUEUE_AFFINITY,
-    name: "GET_QUEUE_AFFINITY",
-};
-const UPDATE_SIZE: Command = Command {
-    number: sys::UBLK_U_CMD_UPDATE_SIZE,
-    name: "UPDATE_SIZE",
-};
-const QUIESCE_DEV: Command = Command {
-    number: sys::UBLK_U_CMD_QUIESCE_DEV,
-    name: "QUIESCE_DEV",
-};
-const TRY_STOP_DEV: Command = Command {
-    number: sys::UBLK_U_CMD_TRY_STOP_DEV,
-    name: "TRY_STOP_DEV",
-};
-const GET_FEATURES: Command = Command {
-    number: sys::UBLK_U_CMD_GET_FEATURES,
-    name: "GET_FEATURES",
-};
 
 /// What a new device shall be.
 #[derive(Clone, Copy, Debug)]
@@ -138,6 +74,15 @@ impl Deleted {
     }
 }
 
+/// Whether ublk devices can be made here, by this process, and what the driver offers.
+///
+/// # Errors
+///
+/// Why not, in words for the user.
+pub fn available() -> Result<Features, Unavailable> {
+    Control::open()?.features()
+}
+
 /// The control device.
 pub(super) struct Control {
     file: File,
@@ -161,7 +106,7 @@ impl<T> Named<T> {
     fn new(id: u32, payload: T) -> Self {
         const { assert!(align_of::<T>() <= PATH_BYTES as usize) };
         let mut path = [0; PATH_BYTES as usize];
-        let name = super::char_path(id);
+        let name = char_path(id);
         let name = name.as_os_str().as_encoded_bytes();
         path[..name.len()].copy_from_slice(name);
         Self { path, payload }
@@ -178,9 +123,27 @@ impl Control {
         })
     }
 
-    /// What the driver can do.
-    pub(super) fn features(&self) -> Result<Features, UblkError> {
-        self.exchange(GET_FEATURES, None, 0).map(Features)
+    /// What the driver can do, if this process can make devices with it.
+    pub(super) fn features(&self) -> Result<Features, Unavailable> {
+        let features = self
+            .exchange(GET_FEATURES, None, 0)
+            .map(Features)
+            .map_err(|error| match error {
+                UblkError::Unavailable(unavailable) => unavailable,
+                // Drivers before 6.5 do not know the question.
+                UblkError::Command { source, .. } => match source.raw_os_error() {
+                    Some(libc::EPERM | libc::EACCES) => Unavailable::NoPermission,
+                    _ => Unavailable::TooOld,
+                },
+                other => Unavailable::Other(io::Error::other(other)),
+            })?;
+        if !features.has(sys::UBLK_F_CMD_IOCTL_ENCODE) {
+            return Err(Unavailable::TooOld);
+        }
+        if !features.has(sys::UBLK_F_UNPRIVILEGED_DEV) && !is_administrator()? {
+            return Err(Unavailable::NoPermission);
+        }
+        Ok(features)
     }
 
     /// Makes a device. The answer says what it became: id, queues (no more than the machine has
@@ -449,111 +412,14 @@ fn command_bytes(words: sys::ublksrv_ctrl_cmd) -> [u8; 80] {
     bytes
 }
 
-/// How an operation with a time limit ended.
-#[derive(Debug)]
-enum End {
-    /// It completed.
-    Result(i32),
-    /// It was never begun.
-    NoRing(io::Error),
-    /// It may be under way still: the ring broke.
-    Lost(io::Error),
-    /// It is under way still: whoever started it lost interest.
-    GivenUp,
-    /// It is under way still: the time is over.
-    NoAnswer,
-}
-
-/// Runs one operation on a ring of its own for at most `limit`.
-///
-/// # Safety
-///
-/// What the operation points to must stay valid until it completed: for ever, unless this returns
-/// [`End::Result`] or [`End::NoRing`].
-unsafe fn run_bounded(
-    sqe: &squeue::Entry128,
-    limit: Duration,
-    give_up: Option<&dyn Fn() -> bool>,
-) -> End {
-    let mut ring = match IoUring::<squeue::Entry128>::builder().build(2) {
-        Ok(ring) => ring,
-        Err(error) => return End::NoRing(error),
-    };
-    // SAFETY: the caller keeps what the entry points to valid.
-    if unsafe { ring.submission().push(sqe) }.is_err() {
-        unreachable!("an empty ring has room for one entry");
-    }
-    let deadline = Instant::now() + limit;
-    loop {
-        let mut left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return End::NoAnswer;
-        }
-        if let Some(give_up) = give_up {
-            if give_up() {
-                return End::GivenUp;
-            }
-            left = left.min(GIVE_UP_INTERVAL);
-        }
-        let left = types::Timespec::from(left);
-        let args = types::SubmitArgs::new().timespec(&left);
-        let waited = ring.submitter().submit_with_args(1, &args);
-        if let Some(completion) = ring.completion().next() {
-            return End::Result(completion.result());
-        }
-        match waited.map_err(|error| (error.raw_os_error(), error)) {
-            Ok(_) | Err((Some(libc::ETIME | libc::EINTR), _)) => {}
-            Err((_, error)) => return End::Lost(error),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A read that never completes.
-    fn endless_read() -> (squeue::Entry128, rustix::fd::OwnedFd) {
-        let flags = rustix::event::EventfdFlags::CLOEXEC;
-        let eventfd = rustix::event::eventfd(0, flags).unwrap();
-        let word = Box::leak(Box::new(0u64));
-        let fd = types::Fd(eventfd.as_raw_fd());
-        let sqe = opcode::Read::new(fd, std::ptr::from_mut(word).cast(), 8).build();
-        (sqe.into(), eventfd)
-    }
-
     #[test]
-    fn a_command_that_never_answers_ends_at_its_time_limit() {
-        let (sqe, _eventfd) = endless_read();
-        let begin = Instant::now();
-        // SAFETY: the read points to leaked memory.
-        let end = unsafe { run_bounded(&sqe, Duration::from_millis(50), None) };
-        assert!(matches!(end, End::NoAnswer), "{end:?}");
-        assert!(begin.elapsed() >= Duration::from_millis(50));
-        assert!(begin.elapsed() < Duration::from_secs(10));
-    }
-
-    #[test]
-    fn a_command_can_be_given_up_before_its_time_limit() {
-        let (sqe, _eventfd) = endless_read();
-        let asked = Cell::new(0);
-        let give_up = || {
-            asked.set(asked.get() + 1);
-            asked.get() > 2
-        };
-        // SAFETY: the read points to leaked memory.
-        let end = unsafe { run_bounded(&sqe, Duration::from_secs(60), Some(&give_up)) };
-        assert!(matches!(end, End::GivenUp), "{end:?}");
-    }
-
-    #[test]
-    fn the_result_of_a_command_comes_back() {
-        let sqe = opcode::Close::new(types::Fd(-1)).build().into();
-        // SAFETY: closing an invalid descriptor points to nothing.
-        let end = unsafe { run_bounded(&sqe, Duration::from_secs(10), None) };
-        let End::Result(result) = end else {
-            panic!("{end:?}");
-        };
-        assert_eq!(result, -libc::EBADF);
+    fn the_driver_is_missing_exactly_when_its_control_device_is() {
+        let exists = std::path::Path::new("/dev/ublk-control").exists();
+        let missing = matches!(available(), Err(Unavailable::NoDriver));
+        assert_eq!(missing, !exists);
     }
 }

@@ -1,0 +1,123 @@
+//! One operation on a ring of its own, with a time limit.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, squeue, types};
+
+/// How often a command that may be given up is looked after.
+const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How an operation with a time limit ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// It completed.
+    Result(i32),
+    /// It was never begun.
+    NoRing(io::Error),
+    /// It may be under way still: the ring broke.
+    Lost(io::Error),
+    /// It is under way still: whoever started it lost interest.
+    GivenUp,
+    /// It is under way still: the time is over.
+    NoAnswer,
+}
+
+/// Runs one operation on a ring of its own for at most `limit`.
+///
+/// # Safety
+///
+/// What the operation points to must stay valid until it completed: for ever, unless this returns
+/// [`End::Result`] or [`End::NoRing`].
+pub(super) unsafe fn run_bounded(
+    sqe: &squeue::Entry128,
+    limit: Duration,
+    give_up: Option<&dyn Fn() -> bool>,
+) -> End {
+    let mut ring = match IoUring::<squeue::Entry128>::builder().build(2) {
+        Ok(ring) => ring,
+        Err(error) => return End::NoRing(error),
+    };
+    // SAFETY: the caller keeps what the entry points to valid.
+    if unsafe { ring.submission().push(sqe) }.is_err() {
+        unreachable!("an empty ring has room for one entry");
+    }
+    let deadline = Instant::now() + limit;
+    loop {
+        let mut left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return End::NoAnswer;
+        }
+        if let Some(give_up) = give_up {
+            if give_up() {
+                return End::GivenUp;
+            }
+            left = left.min(GIVE_UP_INTERVAL);
+        }
+        let left = types::Timespec::from(left);
+        let args = types::SubmitArgs::new().timespec(&left);
+        let waited = ring.submitter().submit_with_args(1, &args);
+        if let Some(completion) = ring.completion().next() {
+            return End::Result(completion.result());
+        }
+        match waited.map_err(|error| (error.raw_os_error(), error)) {
+            Ok(_) | Err((Some(libc::ETIME | libc::EINTR), _)) => {}
+            Err((_, error)) => return End::Lost(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::os::fd::AsRawFd;
+
+    use io_uring::opcode;
+
+    use super::*;
+
+    /// A read that never completes.
+    fn endless_read() -> (squeue::Entry128, rustix::fd::OwnedFd) {
+        let flags = rustix::event::EventfdFlags::CLOEXEC;
+        let eventfd = rustix::event::eventfd(0, flags).unwrap();
+        let word = Box::leak(Box::new(0u64));
+        let fd = types::Fd(eventfd.as_raw_fd());
+        let sqe = opcode::Read::new(fd, std::ptr::from_mut(word).cast(), 8).build();
+        (sqe.into(), eventfd)
+    }
+
+    #[test]
+    fn a_command_that_never_answers_ends_at_its_time_limit() {
+        let (sqe, _eventfd) = endless_read();
+        let begin = Instant::now();
+        // SAFETY: the read points to leaked memory.
+        let end = unsafe { run_bounded(&sqe, Duration::from_millis(50), None) };
+        assert!(matches!(end, End::NoAnswer), "{end:?}");
+        assert!(begin.elapsed() >= Duration::from_millis(50));
+        assert!(begin.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_command_can_be_given_up_before_its_time_limit() {
+        let (sqe, _eventfd) = endless_read();
+        let asked = Cell::new(0);
+        let give_up = || {
+            asked.set(asked.get() + 1);
+            asked.get() > 2
+        };
+        // SAFETY: the read points to leaked memory.
+        let end = unsafe { run_bounded(&sqe, Duration::from_secs(60), Some(&give_up)) };
+        assert!(matches!(end, End::GivenUp), "{end:?}");
+    }
+
+    #[test]
+    fn the_result_of_a_command_comes_back() {
+        let sqe = opcode::Close::new(types::Fd(-1)).build().into();
+        // SAFETY: closing an invalid descriptor points to nothing.
+        let end = unsafe { run_bounded(&sqe, Duration::from_secs(10), None) };
+        let End::Result(result) = end else {
+            panic!("{end:?}");
+        };
+        assert_eq!(result, -libc::EBADF);
+    }
+}
