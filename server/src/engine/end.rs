@@ -27,10 +27,15 @@ impl End {
 
     /// The end of a thread that panicked with this.
     pub(super) fn panicked(panic: &(dyn Any + Send)) -> Self {
-        let text = (panic.downcast_ref::<&str>().copied())
-            .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-        Self::Panicked(text.unwrap_or("a panic without a message").to_owned())
+        Self::Panicked(panic_message(panic).to_owned())
     }
+}
+
+/// What a panic said.
+pub(super) fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    (panic.downcast_ref::<&str>().copied())
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic without a message")
 }
 
 impl fmt::Display for End {

@@ -6,7 +6,10 @@ pub mod cpus;
 pub mod crash;
 mod door;
 mod end;
+pub mod event_loop;
+mod listen;
 pub mod mailbox;
+pub mod open_files;
 pub mod polling;
 pub mod queue_thread;
 mod spawn;
@@ -16,5 +19,6 @@ pub mod wait;
 
 pub use door::{DoorQueue, Next};
 pub use end::End;
+pub use listen::{Accept, listen};
 pub use spawn::{Spawned, spawn_queue};
 pub use storage::{RingBuffers, Storage, StorageControl, StorageQueue};

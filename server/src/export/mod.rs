@@ -4,7 +4,7 @@
 //! |--------------------|----------------------------------------------------------|
 //! | `open.rs`          | how it is opened: storage, doors, what an earlier server left |
 //! | `shared.rs`        | what its threads share, and how its doors are closed     |
-//! | `admin.rs`         | the admin socket: its protocol and its server            |
+//! | `admin/`           | the admin socket: protocol, server and client            |
 //! | `admin_service.rs` | what an export answers there                             |
 //! | `succession.rs`    | how a server gets an export from another one             |
 //! | `upgrade.rs`       | clients that come by the block device's descriptor       |
@@ -207,5 +207,6 @@ fn publish(shared: &Arc<Shared>, claim: &NameLock) -> Result<Listening> {
         .note_served(&served)
         .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
     crash::point("export-noted");
-    admin::listen(&claim.folder().join(CONTROL), Arc::clone(shared))
+    let socket = claim.folder().join(CONTROL);
+    admin::serve(claim.name(), &socket, Arc::clone(shared))
 }

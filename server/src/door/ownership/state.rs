@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::types::{BlockDoor, Client, OwnershipState, Refused};
 use crate::engine::StorageControl;
+use crate::engine::event_loop::EventLoop;
 
 /// How long a client waits for another one that is already gone, and for the doors to open.
 pub(super) const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
@@ -281,26 +282,29 @@ impl Ownership {
         self.changed.notify_all();
         let seconds = self.grace.as_secs_f32();
         tracing::warn!(export = self.export, "{why}: it is kept for {seconds} s");
-        let access = Arc::clone(&self);
-        let spawned = std::thread::Builder::new()
-            .name("grace".into())
-            .spawn(move || access.wait_out(wait));
-        if let Err(error) = spawned {
-            tracing::error!(export = self.export, %error, "cannot wait for the client");
-            self.give_back(self.inner());
+        // An export that is gone needs no end of its wait.
+        let waiting = Arc::downgrade(&self);
+        let end = move || {
+            if let Some(ownership) = waiting.upgrade() {
+                ownership.end_wait(wait);
+            }
+        };
+        match EventLoop::get() {
+            Ok(events) => events.call_after(self.grace, end),
+            Err(error) => {
+                tracing::error!(export = self.export, %error, "cannot wait for the client");
+                self.give_back(self.inner());
+            }
         }
     }
 
-    pub(super) fn wait_out(&self, wait: u64) {
-        let ours = |inner: &mut Inner| matches!(inner.state, State::Waiting(w) if w == wait);
-        let (mut inner, _) = self
-            .changed
-            .wait_timeout_while(self.inner(), self.grace, ours)
-            .unwrap_or_else(PoisonError::into_inner);
-        if ours(&mut inner) {
+    /// Gives the disk back when the time of this wait is over, if it still lasts.
+    fn end_wait(&self, wait: u64) {
+        let inner = self.inner();
+        if matches!(inner.state, State::Waiting(current) if current == wait) {
             tracing::info!(
                 export = self.export,
-                "nobody came back: the block device is writable again"
+                "the client did not come back: the block device is writable again"
             );
             self.give_back(inner);
         }

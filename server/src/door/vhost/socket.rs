@@ -1,7 +1,7 @@
 //! The listening socket: where it may be, and who may connect.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, fchmod};
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen};
+
+use crate::engine::Accept;
 
 /// Bytes a path may have in `sockaddr_un`, without the final NUL.
 const MAX_PATH_BYTES: usize = 107;
@@ -83,14 +85,23 @@ impl Socket {
         Ok(socket)
     }
 
-    /// The listener; it does not block.
-    pub(super) fn listener(&self) -> &UnixListener {
-        &self.listener
-    }
-
     /// Where it is.
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Accept for Socket {
+    type Client = UnixStream;
+
+    fn accept_client(&self) -> io::Result<Option<UnixStream>> {
+        self.listener.accept_client()
     }
 }
 
