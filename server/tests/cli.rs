@@ -4,18 +4,19 @@
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod common;
-mod serving;
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use common::sandbox;
 use common::{Driver, OK, T_OUT, USUAL, eventually};
-use serving::Lab;
+use rustix::process::Signal;
+use testkit::proc::{Holdings, catches_hangups, sleeps};
 
 #[test]
 fn malformed_specs_are_wrong_usage() {
-    let lab = Lab::new();
+    let lab = sandbox();
     for (spec, why) in [
         ("disk.img", "write file:disk.img for a file"),
         ("qcow9:x", "no storage is called 'qcow9'"),
@@ -44,9 +45,9 @@ fn malformed_specs_are_wrong_usage() {
         ("--log", "warning", "give one of error, warn, info"),
         ("--log", "", "give one of error, warn, info"),
     ] {
-        let output = lab.output(&["serve", option, value, "mem:1M"]);
-        let told = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{told}");
+        let finished = lab.finish(&["serve", option, value, "mem:1M"], &[]);
+        let told = finished.stderr;
+        assert_eq!(finished.status.code(), Some(2), "{told}");
         assert!(told.contains(why), "{told}");
     }
     lab.serve_fails(&["--config", "/does/not/exist"], 2, &["/does/not/exist"]);
@@ -55,7 +56,7 @@ fn malformed_specs_are_wrong_usage() {
 
 #[test]
 fn an_error_in_a_configuration_file_names_line_key_and_what_is_allowed() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let path = lab.path("file.toml");
     let file = path.display().to_string();
     for (text, words) in [
@@ -81,7 +82,7 @@ fn an_error_in_a_configuration_file_names_line_key_and_what_is_allowed() {
 
 #[test]
 fn paths_in_a_configuration_file_are_relative_to_it_also_when_the_export_is_recovered() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let image = lab.image("disk.img", 1 << 20);
     let path = lab.path("file.toml");
     let text = "[[export]]\nspec = 'a=file:disk.img'\nublk = 'no'\nvhost-socket = 'a.sock'\n";
@@ -94,25 +95,26 @@ fn paths_in_a_configuration_file_are_relative_to_it_also_when_the_export_is_reco
     };
     let server = lab.serve(&["--config", &path.display().to_string()]);
     is_served();
-    server.kill();
+    server.kill().unwrap();
     std::fs::remove_file(path).unwrap();
     let server = lab.recover(&["a"]);
     is_served();
-    server.stop();
+    server.stop().unwrap();
     lab.is_clean();
 }
 
 #[test]
 fn files_that_cannot_be_served_are_told_by_path() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let missing = lab.path("missing.img");
     lab.serve_fails(
         &[&format!("file:{}", missing.display())],
         1,
         &["missing.img", "No such file"],
     );
-    let output = lab.output(&["serve", &format!("file:{}", missing.display())]);
-    let told = String::from_utf8_lossy(&output.stderr);
+    let told = lab
+        .finish(&["serve", &format!("file:{}", missing.display())], &[])
+        .stderr;
     assert_eq!(told.matches("os error 2").count(), 1, "{told}");
     let small = lab.path("small.img");
     std::fs::write(&small, [0; 100]).unwrap();
@@ -129,7 +131,7 @@ fn files_that_cannot_be_served_are_told_by_path() {
 
 #[test]
 fn a_file_that_may_not_be_written_is_refused_and_read_only_is_suggested() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let image = lab.image("ro.img", 1 << 20);
     std::fs::set_permissions(&image, std::fs::Permissions::from_mode(0o444)).unwrap();
     if rustix::process::geteuid().is_root() {
@@ -147,7 +149,7 @@ fn a_file_that_may_not_be_written_is_refused_and_read_only_is_suggested() {
 
 #[test]
 fn one_image_is_served_by_one_writer() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let spec = format!("file:{}", lab.image("disk.img", 1 << 20).display());
     let server = lab.serve(&[&spec]);
     lab.serve_fails(&["--name", "other", &spec], 1, &["disk.img", "in use"]);
@@ -156,26 +158,26 @@ fn one_image_is_served_by_one_writer() {
         1,
         &["disk.img", "in use"],
     );
-    server.stop();
+    server.stop().unwrap();
     lab.is_clean();
 }
 
 #[test]
 fn a_name_is_served_once() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let server = lab.serve(&["a=mem:1M"]);
     lab.serve_fails(
         &["a=null:1G"],
         1,
         &["'a' is already served", "ublkup stop a"],
     );
-    server.stop();
+    server.stop().unwrap();
     lab.is_clean();
 }
 
 #[test]
 fn a_socket_path_that_is_taken_is_refused() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let path = lab.path("taken.sock");
     let text = path.display().to_string();
     let listener = UnixListener::bind(&path).unwrap();
@@ -187,7 +189,9 @@ fn a_socket_path_that_is_taken_is_refused() {
     assert!(path.exists(), "somebody else's socket was removed");
     // Nobody listens any more: a dead server left it, and it is replaced.
     drop(listener);
-    lab.serve(&["--vhost-socket", &text, "mem:1M"]).stop();
+    lab.serve(&["--vhost-socket", &text, "mem:1M"])
+        .stop()
+        .unwrap();
     assert!(!path.exists(), "our own socket was left");
     std::fs::write(&path, "precious").unwrap();
     lab.serve_fails(&["--vhost-socket", &text, "mem:1M"], 1, &["taken.sock"]);
@@ -203,7 +207,7 @@ fn a_socket_path_that_is_taken_is_refused() {
 
 #[test]
 fn an_export_that_cannot_start_takes_the_others_with_it_unless_told_to_keep_going() {
-    let lab = Lab::new();
+    let lab = sandbox();
     lab.serve_fails(
         &["a=mem:1M", "b=file:/does/not/exist"],
         1,
@@ -212,14 +216,18 @@ fn an_export_that_cannot_start_takes_the_others_with_it_unless_told_to_keep_goin
     lab.is_clean();
     let server = lab.serve(&["--keep-going", "a=mem:1M", "b=file:/does/not/exist"]);
     assert!(lab.ok(&["list"]).contains("a "));
-    let (code, log) = server.end();
-    assert_eq!(code, Some(1), "a failed export is not forgotten: {log}");
+    let (status, log) = server.end_by(Signal::TERM).unwrap();
+    assert_eq!(
+        status.code(),
+        Some(1),
+        "a failed export is not forgotten: {log}"
+    );
     lab.is_clean();
 }
 
 #[test]
 fn exports_are_listed_shown_and_stopped_one_by_one() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let queues = ["--queues", "3", "--vhost-threads", "2"];
     let threads = ["--poll-us", "always", "--cpus", "0"];
     let exports = ["a=mem:1M,serial=ABC", "b=null:2G,read-only"];
@@ -248,16 +256,16 @@ fn exports_are_listed_shown_and_stopped_one_by_one() {
     assert!(!lab.ok(&["list"]).contains("a "));
     // The other one goes on, and the name is free again.
     let again = lab.serve(&["a=mem:1M"]);
-    again.stop();
+    again.stop().unwrap();
     // The last export's end is the server's.
     lab.ok(&["stop", "b"]);
-    assert_eq!(server.wait(), Some(0));
+    assert_eq!(server.exit_code().unwrap(), Some(0));
     lab.is_clean();
 }
 
 #[test]
 fn a_disk_gets_another_size_from_who_asks_for_one_it_can_have() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let image = lab.image("disk.img", 1 << 20);
     let read_only = format!(
         "ro=file:{},read-only",
@@ -321,26 +329,26 @@ fn a_disk_gets_another_size_from_who_asks_for_one_it_can_have() {
         1 << 20,
         "refusals change nothing"
     );
-    server.stop();
+    server.stop().unwrap();
     lab.is_clean();
 }
 
 #[test]
 fn a_killed_server_leaves_what_the_next_one_and_the_doctor_clear_away() {
-    let lab = Lab::new();
-    lab.serve(&["a=mem:1M"]).kill();
+    let lab = sandbox();
+    lab.serve(&["a=mem:1M"]).kill().unwrap();
     assert!(!lab.is_empty(), "SIGKILL leaves a folder");
     assert!(lab.ok(&["doctor"]).contains("a: 'ublkup doctor --clean'"));
-    lab.serve(&["a=mem:1M"]).stop();
+    lab.serve(&["a=mem:1M"]).stop().unwrap();
     lab.is_clean();
-    lab.serve(&["a=mem:1M"]).kill();
+    lab.serve(&["a=mem:1M"]).kill().unwrap();
     assert!(lab.ok(&["doctor", "--clean"]).contains("a: cleared away"));
     lab.is_clean();
 }
 
 #[test]
 fn the_doctor_speaks_json() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let checks: serde_json::Value = serde_json::from_str(&lab.ok(&["doctor", "--json"])).unwrap();
     let what: Vec<_> = checks
         .as_array()
@@ -356,10 +364,10 @@ fn the_doctor_speaks_json() {
 
 #[test]
 fn the_service_manager_is_told_when_the_server_is_ready() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let path = lab.path("notify");
     let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(serving::LIMIT)).unwrap();
+    socket.set_read_timeout(Some(common::LIMIT)).unwrap();
     let server = lab.serve_with(
         &["mem:1M"],
         &[("NOTIFY_SOCKET", &path.display().to_string())],
@@ -368,7 +376,7 @@ fn the_service_manager_is_told_when_the_server_is_ready() {
     let len = socket.recv(&mut message).unwrap();
     let text = String::from_utf8_lossy(&message[..len]);
     assert!(text.contains("READY=1"), "{text}");
-    server.stop();
+    server.stop().unwrap();
     let len = socket.recv(&mut message).unwrap();
     let text = String::from_utf8_lossy(&message[..len]);
     assert!(text.contains("STOPPING=1"), "{text}");
@@ -376,15 +384,15 @@ fn the_service_manager_is_told_when_the_server_is_ready() {
 
 #[test]
 fn a_server_started_to_outlive_its_terminal_does() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let server = lab.serve_without_hangups(&["a=mem:1M"]);
-    assert!(!server.hears_hangups());
-    server.stop();
+    assert!(!catches_hangups(server.pid()).unwrap());
+    server.stop().unwrap();
 }
 
 #[test]
 fn completions_and_man_pages_are_made() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let script = lab.ok(&["completions", "bash"]);
     assert!(script.contains("--read-only") && script.contains("--runtime-dir"));
     assert!(
@@ -400,17 +408,17 @@ fn completions_and_man_pages_are_made() {
 
 #[test]
 fn an_idle_server_is_never_scheduled_and_small() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let server = lab.serve(&["a=mem:1G", "b=null:1T"]);
-    server.is_idle("without a client");
-    let resident_kib = server.resident_kib();
+    sleeps(server.pid()).expect("without a client");
+    let resident_kib = Holdings::of(server.pid()).unwrap().resident_kib;
     assert!(resident_kib < 16 << 10, "{resident_kib} KiB resident");
-    server.stop();
+    server.stop().unwrap();
 }
 
 #[test]
 fn who_still_talks_to_a_server_keeps_nobody_from_its_storage() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let spec = format!("d=file:{}", lab.image("disk.img", 1 << 20).display());
     let args = ["--ublk", "no", &spec];
     // Says nothing, and is waited for at the end.
@@ -419,19 +427,19 @@ fn who_still_talks_to_a_server_keeps_nobody_from_its_storage() {
     let talker = silent();
     let second = lab.serve(&["--take-over", "--ublk", "no", &spec]);
     drop(talker);
-    assert_eq!(first.wait(), Some(0));
+    assert_eq!(first.exit_code().unwrap(), Some(0));
     let talker = silent();
     lab.ok(&["stop", "d"]);
     let third = lab.serve(&args);
     drop(talker);
-    assert_eq!(second.wait(), Some(0));
-    third.stop();
+    assert_eq!(second.exit_code().unwrap(), Some(0));
+    third.stop().unwrap();
     lab.is_clean();
 }
 
 #[test]
 fn who_stops_an_export_that_is_being_left_to_another_server_hears_of_that() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let image = lab.image("disk.img", 1 << 20);
     let spec = format!("d=fault:write=delay5000;file:{}", image.display());
     let server = lab.serve(&["--ublk", "no", &spec]);
@@ -447,13 +455,13 @@ fn who_stops_an_export_that_is_being_left_to_another_server_hears_of_that() {
     let before = rounds();
     guest.prepare(T_OUT, 0, &[(512, 0)]);
     eventually("the write is under way", || rounds() > before);
-    let (code, log) = std::thread::scope(|scope| {
+    let (status, log) = std::thread::scope(|scope| {
         let ending = scope.spawn(|| server.end_by(rustix::process::Signal::USR2));
         eventually("the server ends", || stat()["state"] == "stopping");
         lab.fails(&["stop", "d", "--force"], 1, &["left to another server"]);
-        ending.join().unwrap()
+        ending.join().unwrap().unwrap()
     });
-    assert_eq!(code, Some(0), "{log}");
-    lab.serve(&["--ublk", "no", &spec]).stop();
+    assert_eq!(status.code(), Some(0), "{log}");
+    lab.serve(&["--ublk", "no", &spec]).stop().unwrap();
     lab.is_clean();
 }

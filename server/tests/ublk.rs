@@ -19,7 +19,6 @@ mod recovery;
 mod replace;
 #[path = "ublk/resize.rs"]
 mod resize;
-mod serving;
 #[path = "ublk/unprivileged.rs"]
 mod unprivileged;
 #[path = "ublk/upgrade.rs"]
@@ -34,8 +33,9 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use common::sandbox;
 use libublk::ctrl::UblkCtrl;
-use serving::Lab;
+use testkit::proc::{context_switches, sleeps};
 use ublkup::door::ublk::{self, DataPath, DoorEnd, UblkConfig, UblkDoor, UblkError};
 use ublkup::engine::counters::{Counters, Totals};
 use ublkup::engine::{Storage, StorageControl, StorageQueue};
@@ -312,7 +312,7 @@ fn a_device_with_a_server_is_not_stale_whatever_is_noted() {
     assert_eq!(ublk::marked(config().mark).unwrap(), Some(door.id()));
     assert_eq!(ublk::marked(0).unwrap(), None);
 
-    let lab = Lab::new();
+    let lab = sandbox();
     let dir = RuntimeDir::find(Some(lab.path("run"))).unwrap();
     let claim = dir.claim("d").unwrap();
     let noted = DeviceNote {
@@ -589,7 +589,7 @@ fn a_killed_server_leaves_a_dead_device_that_can_be_removed() {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_server_with_both_doors_open_wakes_nobody_while_idle() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let server = lab.serve(&["--ublk", "yes", "--vhost", "yes", "d=mem:64M"]);
     let stat = upgrade::stat(&lab);
     let device = PathBuf::from(stat["ublk"]["device"].as_str().unwrap());
@@ -601,20 +601,20 @@ fn a_server_with_both_doors_open_wakes_nobody_while_idle() {
         )
     };
     read().unwrap();
-    server.is_idle("with a block device");
+    sleeps(server.pid()).expect("with a block device");
     let connect = || UnixStream::connect(lab.path("run/exports/d/vhost-user-blk")).unwrap();
     let silent = connect();
-    server.is_idle("with a client that never said a word");
+    sleeps(server.pid()).expect("with a client that never said a word");
     drop(silent);
     let mut driver = common::Driver::running(connect(), upgrade::PLAIN);
     assert_eq!(driver.write(0, &[7; 512]), common::OK);
-    server.is_idle("with a client that has nothing to say");
+    sleeps(server.pid()).expect("with a client that has nothing to say");
     // The threads that were watched are the ones that work.
-    let before = server.switches();
+    let before = context_switches(server.pid()).unwrap();
     assert_eq!(driver.write(1, &[8; 512]), common::OK);
     read().unwrap();
-    assert!(server.switches() > before);
+    assert!(context_switches(server.pid()).unwrap() > before);
     upgrade::leave(driver);
-    server.stop();
+    server.stop().unwrap();
     lab.is_clean();
 }

@@ -121,7 +121,7 @@ fn the_firmware_of_a_qemu_machine_reads_the_boot_sector() {
     assert_eq!(driver.write(0, &sector), OK);
     drop(driver);
     let before = fixture.counters.totals();
-    let log = fixture.scratch.0.join("qemu.log");
+    let log = fixture.scratch.path().join("qemu.log");
     let child = Command::new(qemu)
         .args("-nodefaults -machine q35 -accel tcg -cpu max -smp 2 -m 64M -display none".split(' '))
         .args(["-object", "memory-backend-memfd,id=m,size=64M,share=on"])

@@ -7,7 +7,6 @@
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
 mod common;
-mod serving;
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -17,7 +16,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use common::*;
-use serving::{Lab, Server};
+use common::{Sandbox, sandbox};
+use testkit::server::Server;
 use ublkup::engine::crash::{REQUEST_POINTS, VARIABLE};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
@@ -44,7 +44,7 @@ const NEW: u8 = 0xc5;
 
 /// The disk and the servers of it.
 struct Place {
-    lab: Lab,
+    lab: Sandbox,
     _memory: tempfile::TempDir,
     image: PathBuf,
 }
@@ -59,7 +59,7 @@ impl Place {
         }
         fs::write(&image, bytes).unwrap();
         Self {
-            lab: Lab::new(),
+            lab: sandbox(),
             _memory: memory,
             image,
         }
@@ -231,7 +231,7 @@ fn die(chains: u16, how: &str, points: &[&str]) {
             None => Guest::start(stream, chains),
             Some(old) => old.reconnect(stream),
         };
-        assert_eq!(server.wait(), None, "killed at {point}");
+        assert_eq!(server.exit_code().unwrap(), None, "killed at {point}");
         new.look_if_notified(Duration::ZERO);
         if died == 0 {
             returned = new.on_the_ring().len();
@@ -250,7 +250,7 @@ fn die(chains: u16, how: &str, points: &[&str]) {
     assert_eq!(guest.on_the_ring()[returned..], left, "after {points:?}");
     guest.check(&place);
     drop(guest);
-    server.stop();
+    server.stop().unwrap();
 }
 
 fn at(point: &str, times: u32) -> String {

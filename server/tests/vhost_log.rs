@@ -216,8 +216,8 @@ fn a_read_that_failed_half_way_is_marked_whole() {
 /// By `io_uring`: the data lies in a file, which ends in the middle of the last request.
 #[test]
 fn what_the_kernel_read_and_what_was_zero_filled_is_marked() {
-    let scratch = Scratch::new();
-    let path = scratch.0.join("disk");
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("disk");
     let file = File::create(&path).unwrap();
     file.set_len(1 << 20).unwrap();
     file.write_all_at(&[7; 0x1_0000], 0).unwrap();

@@ -4,25 +4,23 @@
 
 mod common;
 
-use std::io::{ErrorKind, IoSlice, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use common::*;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use testkit::vhost::raw::{FrontendReq, NEED_REPLY, answer, is_closed, message, send};
 use ublkup::storage::Memory as MemoryDisk;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vmm_sys_util::eventfd::EventFd;
 
-const GET_FEATURES: u32 = 1;
-const SET_LOG_FD: u32 = 7;
-const SET_VRING_CALL: u32 = 13;
-const SET_STATUS: u32 = 39;
-const NEED_REPLY: u32 = 8;
+const GET_FEATURES: u32 = FrontendReq::GET_FEATURES as u32;
+const SET_LOG_FD: u32 = FrontendReq::SET_LOG_FD as u32;
+const SET_VRING_CALL: u32 = FrontendReq::SET_VRING_CALL as u32;
+const SET_STATUS: u32 = FrontendReq::SET_STATUS as u32;
 
 fn fixture() -> Fixture {
     Fixture::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1)
@@ -36,37 +34,6 @@ fn running(fixture: &Fixture) -> (Driver, UnixStream) {
     (Driver::running(stream, USUAL), raw)
 }
 
-fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-    let len = u32::try_from(payload.len()).unwrap();
-    let header = [request, 1 | flags, len].map(u32::to_ne_bytes).concat();
-    [&header, payload].concat()
-}
-
-fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() {
-        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
-    }
-    let bytes = [IoSlice::new(bytes)];
-    sendmsg(stream, &bytes, &mut control, SendFlags::NOSIGNAL).unwrap();
-}
-
-/// The value in an answer.
-fn answer(mut stream: &UnixStream, request: u32) -> u64 {
-    let mut answer = [0; 20];
-    stream.read_exact(&mut answer).unwrap();
-    assert_eq!(answer[..12], [request, 5, 8].map(u32::to_ne_bytes).concat());
-    u64::from_ne_bytes(answer[12..].try_into().unwrap())
-}
-
-fn is_closed(mut stream: &UnixStream) -> bool {
-    match stream.read(&mut [0]) {
-        Ok(len) => len == 0,
-        Err(error) => error.kind() == ErrorKind::ConnectionReset,
-    }
-}
-
 #[test]
 fn messages_may_come_in_pieces() {
     let fixture = fixture();
@@ -78,7 +45,7 @@ fn messages_may_come_in_pieces() {
             raw.write_all(piece).unwrap();
             std::thread::sleep(Duration::from_millis(5));
         }
-        let value = answer(&raw, request);
+        let value = answer(&raw, request).unwrap();
         let offered = value & VERSION_1 != 0;
         assert!(offered || (request, value) == (SET_STATUS, 0), "{value:#x}");
     }
@@ -88,12 +55,12 @@ fn messages_may_come_in_pieces() {
     let descriptor = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
     for (first, others) in [(12, 5), (5, 15), (1, 19)] {
         let whole = message(SET_VRING_CALL, NEED_REPLY, &0u64.to_ne_bytes());
-        send(&raw, &whole[..first], &[descriptor]);
+        send(&raw, &whole[..first], &[descriptor]).unwrap();
         for piece in whole[first..].chunks(others) {
             std::thread::sleep(Duration::from_millis(5));
             raw.write_all(piece).unwrap();
         }
-        assert_eq!(answer(&raw, SET_VRING_CALL), 0);
+        assert_eq!(answer(&raw, SET_VRING_CALL).unwrap(), 0);
     }
     driver.prepare(T_FLUSH, 0, &[]);
     assert!(readable(&call, PATIENCE), "the descriptor has arrived");
@@ -121,7 +88,7 @@ fn a_client_that_sends_half_a_message_and_stays_loses_its_session_and_the_disk()
             let fixture = fixture();
             let (mut driver, raw) = running(&fixture);
             assert_eq!(driver.write(0, &[7; 512]), OK);
-            send(&raw, half, descriptors);
+            send(&raw, half, descriptors).unwrap();
             // Its requests go on meanwhile.
             assert_eq!(driver.read(0, 512), (OK, vec![7; 512]));
             (fixture, driver, raw)
@@ -142,7 +109,7 @@ fn a_client_that_says_nothing_may_stay() {
     std::thread::sleep(Duration::from_secs(7));
     assert_eq!(fixture.door.sessions().len(), 1);
     silent.write_all(&message(GET_FEATURES, 0, &[])).unwrap();
-    assert_ne!(answer(&silent, GET_FEATURES) & VERSION_1, 0);
+    assert_ne!(answer(&silent, GET_FEATURES).unwrap() & VERSION_1, 0);
 }
 
 #[test]
@@ -152,7 +119,7 @@ fn a_descriptor_for_news_of_the_log_is_taken_and_not_kept() {
     let (reader, writer) = std::io::pipe().unwrap();
     driver.frontend.set_log_fd(writer.as_raw_fd()).unwrap();
     // Nobody asks for an answer, so none comes: the next one is another's.
-    send(&raw, &message(SET_LOG_FD, 0, &[]), &[writer.as_fd()]);
+    send(&raw, &message(SET_LOG_FD, 0, &[]), &[writer.as_fd()]).unwrap();
     assert_eq!(driver.frontend.get_queue_num().unwrap(), 256);
     drop(writer);
     let limit = Timespec::try_from(PATIENCE).unwrap();
@@ -183,7 +150,7 @@ fn messages_about_the_log_that_make_no_sense_end_the_session() {
     ];
     for (descriptors, flags, payload) in odd {
         let (driver, raw) = running(&fixture);
-        send(&raw, &message(SET_LOG_FD, flags, payload), descriptors);
+        send(&raw, &message(SET_LOG_FD, flags, payload), descriptors).unwrap();
         assert!(is_closed(&raw), "{} {payload:?}", descriptors.len());
         drop(driver);
         fixture.wait_empty();

@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
 mod common;
-mod serving;
 
 use std::fs;
 use std::io::Read;
@@ -11,8 +10,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use common::sandbox;
 use common::*;
-use serving::Lab;
 use ublkup::request::Capacity;
 use ublkup::storage::Null;
 use vhost::VhostBackend;
@@ -122,7 +121,7 @@ fn a_channel_that_is_no_stream_socket_is_refused() {
 #[test]
 fn a_file_that_another_servers_guest_has_keeps_its_size() {
     const MORE_BYTES: u64 = 3 << 20;
-    let lab = Lab::new();
+    let lab = sandbox();
     let image = lab.image("disk.img", OLD_BYTES);
     let serve = |name: &str| {
         let spec = format!("{name}=file:{}", image.display());
@@ -170,7 +169,7 @@ fn a_file_that_another_servers_guest_has_keeps_its_size() {
     let mut guest = Driver::running(UnixStream::connect(socket).unwrap(), USUAL);
     assert_eq!(guest.read(NEW_BYTES / 512 - 1, 512), (OK, vec![7; 512]));
     drop(guest);
-    idle.stop();
-    owner.stop();
+    idle.stop().unwrap();
+    owner.stop().unwrap();
     lab.is_clean();
 }

@@ -659,11 +659,11 @@ fn sessions_come_by_socket_pair_as_well() {
 
 #[test]
 fn socket_paths_are_taken_over_only_when_nobody_is_there() {
-    let scratch = Scratch::new();
+    let scratch = tempfile::tempdir().unwrap();
     let open = |name: &str| {
         let config = VhostConfig {
             name: "test".into(),
-            socket: scratch.0.join(name),
+            socket: scratch.path().join(name),
             queues: 1,
             queue_threads: 1,
             threads: ublkup::engine::threads::ThreadOptions::default(),
@@ -678,13 +678,16 @@ fn socket_paths_are_taken_over_only_when_nobody_is_there() {
     assert_eq!(mode & 0o777, 0o600);
     assert!(message(open("s")).contains("socket in use"));
     drop(door);
-    assert!(!scratch.0.join("s").exists());
+    assert!(!scratch.path().join("s").exists());
     // A listener that dies without removing its file.
-    drop(UnixListener::bind(scratch.0.join("stale")).unwrap());
+    drop(UnixListener::bind(scratch.path().join("stale")).unwrap());
     drop(open("stale").unwrap());
-    std::fs::write(scratch.0.join("file"), "precious").unwrap();
+    std::fs::write(scratch.path().join("file"), "precious").unwrap();
     assert!(message(open("file")).contains("not a socket"));
-    assert_eq!(std::fs::read(scratch.0.join("file")).unwrap(), b"precious");
+    assert_eq!(
+        std::fs::read(scratch.path().join("file")).unwrap(),
+        b"precious"
+    );
     assert!(message(open(&"x".repeat(108))).contains("at most 107"));
     assert!(message(open("no/such/directory")).contains("cannot bind"));
 }

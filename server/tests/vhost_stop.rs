@@ -3,19 +3,17 @@
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
 mod common;
-mod serving;
 
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::*;
-use serving::{LIMIT, Lab};
 
 /// A request that the storage does not finish holds up the end of its own export only.
 #[test]
 fn an_export_that_cannot_end_yet_keeps_no_other_from_it() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let image = lab.image("disk.img", 1 << 20);
     let stuck = format!("stuck=fault:write=stall;file:{}", image.display());
     let server = lab.serve(&["--ublk", "no", &stuck, "fine=mem:1M", "last=mem:1M"]);
@@ -44,6 +42,6 @@ fn an_export_that_cannot_end_yet_keeps_no_other_from_it() {
     assert_eq!(stuck.try_wait().unwrap(), None);
     // The others are served meanwhile.
     lab.ok(&["stat", "last"]);
-    server.kill();
+    server.kill().unwrap();
     assert!(!stuck.wait().unwrap().success());
 }

@@ -11,8 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
+use testkit::wait::{PATIENCE, wait_for};
 
 use crate::channel::{FromGuest, Heard, ToGuest, hear, send};
 use crate::guest::kernel_log;
@@ -192,16 +193,8 @@ impl KernelLog {
 
 /// Opens the channel's device, which may take a moment to appear.
 fn open_channel(setup: &Setup) -> Result<File> {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let path = loop {
-        if let Some(path) = find_device(&setup.channel)? {
-            break path;
-        }
-        if Instant::now() > deadline {
-            bail!("there is no channel {}", setup.channel);
-        }
-        thread::sleep(Duration::from_millis(20));
-    };
+    let what = format!("there is a channel {}", setup.channel);
+    let path = wait_for(&what, PATIENCE, || find_device(&setup.channel))?;
     let channel = File::options()
         .read(true)
         .write(true)

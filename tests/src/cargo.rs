@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use testkit::shell::last_lines;
 
-use crate::kit::shell::last_lines;
 use crate::progress;
 use crate::report::{Outcome, TestResult, Totals, line, show};
 

@@ -54,6 +54,14 @@ enum Action {
     },
     /// Measures against others in the same run; writes JSON and tables
     Bench(bench::Arguments),
+    /// Breaks the server's code in one place at a time; its tests must notice (hours)
+    Mutants {
+        /// Only these files (globs); the vhost-user door, ownership and the file storage if none is named
+        files: Vec<String>,
+        /// Print the mutants
+        #[arg(long)]
+        list: bool,
+    },
     /// Builds, boots and edits the lab's kernels
     Kernel {
         #[command(subcommand)]
@@ -172,6 +180,7 @@ fn run(action: Action) -> Result<ExitCode> {
             }
         }
         Action::Bench(arguments) => bench::run(&runner::repo()?, &arguments),
+        Action::Mutants { files, list } => crate::mutants::run(&runner::repo()?, &files, list),
         Action::Kernel { action } => run_kernel(action),
         Action::Doctor { json } => Ok(if doctor::run(json)? {
             ExitCode::SUCCESS

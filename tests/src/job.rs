@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use testkit::process;
 
-use crate::process;
 use crate::report::{Outcome, TestResult};
 use crate::suites;
 use crate::test::{Context, Paths, Place, Skip, Test};

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::kit::shell::last_lines;
-use crate::process;
+use testkit::process;
+use testkit::shell::last_lines;
 
 /// How often a plain line is printed.
 const PLAIN_EVERY: Duration = Duration::from_secs(60);

@@ -180,7 +180,7 @@ pub fn show(suite: &str, result: &TestResult) {
             );
             if !result.output.trim().is_empty() {
                 text.push_str("\n  its output ends with:\n");
-                text.push_str(&indent(&super::kit::shell::last_lines(&result.output, 40)));
+                text.push_str(&indent(&testkit::shell::last_lines(&result.output, 40)));
             }
             text
         }

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use testkit::server::Serve;
 
 use crate::kernel::Kernel;
 
@@ -214,6 +215,12 @@ impl Context {
     #[must_use]
     pub fn patience(&self, seconds: u32) -> Duration {
         Duration::from_secs(u64::from(seconds) * u64::from(self.place.slowness()))
+    }
+
+    /// A server with the tested binary, no doors and no exports yet.
+    #[must_use]
+    pub fn serve(&self) -> Serve {
+        Serve::new(&self.paths.server, self.patience(20))
     }
 
     /// The arguments this step was started with (see [`crate::machine::Machine::run_step`]).

@@ -10,11 +10,12 @@ use ublkup::engine::counters::{Counters, Totals};
 use ublkup::request::Serial;
 use ublkup::storage::{CacheMode, File, FileOptions};
 
-use crate::serving::{Lab, Server};
+use crate::common::{Sandbox, sandbox};
 use crate::{MIB, config, dd, no_end, noise, run};
+use testkit::server::Server;
 
 /// Serves a disk through the block door; its server and its device.
-pub fn serve(lab: &Lab, name: &str, spec: &str, args: &[&str]) -> (Server, PathBuf) {
+pub fn serve(lab: &Sandbox, name: &str, spec: &str, args: &[&str]) -> (Server, PathBuf) {
     let doors = ["--ublk", "yes", "--vhost", "no", "--name", name];
     let server = lab.serve(&[&doors, args, &[spec]].concat());
     let stat = stat(lab, name);
@@ -22,12 +23,12 @@ pub fn serve(lab: &Lab, name: &str, spec: &str, args: &[&str]) -> (Server, PathB
     (server, device)
 }
 
-pub fn stat(lab: &Lab, name: &str) -> serde_json::Value {
+pub fn stat(lab: &Sandbox, name: &str) -> serde_json::Value {
     serde_json::from_str(&lab.ok(&["stat", name, "--json"])).unwrap()
 }
 
 /// Storage that takes data without a copy: a block device of another server, in memory.
-fn storage(lab: &Lab, name: &str) -> (Server, PathBuf) {
+fn storage(lab: &Sandbox, name: &str) -> (Server, PathBuf) {
     serve(lab, name, "mem:64M", &[])
 }
 
@@ -40,7 +41,7 @@ fn same(one: &Path, other: &Path, skip: u64, bytes: u64) {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn data_arrives_whole_whoever_moves_it() {
-    let lab = Lab::new();
+    let lab = sandbox();
     for mode in ["copy", "user-copy", "zero-copy", "auto"] {
         let (lower, storage) = storage(&lab, "lower");
         let spec = format!("file:{}", storage.display());
@@ -84,10 +85,10 @@ fn data_arrives_whole_whoever_moves_it() {
         same(&wanted, &got, 0, 16 * MIB);
         let counters = stat(&lab, "upper")["ublk"]["counters"].clone();
         assert_eq!(counters["errors"], 0);
-        upper.stop();
+        upper.stop().unwrap();
         // What the other one served is what is there.
         same(&storage, &wanted, 512, 16 * MIB);
-        lower.stop();
+        lower.stop().unwrap();
         let _ = (fs::remove_file(wanted), fs::remove_file(got));
     }
     lab.is_clean();
@@ -96,17 +97,17 @@ fn data_arrives_whole_whoever_moves_it() {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_disk_that_must_reach_its_data_gets_a_copy_or_says_so() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let (memory, _) = storage(&lab, "memory");
     assert_eq!(stat(&lab, "memory")["ublk"]["data"], "copy");
-    memory.stop();
+    memory.stop().unwrap();
     let zero_copy = ["--ublk", "yes", "--vhost", "no", "--ublk-data", "zero-copy"];
     let refused = [&zero_copy[..], &["mem:1M"]].concat();
     lab.serve_fails(&refused, 1, &["without a copy", "--ublk-data"]);
     // Nobody fills what a null disk is to read: only for who asks.
     let (null, _) = serve(&lab, "null", "null:1M", &[]);
     assert_eq!(stat(&lab, "null")["ublk"]["data"], "copy");
-    null.stop();
+    null.stop().unwrap();
     let (null, disk) = serve(&lab, "null", "null:1M", &["--ublk-data", "zero-copy"]);
     assert_eq!(stat(&lab, "null")["ublk"]["data"], "zero-copy");
     dd(&disk, Path::new("/dev/null"), &["bs=64k", "iflag=direct"]).unwrap();
@@ -116,29 +117,29 @@ fn a_disk_that_must_reach_its_data_gets_a_copy_or_says_so() {
         &["bs=64k", "count=16", "oflag=direct"],
     )
     .unwrap();
-    null.stop();
+    null.stop().unwrap();
     lab.is_clean();
 }
 
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_device_without_copies_outlives_its_server() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let (lower, storage) = storage(&lab, "lower");
     let spec = format!("file:{}", storage.display());
     let (upper, disk) = serve(&lab, "upper", &spec, &[]);
     assert_eq!(stat(&lab, "upper")["ublk"]["data"], "zero-copy");
     let wanted = noise("outlives", 8 * MIB);
     dd(&wanted, &disk, &["bs=64k", "oflag=direct"]).unwrap();
-    upper.kill();
+    upper.kill().unwrap();
     // However the next one is told to do it, the device stays as it was made.
     let (upper, again) = serve(&lab, "upper", &spec, &["--ublk-data", "copy"]);
     assert_eq!(again, disk);
     assert_eq!(stat(&lab, "upper")["ublk"]["data"], "zero-copy");
     run("blockdev", &["--flushbufs", disk.to_str().unwrap()]).unwrap();
     same(&disk, &wanted, 0, 8 * MIB);
-    upper.stop();
-    lower.stop();
+    upper.stop().unwrap();
+    lower.stop().unwrap();
     let _ = fs::remove_file(wanted);
     lab.is_clean();
 }
@@ -146,7 +147,7 @@ fn a_device_without_copies_outlives_its_server() {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn what_the_driver_cannot_register_is_copied() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let (lower, storage) = storage(&lab, "lower");
     let backend = File::open(FileOptions {
         path: storage.clone(),
@@ -190,7 +191,7 @@ fn what_the_driver_cannot_register_is_copied() {
     counters.add_to(&mut totals);
     assert_eq!(totals.errors, 0, "{totals:?}");
     same(&storage, &wanted, 512, 4 * MIB);
-    lower.stop();
+    lower.stop().unwrap();
     let _ = (fs::remove_file(wanted), fs::remove_file(got));
     lab.is_clean();
 }
@@ -198,14 +199,14 @@ fn what_the_driver_cannot_register_is_copied() {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_device_whose_data_lies_anywhere_is_not_gone_on_with_by_a_disk_that_minds() {
-    let lab = Lab::new();
+    let lab = sandbox();
     // A loop device takes direct I/O of whole sectors only, in memory as on the disk.
     let image = lab.image("disk.img", 16 * MIB);
     let storage = run("losetup", &["--find", "--show", image.to_str().unwrap()]).unwrap();
     let spec = |cache: &str| format!("file:{storage},cache={cache}");
     let zero_copy = ["--ublk-data", "zero-copy"];
     let (upper, disk) = serve(&lab, "upper", &spec("buffered"), &zero_copy);
-    upper.kill();
+    upper.kill().unwrap();
     let named = format!("upper={}", spec("direct"));
     for take_over in [&[][..], &["--take-over"]] {
         let args = [&["--ublk", "yes", "--vhost", "no", &named], take_over].concat();
@@ -221,7 +222,7 @@ fn a_device_whose_data_lies_anywhere_is_not_gone_on_with_by_a_disk_that_minds() 
         &["bs=4k", "count=4", "oflag=direct"],
     )
     .unwrap();
-    upper.stop();
+    upper.stop().unwrap();
     run("losetup", &["-d", &storage]).unwrap();
     lab.is_clean();
 }

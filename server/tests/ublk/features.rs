@@ -4,9 +4,10 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
+use crate::common::{Sandbox, sandbox};
 use crate::data::{serve, stat};
-use crate::serving::{Lab, Server};
 use crate::{MIB, run};
+use testkit::server::Server;
 
 /// Where the thread of a queue may run, as the scheduler sees it: `0-3,5`.
 fn allowed(server: &Server, queue: usize) -> Vec<usize> {
@@ -34,7 +35,7 @@ fn allowed(server: &Server, queue: usize) -> Vec<usize> {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn queue_threads_run_where_the_requests_of_their_queue_come_from() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let online = std::thread::available_parallelism().unwrap().get();
     let queues = online.min(2);
     let queues_flag = queues.to_string();
@@ -50,13 +51,13 @@ fn queue_threads_run_where_the_requests_of_their_queue_come_from() {
     for args in [one, &unwanted, &told_otherwise] {
         let (server, _) = serve(&lab, "far", "mem:16M", args);
         assert!(stat(&lab, "far")["ublk"]["affinity"].is_null(), "{args:?}");
-        server.stop();
+        server.stop().unwrap();
     }
     lab.is_clean();
 }
 
 /// Serves with `args` on a machine with so many processors, and looks where the threads may run.
-fn queue_threads_keep_to_their_queues(lab: &Lab, args: &[&str], queues: usize, online: usize) {
+fn queue_threads_keep_to_their_queues(lab: &Sandbox, args: &[&str], queues: usize, online: usize) {
     let (server, disk) = serve(lab, "near", "mem:16M", args);
     let told = stat(lab, "near")["ublk"]["affinity"].clone();
     assert_eq!(told.as_array().unwrap().len(), queues);
@@ -82,7 +83,7 @@ fn queue_threads_keep_to_their_queues(lab: &Lab, args: &[&str], queues: usize, o
     }
     all.sort_unstable();
     assert_eq!(all, (0..online).collect::<Vec<_>>());
-    server.stop();
+    server.stop().unwrap();
 }
 
 /// A boot sector with one partition of 1 MiB behind the first.
@@ -100,7 +101,7 @@ fn partition(path: &Path) {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn partitions_are_looked_for_unless_that_is_not_wanted() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let image = lab.image("disk.img", 16 * MIB);
     partition(&image);
     let spec = format!("file:{}", image.display());
@@ -112,7 +113,7 @@ fn partitions_are_looked_for_unless_that_is_not_wanted() {
         // Whoever asks gets them in any case.
         run("blockdev", &["--rereadpt", disk.to_str().unwrap()]).unwrap();
         assert!(Path::new(&format!("/sys/block/{name}/{name}p1")).exists());
-        server.stop();
+        server.stop().unwrap();
     }
     lab.is_clean();
 }

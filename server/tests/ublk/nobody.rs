@@ -16,9 +16,9 @@ use rustix::fs::{major, minor};
 use rustix::io::Errno;
 use upgrade_proto::{Answer, Key, Listener, NoService, Options, Route};
 
+use super::common::sandbox;
 use super::common::{Driver, OK};
 use super::run;
-use super::serving::Lab;
 use super::upgrade::{
     BLOCK, Export, PLAIN, direct, errno, leave, read_block, serve, serve_in, service, stat,
     write_block,
@@ -304,13 +304,13 @@ fn a_disk_of_somebody_else_offers_nothing() {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn what_a_killed_server_left_in_the_registry_leads_nowhere() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let spec = format!("file:{}", lab.image("disk.img", 64 << 20).display());
     let export = serve_in(lab, &spec, &[]);
     let held = direct(&export.disk);
     let entry = export.entry();
     let Export { lab, server, .. } = export;
-    server.kill();
+    server.kill().unwrap();
     // The device waits for a server, the socket file is left.
     assert!(
         fs::symlink_metadata(&entry)
@@ -396,7 +396,7 @@ const PLANTINGS: [Planting; 4] = [
 #[ignore = "needs root and /dev/ublk-control"]
 fn what_others_planted_in_the_registry_is_refused_by_clients_and_servers() {
     for (planting, says) in PLANTINGS {
-        let lab = Lab::new();
+        let lab = sandbox();
         set_mode(&lab.path(""), 0o755);
         let spec = format!("file:{}", lab.image("disk.img", 64 << 20).display());
         let export = serve_in(lab, &spec, &[]);
@@ -420,7 +420,7 @@ fn what_others_planted_in_the_registry_is_refused_by_clients_and_servers() {
 
         // A server does not publish there, says why, and goes on by the kernel's way.
         let Export { lab, server, disk } = export;
-        server.kill();
+        server.kill().unwrap();
         let server = lab.serve(&["--ublk", "yes", "--name", "d", &spec]);
         assert_eq!(
             stat(&lab)["vhost"]["upgrade"],
@@ -430,7 +430,7 @@ fn what_others_planted_in_the_registry_is_refused_by_clients_and_servers() {
         let export = Export { lab, server, disk };
         leave(Driver::running(export.come(Route::Kernel), PLAIN));
         export.expect_access("block");
-        let log = export.server.stop();
+        let log = export.server.stop().unwrap();
         assert!(log.contains("no entry in the registry"), "{log}");
         export.lab.is_clean();
     }
@@ -453,7 +453,7 @@ fn a_disk_with_the_number_of_an_earlier_one_is_not_taken_for_it() {
     let Export {
         lab: old, server, ..
     } = first;
-    server.kill();
+    server.kill().unwrap();
     fs::remove_file(&entry).unwrap();
     let waiting = UnixListener::bind(&entry).unwrap();
     set_mode(&entry, 0o600);

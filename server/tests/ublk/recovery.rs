@@ -7,18 +7,19 @@ use std::time::Duration;
 use upgrade_proto::{Answer, Lookup, connect};
 
 use super::common::{Driver, OK, eventually};
-use super::serving::{Lab, Server};
+use super::common::{Sandbox, sandbox};
 use super::upgrade::{BLOCK, PLAIN, direct, errno, leave, read_block, service, stat, write_block};
+use testkit::server::Server;
 
 /// A disk in a file, which outlives its servers.
 pub struct Disk {
-    pub lab: Lab,
+    pub lab: Sandbox,
     pub image: PathBuf,
 }
 
 impl Disk {
     pub fn new() -> Self {
-        let lab = Lab::new();
+        let lab = sandbox();
         let image = lab.image("disk.img", 64 << 20);
         Self { lab, image }
     }
@@ -64,7 +65,7 @@ fn a_write_that_meets_a_dead_server_is_done_by_the_next_one() {
     let device = disk.device();
     let held = direct(&device);
     write_block(&held, 1, b'1').unwrap();
-    server.kill();
+    server.kill().unwrap();
     let writer = std::thread::spawn({
         let held = direct(&device);
         move || write_block(&held, 2, b'2')
@@ -80,7 +81,7 @@ fn a_write_that_meets_a_dead_server_is_done_by_the_next_one() {
     }
     write_block(&held, 3, b'3').unwrap();
     drop(held);
-    server.stop();
+    server.stop().unwrap();
     disk.lab.is_clean();
     assert!(!device.exists(), "an orderly end removes the device");
 }
@@ -93,7 +94,7 @@ fn a_client_comes_back_by_the_descriptor_it_has_when_the_server_was_replaced() {
     let held = direct(&disk.device());
     let mut driver = disk.come(&held);
     assert_eq!(driver.write(0, &[b'a'; BLOCK]), OK);
-    server.kill();
+    server.kill().unwrap();
     drop(driver);
     let server = disk.serve(&["--reconnect-grace", "3600"]);
     // The disk is the client's: nobody else writes before it is back.
@@ -106,7 +107,7 @@ fn a_client_comes_back_by_the_descriptor_it_has_when_the_server_was_replaced() {
     eventually("the client leaves", || disk.access() == "block");
     write_block(&held, 0, b'b').unwrap();
     drop(held);
-    server.stop();
+    server.stop().unwrap();
     disk.lab.is_clean();
 }
 
@@ -114,7 +115,7 @@ fn a_client_comes_back_by_the_descriptor_it_has_when_the_server_was_replaced() {
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_device_that_waits_is_not_gone_on_with_as_another_disk() {
     let disk = Disk::new();
-    disk.serve(&[]).kill();
+    disk.serve(&[]).kill().unwrap();
     // The same name, another size: the old device goes.
     File::options()
         .write(true)
@@ -128,7 +129,7 @@ fn a_device_that_waits_is_not_gone_on_with_as_another_disk() {
         disk.device().file_name().unwrap().to_str().unwrap()
     ));
     assert_eq!(size.unwrap().trim(), "65536");
-    server.kill();
+    server.kill().unwrap();
     // And who does not want to go on with it can clean up.
     disk.lab.ok(&["doctor", "--clean"]);
     assert!(super::is_gone(0), "the device is left");

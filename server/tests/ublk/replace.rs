@@ -11,9 +11,9 @@ use ublkup::engine::crash;
 
 use super::common::{Driver, OK, eventually};
 use super::recovery::Disk;
-use super::serving::Server;
 use super::upgrade::{BLOCK, direct, errno, leave, read_block, stat, write_block};
 use super::{MIB, is_gone, run};
+use testkit::server::Server;
 
 /// Somebody who writes to the block device and reads back what was written, all the time.
 struct Writer {
@@ -82,14 +82,14 @@ fn nobody_notices_that_servers_are_replaced() {
     for _ in 0..5 {
         writer.goes_on();
         let next = disk.serve(&["--take-over"]);
-        assert_eq!(server.wait(), Some(0));
+        assert_eq!(server.exit_code().unwrap(), Some(0));
         assert_eq!(stat(&disk.lab)["pid"], next.pid());
         assert_eq!(disk.device(), device);
         assert_eq!(sequence(&device), disk_sequence);
         server = next;
     }
     writer.end();
-    server.stop();
+    server.stop().unwrap();
     disk.lab.is_clean();
     assert!(!device.exists());
 }
@@ -100,8 +100,8 @@ fn a_signal_leaves_the_disk_to_who_recovers_it() {
     let disk = Disk::new();
     let server = disk.serve(&[]);
     let (device, writer) = (disk.device(), Writer::new(&disk.device()));
-    let (code, log) = server.end_by(rustix::process::Signal::USR2);
-    assert_eq!(code, Some(0), "{log}");
+    let (status, log) = server.end_by(rustix::process::Signal::USR2).unwrap();
+    assert_eq!(status.code(), Some(0), "{log}");
     assert!(device.exists());
     disk.lab.fails(&["stat", "d"], 1, &["no export called 'd'"]);
     // All that is needed is noted.
@@ -111,8 +111,8 @@ fn a_signal_leaves_the_disk_to_who_recovers_it() {
     // Who lives need not be recovered, unless that is what is wanted.
     disk.lab.fails(&["recover", "d"], 1, &["already served"]);
     let next = disk.lab.recover(&["d", "--take-over"]);
-    assert_eq!(server.wait(), Some(0));
-    next.stop();
+    assert_eq!(server.exit_code().unwrap(), Some(0));
+    next.stop().unwrap();
     disk.lab.is_clean();
     disk.lab
         .fails(&["recover", "d"], 1, &["nothing is known", "'d'"]);
@@ -128,7 +128,7 @@ fn a_client_that_has_the_disk_keeps_it_when_the_server_is_replaced() {
     let mut driver: Driver = disk.come(&held);
     assert_eq!(driver.write(0, &[b'a'; BLOCK]), OK);
     let next = disk.serve(&[&grace[..], &["--take-over"]].concat());
-    assert_eq!(server.wait(), Some(0));
+    assert_eq!(server.exit_code().unwrap(), Some(0));
     // It was hung up on, and nobody else writes until it is back.
     drop(driver);
     assert_eq!(disk.access(), "waiting");
@@ -139,7 +139,7 @@ fn a_client_that_has_the_disk_keeps_it_when_the_server_is_replaced() {
     leave(driver);
     eventually("the client leaves", || disk.access() == "block");
     drop(held);
-    next.stop();
+    next.stop().unwrap();
     disk.lab.is_clean();
 }
 
@@ -155,7 +155,7 @@ const OLD: [&str; 4] = [
 fn serve_and_die(disk: &Disk, args: &[&str], point: &str) {
     let spec = format!("file:{}", disk.image.display());
     let args = [&["serve", "--ublk", "yes", "--name", "d", &spec], args].concat();
-    let output = disk.lab.output_with(&args, &[(crash::VARIABLE, point)]);
+    let output = disk.lab.finish(&args, &[(crash::VARIABLE, point)]);
     use std::os::unix::process::ExitStatusExt;
     assert_eq!(
         output.status.signal(),
@@ -176,14 +176,14 @@ fn whenever_one_of_two_servers_dies_the_next_one_goes_on() {
             continue;
         }
         let next = if OLD.contains(&point) {
-            server.kill();
+            server.kill().unwrap();
             server = disk.serve_with(&[], &[(crash::VARIABLE, point)]);
             let next = disk.serve(&["--take-over"]);
-            assert_eq!(server.wait(), None, "{point}: it was to die");
+            assert_eq!(server.exit_code().unwrap(), None, "{point}: it was to die");
             next
         } else {
             serve_and_die(&disk, &["--take-over"], point);
-            assert_eq!(server.wait(), Some(0));
+            assert_eq!(server.exit_code().unwrap(), Some(0));
             disk.lab.recover(&["d"])
         };
         assert_eq!(disk.device(), device, "{point}");
@@ -191,7 +191,7 @@ fn whenever_one_of_two_servers_dies_the_next_one_goes_on() {
         server = next;
     }
     writer.end();
-    server.stop();
+    server.stop().unwrap();
     disk.lab.is_clean();
     assert_eq!(devices(), 0);
 }
@@ -208,7 +208,7 @@ fn whenever_a_server_dies_that_makes_a_device_it_is_found_and_no_second_one_is_l
         let server = disk.serve(&[]);
         assert_eq!(devices(), 1, "{point}");
         write_block(&direct(&disk.device()), 0, b'1').unwrap();
-        server.stop();
+        server.stop().unwrap();
         disk.lab.is_clean();
         // And whoever wants to get rid of it can.
         serve_and_die(&disk, &[], point);
@@ -246,15 +246,15 @@ fn a_server_does_not_leave_to_one_that_could_not_go_on() {
     let coarse = format!("{spec},block-size=4096");
     disk.lab
         .serve_fails(&["--take-over", &coarse], 1, &["of another disk"]);
-    assert_eq!(server.wait(), Some(0));
+    assert_eq!(server.exit_code().unwrap(), Some(0));
     let server = disk.lab.recover(&["d"]);
     writer.end();
-    server.stop();
+    server.stop().unwrap();
     disk.lab.is_clean();
     let memory = disk.lab.serve(&["m=mem:1M"]);
     disk.lab
         .serve_fails(&["--take-over", "m=null:1M"], 1, &["goes with its server"]);
-    memory.stop();
+    memory.stop().unwrap();
     disk.lab.is_clean();
 }
 
@@ -266,14 +266,14 @@ fn a_server_that_cannot_serve_leaves_all_that_is_noted() {
     let held = direct(&disk.device());
     let mut driver = disk.come(&held);
     assert_eq!(driver.write(0, &[b'a'; BLOCK]), OK);
-    server.kill();
+    server.kill().unwrap();
     drop(driver);
     let spec = format!("d=file:{}", disk.image.display());
     let other = format!("other=file:{}", disk.image.display());
     let other = disk.lab.serve(&["--ublk", "no", &other]);
     let serve = ["--ublk", "yes", &spec];
     disk.lab.serve_fails(&serve, 1, &["in use"]);
-    other.stop();
+    other.stop().unwrap();
     for (options, why) in [
         (["--ublk-id", "77"], "leave --ublk-id away"),
         (["--ublk", "no"], "the block door would be closed"),
@@ -290,7 +290,7 @@ fn a_server_that_cannot_serve_leaves_all_that_is_noted() {
     leave(driver);
     eventually("the client leaves", || disk.access() == "block");
     drop(held);
-    server.stop();
+    server.stop().unwrap();
     disk.lab.is_clean();
 }
 
@@ -299,7 +299,7 @@ fn fails_late(disk: &Disk, server: Server, why: &[&str]) {
     let spec = format!("d=file:{}", disk.image.display());
     let args = ["--take-over", "--ublk", "yes", &spec];
     disk.lab.serve_fails(&args, 1, why);
-    assert_eq!(server.wait(), Some(0));
+    assert_eq!(server.exit_code().unwrap(), Some(0));
 }
 
 #[test]
@@ -347,7 +347,10 @@ fn whatever_a_server_fails_at_that_took_over_the_device_waits() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("standard output"), "{said}");
-    assert_eq!((output.status.code(), server.wait()), (Some(1), Some(0)));
+    assert_eq!(
+        (output.status.code(), server.exit_code().unwrap()),
+        (Some(1), Some(0))
+    );
     let server = disk.lab.recover(&["d"]);
     writer.goes_on();
 
@@ -360,13 +363,13 @@ fn whatever_a_server_fails_at_that_took_over_the_device_waits() {
         "e=file:/nowhere",
     ];
     disk.lab.serve_fails(&two, 1, &["e: ", "/nowhere"]);
-    assert_eq!(server.wait(), Some(0));
+    assert_eq!(server.exit_code().unwrap(), Some(0));
     let server = disk.lab.recover(&["d"]);
 
     writer.end();
     assert_eq!(disk.device(), device);
     assert_eq!(sequence(&device), disk_sequence);
-    server.stop();
+    server.stop().unwrap();
     disk.lab.is_clean();
     run("umount", &[run_dir.to_str().unwrap()]).unwrap();
 }
@@ -378,7 +381,7 @@ fn requests_fail_or_wait_or_the_device_goes_as_was_asked() {
     let server = disk.serve(&["--ublk-recovery", "fail-io"]);
     let (device, held) = (disk.device(), direct(&disk.device()));
     assert!(has(&disk, "USER_RECOVERY_FAIL_IO") && !has(&disk, "USER_RECOVERY_REISSUE"));
-    server.kill();
+    server.kill().unwrap();
     eventually("requests fail", || {
         errno(write_block(&held, 1, b'1')) == Some(libc::EIO)
     });
@@ -388,10 +391,10 @@ fn requests_fail_or_wait_or_the_device_goes_as_was_asked() {
     assert!(read_block(&held, 1).0.iter().all(|&b| b == b'2'));
     // Between two servers they fail as well; afterwards all is as before.
     let next = disk.serve(&["--take-over"]);
-    assert_eq!(server.wait(), Some(0));
+    assert_eq!(server.exit_code().unwrap(), Some(0));
     write_block(&held, 1, b'3').unwrap();
     drop(held);
-    next.stop();
+    next.stop().unwrap();
     disk.lab.is_clean();
     let server = disk.serve(&["--ublk-recovery", "off"]);
     assert!(!has(&disk, "USER_RECOVERY"));
@@ -400,7 +403,7 @@ fn requests_fail_or_wait_or_the_device_goes_as_was_asked() {
         1,
         &["goes with its server"],
     );
-    server.kill();
+    server.kill().unwrap();
     eventually("the disk goes", || !disk_exists(&device));
     disk.lab.ok(&["doctor", "--clean"]);
     assert!(is_gone(0));
@@ -446,7 +449,7 @@ fn a_disk_that_somebody_uses_is_not_stopped_without_force() {
     leave(driver);
     eventually("the client leaves", || disk.access() == "block");
     disk.lab.ok(&stop);
-    assert_eq!(server.wait(), Some(0));
+    assert_eq!(server.exit_code().unwrap(), Some(0));
     disk.lab.is_clean();
     assert!(!device.exists());
     // A file system is named by its mount point.
@@ -460,17 +463,17 @@ fn a_disk_that_somebody_uses_is_not_stopped_without_force() {
     disk.lab.fails(&stop, 1, &["in use", mount]);
     run("umount", &[mount]).unwrap();
     disk.lab.ok(&stop);
-    server.wait();
+    server.wait().unwrap();
     let (server, device) = serve();
     let held = direct(&device);
     disk.lab.ok(&["stop", "d", "--force"]);
-    assert_eq!(server.wait(), Some(0));
+    assert_eq!(server.exit_code().unwrap(), Some(0));
     assert!(write_block(&held, 1, b'1').is_err());
     drop(held);
     // What a service manager sends needs no force.
     let (server, device) = serve();
     let held = direct(&device);
-    server.stop();
+    server.stop().unwrap();
     drop(held);
     disk.lab.is_clean();
 }

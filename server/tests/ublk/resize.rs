@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crate::common::sandbox;
 use crate::data::{serve, stat};
-use crate::serving::Lab;
 use crate::{MIB, run};
 
 fn size_of(disk: &Path) -> u64 {
@@ -16,7 +16,7 @@ fn size_of(disk: &Path) -> u64 {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_disk_grows_while_it_is_open_and_shrinks_when_nobody_uses_it() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let image = lab.image("disk.img", 16 * MIB);
     let spec = format!("file:{}", image.display());
     let (server, disk) = serve(&lab, "size", &spec, &[]);
@@ -56,18 +56,18 @@ fn a_disk_grows_while_it_is_open_and_shrinks_when_nobody_uses_it() {
         (size_of(&disk), fs::metadata(&image).unwrap().len()),
         (8 * MIB, 8 * MIB)
     );
-    server.stop();
+    server.stop().unwrap();
     lab.is_clean();
 }
 
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_disk_that_grew_while_its_server_was_dead_goes_on_with_the_new_size() {
-    let lab = Lab::new();
+    let lab = sandbox();
     let image = lab.image("disk.img", 16 * MIB);
     let spec = format!("file:{}", image.display());
     let (server, disk) = serve(&lab, "grew", &spec, &[]);
-    server.kill();
+    server.kill().unwrap();
     File::options()
         .write(true)
         .open(&image)
@@ -76,6 +76,6 @@ fn a_disk_that_grew_while_its_server_was_dead_goes_on_with_the_new_size() {
         .unwrap();
     let (server, again) = serve(&lab, "grew", &spec, &[]);
     assert_eq!((&again, size_of(&disk)), (&disk, 24 * MIB));
-    server.stop();
+    server.stop().unwrap();
     lab.is_clean();
 }

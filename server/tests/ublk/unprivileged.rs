@@ -9,10 +9,11 @@ use ublkup::door::ublk;
 use upgrade_proto::{Answer, Lookup, connect};
 
 use super::common::{Driver, OK, eventually};
+use super::common::{Sandbox, sandbox};
 use super::nobody::{NOBODY, as_nobody};
 use super::run;
-use super::serving::{Lab, Server};
 use super::upgrade::{BLOCK, PLAIN, direct, leave, read_block, service, write_block};
+use testkit::server::Server;
 
 const RULES: &str = include_str!("../../udev/59-ublkup.rules");
 const INSTALLED: &str = "/run/udev/rules.d/59-ublkup.rules";
@@ -61,14 +62,14 @@ fn set_mode(path: &Path, mode: u32) {
 
 /// An ordinary user with a disk image and a program.
 struct User {
-    lab: Lab,
+    lab: Sandbox,
     program: PathBuf,
     image: PathBuf,
 }
 
 impl User {
     fn new() -> Self {
-        let lab = Lab::new();
+        let lab = sandbox();
         set_mode(&lab.path("."), 0o755);
         // Where the program was built may be out of sight of others.
         let program = lab.path("ublkup");
@@ -104,7 +105,7 @@ impl User {
     }
 
     fn serve(&self) -> Server {
-        Lab::start(self.command(&["serve", "--ublk", "yes", &self.spec()]))
+        testkit::sandbox::start(self.command(&["serve", "--ublk", "yes", &self.spec()]))
     }
 
     fn output(&self, args: &[&str]) -> (bool, String) {
@@ -190,7 +191,7 @@ fn a_user_serves_a_disk_that_is_theirs_alone() {
     );
     let (well, text) = user.output(&["stop", "d"]);
     assert!(well, "{text}");
-    assert_eq!(server.wait(), Some(0));
+    assert_eq!(server.exit_code().unwrap(), Some(0));
     assert!(!Path::new(&char_device).exists());
     user.lab.is_clean();
     // What only root's devices have is refused, not left out.
@@ -200,10 +201,10 @@ fn a_user_serves_a_disk_that_is_theirs_alone() {
         "--ublk-recovery",
     );
     // A server that dies takes its device with it; the next one removes what is left.
-    user.serve().kill();
+    user.serve().kill().unwrap();
     let server = user.serve();
     assert_eq!(fs::read_dir("/sys/class/ublk-char").unwrap().count(), 1);
-    server.stop();
+    server.stop().unwrap();
     user.lab.is_clean();
     drop(udev);
 }

@@ -13,8 +13,9 @@ use upgrade_proto::{Answer, BlockUpgrade, Lookup, Name, NoService, Route, connec
 use vhost::VhostBackend;
 
 use super::common::{self, Driver, INDIRECT, OK, PATIENCE, PROTOCOL, VERSION_1, eventually};
+use super::common::{Sandbox, sandbox};
 use super::run;
-use super::serving::{Lab, Server};
+use testkit::server::Server;
 
 pub const BLOCK: usize = 4096;
 
@@ -34,16 +35,16 @@ impl Block {
 
 /// A server with a disk of 64 MiB in memory, and ways to look at it.
 pub struct Export {
-    pub lab: Lab,
+    pub lab: Sandbox,
     pub server: Server,
     pub disk: PathBuf,
 }
 
 pub fn serve(args: &[&str]) -> Export {
-    serve_in(Lab::new(), "mem:64M", args)
+    serve_in(sandbox(), "mem:64M", args)
 }
 
-pub fn serve_in(lab: Lab, spec: &str, args: &[&str]) -> Export {
+pub fn serve_in(lab: Sandbox, spec: &str, args: &[&str]) -> Export {
     let server = lab.serve(&[&["--ublk", "yes", "--name", "d", spec], args].concat());
     let stat = stat(&lab);
     let disk = stat["ublk"]["device"].as_str().unwrap().into();
@@ -54,7 +55,7 @@ pub fn serve_in(lab: Lab, spec: &str, args: &[&str]) -> Export {
     Export { lab, server, disk }
 }
 
-pub fn stat(lab: &Lab) -> serde_json::Value {
+pub fn stat(lab: &Sandbox) -> serde_json::Value {
     serde_json::from_str(&lab.ok(&["stat", "d", "--json"])).unwrap()
 }
 
@@ -99,7 +100,7 @@ impl Export {
     }
 
     pub fn end(self) {
-        self.server.stop();
+        self.server.stop().unwrap();
         self.lab.is_clean();
     }
 }
@@ -409,7 +410,7 @@ fn a_server_that_stops_takes_its_offer_along() {
     let lookups = [export.lookup(Route::Kernel), export.lookup(Route::Registry)];
     let started = Instant::now();
     let Export { lab, server, .. } = export;
-    server.stop();
+    server.stop().unwrap();
     assert!(started.elapsed() < Duration::from_secs(60));
     for lookup in lookups {
         let answer = connect(&held, &service(), &lookup);

@@ -6,10 +6,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use testkit::process;
+use testkit::shell::last_lines;
 
 use super::client::{Answer, End, Order, SUBCOMMAND};
-use crate::kit::shell::last_lines;
-use crate::process;
 
 /// A client at work.
 #[derive(Debug)]

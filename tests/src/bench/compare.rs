@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use testkit::shell::Shell;
 
 use super::record::{Ratio, Row};
-use crate::kit::shell::Shell;
 use crate::{cache, cargo};
 
 /// The server of a revision, built in a worktree in the cache; its short name and its program.

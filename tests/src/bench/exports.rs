@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::server::Server;
 
 use super::Settings;
 use super::attach::Client;
@@ -13,7 +14,6 @@ use super::client::{End, Op, Order, Waiting};
 use super::figures::Samples;
 use super::record::{Candidate, Measure, Row};
 use super::usage::{Usage, field};
-use crate::kit::server::{Serve, Server};
 use crate::test::{Context, Paths, Place};
 
 /// The lane's name.
@@ -57,7 +57,7 @@ fn serve(settings: &Settings, exports: usize) -> Result<Server> {
     let nothing = serde_json::Value::Null;
     let cx = Context::new(Place::Host, paths, scratch.clone(), scratch, nothing);
     let specs = (0..exports).map(|index| format!("e{index}=null:1G"));
-    Serve::new(&cx)
+    cx.serve()
         .under(["taskset", "-c", &processors(settings)])
         .env("UBLKUP_RUNTIME_DIR", runtime_dir(settings))
         .ublk("no")

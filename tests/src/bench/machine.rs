@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use testkit::shell::Shell;
 
 use super::usage;
-use crate::kit::shell::Shell;
 
 /// The machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,6 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
+use testkit::process;
+use testkit::server::Server;
+use testkit::shell::{Shell, last_lines};
+use testkit::wait::until;
 
 use super::figures::Samples;
 use super::record::{Candidate, Row};
@@ -16,10 +20,7 @@ use super::{Settings, peers};
 use crate::cargo::Build;
 use crate::kernel::Kernel;
 use crate::kit::fio::Fio;
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::{Shell, last_lines};
 use crate::machine::{Machine, Qemu};
-use crate::process;
 use crate::runner;
 use crate::suites::Need;
 use crate::test;
@@ -297,7 +298,8 @@ fn start(cx: &Context, job: &Job) -> Result<Device> {
             } else {
                 "null:1G".to_owned()
             };
-            let server = Serve::new(cx)
+            let server = cx
+                .serve()
                 .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
                 .ublk("yes")
                 .args(["--vhost", "no", "--name", "bench", "--queues", &queues])
@@ -361,12 +363,9 @@ fn stop(cx: &Context, device: Device) -> Result<()> {
             Shell::new(binary).args(["del", "-n", NUMBER]).run()?;
             let ended = process::wait_limited(&mut child, cx.patience(10))?;
             ensure!(ended.is_some(), "the server of a deleted device lives on");
-            let deadline = Instant::now() + cx.patience(10);
-            while device.path.exists() {
-                ensure!(Instant::now() < deadline, "{:?} stays", device.path);
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            Ok(())
+            until("the device is gone", cx.patience(10), || {
+                Ok(!device.path.exists())
+            })
         }
         How::Loop => {
             let detach = Shell::new("losetup").arg("--detach").arg(&device.path);

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use testkit::shell::Shell;
 
 use super::build::{self, Product};
 use super::{Kernel, KernelPatch, find};
 use crate::cache;
-use crate::kit::shell::Shell;
 use crate::machine::{Machine, Uml};
 use crate::packages::{self, Purpose};
 use crate::report::line;

@@ -7,8 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use testkit::shell::Shell;
 
-use crate::kit::shell::Shell;
 use crate::progress;
 
 /// Linux source that can be unpacked.

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use testkit::shell::{Shell, sh};
 
 use super::{KernelPatch, Series, find};
 use crate::cache;
-use crate::kit::shell::{Shell, sh};
 
 /// The tag of the commit the series starts from.
 const BASE: &str = "lab-base";

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::process;
+use testkit::process;
 
 /// Bytes of a sector.
 pub const SECTOR_BYTES: usize = 512;

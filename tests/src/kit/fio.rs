@@ -21,7 +21,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use super::shell::{Shell, last_lines};
+use testkit::shell::{Shell, last_lines};
 
 /// One fio job. The defaults are direct I/O through `io_uring`, 4 KiB, depth 1.
 #[derive(Debug)]

@@ -17,8 +17,8 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
 
-use super::images::{self, Random};
-use super::shell::Shell;
+use testkit::images::{self, Random};
+use testkit::shell::Shell;
 
 /// Set by the kernel's command line: the disk to load.
 const VARIABLE: &str = "LAB_LOAD";

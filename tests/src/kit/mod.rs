@@ -1,10 +1,5 @@
-//! Helpers for test bodies: commands, images, fio, the server.
+//! Helpers for test bodies, beside those of `testkit`: fio, small guests.
 
 pub mod boot_sector;
 pub mod fio;
-pub mod images;
 pub mod load;
-pub mod qmp;
-pub mod server;
-pub mod shell;
-pub mod ublk_control;

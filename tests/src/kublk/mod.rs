@@ -11,18 +11,18 @@ use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Process, ExitCode, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use crate::kit::shell::{Shell, last_lines};
-use crate::kit::ublk_control::{Control, Info};
-use crate::process;
 use options::{Command, Data, Options, Recovery, Target};
+use testkit::process;
+use testkit::shell::{Shell, last_lines};
+use testkit::ublk_control::{Control, Info};
+use testkit::wait::wait_for;
 
 /// The hidden subcommand that makes the lab a kublk.
 pub const SUBCOMMAND: &str = "kublk";
@@ -285,20 +285,18 @@ fn start(device: &Device, options: &Options) -> Result<u32> {
         .stderr(log)
         .process_group(0);
     let mut child = command.spawn().context("cannot start the server")?;
-    let deadline = Instant::now() + LIMIT;
-    loop {
+    wait_for("the server is ready", LIMIT, || {
         let text = fs::read_to_string(&log_path)?;
         if text.lines().any(|line| line == "ready") {
             let id = text.split("/dev/ublkb").nth(1).context("no block device")?;
             let digits = id.split(|c: char| !c.is_ascii_digit()).next();
-            return Ok(digits.unwrap_or_default().parse()?);
+            return Ok(Some(digits.unwrap_or_default().parse()?));
         }
-        if let Some(status) = child.try_wait()? {
-            bail!("the server ended with {status}: {}", last_lines(&text, 5));
+        match child.try_wait()? {
+            Some(status) => bail!("the server ended with {status}: {}", last_lines(&text, 5)),
+            None => Ok(None),
         }
-        ensure!(Instant::now() < deadline, "the server is not ready: {text}");
-        thread::sleep(Duration::from_millis(5));
-    }
+    })
 }
 
 /// As kublk does: stops and removes the device, whether it has a server or not.
@@ -400,7 +398,7 @@ fn update_size(id: u32, size_bytes: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kit::ublk_control::State;
+    use testkit::ublk_control::State;
 
     #[test]
     fn the_tests_find_their_columns() {

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::kit::shell::last_lines;
+use testkit::shell::last_lines;
 
 /// The console of one machine.
 #[derive(Debug)]

@@ -24,11 +24,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use testkit::process;
 
 use crate::channel::{FromGuest, Heard, ToGuest, hear, send};
 use crate::job::Job;
 use crate::klog;
-use crate::process;
 use crate::report::{Outcome, TestResult};
 use crate::suites;
 use crate::test::{Paths, Place};

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
+use testkit::process;
 
 use super::{Hypervisor, Mode, RunDir, connect, listen};
 use crate::channel::FromGuest;
-use crate::process;
 use crate::test::Paths;
 
 /// Boots the machine with a shell, or a command, on the console, and ends with

@@ -11,9 +11,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use testkit::shell::{Shell, sh};
 
 use crate::cache;
-use crate::kit::shell::{Shell, sh};
 use crate::progress;
 
 /// Where the package `debian-archive-keyring` has the keys of all suites.

@@ -21,6 +21,12 @@ pub const RUBLK: Crate = Crate {
     version: "0.2.15",
 };
 
+/// Breaks code in one place at a time and runs tests.
+pub const CARGO_MUTANTS: Crate = Crate {
+    name: "cargo-mutants",
+    version: "27.1.0",
+};
+
 /// A program of crates.io; another version is another build.
 #[derive(Clone, Copy, Debug)]
 pub struct Crate {

@@ -10,7 +10,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-use crate::kit::shell::sh;
+use testkit::shell::sh;
 
 /// What packages are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

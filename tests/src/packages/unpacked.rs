@@ -4,10 +4,10 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use testkit::shell::Shell;
 
 use super::apt::Apt;
 use crate::cache;
-use crate::kit::shell::Shell;
 
 /// herd7, which says what the kernel's memory model allows, with the C library it was built for.
 pub const HERD7: Unpacked = Unpacked {

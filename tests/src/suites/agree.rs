@@ -4,12 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::shell::Shell;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
-use crate::kit::server::Serve;
-use crate::kit::shell::Shell;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -50,7 +49,8 @@ fn the_doors_agree_on_every_kind_of_disk(cx: &Context) -> Result<()> {
 fn agree(cx: &Context, spec: &str, write_cache: bool, block_bytes: u64) -> Result<()> {
     let run = cx.scratch().join("run");
     let socket = cx.scratch().join("disk.sock");
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", &run)
         .ublk("yes")
         .name("disk")

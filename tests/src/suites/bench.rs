@@ -4,13 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::shell::Shell;
 
 use crate::bench::attach::Client;
 use crate::bench::client::{End, Op, Order, Waiting};
 use crate::bench::record::Document;
 use crate::bench::ring;
-use crate::kit::server::Serve;
-use crate::kit::shell::Shell;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -25,7 +24,8 @@ pub const TESTS: &[Test] = &[
 fn the_client_and_the_server_count_the_same_requests(cx: &Context) -> Result<()> {
     let socket = cx.scratch().join("s");
     let runtime = cx.scratch().join("run");
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", &runtime)
         .ublk("no")
         .name("disk")

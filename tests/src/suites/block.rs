@@ -3,15 +3,16 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use testkit::images::{self, KnownFiles};
+use testkit::server::{Serve, Server};
+use testkit::shell::{Shell, sh};
+use testkit::wait::until;
 
 use super::io::{Exercise, open_direct, write_direct};
 use super::own_tests;
-use crate::kit::images::{self, KnownFiles};
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::{Shell, sh};
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -49,7 +50,7 @@ pub const TESTS: &[Test] = &[
 pub const SMP_TESTS: &[Test] = &[test!(verified_io_on_several_queues).limit_s(400)];
 
 fn serve(cx: &Context, spec: &str) -> Serve {
-    Serve::new(cx)
+    cx.serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg("--name")
@@ -112,14 +113,16 @@ fn without_a_driver_the_block_door_says_what_to_load(cx: &Context) -> Result<()>
         "mount -t tmpfs none /dev && exec \"$0\" \"$@\"",
     ];
     let run = cx.scratch().join("run");
-    let serve = Serve::new(cx)
+    let serve = cx
+        .serve()
         .under(without_dev)
         .env("UBLKUP_RUNTIME_DIR", &run);
     let (status, said) = serve.ublk("yes").arg("mem:1M").launch()?.wait()?;
     ensure!(status.code() == Some(1), "{status}: {said}");
     ensure!(said.contains("modprobe ublk_drv"), "{said}");
     // Left to itself it opens the other door, and says once, not per export, what is missing.
-    let serve = Serve::new(cx)
+    let serve = cx
+        .serve()
         .under(without_dev)
         .env("UBLKUP_RUNTIME_DIR", &run);
     let log = serve.arg("a=mem:1M").arg("b=mem:1M").start()?.stop()?;
@@ -322,7 +325,8 @@ fn a_read_only_disk_refuses_writes(cx: &Context) -> Result<()> {
 fn flushes_and_forced_writes_reach_the_storage(cx: &Context) -> Result<()> {
     let path = cx.scratch().join("disk.img");
     image(&path, 64 * MIB)?;
-    let lower = Serve::new(cx)
+    let lower = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg(format!("lower=file:{}", path.display()))
@@ -447,16 +451,11 @@ fn stopping_under_load_ends_the_io_and_leaves_nothing(cx: &Context) -> Result<()
             .limit(Duration::from_secs(600))
             .finish()
     });
-    let deadline = Instant::now() + cx.patience(30);
-    loop {
+    until("the load has begun", cx.patience(30), || {
         let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
         let stat: serde_json::Value = serde_json::from_str(&stat)?;
-        if stat["ublk"]["counters"]["writes"].as_u64() > Some(100) {
-            break;
-        }
-        ensure!(Instant::now() < deadline, "no load: {stat}");
-        thread::sleep(Duration::from_millis(50));
-    }
+        Ok(stat["ublk"]["counters"]["writes"].as_u64() > Some(100))
+    })?;
     server.stop()?;
     let Ok(load) = load.join() else {
         bail!("the load's thread panicked");
@@ -490,21 +489,17 @@ fn a_device_removed_behind_our_back_leaves_the_other_door_open(cx: &Context) -> 
     // What any root program can do; here the doctor's own removal would refuse.
     let name = server.block_device()?;
     let id = name.display().to_string().replace("/dev/ublkb", "");
-    crate::kit::ublk_control::stop_device(id.parse()?)?;
-    let deadline = Instant::now() + cx.patience(30);
-    loop {
+    testkit::ublk_control::stop_device(id.parse()?)?;
+    until("the closed door is noticed", cx.patience(30), || {
         let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
         let stat: serde_json::Value = serde_json::from_str(&stat)?;
-        if stat["ublk"].is_null() {
-            ensure!(!stat["vhost"].is_null(), "both doors closed: {stat}");
-            break;
-        }
+        let closed = stat["ublk"].is_null();
         ensure!(
-            Instant::now() < deadline,
-            "the closed door is not noticed: {stat}"
+            !closed || !stat["vhost"].is_null(),
+            "both doors closed: {stat}"
         );
-        thread::sleep(Duration::from_millis(50));
-    }
+        Ok(closed)
+    })?;
     let log = server.log();
     ensure!(log.contains("the ublk door closed"), "{log}");
     ublkup(cx, &["stop", "disk"]).run()?;
@@ -517,7 +512,8 @@ fn a_device_removed_behind_our_back_leaves_the_other_door_open(cx: &Context) -> 
 }
 
 fn several_exports_come_and_go_without_each_other(cx: &Context) -> Result<()> {
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg("a=mem:64M")

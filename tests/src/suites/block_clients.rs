@@ -10,12 +10,12 @@ use std::{ptr, thread};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use testkit::images::{self, KnownFiles, Random};
+use testkit::proc::Holdings;
+use testkit::process;
+use testkit::server::Server;
+use testkit::shell::{Shell, sh};
 
-use super::holdings::Holdings;
-use crate::kit::images::{self, KnownFiles, Random};
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::{Shell, sh};
-use crate::process;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -132,7 +132,8 @@ fn come_and_go(device: &Path, clients: u64, random: &mut Random) -> Result<()> {
 fn leave_nothing(cx: &Context, clients: u64) -> Result<()> {
     let image = cx.scratch().join("disk.img");
     File::create(&image)?.set_len(DISK_BYTES)?;
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg(format!("file:{}", image.display()))
@@ -142,9 +143,9 @@ fn leave_nothing(cx: &Context, clients: u64) -> Result<()> {
     let mut random = Random(clients);
     // The first ones make what stays.
     come_and_go(&device, 30, &mut random)?;
-    let before = Holdings::at_rest(&server, threads, cx.patience(20))?;
+    let before = Holdings::at_rest(server.pid(), threads, cx.patience(20))?;
     come_and_go(&device, clients, &mut random)?;
-    let after = Holdings::at_rest(&server, threads, cx.patience(20))?;
+    let after = Holdings::at_rest(server.pid(), threads, cx.patience(20))?;
     println!("{clients} clients: {before:?}, then {after:?}");
     after.are_no_more_than(&before)?;
     stop(server)
@@ -170,7 +171,7 @@ fn a_mounted_file_system_grows_with_its_disk_and_outlives_the_server(cx: &Contex
     let known = images::ext4_with_known_files(&image, 32 * MIB, 1)?;
     let run = cx.scratch().join("run");
     let serve = || {
-        Serve::new(cx)
+        cx.serve()
             .env("UBLKUP_RUNTIME_DIR", &run)
             .ublk("yes")
             .name("disk")

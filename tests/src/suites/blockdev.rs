@@ -13,12 +13,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+use testkit::images::Random;
+use testkit::process;
+use testkit::server::{Serve, Server};
+use testkit::shell::sh;
+use testkit::wait::{until, wait_for};
 
 use super::io::{Load, Sizes, open_direct, read_direct, write_direct};
-use crate::kit::images::Random;
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::sh;
-use crate::process;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -42,7 +43,8 @@ const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 64 * MIB;
 
 fn serve(cx: &Context, spec: &str) -> Result<(Server, PathBuf)> {
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .name("disk")
@@ -184,7 +186,8 @@ fn take_away(cpu: usize) -> Result<Offline> {
 
 /// Four queues on four processors.
 fn a_queue_for_each_processor(cx: &Context) -> Result<Serve> {
-    Ok(Serve::new(cx)
+    Ok(cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .args(["--queues", "4"])
@@ -365,16 +368,8 @@ fn a_disk_in_use_keeps_its_partitions(cx: &Context) -> Result<()> {
 
 /// Opens a device node as soon as it is there.
 fn wait_for_file(cx: &Context, path: &Path) -> Result<File> {
-    let deadline = Instant::now() + cx.patience(10);
-    loop {
-        match File::open(path) {
-            Ok(file) => return Ok(file),
-            Err(error) if Instant::now() > deadline => {
-                return Err(error).with_context(|| format!("cannot open {}", path.display()));
-            }
-            Err(_) => thread::sleep(Duration::from_millis(10)),
-        }
-    }
+    let what = format!("{} can be opened", path.display());
+    wait_for(&what, cx.patience(10), || Ok(File::open(path).ok()))
 }
 
 /// Completed reads, sectors read, reads under way.
@@ -402,12 +397,9 @@ fn the_kernels_counters_are_those_of_the_requests(cx: &Context) -> Result<()> {
                 scope.spawn(move || read_direct(disk, 32 * MIB + index * 8192, 4096))
             })
             .collect();
-        let deadline = Instant::now() + cx.patience(10);
-        while read_counters(&device)?.2 != 8 {
-            let now = read_counters(&device)?;
-            ensure!(Instant::now() < deadline, "of 8 reads under way: {now:?}");
-            thread::sleep(Duration::from_millis(5));
-        }
+        until("8 reads are in flight", cx.patience(10), || {
+            Ok(read_counters(&device)?.2 == 8)
+        })?;
         for read in reads {
             let got = read.join().map_err(|_| anyhow!("a reader panicked"))?;
             ensure!(got?.len() == 4096, "a short read");
@@ -438,11 +430,9 @@ fn a_client_that_is_killed_in_a_request_ends_with_it(cx: &Context) -> Result<()>
                 ])
                 .stderr(Stdio::null()),
         )?;
-        let deadline = Instant::now() + cx.patience(10);
-        while read_counters(&device)?.2 == 0 {
-            ensure!(Instant::now() < deadline, "dd does not read");
-            thread::sleep(Duration::from_millis(5));
-        }
+        until("dd reads", cx.patience(10), || {
+            Ok(read_counters(&device)?.2 > 0)
+        })?;
         reader.kill()?;
         let ended = process::wait_limited(&mut reader, cx.patience(20))?;
         ensure!(ended.is_some(), "dd does not end");
@@ -541,7 +531,8 @@ fn openers_race_with_removal(cx: &Context) -> Result<()> {
             .collect();
         let removed = (|| {
             for _ in 0..8 {
-                let server = Serve::new(cx)
+                let server = cx
+                    .serve()
                     .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
                     .ublk("yes")
                     .args(["--ublk-id", "0"])

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
+use testkit::shell::Shell;
 
 use super::series::{self, Verdict};
 use crate::kernel::Kernel;
-use crate::kit::shell::Shell;
 use crate::machine::{Machine, Uml};
 use crate::report::line;
 use crate::test;

@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::kit::server::Serve;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -154,7 +153,8 @@ fn ring_of(end: &impl AsRawFd, side: u32) -> Result<OwnedFd, Error> {
 fn allocations_that_fail_are_errors_like_others(cx: &Context) -> Result<()> {
     fs::write(format!("{FAILSLAB}/ignore-gfp-wait"), "N").context("cannot set up failslab")?;
     fs::write(format!("{FAILSLAB}/task-filter"), "Y").context("cannot set up failslab")?;
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg("disk=mem:4M")

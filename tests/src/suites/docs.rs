@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::shell::Shell;
 
-use crate::kit::shell::Shell;
 use crate::test;
 use crate::test::{Context, Test};
 

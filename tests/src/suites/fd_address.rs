@@ -7,7 +7,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::kit::server::Serve;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -70,7 +69,8 @@ fn a_socket_bound_at_one_end_of_a_pipe_is_found_from_the_other(_cx: &Context) ->
 }
 
 fn a_socket_bound_at_a_disk_is_found_through_any_open_of_it(cx: &Context) -> Result<()> {
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg("mem:16M")

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
+use testkit::images;
+use testkit::server::{Serve, Server};
+use testkit::shell::{Shell, sh};
 
 use crate::kernel::Kernel;
-use crate::kit::images;
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::{Shell, sh};
 use crate::machine::{Machine, Qemu};
 use crate::report::line;
 use crate::test;
@@ -145,7 +145,8 @@ fn tell(door: &str, (raw, files): (u64, u64)) -> Result<()> {
 fn serve(cx: &Context, name: &str) -> Result<Serve> {
     let image = cx.scratch().join("disk.img");
     fs::File::create(&image)?.set_len(DISK_BYTES)?;
-    Ok(Serve::new(cx)
+    Ok(cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .name(name)
         .arg(format!("file:{}", image.display())))
@@ -176,7 +177,8 @@ fn fsx_finds_nothing_behind_the_block_door_for_ten_minutes(cx: &Context) -> Resu
 
 /// A null disk takes everything and gives nothing back.
 fn fsx_notices_a_disk_that_forgets(cx: &Context) -> Result<()> {
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg("null:64M")

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
+use testkit::images::{self, KnownFiles, Random};
+use testkit::server::Server;
+use testkit::shell::sh;
 
 use super::io::{Exercise, open_direct, write_direct};
-use crate::kit::images::{self, KnownFiles, Random};
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::sh;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -153,7 +153,7 @@ pub struct FilesInImage {
 }
 
 fn serve_image(cx: &Context, image: &str) -> Result<Server> {
-    Serve::new(cx)
+    cx.serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg("--vhost")

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
+use testkit::images::Random;
 
 use super::io::{Exercise, read_direct, write_direct};
 use crate::kit::fio::Fio;
-use crate::kit::images::Random;
 use crate::test;
 use crate::test::{Context, Test};
 

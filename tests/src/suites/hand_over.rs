@@ -9,12 +9,13 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
+use testkit::images::Random;
+use testkit::server::Server;
+use testkit::wait::until;
 
 use super::io::{Exercise, open_direct, read_direct, write_direct};
 use super::upgraded::{boot_upgraded, expect_access};
 use crate::kit::fio::Fio;
-use crate::kit::images::Random;
-use crate::kit::server::{Serve, Server};
 use crate::machine::Machine;
 use crate::test;
 use crate::test::{Context, Test};
@@ -126,7 +127,7 @@ fn serve(cx: &Context, grace_s: u32) -> Result<Server> {
 }
 
 fn serve_spec(cx: &Context, grace_s: u32, spec: &str) -> Result<Server> {
-    Serve::new(cx)
+    cx.serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .args(["--name", "disk", "--reconnect-grace"])
@@ -151,15 +152,6 @@ fn write_verified(cx: &Context) -> Result<()> {
     let (old, new): (Part, Part) = cx.args()?;
     old.fio(cx).option("verify_only", 1).run()?;
     new.fio(cx).run()?;
-    Ok(())
-}
-
-fn eventually(cx: &Context, what: &str, mut done: impl FnMut() -> bool) -> Result<()> {
-    let deadline = Instant::now() + cx.patience(60);
-    while !done() {
-        ensure!(Instant::now() < deadline, "it did not happen that {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
     Ok(())
 }
 
@@ -288,8 +280,8 @@ fn interrupt(cx: &Context, mut guest: Machine, part: &Part, signal: Signal) -> R
             let count = fs::copy(guest.exchange().join(TOLD), &kept).map(|_| acknowledged(&kept));
             (ended, count)
         });
-        let waited = eventually(cx, "the guest has written for a while", || {
-            acknowledged(&told) > 200
+        let waited = until("the guest has written for a while", cx.patience(60), || {
+            Ok(acknowledged(&told) > 200)
         });
         kill_process(pid, signal).context("cannot signal QEMU")?;
         let (ended, count) = writer.join().map_err(|_| anyhow!("the writer panicked"))?;

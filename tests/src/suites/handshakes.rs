@@ -5,24 +5,23 @@ mod bystander;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{IoSlice, Read, Write as _};
-use std::mem::MaybeUninit;
+use std::io::{ErrorKind, Read, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use testkit::images::Random;
+use testkit::proc::Holdings;
+use testkit::vhost::raw::{self, FrontendReq, HEADER_BYTES, pair};
+use testkit::wait::wait_for;
 
 use self::bystander::Bystander;
-use super::holdings::Holdings;
-use crate::kit::images::Random;
-use crate::kit::server::Serve;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -33,29 +32,6 @@ pub const TESTS: &[Test] = &[
         .limit_s(3000)
         .full(),
 ];
-
-/// Numbers of messages ("Front-end message types" of QEMU's vhost-user specification).
-const GET_FEATURES: u32 = 1;
-const SET_FEATURES: u32 = 2;
-const SET_OWNER: u32 = 3;
-const SET_MEM_TABLE: u32 = 5;
-const SET_VRING_NUM: u32 = 8;
-const SET_VRING_ADDR: u32 = 9;
-const SET_VRING_BASE: u32 = 10;
-const GET_VRING_BASE: u32 = 11;
-const SET_VRING_KICK: u32 = 12;
-const SET_VRING_CALL: u32 = 13;
-const SET_VRING_ERR: u32 = 14;
-const GET_PROTOCOL_FEATURES: u32 = 15;
-const SET_PROTOCOL_FEATURES: u32 = 16;
-const SET_VRING_ENABLE: u32 = 18;
-const ADD_MEM_REG: u32 = 37;
-const REM_MEM_REG: u32 = 38;
-
-/// The version that is in every message's flags.
-const VERSION: u32 = 1;
-
-const HEADER_BYTES: usize = 12;
 
 /// Where a client claims to have its memory mapped, and how much it has.
 const USER_BASE: u64 = 0x7000_0000_0000;
@@ -101,27 +77,22 @@ enum Passes {
 }
 
 struct Message {
-    number: u32,
-    body: Vec<u8>,
+    request: u32,
+    payload: Vec<u8>,
     passes: Passes,
 }
 
 impl Message {
-    fn new(number: u32, words: &[u64], passes: Passes) -> Self {
-        let body = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    fn new(request: FrontendReq, words: &[u64], passes: Passes) -> Self {
         Self {
-            number,
-            body,
+            request: request as u32,
+            payload: words.iter().flat_map(|word| word.to_le_bytes()).collect(),
             passes,
         }
     }
 
     fn bytes(&self) -> Vec<u8> {
-        let len = u32::try_from(self.body.len()).unwrap_or(u32::MAX);
-        let header = [self.number, VERSION, len];
-        let mut bytes: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
-        bytes.extend(&self.body);
-        bytes
+        raw::message(self.request, 0, &self.payload)
     }
 
     fn descriptors<'a>(&self, things: &'a Things) -> Vec<BorrowedFd<'a>> {
@@ -133,19 +104,18 @@ impl Message {
     }
 }
 
-/// Two 32-bit numbers as one word of a message.
-fn pair(first: u32, second: u32) -> u64 {
-    u64::from(first) | u64::from(second) << 32
-}
-
 /// What a client says that means it, after it has asked for features.
 fn handshake(features: u64, protocol: u64) -> Vec<Message> {
     let mut messages = vec![
-        Message::new(SET_OWNER, &[], Passes::Nothing),
-        Message::new(SET_PROTOCOL_FEATURES, &[protocol], Passes::Nothing),
-        Message::new(SET_FEATURES, &[features], Passes::Nothing),
+        Message::new(FrontendReq::SET_OWNER, &[], Passes::Nothing),
         Message::new(
-            SET_MEM_TABLE,
+            FrontendReq::SET_PROTOCOL_FEATURES,
+            &[protocol],
+            Passes::Nothing,
+        ),
+        Message::new(FrontendReq::SET_FEATURES, &[features], Passes::Nothing),
+        Message::new(
+            FrontendReq::SET_MEM_TABLE,
             &[pair(1, 0), 0, MEMORY_BYTES, USER_BASE, 0],
             Passes::Memory,
         ),
@@ -154,18 +124,30 @@ fn handshake(features: u64, protocol: u64) -> Vec<Message> {
         let at = USER_BASE + u64::from(vring) * 0x1_0000;
         let index = u64::from(vring);
         messages.extend([
-            Message::new(SET_VRING_NUM, &[pair(vring, 64)], Passes::Nothing),
-            Message::new(SET_VRING_BASE, &[pair(vring, 0)], Passes::Nothing),
             Message::new(
-                SET_VRING_ADDR,
+                FrontendReq::SET_VRING_NUM,
+                &[pair(vring, 64)],
+                Passes::Nothing,
+            ),
+            Message::new(
+                FrontendReq::SET_VRING_BASE,
+                &[pair(vring, 0)],
+                Passes::Nothing,
+            ),
+            Message::new(
+                FrontendReq::SET_VRING_ADDR,
                 // Descriptors, used, available, log.
                 &[pair(vring, 0), at, at + 0x2000, at + 0x1000, 0],
                 Passes::Nothing,
             ),
-            Message::new(SET_VRING_CALL, &[index], Passes::Bell),
-            Message::new(SET_VRING_ERR, &[index], Passes::Bell),
-            Message::new(SET_VRING_KICK, &[index], Passes::Bell),
-            Message::new(SET_VRING_ENABLE, &[pair(vring, 1)], Passes::Nothing),
+            Message::new(FrontendReq::SET_VRING_CALL, &[index], Passes::Bell),
+            Message::new(FrontendReq::SET_VRING_ERR, &[index], Passes::Bell),
+            Message::new(FrontendReq::SET_VRING_KICK, &[index], Passes::Bell),
+            Message::new(
+                FrontendReq::SET_VRING_ENABLE,
+                &[pair(vring, 1)],
+                Passes::Nothing,
+            ),
         ]);
     }
     messages
@@ -210,17 +192,17 @@ fn offer_reads(things: &Things) -> Result<()> {
 fn changes() -> Vec<Message> {
     let table = |guest: u64, len: u64, offset: u64| {
         let words = [pair(1, 0), guest, len, USER_BASE + guest, offset];
-        Message::new(SET_MEM_TABLE, &words, Passes::Memory)
+        Message::new(FrontendReq::SET_MEM_TABLE, &words, Passes::Memory)
     };
-    let region = |number: u32, passes: Passes| {
+    let region = |request: FrontendReq, passes: Passes| {
         let half = MEMORY_BYTES / 2;
-        Message::new(number, &[0, half, half, USER_BASE + half, half], passes)
+        Message::new(request, &[0, half, half, USER_BASE + half, half], passes)
     };
     vec![
         table(0, MEMORY_BYTES, 0),
         table(0, MEMORY_BYTES / 2, 0),
-        region(ADD_MEM_REG, Passes::Memory),
-        region(REM_MEM_REG, Passes::Nothing),
+        region(FrontendReq::ADD_MEM_REG, Passes::Memory),
+        region(FrontendReq::REM_MEM_REG, Passes::Nothing),
         table(0, MEMORY_BYTES / 2, MEMORY_BYTES / 2),
         table(0x1000, 0x1000, 0x1000),
         table(0, MEMORY_BYTES, 0),
@@ -271,8 +253,7 @@ struct Client {
 impl Client {
     /// Connects and asks for features; again as long as the client before still has the disk.
     fn connect(socket: &Path, patience: Duration) -> Result<Self> {
-        let deadline = Instant::now() + patience;
-        loop {
+        wait_for("the server takes a client", patience, || {
             let stream = UnixStream::connect(socket)
                 .with_context(|| format!("cannot connect to {}", socket.display()))?;
             stream.set_read_timeout(Some(patience))?;
@@ -282,55 +263,36 @@ impl Client {
                 features: 0,
                 protocol: 0,
             };
-            match client.introduce() {
-                Ok(()) => return Ok(client),
-                Err(error) if Instant::now() > deadline => {
-                    return Err(error.context("the server takes no client any more"));
-                }
-                Err(_) => thread::sleep(Duration::from_millis(1)),
-            }
-        }
+            Ok(client.introduce().is_ok().then_some(client))
+        })
     }
 
     fn introduce(&mut self) -> Result<()> {
-        self.features = self.ask(GET_FEATURES, &[])?;
-        self.protocol = self.ask(GET_PROTOCOL_FEATURES, &[])?;
+        self.features = self.ask(FrontendReq::GET_FEATURES, &[])?;
+        self.protocol = self.ask(FrontendReq::GET_PROTOCOL_FEATURES, &[])?;
         Ok(())
     }
 
     /// Sends a message without descriptors; the first word of the answer.
-    fn ask(&mut self, number: u32, words: &[u64]) -> Result<u64> {
-        let message = Message::new(number, words, Passes::Nothing);
-        self.stream.write_all(&message.bytes())?;
-        let mut answer = [0; HEADER_BYTES + 8];
-        self.stream.read_exact(&mut answer)?;
-        ensure!(
-            answer[..4] == number.to_le_bytes(),
-            "message {number} was answered as another: {answer:?}"
-        );
-        let mut word = [0; 8];
-        word.copy_from_slice(&answer[HEADER_BYTES..]);
-        Ok(u64::from_le_bytes(word))
+    fn ask(&self, request: FrontendReq, words: &[u64]) -> Result<u64> {
+        let message = Message::new(request, words, Passes::Nothing);
+        (&self.stream).write_all(&message.bytes())?;
+        raw::answer(&self.stream, request as u32)
     }
 
     /// Sends bytes and descriptors in one piece. A server that has hung up is no error: it may
     /// have had enough.
     fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !descriptors.is_empty() {
-            let pushed = ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-            ensure!(pushed, "{} descriptors are too many", descriptors.len());
-        }
-        let sent = sendmsg(
-            &self.stream,
-            &[IoSlice::new(bytes)],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        );
-        match sent {
-            Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => Ok(()),
-            Err(error) => Err(error).context("cannot send"),
+        match raw::send(&self.stream, bytes, descriptors) {
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
+                ) =>
+            {
+                Err(error).context("cannot send")
+            }
+            _ => Ok(()),
         }
     }
 
@@ -380,7 +342,8 @@ impl Client {
                 self.send(&header, &next.descriptors(things))?;
             }
             Leaving::Deaf => {
-                let question = Message::new(GET_FEATURES, &[], Passes::Nothing).bytes();
+                let question =
+                    Message::new(FrontendReq::GET_FEATURES, &[], Passes::Nothing).bytes();
                 self.stream.set_nonblocking(true)?;
                 // Until the server reads no more, because nobody reads what it says; or, once it has had
                 // enough, no more can be sent.
@@ -429,7 +392,7 @@ fn come_and_go(
 ) -> Result<()> {
     let mut things = Things::new()?;
     for number in 0..clients {
-        let mut client = Client::connect(socket, cx.patience(20))?;
+        let client = Client::connect(socket, cx.patience(20))?;
         let messages = handshake(client.features, client.protocol);
         let steps = state.min(messages.len());
         if state > messages.len() {
@@ -444,7 +407,7 @@ fn come_and_go(
         }
         // Half of them wait until the server has done all that, the others do not.
         if random.below(2) == 0 {
-            let features = client.ask(GET_FEATURES, &[]);
+            let features = client.ask(FrontendReq::GET_FEATURES, &[]);
             let features = features.with_context(|| format!("client {number}, {steps} steps"))?;
             ensure!(features == client.features, "the features change");
         }
@@ -460,18 +423,18 @@ fn come_and_go(
 /// A client of good manners is served from the first to the last message.
 fn a_whole_handshake_works(cx: &Context, socket: &Path) -> Result<()> {
     let things = Things::new()?;
-    let mut client = Client::connect(socket, cx.patience(20))?;
+    let client = Client::connect(socket, cx.patience(20))?;
     for message in handshake(client.features, client.protocol) {
         client.say(&message, &things)?;
     }
     for vring in 0..VRINGS {
         // Answered when the queue's thread has stopped the vring.
-        let base = client.ask(GET_VRING_BASE, &[pair(vring, 0)])?;
+        let base = client.ask(FrontendReq::GET_VRING_BASE, &[pair(vring, 0)])?;
         ensure!(base == pair(vring, 0), "vring {vring} stopped at {base:#x}");
     }
     let mut rest = Vec::new();
     client.stream.shutdown(std::net::Shutdown::Write)?;
-    client.stream.read_to_end(&mut rest)?;
+    (&client.stream).read_to_end(&mut rest)?;
     ensure!(rest.is_empty(), "the server said more: {rest:?}");
     Ok(())
 }
@@ -481,7 +444,8 @@ fn leave_nothing(cx: &Context, clients: u64) -> Result<()> {
         cx.scratch()
             .join(format!("run/exports/{name}/vhost-user-blk"))
     };
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("no")
         .arg("--queues")
@@ -506,14 +470,14 @@ fn leave_nothing(cx: &Context, clients: u64) -> Result<()> {
         )?;
     }
     left.clear();
-    let (first, _) = Bystander::start(&socket("other"), cx.patience(30))?.stop()?;
-    let before = Holdings::at_rest(&server, threads, cx.patience(20))?;
-    let bystander = Bystander::start(&socket("other"), cx.patience(30))?;
+    let (first, _) = Bystander::start(&socket("other"))?.stop()?;
+    let before = Holdings::at_rest(server.pid(), threads, cx.patience(20))?;
+    let bystander = Bystander::start(&socket("other"))?;
     for state in 0..states() {
         come_and_go(cx, &disk, state, clients, &mut random, &mut left)?;
     }
     let (requests, worst) = bystander.stop()?;
-    let after = Holdings::at_rest(&server, threads, cx.patience(20))?;
+    let after = Holdings::at_rest(server.pid(), threads, cx.patience(20))?;
     println!(
         "{clients} clients in each of {} states: {before:?}, then {after:?}",
         states()

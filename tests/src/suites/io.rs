@@ -8,10 +8,10 @@ use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use testkit::images::Random;
+use testkit::shell::Shell;
 
 use crate::kit::fio::Fio;
-use crate::kit::images::Random;
-use crate::kit::shell::Shell;
 use crate::test::Context;
 
 const MIB: u64 = 1 << 20;

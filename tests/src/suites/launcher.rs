@@ -7,7 +7,6 @@ mod live;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use rustix::fs::OFlags;
@@ -19,12 +18,12 @@ pub(super) use self::common::{
 };
 use self::common::{command, second_sector};
 use crate::kit::boot_sector::{self, OPTIONS, SECTOR_BYTES};
-use crate::kit::images;
-use crate::kit::server::Serve;
-use crate::kit::shell::sh;
-use crate::process;
 use crate::test::{Context, Place, Test};
 use crate::{skip, test};
+use testkit::images;
+use testkit::process;
+use testkit::shell::sh;
+use testkit::wait::until;
 
 /// The table.
 pub const TESTS: &[Test] = &[
@@ -141,7 +140,8 @@ fn image(cx: &Context) -> Result<PathBuf> {
 /// server of the same image has an entry for it.
 fn serve_loop(cx: &Context, image: &Path, disk: &LoopDevice) -> Result<Served> {
     let run = cx.scratch().join("run");
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", &run)
         .ublk("no")
         .arg(format!("disk=file:{}", image.display()))
@@ -183,11 +183,9 @@ fn qemu_comes_back_to_a_server_that_was_started_again(cx: &Context) -> Result<()
     let guest = boot(cx, &mut launcher(cx, &[&path]))?;
     served.server.kill()?;
     let served = serve_loop(cx, &image, &disk)?;
-    let deadline = Instant::now() + cx.patience(20);
-    while served.stat(cx, "disk")?["access"] != "upgraded" {
-        ensure!(Instant::now() < deadline, "QEMU did not come back");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    until("QEMU comes back", cx.patience(20), || {
+        Ok(served.stat(cx, "disk")?["access"] == "upgraded")
+    })?;
     guest.write_and_end()?;
     served.stop()?;
     expect_written(&image)

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::shell::Shell;
 
-use crate::kit::shell::Shell;
 use crate::skip;
 use crate::test;
 use crate::test::{Context, Test};

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
+use testkit::process;
+use testkit::qmp::Qmp;
+use testkit::server::Server;
+use testkit::shell::{Shell, last_lines};
+use testkit::wait::until;
 
 use crate::kernel::Kernel;
 use crate::kit::load;
-use crate::kit::qmp::Qmp;
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::{Shell, last_lines};
-use crate::process;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -35,7 +36,8 @@ impl Host {
     fn start(cx: &Context, name: &str, image: &Path, option: &str) -> Result<Self> {
         let socket = cx.scratch().join(format!("{name}.sock"));
         let run = cx.scratch().join(format!("{name}.run"));
-        let server = Serve::new(cx)
+        let server = cx
+            .serve()
             .env("UBLKUP_RUNTIME_DIR", &run)
             .ublk("no")
             .name("disk")
@@ -133,16 +135,10 @@ impl Guest {
 
     fn wait_rounds(&self, cx: &Context, more: usize) -> Result<()> {
         let wanted = self.rounds()? + more;
-        let deadline = Instant::now() + cx.patience(120);
-        while self.rounds()? < wanted {
-            ensure!(
-                Instant::now() < deadline,
-                "the guest does not go on:\n{}",
-                last_lines(&self.said()?, 20)
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Ok(())
+        until("the guest goes on", cx.patience(120), || {
+            Ok(self.rounds()? >= wanted)
+        })
+        .with_context(|| last_lines(&self.said().unwrap_or_default(), 20))
     }
 
     /// Ends QEMU as a manager does after a migration.

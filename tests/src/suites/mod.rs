@@ -18,7 +18,6 @@ mod guest;
 mod hammer;
 mod hand_over;
 mod handshakes;
-mod holdings;
 mod io;
 mod kcsan;
 mod kernel;

@@ -1,8 +1,8 @@
 //! Cargo's test programs of the other packages, run in guests.
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::shell::Shell;
 
-use crate::kit::shell::Shell;
 use crate::test::Context;
 
 /// Runs the ignored tests of a program; every one must run and pass.

@@ -6,10 +6,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use anyhow::{Context as _, Result, ensure};
 use rustix::fs::OFlags;
 use serde_json::Value;
+use testkit::images;
+use testkit::shell::{Shell, sh};
 
 use super::launcher::{expect, serve, ublkup};
-use crate::kit::images;
-use crate::kit::shell::{Shell, sh};
 use crate::test;
 use crate::test::{Context, Test};
 

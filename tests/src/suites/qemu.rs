@@ -5,12 +5,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use testkit::images::{self, KnownFiles};
+use testkit::process;
 
 use super::guest::{DiskFacts, FilesOnDisk};
 use crate::kernel::Kernel;
-use crate::kit::images::{self, KnownFiles};
 use crate::machine::{Board, Hypervisor, Machine, Qemu, Uml};
-use crate::process;
 use crate::test;
 use crate::test::{Context, Test};
 

@@ -13,9 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use testkit::images::Random;
 
-use crate::kit::images::Random;
-use crate::kit::server::Serve;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -267,7 +266,8 @@ fn look_on(arena: &Arena) -> Result<()> {
 fn renew_disk(cx: &Context, arena: &Arena) -> Result<()> {
     let mut tally = arena.tally();
     while !arena.is_over() {
-        let server = Serve::new(cx)
+        let server = cx
+            .serve()
             .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
             .ublk("yes")
             .arg("disk=mem:4M")

@@ -13,14 +13,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use testkit::process;
+use testkit::shell::sh;
 
 use super::io::Exercise;
 use super::launcher::{self, Served, child_of, expect_written, linux, serve_file, write_sector};
 use super::upgraded::expect_access;
 use crate::kit::boot_sector::SECTOR_BYTES;
-use crate::kit::shell::sh;
 use crate::machine::{Board, Machine};
-use crate::process;
 use crate::test;
 use crate::test::{Context, Test};
 

@@ -4,9 +4,9 @@
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::shell::Shell;
 
 use super::own_tests;
-use crate::kit::shell::Shell;
 use crate::test;
 use crate::test::{Context, Test};
 

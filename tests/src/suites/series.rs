@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::shell::{Finished, Shell};
 
-use crate::kit::shell::{Finished, Shell};
 use crate::test;
 use crate::test::{Context, Test};
 

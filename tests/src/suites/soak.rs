@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use testkit::server::{Serve, Server};
+use testkit::shell::Shell;
 
 use super::io::{Load, Sizes, zeroes_and_discards};
 use crate::kernel::Kernel;
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::Shell;
 use crate::machine::{Machine, Qemu};
 use crate::test;
 use crate::test::{Context, Test};
@@ -159,7 +159,7 @@ fn run_dir(cx: &Context) -> PathBuf {
 }
 
 fn serve(cx: &Context, spec: &str) -> Serve {
-    Serve::new(cx)
+    cx.serve()
         .env("UBLKUP_RUNTIME_DIR", run_dir(cx))
         .name("disk")
         .arg(spec)

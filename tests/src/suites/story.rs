@@ -4,11 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use testkit::images::{self, KnownFiles};
 
 use super::guest::{FilesInImage, FilesOnDisk};
 use crate::kernel::Kernel;
-use crate::kit::images::{self, KnownFiles};
-use crate::kit::server::Serve;
 use crate::machine::{Board, Machine, Qemu, Uml};
 use crate::test;
 use crate::test::{Context, Test};
@@ -99,8 +98,8 @@ fn boot_guest(cx: &Context, board: Board, socket: &Path) -> Result<Machine> {
     Machine::boot(&guest, &cx.paths, &format!("story-{board:?}"))
 }
 
-fn serve(cx: &Context, spec: &str, socket: &Path) -> Result<crate::kit::server::Server> {
-    Serve::new(cx)
+fn serve(cx: &Context, spec: &str, socket: &Path) -> Result<testkit::server::Server> {
+    cx.serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("no")
         .name("disk")

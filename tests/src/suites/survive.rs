@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
+use testkit::images::Random;
+use testkit::server::{Serve, Server};
+use testkit::shell::Shell;
 
 use super::hammer::{Hammer, Hammered, prepare_image, tell_guest_to_stop};
 use super::io::{open_direct, read_direct};
 use crate::kernel::Kernel;
-use crate::kit::images::Random;
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::Shell;
 use crate::machine::{Board, Machine, Qemu};
 use crate::report::line;
 use crate::test;
@@ -77,7 +77,9 @@ impl<'a> Mortal<'a> {
     }
 
     fn serve(&self) -> Serve {
-        let serve = Serve::new(self.cx)
+        let serve = self
+            .cx
+            .serve()
             .env("UBLKUP_RUNTIME_DIR", self.cx.scratch().join("run"))
             .ublk(if self.block_door { "yes" } else { "no" })
             .args(["--reconnect-grace", "120"])

@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use rustix::process::{Pid, Signal, kill_process};
+use testkit::shell::{Finished, Shell, last_lines, sh};
+use testkit::ublk_control::Control;
 
 use super::block::LoopMount;
 use super::series;
-use crate::kit::shell::{Finished, Shell, last_lines, sh};
-use crate::kit::ublk_control::Control;
 use crate::kublk::{self, Sabotage};
 use crate::report::line;
 use crate::test;

@@ -10,10 +10,14 @@ use std::io::Write as _;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
+use testkit::images::{self, KnownFiles};
+use testkit::server::Server;
+use testkit::shell::{Shell, sh};
+use testkit::wait::until;
 
 use self::costs::{SystemCalls, cpu_us, during};
 pub use self::findings::{Bench, Findings, Load, Row, table};
@@ -22,9 +26,6 @@ use crate::bench::attach::Client;
 use crate::bench::client::{End, Op, Order, Waiting};
 use crate::kernel::Kernel;
 use crate::kit::fio::Fio;
-use crate::kit::images::{self, KnownFiles};
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::{Shell, sh};
 use crate::machine::{Machine, Qemu, Uml};
 use crate::test;
 use crate::test::{Context, Test};
@@ -193,18 +194,17 @@ impl Story<'_> {
 
     /// Waits until a job is under way, as the door's counters show.
     fn await_load(&self, door: Door) -> Result<()> {
-        let deadline = Instant::now() + self.cx.patience(60);
         let mut before = self.reads(door)?;
-        loop {
-            std::thread::sleep(Duration::from_millis(200));
-            let now = self.reads(door)?;
-            // More than a program that starts reads from a disk.
-            if now - before > 20 {
-                return Ok(());
-            }
-            ensure!(Instant::now() < deadline, "no reads came by {door:?}");
-            before = now;
-        }
+        until(
+            &format!("reads come by {door:?}"),
+            self.cx.patience(60),
+            || {
+                std::thread::sleep(Duration::from_millis(200));
+                let now = self.reads(door)?;
+                // More than a program that starts reads from a disk.
+                Ok(now - std::mem::replace(&mut before, now) > 20)
+            },
+        )
     }
 
     /// Microseconds per read of server and QEMU.
@@ -272,24 +272,16 @@ fn stat(cx: &Context) -> Result<serde_json::Value> {
 
 /// Waits until the export `disk` is in this state of access.
 pub(super) fn expect_access(cx: &Context, wanted: &str) -> Result<()> {
-    let deadline = Instant::now() + cx.patience(20);
-    loop {
+    until(&format!("the access is {wanted}"), cx.patience(20), || {
         let stat = stat(cx)?;
-        let access = stat["access"].as_str().context("stat shows no access")?;
-        if access == wanted {
-            return Ok(());
-        }
-        ensure!(
-            Instant::now() < deadline,
-            "the access is {access}, not {wanted}"
-        );
-        std::thread::sleep(Duration::from_millis(50));
-    }
+        Ok(stat["access"].as_str().context("stat shows no access")? == wanted)
+    })
 }
 
 /// A server of a memory disk, and a story about it.
 fn begin<'a>(cx: &'a Context, grace: &str) -> Result<(Server, Story<'a>)> {
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .args(["--name", "disk", "--reconnect-grace", grace])

@@ -5,18 +5,17 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::server::Server;
+use testkit::shell::Shell;
+use testkit::wait::until;
 
 use super::guest::{
     DiskFacts, WRITE_THROUGH_BLOCK_BYTES, WRITE_THROUGH_BLOCKS, write_through_data,
 };
 use super::io::Exercise;
 use crate::kernel::Kernel;
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::Shell;
 use crate::machine::{Board, Hypervisor, Machine, Qemu, Uml};
 use crate::test;
 use crate::test::{Context, Test};
@@ -48,7 +47,8 @@ impl Host {
     fn start(cx: &Context, spec: &str, more: &[&str]) -> Result<Self> {
         let socket = cx.scratch().join("disk.sock");
         let run = cx.scratch().join("run");
-        let mut serve = Serve::new(cx)
+        let mut serve = cx
+            .serve()
             .env("UBLKUP_RUNTIME_DIR", &run)
             .ublk("no")
             .name("disk")
@@ -308,14 +308,10 @@ fn guests_come_and_go_and_a_second_one_is_turned_away(cx: &Context) -> Result<()
         } else {
             machine.power_off();
         }
-        let deadline = Instant::now() + cx.patience(30);
-        while host.vhost(cx)?["sessions"]
-            .as_array()
-            .is_some_and(|list| !list.is_empty())
-        {
-            ensure!(Instant::now() < deadline, "the session does not end");
-            thread::sleep(Duration::from_millis(20));
-        }
+        until("the session ends", cx.patience(30), || {
+            let sessions = &host.vhost(cx)?["sessions"];
+            Ok(sessions.as_array().is_none_or(Vec::is_empty))
+        })?;
     }
     let fds = fs::read_dir(format!("/proc/{}/fd", host.server.pid()))?.count();
     ensure!(fds < 32, "{fds} descriptors are left open");

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
+use testkit::process;
 
 use super::servers::{self, Backend, Files, Who};
 use super::steps::Stepper;
 use super::{Load, attach};
 use crate::bench::Settings;
 use crate::bench::client::End;
-use crate::process;
 
 /// What a server does for one request; `None` is "cannot be counted here".
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -138,7 +138,7 @@ impl Counter {
 /// perf may be there and not allowed, or the kernel may have no such event.
 fn perf_counts_syscalls() -> bool {
     let args = ["stat", "-x", ",", "-e", SYSCALLS, "true"];
-    crate::kit::shell::Shell::new("perf")
+    testkit::shell::Shell::new("perf")
         .args(args)
         .finish()
         .is_ok_and(|said| said.status.success() && perf_total(&said.stderr, SYSCALLS).is_some())

@@ -2,16 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use rustix::process::Signal;
-
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::{Shell, last_lines};
-use crate::process;
-use crate::test::{Context, Paths, Place};
+use anyhow::Result;
+use testkit::server::{Serve, Server};
+use testkit::shell::Shell;
 
 /// What is behind the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,53 +91,6 @@ pub fn knows(binary: &Path, flag: &str) -> bool {
     help.is_ok_and(|text| text.contains(flag))
 }
 
-/// A server that listens.
-#[derive(Debug)]
-pub enum Running {
-    /// ublkup.
-    Ublkup(Server),
-    /// Somebody else.
-    Other(Other),
-}
-
-/// A process that ends with this value.
-#[derive(Debug)]
-pub struct Other(Child);
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _gone = self.0.kill();
-        let _stuck = process::wait_limited(&mut self.0, Duration::from_secs(5));
-    }
-}
-
-impl Running {
-    /// The process.
-    #[must_use]
-    pub fn pid(&self) -> u32 {
-        match self {
-            Running::Ublkup(server) => server.pid(),
-            Running::Other(other) => other.0.id(),
-        }
-    }
-
-    /// Ends the server in good order.
-    ///
-    /// # Errors
-    /// It failed.
-    pub fn stop(self) -> Result<()> {
-        match self {
-            Running::Ublkup(server) => server.stop().map(drop),
-            Running::Other(mut other) => {
-                process::signal(&other.0, Signal::TERM)?;
-                let status = process::wait_limited(&mut other.0, Duration::from_secs(30))?;
-                ensure!(status.is_some(), "the server did not end after SIGTERM");
-                Ok(())
-            }
-        }
-    }
-}
-
 /// How long a server may take until it listens.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -155,20 +104,13 @@ pub fn start(
     files: &Files,
     socket: &Path,
     cpu: usize,
-) -> Result<Running> {
+) -> Result<Server> {
     // A socket that is left over would look like one that listens.
     let _none = std::fs::remove_file(socket);
     let mut words: Vec<OsString> = vec!["taskset".into(), "-c".into(), cpu.to_string().into()];
     match who {
         Who::Ublkup { binary, flags, .. } => {
-            let paths = Paths {
-                server: binary.clone(),
-                ..Paths::default()
-            };
-            let scratch = files.scratch.clone();
-            let nothing = serde_json::Value::Null;
-            let cx = Context::new(Place::Host, paths, scratch.clone(), scratch, nothing);
-            let serve = Serve::new(&cx)
+            let serve = Serve::new(binary, PATIENCE)
                 .under(words)
                 .env("UBLKUP_RUNTIME_DIR", files.scratch.join("run"))
                 .ublk("no")
@@ -176,8 +118,7 @@ pub fn start(
                 .vhost_socket(socket)
                 .args(["--queues", "1"])
                 .args(*flags);
-            let server = serve.arg(spec(backend, files)).start()?;
-            Ok(Running::Ublkup(server))
+            serve.arg(spec(backend, files)).start()
         }
         Who::Qemu => {
             words.push("qemu-storage-daemon".into());
@@ -205,7 +146,10 @@ pub fn start(
             for word in ["--export", &export] {
                 words.push(word.into());
             }
-            other(&words, socket, &files.scratch.join("qemu.log"))
+            let mut command = Command::new(&words[0]);
+            command.args(&words[1..]);
+            testkit::process::bind(&mut command);
+            Server::launch(&mut command, PATIENCE)?.ready_when(|_| socket.exists())
         }
     }
 }
@@ -217,29 +161,4 @@ fn spec(backend: Backend, files: &Files) -> String {
         Backend::Direct => format!("file:{},cache=direct", files.direct.display()),
         Backend::Tmpfs => format!("file:{},cache=buffered", files.tmpfs.display()),
     }
-}
-
-/// Starts a program that will listen on a socket.
-fn other(words: &[OsString], socket: &Path, log: &Path) -> Result<Running> {
-    let file = std::fs::File::create(log).context("cannot create a server's log")?;
-    let child = process::spawn_bound(
-        Command::new(&words[0])
-            .args(&words[1..])
-            .stdin(Stdio::null())
-            .stdout(file.try_clone().context("cannot share a server's log")?)
-            .stderr(file),
-    )?;
-    let mut other = Other(child);
-    let deadline = Instant::now() + PATIENCE;
-    while !socket.exists() {
-        let ended = other.0.try_wait().context("cannot wait for a server")?;
-        ensure!(
-            ended.is_none() && Instant::now() < deadline,
-            "{:?} does not listen; it said:\n{}",
-            words,
-            last_lines(&std::fs::read_to_string(log).unwrap_or_default(), 10)
-        );
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    Ok(Running::Other(other))
 }

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
+use testkit::process;
+use testkit::shell::last_lines;
 
 use self::peer::{Answer, Order, Role, SUBCOMMAND, Through};
 use super::Settings;
@@ -17,9 +19,7 @@ use super::figures::Samples;
 use super::record::{Candidate, Measure, Row};
 use crate::cargo::Build;
 use crate::kernel::Kernel;
-use crate::kit::shell::last_lines;
 use crate::machine::{Machine, Qemu, Uml};
-use crate::process;
 use crate::runner;
 use crate::suites::Need;
 use crate::test;

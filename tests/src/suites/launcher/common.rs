@@ -9,11 +9,11 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Pid;
 use serde_json::Value;
+use testkit::server::Server;
+use testkit::shell::{Finished, Shell};
 
 use crate::kernel::Kernel;
 use crate::kit::boot_sector::{self, Guest, OPTIONS, SECTOR_BYTES};
-use crate::kit::server::{Serve, Server};
-use crate::kit::shell::{Finished, Shell};
 use crate::machine::Qemu;
 use crate::test::Context;
 
@@ -24,7 +24,8 @@ pub(in crate::suites) struct Served {
 
 /// Serves `names` as memory disks of 8 MiB with block doors.
 pub(in crate::suites) fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Served> {
-    let mut serve = Serve::new(cx)
+    let mut serve = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg("--queues")
@@ -177,7 +178,8 @@ pub(in crate::suites) fn linux(cx: &Context, name: &str, device: &Path) -> Resul
 
 /// Serves a file as the export `disk` with a block device, which outlives its server.
 pub(in crate::suites) fn serve_file(cx: &Context, image: &Path) -> Result<Served> {
-    let server = Serve::new(cx)
+    let server = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .args(["--queues", "1", "--reconnect-grace", "120"])

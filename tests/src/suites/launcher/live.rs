@@ -7,12 +7,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::images::{self, KnownFiles};
+use testkit::shell::sh;
 
 use super::super::guest::FilesOnDisk;
 use super::common::{Served, linux, recipe, serve_file};
-use crate::kit::images::{self, KnownFiles};
-use crate::kit::server::Serve;
-use crate::kit::shell::sh;
 use crate::machine::{Board, Machine};
 use crate::test::Context;
 
@@ -151,7 +150,8 @@ pub(super) fn a_running_guest_moves_to_the_service_and_back_to_the_host_without_
 /// `hotplug.qmp` as it stands: the export has the name and the place that it says.
 pub(super) fn a_disk_is_plugged_into_a_running_guest(cx: &Context) -> Result<()> {
     let (served, _known) = serve_ext4(cx)?;
-    let hot = Serve::new(cx)
+    let hot = cx
+        .serve()
         .env("UBLKUP_RUNTIME_DIR", "/run/ublkup")
         .ublk("no")
         .arg("hot=mem:16M")

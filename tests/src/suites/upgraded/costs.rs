@@ -6,8 +6,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use testkit::process;
 
-use crate::process;
 use crate::test::Context;
 
 /// Does something while a job runs, and returns both results.

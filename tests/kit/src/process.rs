@@ -17,6 +17,12 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group,
 /// # Errors
 /// The program cannot be started.
 pub fn spawn_bound(command: &mut Command) -> Result<Child> {
+    bind(command);
+    spawn(command)
+}
+
+/// Lets the kernel kill what this command starts when the thread that starts it ends.
+pub fn bind(command: &mut Command) {
     // SAFETY: the closure runs in the forked child and makes one system call;
     // it allocates nothing and touches no memory of ours.
     unsafe {
@@ -25,6 +31,13 @@ pub fn spawn_bound(command: &mut Command) -> Result<Child> {
             Ok(())
         });
     }
+}
+
+/// Starts a command.
+///
+/// # Errors
+/// The program cannot be started.
+pub fn spawn(command: &mut Command) -> Result<Child> {
     command.spawn().with_context(|| {
         format!(
             "cannot start {}; is it installed?",

@@ -3,10 +3,12 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
+
+use crate::wait::wait_for;
 
 /// A session with a monitor.
 #[derive(Debug)]
@@ -20,17 +22,8 @@ impl Qmp {
     /// # Errors
     /// It is not there within `limit`, or does not answer.
     pub fn connect(socket: &Path, limit: Duration) -> Result<Self> {
-        let deadline = Instant::now() + limit;
-        let stream = loop {
-            match UnixStream::connect(socket) {
-                Ok(stream) => break stream,
-                Err(error) if Instant::now() > deadline => {
-                    return Err(error)
-                        .with_context(|| format!("no monitor at {}", socket.display()));
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(20)),
-            }
-        };
+        let what = format!("QEMU's monitor answers at {}", socket.display());
+        let stream = wait_for(&what, limit, || Ok(UnixStream::connect(socket).ok()))?;
         stream.set_read_timeout(Some(limit))?;
         let mut qmp = Self {
             stream: BufReader::new(stream),

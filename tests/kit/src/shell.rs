@@ -97,6 +97,13 @@ impl Shell {
         self
     }
 
+    /// Leaves out an environment variable of this process.
+    #[must_use]
+    pub fn env_remove(mut self, name: &str) -> Self {
+        self.command.env_remove(name);
+        self
+    }
+
     /// Runs in this directory.
     #[must_use]
     pub fn dir(mut self, dir: &Path) -> Self {

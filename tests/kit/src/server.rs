@@ -9,30 +9,30 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Signal;
 
-use super::shell::last_lines;
 use crate::process;
-use crate::test::Context;
+use crate::shell::last_lines;
+use crate::wait::until;
 
-/// `ublkup serve` being put together.
+/// `ublkup serve` being put together. The server dies with the thread that started it.
 #[derive(Debug)]
 pub struct Serve {
     binary: PathBuf,
     args: Vec<OsString>,
     env: Vec<(String, OsString)>,
     wrapper: Vec<OsString>,
-    patience: Duration,
+    limit: Duration,
 }
 
 impl Serve {
-    /// A server with the tested binary, no doors and no exports yet.
+    /// A server of this program, no doors and no exports yet. Nothing may take longer than `limit`.
     #[must_use]
-    pub fn new(cx: &Context) -> Self {
+    pub fn new(binary: &Path, limit: Duration) -> Self {
         Serve {
-            binary: cx.paths.server.clone(),
+            binary: binary.to_owned(),
             args: Vec::new(),
             env: Vec::new(),
             wrapper: Vec::new(),
-            patience: cx.patience(20),
+            limit,
         }
     }
 
@@ -99,36 +99,9 @@ impl Serve {
     /// Starts the server and waits until it says `ready`.
     ///
     /// # Errors
-    /// It cannot be started, ends before it is ready, or is not ready in time;
-    /// the message has the end of its log.
+    /// As [`Server::launch`] and [`Server::ready`].
     pub fn start(self) -> Result<Server> {
-        let patience = self.patience;
-        let mut server = self.launch()?;
-        let deadline = Instant::now() + patience;
-        loop {
-            let log = server.log();
-            if log.lines().any(|line| line.trim() == "ready") {
-                server.ready_after = server.started.elapsed();
-                return Ok(server);
-            }
-            if let Some(status) = server
-                .child
-                .try_wait()
-                .context("cannot wait for the server")?
-            {
-                bail!(
-                    "the server ended with {status} before it was ready; it said:\n{}",
-                    last_lines(&server.log(), 20)
-                );
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "the server was not ready within {} s; it said:\n{}",
-                patience.as_secs(),
-                last_lines(&log, 20)
-            );
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        self.launch()?.ready()
     }
 
     /// Starts the server without waiting, for tests of what goes wrong; see
@@ -137,30 +110,14 @@ impl Serve {
     /// # Errors
     /// It cannot be started.
     pub fn launch(self) -> Result<Server> {
-        let dir = tempfile::tempdir().context("cannot make a temporary directory")?;
-        let log_path = dir.path().join("server.log");
-        let log = File::create(&log_path).context("cannot create the server's log")?;
         let mut words = self.wrapper;
         words.push(self.binary.into_os_string());
         words.push("serve".into());
         words.extend(self.args);
         let mut command = Command::new(&words[0]);
-        command
-            .args(&words[1..])
-            .envs(self.env)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().context("cannot share the server's log")?)
-            .stderr(log);
-        let started = Instant::now();
-        let child = process::spawn_bound(&mut command)?;
-        Ok(Server {
-            child,
-            log_path,
-            _dir: dir,
-            patience: self.patience,
-            started,
-            ready_after: Duration::ZERO,
-        })
+        command.args(&words[1..]).envs(self.env);
+        process::bind(&mut command);
+        Server::launch(&mut command, self.limit)
     }
 }
 
@@ -170,12 +127,74 @@ pub struct Server {
     child: Child,
     log_path: PathBuf,
     _dir: tempfile::TempDir,
-    patience: Duration,
+    limit: Duration,
     started: Instant,
     ready_after: Duration,
 }
 
 impl Server {
+    /// Starts a command that serves, with its output in a log.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn launch(command: &mut Command, limit: Duration) -> Result<Self> {
+        let dir = tempfile::tempdir().context("cannot make a temporary directory")?;
+        let log_path = dir.path().join("server.log");
+        let log = File::create(&log_path).context("cannot create the server's log")?;
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("cannot share the server's log")?)
+            .stderr(log);
+        let started = Instant::now();
+        let child = process::spawn(command)?;
+        Ok(Server {
+            child,
+            log_path,
+            _dir: dir,
+            limit,
+            started,
+            ready_after: Duration::ZERO,
+        })
+    }
+
+    /// Waits until it says `ready`.
+    ///
+    /// # Errors
+    /// It ended, or is not ready in time; the message has the end of its log.
+    pub fn ready(self) -> Result<Self> {
+        self.ready_when(|server| server.log().lines().any(|line| line.trim() == "ready"))
+    }
+
+    /// Waits until it serves, for a server that says so in another way.
+    ///
+    /// # Errors
+    /// As [`Server::ready`].
+    pub fn ready_when(mut self, is_ready: impl Fn(&Self) -> bool) -> Result<Self> {
+        let limit = self.limit;
+        let waited = until("the server is ready", limit, || {
+            if is_ready(&self) {
+                return Ok(true);
+            }
+            let ended = self
+                .child
+                .try_wait()
+                .context("cannot wait for the server")?;
+            match ended {
+                Some(status) => bail!("the server ended with {status} before it was ready"),
+                None => Ok(false),
+            }
+        });
+        self.ready_after = self.started.elapsed();
+        waited.map_err(|error| self.explain(&error))?;
+        Ok(self)
+    }
+
+    /// An error with the end of the log.
+    fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
+        let log = last_lines(&self.log(), 20);
+        anyhow::anyhow!("{error:#}; it said:\n{log}")
+    }
+
     /// The process id (of the wrapper, if there is one).
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -234,24 +253,39 @@ impl Server {
     /// # Errors
     /// It did not end in time.
     pub fn wait(mut self) -> Result<(ExitStatus, String)> {
-        let Some(status) = process::wait_limited(&mut self.child, self.patience)? else {
-            bail!(
-                "the server did not end within {} s; it said:\n{}",
-                self.patience.as_secs(),
-                last_lines(&self.log(), 20)
-            );
-        };
-        Ok((status, self.log()))
+        match process::wait_limited(&mut self.child, self.limit)? {
+            Some(status) => Ok((status, self.log())),
+            None => Err(self.explain(&anyhow::anyhow!(
+                "the server did not end within {} s",
+                self.limit.as_secs()
+            ))),
+        }
     }
 
-    /// Asks the server to end (SIGTERM), which it must do in time and with
+    /// As [`Server::wait`]: the exit code, or `None` if a signal killed it.
+    ///
+    /// # Errors
+    /// It did not end in time.
+    pub fn exit_code(self) -> Result<Option<i32>> {
+        Ok(self.wait()?.0.code())
+    }
+
+    /// Sends a signal, and waits as [`Server::wait`] does.
+    ///
+    /// # Errors
+    /// It was gone already, or did not end in time.
+    pub fn end_by(self, signal: Signal) -> Result<(ExitStatus, String)> {
+        process::signal(&self.child, signal)?;
+        self.wait().with_context(|| format!("after {signal:?}"))
+    }
+
+    /// Asks the server to end as a service manager would, which it must do in time and with
     /// success, and returns all it said.
     ///
     /// # Errors
     /// It did not end, or not with exit code 0.
     pub fn stop(self) -> Result<String> {
-        process::signal(&self.child, Signal::TERM)?;
-        let (status, log) = self.wait().context("after SIGTERM")?;
+        let (status, log) = self.end_by(Signal::TERM)?;
         ensure!(
             status.success(),
             "the server ended with {status} after SIGTERM; it said:\n{}",
@@ -265,8 +299,7 @@ impl Server {
     /// # Errors
     /// It was gone already, or is stuck in the kernel.
     pub fn kill(self) -> Result<String> {
-        process::signal(&self.child, Signal::KILL)?;
-        Ok(self.wait().context("after SIGKILL")?.1)
+        Ok(self.end_by(Signal::KILL)?.1)
     }
 }
 
@@ -293,27 +326,15 @@ fn block_devices_in(text: &str) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test::{Paths, Place};
 
-    fn pretender(script: &str) -> (tempfile::TempDir, Context) {
+    fn pretender(script: &str) -> (tempfile::TempDir, Serve) {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().expect("a temporary directory");
         let binary = dir.path().join("ublkup");
         std::fs::write(&binary, format!("#!/bin/sh\n{script}\n")).expect("a script");
         std::fs::set_permissions(&binary, PermissionsExt::from_mode(0o755)).expect("executable");
-        let paths = Paths {
-            server: binary,
-            ..Paths::default()
-        };
-        let scratch = dir.path().to_owned();
-        let cx = Context::new(
-            Place::Host,
-            paths,
-            scratch.clone(),
-            scratch,
-            serde_json::Value::Null,
-        );
-        (dir, cx)
+        let serve = Serve::new(&binary, crate::wait::PATIENCE);
+        (dir, serve)
     }
 
     #[test]
@@ -325,22 +346,24 @@ mod tests {
 
     #[test]
     fn a_server_that_ends_early_shows_its_log() {
-        let (_dir, cx) = pretender("echo no such file >&2; exit 1");
-        let error = Serve::new(&cx).start().expect_err("it ended");
+        let (_dir, serve) = pretender("echo no such file >&2; exit 1");
+        let error = serve.start().expect_err("it ended");
         assert!(error.to_string().contains("no such file"), "{error}");
     }
 
     #[test]
     fn a_ready_server_is_stopped_by_a_signal() {
-        let (_dir, cx) = pretender("trap 'exit 0' TERM; echo ready; while :; do sleep 0.01; done");
-        let server = Serve::new(&cx).start().expect("it is ready");
+        let (_dir, serve) =
+            pretender("trap 'exit 0' TERM; echo ready; while :; do sleep 0.01; done");
+        let server = serve.start().expect("it is ready");
         assert!(server.stop().expect("it ends").contains("ready"));
     }
 
     #[test]
     fn a_server_that_fails_on_stop_is_an_error() {
-        let (_dir, cx) = pretender("trap 'exit 5' TERM; echo ready; while :; do sleep 0.01; done");
-        let server = Serve::new(&cx).start().expect("it is ready");
+        let (_dir, serve) =
+            pretender("trap 'exit 5' TERM; echo ready; while :; do sleep 0.01; done");
+        let server = serve.start().expect("it is ready");
         assert!(server.stop().is_err());
     }
 }

@@ -11,7 +11,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::shell::Shell;
+use crate::shell::Shell;
 
 /// Files (relative path → SHA-256 of the content) that a tree must hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,0 +1,19 @@
+//! What tests of ublkup share, those of `server/tests` and those of the lab.
+//!
+//! - [`sandbox`]: a directory with a runtime directory of its own, and commands of ublkup in it;
+//! - [`server`]: a running `ublkup serve`, which is started, stopped or killed;
+//! - [`vhost`]: a vhost-user front-end with guest memory and split rings, and raw messages;
+//! - [`ublk_control`] and [`qmp`]: commands to the ublk driver and to QEMU;
+//! - [`images`], [`shell`], [`process`], [`proc`], [`wait`]: files with known content, commands with a
+//!   time limit, child processes that end, facts about them, waiting for a condition.
+
+pub mod images;
+pub mod proc;
+pub mod process;
+pub mod qmp;
+pub mod sandbox;
+pub mod server;
+pub mod shell;
+pub mod ublk_control;
+pub mod vhost;
+pub mod wait;
