@@ -68,7 +68,7 @@ pub struct ExportOptions {
     pub block_size: Option<u32>,
 
     /// Serve the disk as a block device, /dev/ublkbN [default: auto]
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, value_name = "MODE")]
     pub ublk: Option<DoorMode>,
 
     /// Ask for this N of /dev/ublkbN, if the export is the only one [default: the kernel's choice]
@@ -76,7 +76,7 @@ pub struct ExportOptions {
     pub ublk_id: Option<u32>,
 
     /// Choose how data gets from the block device to the storage and back [default: auto]
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, value_name = "PATH")]
     pub ublk_data: Option<DataPath>,
 
     /// Run each queue thread of the block device only on the processors whose requests the kernel gives to its queue
@@ -91,11 +91,11 @@ pub struct ExportOptions {
     pub no_partition_scan: Option<bool>,
 
     /// Choose what becomes of the block device when this server dies [default: auto]
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, value_name = "ACTION")]
     pub ublk_recovery: Option<Recovery>,
 
     /// Serve the disk at a vhost-user-blk socket [default: auto]
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, value_name = "MODE")]
     pub vhost: Option<DoorMode>,
 
     /// Listen for vhost-user clients here, if the export is the only one [default: in the runtime directory]
@@ -111,9 +111,9 @@ pub struct ExportOptions {
     #[arg(long, value_name = "N", value_parser = number(1..=MAX_QUEUES))]
     pub vhost_threads: Option<u16>,
 
-    /// Let guests move by live migration [default: off]: a second client may connect, and takes the disk over when
-    /// the first has stopped for it. With ublk=no the file is claimed only while a guest has it, so that the guest
-    /// may also move to another server that has this option
+    /// Let guests move by live migration: let a second client connect, which takes the disk over when the first has
+    /// stopped for it. With ublk=no the file is claimed only while a guest has it, so that the guest may also move
+    /// to another server that has this option [default: off]
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true,
         default_missing_value = "on", value_parser = switch)]
     pub migration: Option<bool>,
@@ -122,8 +122,8 @@ pub struct ExportOptions {
     #[arg(long, value_name = "N", value_parser = number(1..=MAX_DEPTH))]
     pub depth: Option<u16>,
 
-    /// Poll for this many microseconds before an idle queue thread sleeps, where that has paid off lately [default:
-    /// 100]; 0: never; always: never sleep, and keep a processor busy
+    /// Poll for this many microseconds before an idle queue thread sleeps, where that has paid off lately; 0: do not
+    /// poll; always: never sleep, and keep a processor busy [default: 100]
     #[arg(long, value_name = "N|always")]
     pub poll_us: Option<Polling>,
 

@@ -60,12 +60,12 @@ fn a_disk_may_be_told_to_fail() {
     for (text, why) in [
         ("fault:mem:1M", "no disk behind"),
         ("fault:write=eio;", "no storage"),
-        ("fault:write;mem:1M", "'write' is no fault"),
-        ("fault:write=ebad;mem:1M", "'write=ebad' is no fault"),
-        ("fault:erase=eio;mem:1M", "is no fault"),
-        ("fault:read=eio/0;mem:1M", "is no fault"),
-        ("fault:read=eio@1M;mem:1M", "is no fault"),
-        ("fault:read=delay;mem:1M", "is no fault"),
+        ("fault:write;mem:1M", "'write' is not a fault"),
+        ("fault:write=ebad;mem:1M", "'write=ebad' is not a fault"),
+        ("fault:erase=eio;mem:1M", "is not a fault"),
+        ("fault:read=eio/0;mem:1M", "is not a fault"),
+        ("fault:read=eio@1M;mem:1M", "is not a fault"),
+        ("fault:read=delay;mem:1M", "is not a fault"),
     ] {
         let error = text.parse::<Spec>().unwrap_err().to_string();
         assert!(error.contains(why), "{error}");

@@ -1,6 +1,5 @@
-//! A disk that fails as it is told: for tests of everything in front of it.
-//!
-//! Requests that match a [`Rule`] get an error, or wait, before the disk behind sees them.
+//! Fault injection, for tests: requests that match a [`Rule`] get an error, or are delayed, before the storage behind
+//! sees them.
 
 use std::io;
 use std::str::FromStr;
@@ -14,13 +13,13 @@ use crate::engine::{RingBuffers, Storage, StorageControl, StorageQueue};
 use crate::io::{Owner, Ring, Slot, Token};
 use crate::request::{IoError, Limits, Op, Progress, Request};
 
-/// The kind of the tokens of waits; backends behind use smaller ones.
+/// The kind of the tokens of delays; storages use smaller ones.
 const WAIT: u16 = 0x8000;
 
-/// How long a stall lasts: longer than anybody waits.
+/// A stall ends only after the longest time limit of any test.
 const STALL: Duration = Duration::from_secs(3600);
 
-/// Which requests a rule is about.
+/// The requests that a rule is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Any,
@@ -44,29 +43,29 @@ impl Kind {
     }
 }
 
-/// What happens to them.
+/// What a rule does to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
     Fail(IoError),
     Wait(Duration),
 }
 
-/// What happens to which requests.
+/// `OP=ACTION[@FROM-END][/EVERY][*TIMES]`: what is done to which requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     kind: Kind,
     action: Action,
-    /// Bytes of the disk: first, and first behind. Requests that touch them.
+    /// The first byte of the disk, and the one after the last, that a request must touch.
     range: (u64, u64),
-    /// Every so many of them.
+    /// Only each Nth of the requests that match.
     every: u64,
-    /// No more than so many.
+    /// At most so many requests.
     times: u64,
 }
 
-/// Why a text is no rule.
+/// A text that is not a rule.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is no fault: write OP=ACTION[@FROM-END][/EVERY][*TIMES]")]
+#[error("'{0}' is not a fault: write OP=ACTION[@FROM-END][/EVERY][*TIMES]")]
 pub struct BadRule(String);
 
 impl FromStr for Rule {
@@ -125,7 +124,7 @@ fn last_part(text: &str, before: char) -> (&str, Option<&str>) {
     }
 }
 
-/// A rule and how often it was asked.
+/// A rule, and how many requests matched it.
 #[derive(Debug)]
 struct Counted {
     rule: Rule,
@@ -148,7 +147,7 @@ impl Counted {
     }
 }
 
-/// A disk behind rules.
+/// A storage with fault injection.
 #[derive(Debug)]
 pub struct Fault<B> {
     disk: B,
@@ -156,7 +155,7 @@ pub struct Fault<B> {
 }
 
 impl<B: Storage> Fault<B> {
-    /// `disk`, whose requests fail by `rules`; the first that applies decides.
+    /// `disk` with `rules`, of which the first that applies to a request decides.
     #[must_use]
     pub fn new(disk: B, rules: Vec<Rule>) -> Self {
         let counted = |rule| Counted {
@@ -209,7 +208,7 @@ impl<B: Storage> Storage for Fault<B> {
     }
 }
 
-/// The wait of a slot. It stays where it is until the kernel has read it.
+/// The delay of a slot. The kernel reads `time` when the timeout is submitted.
 #[derive(Debug, Default)]
 struct Wait {
     time: types::Timespec,
@@ -218,16 +217,16 @@ struct Wait {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum State {
-    /// The rules were not asked.
+    /// No rule has been applied to the request.
     #[default]
     New,
-    /// There was no room on the ring for the wait.
+    /// The delay is to begin when the ring has room for it.
     Due,
-    /// The disk has it.
+    /// The storage has the request.
     Passed,
 }
 
-/// One thread's access to a disk behind rules.
+/// One thread's access to a storage with fault injection.
 #[derive(Debug)]
 pub struct FaultQueue<Q> {
     disk: Q,
@@ -244,8 +243,7 @@ impl<Q: StorageQueue> FaultQueue<Q> {
             index: slot,
         };
         let sqe = opcode::Timeout::new(&raw const wait.time).build();
-        // SAFETY: the time stays in its box, unchanged, until the slot is used again, which is after
-        // the completion.
+        // SAFETY: the time stays in its box, unchanged, until the slot is used again, which is after the completion.
         if unsafe { ring.push(sqe, token) }.is_ok() {
             Progress::Pending
         } else {
@@ -260,7 +258,7 @@ impl<Q: StorageQueue> FaultQueue<Q> {
         self.note(slot, progress)
     }
 
-    /// The slot is free again when its request is done.
+    /// Frees the slot when its request is done.
     fn note(&mut self, slot: Slot, progress: Progress) -> Progress {
         if matches!(progress, Progress::Done(_)) {
             self.waits[slot as usize].state = State::New;
@@ -296,7 +294,7 @@ impl<Q: StorageQueue> StorageQueue for FaultQueue<Q> {
         result: i32,
     ) -> Progress {
         if kind == WAIT {
-            // Over, or cancelled by a thread that ends.
+            // The delay is over, or was cancelled by a thread that ends.
             return self.pass(ring, slot, request);
         }
         let progress = self.disk.advance(ring, slot, request, kind, result);
