@@ -21,7 +21,7 @@ pub struct UblkConfig {
     pub affinity: Option<bool>,
     /// Whether the kernel looks for partitions when the disk appears.
     pub scan_partitions: bool,
-    /// How data gets to the backend and back.
+    /// How data gets to the storage and back.
     pub data: DataPath,
     /// Places in a ring's table for the data of requests, if not one for each; the driver cannot
     /// register what finds none. For tests.
@@ -37,7 +37,7 @@ pub struct UblkConfig {
     pub refuse_writes: bool,
 }
 
-/// How the data of a request gets to the backend and back.
+/// How the data of a request gets to the storage and back.
 #[derive(
     Clone,
     Copy,
@@ -51,7 +51,7 @@ pub struct UblkConfig {
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum DataPath {
-    /// Without a copy if the driver can and the backend does less work for it.
+    /// Without a copy if the driver can and the storage does less work for it.
     #[default]
     Auto,
     /// The driver copies between the request's pages and a buffer of the server.
@@ -62,7 +62,7 @@ pub enum DataPath {
     ZeroCopy,
 }
 
-/// What becomes of a device when its server dies, or leaves it to another.
+/// What happens to a device when its server dies or leaves it to another one.
 #[derive(
     Clone,
     Copy,
@@ -76,16 +76,16 @@ pub enum DataPath {
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Recovery {
-    /// It waits for the next server if the disk outlives this one (a file) and the driver can.
+    /// As reissue if the data outlives the server (a file) and the driver can, else as off.
     #[default]
     Auto,
-    /// It waits, and requests without an answer are done again (`UBLK_F_USER_RECOVERY_REISSUE`,
-    /// Linux 6.1).
+    /// It stays, and requests wait for the next server, which also serves those that were in flight
+    /// (`UBLK_F_USER_RECOVERY_REISSUE`, Linux 6.1).
     Reissue,
     /// It stays, and requests fail until there is a server again (`UBLK_F_USER_RECOVERY_FAIL_IO`,
     /// Linux 6.12).
     FailIo,
-    /// It goes.
+    /// Requests fail, and it is removed.
     Off,
 }
 
@@ -96,7 +96,7 @@ pub struct Facts {
     pub queues: u16,
     /// Requests under way per queue at most.
     pub depth: u16,
-    /// How data gets to the backend and back; never [`DataPath::Auto`].
+    /// How data gets to the storage and back; never [`DataPath::Auto`].
     pub data: DataPath,
     /// What it has of what the driver offers.
     pub features: Features,
