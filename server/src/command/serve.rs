@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread::Scope;
 
 use anyhow::{Context, Result, anyhow};
@@ -12,6 +12,7 @@ use signal_hook::iterator::Signals;
 use super::output::count;
 use super::signals;
 use crate::config::{ExportConfig, SavedExport, check_name};
+use crate::engine::open_files;
 use crate::export::runtime_dir::RuntimeDir;
 use crate::export::{Event, Export, explain};
 
@@ -52,25 +53,26 @@ pub fn recover(dir: &RuntimeDir, name: &str, take_over: bool) -> Result<ExitCode
 ///
 /// When an export cannot be started (unless told to keep going, and another can).
 pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) -> Result<ExitCode> {
+    open_files::raise_limit();
     let (events, inbox) = mpsc::channel();
     forward_signals(events.clone())?;
-    let mut exports = BTreeMap::new();
     let mut code = ExitCode::SUCCESS;
-    for config in configs {
-        let name = config.name.clone();
-        match Export::start(dir, config, start.take_over, events.clone()) {
-            Ok(export) => {
-                exports.insert(name, export);
-            }
-            Err(error) if start.keep_going => {
-                tracing::error!("{name}: {}", explain(&error));
-                code = ExitCode::FAILURE;
-            }
-            Err(error) => {
-                end_all(exports, Export::give_up);
-                return Err(error.context(name));
-            }
+    let StartOptions {
+        keep_going,
+        take_over,
+    } = start;
+    let start = |config| Export::start(dir, config, take_over, events.clone());
+    let named = |config: ExportConfig| (config.name.clone(), config);
+    let configs = configs.into_iter().map(named).collect();
+    let (exports, failures) = start_all(configs, keep_going, start);
+    for (name, error) in failures {
+        let error = open_files::name_limit(error);
+        if !keep_going {
+            end_all(exports, Export::give_up);
+            return Err(error.context(name));
         }
+        tracing::error!("{name}: {}", explain(&error));
+        code = ExitCode::FAILURE;
     }
     if exports.is_empty() {
         return Err(anyhow!("none of the exports could be started"));
@@ -83,6 +85,53 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         code = ExitCode::FAILURE;
     }
     Ok(code)
+}
+
+/// Exports that are started at once. Most of that time goes by in the driver and the storage.
+const STARTERS: usize = 8;
+
+/// Starts all exports, or none more after the first failure unless told to keep going. Returns those
+/// that were started, and why others were not, in their order.
+fn start_all<C: Send, E: Send>(
+    configs: Vec<(String, C)>,
+    keep_going: bool,
+    start: impl Fn(C) -> Result<E> + Sync,
+) -> (BTreeMap<String, E>, Vec<(String, anyhow::Error)>) {
+    let starters = STARTERS.min(configs.len());
+    let waiting = Mutex::new(configs.into_iter().enumerate());
+    let results = Mutex::new((BTreeMap::new(), BTreeMap::new()));
+    // A starter that panicked has left both tables whole.
+    let next = || {
+        let some_failed = !results
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .1
+            .is_empty();
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.next().filter(|_| keep_going || !some_failed)
+    };
+    let start_waiting = || {
+        while let Some((number, (name, config))) = next() {
+            let started = start(config);
+            let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
+            match started {
+                Ok(export) => drop(results.0.insert(name, export)),
+                Err(error) => drop(results.1.insert(number, (name, error))),
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..starters {
+            // Without it the others do its work.
+            let starter = std::thread::Builder::new().name("start".into());
+            if starter.spawn_scoped(scope, start_waiting).is_err() {
+                break;
+            }
+        }
+        start_waiting();
+    });
+    let (started, failures) = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    (started, failures.into_values().collect())
 }
 
 /// Serves until the last export has ended; returns whether none lost a door before that. Each export drains in a
@@ -194,5 +243,57 @@ fn tell_manager(state: &[sd_notify::NotifyState]) {
     // Does nothing if there is no service manager.
     if let Err(error) = sd_notify::notify(state) {
         tracing::warn!(%error, "cannot tell the service manager");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    fn numbers(count: usize) -> Vec<(String, usize)> {
+        (0..count)
+            .map(|number| (format!("e{number}"), number))
+            .collect()
+    }
+
+    #[test]
+    fn exports_are_started_side_by_side_and_all_of_them() {
+        // Each waits until as many are being started.
+        let together = Barrier::new(STARTERS);
+        let start = |number| {
+            together.wait();
+            Ok(number)
+        };
+        let (started, failures) = start_all(numbers(3 * STARTERS), false, start);
+        assert!(failures.is_empty());
+        assert_eq!(started.len(), 3 * STARTERS);
+        assert!(
+            started
+                .iter()
+                .all(|(name, number)| *name == format!("e{number}"))
+        );
+    }
+
+    #[test]
+    fn after_a_failure_no_more_are_begun_unless_told_to_keep_going() {
+        let start = |number| match number {
+            3 | 1 => Err(anyhow!("no {number}")),
+            number => Ok(number),
+        };
+        let (started, failures) = start_all(numbers(1000), true, start);
+        assert_eq!(started.len(), 998);
+        let names: Vec<_> = failures.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["e1", "e3"], "in their order");
+
+        let all_fail = |number: usize| Err::<(), _>(anyhow!("no {number}"));
+        let (started, failures) = start_all(numbers(1000), false, all_fail);
+        assert!(started.is_empty());
+        assert!(
+            (1..=STARTERS).contains(&failures.len()),
+            "{}",
+            failures.len()
+        );
     }
 }

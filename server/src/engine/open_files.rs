@@ -18,11 +18,29 @@ pub fn raise_limit() {
 /// An error's text, with the limit and how to raise it if that was reached.
 #[must_use]
 pub fn explain(error: &io::Error) -> String {
-    if error.raw_os_error() != Some(libc::EMFILE) {
-        return error.to_string();
+    match is_limit(error) {
+        true => format!("{error}: {}", limit()),
+        false => error.to_string(),
     }
+}
+
+/// Adds the limit and how to raise it, if that was reached.
+#[must_use]
+pub fn name_limit(error: anyhow::Error) -> anyhow::Error {
+    let causes = error.chain().filter_map(|cause| cause.downcast_ref());
+    match causes.into_iter().any(is_limit) {
+        true => error.context(limit()),
+        false => error,
+    }
+}
+
+fn is_limit(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EMFILE)
+}
+
+fn limit() -> String {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    format!("{error}: the limit is {limit} open files (ulimit -Hn, LimitNOFILE=)")
+    format!("the limit is {limit} open files (ulimit -Hn, LimitNOFILE=)")
 }
 
 #[cfg(test)]
@@ -41,5 +59,15 @@ mod tests {
         let of = |errno| explain(&io::Error::from_raw_os_error(errno));
         assert!(of(libc::EMFILE).contains("LimitNOFILE="));
         assert!(!of(libc::ENFILE).contains("LimitNOFILE="));
+        let within = |errno| {
+            let error = anyhow::Error::from(io::Error::from_raw_os_error(errno));
+            format!("{:#}", name_limit(error.context("cannot listen")))
+        };
+        assert!(
+            within(libc::EMFILE).contains("open files"),
+            "{}",
+            within(libc::EMFILE)
+        );
+        assert!(within(libc::ENFILE).starts_with("cannot listen"));
     }
 }

@@ -1,24 +1,24 @@
-//! What a client has that may write.
+//! A client's lease of the right to write.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use super::state::{DRAIN_LIMIT, Inner, Ownership, SUCCESSION_LIMIT, State};
 use super::types::{Client, Refused};
 
-/// A client's hold on the disk. Dropping it is dying.
+/// A client's lease of the disk. Dropping it without [`leave`](Self::leave) is treated as a client crash.
 #[derive(Debug)]
 pub struct Lease {
-    /// `None` when the disk is shared, or the hold has ended.
-    pub(super) access: Option<Arc<Ownership>>,
-    /// One hold from another.
+    /// `None` when the disk is shared, or the lease has ended.
+    pub(super) ownership: Option<Arc<Ownership>>,
+    /// Tells one lease from another.
     pub(super) number: u64,
 }
 
 impl Lease {
     /// The client is gone and its last requests are being finished.
     pub fn drain(&self) {
-        if let Some(access) = &self.access
-            && let Some(mut inner) = self.owned(access)
+        if let Some(ownership) = &self.ownership
+            && let Some(mut inner) = self.owned(ownership)
             && let State::Upgraded(_) | State::Moving(_) = inner.state
         {
             inner.state = State::Draining;
@@ -28,10 +28,10 @@ impl Lease {
     /// The client has stopped for a live migration, and nothing of it is under way. Where clients may
     /// move, another one may take the disk over from now on, also one of another server.
     pub fn rest(&self) {
-        let Some(access) = &self.access else {
+        let Some(ownership) = &self.ownership else {
             return;
         };
-        let Some(mut inner) = self.owned(access) else {
+        let Some(mut inner) = self.owned(ownership) else {
             return;
         };
         let State::Upgraded(client) = &inner.state else {
@@ -47,64 +47,64 @@ impl Lease {
         if let Some(storage) = storage {
             storage.release();
         }
-        let mut inner = access.inner();
+        let mut inner = ownership.inner();
         if let State::Draining = inner.state {
             tracing::info!(
-                export = access.export,
+                export = ownership.export,
                 "{} has stopped for a migration: another client may go on",
                 client.name
             );
             inner.state = State::Moving(client);
         }
         drop(inner);
-        access.changed.notify_all();
+        ownership.changed.notify_all();
     }
 
-    /// The client is about to go on. False when another one has taken the disk over, and this hold is
+    /// The client is about to go on. False when another one has taken the disk over, and this lease is
     /// void.
     ///
     /// # Errors
     ///
     /// When another server has the storage.
     pub fn resume(&self) -> Result<bool, Refused> {
-        let Some(access) = &self.access else {
+        let Some(ownership) = &self.ownership else {
             return Ok(true);
         };
-        let Some(inner) = self.owned(access) else {
+        let Some(inner) = self.owned(ownership) else {
             return Ok(false);
         };
         let State::Moving(client) = &inner.state else {
             return Ok(true);
         };
         let client = client.clone();
-        access.pass_on(inner, self.number)?;
-        tracing::info!(export = access.export, "{} goes on here", client.name);
-        access.give_to(client)?;
+        ownership.pass_on(inner, self.number)?;
+        tracing::info!(export = ownership.export, "{} goes on here", client.name);
+        ownership.give_to(client)?;
         Ok(true)
     }
 
-    /// The state, if the disk is this hold's. Waits while somebody else is getting it.
-    fn owned<'a>(&self, access: &'a Ownership) -> Option<MutexGuard<'a, Inner>> {
+    /// The state, if the disk is leased to this client. Waits while it is being passed on.
+    fn owned<'a>(&self, ownership: &'a Ownership) -> Option<MutexGuard<'a, Inner>> {
         let elsewhere = |inner: &mut Inner| {
             inner.owner != self.number && matches!(inner.state, State::Draining)
         };
-        let (inner, _) = access
+        let (inner, _) = ownership
             .changed
-            .wait_timeout_while(access.inner(), DRAIN_LIMIT + SUCCESSION_LIMIT, elsewhere)
+            .wait_timeout_while(ownership.inner(), DRAIN_LIMIT + SUCCESSION_LIMIT, elsewhere)
             .unwrap_or_else(PoisonError::into_inner);
         (inner.owner == self.number).then_some(inner)
     }
 
     /// The client left, and nothing of it is under way.
     pub fn leave(mut self) {
-        if let Some(access) = self.access.take()
-            && let Some(inner) = self.owned(&access)
+        if let Some(ownership) = self.ownership.take()
+            && let Some(inner) = self.owned(&ownership)
         {
-            access.give_back(inner);
+            ownership.give_back(inner);
             tracing::info!(
-                export = access.export,
+                export = ownership.export,
                 "the client left: now {}",
-                access.state()
+                ownership.state()
             );
         }
     }
@@ -112,12 +112,12 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let Some(access) = self.access.take() else {
+        let Some(ownership) = self.ownership.take() else {
             return;
         };
-        let owned = self.owned(&access).is_some();
+        let owned = self.owned(&ownership).is_some();
         if owned {
-            access.await_return("the client died that had the disk");
+            ownership.await_return("the client that had the disk disconnected without stopping");
         }
     }
 }
@@ -131,27 +131,27 @@ impl Ownership {
     pub fn take(self: &Arc<Self>, client: Client) -> Result<Lease, Refused> {
         if self.shared {
             return Ok(Lease {
-                access: None,
+                ownership: None,
                 number: 0,
             });
         }
         let mut inner = self.wait_for_turn()?;
-        inner.holds += 1;
-        let number = inner.holds;
-        let hold = || Lease {
-            access: Some(Arc::clone(self)),
+        inner.leases += 1;
+        let number = inner.leases;
+        let lease = || Lease {
+            ownership: Some(Arc::clone(self)),
             number,
         };
         if let State::Waiting(_) | State::Moving(_) = inner.state {
             self.pass_on(inner, number)?;
             tracing::info!(export = self.export, "upgraded again: {}", client.name);
             self.give_to(client)?;
-            return Ok(hold());
+            return Ok(lease());
         }
         let Some(block) = inner.block.clone() else {
             self.pass_on(inner, number)?;
             self.give_to(client)?;
-            return Ok(hold());
+            return Ok(lease());
         };
         inner.owner = number;
         inner.state = State::Draining;
@@ -176,7 +176,7 @@ impl Ownership {
             export = self.export,
             "upgraded: {name}; the block device is read-only meanwhile"
         );
-        Ok(hold())
+        Ok(lease())
     }
 }
 

@@ -21,7 +21,7 @@ pub(super) enum State {
     Block,
     Draining,
     Upgraded(Client),
-    /// The client has stopped, and goes on or is gone on with.
+    /// Stopped for migration: either this client resumes or its successor takes over.
     Moving(Client),
     /// For a client to come back; the number tells one wait from another.
     Waiting(u64),
@@ -30,11 +30,11 @@ pub(super) enum State {
 
 pub(super) struct Inner {
     pub(super) state: State,
-    /// The hold that has the disk, or is getting it.
+    /// The lease that has the disk, or is getting it.
     pub(super) owner: u64,
-    pub(super) holds: u64,
+    pub(super) leases: u64,
     pub(super) block: Option<Arc<dyn BlockDoor>>,
-    /// Whether a client that has stopped may be gone on with.
+    /// Whether a client that has stopped may be succeeded by another.
     pub(super) moves: bool,
     /// What is claimed while somebody has the disk.
     pub(super) storage: Option<Arc<dyn StorageControl>>,
@@ -66,7 +66,7 @@ impl Ownership {
             inner: Mutex::new(Inner {
                 state: State::Opening,
                 owner: 0,
-                holds: 0,
+                leases: 0,
                 block: None,
                 moves: false,
                 storage: None,
@@ -178,7 +178,7 @@ impl Ownership {
         self.holder().filter(|_| !moves)
     }
 
-    /// Claims the storage for the hold of this number. If that fails everything is as before.
+    /// Claims the storage for the lease of this number. If that fails everything is as before.
     pub(super) fn pass_on(
         &self,
         mut inner: MutexGuard<'_, Inner>,
@@ -271,7 +271,7 @@ impl Ownership {
         if let State::Closed = inner.state {
             return;
         }
-        // Nobody waits for the disk, or nobody is waited for.
+        // No block device to return to, or no grace period configured.
         if inner.block.is_none() || self.grace.is_zero() {
             return self.give_back(inner);
         }
