@@ -2,8 +2,6 @@
 //! request that the client waits for, once, in the order in which they were taken, and the client is
 //! notified.
 
-// Only such builds have the points at which it dies.
-#![cfg(debug_assertions)]
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
 mod common;

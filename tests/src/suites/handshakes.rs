@@ -2,26 +2,24 @@
 //! nothing of them stays, and the client of another export goes on.
 
 mod bystander;
+mod messages;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{ErrorKind, Read, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use testkit::images::Random;
 use testkit::proc::Holdings;
 use testkit::vhost::raw::{self, FrontendReq, HEADER_BYTES, pair};
 use testkit::wait::wait_for;
 
 use self::bystander::Bystander;
+use self::messages::{Message, Passes, Things, VRINGS, changes, handshake, offer_reads};
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -32,182 +30,6 @@ pub const TESTS: &[Test] = &[
         .limit_s(3000)
         .full(),
 ];
-
-/// Where a client claims to have its memory mapped, and how much it has.
-const USER_BASE: u64 = 0x7000_0000_0000;
-const MEMORY_BYTES: u64 = 1 << 20;
-
-/// Vrings of a client that comes that far.
-const VRINGS: u32 = 4;
-
-/// What a client has that is passed as a descriptor.
-struct Things {
-    memory: File,
-    bell: File,
-    /// Things that are neither memory nor a bell.
-    odd: Vec<File>,
-}
-
-impl Things {
-    fn new() -> Result<Self> {
-        let memory = File::from(memfd_create("guest", MemfdFlags::CLOEXEC)?);
-        ftruncate(&memory, MEMORY_BYTES)?;
-        let (pipe, _) = rustix::pipe::pipe()?;
-        Ok(Self {
-            memory,
-            bell: File::from(eventfd(0, EventfdFlags::CLOEXEC)?),
-            odd: vec![
-                File::open("/dev/null")?,
-                File::open("/")?,
-                File::open("/proc/self/status")?,
-                File::from(pipe),
-                // Shorter than any region of it.
-                File::from(memfd_create("short", MemfdFlags::CLOEXEC)?),
-            ],
-        })
-    }
-}
-
-/// Which descriptor belongs to a message.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Passes {
-    Nothing,
-    Memory,
-    Bell,
-}
-
-struct Message {
-    request: u32,
-    payload: Vec<u8>,
-    passes: Passes,
-}
-
-impl Message {
-    fn new(request: FrontendReq, words: &[u64], passes: Passes) -> Self {
-        Self {
-            request: request as u32,
-            payload: words.iter().flat_map(|word| word.to_le_bytes()).collect(),
-            passes,
-        }
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        raw::message(self.request, 0, &self.payload)
-    }
-
-    fn descriptors<'a>(&self, things: &'a Things) -> Vec<BorrowedFd<'a>> {
-        match self.passes {
-            Passes::Nothing => Vec::new(),
-            Passes::Memory => vec![things.memory.as_fd()],
-            Passes::Bell => vec![things.bell.as_fd()],
-        }
-    }
-}
-
-/// What a client says that means it, after it has asked for features.
-fn handshake(features: u64, protocol: u64) -> Vec<Message> {
-    let mut messages = vec![
-        Message::new(FrontendReq::SET_OWNER, &[], Passes::Nothing),
-        Message::new(
-            FrontendReq::SET_PROTOCOL_FEATURES,
-            &[protocol],
-            Passes::Nothing,
-        ),
-        Message::new(FrontendReq::SET_FEATURES, &[features], Passes::Nothing),
-        Message::new(
-            FrontendReq::SET_MEM_TABLE,
-            &[pair(1, 0), 0, MEMORY_BYTES, USER_BASE, 0],
-            Passes::Memory,
-        ),
-    ];
-    for vring in 0..VRINGS {
-        let at = USER_BASE + u64::from(vring) * 0x1_0000;
-        let index = u64::from(vring);
-        messages.extend([
-            Message::new(
-                FrontendReq::SET_VRING_NUM,
-                &[pair(vring, 64)],
-                Passes::Nothing,
-            ),
-            Message::new(
-                FrontendReq::SET_VRING_BASE,
-                &[pair(vring, 0)],
-                Passes::Nothing,
-            ),
-            Message::new(
-                FrontendReq::SET_VRING_ADDR,
-                // Descriptors, used, available, log.
-                &[pair(vring, 0), at, at + 0x2000, at + 0x1000, 0],
-                Passes::Nothing,
-            ),
-            Message::new(FrontendReq::SET_VRING_CALL, &[index], Passes::Bell),
-            Message::new(FrontendReq::SET_VRING_ERR, &[index], Passes::Bell),
-            Message::new(FrontendReq::SET_VRING_KICK, &[index], Passes::Bell),
-            Message::new(
-                FrontendReq::SET_VRING_ENABLE,
-                &[pair(vring, 1)],
-                Passes::Nothing,
-            ),
-        ]);
-    }
-    messages
-}
-
-/// Reads of four sectors each that a client with running vrings has under way.
-const READS: u16 = 8;
-
-/// Where in its memory they have their data, header and status; behind all rings.
-const DATA: u64 = MEMORY_BYTES / 2;
-
-/// Puts reads on the first vring, which is new, and kicks.
-fn offer_reads(things: &Things) -> Result<()> {
-    const NEXT: u64 = 1;
-    const WRITE: u64 = 2;
-    for number in 0..u64::from(READS) {
-        let at = DATA + number * 0x1000;
-        things.memory.write_all_at(&[0; 16], at)?;
-        let first = 3 * number;
-        // Address; length, flags, next.
-        let chain = [
-            (at, 16 | NEXT << 32 | (first + 1) << 48),
-            (at + 512, 2048 | (WRITE | NEXT) << 32 | (first + 2) << 48),
-            (at + 16, 1 | WRITE << 32),
-        ];
-        for (index, (address, rest)) in (first..).zip(chain) {
-            let bytes = [address, rest].map(u64::to_le_bytes).concat();
-            things.memory.write_all_at(&bytes, 16 * index)?;
-        }
-        let head = u16::try_from(first)?.to_le_bytes();
-        things.memory.write_all_at(&head, 0x1000 + 4 + 2 * number)?;
-    }
-    things
-        .memory
-        .write_all_at(&READS.to_le_bytes(), 0x1000 + 2)?;
-    (&things.bell).write_all(&1u64.to_ne_bytes())?;
-    Ok(())
-}
-
-/// Changes of the memory table, in an order that makes sense, and each of which takes the memory of some
-/// ring or request away, or moves it.
-fn changes() -> Vec<Message> {
-    let table = |guest: u64, len: u64, offset: u64| {
-        let words = [pair(1, 0), guest, len, USER_BASE + guest, offset];
-        Message::new(FrontendReq::SET_MEM_TABLE, &words, Passes::Memory)
-    };
-    let region = |request: FrontendReq, passes: Passes| {
-        let half = MEMORY_BYTES / 2;
-        Message::new(request, &[0, half, half, USER_BASE + half, half], passes)
-    };
-    vec![
-        table(0, MEMORY_BYTES, 0),
-        table(0, MEMORY_BYTES / 2, 0),
-        region(FrontendReq::ADD_MEM_REG, Passes::Memory),
-        region(FrontendReq::REM_MEM_REG, Passes::Nothing),
-        table(0, MEMORY_BYTES / 2, MEMORY_BYTES / 2),
-        table(0x1000, 0x1000, 0x1000),
-        table(0, MEMORY_BYTES, 0),
-    ]
-}
 
 /// How a client behaves in the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -4,6 +4,7 @@
 
 mod costs;
 mod findings;
+mod jobs;
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -13,7 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use serde::{Deserialize, Serialize};
 use testkit::images::{self, KnownFiles};
 use testkit::server::Server;
 use testkit::shell::{Shell, sh};
@@ -21,11 +21,9 @@ use testkit::wait::until;
 
 use self::costs::{SystemCalls, cpu_us, during};
 pub use self::findings::{Bench, Findings, Load, Row, table};
+use self::jobs::{Job, random_reads, upgraded_reads};
 use super::guest::FilesOnDisk;
-use crate::bench::attach::Client;
-use crate::bench::client::{End, Op, Order, Waiting};
 use crate::kernel::Kernel;
-use crate::kit::fio::Fio;
 use crate::machine::{Machine, Qemu, Uml};
 use crate::test;
 use crate::test::{Context, Test};
@@ -56,18 +54,8 @@ const DISK_BYTES: u64 = 96 << 20;
 /// Where the step tells how far it is.
 const TOLD: &str = "told";
 
-/// How long a job runs.
-const JOB_SECONDS: u32 = 8;
-
 /// For how long its costs are looked at.
 const WINDOW: Duration = Duration::from_secs(3);
-
-/// A fio job: 4 KiB random reads.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Job {
-    disk: PathBuf,
-    load: Load,
-}
 
 /// The way of a request into the server.
 #[derive(Clone, Copy, Debug)]
@@ -465,57 +453,6 @@ fn add_files(
 /// Replies with the [`Bench`] of a [`Job`].
 fn bench_disk(cx: &Context) -> Result<()> {
     cx.reply(&random_reads(cx, &cx.args()?)?)
-}
-
-fn random_reads(cx: &Context, job: &Job) -> Result<Bench> {
-    let mut fio = Fio::new(&job.disk)
-        .depth(job.load.depth)
-        .size("64m")
-        .option("time_based", 1)
-        .option("runtime", JOB_SECONDS)
-        .limit(cx.patience(120));
-    if job.load.at_once > 1 {
-        fio = fio
-            .option("iodepth_batch_submit", job.load.at_once)
-            .option("iodepth_batch_complete_min", job.load.at_once)
-            .option("registerfiles", 1)
-            .option("fixedbufs", 1)
-            .option("norandommap", 1);
-    }
-    let report = fio.run()?;
-    let latency = report.read_latency().context("fio told no latency")?;
-    Ok(Bench {
-        requests: report.reads(),
-        iops: report.iops(),
-        mean_us: latency.mean_us,
-        p99_us: Some(latency.p99_us),
-    })
-}
-
-/// The same by a program that has opened the block device and connects to what is behind it.
-fn upgraded_reads(disk: &Path, depth: u32, server: u32) -> Result<Bench> {
-    let order = Order {
-        socket: disk.to_owned(),
-        upgrades: true,
-        op: Op::RandRead,
-        block_bytes: 4096,
-        depth: depth as usize,
-        waiting: Waiting::Sleeps,
-        cpu: 0,
-        warm_up: End::Requests(1),
-        // Client and server share the only processor: who looks at them gets his turns late.
-        window: End::Milliseconds(u64::from(JOB_SECONDS) * 1500),
-        server,
-        hold_ms: 0,
-    };
-    let answer = Client::start(&order)?.finish()?;
-    Ok(Bench {
-        requests: answer.requests,
-        iops: answer.iops,
-        // Little's law.
-        mean_us: f64::from(depth) / answer.iops * 1e6,
-        p99_us: None,
-    })
 }
 
 fn qemu_version() -> Result<String> {
