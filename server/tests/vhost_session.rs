@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use common::*;
 use disks::{Gated, Recorder};
-use rustix::fs::ftruncate;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use ublkup::door::vhost::{SessionState, StartError, VhostConfig, VhostDoor};
 use ublkup::engine::counters::CounterSet;
 use ublkup::engine::polling::Polling;
@@ -552,6 +552,29 @@ fn memory_cut_short_ends_that_session_and_no_other() {
     // From here on this process must not touch the memory either.
     ftruncate(&file, 0).unwrap();
     kick.write(1).unwrap();
+    eventually("the session ends", || fixture.door.sessions().len() == 1);
+    assert_eq!(good.read(0, 4096).0, OK);
+}
+
+#[test]
+fn a_record_cut_short_ends_that_session_and_no_other() {
+    let mut limits = limits(1 << 20);
+    limits.read_only = true;
+    let fixture = Fixture::new(MemoryDisk::new(limits).unwrap(), 1);
+    let features = VERSION_1 | PROTOCOL;
+    let mut good = Driver::running(fixture.connect(), features);
+    let mut bad = Driver::connect(fixture.connect(), features);
+    let wanted = VhostUserInflight::new(0, 0, 1, 128);
+    let (told, _) = bad.frontend.get_inflight_fd(&wanted).unwrap();
+    // The server's own file cannot be cut, but a client may send another one.
+    let record = memfd_create("record", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&record, told.mmap_size).unwrap();
+    let fd = record.as_raw_fd();
+    bad.frontend.set_inflight_fd(&told, fd).unwrap();
+    bad.add_vring(128);
+    assert_eq!(bad.read(0, 4096).0, OK);
+    ftruncate(&record, 0).unwrap();
+    bad.prepare(T_IN, 0, &[(4096, WRITE)]);
     eventually("the session ends", || fixture.door.sessions().len() == 1);
     assert_eq!(good.read(0, 4096).0, OK);
 }

@@ -50,11 +50,22 @@ impl Buffers {
     /// `list` and the memory that its entries name must stay valid, and `list` must not be touched
     /// by anyone else, until the [`Request`](super::Request) that holds the result is finished.
     pub unsafe fn from_list(list: &mut [Buffer]) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Self::from_raw(list.as_mut_ptr(), list.len()) }
+    }
+
+    /// [`from_list`](Self::from_list) of the `count` entries at `list`.
+    ///
+    /// # Safety
+    ///
+    /// As for [`from_list`](Self::from_list).
+    #[inline]
+    pub(super) unsafe fn from_raw(list: *mut Buffer, count: usize) -> Self {
         Self(Place::Memory {
-            list: list.as_mut_ptr(),
+            list,
             next: 0,
             // Doors have some hundred entries at most.
-            count: u32::try_from(list.len()).unwrap_or(u32::MAX),
+            count: u32::try_from(count).unwrap_or(u32::MAX),
         })
     }
 

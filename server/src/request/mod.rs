@@ -6,6 +6,7 @@
 
 mod buffers;
 mod limits;
+mod lists;
 mod op;
 mod outcome;
 mod parsed;
@@ -18,6 +19,7 @@ pub use limits::{
     BadSerial, Capacity, Limits, MAX_DISK_BYTES, Range, SECTOR_BYTES, SECTOR_SHIFT, SERIAL_BYTES,
     Serial,
 };
+pub use lists::BufferLists;
 pub use op::Op;
 pub use outcome::{IoError, Outcome, Progress};
 pub use parsed::Request;

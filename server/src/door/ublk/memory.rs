@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::ptr;
 
 use libublk::sys::{self, ublksrv_io_desc};
 use rustix::io::{pread, pwrite};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
-use crate::request::{Buffer, IoError};
+use crate::request::{Buffer, BufferLists, Buffers, IoError};
 
 /// Which way data is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,8 +81,9 @@ impl Drop for Descriptors {
 pub(super) struct IoBuffers {
     first: *mut u8,
     each_bytes: usize,
+    depth: u16,
     /// One list of one entry per tag, for the requests to borrow.
-    lists: Box<[Buffer]>,
+    lists: ManuallyDrop<BufferLists>,
     leaked: bool,
 }
 
@@ -103,14 +105,11 @@ impl IoBuffers {
         // advice, and need none.
         // SAFETY: the range is the new mapping; the advice changes no content.
         let _ = unsafe { madvise(first, len_bytes, Advice::LinuxNoHugepage) };
-        let empty = Buffer {
-            iov_base: ptr::null_mut(),
-            iov_len: 0,
-        };
         Ok(Self {
             first: first.cast(),
             each_bytes,
-            lists: vec![empty; usize::from(depth)].into_boxed_slice(),
+            depth,
+            lists: ManuallyDrop::new(BufferLists::new(depth.into(), 1)),
             leaked: false,
         })
     }
@@ -125,17 +124,22 @@ impl IoBuffers {
         self.start(tag) as u64
     }
 
-    /// The list that names the first `len_bytes` of the buffer of a tag. A list belongs to the
-    /// request of its tag until that is answered.
-    pub(super) fn list(&mut self, tag: u16, len_bytes: usize) -> &mut [Buffer] {
+    /// The first `len_bytes` of the buffer of a tag, for a request.
+    ///
+    /// # Safety
+    ///
+    /// The request must be finished before the next one of its tag is made, and before `self` goes.
+    pub(super) unsafe fn lend(&self, tag: u16, len_bytes: usize) -> Buffers {
         assert!(len_bytes <= self.each_bytes, "longer than its buffer");
         let entry = Buffer {
             iov_base: self.start(tag).cast(),
             iov_len: len_bytes,
         };
-        let list = &mut self.lists[usize::from(tag)];
-        *list = entry;
-        std::slice::from_mut(list)
+        // SAFETY: no other request uses the list of the tag, as the caller promises; its only entry is filled.
+        unsafe {
+            self.lists.fill(tag.into())[0].write(entry);
+            self.lists.lend(tag.into(), 1)
+        }
     }
 
     /// Copies between the pages of a tag's request and its buffer, through the character device.
@@ -173,7 +177,7 @@ impl IoBuffers {
     }
 
     fn start(&self, tag: u16) -> *mut u8 {
-        assert!(usize::from(tag) < self.lists.len(), "tag {tag}");
+        assert!(tag < self.depth, "tag {tag} of a queue of {}", self.depth);
         self.first.wrapping_add(usize::from(tag) * self.each_bytes)
     }
 }
@@ -182,12 +186,15 @@ impl Drop for IoBuffers {
     fn drop(&mut self) {
         if self.leaked {
             // The driver may still write here. The memory stays.
-            std::mem::forget(std::mem::take(&mut self.lists));
             return;
         }
-        // SAFETY: the mapping is ours. The queue thread drained its ring before it dropped the
+        let len_bytes = self.each_bytes * usize::from(self.depth);
+        // SAFETY: the mapping and the lists are ours. The queue thread drained its ring before it dropped the
         // door, and it does not drop the door when that failed.
-        let _ = unsafe { munmap(self.first.cast(), self.each_bytes * self.lists.len()) };
+        unsafe {
+            ManuallyDrop::drop(&mut self.lists);
+            let _ = munmap(self.first.cast(), len_bytes);
+        }
     }
 }
 
@@ -198,18 +205,15 @@ mod tests {
     #[test]
     fn buffers_of_different_tags_do_not_overlap() {
         let each = page_bytes() * 2;
-        let mut buffers = IoBuffers::new(4, each).unwrap();
+        let buffers = IoBuffers::new(4, each).unwrap();
         for tag in 0..4 {
-            let list = buffers.list(tag, each as usize);
-            assert_eq!(list[0].iov_base as usize % page_bytes() as usize, 0);
-            // SAFETY: the list names memory of `buffers`, which outlives this write.
-            unsafe {
-                ptr::write_bytes(
-                    list[0].iov_base.cast::<u8>(),
-                    tag.to_le_bytes()[0] + 1,
-                    each as usize,
-                )
-            };
+            // SAFETY: nothing else uses the tag or its buffer.
+            let lent = unsafe { buffers.lend(tag, each as usize) };
+            let buffer = lent.list()[0];
+            assert_eq!(buffer.iov_base as usize % page_bytes() as usize, 0);
+            let value = tag.to_le_bytes()[0] + 1;
+            // SAFETY: as above.
+            unsafe { ptr::write_bytes(buffer.iov_base.cast::<u8>(), value, buffer.iov_len) };
         }
         for tag in 0..4u16 {
             let base = buffers.address(tag) as *const u8;
@@ -223,19 +227,18 @@ mod tests {
     #[test]
     fn the_server_copies_to_and_from_the_place_of_a_tag() {
         let each = page_bytes();
-        let mut buffers = IoBuffers::new(4, each).unwrap();
+        let buffers = IoBuffers::new(4, each).unwrap();
         // A file with room for the pages of queue 1, tag 2, which begin here.
         let at = 0x8000_0000u64 + (1 << 41) + (2 << 25);
         let device: File = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)
             .unwrap()
             .into();
         pwrite(&device, b"what is written", at).unwrap();
-        let list = buffers.list(2, 15);
-        let (base, len) = (list[0].iov_base.cast::<u8>(), list[0].iov_len);
+        let (base, len) = (buffers.address(2) as *mut u8, 15);
         buffers
             .copy(&device, 1, 2, 15, Direction::FromRequest)
             .unwrap();
-        // SAFETY: the list names memory of `buffers`, which nobody writes to meanwhile.
+        // SAFETY: memory of `buffers`, which nothing writes to meanwhile.
         let got = unsafe { std::slice::from_raw_parts(base, len) };
         assert_eq!(got, b"what is written");
         // Behind the end of the file there is nothing to be had: never half a request.
@@ -254,7 +257,8 @@ mod tests {
     #[test]
     #[should_panic(expected = "longer than its buffer")]
     fn a_list_does_not_reach_into_the_next_buffer() {
-        let mut buffers = IoBuffers::new(2, page_bytes()).unwrap();
-        buffers.list(0, page_bytes() as usize + 1);
+        let buffers = IoBuffers::new(2, page_bytes()).unwrap();
+        // SAFETY: nothing else uses the tag.
+        unsafe { buffers.lend(0, page_bytes() as usize + 1) };
     }
 }

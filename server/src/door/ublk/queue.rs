@@ -278,12 +278,10 @@ impl DoorQueue for UblkQueue {
                         let len = usize::try_from(range.len_bytes).unwrap_or(usize::MAX);
                         let registered = self.config.data == DataPath::ZeroCopy
                             && !self.unregistered[usize::from(tag)];
-                        match &mut self.buffers {
+                        match &self.buffers {
                             // SAFETY: list and memory belong to this request until `complete`: the
                             // driver hands out a tag again only after its commit.
-                            Some(buffers) if !registered => unsafe {
-                                Buffers::from_list(buffers.list(tag, len))
-                            },
+                            Some(buffers) if !registered => unsafe { buffers.lend(tag, len) },
                             _ => Buffers::in_ring(tag, len),
                         }
                     } else {

@@ -6,12 +6,13 @@
 
 use std::fs::File;
 use std::io;
+use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use vhost::vhost_user::message::VhostUserLog;
 
 use super::memory::{MemoryMap, Region, RegionAddress};
+use super::shared::Shared;
 use crate::request::Buffer;
 
 /// `VHOST_LOG_PAGE`, whatever the pages of the machine are.
@@ -20,16 +21,8 @@ const PAGE_SHIFT: u32 = 12;
 /// The bitmap that a client shares.
 #[derive(Debug)]
 pub(super) struct DirtyLog {
-    /// Keeps what `base` points to.
-    map: MemoryMap,
-    base: *mut u8,
-    len_bytes: u64,
+    bitmap: Shared,
 }
-
-// SAFETY: `base` is an address in shared memory that `map` keeps; all access is atomic.
-unsafe impl Send for DirtyLog {}
-// SAFETY: as above.
-unsafe impl Sync for DirtyLog {}
 
 impl DirtyLog {
     /// Maps the bitmap.
@@ -45,16 +38,19 @@ impl DirtyLog {
         };
         let region = Region::map(address, file, told.mmap_offset)?;
         Ok(Self {
-            base: region.start(),
-            len_bytes: told.mmap_size,
-            map: MemoryMap::new(vec![region])?,
+            bitmap: region.memory().clone(),
         })
+    }
+
+    /// Pages that there is a bit for.
+    fn pages(&self) -> u64 {
+        8 * self.bitmap.len_bytes() as u64
     }
 
     /// Whether there is a bit for each page of a range.
     pub(super) fn covers(&self, guest: u64, len_bytes: u64) -> bool {
         let last = guest.checked_add(len_bytes.saturating_sub(1));
-        last.is_some_and(|last| last >> PAGE_SHIFT >> 3 < self.len_bytes)
+        last.is_some_and(|last| last >> PAGE_SHIFT < self.pages())
     }
 
     /// Marks the pages of a range that was written. What lies outside is left out: whoever switches the
@@ -65,42 +61,28 @@ impl DirtyLog {
         }
         // A range in memory that was taken away meanwhile may begin inside and end outside.
         let last = guest.saturating_add(len_bytes - 1) >> PAGE_SHIFT;
-        let (mut page, last) = (guest >> PAGE_SHIFT, last.min(8 * self.len_bytes - 1));
+        let (mut page, last) = (guest >> PAGE_SHIFT, last.min(self.pages() - 1));
         while page <= last {
             let (from, to) = (page & 7, (last - (page & !7)).min(7));
             // Bits `from` to `to`.
             let bits = (0xff << from) & (0xff >> (7 - to));
-            // No truncation: the bitmap is mapped, and the byte lies in it.
-            let byte = self.base.wrapping_add((page >> 3) as usize);
-            // SAFETY: `last` is a page that has a bit in the bitmap, which `map` keeps.
-            let byte = unsafe { AtomicU8::from_ptr(byte) };
-            // After the data, also for a client on another processor that takes the bit out.
-            byte.fetch_or(bits, Ordering::SeqCst);
+            // After the data, also for a client on another processor that takes the bit out. No truncation: the
+            // byte lies in the bitmap, which is mapped.
+            self.bitmap.set_bits((page >> 3) as usize, bits);
             page = (page | 7) + 1;
         }
     }
 
     /// Marks memory that lies in `map`, by its address here.
-    pub(super) fn mark_memory(&self, map: &MemoryMap, at: *const u8, len_bytes: usize) {
-        map.guest_pieces(at, len_bytes, |guest, len_bytes| {
+    fn mark_memory(&self, map: &MemoryMap, at: *const u8, len_bytes: usize) {
+        map.guest_ranges(at, len_bytes, |guest, len_bytes| {
             self.mark(guest, len_bytes);
         });
     }
 
-    /// Marks buffers that lie in `map`.
-    pub(super) fn mark_buffers<'a>(
-        &self,
-        map: &MemoryMap,
-        buffers: impl IntoIterator<Item = &'a Buffer>,
-    ) {
-        for buffer in buffers {
-            self.mark_memory(map, buffer.iov_base.cast(), buffer.iov_len);
-        }
-    }
-
     /// Whether the client took the bitmap away.
     pub(super) fn is_poisoned(&self) -> bool {
-        self.map.is_poisoned()
+        self.bitmap.is_poisoned()
     }
 }
 
@@ -110,6 +92,28 @@ pub(super) struct Logging {
     pub log: Arc<DirtyLog>,
     /// Whether requests mark what they write (`VHOST_F_LOG_ALL`). Used rings have a flag of their own.
     pub requests: bool,
+}
+
+impl Logging {
+    /// Marks what a request wrote, if requests are to be marked: buffers and status, which lie in `map`.
+    #[cold]
+    pub(super) fn mark_request(
+        &self,
+        map: &MemoryMap,
+        written: &[Buffer],
+        status: Option<NonNull<u8>>,
+    ) {
+        if !self.requests {
+            return;
+        }
+        for buffer in written {
+            self.log
+                .mark_memory(map, buffer.iov_base.cast(), buffer.iov_len);
+        }
+        if let Some(status) = status {
+            self.log.mark_memory(map, status.as_ptr(), 1);
+        }
+    }
 }
 
 #[cfg(test)]

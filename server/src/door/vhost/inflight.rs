@@ -15,19 +15,21 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::marker::PhantomData;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vhost::vhost_user::message::VhostUserInflight;
+use vm_memory::AtomicAccess;
 
-use super::MAX_VRINGS;
-use super::memory::{MemoryMap, Region, RegionAddress};
-use super::virtqueue::MAX_QUEUE_SIZE;
+use super::config::MAX_VRINGS;
+use super::memory::{Region, RegionAddress};
+use super::ring_layout::MAX_QUEUE_SIZE;
+use super::shared::Shared;
 use crate::engine::crash;
 
-const HEADER_BYTES: u64 = 16;
-const ENTRY_BYTES: u64 = 16;
+const HEADER_BYTES: usize = 16;
+const ENTRY_BYTES: usize = 16;
 /// Each queue's part begins at a multiple of this.
 const ALIGNMENT: u64 = 64;
 /// The version of the layout above.
@@ -43,21 +45,17 @@ const COUNTER_AT: usize = 8;
 /// The shared buffer of a session.
 #[derive(Clone, Debug)]
 pub(super) struct InflightBuffer {
-    map: Arc<MemoryMap>,
-    base: *mut u8,
+    memory: Shared,
     queues: u16,
     queue_size: u16,
 }
-
-// SAFETY: `base` is an address in shared memory that `map` keeps; all access is atomic.
-unsafe impl Send for InflightBuffer {}
 
 fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, what.to_owned())
 }
 
 fn stride_bytes(queue_size: u16) -> u64 {
-    (HEADER_BYTES + ENTRY_BYTES * u64::from(queue_size)).next_multiple_of(ALIGNMENT)
+    (entry(queue_size) as u64).next_multiple_of(ALIGNMENT)
 }
 
 fn checked(queues: u16, queue_size: u16) -> io::Result<u64> {
@@ -74,7 +72,7 @@ fn checked(queues: u16, queue_size: u16) -> io::Result<u64> {
 /// gives back the length that it was told and the queue size that it asked for.
 fn room(told: &VhostUserInflight) -> u16 {
     let stride = told.mmap_size / u64::from(told.num_queues) / ALIGNMENT * ALIGNMENT;
-    let entries = stride.saturating_sub(HEADER_BYTES) / ENTRY_BYTES;
+    let entries = stride.saturating_sub(HEADER_BYTES as u64) / ENTRY_BYTES as u64;
     let entries = entries.min(u64::from(MAX_QUEUE_SIZE));
     u16::try_from(entries).unwrap_or(u16::MAX)
 }
@@ -121,10 +119,8 @@ impl InflightBuffer {
             user: 0,
         };
         let region = Region::map(address, file, told.mmap_offset)?;
-        let base = region.start();
         Ok(Self {
-            map: Arc::new(MemoryMap::new(vec![region])?),
-            base,
+            memory: region.memory().clone(),
             queues: told.num_queues,
             queue_size,
         })
@@ -139,11 +135,10 @@ impl InflightBuffer {
         if index >= self.queues || size > self.queue_size {
             return Err(invalid("the inflight buffer has no room for this vring"));
         }
-        let offset = u64::from(index) * stride_bytes(self.queue_size);
-        let offset = usize::try_from(offset).map_err(|_| invalid("a buffer too large"))?;
+        let stride = stride_bytes(self.queue_size);
+        let memory = self.memory.part(u64::from(index) * stride, stride);
         Ok(InflightQueue {
-            map: Arc::clone(&self.map),
-            base: self.base.wrapping_add(offset),
+            memory: memory.ok_or_else(|| invalid("the inflight buffer is too small"))?,
             entries: self.queue_size,
             size,
             counter: 0,
@@ -155,9 +150,7 @@ impl InflightBuffer {
 /// The record of one vring.
 #[derive(Debug)]
 pub(super) struct InflightQueue {
-    /// Keeps what `base` points to.
-    map: Arc<MemoryMap>,
-    base: *mut u8,
+    memory: Shared,
     /// Descriptors that the record has room for.
     entries: u16,
     /// Descriptors of the ring, no more than that.
@@ -167,9 +160,6 @@ pub(super) struct InflightQueue {
     /// Chains returned and not yet shown to the driver.
     batch: Vec<u16>,
 }
-
-// SAFETY: as for `InflightBuffer`; the value moves to the queue thread as a whole.
-unsafe impl Send for InflightQueue {}
 
 /// The record contradicts the ring or itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,6 +217,7 @@ impl InflightQueue {
     }
 
     /// A chain was taken from the ring. The caller has checked its head.
+    #[inline(never)]
     pub(super) fn take(&mut self, head: u16) {
         self.number(head).store(self.counter, Ordering::Relaxed);
         self.counter = self.counter.wrapping_add(1);
@@ -236,6 +227,7 @@ impl InflightQueue {
     }
 
     /// A chain is being returned; the driver does not see it yet.
+    #[inline(never)]
     pub(super) fn put_back(&mut self, head: u16) {
         let last = self.word(LAST_BATCH_AT).load(Ordering::Relaxed);
         self.next(head).store(last, Ordering::Relaxed);
@@ -246,7 +238,8 @@ impl InflightQueue {
     }
 
     /// The driver sees what was returned: the ring's used index is `used`.
-    pub(super) fn shown(&mut self, used: u16) {
+    #[inline(never)]
+    pub(super) fn published(&mut self, used: u16) {
         for &head in &self.batch {
             // Not before the driver's index: it would be lost if the server died in between.
             self.flag(head).store(0, Ordering::Release);
@@ -259,36 +252,53 @@ impl InflightQueue {
 
     /// Whether the client took the memory away.
     pub(super) fn is_poisoned(&self) -> bool {
-        self.map.is_poisoned()
+        self.memory.is_poisoned()
     }
 
-    fn entry(&self, head: u16) -> *mut u8 {
-        debug_assert!(head < self.entries);
-        let offset = HEADER_BYTES + ENTRY_BYTES * u64::from(head);
-        // A queue's part is at most half a MiB.
-        #[expect(clippy::cast_possible_truncation)]
-        self.base.wrapping_add(offset as usize)
+    fn word(&self, at: usize) -> Field<'_, u16> {
+        Field::new(&self.memory, at)
     }
 
-    fn word(&self, at: usize) -> &AtomicU16 {
-        // SAFETY: `queue` checked that the part is mapped and aligned, `map` keeps it, and the
-        // client's own accesses are atomic or its own problem.
-        unsafe { AtomicU16::from_ptr(self.base.wrapping_add(at).cast()) }
+    fn flag(&self, head: u16) -> Field<'_, u8> {
+        Field::new(&self.memory, entry(head))
     }
 
-    fn flag(&self, head: u16) -> &AtomicU8 {
-        // SAFETY: as for `word`; heads are smaller than `entries`.
-        unsafe { AtomicU8::from_ptr(self.entry(head)) }
+    fn next(&self, head: u16) -> Field<'_, u16> {
+        Field::new(&self.memory, entry(head) + NEXT_AT)
     }
 
-    fn next(&self, head: u16) -> &AtomicU16 {
-        // SAFETY: as for `flag`.
-        unsafe { AtomicU16::from_ptr(self.entry(head).wrapping_add(NEXT_AT).cast()) }
+    fn number(&self, head: u16) -> Field<'_, u64> {
+        Field::new(&self.memory, entry(head) + COUNTER_AT)
+    }
+}
+
+/// Where the entry of a descriptor begins.
+fn entry(head: u16) -> usize {
+    HEADER_BYTES + ENTRY_BYTES * usize::from(head)
+}
+
+/// A field of the record.
+struct Field<'a, T> {
+    memory: &'a Shared,
+    at: usize,
+    kind: PhantomData<T>,
+}
+
+impl<'a, T: AtomicAccess> Field<'a, T> {
+    fn new(memory: &'a Shared, at: usize) -> Self {
+        Self {
+            memory,
+            at,
+            kind: PhantomData,
+        }
     }
 
-    fn number(&self, head: u16) -> &AtomicU64 {
-        // SAFETY: as for `flag`.
-        unsafe { AtomicU64::from_ptr(self.entry(head).wrapping_add(COUNTER_AT).cast()) }
+    fn load(&self, order: Ordering) -> T {
+        self.memory.load(self.at, order)
+    }
+
+    fn store(&self, value: T, order: Ordering) {
+        self.memory.store(self.at, value, order);
     }
 }
 
@@ -318,7 +328,7 @@ mod tests {
             queue.take(head);
         }
         queue.put_back(2);
-        queue.shown(101);
+        queue.published(101);
         assert_eq!(fresh(&buffer).recover(101), Ok(vec![5, 7, 0]));
         // The next one numbers on from there.
         let mut next = fresh(&buffer);
@@ -381,7 +391,7 @@ mod tests {
         queue.recover(0).unwrap();
         queue.take(7);
         queue.put_back(7);
-        queue.shown(1);
+        queue.published(1);
         let mut small = buffer.queue(1, SIZE / 2).unwrap();
         assert_eq!(small.recover(0), Ok(vec![]));
         small.take(3);

@@ -6,14 +6,13 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use rustix::fs::{FileType, fstat, fstatfs};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use vm_memory::VolatileSlice;
 
-use super::sigbus;
+use super::shared::Shared;
 
 /// `f_type` of hugetlbfs (`HUGETLBFS_MAGIC` in linux/magic.h).
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
@@ -40,16 +39,8 @@ pub(super) struct RegionAddress {
 #[derive(Clone, Debug)]
 pub(super) struct Region {
     address: RegionAddress,
-    /// Where it begins here, inside `mapping`.
-    base: *mut u8,
-    mapping: Arc<Mapping>,
+    memory: Shared,
 }
-
-// SAFETY: `base` is only an address inside the mapping, which is shared memory anyhow: all access
-// is raw or atomic, and nobody ever makes a reference to it.
-unsafe impl Send for Region {}
-// SAFETY: as above.
-unsafe impl Sync for Region {}
 
 impl Region {
     /// Maps a region of `file`, which may be closed afterwards.
@@ -92,13 +83,11 @@ impl Region {
             .checked_next_multiple_of(page_bytes)
             .and_then(|bytes| usize::try_from(bytes).ok())
             .ok_or_else(|| invalid("a memory region is too long"))?;
-        let mapping = Mapping::new(file, offset - before, map_bytes)?;
-        let before = usize::try_from(before).map_err(|_| invalid("a huge page is too large"))?;
-        Ok(Self {
-            address,
-            base: mapping.start.wrapping_add(before),
-            mapping: Arc::new(mapping),
-        })
+        let mapping = Shared::map(file, offset - before, map_bytes)?;
+        let memory = mapping
+            .part(before, len_bytes)
+            .ok_or_else(|| invalid("a memory region is too long"))?;
+        Ok(Self { address, memory })
     }
 
     /// What the client said about it.
@@ -106,67 +95,18 @@ impl Region {
         self.address
     }
 
-    /// Where it begins here. Whoever uses it keeps the region.
-    pub(super) fn start(&self) -> *mut u8 {
-        self.base
+    /// The memory.
+    pub(super) fn memory(&self) -> &Shared {
+        &self.memory
     }
 
-    /// Tells one mapping from another, as long as both are there.
-    pub(super) fn mapping(&self) -> *const () {
-        Arc::as_ptr(&self.mapping).cast()
-    }
-
-    /// Where byte `offset` of the region is here. The caller has checked that it lies inside.
-    fn at(&self, offset: u64) -> *mut u8 {
-        // The region was mapped, so every offset in it fits an address.
-        #[expect(clippy::cast_possible_truncation)]
-        self.base.wrapping_add(offset as usize)
-    }
-}
-
-/// Mapped pages and the watch over them.
-#[derive(Debug)]
-struct Mapping {
-    start: *mut u8,
-    len_bytes: usize,
-    /// Taken just before the pages go.
-    watch: Option<sigbus::Watch>,
-}
-
-// SAFETY: see `Region`.
-unsafe impl Send for Mapping {}
-// SAFETY: see `Region`.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    fn new(file: &File, offset: u64, len_bytes: usize) -> io::Result<Self> {
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
-        let start = unsafe { mmap(ptr::null_mut(), len_bytes, prot, flags, file, offset) }
-            .map_err(|error| {
-                let file = file.as_raw_fd();
-                io::Error::other(format!(
-                    "cannot map {len_bytes} bytes of fd {file}: {error}"
-                ))
-            })?
-            .cast::<u8>();
-        let mut mapping = Self {
-            start,
-            len_bytes,
-            watch: None,
-        };
-        mapping.watch = Some(sigbus::Watch::new(start, len_bytes)?);
-        Ok(mapping)
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        self.watch = None;
-        // SAFETY: `Arc` says nobody uses the mapping any more. It cannot fail for a range that
-        // was mapped as one.
-        let _ = unsafe { munmap(self.start.cast(), self.len_bytes) };
+    /// `len_bytes` from `offset` on, as far as they lie in the region.
+    fn slice(&self, offset: u64, len_bytes: u64) -> Option<VolatileSlice<'_>> {
+        let (offset, len_bytes) = (
+            usize::try_from(offset).ok()?,
+            usize::try_from(len_bytes).ok()?,
+        );
+        self.memory.slice().subslice(offset, len_bytes).ok()
     }
 }
 
@@ -207,11 +147,9 @@ impl MemoryMap {
 
     /// Whether the client took memory away that it had shared.
     pub(super) fn is_poisoned(&self) -> bool {
-        let poisoned = |region: &Region| {
-            let watch = region.mapping.watch.as_ref();
-            watch.is_some_and(sigbus::Watch::is_poisoned)
-        };
-        self.regions.iter().any(poisoned)
+        self.regions
+            .iter()
+            .any(|region| region.memory.is_poisoned())
     }
 
     /// The region that holds a guest address.
@@ -225,44 +163,37 @@ impl MemoryMap {
         (offset < region.address.len_bytes).then_some((region, offset))
     }
 
-    /// Where a guest range is here, if it lies in one region.
-    #[inline]
-    pub(super) fn guest(&self, guest: u64, len_bytes: u64) -> Option<*mut u8> {
-        let (region, offset) = self.region(guest)?;
-        (len_bytes <= region.address.len_bytes - offset).then(|| region.at(offset))
-    }
-
-    /// Hands the pieces of a guest range to `piece`; several when it straddles regions.
+    /// Hands the parts of a guest range to `take`; several when it straddles regions.
     ///
-    /// Returns `None`, perhaps after some pieces, when a part is not mapped or `piece` says so.
+    /// Returns `None`, perhaps after some parts, when one is not mapped or `take` returns it.
     #[cold]
-    pub(super) fn pieces(
+    pub(super) fn parts(
         &self,
         mut guest: u64,
         mut len_bytes: u64,
-        mut piece: impl FnMut(*mut u8, usize) -> Option<()>,
+        mut take: impl FnMut(VolatileSlice<'_>) -> Option<()>,
     ) -> Option<()> {
         while len_bytes > 0 {
             let (region, offset) = self.region(guest)?;
             let here = len_bytes.min(region.address.len_bytes - offset);
-            piece(region.at(offset), usize::try_from(here).ok()?)?;
+            take(region.slice(offset, here)?)?;
             len_bytes -= here;
             guest = guest.checked_add(here)?;
         }
         Some(())
     }
 
-    /// Hands the guest ranges that lie here from `at` on to `piece`; those of memory that is not of
-    /// this map are left out.
-    pub(super) fn guest_pieces(
+    /// Hands the guest ranges that are mapped from `at` on to `take`; memory that is not of this map is left
+    /// out.
+    pub(super) fn guest_ranges(
         &self,
         mut at: *const u8,
         mut len_bytes: usize,
-        mut piece: impl FnMut(u64, u64),
+        mut take: impl FnMut(u64, u64),
     ) {
         while len_bytes > 0 {
             let found = self.regions.iter().find_map(|region| {
-                let offset = (at as usize).checked_sub(region.base as usize)? as u64;
+                let offset = (at.addr()).checked_sub(region.memory.start().as_ptr().addr())? as u64;
                 let left = region.address.len_bytes.checked_sub(offset)?;
                 (left > 0).then_some((region.address.guest + offset, left))
             });
@@ -270,18 +201,17 @@ impl MemoryMap {
                 return;
             };
             let here = usize::try_from(left).unwrap_or(len_bytes).min(len_bytes);
-            piece(guest, here as u64);
+            take(guest, here as u64);
             at = at.wrapping_add(here);
             len_bytes -= here;
         }
     }
 
-    /// Where a range of the client's own addresses is here, if it lies in one region.
-    pub(super) fn user(&self, user: u64, len_bytes: u64) -> Option<*mut u8> {
+    /// The memory at a range of the client's own addresses, if it lies in one region.
+    pub(super) fn user(&self, user: u64, len_bytes: u64) -> Option<Shared> {
         self.regions.iter().find_map(|region| {
             let offset = user.checked_sub(region.address.user)?;
-            let left = region.address.len_bytes.checked_sub(offset)?;
-            (len_bytes <= left).then(|| region.at(offset))
+            region.memory.part(offset, len_bytes)
         })
     }
 }
@@ -310,7 +240,7 @@ struct Found {
     guest: u64,
     len_bytes: u64,
     /// Mapped for `len_bytes`.
-    base: NonNull<u8>,
+    start: NonNull<u8>,
 }
 
 impl Default for HeldMap {
@@ -324,7 +254,7 @@ impl HeldMap {
         let nothing = Found {
             guest: 0,
             len_bytes: 0,
-            base: NonNull::dangling(),
+            start: NonNull::dangling(),
         };
         Self {
             map,
@@ -337,52 +267,49 @@ impl HeldMap {
         &self.map
     }
 
-    /// Where a guest range is here, if it lies in one region.
+    /// A guest range, if it lies in one region.
     #[inline]
     pub(super) fn guest(
         &self,
         purpose: Purpose,
         guest: u64,
         len_bytes: u64,
-    ) -> Option<NonNull<u8>> {
-        let last = self.last[purpose as usize].get();
-        let offset = guest.wrapping_sub(last.guest);
-        if offset < last.len_bytes && len_bytes <= last.len_bytes - offset {
-            // The region was mapped, so every offset in it fits an address.
-            #[expect(clippy::cast_possible_truncation)]
-            let offset = offset as usize;
-            // SAFETY: the region is one mapping, and this is inside it.
-            return Some(unsafe { last.base.add(offset) });
+    ) -> Option<VolatileSlice<'_>> {
+        let mut found = self.last[purpose as usize].get();
+        if guest.wrapping_sub(found.guest) >= found.len_bytes {
+            found = self.find(purpose, guest)?;
         }
-        self.find(purpose, guest, len_bytes)
+        let offset = guest.wrapping_sub(found.guest);
+        if len_bytes > found.len_bytes - offset {
+            return None;
+        }
+        // The region is mapped, so that every offset in it fits an address.
+        #[expect(clippy::cast_possible_truncation)]
+        let (offset, len_bytes) = (offset as usize, len_bytes as usize);
+        // SAFETY: `find` had `found` from the map, which `self` keeps, and the range is inside of it.
+        Some(unsafe { VolatileSlice::new(found.start.add(offset).as_ptr(), len_bytes) })
     }
 
+    /// Finds the region of a guest address, and remembers it.
     #[cold]
-    fn find(&self, purpose: Purpose, guest: u64, len_bytes: u64) -> Option<NonNull<u8>> {
+    fn find(&self, purpose: Purpose, guest: u64) -> Option<Found> {
         let (region, _) = self.map.region(guest)?;
-        self.last[purpose as usize].set(Found {
+        let found = Found {
             guest: region.address.guest,
             len_bytes: region.address.len_bytes,
-            base: NonNull::new(region.base)?,
-        });
-        NonNull::new(self.map.guest(guest, len_bytes)?)
-    }
-
-    /// As [`MemoryMap::pieces`].
-    pub(super) fn pieces(
-        &self,
-        guest: u64,
-        len_bytes: u64,
-        piece: impl FnMut(*mut u8, usize) -> Option<()>,
-    ) -> Option<()> {
-        self.map.pieces(guest, len_bytes, piece)
+            start: region.memory.start(),
+        };
+        self.last[purpose as usize].set(found);
+        Some(found)
     }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::door::vhost::sigbus;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use std::sync::atomic::Ordering;
 
     /// A memory file of `len_bytes` zeroes.
     pub(crate) fn memfd(len_bytes: u64) -> File {
@@ -405,50 +332,54 @@ pub(super) mod tests {
         let file = memfd(0x4000);
         let low = region(0x1000, 0x2000, 0x10_0000, &file, 0);
         let high = region(0x3000, 0x1000, 0x80_0000, &file, 0x2800);
-        let (low_base, high_base) = (low.base, high.base);
+        let start = |region: &Region| region.memory.start().as_ptr();
+        let (low_base, high_base) = (start(&low), start(&high));
         let map = MemoryMap::new(vec![high, low]).unwrap();
-        assert_eq!(map.guest(0x1000, 0x2000), Some(low_base));
-        assert_eq!(map.guest(0x1800, 8), Some(low_base.wrapping_add(0x800)));
-        assert_eq!(map.user(0x80_0010, 8), Some(high_base.wrapping_add(0x10)));
-        for (guest, len) in [(0xfff, 1), (0x2fff, 2), (0x4000, 1), (0x3000, u64::MAX)] {
-            assert_eq!(map.guest(guest, len), None, "{guest:#x}+{len:#x}");
-        }
+        let user = |user, len| map.user(user, len).map(|part| part.start().as_ptr());
+        assert_eq!(user(0x80_0010, 8), Some(high_base.wrapping_add(0x10)));
         for (user, len) in [(0xf_ffff, 1), (0x10_0000, 0x2001), (0, 0), (u64::MAX, 1)] {
-            assert_eq!(map.user(user, len), None, "{user:#x}+{len:#x}");
+            assert!(map.user(user, len).is_none(), "{user:#x}+{len:#x}");
         }
         let held = HeldMap::new(Arc::new(map.clone()));
-        let guest = |purpose, guest, len| held.guest(purpose, guest, len).map(NonNull::as_ptr);
+        let address = |slice: VolatileSlice<'_>| slice.ptr_guard_mut().as_ptr();
+        let guest = |purpose, guest, len| held.guest(purpose, guest, len).map(address);
         for purpose in [Purpose::Control, Purpose::Data, Purpose::Control] {
             // Each from the region of the one before.
             assert_eq!(guest(purpose, 0x1000, 0x2000), Some(low_base));
             assert_eq!(guest(purpose, 0x1010, 8), Some(low_base.wrapping_add(0x10)));
             let high = high_base.wrapping_add(0xff8);
             assert_eq!(guest(purpose, 0x3ff8, 8), Some(high));
-            for (address, len) in [(0x3ff8, 9), (0xfff, 1), (0x2fff, 2), (0x4000, 1)] {
+            for (address, len) in [
+                (0x3ff8, 9),
+                (0xfff, 1),
+                (0x2fff, 2),
+                (0x4000, 1),
+                (0x3000, u64::MAX),
+            ] {
                 assert_eq!(guest(purpose, address, len), None, "{address:#x}+{len:#x}");
             }
         }
-        assert_eq!(HeldMap::default().guest(Purpose::Data, 0, 0), None);
+        assert!(HeldMap::default().guest(Purpose::Data, 0, 0).is_none());
         let mut seen = Vec::new();
-        let mut note = |at: *mut u8, len| {
-            seen.push((at, len));
+        let mut note = |part: VolatileSlice<'_>| {
+            seen.push((address(part), part.len()));
             Some(())
         };
-        assert_eq!(map.pieces(0x2ff0, 0x20, &mut note), Some(()));
-        assert_eq!(map.pieces(0x3ff0, 0x20, &mut note), None);
+        assert_eq!(map.parts(0x2ff0, 0x20, &mut note), Some(()));
+        assert_eq!(map.parts(0x3ff0, 0x20, &mut note), None);
         let straddled = (low_base.wrapping_add(0x1ff0), 0x10);
         assert_eq!(seen[..2], [straddled, (high_base, 0x10)]);
         // And back.
         let guest = |at: *mut u8, len| {
             let mut seen = Vec::new();
-            map.guest_pieces(at, len, |guest, len| seen.push((guest, len)));
+            map.guest_ranges(at, len, |guest, len| seen.push((guest, len)));
             seen
         };
         assert_eq!(guest(low_base, 0x2000), [(0x1000, 0x2000)]);
         assert_eq!(guest(high_base.wrapping_add(8), 8), [(0x3008, 8)]);
         let past = guest(high_base.wrapping_add(0xff0), 0x11);
         assert_eq!(past[..1], [(0x3ff0, 0x10)]);
-        assert!(guest(ptr::null_mut(), 8).is_empty());
+        assert!(guest(std::ptr::null_mut(), 8).is_empty());
     }
 
     #[test]
@@ -480,21 +411,17 @@ pub(super) mod tests {
         let (file, other) = (memfd(0x4000), memfd(0x1000));
         let cut = region(0, 0x4000, 0, &file, 0);
         let whole = region(0, 0x1000, 0, &other, 0);
-        // SAFETY: both regions are mapped until the end of the test.
-        unsafe {
-            cut.base.write_volatile(7);
-            whole.base.write_volatile(8);
-        }
+        let (first, second) = (cut.memory.clone(), whole.memory.clone());
+        first.write(0, 7u8);
+        second.write(0, 8u8);
         let map = MemoryMap::new(vec![cut.clone()]).unwrap();
         assert!(!map.is_poisoned());
         let before = sigbus::poisonings();
         ftruncate(&file, 0).unwrap();
-        // SAFETY: as above; the handler makes the access harmless.
-        unsafe {
-            assert_eq!(cut.base.wrapping_add(0x3000).read_volatile(), 0);
-            cut.base.write_volatile(1);
-            assert_eq!(whole.base.read_volatile(), 8);
-        }
+        let read = |shared: &Shared, at| shared.load::<u8>(at, Ordering::Relaxed);
+        assert_eq!(read(&first, 0x3000), 0);
+        first.write(0, 1u8);
+        assert_eq!(read(&second, 0), 8);
         assert!(map.is_poisoned() && sigbus::poisonings() > before);
         assert!(!MemoryMap::new(vec![whole]).unwrap().is_poisoned());
     }

@@ -4,17 +4,20 @@
 //! a protocol thread, and queue threads that are started with the first vring they serve. All of them
 //! end with the session, and nothing of it stays.
 
-mod block;
 mod channel;
 mod config;
+mod config_space;
 mod connection;
 mod dirty;
 mod door;
 mod inflight;
 mod memory;
 mod queue;
+mod request;
+mod ring_layout;
 mod session;
 mod sessions;
+mod shared;
 mod sigbus;
 mod socket;
 mod spawn;

@@ -4,7 +4,6 @@
 //! the call descriptor there: a client that lets them block blocks nobody. All vrings of a thread
 //! share one pool of slots and take turns.
 
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::rc::Rc;
@@ -14,18 +13,22 @@ use std::sync::mpsc;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::VolatileRef;
 
-use super::block::{self, MAX_BUFFERS, Parts, Terms, Transfer, Verdict, mask};
+use super::config::MAX_VRINGS;
+use super::config_space::mask;
 use super::connection::Connection;
 use super::dirty::Logging;
 use super::memory::{HeldMap, MemoryMap};
+use super::request::{self, MAX_BUFFERS, ParsedRequest, RequestContext, Segments, Transfer};
+use super::ring_layout::{RingError, RingOptions};
 use super::sigbus;
-use super::virtqueue::{RingError, RingOptions, Virtqueue};
+use super::virtqueue::Virtqueue;
 use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
 use crate::engine::counters::Counters;
 use crate::engine::{DoorQueue, Next};
 use crate::io::{Completion, FreeSlots, Full, Ring, Slot, SlotTable};
-use crate::request::{Buffer, Buffers, Op, Outcome, Range, Request};
+use crate::request::{BufferLists, Op, Outcome, Range, Request};
 
 /// Requests that can be under way on one thread.
 const SLOTS: u32 = 256;
@@ -58,8 +61,8 @@ pub(super) enum Command {
     Exit,
 }
 
-/// A chain under way.
-struct Taken {
+/// A chain in flight.
+struct InFlight {
     vring: usize,
     head: u16,
     status: Option<NonNull<u8>>,
@@ -79,9 +82,9 @@ pub(super) struct VhostQueues {
     /// Where the client wants to know what is written to its memory.
     logging: Option<Logging>,
     free: FreeSlots,
-    taken: SlotTable<Taken>,
-    /// [`MAX_BUFFERS`] for each slot. Not touched before it is used, so it costs no memory.
-    buffers: Box<[MaybeUninit<Buffer>]>,
+    in_flight: SlotTable<InFlight>,
+    /// [`MAX_BUFFERS`] for each slot.
+    lists: BufferLists,
     /// Whose turn it is, and how much of the turn is left.
     turn: usize,
     turn_left: u32,
@@ -101,8 +104,8 @@ impl VhostQueues {
             map: Rc::default(),
             logging: None,
             free: FreeSlots::new(SLOTS),
-            taken: SlotTable::new(slots),
-            buffers: Box::new_uninit_slice(slots * MAX_BUFFERS),
+            in_flight: SlotTable::new(slots),
+            lists: BufferLists::new(slots, MAX_BUFFERS),
             turn: 0,
             turn_left: TURN,
             answers_left: ANSWERS_PER_ROUND,
@@ -208,51 +211,44 @@ impl VhostQueues {
         false
     }
 
-    /// Takes a chain as a request, or answers it. A request's data are so many buffers of the slot.
+    /// Starts the request of a chain in any layout, or answers it. The request's data are so many buffers of the
+    /// slot.
     fn admit(&mut self, local: usize, head: u16, slot: Slot) -> Option<(Op, Range, usize)> {
         let vring = self.vrings[local].as_deref_mut()?;
-        let first = slot as usize * MAX_BUFFERS;
-        let list = &mut self.buffers[first..first + MAX_BUFFERS];
-        let parts = Parts::gather(vring.queue.chain(head, &self.map), &self.map, list);
-        match parts.judge(list, terms(&self.link, vring)) {
-            Verdict::Start {
+        let chain = vring.queue.chain(head, &self.map);
+        // SAFETY: the slot was free, so nothing else uses its list.
+        let list = unsafe { self.lists.fill(slot as usize) };
+        let segments = Segments::gather(chain, &self.map, list);
+        match segments.parse(context(&self.link, vring)) {
+            ParsedRequest::Start {
                 op,
                 range,
                 buffers,
                 written_bytes,
             } => {
-                let taken = Taken {
+                let chain = InFlight {
                     vring: local,
                     head,
-                    status: parts.status,
+                    status: segments.status,
                     written_bytes,
                     map: Rc::clone(&self.map),
                 };
-                self.taken.put(slot, taken);
+                self.in_flight.put(slot, chain);
                 vring.in_flight += 1;
                 Some((op, range, buffers))
             }
-            Verdict::Answer {
+            ParsedRequest::Answer {
                 outcome,
                 written_bytes,
             } => {
                 if outcome.is_err() {
                     self.counters.count_rejected();
                 }
-                put_status(parts.status, block::status(outcome));
-                if let Some(Logging {
-                    log,
-                    requests: true,
-                }) = &self.logging
-                {
-                    let map = self.map.map();
-                    // Who identifies himself writes there.
-                    if outcome.is_ok() {
-                        log.mark_buffers(map, parts.received(list));
-                    }
-                    if let Some(status) = parts.status {
-                        log.mark_memory(map, status.as_ptr(), 1);
-                    }
+                put_status(segments.status, request::status(outcome));
+                if let Some(logging) = &self.logging {
+                    // GET_ID is a device write too: mark its buffers dirty.
+                    let written = outcome.map_or(&[][..], |()| segments.received());
+                    logging.mark_request(self.map.map(), written, segments.status);
                 }
                 vring.queue.push_used(head, written_bytes);
                 self.free.give_back(slot);
@@ -262,41 +258,39 @@ impl VhostQueues {
     }
 }
 
-/// What must be known to understand a request of a vring.
+/// What the requests of a vring are parsed against.
 #[inline]
-fn terms<'a>(link: &'a Connection, vring: &Vring) -> Terms<'a> {
+fn context<'a>(link: &'a Connection, vring: &Vring) -> RequestContext<'a> {
     let limits = link.limits();
     let writeback = if vring.features & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
         link.writeback.load(Ordering::Acquire)
     } else {
         vring.features & mask(VIRTIO_BLK_F_FLUSH) != 0
     };
-    Terms {
+    RequestContext {
         limits,
         features: vring.features,
         write_through: limits.write_cache && !writeback,
     }
 }
 
-/// Marks what a request wrote to guest memory, if that is wanted. Whatever became of a read, the
-/// storage may have written all of its buffers. Returns whether the chain can be returned.
+/// Finishes a request of a vring that is logged or broken. Whatever became of a read, the storage may have
+/// written all of its buffers. Returns whether the chain can be returned.
 ///
-/// It takes the request, and does not borrow it: who is asked for an address must have one, and most
-/// requests never are in memory.
+/// The request is passed by value, so that the hot path can keep it in registers.
 #[cold]
-fn mark(logging: &Option<Logging>, vring: &Vring, taken: &Taken, mut request: Request) -> bool {
-    if let Some(Logging {
-        log,
-        requests: true,
-    }) = logging
-    {
-        let map = taken.map.map();
-        if request.op == Op::Read {
-            log.mark_buffers(map, request.whole_list());
-        }
-        if let Some(status) = taken.status {
-            log.mark_memory(map, status.as_ptr(), 1);
-        }
+fn finish_logged(
+    logging: &Option<Logging>,
+    vring: &Vring,
+    chain: &InFlight,
+    mut request: Request,
+) -> bool {
+    if let Some(logging) = logging {
+        let written = match request.op {
+            Op::Read => request.whole_list(),
+            _ => &[],
+        };
+        logging.mark_request(chain.map.map(), written, chain.status);
     }
     request.finish();
     !vring.is_broken()
@@ -306,7 +300,7 @@ fn mark(logging: &Option<Logging>, vring: &Vring, taken: &Taken, mut request: Re
 fn put_status(at: Option<NonNull<u8>>, status: u8) {
     if let Some(at) = at {
         // SAFETY: the address was found in a map that the caller still holds.
-        unsafe { at.write_volatile(status) };
+        unsafe { VolatileRef::<u8>::new(at.as_ptr()) }.store(status);
     }
 }
 
@@ -318,7 +312,7 @@ impl DoorQueue for VhostQueues {
     }
 
     fn ring_operations(&self) -> u32 {
-        OPERATIONS * u32::from(super::MAX_VRINGS.div_ceil(self.threads))
+        OPERATIONS * u32::from(MAX_VRINGS.div_ceil(self.threads))
     }
 
     fn start(&mut self, _ring: &mut Ring) -> Result<(), Full> {
@@ -440,20 +434,22 @@ impl DoorQueue for VhostQueues {
             let slot = self.free.take()?;
             let three = vring.queue.three(head, &self.map);
             let link = &*self.link;
-            let write_through = || terms(link, vring).write_through;
+            let write_through = || context(link, vring).write_through;
             let usual = three
                 .and_then(|three| Transfer::usual(three, &self.map, link.limits(), write_through));
             let (op, range, buffers) = if let Some(transfer) = usual {
                 vring.in_flight += 1;
-                let taken = Taken {
+                let chain = InFlight {
                     vring: local,
                     head,
                     status: Some(transfer.status),
                     written_bytes: transfer.written_bytes,
                     map: Rc::clone(&self.map),
                 };
-                self.taken.put(slot, taken);
-                self.buffers[slot as usize * MAX_BUFFERS].write(transfer.buffer);
+                self.in_flight.put(slot, chain);
+                // SAFETY: the slot was free, so nothing else uses its list.
+                let list = unsafe { self.lists.fill(slot as usize) };
+                list[0].write(transfer.buffer);
                 (transfer.op, transfer.range, 1)
             } else if let Some(admitted) = self.admit(local, head, slot) {
                 admitted
@@ -461,11 +457,9 @@ impl DoorQueue for VhostQueues {
                 self.answers_left -= 1;
                 continue;
             };
-            let first = slot as usize * MAX_BUFFERS;
-            let list = std::ptr::from_mut(&mut self.buffers[first..first + buffers]);
             // SAFETY: so many were filled. They belong to the slot, which is given back when the request
-            // is finished, and `taken` keeps the map.
-            let buffers = unsafe { Buffers::from_list(&mut *(list as *mut [Buffer])) };
+            // is finished, and `in_flight` keeps the map.
+            let buffers = unsafe { self.lists.lend(slot as usize, buffers) };
             return Some((slot, Request::new(op, range, buffers)));
         }
         None
@@ -473,24 +467,24 @@ impl DoorQueue for VhostQueues {
 
     #[inline(always)]
     fn complete(&mut self, _ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome) {
-        let taken = self.taken.take(slot);
+        let chain = self.in_flight.take(slot);
         self.free.give_back(slot);
-        put_status(taken.status, block::status(outcome));
-        let Some(vring) = &mut self.vrings[taken.vring] else {
+        put_status(chain.status, request::status(outcome));
+        let Some(vring) = &mut self.vrings[chain.vring] else {
             return request.finish();
         };
         vring.in_flight -= 1;
         if vring.is_plain() {
             request.finish();
-        } else if !mark(&self.logging, vring, &taken, request) {
+        } else if !finish_logged(&self.logging, vring, &chain, request) {
             return;
         }
         let written_bytes = if outcome.is_ok() {
-            taken.written_bytes
+            chain.written_bytes
         } else {
             1
         };
-        vring.queue.push_used(taken.head, written_bytes);
+        vring.queue.push_used(chain.head, written_bytes);
     }
 
     fn end_batch(&mut self, ring: &mut Ring) -> Next {
@@ -513,7 +507,7 @@ impl DoorQueue for VhostQueues {
             let Some(vring) = &mut self.vrings[local] else {
                 continue;
             };
-            if vring.queue.has_unpublished() && !vring.is_broken() && vring.queue.publish() {
+            if vring.queue.is_to_publish() && !vring.is_broken() && vring.queue.publish_and_ask() {
                 vring.call_due = true;
             }
             if let Some(logging) = &self.logging {
@@ -522,7 +516,7 @@ impl DoorQueue for VhostQueues {
             let called = vring.call(ring);
             let wound_up = called.and_then(|()| vring.wind_up(ring));
             let looked = if vring.is_watched() {
-                vring.queue.look().map(|_| ())
+                vring.queue.poll().map(|_| ())
             } else {
                 Ok(())
             };
@@ -552,7 +546,7 @@ impl DoorQueue for VhostQueues {
         // Without a slot news is of no use: completions come first.
         !self.free.is_empty()
             && (self.vrings.iter().flatten())
-                .any(|vring| vring.is_watched() && vring.queue.has_news())
+                .any(|vring| vring.is_watched() && vring.queue.has_unseen())
     }
 
     fn listen(&mut self, _ring: &mut Ring) -> bool {

@@ -19,15 +19,15 @@ use vhost::vhost_user::{
     BackendReqHandler, Error, Result, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 
-use super::MAX_VRINGS;
-use super::block;
 use super::channel::{self, What};
+use super::config::MAX_VRINGS;
+use super::config_space;
 use super::connection::Connection;
 use super::dirty::{DirtyLog, Logging};
 use super::inflight::InflightBuffer;
 use super::memory::{MAX_MAPPINGS, MemoryMap, Region};
 use super::queue::Command;
-use super::virtqueue::{RingAddresses, used_ring_bytes};
+use super::ring_layout::{RingAddresses, used_ring_bytes};
 use super::vring::Start;
 use crate::door::ownership::{Client, Lease, Ownership};
 use crate::engine::mailbox::Sender;
@@ -208,7 +208,7 @@ impl Session {
     }
 
     fn offered(&self) -> u64 {
-        block::features(self.link.limits())
+        config_space::features(self.link.limits())
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
             | LOG_ALL
     }
@@ -338,7 +338,7 @@ impl Session {
         self.old_maps.retain(|old| old.strong_count() > 0);
         let old: Vec<_> = self.old_maps.iter().filter_map(Weak::upgrade).collect();
         let regions = old.iter().chain([&map]).flat_map(|map| map.regions());
-        let mappings: BTreeSet<_> = regions.map(Region::mapping).collect();
+        let mappings: BTreeSet<_> = regions.map(|region| region.memory().mapping()).collect();
         if mappings.len() > MAX_MAPPINGS {
             return refuse("requests under way use too much memory that was taken away");
         }

@@ -1,8 +1,11 @@
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::chain::{ChainError, FLAG_WRITE};
+use virtio_queue::desc::RawDescriptor;
+use virtio_queue::mock::{AvailRing, DescriptorTable, UsedRing};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+use super::chain::ChainError;
+use super::notify::AVAIL_NO_INTERRUPT;
 use super::*;
 use crate::door::vhost::memory::tests::memfd;
 use crate::door::vhost::memory::{Region, RegionAddress};
@@ -11,10 +14,17 @@ const USER: u64 = 0x5000_0000;
 const DESCRIPTORS: u64 = 0;
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
+const SIZE: u16 = 8;
 
-/// A ring of 8 in a memory file; the file is the driver's view.
+const FLAG_NEXT: u16 = 1;
+const FLAG_WRITE: u16 = 2;
+const FLAG_INDIRECT: u16 = 4;
+
+/// A ring of 8 in a memory file, and the driver's view of it.
 struct Bench {
-    file: File,
+    memory: &'static GuestMemoryMmap,
+    available: AvailRing<'static, GuestMemoryMmap>,
+    used: UsedRing<'static, GuestMemoryMmap>,
     map: HeldMap,
 }
 
@@ -27,54 +37,67 @@ impl Bench {
             user: USER,
         };
         let region = Region::map(address, &file, 0).unwrap();
-        let map = HeldMap::new(Arc::new(MemoryMap::new(vec![region]).unwrap()));
-        Self { file, map }
+        let range = (GuestAddress(0), 0x4000, Some(FileOffset::new(file, 0)));
+        let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        // The driver's rings borrow it.
+        let memory = &*Box::leak(Box::new(memory));
+        Self {
+            memory,
+            available: AvailRing::new(memory, GuestAddress(AVAILABLE), SIZE),
+            used: UsedRing::new(memory, GuestAddress(USED), SIZE),
+            map: HeldMap::new(Arc::new(MemoryMap::new(vec![region]).unwrap())),
+        }
     }
 
     fn queue(&self, event_index: bool, base: u16) -> Virtqueue {
         let options = RingOptions {
-            size: 8,
+            size: SIZE,
             event_index,
             indirect: true,
         };
         Virtqueue::new(options, addresses(), base, self.map.map(), None).unwrap()
     }
 
+    /// The driver makes `head` available at `index`, without telling.
+    fn offer(&self, index: u16, head: u16) {
+        let place = self.available.ring().ref_at((index % SIZE).into());
+        place.unwrap().store(head.to_le());
+    }
+
     fn set(&self, at: u64, value: u16) {
-        self.file.write_all_at(&value.to_le_bytes(), at).unwrap();
+        let value = value.to_le();
+        self.memory.write_obj(value, GuestAddress(at)).unwrap();
     }
 
     fn get(&self, at: u64) -> u16 {
-        let mut bytes = [0; 2];
-        self.file.read_exact_at(&mut bytes, at).unwrap();
-        u16::from_le_bytes(bytes)
+        u16::from_le(self.memory.read_obj(GuestAddress(at)).unwrap())
     }
 
-    fn descriptor(&self, table: u64, index: u64, address: u64, len: u32, flags: u16, next: u16) {
-        let mut bytes = address.to_le_bytes().to_vec();
-        bytes.extend(len.to_le_bytes());
-        bytes.extend(flags.to_le_bytes());
-        bytes.extend(next.to_le_bytes());
-        self.file.write_all_at(&bytes, table + 16 * index).unwrap();
+    fn descriptor(&self, table: u64, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+        let descriptor = RawDescriptor::from(Descriptor::new(address, len, flags, next));
+        let table = DescriptorTable::new(self.memory, GuestAddress(table), SIZE);
+        table.store(index, descriptor).unwrap();
     }
 
     fn walk(&self, queue: &Virtqueue, head: u16) -> Result<Vec<(u64, u32, bool)>, ChainError> {
-        let step =
-            |found: Result<Descriptor, _>| found.map(|d| (d.address, d.len_bytes, d.is_writable()));
+        let step = |found: Result<Descriptor, _>| found.map(fields);
         let walked: Result<Vec<_>, _> = queue.chain(head, &self.map).map(step).collect();
         // The short way finds the same or leaves it to the long one.
-        let three = queue.three(head, &self.map);
-        let three = three.map(|three| three.map(|d| (d.address, d.len_bytes, d.is_writable())));
-        if let Some(three) = three {
-            assert_eq!(walked.as_deref(), Ok(&three[..]));
+        if let Some(three) = queue.three(head, &self.map) {
+            assert_eq!(walked.as_deref(), Ok(&three.map(fields)[..]));
         }
         walked
     }
 }
 
-/// Looks and takes.
+fn fields(descriptor: Descriptor) -> (u64, u32, bool) {
+    let writable = descriptor.is_write_only();
+    (descriptor.addr().0, descriptor.len(), writable)
+}
+
+/// Polls and takes.
 fn take(queue: &mut Virtqueue) -> Result<Option<u16>, RingError> {
-    queue.look()?;
+    queue.poll()?;
     queue.pop()
 }
 
@@ -90,17 +113,16 @@ fn addresses() -> RingAddresses {
 fn chains_are_taken_in_order_and_across_the_wrap_of_the_index() {
     let bench = Bench::new();
     let mut queue = bench.queue(true, 65533);
-    bench.set(AVAILABLE + 2, 65533);
+    bench.available.idx().store(65533u16.to_le());
     assert_eq!(take(&mut queue), Ok(None));
     for (n, head) in [5u16, 1, 7, 0].into_iter().enumerate() {
-        let index = 65533u16.wrapping_add(u16::try_from(n).unwrap());
-        bench.set(AVAILABLE + 4 + 2 * u64::from(index % 8), head);
+        bench.offer(65533u16.wrapping_add(u16::try_from(n).unwrap()), head);
     }
-    bench.set(AVAILABLE + 2, 1);
-    assert!(queue.has_news() && !queue.has_chains());
-    assert_eq!(queue.pop(), Ok(None), "nobody has looked");
-    assert_eq!(queue.look(), Ok(true));
-    assert!(!queue.has_news() && queue.has_chains());
+    bench.available.idx().store(1u16.to_le());
+    assert!(queue.has_unseen() && !queue.has_chains());
+    assert_eq!(queue.pop(), Ok(None), "not polled");
+    assert_eq!(queue.poll(), Ok(true));
+    assert!(!queue.has_unseen() && queue.has_chains());
     let heads: Vec<_> = std::iter::from_fn(|| queue.pop().unwrap()).collect();
     assert_eq!(heads, [5, 1, 7, 0]);
     assert_eq!(queue.next_available(), 1);
@@ -109,20 +131,20 @@ fn chains_are_taken_in_order_and_across_the_wrap_of_the_index() {
 #[test]
 fn a_broken_available_ring_is_told_from_an_empty_one() {
     let bench = Bench::new();
-    bench.set(AVAILABLE + 2, 9);
+    bench.available.idx().store(9u16.to_le());
     assert_eq!(
         take(&mut bench.queue(false, 0)),
         Err(RingError::AvailableIndex)
     );
-    bench.set(AVAILABLE + 2, 65535);
+    bench.available.idx().store(65535u16.to_le());
     assert_eq!(
         take(&mut bench.queue(false, 0)),
         Err(RingError::AvailableIndex)
     );
-    bench.set(AVAILABLE + 2, 8);
-    bench.set(AVAILABLE + 4, 8);
+    bench.available.idx().store(8u16.to_le());
+    bench.offer(0, 8);
     assert_eq!(take(&mut bench.queue(false, 0)), Err(RingError::Head));
-    bench.set(AVAILABLE + 4, 7);
+    bench.offer(0, 7);
     assert_eq!(take(&mut bench.queue(false, 0)), Ok(Some(7)));
 }
 
@@ -284,32 +306,29 @@ fn three_descriptors_are_found_in_the_ring_and_in_a_table() {
         assert!(queue.three(0, &bench.map).is_some());
         bench.descriptor(DESCRIPTORS, 0, table, 48, FLAG_INDIRECT, 0);
     }
-    // A table that lies askew is read all the same, the long way.
+    // A table that lies askew is read all the same.
     let askew = table + 4;
     bench.descriptor(DESCRIPTORS, 0, askew, 48, FLAG_INDIRECT, 0);
     bench.descriptor(askew, 0, 0x3000, 16, FLAG_NEXT, 1);
     bench.descriptor(askew, 1, 0x3100, 512, FLAG_NEXT | FLAG_WRITE, 2);
     bench.descriptor(askew, 2, 0x3300, 1, FLAG_WRITE, 0);
-    assert!(queue.three(0, &bench.map).is_none());
-    let long = queue.chain(0, &bench.map).map(|found| found.unwrap());
-    let long: Vec<_> = long
-        .map(|d| (d.address, d.len_bytes, d.is_writable()))
-        .collect();
-    assert_eq!(long, wanted);
+    assert_eq!(bench.walk(&queue, 0), Ok(wanted.to_vec()));
+    assert!(queue.three(0, &bench.map).is_some());
 }
 
 #[test]
 fn used_entries_appear_when_they_are_published_and_go_on_where_the_ring_stood() {
     let bench = Bench::new();
-    bench.set(USED + 2, 65535);
+    bench.used.idx().store(65535u16.to_le());
     let mut queue = bench.queue(false, 65535);
     queue.push_used(3, 0x1_0001);
     queue.push_used(4, 7);
-    assert_eq!(bench.get(USED + 2), 65535);
-    assert!(queue.has_unpublished() && queue.publish() && !queue.has_unpublished());
-    assert_eq!(bench.get(USED + 2), 1);
-    let entry = |n: u64| [0, 2, 4].map(|word| bench.get(USED + 4 + 8 * n + word));
-    assert_eq!((entry(7), entry(0)), ([3, 0, 1], [4, 0, 7]));
+    assert_eq!(u16::from_le(bench.used.idx().load()), 65535);
+    assert!(queue.is_to_publish() && queue.publish_and_ask() && !queue.is_to_publish());
+    assert_eq!(u16::from_le(bench.used.idx().load()), 1);
+    let entry = |n| bench.used.ring().ref_at(n).unwrap().load();
+    let entry = |n| (entry(n).id(), entry(n).len());
+    assert_eq!((entry(7), entry(0)), ((3, 0x1_0001), (4, 7)));
 }
 
 #[test]
@@ -318,10 +337,10 @@ fn drivers_that_want_no_notification_get_none() {
     let mut queue = bench.queue(false, 0);
     bench.set(AVAILABLE, AVAIL_NO_INTERRUPT);
     queue.push_used(0, 0);
-    assert!(!queue.publish());
+    assert!(!queue.publish_and_ask());
     bench.set(AVAILABLE, 0);
     queue.push_used(0, 0);
-    assert!(queue.publish());
+    assert!(queue.publish_and_ask());
 }
 
 #[test]
@@ -340,17 +359,17 @@ fn the_event_index_is_obeyed_across_the_wrap_at_65535() {
         (65535, 1, 65535, true),
         (65535, 1, 0, false),
     ] {
-        bench.set(USED + 2, from.wrapping_sub(1));
+        bench.used.idx().store(from.wrapping_sub(1).to_le());
         let mut queue = bench.queue(true, 0);
         bench.set(AVAILABLE + 4 + 16, from.wrapping_add(100));
         queue.push_used(0, 0);
-        assert!(queue.publish(), "the first time is always notified");
+        assert!(queue.publish_and_ask(), "the first time is always notified");
         bench.set(AVAILABLE + 4 + 16, event);
         for _ in 0..count {
             queue.push_used(0, 0);
         }
         assert_eq!(
-            queue.publish(),
+            queue.publish_and_ask(),
             notified,
             "{count} from {from}, event {event}"
         );
@@ -362,7 +381,7 @@ fn what_arrives_before_kicks_are_on_is_not_missed() {
     for event_index in [false, true] {
         let bench = Bench::new();
         let mut queue = bench.queue(event_index, 65535);
-        bench.set(AVAILABLE + 2, 65535);
+        bench.available.idx().store(65535u16.to_le());
         queue.disable_kicks();
         assert_eq!(take(&mut queue), Ok(None));
         assert!(!queue.enable_kicks());
@@ -373,10 +392,10 @@ fn what_arrives_before_kicks_are_on_is_not_missed() {
         }
         queue.disable_kicks();
         assert_eq!(bench.get(USED), u16::from(!event_index));
-        bench.set(AVAILABLE + 2, 0);
+        bench.available.idx().store(0u16.to_le());
         assert!(
             queue.enable_kicks(),
-            "one came between the look and the sleep"
+            "one came between the poll and the sleep"
         );
         assert_eq!(take(&mut queue), Ok(Some(0)));
     }
@@ -385,7 +404,7 @@ fn what_arrives_before_kicks_are_on_is_not_missed() {
 #[test]
 fn every_byte_of_the_used_ring_that_was_written_is_told_once() {
     let bench = Bench::new();
-    bench.set(USED + 2, 5);
+    bench.used.idx().store(5u16.to_le());
     let mut queue = bench.queue(true, 5);
     let entries = |queue: &mut Virtqueue| {
         let mut told = Vec::new();
@@ -407,7 +426,7 @@ fn every_byte_of_the_used_ring_that_was_written_is_told_once() {
     assert_eq!(entries(&mut queue), [5, 6, 7, 0, 1]);
     assert_eq!(entries(&mut queue), [0; 0]);
     queue.push_used(0, 1);
-    queue.publish();
+    queue.publish_and_ask();
     queue.push_used(1, 1);
     // Switched on in the middle of a round: what the round returned before belongs to it.
     queue.start_logging();

@@ -10,7 +10,8 @@ use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use super::dirty::{DirtyLog, Logging};
 use super::inflight::InflightQueue;
 use super::memory::MemoryMap;
-use super::virtqueue::{RingAddresses, Virtqueue};
+use super::ring_layout::RingAddresses;
+use super::virtqueue::Virtqueue;
 use crate::io::{Full, Owner, Ring, Token};
 
 /// What is written to a call or error descriptor.
@@ -98,7 +99,7 @@ impl Vring {
     pub(super) fn new(start: Start, queue: Virtqueue) -> Self {
         Self {
             // A driver that waits for what was returned already must not wait for ever.
-            call_due: queue.has_past(),
+            call_due: queue.may_owe_notification(),
             index: start.index,
             queue,
             features: start.features,
@@ -225,9 +226,9 @@ impl Vring {
             return false;
         }
         match &self.stopping {
-            None => self.queue.has_old_chains(),
+            None => self.queue.has_chains_to_resubmit(),
             // Who goes on later expects them done; who died has them on record.
-            Some(stopping) => stopping.reply.is_some() && self.queue.has_old_chains(),
+            Some(stopping) => stopping.reply.is_some() && self.queue.has_chains_to_resubmit(),
         }
     }
 
@@ -297,7 +298,7 @@ impl Vring {
         };
         // A driver that is only paused must not miss its last notification.
         let paused = stopping.reply.is_some();
-        let old_chains = paused && !self.broken && self.queue.has_old_chains();
+        let old_chains = paused && !self.broken && self.queue.has_chains_to_resubmit();
         if self.in_flight > 0 || old_chains || (paused && self.call_armed && self.call_due) {
             return Ok(false);
         }

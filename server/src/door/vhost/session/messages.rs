@@ -17,13 +17,13 @@ use vhost::vhost_user::{
 };
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 
-use super::super::MAX_VRINGS;
-use super::super::block::{self, mask};
+use super::super::config::MAX_VRINGS;
+use super::super::config_space::{self, mask};
 use super::super::dirty::DirtyLog;
 use super::super::inflight::InflightBuffer;
 use super::super::memory::{MAX_REGIONS, Region, RegionAddress};
 use super::super::queue::Command;
-use super::super::virtqueue::{MAX_QUEUE_SIZE, RingAddresses};
+use super::super::ring_layout::{MAX_QUEUE_SIZE, RingAddresses};
 use super::{LOG_ALL, Session, failed, not_offered, refuse};
 
 /// Takes a descriptor that is to be read or written on a ring: an eventfd, a pipe or a socket (User
@@ -235,7 +235,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
         let writeback = self.link.writeback.load(Ordering::Acquire);
         let limits = self.link.limits();
-        Ok(block::config(
+        Ok(config_space::config(
             limits,
             self.sizes.queues,
             writeback,
@@ -247,7 +247,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_config(&mut self, offset: u32, bytes: &[u8], _: VhostUserConfigFlags) -> Result<()> {
         let offered = self.offered() & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0;
         match bytes {
-            [writeback @ 0..=1] if offered && offset == block::WRITEBACK_OFFSET => {
+            [writeback @ 0..=1] if offered && offset == config_space::WRITEBACK_OFFSET => {
                 self.link
                     .writeback
                     .store(*writeback == 1, Ordering::Release);

@@ -1,13 +1,13 @@
 //! The descriptors of one chain (virtio 1.3, 2.7.5).
 
-use super::super::memory::{HeldMap, Purpose};
-use super::{DESCRIPTOR_BYTES, FLAG_INDIRECT, FLAG_NEXT, Virtqueue};
+use vm_memory::{ByteValued, VolatileSlice};
 
-pub(super) const FLAG_WRITE: u16 = 2;
+use crate::door::vhost::memory::{HeldMap, Purpose};
+use crate::door::vhost::ring_layout::{DESCRIPTOR_BYTES, Descriptor, RingOptions, descriptor};
 
 /// Why a chain cannot be followed to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::door::vhost) enum ChainError {
+pub enum ChainError {
     /// A loop, or more descriptors than there are.
     TooLong,
     /// A next index outside the table.
@@ -17,36 +17,24 @@ pub(in crate::door::vhost) enum ChainError {
     Indirect,
 }
 
-/// One buffer of a chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::door::vhost) struct Descriptor {
-    pub address: u64,
-    pub len_bytes: u32,
-    pub(super) flags: u16,
-    pub(super) next: u16,
-}
-
-impl Descriptor {
-    /// Whether the device may write to it (it must not read it then).
-    pub(in crate::door::vhost) fn is_writable(self) -> bool {
-        self.flags & FLAG_WRITE != 0
-    }
-}
-
 /// Where a chain's descriptors are.
 #[derive(Clone, Copy)]
-enum Table {
-    /// The ring's own, or an indirect one that lies in one memory region, in words.
-    Here(*const u8),
-    /// An indirect one that lies anyhow: it has no alignment, and memory may be split anywhere.
+enum Table<'a> {
+    /// The ring's own, or an indirect one that lies in one memory region.
+    Whole(VolatileSlice<'a>),
+    /// An indirect one that straddles regions.
     Split { guest: u64 },
 }
 
+/// Most descriptors in an indirect table. The specification says the queue's size; drivers of
+/// small queues are known to go beyond it.
+const MAX_INDIRECT: u32 = 1024;
+
 /// Walks the descriptors of one chain; ends after the first error.
-pub(in crate::door::vhost) struct Chain<'a> {
-    queue: &'a Virtqueue,
+pub struct Chain<'a> {
+    options: RingOptions,
     map: &'a HeldMap,
-    table: Table,
+    table: Table<'a>,
     /// Descriptors in the table.
     count: u32,
     is_indirect: bool,
@@ -56,57 +44,53 @@ pub(in crate::door::vhost) struct Chain<'a> {
 }
 
 impl<'a> Chain<'a> {
-    /// The one that begins at descriptor `head` of the ring.
+    /// The chain that begins at descriptor `head` of the ring's table.
     #[inline]
-    pub(super) fn new(queue: &'a Virtqueue, head: u16, map: &'a HeldMap) -> Self {
+    pub(super) fn new(
+        table: VolatileSlice<'a>,
+        options: RingOptions,
+        head: u16,
+        map: &'a HeldMap,
+    ) -> Self {
         Self {
-            queue,
+            options,
             map,
-            table: Table::Here(queue.memory.descriptors),
-            count: u32::from(queue.options.size),
+            table: Table::Whole(table),
+            count: u32::from(options.size),
             is_indirect: false,
             next: Some(head),
-            left: u32::from(queue.options.size),
+            left: u32::from(options.size),
         }
     }
-}
 
-impl Chain<'_> {
     #[inline]
     fn read(&self, index: u16) -> Result<Descriptor, ChainError> {
         if u32::from(index) >= self.count {
             return Err(ChainError::Next);
         }
         match self.table {
-            Table::Here(table) => {
-                // SAFETY: `translate` (for the ring's own) or `enter` checked that the whole table is
-                // mapped and aligned; the owner of the queue keeps the map.
-                Ok(unsafe { descriptor_at(table, index) })
-            }
+            Table::Whole(table) => descriptor(table, index).ok_or(ChainError::Next),
             Table::Split { guest } => self.read_split(guest, index),
         }
     }
 
     #[cold]
     fn read_split(&self, guest: u64, index: u16) -> Result<Descriptor, ChainError> {
-        let offset = DESCRIPTOR_BYTES * u64::from(index);
-        let mut bytes = [0u8; 16];
-        let mut filled = 0;
-        let copied = self.map.pieces(guest + offset, 16, |at, len| {
-            // SAFETY: `pieces` names mapped bytes, at most the 16 it was asked for, and `map` is
-            // borrowed meanwhile. The driver may change them under the copy; what was copied is
-            // checked afterwards.
-            unsafe { at.copy_to_nonoverlapping(bytes.as_mut_ptr().add(filled), len) };
-            filled += len;
-            Some(())
-        });
+        let offset = DESCRIPTOR_BYTES * usize::from(index);
+        let mut read = Descriptor::default();
+        let mut rest = read.as_mut_slice();
+        // No overflow: `indirect_count` checked that the table does not wrap around.
+        let copied = self
+            .map
+            .map()
+            .parts(guest + offset as u64, rest.len() as u64, |part| {
+                let (now, later) = std::mem::take(&mut rest).split_at_mut(part.len());
+                part.copy_to(now);
+                rest = later;
+                Some(())
+            });
         copied.ok_or(ChainError::Indirect)?;
-        let word = |from: usize| {
-            let mut word = [0; 8];
-            word.copy_from_slice(&bytes[from..from + 8]);
-            u64::from_ne_bytes(word)
-        };
-        Ok(parse([word(0), word(8)]))
+        Ok(read)
     }
 
     #[inline]
@@ -114,9 +98,9 @@ impl Chain<'_> {
         loop {
             self.left = self.left.checked_sub(1).ok_or(ChainError::TooLong)?;
             let descriptor = self.read(index)?;
-            if descriptor.flags & FLAG_INDIRECT == 0 {
-                if descriptor.flags & FLAG_NEXT != 0 {
-                    self.next = Some(descriptor.next);
+            if !descriptor.refers_to_indirect_table() {
+                if descriptor.has_next() {
+                    self.next = Some(descriptor.next());
                 }
                 return Ok(descriptor);
             }
@@ -125,17 +109,16 @@ impl Chain<'_> {
         }
     }
 
-    /// Goes on in an indirect table.
+    /// Continues in an indirect table.
     fn enter(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
-        let count = match self.queue.indirect(descriptor) {
+        let count = match indirect_count(self.options, descriptor) {
             Some(count) if !self.is_indirect => count,
             _ => return Err(ChainError::Indirect),
         };
-        let guest = descriptor.address;
-        let len_bytes = u64::from(descriptor.len_bytes);
+        let (guest, len_bytes) = (descriptor.addr().0, u64::from(descriptor.len()));
         self.table = match self.map.guest(Purpose::Control, guest, len_bytes) {
-            Some(at) if at.cast::<u64>().is_aligned() => Table::Here(at.as_ptr()),
-            _ => Table::Split { guest },
+            Some(table) => Table::Whole(table),
+            None => Table::Split { guest },
         };
         self.is_indirect = true;
         self.count = count;
@@ -154,27 +137,44 @@ impl Iterator for Chain<'_> {
     }
 }
 
-/// Reads a descriptor.
-///
-/// # Safety
-///
-/// `table` is mapped as far as `index`, and aligned to words.
-#[inline]
-pub(super) unsafe fn descriptor_at(table: *const u8, index: u16) -> Descriptor {
-    let at = table.wrapping_add(usize::from(index) * 16).cast::<u64>();
-    // SAFETY: as the caller promised. The driver may change it at any time: it is read once.
-    parse(unsafe { [at.read_volatile(), at.wrapping_add(1).read_volatile()] })
+/// The descriptors of a chain that has three of them, in the ring's table or in an indirect one that lies in one
+/// memory region. `None` for any other, also for a broken one.
+#[inline(always)]
+pub(super) fn three<'a>(
+    mut table: VolatileSlice<'a>,
+    options: RingOptions,
+    head: u16,
+    map: &'a HeldMap,
+) -> Option<[Descriptor; 3]> {
+    let mut first = descriptor(table, head)?;
+    if first.refers_to_indirect_table() {
+        indirect_count(options, first)?;
+        table = map.guest(Purpose::Control, first.addr().0, first.len().into())?;
+        first = descriptor(table, 0)?;
+    }
+    let continues =
+        |descriptor: Descriptor| descriptor.has_next() && !descriptor.refers_to_indirect_table();
+    if !continues(first) {
+        return None;
+    }
+    let second = descriptor(table, first.next())?;
+    if !continues(second) {
+        return None;
+    }
+    let third = descriptor(table, second.next())?;
+    let ends = !third.has_next() && !third.refers_to_indirect_table();
+    ends.then_some([first, second, third])
 }
 
-#[inline]
-fn parse([address, rest]: [u64; 2]) -> Descriptor {
-    let rest = u64::from_le(rest);
-    // The fields are 32, 16 and 16 bits of one little-endian word.
-    #[expect(clippy::cast_possible_truncation)]
-    Descriptor {
-        address: u64::from_le(address),
-        len_bytes: rest as u32,
-        flags: (rest >> 32) as u16,
-        next: (rest >> 48) as u16,
-    }
+/// How many descriptors the indirect table has that a descriptor names; `None` when it may not name one.
+fn indirect_count(options: RingOptions, descriptor: Descriptor) -> Option<u32> {
+    let (address, len_bytes) = (descriptor.addr().0, u64::from(descriptor.len()));
+    let each_bytes = DESCRIPTOR_BYTES as u64;
+    let count = u32::try_from(len_bytes / each_bytes).ok()?;
+    let fits = options.indirect
+        && !descriptor.has_next()
+        && len_bytes.is_multiple_of(each_bytes)
+        && (1..=MAX_INDIRECT.max(u32::from(options.size))).contains(&count)
+        && address.checked_add(len_bytes).is_some();
+    fits.then_some(count)
 }
