@@ -1,8 +1,8 @@
 //! The upgrade: clients that come by the block device's descriptor instead of a socket's path.
 //!
 //! The vhost door's service is bound to the disk: at the kernel's fd address
-//! (`/dev/self/fd/<fd>/vhost-user-blk`) where the kernel has those, and in the registry. Whoever
-//! comes that way is a client of the vhost door like any other.
+//! (`/dev/self/fd/<fd>/vhost-user-blk`) where the kernel has those, and in the registry. A
+//! client that comes that way is a client of the vhost door like any other.
 
 use std::io;
 use std::os::unix::net::UnixStream;

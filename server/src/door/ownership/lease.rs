@@ -162,7 +162,7 @@ impl Ownership {
             return Err(Refused::InUse(who));
         }
         block.close(DRAIN_LIMIT).map_err(Refused::Drain)?;
-        // Before the client's first write: whoever comes after a crash must know.
+        // Before the client's first write: the next server must know after a crash.
         self.note()
             .map_err(|error| Refused::Note(error.to_string()))?;
         std::mem::forget(undo);

@@ -23,7 +23,7 @@ pub(super) enum State {
     Upgraded(Client),
     /// Stopped for migration: either this client resumes or its successor takes over.
     Moving(Client),
-    /// For a client to come back; the number tells one wait from another.
+    /// For a client to reconnect; the number tells one wait from another.
     Waiting(u64),
     Closed,
 }
@@ -36,12 +36,12 @@ pub(super) struct Inner {
     pub(super) block: Option<Arc<dyn BlockDoor>>,
     /// Whether a client that has stopped may be succeeded by another.
     pub(super) moves: bool,
-    /// What is claimed while somebody has the disk.
+    /// What is claimed while a client has the disk.
     pub(super) storage: Option<Arc<dyn StorageControl>>,
     pub(super) waits: u64,
 }
 
-/// The right to write to one export. It is nobody's until [`Ownership::open`].
+/// The right to write to one export. No door has it before [`Ownership::open`].
 pub struct Ownership {
     pub(super) export: String,
     pub(super) grace: Duration,
@@ -53,8 +53,8 @@ pub struct Ownership {
 }
 
 impl Ownership {
-    /// For a disk that is `read_only` or not; `grace` is how long it is kept for a client that died.
-    /// The file `note` is there while a client has the disk: a server that comes after a crash reads
+    /// For a disk that is `read_only` or not; `grace` is how long it is kept for a client that
+    /// crashed. The file `note` is there while a client has the disk: a server that comes after a crash reads
     /// it.
     #[must_use]
     pub fn new(export: &str, read_only: bool, grace: Duration, note: Option<PathBuf>) -> Arc<Self> {
@@ -86,9 +86,9 @@ impl Ownership {
         self.changed.notify_all();
     }
 
-    /// From now on a client that stops while its memory is being migrated may be gone on with by
-    /// another. `storage` is claimed only while somebody has the disk, for others to have it meanwhile;
-    /// there must be no block door then.
+    /// From now on a client that stops while its memory is being migrated may be succeeded by another.
+    /// `storage` is claimed only while a client has the disk, so that another server can claim it
+    /// otherwise; there must be no block door then.
     pub fn allow_moves(&self, storage: Option<Arc<dyn StorageControl>>) {
         let mut inner = self.inner();
         inner.moves = true;
@@ -99,7 +99,7 @@ impl Ownership {
     pub fn open(&self, block: Option<Arc<dyn BlockDoor>>) {
         let mut inner = self.inner();
         inner.block = block;
-        // Before somebody may take the disk, which is noted again then.
+        // Before a client may take the disk, which is noted again then.
         self.unnote();
         inner.state = State::Block;
         drop(inner);
@@ -160,7 +160,7 @@ impl Ownership {
         }
     }
 
-    /// Who has the disk and is alive, if somebody has it for himself.
+    /// The connected client that has the disk for itself, if there is one.
     #[must_use]
     pub fn holder(&self) -> Option<String> {
         match &self.inner().state {
@@ -171,7 +171,7 @@ impl Ownership {
         }
     }
 
-    /// Who is in the way of a client that has connected, if it had better be told at once.
+    /// The client because of which another one is refused as soon as it connects.
     #[must_use]
     pub fn obstacle(&self) -> Option<String> {
         let moves = self.inner().moves;
@@ -216,7 +216,7 @@ impl Ownership {
         Ok(())
     }
 
-    /// Waits while others are on their way in or out, and returns when the disk is to be had.
+    /// Waits while the disk is being passed on, and returns when it can be taken.
     pub(super) fn wait_for_turn(&self) -> Result<MutexGuard<'_, Inner>, Refused> {
         let deadline = Instant::now() + SUCCESSION_LIMIT + DRAIN_LIMIT;
         let mut inner = self.inner();
@@ -265,7 +265,7 @@ impl Ownership {
         self.changed.notify_all();
     }
 
-    /// Keeps the disk for a client that may come back, and gives it back when nobody did.
+    /// Keeps the disk for a client that may reconnect, and gives it back if none did in time.
     pub(super) fn await_return(self: Arc<Self>, why: &str) {
         let mut inner = self.inner();
         if let State::Closed = inner.state {

@@ -16,7 +16,7 @@ pub trait BlockDoor: Send + Sync {
     /// Accepts writes again.
     fn open(&self);
 
-    /// Who uses the block device so that it cannot be taken away, if that is known: a mounted file
+    /// What uses the block device so that it cannot be taken away, if that is known: a mounted file
     /// system, say.
     fn in_use(&self) -> Option<String>;
 }
@@ -33,11 +33,11 @@ pub enum OwnershipState {
     Draining,
     /// A vhost client has the disk.
     Upgraded,
-    /// A client died; the disk is kept for its return.
+    /// A client crashed; the disk is kept until it reconnects.
     Waiting,
     /// A client has stopped for a live migration; another may take the disk over.
     Moving,
-    /// The disk is read-only: everybody may use it.
+    /// The disk is read-only: any number of clients may use it.
     Shared,
 }
 
@@ -61,7 +61,7 @@ pub enum Refused {
     /// Another client has it.
     #[error("{0} has the disk")]
     Taken(String),
-    /// Somebody uses the block device.
+    /// The block device is in use.
     #[error("the block device is in use ({0}): the writes of a client would go behind its back")]
     InUse(String),
     /// Another server has the storage.
@@ -81,7 +81,7 @@ pub enum Refused {
 /// A client that wants the disk.
 #[derive(Clone)]
 pub struct Client {
-    /// Who it is, for messages: `session 3 of process 4711`.
+    /// Its name for messages: `session 3 of process 4711`.
     pub name: String,
     /// Whether it is gone already, and only its session has not noticed.
     pub gone: Arc<dyn Fn() -> bool + Send + Sync>,

@@ -14,7 +14,7 @@ use super::protocol::{Command, ExportStatus, Left, MAX_ANSWER_BYTES, Refused, Re
 ///
 /// # Errors
 ///
-/// When nobody answers, or not within `limit`.
+/// When there is no answer within `limit`.
 pub fn stat(path: &Path, limit: Duration) -> Result<ExportStatus> {
     ask(path, Command::Stat, limit)
 }
@@ -23,18 +23,18 @@ pub fn stat(path: &Path, limit: Duration) -> Result<ExportStatus> {
 ///
 /// # Errors
 ///
-/// When somebody uses it, unless `force` is true; when nobody answers, or not within `limit`.
+/// When the export is in use, unless `force` is true; when there is no answer within `limit`.
 pub fn stop(path: &Path, force: bool, limit: Duration) -> Result<()> {
     let Stopped { stopped: _ } = ask(path, Command::Stop { force }, limit)?;
     Ok(())
 }
 
-/// Tells the export whose admin socket is `path` to make way for another server, and waits until it
+/// Tells the export whose admin socket is `path` to hand over to another server, and waits until it
 /// has.
 ///
 /// # Errors
 ///
-/// When it cannot be gone on with, when nobody answers, or not within `limit`.
+/// When no other server could take the export over, or there is no answer within `limit`.
 pub fn leave(path: &Path, limit: Duration) -> Result<()> {
     let Left { left: _ } = ask(path, Command::Leave, limit)?;
     Ok(())

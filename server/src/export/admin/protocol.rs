@@ -23,7 +23,7 @@ pub enum Command {
     Stat,
     /// Drain it and take it down.
     Stop {
-        /// Also if somebody uses it.
+        /// Also if it is in use.
         #[serde(default)]
         force: bool,
     },

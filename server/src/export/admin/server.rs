@@ -76,7 +76,7 @@ struct Clients {
 
 impl Clients {
     fn count(&self) -> MutexGuard<'_, usize> {
-        // A number is whole whoever panicked.
+        // A number is whole after any panic.
         self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
