@@ -29,8 +29,13 @@ impl BufferLists {
     }
 
     /// The first entry of a slot's list.
-    fn list(&self, slot: usize) -> NonNull<MaybeUninit<Buffer>> {
-        assert!(slot < self.slots, "slot {slot} of {}", self.slots);
+    ///
+    /// # Safety
+    ///
+    /// There is such a slot.
+    #[inline]
+    unsafe fn list(&self, slot: usize) -> NonNull<MaybeUninit<Buffer>> {
+        debug_assert!(slot < self.slots, "slot {slot} of {}", self.slots);
         // SAFETY: the list of such a slot is inside of the allocation.
         unsafe { self.first.add(slot * self.each) }
     }
@@ -39,7 +44,7 @@ impl BufferLists {
     ///
     /// # Safety
     ///
-    /// Nothing else may use this slot's list meanwhile: not a second call, nor a request that the list was
+    /// There is such a slot, and nothing else may use its list meanwhile: not a second call, nor a request that the list was
     /// [lent](Self::lend) to, before it is finished.
     #[expect(clippy::mut_from_ref)]
     #[inline]
@@ -52,11 +57,11 @@ impl BufferLists {
     ///
     /// # Safety
     ///
-    /// So many must have been [filled](Self::fill), and the memory that they name must stay mapped, until the
+    /// There is such a slot. So many must have been [filled](Self::fill), and the memory that they name must stay mapped, until the
     /// request is finished. The lists must stay as long.
     #[inline]
     pub unsafe fn lend(&self, slot: usize, count: usize) -> Buffers {
-        assert!(count <= self.each, "{count} buffers of {}", self.each);
+        debug_assert!(count <= self.each, "{count} buffers of {}", self.each);
         // SAFETY: `count` entries of the list are valid, and the request is their only user, as the caller
         // promises.
         unsafe { Buffers::from_raw(self.list(slot).as_ptr().cast(), count) }
@@ -104,9 +109,10 @@ mod tests {
     }
 
     #[test]
+    #[cfg(debug_assertions)]
     #[should_panic(expected = "slot 2 of 2")]
     fn a_slot_that_does_not_exist_has_no_list() {
-        // SAFETY: nothing uses the lists.
+        // SAFETY: it panics.
         unsafe { BufferLists::new(2, 1).lend(2, 0) };
     }
 }

@@ -275,24 +275,18 @@ impl HeldMap {
         guest: u64,
         len_bytes: u64,
     ) -> Option<VolatileSlice<'_>> {
-        let mut found = self.last[purpose as usize].get();
-        if guest.wrapping_sub(found.guest) >= found.len_bytes {
-            found = self.find(purpose, guest)?;
+        let last = self.last[purpose as usize].get();
+        if guest.wrapping_sub(last.guest) < last.len_bytes {
+            // SAFETY: `find` had it from the map, which `self` keeps.
+            unsafe { last.slice(guest, len_bytes) }
+        } else {
+            self.find(purpose, guest, len_bytes)
         }
-        let offset = guest.wrapping_sub(found.guest);
-        if len_bytes > found.len_bytes - offset {
-            return None;
-        }
-        // The region is mapped, so that every offset in it fits an address.
-        #[expect(clippy::cast_possible_truncation)]
-        let (offset, len_bytes) = (offset as usize, len_bytes as usize);
-        // SAFETY: `find` had `found` from the map, which `self` keeps, and the range is inside of it.
-        Some(unsafe { VolatileSlice::new(found.start.add(offset).as_ptr(), len_bytes) })
     }
 
     /// Finds the region of a guest address, and remembers it.
     #[cold]
-    fn find(&self, purpose: Purpose, guest: u64) -> Option<Found> {
+    fn find(&self, purpose: Purpose, guest: u64, len_bytes: u64) -> Option<VolatileSlice<'_>> {
         let (region, _) = self.map.region(guest)?;
         let found = Found {
             guest: region.address.guest,
@@ -300,7 +294,28 @@ impl HeldMap {
             start: region.memory.start(),
         };
         self.last[purpose as usize].set(found);
-        Some(found)
+        // SAFETY: the region is of the map, which `self` keeps.
+        unsafe { found.slice(guest, len_bytes) }
+    }
+}
+
+impl Found {
+    /// A range that begins in the region, if it lies in it.
+    ///
+    /// # Safety
+    ///
+    /// The region is mapped for as long as the slice lives.
+    #[inline(always)]
+    unsafe fn slice<'a>(&self, guest: u64, len_bytes: u64) -> Option<VolatileSlice<'a>> {
+        let offset = guest.wrapping_sub(self.guest);
+        if len_bytes > self.len_bytes - offset {
+            return None;
+        }
+        // The region is mapped, so that every offset in it fits an address.
+        #[expect(clippy::cast_possible_truncation)]
+        let (offset, len_bytes) = (offset as usize, len_bytes as usize);
+        // SAFETY: the range is inside of the region, as was just checked.
+        Some(unsafe { VolatileSlice::new(self.start.add(offset).as_ptr(), len_bytes) })
     }
 }
 
@@ -412,15 +427,15 @@ pub(super) mod tests {
         let cut = region(0, 0x4000, 0, &file, 0);
         let whole = region(0, 0x1000, 0, &other, 0);
         let (first, second) = (cut.memory.clone(), whole.memory.clone());
-        first.write(0, 7u8);
-        second.write(0, 8u8);
+        first.store(0, 7u8, Ordering::Relaxed);
+        second.store(0, 8u8, Ordering::Relaxed);
         let map = MemoryMap::new(vec![cut.clone()]).unwrap();
         assert!(!map.is_poisoned());
         let before = sigbus::poisonings();
         ftruncate(&file, 0).unwrap();
         let read = |shared: &Shared, at| shared.load::<u8>(at, Ordering::Relaxed);
         assert_eq!(read(&first, 0x3000), 0);
-        first.write(0, 1u8);
+        first.store(0, 1u8, Ordering::Relaxed);
         assert_eq!(read(&second, 0), 8);
         assert!(map.is_poisoned() && sigbus::poisonings() > before);
         assert!(!MemoryMap::new(vec![whole]).unwrap().is_poisoned());

@@ -13,7 +13,6 @@ use std::sync::mpsc;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::VolatileRef;
 
 use super::config::MAX_VRINGS;
 use super::config_space::mask;
@@ -300,7 +299,7 @@ fn finish_logged(
 fn put_status(at: Option<NonNull<u8>>, status: u8) {
     if let Some(at) = at {
         // SAFETY: the address was found in a map that the caller still holds.
-        unsafe { VolatileRef::<u8>::new(at.as_ptr()) }.store(status);
+        unsafe { at.write_volatile(status) };
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use vm_memory::{AtomicAccess, ByteValued, Bytes, VolatileMemory, VolatileSlice};
+use vm_memory::{AtomicAccess, ByteValued, Bytes, VolatileMemory, VolatileRef, VolatileSlice};
 
 use super::sigbus;
 
@@ -161,15 +161,27 @@ impl Shared {
     }
 
     /// Reads a value once. It is an integer: a volatile load of anything else is one of each of its bytes.
+    ///
+    /// # Safety
+    ///
+    /// The value lies inside: `offset` and its size are at most [`len_bytes`](Self::len_bytes).
     #[inline(always)]
-    pub(super) fn read<T: ByteValued>(&self, offset: usize) -> T {
-        self.slice().get_ref(offset).expect(INSIDE).load()
+    pub(super) unsafe fn read<T: ByteValued>(&self, offset: usize) -> T {
+        debug_assert!(offset + size_of::<T>() <= self.len_bytes);
+        // SAFETY: inside of the mapping, which `self` keeps, as the caller promises.
+        unsafe { VolatileRef::new(self.start.add(offset).as_ptr()) }.load()
     }
 
-    /// Writes an integer that the peer reads only when it is told to.
+    /// Writes a word that the peer reads only when it is told to. (vm-memory's store goes through the stack.)
+    ///
+    /// # Safety
+    ///
+    /// As for [`read`](Self::read), and the offset is aligned.
     #[inline(always)]
-    pub(super) fn write<T: ByteValued>(&self, offset: usize, value: T) {
-        self.slice().get_ref(offset).expect(INSIDE).store(value);
+    pub(super) unsafe fn write_u32(&self, offset: usize, value: u32) {
+        debug_assert!(offset + size_of::<u32>() <= self.len_bytes);
+        // SAFETY: as for `read`, and aligned.
+        unsafe { self.start.add(offset).cast::<u32>().write_volatile(value) };
     }
 
     /// Sets bits of a byte, in one order with everything that this thread and others store before and after.

@@ -32,6 +32,8 @@ const LOOK_AHEAD: u16 = 32;
 #[derive(Debug)]
 struct Parts {
     size: u16,
+    /// Mask that turns a free-running index into a ring slot.
+    mask: u16,
     descriptors: Shared,
     /// `flags`, `idx`, `ring[size]`, `used_event`.
     available: Shared,
@@ -49,6 +51,7 @@ impl Parts {
         };
         Ok(Self {
             size,
+            mask: size - 1,
             descriptors: part(addresses.descriptors, descriptor_table_bytes(size), 16)?,
             available: part(addresses.available, available_ring_bytes(size), 2)?,
             used: part(addresses.used, used_ring_bytes(size), 4)?,
@@ -58,21 +61,26 @@ impl Parts {
     /// The ring slot of a free-running index.
     #[inline(always)]
     fn slot(&self, index: u16) -> usize {
-        usize::from(index & (self.size - 1))
+        usize::from(index & self.mask)
     }
 
     /// The head of the chain at an available index, which may be none.
     #[inline(always)]
     fn head(&self, index: u16) -> u16 {
         let at = 4 + 2 * self.slot(index);
-        u16::from_le(self.available.read(at))
+        // SAFETY: `translate` checked that the whole ring is there, which has all slots.
+        u16::from_le(unsafe { self.available.read(at) })
     }
 
     /// Writes the used entry of an index: the head of a chain, and how many of its bytes were written.
     #[inline(always)]
     fn set_used(&self, index: u16, head: u16, written_bytes: u32) {
-        let entry = u64::from(written_bytes) << 32 | u64::from(head);
-        self.used.write(4 + 8 * self.slot(index), entry.to_le());
+        let entry = 4 + 8 * self.slot(index);
+        // SAFETY: as for `head`; the ring is aligned to words, and so are its entries.
+        unsafe {
+            self.used.write_u32(entry, u32::from(head).to_le());
+            self.used.write_u32(entry + 4, written_bytes.to_le());
+        }
     }
 }
 
@@ -206,11 +214,12 @@ impl Virtqueue {
         if seen.wrapping_sub(self.next_available) > self.options.size {
             return Err(RingError::AvailableIndex);
         }
+        let table = self.memory.descriptors.start().as_ptr();
         let more = seen.wrapping_sub(self.seen_available).min(LOOK_AHEAD);
         for ahead in 0..more {
-            if let Some(first) = self.first_descriptor(self.seen_available.wrapping_add(ahead)) {
-                prefetch(first);
-            }
+            let head = self.memory.head(self.seen_available.wrapping_add(ahead));
+            let at = DESCRIPTOR_BYTES * usize::from(head);
+            prefetch(table.wrapping_add(at));
         }
         self.seen_available = seen;
         Ok(self.has_chains())
@@ -236,7 +245,7 @@ impl Virtqueue {
             && let Ok(address) = first.get_ref::<u64>(0)
             && let Some(at) = map.guest(Purpose::Control, u64::from_le(address.load()), 1)
         {
-            prefetch(at);
+            prefetch(at.ptr_guard().as_ptr());
         }
     }
 
@@ -387,18 +396,16 @@ impl Virtqueue {
     }
 }
 
-/// Asks the processor for the cache line that `memory` begins in.
-#[inline]
-fn prefetch(memory: VolatileSlice<'_>) {
+/// Asks the processor for the cache line of an address, which need not be mapped.
+#[inline(always)]
+fn prefetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint; it has no effect on what the program sees, whatever the address.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
-            memory.ptr_guard().as_ptr().cast(),
-        );
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = memory;
+    let _ = at;
 }
 
 #[cfg(test)]
