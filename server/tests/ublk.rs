@@ -1,4 +1,4 @@
-//! The block door against a real driver.
+//! The ublk door against a real driver.
 //!
 //! These tests make devices: they need root and `/dev/ublk-control`, so an ordinary `cargo test`
 //! shows them as ignored. Where a driver is, run them with `-- --ignored --test-threads=1`.

@@ -63,7 +63,7 @@ pub trait DoorQueue {
     /// The thread failed or panicked and will call nothing else of this but
     /// [`abandons_operations`](Self::abandons_operations): operations that no cancellation reaches
     /// are to be left to the kernel.
-    fn give_up(&mut self) {}
+    fn on_failure(&mut self) {}
 
     /// Whether operations of the door that are still on the ring when the thread ends are left to
     /// the kernel, because no cancellation reaches them. The door then leaks the memory that these

@@ -139,7 +139,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     /// Waits until the kernel has let go of all buffers; false if that takes too long.
     fn drain(&mut self, end: &End) -> bool {
         if !matches!(end, End::Finished) {
-            self.door.give_up();
+            self.door.on_failure();
         }
         let abandoned = self.door.abandons_operations().then_some(Owner::Door);
         self.ring.drain(DRAIN_LIMIT, abandoned)

@@ -119,7 +119,7 @@ impl Opening<'_> {
         Ok((doors, disk, access))
     }
 
-    /// The block door, if it is to be opened: to the device that waits for a server of this name, or to
+    /// The ublk door, if it is to be opened: to the device that waits for a server of this name, or to
     /// a new one.
     fn open_block_door<B: Storage>(&self, disk: &Arc<B>, limits: &Limits) -> Result<Doors> {
         let recoverable = self.recoverable(limits)?;
@@ -166,7 +166,7 @@ impl Opening<'_> {
         };
         if !may_open_ublk(self.config)? {
             if self.take_over && ublk::recoverable_device(id, limits)? != RecoverableDevice::None {
-                bail!("the block door would be closed, and /dev/ublkb{id} waits for a server");
+                bail!("the ublk door would be closed, and /dev/ublkb{id} waits for a server");
             }
             return Ok(None);
         }
@@ -338,7 +338,7 @@ pub(super) fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
         Ok(_) => Ok(true),
         Err(why) if config.ublk == DoorMode::Auto => {
             static SAID: Once = Once::new();
-            SAID.call_once(|| tracing::warn!("no block door: {why}"));
+            SAID.call_once(|| tracing::warn!("no ublk door: {why}"));
             Ok(false)
         }
         Err(why) => Err(why.into()),

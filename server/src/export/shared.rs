@@ -98,7 +98,7 @@ impl Shared {
         drop(offer);
         // From here on ownership stays as it is noted.
         self.access.close();
-        // The block door first: it may have a file system on it that wants to write.
+        // The ublk door first: it may have a file system on it that wants to write.
         match ublk {
             Some((door, _)) if is_left => {
                 if let Err(error) = door.leave() {

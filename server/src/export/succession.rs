@@ -65,7 +65,7 @@ fn may_succeed(old: &ExportStatus, config: &ExportConfig) -> Result<()> {
     if let Some(door) = &old.ublk {
         let device = door.device.display();
         if config.ublk == DoorMode::No || !may_open_ublk(config)? {
-            bail!("the block door would be closed, and {device} is served");
+            bail!("the ublk door would be closed, and {device} is served");
         }
         if let Some(id) = config.ublk_id
             && !door.device.ends_with(format!("ublkb{id}"))

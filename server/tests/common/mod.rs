@@ -44,7 +44,7 @@ pub fn limits(capacity_bytes: u64) -> Limits {
     }
 }
 
-/// The right to a disk without a block door.
+/// The right to a disk without a ublk door.
 pub fn open_access(read_only: bool) -> Arc<Ownership> {
     let access = Ownership::new("test", read_only, Duration::from_secs(1), None);
     access.open(None);

@@ -14,7 +14,7 @@ use crate::common::{Sandbox, sandbox};
 use crate::{MIB, config, dd, no_end, noise, run};
 use testkit::server::Server;
 
-/// Serves a disk through the block door; its server and its device.
+/// Serves a disk through the ublk door; its server and its device.
 pub fn serve(lab: &Sandbox, name: &str, spec: &str, args: &[&str]) -> (Server, PathBuf) {
     let doors = ["--ublk", "yes", "--vhost", "no", "--name", name];
     let server = lab.serve(&[&doors, args, &[spec]].concat());

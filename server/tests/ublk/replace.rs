@@ -230,7 +230,7 @@ fn a_server_does_not_leave_to_one_that_could_not_go_on() {
     for (args, word) in [
         (
             &["--ublk", "no", &spec][..],
-            "the block door would be closed",
+            "the ublk door would be closed",
         ),
         (&["--ublk-id", "77", &spec], "not /dev/ublkb77"),
         (&["--read-only", &spec], "read-only"),
@@ -276,7 +276,7 @@ fn a_server_that_cannot_serve_leaves_all_that_is_noted() {
     other.stop().unwrap();
     for (options, why) in [
         (["--ublk-id", "77"], "leave --ublk-id away"),
-        (["--ublk", "no"], "the block door would be closed"),
+        (["--ublk", "no"], "the ublk door would be closed"),
     ] {
         let take_over = [&["--take-over", spec.as_str()][..], &options].concat();
         disk.lab.serve_fails(&take_over, 1, &["recover d", why]);

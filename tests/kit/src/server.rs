@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn block_devices_are_found_in_what_the_server_said() {
-        let text = "disk: block door /dev/ublkb12, vhost door /run/x\nother: /dev/ublkb3\n";
+        let text = "disk: ublk door /dev/ublkb12, vhost door /run/x\nother: /dev/ublkb3\n";
         let expected = [Path::new("/dev/ublkb12"), Path::new("/dev/ublkb3")];
         assert_eq!(block_devices_in(text), expected);
     }

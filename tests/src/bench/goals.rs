@@ -125,7 +125,7 @@ fn native_costs(document: &Document) -> Vec<Goal> {
     goals
 }
 
-/// The block door in the machine that the others run in too.
+/// The ublk door in the machine that the others run in too.
 fn block_door(document: &Document) -> Vec<Goal> {
     let mut goals = Vec::new();
     for row in document.rows.iter().filter(|row| row.lane == vm::LANE) {

@@ -36,7 +36,7 @@ use crate::report::line;
 pub enum Lane {
     /// The vhost door against qemu-storage-daemon, as two host processes
     Native,
-    /// The block door against kublk, rublk and the loop driver, in an emulated PC
+    /// The ublk door against kublk, rublk and the loop driver, in an emulated PC
     Vm,
     /// A guest before and after the upgrade, in User Mode Linux
     Upgrade,

@@ -1,4 +1,4 @@
-//! Programs of others that the block door is measured against, where they can be had.
+//! Programs of others that the ublk door is measured against, where they can be had.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,4 @@
-//! The block door against the kernel's own ublk server, rublk and the loop driver: fio on the block
+//! The ublk door against the kernel's own ublk server, rublk and the loop driver: fio on the block
 //! device, all in one emulated PC, in turn.
 
 use std::fs::File;

@@ -370,7 +370,7 @@ fn features() -> Result<()> {
         .as_array()
         .and_then(|checks| checks.iter().find(|check| check["what"] == "ublk"))
         .and_then(|check| check["finding"].as_str())
-        .context("doctor says nothing of the block door")?;
+        .context("doctor says nothing of the ublk door")?;
     let offered = finding
         .strip_prefix("the driver offers ")
         .with_context(|| format!("there is no driver: {finding}"))?;

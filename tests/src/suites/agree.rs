@@ -61,7 +61,7 @@ fn agree(cx: &Context, spec: &str, write_cache: bool, block_bytes: u64) -> Resul
     let vhost = vhost_facts(&socket)?;
     ensure!(
         block == vhost,
-        "the block door says {block:?}, the vhost door {vhost:?}"
+        "the ublk door says {block:?}, the vhost door {vhost:?}"
     );
     // And what they say is what was asked for.
     ensure!(block.write_cache == write_cache, "{block:?}");
@@ -79,7 +79,7 @@ fn agree(cx: &Context, spec: &str, write_cache: bool, block_bytes: u64) -> Resul
     Ok(())
 }
 
-/// What the kernel made of the block door.
+/// What the kernel made of the ublk door.
 fn block_facts(device: &Path) -> Result<Facts> {
     let name = device.file_name().context("a device has a name")?;
     let folder = PathBuf::from("/sys/block").join(name);

@@ -1,4 +1,4 @@
-//! The block door, from inside a kernel with ublk.
+//! The ublk door, from inside a kernel with ublk.
 
 mod life;
 

@@ -19,7 +19,7 @@ use crate::report::line;
 use crate::test;
 use crate::test::{Context, Test};
 
-/// Of the block door, inside a guest.
+/// Of the ublk door, inside a guest.
 pub const BLOCK_TESTS: &[Test] = &[
     test!(fsx_finds_nothing_behind_the_block_door).limit_s(120),
     test!(fsx_notices_a_disk_that_forgets),
@@ -161,7 +161,7 @@ fn stop(server: Server) -> Result<()> {
 fn block_door(cx: &Context, for_at_least: Duration) -> Result<()> {
     let server = serve(cx, "disk")?.ublk("yes").start()?;
     tell(
-        "block door",
+        "ublk door",
         exercise_both(cx, &server.block_device()?, for_at_least)?,
     )?;
     stop(server)

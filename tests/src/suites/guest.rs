@@ -162,7 +162,7 @@ fn serve_image(cx: &Context, image: &str) -> Result<Server> {
         .start()
 }
 
-/// Serves an image through the block door, mounts `/dev/ublkbN`, compares its files, writes new
+/// Serves an image through the ublk door, mounts `/dev/ublkbN`, compares its files, writes new
 /// ones, unmounts, checks; replies with the new files.
 fn serve_and_add_files(cx: &Context) -> Result<()> {
     let files: FilesInImage = cx.args()?;
@@ -177,7 +177,7 @@ fn serve_and_add_files(cx: &Context) -> Result<()> {
     cx.reply(&new)
 }
 
-/// Serves an image through the block door, mounts it and compares its files.
+/// Serves an image through the ublk door, mounts it and compares its files.
 fn serve_and_check_files(cx: &Context) -> Result<()> {
     let files: FilesInImage = cx.args()?;
     let server = serve_image(cx, &files.image)?;

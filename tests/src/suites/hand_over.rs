@@ -1,4 +1,4 @@
-//! The disk changes hands under load: from the block door to a guest and back, in order and not.
+//! The disk changes hands under load: from the ublk door to a guest and back, in order and not.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -215,7 +215,7 @@ fn no_acknowledged_write_is_missing_after_qemu_was_killed(cx: &Context) -> Resul
     let count = interrupt(cx, guest, &part, Signal::KILL)?;
     expect_access(cx, "waiting")?;
     let refused = write_direct(&open_direct(&disk)?, 0, &block(0));
-    ensure!(refused.is_err(), "the block door writes during the grace");
+    ensure!(refused.is_err(), "the ublk door writes during the grace");
     expect_access(cx, "block")?;
     compare(&part, count)?;
     part.fio(cx).run()?;

@@ -17,7 +17,7 @@ use crate::machine::{Machine, Qemu};
 use crate::test;
 use crate::test::{Context, Test};
 
-/// Of the block door, inside a guest.
+/// Of the ublk door, inside a guest.
 pub const BLOCK_TESTS: &[Test] = &[
     test!(memory_behind_the_block_door_for_minutes)
         .limit_s(400)

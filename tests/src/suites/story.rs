@@ -1,4 +1,4 @@
-//! The story: one image, served through the block door to one Linux and through the vhost door to
+//! The story: one image, served through the ublk door to one Linux and through the vhost door to
 //! another, and both find the same files.
 
 use std::path::{Path, PathBuf};
@@ -46,7 +46,7 @@ fn tell(cx: &Context, say: &dyn Fn(&str)) -> Result<()> {
         &on_block(known.clone(), 2),
     )?;
     say(&format!(
-        "block door: mounted /dev/ublkb0, found them all, added {} files, file system clean",
+        "ublk door: mounted /dev/ublkb0, found them all, added {} files, file system clean",
         first.len()
     ));
     std::fs::rename(linux.exchange().join(name), &image).context("cannot take the image back")?;
@@ -76,7 +76,7 @@ fn tell(cx: &Context, say: &dyn Fn(&str)) -> Result<()> {
         &on_block(all.clone(), 0),
     )?;
     say(&format!(
-        "block door again: all {} files are there, file system clean",
+        "ublk door again: all {} files are there, file system clean",
         all.len()
     ));
     linux.power_off();

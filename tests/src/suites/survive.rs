@@ -31,7 +31,7 @@ pub const VHOST_TESTS: &[Test] = &[
         .full(),
 ];
 
-/// Of the block door and of both, in User Mode Linux.
+/// Of the ublk door and of both, in User Mode Linux.
 pub const BLOCK_TESTS: &[Test] = &[
     test!(a_block_device_is_verified_while_ten_servers_are_killed).limit_s(200),
     test!(a_block_device_is_verified_while_a_hundred_servers_are_killed)
@@ -271,7 +271,7 @@ fn block_device_survives(cx: &Context, kills: usize) -> Result<()> {
     let disk = hammer(&device, false);
     let over = AtomicBool::new(false);
     let (hammered, server) = beside(cx, &disk, &over, || export.kill(server, kills))?;
-    tell_killed("block door", kills, &hammered)?;
+    tell_killed("ublk door", kills, &hammered)?;
     ensure!(
         server.block_device()? == device,
         "{} was not taken over",

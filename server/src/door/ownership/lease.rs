@@ -123,7 +123,7 @@ impl Drop for Lease {
 }
 
 impl Ownership {
-    /// Gives the disk to a client. When this returns, all that the block door accepted is complete.
+    /// Gives the disk to a client. When this returns, all that the ublk door accepted is complete.
     ///
     /// # Errors
     ///
@@ -156,7 +156,7 @@ impl Ownership {
         inner.owner = number;
         inner.state = State::Draining;
         drop(inner);
-        // Whatever goes wrong from here on, a panic included, the block door gets the disk back.
+        // Whatever goes wrong from here on, a panic included, the ublk door gets the disk back.
         let undo = BackToBlock(self);
         if let Some(who) = block.in_use() {
             return Err(Refused::InUse(who));

@@ -1,4 +1,4 @@
-//! Who may write to an export: the block door, or one client of the vhost door.
+//! Who may write to an export: the ublk door, or one client of the vhost door.
 //!
 //! ```text
 //! block ── a client starts its first vring ──▶ draining ──▶ upgraded ── it left ──▶ draining ──▶ block

@@ -13,7 +13,7 @@ use crate::engine::event_loop::EventLoop;
 /// How long a client waits for another one that is already gone, and for the doors to open.
 pub(super) const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long the writes under way at the block door may take to end.
+/// How long the writes under way at the ublk door may take to end.
 pub(super) const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) enum State {
@@ -88,14 +88,14 @@ impl Ownership {
 
     /// From now on a client that stops while its memory is being migrated may be succeeded by another.
     /// `storage` is claimed only while a client has the disk, so that another server can claim it
-    /// otherwise; there must be no block door then.
+    /// otherwise; there must be no ublk door then.
     pub fn allow_moves(&self, storage: Option<Arc<dyn StorageControl>>) {
         let mut inner = self.inner();
         inner.moves = true;
         inner.storage = storage;
     }
 
-    /// Opens the export for clients, with the block door if there is one.
+    /// Opens the export for clients, with the ublk door if there is one.
     pub fn open(&self, block: Option<Arc<dyn BlockDoor>>) {
         let mut inner = self.inner();
         inner.block = block;
@@ -107,7 +107,7 @@ impl Ownership {
     }
 
     /// Opens the export of a server that died while a client had the disk: the client may come
-    /// back. The block door is refusing writes already.
+    /// back. The ublk door is refusing writes already.
     pub fn open_for_return(self: &Arc<Self>, block: Arc<dyn BlockDoor>) {
         self.inner().block = Some(block);
         Arc::clone(self).await_return("the last server died while a client had the disk");
@@ -135,7 +135,7 @@ impl Ownership {
         }
     }
 
-    /// The block door has gone.
+    /// The ublk door has gone.
     pub fn forget_block_door(&self) {
         self.inner().block = None;
     }
@@ -242,7 +242,7 @@ impl Ownership {
         }
     }
 
-    /// Gives the disk back to the block door. A closed export stays closed.
+    /// Gives the disk back to the ublk door. A closed export stays closed.
     pub(super) fn give_back<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) {
         if let State::Closed = inner.state {
             return;

@@ -6,7 +6,7 @@ use super::*;
 use crate::engine::StorageControl;
 use crate::request::Limits;
 
-/// A block door that keeps a diary, and a lock to hold up its draining.
+/// A ublk door that keeps a diary, and a lock to hold up its draining.
 #[derive(Default)]
 struct Door {
     diary: Mutex<Vec<&'static str>>,
@@ -310,7 +310,7 @@ fn movable() -> (Arc<Ownership>, Arc<Store>) {
 }
 
 #[test]
-fn a_client_that_stopped_for_a_migration_is_gone_on_with_by_another() {
+fn a_client_that_stopped_for_a_migration_is_succeeded_by_another() {
     let (access, door) = export(LONG);
     access.allow_moves(None);
     let source = access.take(client("source")).unwrap();
@@ -336,7 +336,7 @@ fn a_client_that_stopped_for_a_migration_is_gone_on_with_by_another() {
     assert_eq!(
         door.diary(),
         ["closing", "closed"],
-        "the block door never had it"
+        "the ublk door never had it"
     );
     target.leave();
     assert_eq!(access.state(), OwnershipState::Block);

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The block door, as far as the right to write goes.
+/// The ublk door, as far as the right to write goes.
 pub trait BlockDoor: Send + Sync {
     /// Refuses writes from now on. Returns when those that were accepted are complete.
     ///
@@ -25,9 +25,9 @@ pub trait BlockDoor: Send + Sync {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OwnershipState {
-    /// The block door may write.
+    /// The ublk door may write.
     Block,
-    /// There is no block door, and no client has the disk.
+    /// There is no ublk door, and no client has the disk.
     Free,
     /// One side finishes its writes before the other may begin.
     Draining,
@@ -67,8 +67,8 @@ pub enum Refused {
     /// Another server has the storage.
     #[error("{0}")]
     Storage(String),
-    /// The block door's writes did not end.
-    #[error("the block door cannot be drained: {0}")]
+    /// The ublk door's writes did not end.
+    #[error("the ublk door cannot be drained: {0}")]
     Drain(String),
     /// The runtime directory is full, say.
     #[error("cannot note in the runtime directory that a client has the disk: {0}")]

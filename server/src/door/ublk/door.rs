@@ -1,4 +1,4 @@
-//! An open block door, as the rest of the server sees it.
+//! An open ublk door, as the rest of the server sees it.
 
 use std::fmt;
 use std::fs::File;

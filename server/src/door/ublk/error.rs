@@ -38,7 +38,7 @@ pub enum UblkError {
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
     /// Disk or configuration ask for what the driver cannot do.
-    #[error("the block door cannot do that: {0}")]
+    #[error("the ublk door cannot do that: {0}")]
     Config(String),
     /// Another device has the id.
     #[error(

@@ -1,4 +1,4 @@
-//! The gate for the block door's writes, closed while a vhost client has the disk.
+//! The gate for the ublk door's writes, closed while a vhost client has the disk.
 //!
 //! All queues are told through their mailboxes; each keeps count of its own writes
 //! ([`Writes`](super::writes::Writes)).

@@ -1,4 +1,4 @@
-//! The block door: a disk as `/dev/ublkbN`, for every program.
+//! The ublk door: a disk as `/dev/ublkbN`, for every program.
 //!
 //! [`UblkDoor::start`] adds a device, runs one thread per queue and makes the disk appear. If the
 //! device dies by itself (a queue thread failed, or another process stopped or deleted the device),

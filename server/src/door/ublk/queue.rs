@@ -240,7 +240,7 @@ impl DoorQueue for UblkQueue {
 
     fn command(&mut self, _ring: &mut Ring, command: Command) {
         match command {
-            Command::Quit => self.give_up(),
+            Command::Quit => self.on_failure(),
             Command::Leave => {
                 self.leaving = Some(Leaving::default());
                 if let Some(buffers) = &mut self.buffers {
@@ -263,7 +263,7 @@ impl DoorQueue for UblkQueue {
             refused => {
                 self.config.fault.store(-refused, Ordering::Relaxed);
                 self.ended += 1;
-                self.give_up();
+                self.on_failure();
             }
         }
     }
@@ -340,9 +340,9 @@ impl DoorQueue for UblkQueue {
         self.config.cpus.is_some() && is_bound_to_one()
     }
 
-    /// Ends with commands at the driver. `io_uring` has no cancellation for them; they end when the
+    /// Also the way to end with commands at the driver. `io_uring` has no cancellation for them; they end when the
     /// ring closes, and a request may arrive until then.
-    fn give_up(&mut self) {
+    fn on_failure(&mut self) {
         self.quit = true;
         if let Some(buffers) = &mut self.buffers {
             buffers.leak();

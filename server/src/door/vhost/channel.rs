@@ -1,6 +1,6 @@
 //! Messages as they come, and those that the `vhost` crate does not hand on: the back-end channel, by
 //! which the server tells a client something by itself (vhost-user, "Back-end communication"), the
-//! device's status, and the descriptor for news of the log of dirty pages.
+//! device's status, and the descriptor that signals changes of the dirty log.
 //!
 //! Every message is looked at before anybody reads it: a look leaves it where it is. So a message is
 //! read only when all of it is there, and a client that sends a half keeps nobody waiting for the rest.

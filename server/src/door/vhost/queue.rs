@@ -152,7 +152,7 @@ impl VhostQueues {
             };
             vring.set_logged(logged);
             if let Err(error) = vring.queue.remap(self.map.map()) {
-                self.give_up(ring, local, error);
+                self.break_vring(ring, local, error);
             }
         }
     }
@@ -162,7 +162,7 @@ impl VhostQueues {
     }
 
     /// Ends service of a vring that the driver broke; the session goes on.
-    fn give_up(&mut self, ring: &mut Ring, local: usize, error: RingError) {
+    fn break_vring(&mut self, ring: &mut Ring, local: usize, error: RingError) {
         let Some(vring) = &mut self.vrings[local] else {
             return;
         };
@@ -170,7 +170,7 @@ impl VhostQueues {
         if let Some(logging) = &self.logging {
             vring.log_used(&logging.log);
         }
-        if !vring.give_up() {
+        if !vring.break_ring() {
             return;
         }
         tracing::warn!(
@@ -424,7 +424,7 @@ impl DoorQueue for VhostQueues {
                 // `takes_chains` saw one.
                 Ok(None) => return None,
                 Err(error) => {
-                    self.give_up(ring, local, error);
+                    self.break_vring(ring, local, error);
                     continue;
                 }
             };
@@ -513,22 +513,22 @@ impl DoorQueue for VhostQueues {
                 vring.log_used(&logging.log);
             }
             let called = vring.call(ring);
-            let wound_up = called.and_then(|()| vring.wind_up(ring));
+            let drained = called.and_then(|()| vring.drain(ring));
             let looked = if vring.is_watched() {
                 vring.queue.poll().map(|_| ())
             } else {
                 Ok(())
             };
             waiting |= vring.takes_chains();
-            if wound_up == Ok(true)
+            if drained == Ok(true)
                 && let Some(vring) = self.vrings[local].take()
             {
                 vring.report();
             } else {
                 left = true;
-                self.expect_room(wound_up.map(|_| ()));
+                self.expect_room(drained.map(|_| ()));
                 if let Err(error) = looked {
-                    self.give_up(ring, local, error);
+                    self.break_vring(ring, local, error);
                 }
             }
         }
@@ -542,7 +542,7 @@ impl DoorQueue for VhostQueues {
     }
 
     fn has_work(&self) -> bool {
-        // Without a slot news is of no use: completions come first.
+        // Without a free slot no request can start: completions come first.
         !self.free.is_empty()
             && (self.vrings.iter().flatten())
                 .any(|vring| vring.is_watched() && vring.queue.has_unseen())

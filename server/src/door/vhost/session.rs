@@ -87,7 +87,7 @@ pub(super) fn serve_connection(
         }
         if let channel::Next::Ours = next {
             let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = session.own_message() {
+            if let Err(error) = session.handle_raw_message() {
                 break error;
             }
             continue;
@@ -427,7 +427,7 @@ impl Session {
     }
 
     /// Reads and answers a message that the crate does not know.
-    fn own_message(&mut self) -> Result<()> {
+    fn handle_raw_message(&mut self) -> Result<()> {
         let link = Arc::clone(&self.link);
         let message = channel::read(link.stream()).map_err(gone)?;
         let done = match message.what {

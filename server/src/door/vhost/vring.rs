@@ -143,7 +143,7 @@ impl Vring {
     }
 
     /// Never touches the ring again. Returns whether it was usable until now.
-    pub(super) fn give_up(&mut self) -> bool {
+    pub(super) fn break_ring(&mut self) -> bool {
         self.served = false;
         self.plain = false;
         !std::mem::replace(&mut self.broken, true)
@@ -217,11 +217,11 @@ impl Vring {
         if self.served {
             return self.queue.has_chains();
         }
-        self.takes_old_chains()
+        self.resubmits_chains()
     }
 
     #[cold]
-    fn takes_old_chains(&self) -> bool {
+    fn resubmits_chains(&self) -> bool {
         if self.broken {
             return false;
         }
@@ -292,14 +292,14 @@ impl Vring {
     }
 
     /// Lets go of the ring's operations. True when none is left.
-    pub(super) fn wind_up(&mut self, ring: &mut Ring) -> Result<bool, Full> {
+    pub(super) fn drain(&mut self, ring: &mut Ring) -> Result<bool, Full> {
         let Some(stopping) = &mut self.stopping else {
             return Ok(false);
         };
         // A driver that is only paused must not miss its last notification.
         let paused = stopping.reply.is_some();
-        let old_chains = paused && !self.broken && self.queue.has_chains_to_resubmit();
-        if self.in_flight > 0 || old_chains || (paused && self.call_armed && self.call_due) {
+        let to_resubmit = paused && !self.broken && self.queue.has_chains_to_resubmit();
+        if self.in_flight > 0 || to_resubmit || (paused && self.call_armed && self.call_due) {
             return Ok(false);
         }
         if !stopping.cancelled {

@@ -65,13 +65,13 @@ pub struct ExportStatus {
     pub poll_us: String,
     /// The processors of the queue threads, if they have some of their own.
     pub cpus: Option<String>,
-    /// The block door, if it is open.
+    /// The ublk door, if it is open.
     pub ublk: Option<UblkStatus>,
     /// The vhost door, if it is open.
     pub vhost: Option<VhostStatus>,
 }
 
-/// What the block door says about itself.
+/// What the ublk door says about itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UblkStatus {
     /// `/dev/ublkbN`.

@@ -22,7 +22,7 @@ pub(in crate::suites) struct Served {
     pub(in crate::suites) server: Server,
 }
 
-/// Serves `names` as memory disks of 8 MiB with block doors.
+/// Serves `names` as memory disks of 8 MiB with ublk doors.
 pub(in crate::suites) fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Served> {
     let mut serve = cx
         .serve()
