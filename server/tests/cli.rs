@@ -7,7 +7,7 @@ mod common;
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::sandbox;
 use common::{Driver, OK, T_OUT, USUAL, eventually};
@@ -293,19 +293,14 @@ fn a_disk_gets_another_size_from_who_asks_for_one_it_can_have() {
     assert_eq!(lab.ok(&["resize", "f"]), "f: 4M, was 3M\n");
     lab.fails(&["resize", "f", "1M"], 1, &["f keeps its size", "--shrink"]);
     // Nor for who insists, while a client is there that knows the size.
-    let client = UnixStream::connect(lab.path("run/exports/f/vhost-user-blk")).unwrap();
+    let client = lab.connect("f");
     let is_there = || lab.ok(&["stat", "f"]).contains("session of");
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !is_there() {
-        assert!(Instant::now() < deadline, "{}", lab.ok(&["stat", "f"]));
-    }
+    eventually("the client is there", is_there);
     let shrink = ["resize", "f", "1M", "--shrink"];
     lab.fails(&shrink, 1, &["f keeps its size", "client has the disk"]);
     assert_eq!(image.metadata().unwrap().len(), 4 << 20);
     drop(client);
-    while is_there() {
-        assert!(Instant::now() < deadline, "{}", lab.ok(&["stat", "f"]));
-    }
+    eventually("the client is gone", || !is_there());
     assert_eq!(
         lab.ok(&["resize", "f", "1M", "--shrink"]),
         "f: 1M, was 4M\n"

@@ -16,7 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use client::{Client, Random, Shape};
+use client::{Client, Shape};
+use testkit::random::Random;
 use ublkup::engine::StorageControl;
 use ublkup::request::{IoError, Op, Serial};
 use ublkup::storage::{CacheMode, File, FileOptions};

@@ -36,6 +36,7 @@ use std::time::{Duration, Instant};
 use common::sandbox;
 use libublk::ctrl::UblkCtrl;
 use testkit::proc::{context_switches, sleeps};
+use testkit::wait::{PATIENCE, wait_for};
 use ublkup::door::ublk::{self, DataPath, DoorEnd, UblkConfig, UblkDoor, UblkError};
 use ublkup::engine::counters::{Counters, Totals};
 use ublkup::engine::{Storage, StorageControl, StorageQueue};
@@ -466,15 +467,8 @@ fn a_disk_that_somebody_has_open_is_taken_away_and_its_id_comes_back_later() {
     // The end of its input ends the holder.
     drop(holder.stdin.take());
     holder.wait().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    let door = loop {
-        match again() {
-            Ok(door) => break door,
-            Err(error) => assert!(Instant::now() < deadline, "{error}"),
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    door.stop().unwrap();
+    let door = wait_for("the id is free", PATIENCE, || Ok(again().ok()));
+    door.unwrap().stop().unwrap();
 }
 
 /// A disk whose queues misbehave.

@@ -4,9 +4,7 @@
 
 mod common;
 
-use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use common::*;
 
@@ -17,8 +15,7 @@ fn an_export_that_cannot_end_yet_keeps_no_other_from_it() {
     let image = lab.image("disk.img", 1 << 20);
     let stuck = format!("stuck=fault:write=stall;file:{}", image.display());
     let server = lab.serve(&["--ublk", "no", &stuck, "fine=mem:1M", "last=mem:1M"]);
-    let socket = lab.path("run/exports/stuck/vhost-user-blk");
-    let mut driver = Driver::running(UnixStream::connect(socket).unwrap(), USUAL);
+    let mut driver = Driver::running(lab.connect("stuck"), USUAL);
     driver.prepare(T_OUT, 0, &[(512, 0)]);
     let is_stopping = || {
         let stat = lab.ok(&["stat", "stuck", "--json"]);
@@ -31,11 +28,7 @@ fn an_export_that_cannot_end_yet_keeps_no_other_from_it() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let start = Instant::now();
-    while !is_stopping() {
-        assert!(start.elapsed() < LIMIT, "it is not being stopped");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    eventually("it is being stopped", is_stopping);
     lab.ok(&["stop", "fine"]);
     lab.fails(&["stat", "fine"], 1, &["fine"]);
     assert!(is_stopping(), "the stuck one has ended");

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use common::{
     DATA, Driver, EVENT_IDX, Fixture, OK, PATIENCE, T_IN, T_OUT, UNTOUCHED, USUAL, WRITE, limits,
 };
+use testkit::random::Random;
 use ublkup::engine::Storage;
 use ublkup::engine::polling::Polling;
 use ublkup::request::Serial;
@@ -24,18 +25,6 @@ const SLOT_BYTES: u64 = MOST_BYTES as u64 + 4096;
 /// Each slot has a part of the disk to itself, so that the order of requests does not matter.
 const PART_BYTES: usize = 256 << 10;
 const DISK_BYTES: u64 = SLOTS as u64 * PART_BYTES as u64;
-
-/// xorshift64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 16).unwrap() % bound
-    }
-}
 
 /// What a slot has under way.
 #[derive(Clone, Copy)]
@@ -59,10 +48,10 @@ impl Load {
     }
 
     fn begin(&mut self, slot: u16) {
-        let random = &mut self.random;
-        let len = 512 * (1 + random.below(MOST_BYTES / 512));
-        let at = 512 * random.below((PART_BYTES - len) / 512 + 1);
-        let read = random.below(3) == 0;
+        let mut below = |bound: usize| usize::try_from(self.random.below(bound as u64)).unwrap();
+        let len = 512 * (1 + below(MOST_BYTES / 512));
+        let at = 512 * below((PART_BYTES - len) / 512 + 1);
+        let read = below(3) == 0;
         let place = usize::from(slot) * PART_BYTES + at;
         let (control, data) = (Self::memory(slot), Self::memory(slot) + 4096);
         let driver = &mut self.driver;
@@ -72,7 +61,7 @@ impl Load {
             driver.memory.put(data, &vec![0xee; len]);
         } else {
             let bytes = &mut self.model[place..][..len];
-            let seed = random.below(1 << 16);
+            let seed = below(1 << 16);
             for (index, byte) in bytes.iter_mut().enumerate() {
                 *byte = ((seed + index) ^ (index >> 8)).to_le_bytes()[0];
             }
@@ -80,7 +69,7 @@ impl Load {
         }
         let flags = if read { WRITE } else { 0 };
         // One buffer, or two that meet anywhere.
-        let cut = random.below(2) * random.below(len);
+        let cut = below(2) * below(len);
         let length = |len: usize| u32::try_from(len).unwrap();
         let mut chain = vec![(control, 16, 0), (data, length(len - cut), flags)];
         if cut > 0 {
@@ -127,7 +116,7 @@ impl Load {
     fn run(fixture: &Fixture, sleeps: bool) {
         let mut load = Load {
             driver: Driver::running(fixture.connect(), USUAL | EVENT_IDX),
-            random: Random(0x9e37_79b9_7f4a_7c15),
+            random: Random(1),
             model: vec![0; usize::try_from(DISK_BYTES).unwrap()],
             pending: [None; SLOTS as usize],
         };

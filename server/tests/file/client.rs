@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 
+use testkit::random::Random;
 use ublkup::engine::{Storage, StorageControl, StorageQueue};
 use ublkup::io::{Completion, Ring, Slot};
 use ublkup::request::{Buffer, Buffers, Limits, Op, Outcome, Progress, Range, Request};
@@ -22,29 +23,6 @@ pub enum Shape {
 impl Shape {
     pub fn any(random: &mut Random) -> Self {
         [Self::Aligned, Self::Sectors, Self::Odd][usize::try_from(random.below(3)).unwrap()]
-    }
-}
-
-/// A xorshift generator.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    pub fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            let word = self.next().to_ne_bytes();
-            chunk.copy_from_slice(&word[..chunk.len()]);
-        }
     }
 }
 

@@ -11,6 +11,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::random::Random;
 use crate::shell::Shell;
 
 /// Files (relative path → SHA-256 of the content) that a tree must hold.
@@ -191,38 +192,6 @@ pub fn checksum(path: &Path) -> Result<String> {
             return Ok(hex(&hash.finalize()));
         }
         hash.update(&buffer[..count]);
-    }
-}
-
-/// Small reproducible random numbers (xorshift64*).
-#[derive(Debug)]
-pub struct Random(pub u64);
-
-impl Random {
-    /// The next number.
-    pub fn next_u64(&mut self) -> u64 {
-        // A zero state would stay zero, so it is moved away first.
-        let mut x = self.0 ^ 0x9e37_79b9_7f4a_7c15;
-        x ^= x >> 12;
-        x ^= x << 25;
-        x ^= x >> 27;
-        self.0 = x ^ 0x9e37_79b9_7f4a_7c15;
-        x.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// A number below `bound`, which is not zero.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next_u64() % bound
-    }
-
-    /// That many random bytes.
-    pub fn bytes(&mut self, length_bytes: usize) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(length_bytes + 8);
-        while bytes.len() < length_bytes {
-            bytes.extend_from_slice(&self.next_u64().to_le_bytes());
-        }
-        bytes.truncate(length_bytes);
-        bytes
     }
 }
 

@@ -17,7 +17,8 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
 
-use testkit::images::{self, Random};
+use testkit::images;
+use testkit::random::Random;
 use testkit::shell::Shell;
 
 /// Set by the kernel's command line: the disk to load.

@@ -167,6 +167,20 @@ mod tests {
     }
 
     #[test]
+    fn only_the_library_itself_counts_as_libclang() {
+        // In the place of what lists the directories.
+        let with = |file: &str| {
+            is_there(&format!(
+                "ls() {{ echo {file}; }}; LIBCLANG_PATH=; {LIBCLANG}"
+            ))
+        };
+        for file in ["libclang.so", "libclang-14.so.1", "libclang.so.19"] {
+            assert!(with(file), "{file}");
+        }
+        assert!(!with("libclang-cpp.so.14"));
+    }
+
+    #[test]
     fn an_old_qemu_is_missing() {
         let (_, _, test) = NEEDED
             .into_iter()

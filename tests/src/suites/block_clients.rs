@@ -10,9 +10,10 @@ use std::{ptr, thread};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use testkit::images::{self, KnownFiles, Random};
+use testkit::images::{self, KnownFiles};
 use testkit::proc::Holdings;
 use testkit::process;
+use testkit::random::Random;
 use testkit::server::Server;
 use testkit::shell::{Shell, sh};
 

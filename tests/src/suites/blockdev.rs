@@ -15,8 +15,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use testkit::images::Random;
 use testkit::process;
+use testkit::random::Random;
 use testkit::server::Server;
 use testkit::shell::sh;
 use testkit::wait::{until, wait_for};

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
-use testkit::images::{self, KnownFiles, Random};
+use testkit::images::{self, KnownFiles};
+use testkit::random::Random;
 use testkit::server::Server;
 use testkit::shell::sh;
 

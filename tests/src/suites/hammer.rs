@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
-use testkit::images::Random;
+use testkit::random::Random;
 
 use super::io::{Exercise, read_direct, write_direct};
 use crate::kit::fio::Fio;

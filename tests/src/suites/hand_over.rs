@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
-use testkit::images::Random;
+use testkit::random::Random;
 use testkit::server::Server;
 use testkit::wait::until;
 

@@ -13,8 +13,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use testkit::images::Random;
 use testkit::proc::Holdings;
+use testkit::random::Random;
 use testkit::vhost::raw::{self, FrontendReq, HEADER_BYTES, pair};
 use testkit::wait::wait_for;
 

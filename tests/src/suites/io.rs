@@ -8,7 +8,7 @@ use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use testkit::images::Random;
+use testkit::random::Random;
 use testkit::shell::Shell;
 
 use crate::kit::fio::Fio;

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use testkit::images::Random;
+use testkit::random::Random;
 
 use crate::test;
 use crate::test::{Context, Test};

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
-use testkit::images::Random;
+use testkit::random::Random;
 use testkit::server::{Serve, Server};
 use testkit::shell::Shell;
 
