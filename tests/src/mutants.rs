@@ -24,7 +24,7 @@ const CONFIG: &str = "tests/mutants.toml";
 /// Seconds that the server's tests may take; they need about 150. A test that hangs has noticed.
 const LIMIT_S: &str = "600";
 
-/// Makes the mutants of `files` (of all of [`FILES`], if none is named) and runs the server's tests with
+/// Makes the mutants of `files` (of all of `FILES`, if none is named) and runs the server's tests with
 /// each; `list` only prints them. The survivors are printed.
 ///
 /// # Errors

@@ -21,7 +21,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// A request for `range`. See [`Limits::check`] for how to get one.
+    /// A request for `range`. See [`Limits::check`](super::Limits::check) for how to get one.
     #[must_use]
     pub fn new(op: Op, range: Range, buffers: Buffers) -> Self {
         debug_assert!(!op.has_data() || buffers.len_bytes() == range.len_bytes);

@@ -236,7 +236,7 @@ impl UblkDoor {
     }
 
     /// Leaves the device to another server: the disk stays, its requests wait or fail, as
-    /// [`Recovery`] says, until the other one takes it over ([`UblkConfig::take_over`]).
+    /// [`Recovery`](super::Recovery) says, until the other one takes it over ([`UblkConfig::take_over`]).
     ///
     /// # Errors
     ///
