@@ -115,7 +115,7 @@ fn a_signal_leaves_the_disk_to_who_recovers_it() {
     next.stop().unwrap();
     disk.lab.is_clean();
     disk.lab
-        .fails(&["recover", "d"], 1, &["nothing is known", "'d'"]);
+        .fails(&["recover", "d"], 1, &["there is no note", "'d'"]);
 }
 
 #[test]
