@@ -499,7 +499,10 @@ struct BrokenQueue;
 
 impl StorageQueue for BrokenQueue {
     fn start(&mut self, _: &mut Ring, _: Slot, request: &mut Request) -> Progress {
-        assert!(!matches!(request.op, Op::Write { .. }), "a bug, on purpose");
+        assert!(
+            !matches!(request.op(), Op::Write { .. }),
+            "a bug, on purpose"
+        );
         Progress::Done(Ok(()))
     }
 

@@ -37,7 +37,11 @@ impl Storage for Buggy {
 
 impl StorageQueue for BuggyQueue {
     fn start(&mut self, _: &mut Ring, _: Slot, request: &mut Request) -> Progress {
-        assert_ne!(request.offset_bytes, BAD_SECTOR * 512, "a bug, on purpose");
+        assert_ne!(
+            request.offset_bytes(),
+            BAD_SECTOR * 512,
+            "a bug, on purpose"
+        );
         Progress::Done(Ok(()))
     }
 

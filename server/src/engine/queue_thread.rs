@@ -103,7 +103,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     ///
     /// When the kernel refuses.
     pub fn reserve_buffers(&self, count: u32) -> io::Result<()> {
-        self.ring.submitter().register_buffers_sparse(count)
+        self.ring.register_buffer_table(count)
     }
 
     /// Serves until the door is closed, and says how that ended.
@@ -308,7 +308,8 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     #[inline(always)]
     fn finish(&mut self, slot: Slot, request: Request, outcome: Outcome) {
         self.answered += 1;
-        self.counters.count(request.op, request.len_bytes, outcome);
+        self.counters
+            .count(request.op(), request.len_bytes(), outcome);
         self.door.complete(&mut self.ring, slot, request, outcome);
     }
 }

@@ -282,10 +282,13 @@ impl Ring {
         self.in_flight - abandoned.map_or(0, |owner| self.in_flight_by_owner[owner as usize])
     }
 
-    /// The ring itself, for registering files and buffers.
-    #[must_use]
-    pub fn submitter(&self) -> io_uring::Submitter<'_> {
-        self.uring.submitter()
+    /// Makes a table of `count` buffers, empty at first.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn register_buffer_table(&self, count: u32) -> io::Result<()> {
+        self.uring.submitter().register_buffers_sparse(count)
     }
 }
 

@@ -16,16 +16,37 @@ pub const SECTOR_SHIFT: u32 = 9;
 /// The largest disk: what ext4 files and 32-bit page indexes of older tools still reach.
 pub const MAX_DISK_BYTES: u64 = 16 << 40;
 
-/// A checked range of the disk.
+/// A range of the disk that [`Limits::check`] has checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
-    /// First byte.
-    pub offset_bytes: u64,
-    /// Length.
-    pub len_bytes: u64,
+    offset_bytes: u64,
+    len_bytes: u64,
 }
 
 impl Range {
+    /// First byte.
+    #[must_use]
+    #[inline]
+    pub fn offset_bytes(self) -> u64 {
+        self.offset_bytes
+    }
+
+    /// Length.
+    #[must_use]
+    #[inline]
+    pub fn len_bytes(self) -> u64 {
+        self.len_bytes
+    }
+
+    /// A range that nothing has checked.
+    #[cfg(test)]
+    pub(crate) fn new(offset_bytes: u64, len_bytes: u64) -> Self {
+        Self {
+            offset_bytes,
+            len_bytes,
+        }
+    }
+
     /// The range of a request that names none (flush).
     pub const EMPTY: Self = Self {
         offset_bytes: 0,

@@ -7,14 +7,9 @@ use super::op::Op;
 /// One request, valid from here on. It is finished exactly once, by value.
 #[derive(Debug)]
 pub struct Request {
-    /// What to do.
-    pub op: Op,
-    /// First byte of the range on the disk.
-    pub offset_bytes: u64,
-    /// Length of the range; equals the length of the buffers where the operation has data.
-    pub len_bytes: u64,
-    /// Where the rest of the data goes to or comes from.
-    pub buffers: Buffers,
+    op: Op,
+    range: Range,
+    buffers: Buffers,
     /// How much of the range is behind us.
     done_bytes: u64,
     armed: Armed,
@@ -24,27 +19,54 @@ impl Request {
     /// A request for `range`. See [`Limits::check`](super::Limits::check) for how to get one.
     #[must_use]
     pub fn new(op: Op, range: Range, buffers: Buffers) -> Self {
-        debug_assert!(!op.has_data() || buffers.len_bytes() == range.len_bytes);
+        debug_assert!(!op.has_data() || buffers.len_bytes() == range.len_bytes());
         Self {
             op,
-            offset_bytes: range.offset_bytes,
-            len_bytes: range.len_bytes,
+            range,
             buffers,
             done_bytes: 0,
             armed: Armed,
         }
     }
 
+    /// What to do.
+    #[must_use]
+    #[inline]
+    pub fn op(&self) -> Op {
+        self.op
+    }
+
+    /// First byte of the range on the disk.
+    #[must_use]
+    #[inline]
+    pub fn offset_bytes(&self) -> u64 {
+        self.range.offset_bytes()
+    }
+
+    /// Length of the range. Where the operation has data it is the length of the buffers, too.
+    #[must_use]
+    #[inline]
+    pub fn len_bytes(&self) -> u64 {
+        self.range.len_bytes()
+    }
+
+    /// Where the rest of the data goes to or comes from.
+    #[must_use]
+    #[inline]
+    pub fn buffers(&self) -> &Buffers {
+        &self.buffers
+    }
+
     /// Where the rest of the request begins on the disk.
     #[must_use]
     pub fn position_bytes(&self) -> u64 {
-        self.offset_bytes + self.done_bytes
+        self.offset_bytes() + self.done_bytes
     }
 
     /// How much is left of it.
     #[must_use]
     pub fn remaining_bytes(&self) -> u64 {
-        self.len_bytes - self.done_bytes
+        self.len_bytes() - self.done_bytes
     }
 
     /// Puts `moved_bytes` of the range, and of the buffers if there are any, behind us.
@@ -116,10 +138,7 @@ mod tests {
         let mut list = [entry(0, 4), entry(4, 0), entry(4, 8)];
         // SAFETY: `list` and `bytes` live to the end of this test and are not touched otherwise.
         let buffers = unsafe { Buffers::from_list(&mut list) };
-        let range = Range {
-            offset_bytes: 512,
-            len_bytes: 12,
-        };
+        let range = Range::new(512, 12);
         let mut request = Request::new(Op::Read, range, buffers);
         assert_eq!(request.buffers.len_bytes(), 12);
         for (moved, left) in [(3, 9), (0, 9), (2, 7), (1, 6)] {
@@ -148,10 +167,7 @@ mod tests {
             iov_len: len,
         };
         let made = [entry(0, 5), entry(5, 1), entry(6, 6)];
-        let range = Range {
-            offset_bytes: 0,
-            len_bytes: 12,
-        };
+        let range = Range::new(0, 12);
         for steps in [&[][..], &[12], &[3], &[3, 1], &[4, 4, 2], &[5, 1], &[1, 11]] {
             let mut list = made;
             // SAFETY: as above.

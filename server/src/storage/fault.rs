@@ -135,11 +135,13 @@ impl Counted {
     fn applies(&self, request: &Request) -> bool {
         let rule = &self.rule;
         let (first, end) = rule.range;
-        let touches = match request.op {
+        let touches = match request.op() {
             Op::Flush => true,
-            _ => request.offset_bytes < end && request.offset_bytes + request.len_bytes > first,
+            _ => {
+                request.offset_bytes() < end && request.offset_bytes() + request.len_bytes() > first
+            }
         };
-        if !rule.kind.is(request.op) || !touches {
+        if !rule.kind.is(request.op()) || !touches {
             return false;
         }
         let number = self.matched.fetch_add(1, Ordering::Relaxed) + 1;

@@ -72,10 +72,10 @@ impl MemoryQueue {
     fn serve(&self, request: &Request) -> Outcome {
         let mut at = self
             .mapping
-            .range(request.offset_bytes, request.len_bytes)?;
-        match request.op {
+            .range(request.offset_bytes(), request.len_bytes())?;
+        match request.op() {
             Op::Read => {
-                for buffer in request.buffers.list() {
+                for buffer in request.buffers().list() {
                     // SAFETY: the door keeps the buffer mapped; `at` stays inside the mapping
                     // because the buffers are as long as the range. Clients that race with each
                     // other get torn data, as on any disk.
@@ -85,7 +85,7 @@ impl MemoryQueue {
                 Ok(())
             }
             Op::Write { .. } => {
-                for buffer in request.buffers.list() {
+                for buffer in request.buffers().list() {
                     // SAFETY: as for reads, in the other direction.
                     unsafe { ptr::copy(buffer.iov_base.cast_const().cast(), at, buffer.iov_len) };
                     at = at.wrapping_add(buffer.iov_len);
@@ -95,10 +95,10 @@ impl MemoryQueue {
             Op::Flush => Ok(()),
             Op::Discard | Op::WriteZeroes { unmap: true, .. } => self
                 .mapping
-                .release(request.offset_bytes, request.len_bytes),
-            Op::WriteZeroes { unmap: false, .. } => {
-                self.mapping.zero(request.offset_bytes, request.len_bytes)
-            }
+                .release(request.offset_bytes(), request.len_bytes()),
+            Op::WriteZeroes { unmap: false, .. } => self
+                .mapping
+                .zero(request.offset_bytes(), request.len_bytes()),
         }
     }
 }
@@ -177,10 +177,7 @@ mod tests {
             iov_base: part.as_mut_ptr().cast(),
             iov_len: part.len(),
         });
-        let range = Range {
-            offset_bytes,
-            len_bytes: 2 * half as u64,
-        };
+        let range = Range::new(offset_bytes, 2 * half as u64);
         // SAFETY: `list` and `bytes` outlive the request, which is finished below.
         let buffers = unsafe { Buffers::from_list(&mut list) };
         let request = Request::new(op, range, buffers);
@@ -231,10 +228,7 @@ mod tests {
             let disk = disk(1 << 20);
             let mut ones = vec![1; 1 << 20];
             run(&disk, Op::Write { fua: false }, 0, &mut ones).unwrap();
-            let range = Range {
-                offset_bytes: from,
-                len_bytes: len,
-            };
+            let range = Range::new(from, len);
             let request = Request::new(op, range, Buffers::NONE);
             disk.serve(&request).unwrap();
             request.finish();

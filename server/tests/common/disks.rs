@@ -39,7 +39,7 @@ impl Storage for Recorder {
 
 impl StorageQueue for RecorderQueue {
     fn start(&mut self, _ring: &mut Ring, _slot: Slot, request: &mut Request) -> Progress {
-        self.0.lock().unwrap().push(request.op);
+        self.0.lock().unwrap().push(request.op());
         Progress::Done(Ok(()))
     }
 
@@ -115,7 +115,7 @@ impl StorageQueue for GatedQueue {
         result: i32,
     ) -> Progress {
         assert_eq!(result, 8, "the gate is an eventfd");
-        for buffer in request.buffers.list() {
+        for buffer in request.buffers().list() {
             // SAFETY: the door keeps the buffers mapped until the request is finished.
             unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0x5a, buffer.iov_len) };
         }
@@ -146,13 +146,13 @@ impl Storage for Halves {
 
 impl StorageQueue for HalvesQueue {
     fn start(&mut self, _ring: &mut Ring, _slot: Slot, request: &mut Request) -> Progress {
-        if request.op != Op::Read {
+        if request.op() != Op::Read {
             return Progress::Done(Ok(()));
         }
         // In three steps, as storage that moves little at once would.
         for _ in 0..3 {
-            let part = request.len_bytes / 6;
-            let first = request.buffers.list()[0];
+            let part = request.len_bytes() / 6;
+            let first = request.buffers().list()[0];
             let len = first.iov_len.min(usize::try_from(part).unwrap());
             // SAFETY: the door keeps the buffers mapped until the request is finished.
             unsafe { std::ptr::write_bytes(first.iov_base.cast::<u8>(), 0x77, len) };

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use testkit::random::Random;
 use ublkup::engine::{Storage, StorageControl, StorageQueue};
 use ublkup::io::{Completion, Ring, Slot};
-use ublkup::request::{Buffer, Buffers, Limits, Op, Outcome, Progress, Range, Request};
+use ublkup::request::{Buffer, Buffers, Limits, Op, Outcome, Progress, Request};
 use ublkup::storage::File;
 
 /// How the memory of a request lies.
@@ -117,13 +117,7 @@ impl Client {
 
     /// Starts a request with a copy of `data` as its memory.
     pub fn submit(&mut self, slot: u64, op: Op, at: u64, len: u64, data: &[u8], shape: Shape) {
-        let range = match len {
-            0 => Range {
-                offset_bytes: at,
-                len_bytes: 0,
-            },
-            _ => self.limits.check(op, at / 512, len / 512).unwrap(),
-        };
+        let range = self.limits.check(op, at / 512, len / 512).unwrap();
         let mut memory = Memory::new(if op.has_data() { data } else { &[] }, shape);
         let buffers = match op.has_data() {
             // SAFETY: heap memory that stays where it is in `running` until the request ended.

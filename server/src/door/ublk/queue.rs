@@ -186,7 +186,7 @@ impl UblkQueue {
                 descriptor.op_flags & sys::UBLK_IO_F_NEED_REG_BUF != 0;
         }
         if op.has_data() && op.is_write() {
-            let fetched = self.copy(tag, range.len_bytes, Direction::FromRequest);
+            let fetched = self.copy(tag, range.len_bytes(), Direction::FromRequest);
             fetched.inspect_err(|_| self.writes.end())?;
         }
         Ok((op, range))
@@ -275,7 +275,7 @@ impl DoorQueue for UblkQueue {
                 Ok((op, range)) => {
                     let buffers = if op.has_data() {
                         // No truncation: `parse` compared it to the size of a buffer.
-                        let len = usize::try_from(range.len_bytes).unwrap_or(usize::MAX);
+                        let len = usize::try_from(range.len_bytes()).unwrap_or(usize::MAX);
                         let registered = self.config.data == DataPath::ZeroCopy
                             && !self.unregistered[usize::from(tag)];
                         match &self.buffers {
@@ -300,14 +300,14 @@ impl DoorQueue for UblkQueue {
 
     fn complete(&mut self, _ring: &mut Ring, slot: Slot, request: Request, outcome: Outcome) {
         let tag = self.tag(slot);
-        let outcome = match request.op {
+        let outcome = match request.op() {
             Op::Read => {
-                outcome.and_then(|()| self.copy(tag, request.len_bytes, Direction::ToRequest))
+                outcome.and_then(|()| self.copy(tag, request.len_bytes(), Direction::ToRequest))
             }
             _ => outcome,
         };
-        let result = answer_to(request.op, request.len_bytes, outcome);
-        if request.op.is_write() {
+        let result = answer_to(request.op(), request.len_bytes(), outcome);
+        if request.op().is_write() {
             self.writes.end();
         }
         request.finish();

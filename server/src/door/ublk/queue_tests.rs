@@ -118,10 +118,7 @@ fn operations_and_their_flags_are_understood() {
         ),
     ];
     for (op_flags, op) in cases {
-        let range = Range {
-            offset_bytes: 4096,
-            len_bytes: 8192,
-        };
+        let range = Range::new(4096, 8192);
         assert_eq!(parsed(op_flags, 8, 16), Ok((op, range)), "{op_flags:#x}");
     }
     let flush = parsed(sys::UBLK_IO_OP_FLUSH, 0, 0);

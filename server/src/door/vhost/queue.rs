@@ -285,7 +285,7 @@ fn finish_logged(
     mut request: Request,
 ) -> bool {
     if let Some(logging) = logging {
-        let written = match request.op {
+        let written = match request.op() {
             Op::Read => request.whole_list(),
             _ => &[],
         };

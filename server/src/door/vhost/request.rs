@@ -313,7 +313,7 @@ impl<'a> Segments<'a> {
         let in_bytes = u32::try_from(self.in_bytes).map_err(|_| IoError::Io)?;
         let written_bytes = in_bytes.checked_add(1).ok_or(IoError::Io)?;
         let range = limits.check(op, first_sector, len_bytes >> SECTOR_SHIFT)?;
-        if range.len_bytes == 0 {
+        if range.len_bytes() == 0 {
             return Ok(done(1));
         }
         // The other direction has no data, so all buffers of the list belong to this one.
@@ -384,7 +384,7 @@ fn ranged(
     limits: &Limits,
 ) -> Result<ParsedRequest, IoError> {
     let range = limits.check(op, first_sector, sectors)?;
-    if range.len_bytes == 0 {
+    if range.len_bytes() == 0 {
         return Ok(done(1));
     }
     Ok(ParsedRequest::Start {

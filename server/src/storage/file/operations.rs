@@ -107,9 +107,9 @@ impl Operations {
         let write_flags = if step.is_forced() { RWF_DSYNC } else { 0 };
         let entry = match step {
             Step::Begin => unreachable!("a request without a step"),
-            Step::Transfer { .. } if request.buffers.ring().is_some() => {
+            Step::Transfer { .. } if request.buffers().ring().is_some() => {
                 let (at, len, index) = in_ring(request);
-                if request.op == Op::Read {
+                if request.op() == Op::Read {
                     opcode::ReadFixed::new(fd, at.cast_mut(), len, index)
                         .offset(offset)
                         .build()
@@ -129,7 +129,7 @@ impl Operations {
                 let (at, len, index) = in_ring(request);
                 opcode::ReadFixed::new(fd, at.cast_mut(), len, index).build()
             }
-            Step::Transfer { .. } => match (request.op, request.buffers.list()) {
+            Step::Transfer { .. } => match (request.op(), request.buffers().list()) {
                 (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), clamp(one.iov_len))
                     .offset(offset)
                     .build(),
@@ -148,14 +148,14 @@ impl Operations {
             Step::Bounce { number, .. } => {
                 let memory = self.bounce.memory(number);
                 let piece = piece_bytes(len, BOUNCE_BYTES);
-                if request.op == Op::Read {
+                if request.op() == Op::Read {
                     opcode::Read::new(fd, memory, clamp(piece))
                         .offset(offset)
                         .build()
                 } else {
                     // SAFETY: the request's buffers are mapped and hold `len` bytes at least; the
                     // bounce buffer has room for a piece and is lent to this request.
-                    unsafe { gather(request.buffers.list(), memory, piece) };
+                    unsafe { gather(request.buffers().list(), memory, piece) };
                     opcode::Write::new(fd, memory, clamp(piece))
                         .offset(offset)
                         .rw_flags(write_flags)
@@ -205,7 +205,7 @@ impl Operations {
 /// What is left of a request's buffer in the ring's table: where it begins, its length, its index.
 /// Such a buffer begins at address 0.
 fn in_ring(request: &Request) -> (*const u8, u32, u16) {
-    let Some(buffer) = request.buffers.ring() else {
+    let Some(buffer) = request.buffers().ring() else {
         unreachable!("the data of this request is in memory")
     };
     let at = std::ptr::without_provenance(buffer.offset_bytes);

@@ -61,13 +61,13 @@ impl FileQueue {
 
     /// The first step of a request.
     fn first_step(&mut self, request: &Request) -> Result<Option<Step>, IoError> {
-        Ok(Some(match request.op {
+        Ok(Some(match request.op() {
             Op::Read | Op::Write { .. } => {
                 // The block layer aligns what lies in the ring's table.
-                let aligned = request.buffers.ring().is_some()
+                let aligned = request.buffers().ring().is_some()
                     || (self.shared.alignment)
                         .is_none_or(|alignment| is_aligned(request, alignment));
-                let fua = request.op == Op::Write { fua: true };
+                let fua = request.op() == Op::Write { fua: true };
                 let forced = fua && !self.lacks(|l| &l.forced_writes);
                 if aligned {
                     Step::Transfer { forced }
@@ -169,7 +169,7 @@ impl FileQueue {
         moved: u64,
     ) -> Result<Option<Step>, IoError> {
         let resumable = self.resumable(moved, request);
-        let reading = request.op == Op::Read;
+        let reading = request.op() == Op::Read;
         if let Step::Bounce { number, .. } = step
             && reading
         {
@@ -179,7 +179,7 @@ impl FileQueue {
             unsafe {
                 scatter(
                     self.operations.bounce.memory(number),
-                    request.buffers.list(),
+                    request.buffers().list(),
                     len,
                 )
             };
@@ -189,12 +189,12 @@ impl FileQueue {
         let advance = if at_end { moved } else { resumable };
         request.advance(advance);
         if request.remaining_bytes() == 0 {
-            let owed = request.op == Op::Write { fua: true } && !step.is_forced();
+            let owed = request.op() == Op::Write { fua: true } && !step.is_forced();
             return Ok(owed.then_some(Step::Sync));
         }
         if at_end {
             // The file was truncated meanwhile: the rest reads as zeroes.
-            if request.buffers.ring().is_some() {
+            if request.buffers().ring().is_some() {
                 return Ok(Some(Step::ReadZeroes));
             }
             request.zero_fill();
@@ -234,7 +234,7 @@ impl FileQueue {
         // The storage never supports it, or (EINVAL) not for this range.
         let never = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV);
         let unsupported = never || errno == libc::EINVAL;
-        match (step, request.op) {
+        match (step, request.op()) {
             // The step decides: another write may have found it out while this one was in flight.
             (step, _) if errno == libc::EOPNOTSUPP && step.is_forced() => {
                 lacks.forced_writes.store(true, Ordering::Relaxed);
@@ -271,12 +271,12 @@ impl FileQueue {
     fn transfer_now(&self, request: &mut Request) -> Progress {
         let fd = self.shared.file.as_raw_fd();
         while request.remaining_bytes() > 0 {
-            let list = request.buffers.list();
+            let list = request.buffers().list();
             let count = list.len().min(MAX_BUFFERS).cast_signed();
             // Positions were checked against the size of a file.
             let position = request.position_bytes().cast_signed();
             // One buffer is what most requests have, and the shorter way.
-            let moved = match (request.op, list, i32::try_from(count).unwrap_or(1)) {
+            let moved = match (request.op(), list, i32::try_from(count).unwrap_or(1)) {
                 // SAFETY: the buffers and their list are valid until the request is finished
                 // (`Buffers::from_list`).
                 (Op::Read, [one], _) => unsafe {
@@ -292,7 +292,7 @@ impl FileQueue {
                 (_, list, count) => unsafe { libc::pwritev(fd, list.as_ptr(), count, position) },
             };
             match u64::try_from(moved) {
-                Ok(0) if request.op == Op::Read => {
+                Ok(0) if request.op() == Op::Read => {
                     // The file was truncated meanwhile: the rest reads as zeroes.
                     request.zero_fill();
                     break;
@@ -321,11 +321,11 @@ impl FileQueue {
 
 impl StorageQueue for FileQueue {
     fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
-        if request.op != Op::Flush && request.len_bytes == 0 {
+        if request.op() != Op::Flush && request.len_bytes() == 0 {
             // fallocate(2) answers EINVAL to it, which must not look like "cannot punch holes".
             return Progress::Done(Ok(()));
         }
-        if self.shared.is_in_memory && matches!(request.op, Op::Read | Op::Write { fua: false }) {
+        if self.shared.is_in_memory && matches!(request.op(), Op::Read | Op::Write { fua: false }) {
             return self.transfer_now(request);
         }
         if self.slots[slot as usize].step == Step::Begin {
@@ -333,7 +333,7 @@ impl StorageQueue for FileQueue {
                 Ok(Some(step)) => self.slots[slot as usize].step = step,
                 Ok(None) => return Progress::Full,
                 // A discard is advisory; any other operation that is not supported is an error.
-                Err(IoError::Unsupported) if request.op == Op::Discard => {
+                Err(IoError::Unsupported) if request.op() == Op::Discard => {
                     return Progress::Done(Ok(()));
                 }
                 Err(error) => return Progress::Done(Err(error)),
@@ -369,7 +369,7 @@ impl StorageQueue for FileQueue {
                 self.submit(ring, slot, request)
             }
             Ok(None) => self.end(slot, Ok(())),
-            Err(IoError::Unsupported) if request.op == Op::Discard => self.end(slot, Ok(())),
+            Err(IoError::Unsupported) if request.op() == Op::Discard => self.end(slot, Ok(())),
             Err(error) => self.end(slot, Err(error)),
         }
     }
@@ -394,12 +394,12 @@ unsafe fn push(ring: &mut Ring, sqe: squeue::Entry, kind: u16, slot: Slot) -> Pr
 }
 
 fn after_zeroing(request: &Request) -> Option<Step> {
-    matches!(request.op, Op::WriteZeroes { fua: true, .. }).then_some(Step::Sync)
+    matches!(request.op(), Op::WriteZeroes { fua: true, .. }).then_some(Step::Sync)
 }
 
 /// Whether the buffers lie as `O_DIRECT` wants it.
 fn is_aligned(request: &Request, alignment: Alignment) -> bool {
-    request.buffers.list().iter().all(|buffer| {
+    request.buffers().list().iter().all(|buffer| {
         (buffer.iov_base as usize).is_multiple_of(alignment.memory_bytes)
             && buffer.iov_len.is_multiple_of(alignment.block_bytes)
     })

@@ -47,10 +47,7 @@ impl Memory {
     }
 
     fn request(&mut self, op: Op) -> Request {
-        let range = Range {
-            offset_bytes: 4096,
-            len_bytes: self.bytes.len() as u64,
-        };
+        let range = Range::new(4096, self.bytes.len() as u64);
         // SAFETY: every test finishes its request before its memory goes.
         let buffers = unsafe { Buffers::from_list(&mut self.list) };
         Request::new(op, range, buffers)
@@ -58,10 +55,7 @@ impl Memory {
 }
 
 fn ranged(op: Op, len_bytes: u64) -> Request {
-    let range = Range {
-        offset_bytes: 0,
-        len_bytes,
-    };
+    let range = Range::new(0, len_bytes);
     Request::new(op, range, Buffers::NONE)
 }
 
@@ -102,7 +96,7 @@ fn a_short_transfer_goes_on_where_it_stopped() {
             (request.position_bytes(), request.remaining_bytes()),
             (7096, 1096)
         );
-        assert_eq!(request.buffers.len_bytes(), 1096);
+        assert_eq!(request.buffers().len_bytes(), 1096);
         assert_eq!(queue.next_step(PLAIN, &mut request, 1096), Ok(None));
         request.finish();
     }
@@ -128,10 +122,7 @@ fn data_in_the_table_of_the_ring_is_read_and_written_there() {
         (FORCED, opcode::WriteFixed::CODE),
     ] {
         let mut queue = queue(Some(SECTORS));
-        let range = Range {
-            offset_bytes: 8192,
-            len_bytes: 4096,
-        };
+        let range = Range::new(8192, 4096);
         let mut request = Request::new(op, range, Buffers::in_ring(7, 4096));
         let first = queue.first_step(&request).unwrap().unwrap();
         assert!(
@@ -156,10 +147,7 @@ fn data_in_the_table_of_the_ring_is_read_and_written_there() {
 #[test]
 fn what_lies_behind_the_end_of_the_file_comes_from_the_zero_device() {
     let mut queue = queue(None);
-    let range = Range {
-        offset_bytes: 0,
-        len_bytes: 4096,
-    };
+    let range = Range::new(0, 4096);
     let mut request = Request::new(Op::Read, range, Buffers::in_ring(0, 4096));
     assert_eq!(queue.next_step(PLAIN, &mut request, 1000), Ok(Some(PLAIN)));
     let zeroes = Ok(Some(Step::ReadZeroes));
