@@ -103,8 +103,6 @@ fn a_quick_run_leaves_a_document_with_every_sample(cx: &Context) -> Result<()> {
     ensure!(!document.goals.is_empty(), "no goal is mentioned");
     let table = fs::read_to_string(output.join("bench.md")).context("no table was kept")?;
     ensure!(table.contains("| qemu-storage-daemon |"), "{table}");
-    let picture = output.join("native-null-4-kib-random-reads.svg");
-    Shell::new("xmllint").arg("--noout").arg(&picture).run()?;
     Ok(())
 }
 
@@ -139,10 +137,6 @@ fn the_ring_lane_counts_what_its_two_ends_did(cx: &Context) -> Result<()> {
     ensure!(
         goal.goal == ">= 7" && goal.what.contains(ring::SHARED),
         "{goal:?}"
-    );
-    ensure!(
-        output.join("ring-records-natively.svg").exists(),
-        "no picture"
     );
     Ok(())
 }

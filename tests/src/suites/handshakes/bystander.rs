@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
-use testkit::vhost::{Driver, OK, USUAL};
+use testkit::vhost::{Driver, INDIRECT, OK, PROTOCOL, VERSION_1};
 
 const BLOCK_BYTES: usize = 4096;
 
@@ -26,7 +26,9 @@ impl Bystander {
     /// Connects and begins.
     pub fn start(socket: &Path) -> Result<Self> {
         let over = Arc::new(AtomicBool::new(false));
-        let driver = Driver::running(UnixStream::connect(socket)?, USUAL);
+        // What every export offers, also one without a write cache.
+        let features = VERSION_1 | INDIRECT | PROTOCOL;
+        let driver = Driver::running(UnixStream::connect(socket)?, features);
         let thread = thread::spawn({
             let over = Arc::clone(&over);
             move || read_until(driver, &over)
