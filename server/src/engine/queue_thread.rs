@@ -125,8 +125,10 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             );
             return end;
         }
-        // Those that are lost have no outcome to wait for.
-        std::mem::forget(std::mem::replace(&mut this.running, SlotTable::new(0)));
+        if !matches!(end, End::Finished) {
+            // The requests that are lost end without an outcome, which dropping them would report.
+            std::mem::forget(std::mem::replace(&mut this.running, SlotTable::new(0)));
+        }
         let freed = catch_unwind(AssertUnwindSafe(move || {
             drop(ManuallyDrop::into_inner(this));
         }));
