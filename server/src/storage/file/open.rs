@@ -62,7 +62,7 @@ const MAX_WRITE_ZEROES_BYTES: u64 = 64 << 20;
 
 /// How long a file may stay taken by a server that was just killed: its last operations in the
 /// kernel end a little after its process.
-const TAKEN_LIMIT: Duration = Duration::from_millis(500);
+const TAKEN_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> {
     let FileOptions {
