@@ -15,7 +15,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recv, recvmsg, send, sendmsg,
@@ -119,13 +119,9 @@ impl ControlChannel {
         }
         let bytes = message.encode();
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        loop {
-            match sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut rights, flags) {
-                Err(Errno::INTR) => {}
-                // The buffer of a new socket holds many messages: only a misbehaving peer has it full.
-                other => return other == Ok(bytes.len()),
-            }
-        }
+        let sent = retry_on_intr(|| sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut rights, flags));
+        // The buffer of a new socket holds many messages: only a misbehaving peer has it full.
+        sent == Ok(bytes.len())
     }
 
     /// Receives one message.
@@ -134,17 +130,8 @@ impl ControlChannel {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut rights = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let received = loop {
-            match recvmsg(
-                &self.0,
-                &mut [IoSliceMut::new(&mut bytes)],
-                &mut rights,
-                flags,
-            ) {
-                Err(Errno::INTR) => {}
-                other => break other,
-            }
-        };
+        let buffers = &mut [IoSliceMut::new(&mut bytes)];
+        let received = retry_on_intr(|| recvmsg(&self.0, buffers, &mut rights, flags));
         let len_bytes = match received {
             Err(Errno::AGAIN) => return Received::Nothing,
             Err(_) => return Received::Gone,
@@ -166,13 +153,9 @@ impl ControlChannel {
 
     /// Wakes a peer that polls; false if it is gone. A full socket wakes it already.
     pub(crate) fn notify(&self) -> bool {
-        loop {
-            match send(&self.0, &[1], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-                Ok(_) | Err(Errno::AGAIN) => return true,
-                Err(Errno::INTR) => {}
-                Err(_) => return false,
-            }
-        }
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let sent = retry_on_intr(|| send(&self.0, &[1], flags));
+        matches!(sent, Ok(_) | Err(Errno::AGAIN))
     }
 
     /// Takes the notifications that are there; false if the peer is gone. The number of system calls is bounded:
@@ -180,10 +163,9 @@ impl ControlChannel {
     pub(crate) fn drain(&self) -> bool {
         let mut bytes = [0_u8; 64];
         for _ in 0..DRAINS_MAX {
-            match recv(&self.0, &mut bytes, RecvFlags::DONTWAIT) {
+            match retry_on_intr(|| recv(&self.0, &mut bytes, RecvFlags::DONTWAIT)) {
                 Ok((_, len_bytes)) if len_bytes == bytes.len() => {}
                 Ok((_, len_bytes)) => return len_bytes != 0,
-                Err(Errno::INTR) => {}
                 Err(errno) => return errno == Errno::AGAIN,
             }
         }

@@ -22,6 +22,8 @@ struct Args {
     resv: [u64; 2],
 }
 
+const _: () = assert!(size_of::<Args>() == 32, "as long as the first version");
+
 /// The side of a pipe that this end is, in the kernel's terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -124,14 +126,4 @@ pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory
         && says(control::DATA_OFFSET, 3 * page)
         && says(control::MMAP_SIZE, 3 * page + u64::from(size));
     as_expected.then_some(memory).ok_or(Errno::PROTO)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_arguments_are_as_long_as_their_first_version() {
-        assert_eq!(size_of::<Args>(), 32);
-    }
 }

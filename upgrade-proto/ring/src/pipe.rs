@@ -4,7 +4,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::BorrowedFd;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2, read, write};
+use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2, read, retry_on_intr, write};
 
 /// The offset that means the current position.
 const HERE: u64 = u64::MAX;
@@ -50,36 +50,48 @@ pub(crate) fn is_broken(pipe: BorrowedFd<'_>) -> bool {
         .is_ok_and(|events| events.intersects(PollFlags::ERR | PollFlags::HUP))
 }
 
+/// Makes an attempt, again after a signal; `None` if it would wait.
+fn attempt(make: impl FnMut() -> Result<usize, Errno>) -> io::Result<Option<usize>> {
+    match retry_on_intr(make) {
+        Ok(count) => Ok(Some(count)),
+        Err(Errno::AGAIN) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The result of a call with RWF_NOWAIT, or, for a kind of file without that (a FIFO, a terminal), of `plain` if the
+/// file is ready for it.
+fn or_if_ready(
+    result: Result<usize, Errno>,
+    pipe: BorrowedFd<'_>,
+    events: PollFlags,
+    plain: impl FnOnce() -> Result<usize, Errno>,
+) -> Result<usize, Errno> {
+    match result {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE | Errno::INVAL) => {
+            match events_now(pipe, events)?.is_empty() {
+                true => Err(Errno::AGAIN),
+                false => plain(),
+            }
+        }
+        other => other,
+    }
+}
+
 /// Reads; `None` if it would wait.
 pub(crate) fn read_some(
     pipe: BorrowedFd<'_>,
     buffer: &mut [u8],
     mode: Mode,
 ) -> io::Result<Option<usize>> {
-    loop {
-        let answer = match mode {
-            Mode::Wait => read(pipe, &mut *buffer),
-            Mode::Now => {
-                let mut buffers = [IoSliceMut::new(buffer)];
-                match preadv2(pipe, &mut buffers, HERE, ReadWriteFlags::NOWAIT) {
-                    // Not supported for this kind of file: a FIFO, a terminal.
-                    Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE | Errno::INVAL) => {
-                        match events_now(pipe, PollFlags::IN)?.is_empty() {
-                            true => Err(Errno::AGAIN),
-                            false => read(pipe, &mut *buffer),
-                        }
-                    }
-                    other => other,
-                }
-            }
-        };
-        match answer {
-            Ok(count) => return Ok(Some(count)),
-            Err(Errno::AGAIN) => return Ok(None),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
+    attempt(|| match mode {
+        Mode::Wait => read(pipe, &mut *buffer),
+        Mode::Now => {
+            let buffers = &mut [IoSliceMut::new(buffer)];
+            let result = preadv2(pipe, buffers, HERE, ReadWriteFlags::NOWAIT);
+            or_if_ready(result, pipe, PollFlags::IN, || read(pipe, &mut *buffer))
         }
-    }
+    })
 }
 
 /// Writes; `None` if it would wait.
@@ -88,30 +100,15 @@ pub(crate) fn write_some(
     bytes: &[u8],
     mode: Mode,
 ) -> io::Result<Option<usize>> {
-    loop {
-        let answer = match mode {
-            Mode::Wait => write(pipe, bytes),
-            Mode::Now => {
-                match pwritev2(pipe, &[IoSlice::new(bytes)], HERE, ReadWriteFlags::NOWAIT) {
-                    Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE | Errno::INVAL) => {
-                        // poll(2) promises this much.
-                        let part = &bytes[..bytes.len().min(ATOMIC_BYTES)];
-                        match events_now(pipe, PollFlags::OUT)?.is_empty() {
-                            true => Err(Errno::AGAIN),
-                            false => write(pipe, part),
-                        }
-                    }
-                    other => other,
-                }
-            }
-        };
-        match answer {
-            Ok(count) => return Ok(Some(count)),
-            Err(Errno::AGAIN) => return Ok(None),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
+    // poll(2) promises this much.
+    let part = &bytes[..bytes.len().min(ATOMIC_BYTES)];
+    attempt(|| match mode {
+        Mode::Wait => write(pipe, bytes),
+        Mode::Now => {
+            let result = pwritev2(pipe, &[IoSlice::new(bytes)], HERE, ReadWriteFlags::NOWAIT);
+            or_if_ready(result, pipe, PollFlags::OUT, || write(pipe, part))
         }
-    }
+    })
 }
 
 #[cfg(test)]

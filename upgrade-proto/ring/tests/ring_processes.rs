@@ -1,5 +1,8 @@
 //! `ublkup-pipe` as a shell runs it: with itself, with programs that have no rings, and killed.
 
+#[path = "common/seccomp.rs"]
+mod seccomp;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -7,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use libc::{SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS};
+use seccomp::filter;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
@@ -73,32 +78,26 @@ impl Place {
     }
 }
 
-/// Runs two programs with a pipe between them; returns the digest of the output, and their messages.
-fn run(mut first: Command, mut second: Command) -> (String, String) {
-    let mut first = first
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("starts");
-    let pipe = first.stdout.take().expect("a pipe");
-    second
-        .stdin(pipe)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut second = second.spawn().expect("starts");
-    let mut out = Vec::new();
-    second
-        .stdout
-        .take()
-        .expect("a pipe")
-        .read_to_end(&mut out)
-        .expect("read");
-    let (first, second) = (first.wait_with_output(), second.wait_with_output());
-    let (first, second) = (first.expect("ended"), second.expect("ended"));
+/// Starts two programs with a pipe between them; the messages of both can be read.
+fn pair(mut first: Command, mut second: Command) -> (Child, Child) {
+    let start = |command: &mut Command| {
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("starts")
+    };
+    let mut first = start(&mut first);
+    second.stdin(first.stdout.take().expect("a pipe"));
+    (first, start(&mut second))
+}
+
+/// Runs such programs; returns the digest of the output, and their messages.
+fn run(first: Command, second: Command) -> (String, String) {
+    let (first, second) = pair(first, second);
+    let second = second.wait_with_output().expect("ended");
+    let first = first.wait_with_output().expect("ended");
     let said = [first.stderr, second.stderr].concat();
     let said = String::from_utf8_lossy(&said).into_owned();
     assert!(first.status.success() && second.status.success(), "{said}");
-    (hex(&Sha256::digest(&out)), said)
+    (hex(&Sha256::digest(&second.stdout)), said)
 }
 
 fn dd() -> Command {
@@ -116,36 +115,26 @@ fn cat(file: Option<&Path>) -> Command {
 #[test]
 fn the_same_bytes_arrive_whichever_end_has_rings() {
     let place = Place::new(5_000_011);
-    let plain = ["--way", "plain"];
-    let table: [(&str, Command, Command, usize); 7] = [
-        ("both", place.produce(&[]), place.ours("consume", &[]), 2),
+    let (produce, consume) = (|| place.produce(&[]), || place.ours("consume", &[]));
+    let (source, records) = (|| cat(Some(&place.data)), ["--records", "16"]);
+    let mut plain = Command::new(program());
+    plain.args(["consume", "--way", "plain"]);
+    let table = [
+        ("both", produce(), consume(), 2),
         (
             "records",
-            place.produce(&["--records", "16"]),
-            place.ours("consume", &["--records", "16"]),
+            place.produce(&records),
+            place.ours("consume", &records),
             2,
         ),
-        ("the first alone", place.produce(&[]), cat(None), 0),
-        (
-            "the second alone",
-            cat(Some(&place.data)),
-            place.ours("consume", &[]),
-            0,
-        ),
-        (
-            "the second not",
-            place.produce(&[]),
-            place.ours("consume", &[]),
-            0,
-        ),
+        ("the first alone", produce(), cat(None), 0),
+        ("the second alone", source(), consume(), 0),
+        ("its records", source(), place.ours("consume", &records), 0),
+        ("the second not", produce(), plain, 0),
         ("blocks", place.produce(&["--records", "777"]), dd(), 0),
-        ("neither", cat(Some(&place.data)), cat(None), 0),
+        ("neither", source(), cat(None), 0),
     ];
-    for (what, first, mut second, upgraded) in table {
-        if what == "the second not" {
-            second = Command::new(program());
-            second.arg("consume").args(plain);
-        }
+    for (what, first, second, upgraded) in table {
         let (digest, said) = run(first, second);
         assert_eq!(digest, place.digest, "{what}: {said}");
         let seen = said.matches(&format!("way={}", transport())).count();
@@ -183,35 +172,6 @@ fn plain_programs_before_and_after_in_the_same_pipe_keep_their_order() {
     );
 }
 
-/// Installs a filter that kills this process at either system call of the kernel's ring.
-fn forbid_ring_calls() -> io::Result<()> {
-    let op = |code: u32, jt, jf, k| libc::sock_filter {
-        code: u16::try_from(code).unwrap_or(0),
-        jt,
-        jf,
-        k,
-    };
-    let mut filter = [
-        // The number of the system call is the first word.
-        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, 473),
-        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, 474),
-        op(libc::BPF_RET, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
-        op(libc::BPF_RET, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog {
-        len: 5,
-        filter: filter.as_mut_ptr(),
-    };
-    let mode = libc::SECCOMP_MODE_FILTER;
-    // SAFETY: `program` and the filter it points to live until the calls return.
-    let done = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-            && libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) == 0
-    };
-    done.then_some(()).ok_or_else(io::Error::last_os_error)
-}
-
 #[test]
 fn the_system_calls_of_the_kernels_ring_are_made_only_if_asked_for() {
     let place = Place::new(300_000);
@@ -219,8 +179,9 @@ fn the_system_calls_of_the_kernels_ring_are_made_only_if_asked_for() {
         let mut command = Command::new(program());
         command.args([role, "--stats", "--wait", "5", "--runtime-dir"]);
         command.arg(place.dir.path()).args(args);
+        let forbid = || filter([473, 474], SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_ALLOW);
         // SAFETY: between fork and exec it makes two system calls, and uses nothing but its own stack.
-        unsafe { command.pre_exec(forbid_ring_calls) };
+        unsafe { command.pre_exec(forbid) };
         command
     };
     let data = place.data.to_str().expect("text");
@@ -293,17 +254,8 @@ fn the_peer_of_a_killed_end_ends_too_at_any_moment() {
 fn a_producer_whose_consumer_pauses_waits_and_loses_nothing() {
     // The consumer waits for its own reader; the producer fills the ring and sleeps.
     let place = Place::new(3_000_000);
-    let mut first = place.produce(&["--wait", "5"]);
-    let mut first = first
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("starts");
-    let mut second = place.ours("consume", &["--wait", "5"]);
-    second
-        .stdin(first.stdout.take().expect("a pipe"))
-        .stdout(Stdio::piped());
-    let mut second = second.stderr(Stdio::piped()).spawn().expect("starts");
+    let wait = ["--wait", "5"];
+    let (mut first, mut second) = pair(place.produce(&wait), place.ours("consume", &wait));
     let mut out = second.stdout.take().expect("a pipe");
     let mut part = [0; 1000];
     out.read_exact(&mut part).expect("read");

@@ -2,6 +2,8 @@
 //! system call but exit_group(2).
 
 mod common;
+#[path = "common/seccomp.rs"]
+mod seccomp;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -11,8 +13,10 @@ use std::time::Duration;
 
 use common::{options, transport};
 use fd_ring::{Consumer, Options, Producer, Transport};
+use libc::{SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+use seccomp::filter;
 use upgrade_proto::{Name, connect};
 
 struct Counting;
@@ -103,40 +107,10 @@ fn no_record_costs_a_system_call_or_an_allocation() {
     assert_eq!(before, after, "(system calls, allocations)");
 }
 
-/// Installs a filter that kills the process for any system call but exit_group(2).
+/// Has the process killed for any system call but exit_group(2).
 fn forbid_system_calls() -> bool {
-    let op = |code: u32, jt, jf, k| libc::sock_filter {
-        code: u16::try_from(code).unwrap_or(0),
-        jt,
-        jf,
-        k,
-    };
     let exit = u32::try_from(libc::SYS_exit_group).unwrap_or(0);
-    let mut filter = [
-        // The number of the system call is the first word.
-        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, exit),
-        op(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-        op(
-            libc::BPF_RET | libc::BPF_K,
-            0,
-            0,
-            libc::SECCOMP_RET_KILL_PROCESS,
-        ),
-    ];
-    let program = libc::sock_fprog {
-        len: 4,
-        filter: filter.as_mut_ptr(),
-    };
-    // SAFETY: `program` and the filter it points to live until the call returns.
-    unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-            && libc::prctl(
-                libc::PR_SET_SECCOMP,
-                libc::SECCOMP_MODE_FILTER,
-                &raw const program,
-            ) == 0
-    }
+    filter([exit; 2], SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS).is_ok()
 }
 
 /// Runs `work` in a child; its exit code, or the signal that ended it.

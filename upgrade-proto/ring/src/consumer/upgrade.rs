@@ -117,7 +117,9 @@ impl Consumer {
             return None;
         }
         let size = u32::try_from(size).ok()?;
-        memfd::check(file, Memory::file_bytes(size)).ok()?;
+        if !memfd::is_fit(file, Memory::file_bytes(size)) {
+            return None;
+        }
         let page = memfd::create(page_size() as u64).ok()?;
         let pieces = Pieces {
             main: file.as_fd(),

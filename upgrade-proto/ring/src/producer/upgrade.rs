@@ -146,5 +146,5 @@ impl Producer {
 
 /// Maps the consumer's index page, if it is valid; whether it is.
 fn map_page(memory: &mut Memory, page: &OwnedFd) -> bool {
-    memfd::check(page, page_size() as u64).is_ok() && memory.map_consumer(page.as_fd()).is_ok()
+    memfd::is_fit(page, page_size() as u64) && memory.map_consumer(page.as_fd()).is_ok()
 }

@@ -10,23 +10,6 @@ fn at(position: u32) -> IndexPage<SharedWord> {
 }
 
 #[test]
-fn positions_wrap_at_two_to_the_thirty_two() {
-    let start = u32::MAX - 3;
-    let (producer, consumer) = (at(start), at(start));
-    let mut writer = Writer::new(16, start, start).expect("valid");
-    let mut reader = Reader::new(16, start, start).expect("valid");
-    for _ in 0..8 {
-        assert_eq!(writer.refresh(&consumer), Ok(16));
-        writer.commit::<_, FullFence>(&producer, &consumer, 16);
-        assert_eq!(writer.refresh(&consumer), Ok(0), "full is not empty");
-        assert_eq!(reader.refresh(&producer), Ok(16));
-        reader.consume(16);
-        reader.publish::<_, FullFence>(&consumer, &producer);
-        assert_eq!(reader.refresh(&producer), Ok(0));
-    }
-}
-
-#[test]
 fn a_position_that_cannot_be_is_refused_by_either_end() {
     let mut writer = Writer::new(16, 100, 90).expect("valid");
     for impossible in [89, 101, 0, u32::MAX, 100 + 16] {
@@ -69,18 +52,4 @@ fn a_mark_is_passed_once_whatever_the_steps() {
         writer.commit::<_, FullFence>(&producer, &consumer, 8 - left);
         assert!(writer.passed(&consumer, 8 - left, 8));
     }
-}
-
-#[test]
-fn a_publisher_sees_how_its_peer_sleeps_and_that_it_left() {
-    let (producer, consumer) = (at(0), at(0));
-    let mut writer = Writer::new(16, 0, 0).expect("valid");
-    announce_sleep::<_, FullFence>(&consumer, WAIT_FUTEX);
-    let seen = writer.commit::<_, FullFence>(&producer, &consumer, 1);
-    assert_eq!((seen.waiting, seen.closed), (WAIT_FUTEX, false));
-    announce_awake(&consumer);
-    assert_eq!(close::<_, FullFence>(&consumer, &producer), 0);
-    let seen = writer.commit::<_, FullFence>(&producer, &consumer, 1);
-    assert_eq!((seen.waiting, seen.closed), (0, true));
-    assert!(has_closed(&consumer) && !has_closed(&producer));
 }

@@ -1,14 +1,14 @@
 //! The calls of both ends: sizes, polling, and all mixes.
 
+use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use fd_ring::{Consumer, End, MAX_RECORD_BYTES, Options, RingError, connect};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::pair::{Pair, below, stream};
-use crate::tools::{Random, is_ready};
+use crate::tools::{Random, is_ready, is_ready_within};
 
 /// The longest that a wake-up may take.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -16,7 +16,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 #[test]
 fn a_poller_for_a_whole_record_is_woken_for_its_first_half_at_most_once() {
     let mut pair = Pair::upgraded();
-    pair.producer.write_all(b"half a ").expect("written");
+    pair.write("half a ");
     let mut ready = 0;
     for _ in 0..10 {
         assert!(pair.consumer.try_peek(13).expect("asked").is_none());
@@ -25,7 +25,7 @@ fn a_poller_for_a_whole_record_is_woken_for_its_first_half_at_most_once() {
         }
     }
     assert!(ready <= 1, "{ready} times of 10");
-    pair.producer.write_all(b"record").expect("written");
+    pair.write("record");
     assert!(is_ready(&pair.consumer), "a lost wake-up");
     let bytes = pair.consumer.try_peek(13).expect("asked");
     assert_eq!(bytes.expect("there").to_vec(), b"half a record");
@@ -33,11 +33,7 @@ fn a_poller_for_a_whole_record_is_woken_for_its_first_half_at_most_once() {
 
 #[test]
 fn a_file_is_read_into_the_reservation_and_no_further() {
-    for upgraded in [false, true] {
-        let mut pair = match upgraded {
-            true => Pair::upgraded(),
-            false => Pair::new(),
-        };
+    for mut pair in Pair::both() {
         let (file, mut source) = io::pipe().expect("a pipe");
         source.write_all(&stream(3, 40)).expect("written");
         let mut room = pair.producer.reserve(20).expect("room");
@@ -46,19 +42,14 @@ fn a_file_is_read_into_the_reservation_and_no_further() {
         assert_eq!(room.read_from(20, &file).expect("read"), 0, "no room");
         assert_eq!(room.read_from(99, &file).expect("read"), 0, "no room");
         room.commit(20).expect("committed");
-        let bytes = pair.consumer.peek(20).expect("read");
-        assert!(bytes.to_vec() == stream(0, 20));
+        assert!(pair.peek(20) == stream(0, 20));
     }
 }
 
 #[test]
 fn more_than_was_reserved_cannot_be_written() {
-    for upgraded in [false, true] {
-        for (offset, len_bytes) in [(0, 17), (16, 1), (usize::MAX, 2)] {
-            let mut pair = match upgraded {
-                true => Pair::upgraded(),
-                false => Pair::new(),
-            };
+    for (offset, len_bytes) in [(0, 17), (16, 1), (usize::MAX, 2)] {
+        for mut pair in Pair::both() {
             let writing = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 let mut room = pair.producer.reserve(16).expect("room");
                 room.put(offset, &vec![0; len_bytes]);
@@ -74,26 +65,17 @@ fn try_and_poll_serve_a_loop_that_never_blocks() {
     let (mut producer, mut consumer) = (pair.producer, pair.consumer);
     drop((pair.reader, pair.writer));
     let total = 3_000_000;
-    let wait = |fd: &dyn AsFd| {
-        let mut fds = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)];
-        let limit = Timespec::try_from(TIMEOUT).expect("a time");
-        assert_ne!(
-            poll(&mut fds, Some(&limit)).expect("polled"),
-            0,
-            "a lost wake-up"
-        );
-    };
     let writing = std::thread::spawn(move || {
         let mut random = Random(77);
         let mut sent = 0;
         while sent < total {
             let len_bytes = (1 + below(&mut random, 5000)).min(total - sent);
-            match producer
-                .try_write(&stream(sent, len_bytes))
-                .expect("written")
-            {
+            let bytes = stream(sent, len_bytes);
+            match producer.try_write(&bytes).expect("written") {
                 Some(count) => sent += count,
-                None if producer.prepare_to_poll().expect("prepared") => wait(&producer),
+                None if producer.prepare_to_poll().expect("prepared") => {
+                    assert!(is_ready_within(&producer, TIMEOUT), "a lost wake-up");
+                }
                 None => {}
             }
         }
@@ -111,7 +93,7 @@ fn try_and_poll_serve_a_loop_that_never_blocks() {
             }
             None => {
                 if consumer.prepare_to_poll().expect("prepared") {
-                    wait(&consumer);
+                    assert!(is_ready_within(&consumer, TIMEOUT), "a lost wake-up");
                 }
             }
         }
@@ -195,26 +177,20 @@ fn every_mix_of_calls_delivers_the_stream() {
 #[test]
 fn sizes_that_do_not_fit_are_refused_and_named() {
     let mut pair = Pair::upgraded();
-    let error = pair
-        .producer
-        .reserve(MAX_RECORD_BYTES + 1)
-        .expect_err("too long");
+    let asked = pair.producer.reserve(MAX_RECORD_BYTES + 1);
+    let error = asked.expect_err("too long");
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     assert!(error.to_string().contains("65537"), "{error}");
     assert!(pair.consumer.try_peek(MAX_RECORD_BYTES + 1).is_err());
-    assert_eq!(
-        pair.producer.reserve(MAX_RECORD_BYTES).expect("fits").len(),
-        MAX_RECORD_BYTES
-    );
+    let longest = pair.producer.reserve(MAX_RECORD_BYTES).expect("fits");
+    assert_eq!(longest.len(), MAX_RECORD_BYTES);
     for size_bytes in [0, 4096, 65536, 131_073, u32::MAX] {
         let bad = Options {
             size_bytes,
             ..Options::plain()
         };
-        let error = Consumer::new(
-            io::stdin().as_fd().try_clone_to_owned().expect("copied"),
-            &bad,
-        );
+        let stdin = io::stdin().as_fd().try_clone_to_owned().expect("copied");
+        let error = Consumer::new(stdin, &bad);
         let inner = error.expect_err("refused").into_inner().expect("our own");
         assert_eq!(inner.downcast_ref(), Some(&RingError::Size(size_bytes)));
     }
@@ -224,15 +200,15 @@ fn sizes_that_do_not_fit_are_refused_and_named() {
 fn connect_makes_the_end_that_the_descriptor_is_open_for() {
     let (reader, writer) = io::pipe().expect("a pipe");
     let plain = Options::plain();
-    assert!(matches!(
+    let (end, other) = (
         connect(reader.into(), &plain),
-        Ok(End::Consumer(_))
-    ));
-    assert!(matches!(
         connect(writer.into(), &plain),
-        Ok(End::Producer(_))
+    );
+    assert!(matches!(
+        (end, other),
+        (Ok(End::Consumer(_)), Ok(End::Producer(_)))
     ));
-    let both = std::fs::File::options()
+    let both = File::options()
         .read(true)
         .write(true)
         .open("/dev/null")

@@ -1,24 +1,20 @@
 //! What happens when an end closes.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::time::Duration;
 
 use fd_ring::{Consumer, Producer, Transport};
 
 use crate::common::transport;
-use crate::pair::{Pair, stream};
+use crate::pair::{Pair, rest, stream};
 
 #[test]
 fn a_producer_that_closes_is_the_end_after_its_last_byte() {
     let mut pair = Pair::upgraded();
-    pair.producer
-        .write_all(&stream(0, 50_000))
-        .expect("written");
+    pair.write(stream(0, 50_000));
     drop(pair.writer);
     pair.producer.finish().expect("finished");
-    let mut got = Vec::new();
-    pair.consumer.read_to_end(&mut got).expect("read");
-    assert!(got == stream(0, 50_000));
+    assert!(rest(&mut pair.consumer) == stream(0, 50_000));
     assert!(pair.consumer.peek(1).expect("asked").is_empty());
 }
 
@@ -40,13 +36,12 @@ fn a_consumer_that_closes_breaks_the_pipe_of_a_producer_that_writes_or_sleeps() 
         let mut pair = Pair::upgraded();
         drop(pair.reader);
         if sleeps {
-            while pair.producer.try_reserve(4096).expect("asked").is_some() {
-                pair.producer
-                    .reserve(4096)
-                    .expect("room")
-                    .commit(4096)
-                    .expect("committed");
-            }
+            while pair
+                .producer
+                .try_write(&[0; 4096])
+                .expect("written")
+                .is_some()
+            {}
         }
         let mut producer = pair.producer;
         let writing = std::thread::spawn(move || {
@@ -64,30 +59,28 @@ fn a_consumer_that_closes_breaks_the_pipe_of_a_producer_that_writes_or_sleeps() 
 
 #[test]
 fn bytes_that_a_closed_consumer_has_not_taken_go_to_the_next_reader() {
-    let mut pair = Pair::upgraded();
-    pair.producer
-        .write_all(&stream(0, 30_000))
-        .expect("written");
-    let mut first = vec![0; 12_345];
-    pair.consumer.read_exact(&mut first).expect("read");
-    drop(pair.consumer);
-    pair.producer
-        .write_all(&stream(30_000, 10_000))
-        .expect("written");
-    pair.producer.finish().expect("finished");
-    drop(pair.writer);
-    let mut rest = Vec::new();
-    pair.reader.read_to_end(&mut rest).expect("read");
-    first.extend(rest);
-    assert!(first == stream(0, 40_000), "{} bytes", first.len());
+    for (taken, more, finishes) in [(12_345, 10_000, true), (7_000, 0, false)] {
+        let mut pair = Pair::upgraded();
+        pair.write(stream(0, 20_000));
+        let mut got = pair.read(taken);
+        drop(pair.consumer);
+        let mut producer = pair.producer;
+        producer.write_all(&stream(20_000, more)).expect("written");
+        match finishes {
+            true => producer.finish().expect("finished"),
+            false => drop(producer),
+        }
+        drop(pair.writer);
+        got.extend(rest(&mut pair.reader));
+        assert!(got == stream(0, 20_000 + more), "{} bytes", got.len());
+    }
 }
 
 #[test]
 fn a_second_consumer_gets_a_ring_of_its_own_after_the_first() {
     let mut pair = Pair::upgraded();
-    pair.producer.write_all(&stream(0, 9_000)).expect("written");
-    let mut got = vec![0; 5_000];
-    pair.consumer.read_exact(&mut got).expect("read");
+    pair.write(stream(0, 9_000));
+    let mut got = pair.read(5_000);
     let copy = pair.reader.try_clone().expect("copied");
     // The kernel's ring has one consumer at a time; a second shared one waits for its offer.
     let mut first = Some(pair.consumer);
@@ -96,62 +89,34 @@ fn a_second_consumer_gets_a_ring_of_its_own_after_the_first() {
     drop(first);
     pair.producer.flush().expect("flushed");
     pair.upgrade();
-    pair.producer
-        .write_all(&stream(9_000, 3_000))
-        .expect("written");
-    drop((pair.producer, pair.writer));
-    pair.consumer.read_to_end(&mut got).expect("read");
+    pair.write(stream(9_000, 3_000));
+    got.extend(pair.end_of_stream());
     assert!(got == stream(0, 12_000), "{} bytes", got.len());
 }
 
 #[test]
 fn a_second_producer_gets_a_ring_of_its_own_after_the_first() {
     let mut pair = Pair::upgraded();
-    pair.producer.write_all(&stream(0, 9_000)).expect("written");
+    pair.write(stream(0, 9_000));
     drop(pair.producer);
     let copy = pair.writer.try_clone().expect("copied");
     pair.producer = Producer::new(copy.into(), &pair.options).expect("a producer");
-    let mut got = vec![0; 9_000];
-    pair.consumer.read_exact(&mut got).expect("read");
+    let mut got = pair.read(9_000);
     pair.upgrade();
-    pair.producer
-        .write_all(&stream(9_000, 3_000))
-        .expect("written");
-    drop((pair.producer, pair.writer));
-    pair.consumer.read_to_end(&mut got).expect("read");
+    pair.write(stream(9_000, 3_000));
+    got.extend(pair.end_of_stream());
     assert!(got == stream(0, 12_000), "{} bytes", got.len());
 }
 
 #[test]
 fn a_producer_finishes_without_an_error_exactly_if_its_bytes_were_all_taken() {
-    for left in [false, true] {
+    for taken in [8_999, 9_000] {
         let mut pair = Pair::upgraded();
-        drop(pair.reader);
-        pair.producer.write_all(&stream(0, 9_000)).expect("written");
-        let mut got = vec![0; if left { 8_999 } else { 9_000 }];
-        pair.consumer.read_exact(&mut got).expect("read");
-        drop(pair.consumer);
-        let finished = pair.producer.finish();
-        match left {
-            false => finished.expect("nothing is lost"),
-            true => {
-                let error = finished.expect_err("a byte is lost");
-                assert_eq!(error.kind(), ErrorKind::BrokenPipe);
-            }
-        }
+        pair.write(stream(0, 9_000));
+        pair.read(taken);
+        drop((pair.consumer, pair.reader));
+        let finished = pair.producer.finish().map_err(|error| error.kind());
+        let lost = Err(ErrorKind::BrokenPipe);
+        assert_eq!(finished, if taken == 9_000 { Ok(()) } else { lost });
     }
-}
-
-#[test]
-fn a_dropped_producer_gives_what_its_consumer_left_to_the_next_reader() {
-    let mut pair = Pair::upgraded();
-    pair.producer
-        .write_all(&stream(0, 20_000))
-        .expect("written");
-    let mut got = vec![0; 7_000];
-    pair.consumer.read_exact(&mut got).expect("read");
-    drop(pair.consumer);
-    drop((pair.producer, pair.writer));
-    pair.reader.read_to_end(&mut got).expect("read");
-    assert!(got == stream(0, 20_000), "{} bytes", got.len());
 }

@@ -1,12 +1,15 @@
 //! How the bytes go over from the pipe to a ring, and beside other programs.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use fd_ring::{Consumer, Producer, Transport};
 
 use crate::common::{options, transport};
-use crate::pair::{Pair, stream};
+use crate::pair::{Pair, rest, stream};
 use crate::tools::is_ready;
 
 #[test]
@@ -14,31 +17,22 @@ fn the_two_ends_meet_whichever_is_first_and_say_so() {
     let mut pair = Pair::new();
     assert_eq!(pair.producer.transport(), Transport::Plain);
     pair.upgrade();
-    pair.producer
-        .write_all(b"through the ring")
-        .expect("written");
-    assert_eq!(
-        pair.consumer.peek(1).expect("there").to_vec(),
-        b"through the ring"
-    );
+    pair.write("through the ring");
+    assert_eq!(pair.peek(1), b"through the ring");
     assert_eq!(pair.producer.counters().ring_bytes, 16);
     // The consumer first.
-    let dir = tempfile::tempdir().expect("a directory");
-    let options = options(transport(), &dir);
-    let (reader, writer) = io::pipe().expect("a pipe");
-    let mut consumer = Consumer::new(reader.into(), &options).expect("a consumer");
-    let mut producer = Producer::new(writer.into(), &options).expect("a producer");
-    let place = &mut [0; 4096];
-    for round in 0..40_usize {
+    let mut pair = Pair::new();
+    drop((pair.producer, pair.consumer));
+    let reader = pair.reader.try_clone().expect("copied");
+    pair.consumer = Consumer::new(reader.into(), &pair.options).expect("a consumer");
+    let writer = pair.writer.try_clone().expect("copied");
+    pair.producer = Producer::new(writer.into(), &pair.options).expect("a producer");
+    for round in 0..40 {
         let record = stream(round * 64, 64);
-        producer.write_all(&record).expect("written");
-        consumer.read_exact(&mut place[..64]).expect("read");
-        assert_eq!(place[..64], record, "round {round}");
+        pair.write(&record);
+        assert_eq!(pair.read(64), record, "round {round}");
     }
-    assert_eq!(
-        (producer.transport(), consumer.transport()),
-        (transport(), transport())
-    );
+    assert_eq!(pair.transports(), (transport(), transport()));
 }
 
 #[test]
@@ -84,92 +78,35 @@ fn what_was_in_the_pipe_before_the_ring_comes_before_it() {
 #[test]
 fn a_record_that_begins_in_the_pipe_and_ends_in_the_ring_is_one_record() {
     let mut pair = Pair::new();
-    pair.producer.write_all(b"first ha").expect("written");
+    pair.write("first ha");
     pair.upgrade();
-    pair.producer
-        .write_all(b"lf, then the rest")
-        .expect("written");
-    assert_eq!(
-        pair.consumer.peek(16).expect("there").first(16).to_vec(),
-        b"first half, then"
-    );
+    pair.write("lf, then the rest");
+    assert_eq!(pair.peek(16)[..16], *b"first half, then");
     pair.consumer.consume(11);
-    assert_eq!(
-        pair.consumer.peek(14).expect("there").to_vec(),
-        b" then the rest"
-    );
+    assert_eq!(pair.peek(14), b" then the rest");
     pair.consumer.consume(14);
     assert!(pair.consumer.try_peek(1).expect("asked").is_none());
 }
 
 #[test]
-fn a_plain_reader_gets_the_bytes_and_the_end() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let (mut reader, writer) = io::pipe().expect("a pipe");
-    let mut producer =
-        Producer::new(writer.into(), &options(transport(), &dir)).expect("a producer");
-    let writing = std::thread::spawn(move || {
-        for round in 0..1000 {
-            let mut record = producer.reserve(300).expect("room");
-            record.copy_from_slice(&stream(round * 300, 300));
-            record.commit(300).expect("committed");
-        }
-        assert_eq!(producer.transport(), Transport::Plain);
-        producer.finish().expect("finished");
-    });
-    let mut got = Vec::new();
-    reader.read_to_end(&mut got).expect("read");
-    writing.join().expect("the writer");
-    assert!(got == stream(0, 300_000));
-}
-
-#[test]
-fn a_plain_writer_is_read_to_its_end() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let (reader, mut writer) = io::pipe().expect("a pipe");
-    let mut consumer =
-        Consumer::new(reader.into(), &options(transport(), &dir)).expect("a consumer");
-    let writing = std::thread::spawn(move || writer.write_all(&stream(0, 300_000)));
-    let mut got = Vec::new();
-    loop {
-        let bytes = consumer.peek(7).expect("read");
-        let count = bytes.len();
-        got.extend(bytes.to_vec());
-        consumer.consume(count);
-        if count == 0 {
-            break;
-        }
-    }
-    writing.join().expect("the writer").expect("written");
-    assert!(got == stream(0, 300_000));
-    assert_eq!(consumer.transport(), Transport::Plain);
-}
-
-#[test]
 fn a_second_producer_beside_the_first_writes_to_the_pipe_and_is_read() {
-    let mut pair = Pair::by(Transport::Shared);
-    pair.upgrade();
+    let mut pair = Pair::upgraded_by(Transport::Shared);
     let copy = pair.writer.try_clone().expect("copied");
     let mut other = Producer::new(copy.into(), &pair.options).expect("a producer");
-    pair.producer.write_all(b"ring ").expect("written");
+    pair.write("ring ");
     other.write_all(b"pipe ").expect("written");
     assert_eq!(other.transport(), Transport::Plain);
-    let mut got = [0; 5];
-    pair.consumer.read_exact(&mut got).expect("read");
-    assert_eq!(&got, b"ring ");
-    pair.consumer.read_exact(&mut got).expect("read");
-    assert_eq!(&got, b"pipe ");
-    pair.producer.write_all(b"again").expect("written");
-    pair.consumer.read_exact(&mut got).expect("read");
-    assert_eq!(&got, b"again");
+    assert_eq!(pair.read(5), b"ring ");
+    assert_eq!(pair.read(5), b"pipe ");
+    pair.write("again");
+    assert_eq!(pair.read(5), b"again");
 }
 
 #[test]
 fn a_record_that_begins_in_the_ring_and_ends_in_the_pipe_is_one_record() {
     for polls in [true, false] {
-        let mut pair = Pair::by(Transport::Shared);
-        pair.upgrade();
-        pair.producer.write_all(b"half a ").expect("written");
+        let mut pair = Pair::upgraded_by(Transport::Shared);
+        pair.write("half a ");
         assert!(pair.consumer.try_peek(13).expect("asked").is_none());
         pair.writer.write_all(b"record").expect("written");
         if polls {
@@ -178,11 +115,10 @@ fn a_record_that_begins_in_the_ring_and_ends_in_the_pipe_is_one_record() {
             let bytes = pair.consumer.try_peek(13).expect("asked");
             assert_eq!(bytes.expect("there").to_vec(), b"half a record");
         }
-        let bytes = pair.consumer.peek(13).expect("read").to_vec();
-        assert_eq!(bytes, b"half a record");
+        assert_eq!(pair.peek(13), b"half a record");
         pair.consumer.consume(13);
-        pair.producer.write_all(b"!").expect("written");
-        assert_eq!(pair.consumer.peek(1).expect("read").to_vec(), b"!");
+        pair.write("!");
+        assert_eq!(pair.peek(1), b"!");
     }
 }
 
@@ -194,33 +130,28 @@ fn an_upgrade_can_be_waited_for_without_a_limit() {
         let transport = producer.upgrade(Duration::MAX).expect("asked");
         (producer, transport)
     });
-    assert_eq!(
-        pair.consumer.upgrade(Duration::MAX).expect("asked"),
-        pair.transport
-    );
-    let (_producer, transport) = asking.join().expect("the producer");
-    assert_eq!(transport, pair.transport);
+    let consumers = pair.consumer.upgrade(Duration::MAX).expect("asked");
+    let (_producer, producers) = asking.join().expect("the producer");
+    assert_eq!([consumers, producers], [pair.transport; 2]);
 }
 
 #[test]
 fn other_files_than_pipes_are_read_and_written_plainly() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("file");
-    let file = std::fs::File::create(&path).expect("made");
-    let mut producer = Producer::new(file.into(), &options(transport(), &dir)).expect("a producer");
-    producer.write_all(&stream(0, 100_000)).expect("written");
-    producer.finish().expect("finished");
-    let file = std::fs::File::open(&path).expect("opened");
-    let mut consumer = Consumer::new(file.into(), &options(transport(), &dir)).expect("a consumer");
-    let mut got = Vec::new();
-    consumer.read_to_end(&mut got).expect("read");
-    assert!(got == stream(0, 100_000));
-    let (near, far) = std::os::unix::net::UnixStream::pair().expect("a pair");
-    let mut producer = Producer::new(near.into(), &options(transport(), &dir)).expect("a producer");
-    let mut consumer = Consumer::new(far.into(), &options(transport(), &dir)).expect("a consumer");
-    producer.write_all(b"by a socket").expect("written");
-    producer.finish().expect("finished");
-    got.clear();
-    consumer.read_to_end(&mut got).expect("read");
-    assert_eq!(got, b"by a socket");
+    let made = File::create_new(&path).expect("made");
+    let opened = File::open(&path).expect("opened");
+    let (near, far) = UnixStream::pair().expect("a pair");
+    let files: [(OwnedFd, OwnedFd, usize); 2] = [
+        (made.into(), opened.into(), 100_000),
+        (near.into(), far.into(), 11),
+    ];
+    for (out, source, len_bytes) in files {
+        let options = options(transport(), &dir);
+        let mut producer = Producer::new(out, &options).expect("a producer");
+        producer.write_all(&stream(0, len_bytes)).expect("written");
+        producer.finish().expect("finished");
+        let mut consumer = Consumer::new(source, &options).expect("a consumer");
+        assert!(rest(&mut consumer) == stream(0, len_bytes));
+    }
 }

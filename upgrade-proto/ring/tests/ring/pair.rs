@@ -1,6 +1,6 @@
 //! Two ends in this process, and the stream that they exchange.
 
-use std::io::{self, PipeReader, PipeWriter};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::time::Duration;
 
 use fd_ring::{Consumer, Options, Producer, Transport};
@@ -46,9 +46,18 @@ impl Pair {
 
     /// A pair with a ring.
     pub fn upgraded() -> Self {
-        let mut pair = Self::new();
+        Self::upgraded_by(transport())
+    }
+
+    pub fn upgraded_by(transport: Transport) -> Self {
+        let mut pair = Self::by(transport);
         pair.upgrade();
         pair
+    }
+
+    /// A pair without a ring, and one with a ring.
+    pub fn both() -> [Self; 2] {
+        [Self::new(), Self::upgraded()]
     }
 
     pub fn upgrade(&mut self) {
@@ -65,6 +74,36 @@ impl Pair {
     pub fn transports(&self) -> (Transport, Transport) {
         (self.producer.transport(), self.consumer.transport())
     }
+
+    /// Writes all of it at the producer.
+    pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
+        self.producer.write_all(bytes.as_ref()).expect("written");
+    }
+
+    /// Reads so many bytes at the consumer.
+    pub fn read(&mut self, len_bytes: usize) -> Vec<u8> {
+        let mut got = vec![0; len_bytes];
+        self.consumer.read_exact(&mut got).expect("read");
+        got
+    }
+
+    /// What is readable at the consumer, at least so many bytes.
+    pub fn peek(&mut self, at_least: usize) -> Vec<u8> {
+        self.consumer.peek(at_least).expect("read").to_vec()
+    }
+
+    /// Closes the writing end, and reads at the consumer what is left.
+    pub fn end_of_stream(mut self) -> Vec<u8> {
+        drop((self.producer, self.writer));
+        rest(&mut self.consumer)
+    }
+}
+
+/// Reads to the end.
+pub fn rest(from: &mut impl Read) -> Vec<u8> {
+    let mut got = Vec::new();
+    from.read_to_end(&mut got).expect("read");
+    got
 }
 
 /// The byte at an offset of the stream that all tests send.

@@ -1,15 +1,16 @@
 //! Peers that misbehave before there is a ring.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use fd_ring::{Producer, Transport};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use upgrade_proto::{Name, connect};
 
-use crate::common::options;
-use crate::peer::{ALL_SEALS, OFFER, PAGE, READY, SIZE, SWITCH, offered, receive, sealed, send};
+use crate::peer::{
+    ALL_SEALS, OFFER, PAGE, READY, SIZE, SWITCH, connected, offered, offering, receive, sealed,
+    send,
+};
 use crate::tools::is_ready;
 
 /// A sealed file of the right size without allocated pages.
@@ -24,41 +25,26 @@ fn sparse(len_bytes: usize) -> OwnedFd {
 fn memory_that_could_be_truncated_is_refused_and_the_pipe_goes_on() {
     let total = 3 * PAGE + SIZE;
     let memory = |len, seals| sealed(len, seals).expect("made").0;
+    let without = |seal| memory(total, ALL_SEALS.difference(seal));
+    let (pipe, _writer) = std::io::pipe().expect("a pipe");
+    let no_memory = tempfile::tempfile().expect("a file").into();
     let mut offers = vec![
-        (
-            "shrinkable",
-            memory(total, ALL_SEALS.difference(SealFlags::SHRINK)),
-            SIZE,
-        ),
-        (
-            "growable",
-            memory(total, ALL_SEALS.difference(SealFlags::GROW)),
-            SIZE,
-        ),
-        (
-            "writable",
-            memory(total, ALL_SEALS.difference(SealFlags::FUTURE_WRITE)),
-            SIZE,
-        ),
-        ("unsealed", memory(total, SealFlags::empty()), SIZE),
+        ("shrinkable", without(SealFlags::SHRINK), SIZE),
+        ("growable", without(SealFlags::GROW), SIZE),
+        ("writable", without(SealFlags::FUTURE_WRITE), SIZE),
+        ("to be sealed further", without(SealFlags::SEAL), SIZE),
+        ("unsealed", without(ALL_SEALS), SIZE),
         ("not all there", sparse(total), SIZE),
         ("short", memory(total - PAGE, ALL_SEALS), SIZE),
         (
             "no power of two",
-            memory(3 * PAGE + SIZE + PAGE, ALL_SEALS),
+            memory(total + PAGE, ALL_SEALS),
             SIZE + PAGE,
         ),
         ("too small", memory(3 * PAGE + PAGE, ALL_SEALS), PAGE),
-        (
-            "too large",
-            memory(3 * PAGE + 2 * SIZE, ALL_SEALS),
-            2 * SIZE,
-        ),
-        (
-            "no memory",
-            tempfile::tempfile().expect("a file").into(),
-            SIZE,
-        ),
+        ("too large", memory(total + SIZE, ALL_SEALS), 2 * SIZE),
+        ("no memory", no_memory, SIZE),
+        ("no file", pipe.into(), SIZE),
     ];
     // Huge pages can run out under a mapping. Not every kernel has them.
     if let Ok(file) = memfd_create("huge", MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB) {
@@ -67,7 +53,7 @@ fn memory_that_could_be_truncated_is_refused_and_the_pipe_goes_on() {
         offers.push(("huge pages", file, SIZE));
     }
     for (what, file, size) in offers {
-        let (_dir, mut consumer, mut writer, _socket) = offered(&file, size as u64);
+        let (_dir, mut consumer, mut writer, socket) = offered(&file, size as u64);
         writer.write_all(b"by the pipe").expect("written");
         let mut got = [0; 11];
         consumer.read_exact(&mut got).expect("read");
@@ -76,25 +62,17 @@ fn memory_that_could_be_truncated_is_refused_and_the_pipe_goes_on() {
             (b"by the pipe", Transport::Plain),
             "{what}"
         );
-        send(&_socket, SWITCH, 0, None);
-        drop(writer);
-        drop(_socket);
+        send(&socket, SWITCH, 0, None);
+        drop((writer, socket));
         assert_eq!(consumer.read(&mut got).expect("read"), 0, "{what}");
     }
 }
 
 #[test]
 fn a_peer_that_sends_nonsense_or_disconnects_is_ignored() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let options = options(Transport::Shared, &dir);
-    let (mut reader, writer) = io::pipe().expect("a pipe");
-    let mut producer = Producer::new(writer.into(), &options).expect("a producer");
-    let name = Name::new("ring-buffer").expect("a name");
+    let (_dir, options, mut producer, mut reader) = offering();
     for round in 0..20_u8 {
-        let found = connect(&reader, &name, &options.lookup)
-            .expect("asked")
-            .found();
-        let mut socket = found.expect("offered").into_stream();
+        let mut socket = connected(&reader, &options);
         producer.upgrade(Duration::ZERO).expect("asked");
         match round % 4 {
             0 => drop(socket),
@@ -126,17 +104,12 @@ fn vain_events(producer: &mut Producer) -> usize {
 
 #[test]
 fn a_message_to_a_producer_with_a_full_pipe_is_one_event() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let options = options(Transport::Shared, &dir);
-    let (mut reader, writer) = io::pipe().expect("a pipe");
-    let mut producer = Producer::new(writer.into(), &options).expect("a producer");
+    let (_dir, options, mut producer, mut reader) = offering();
     let mut sent = 0;
     while let Some(count) = producer.try_write(&[9; 4096]).expect("written") {
         sent += count;
     }
-    let name = Name::new("ring-buffer").expect("a name");
-    let asked = connect(&reader, &name, &options.lookup).expect("asked");
-    let socket = asked.found().expect("offered").into_stream();
+    let socket = connected(&reader, &options);
     assert!(vain_events(&mut producer) <= 1, "a consumer has come");
     receive(&socket, OFFER).expect("memory");
     let (page, _words) = sealed(PAGE, ALL_SEALS).expect("made");
@@ -153,15 +126,10 @@ fn a_message_to_a_producer_with_a_full_pipe_is_one_event() {
 
 #[test]
 fn a_disconnect_from_a_producer_with_a_full_pipe_is_one_event() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let options = options(Transport::Shared, &dir);
-    let (reader, writer) = io::pipe().expect("a pipe");
-    let mut producer = Producer::new(writer.into(), &options).expect("a producer");
+    let (_dir, options, mut producer, reader) = offering();
     while producer.try_write(&[9; 4096]).expect("written").is_some() {}
-    let name = Name::new("ring-buffer").expect("a name");
     for readies in [false, true] {
-        let asked = connect(&reader, &name, &options.lookup).expect("asked");
-        let socket = asked.found().expect("offered").into_stream();
+        let socket = connected(&reader, &options);
         vain_events(&mut producer);
         if readies {
             let (page, _words) = sealed(PAGE, ALL_SEALS).expect("made");

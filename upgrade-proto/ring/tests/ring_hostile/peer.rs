@@ -5,14 +5,15 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use fd_ring::{Consumer, Producer, Transport};
+use fd_ring::{Consumer, Options, Producer, SERVICE, Transport};
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
 };
+use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -89,22 +90,17 @@ unsafe impl Send for Words {}
 
 impl Words {
     pub fn map(file: &OwnedFd, offset: usize, len_bytes: usize) -> Self {
-        let rights = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let at = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                len_bytes,
-                rights,
-                MapFlags::SHARED,
-                file,
-                offset as u64,
-            )
-        };
-        Self(
-            NonNull::new(at.expect("mapped").cast()).expect("not null"),
+        Self::try_map(file, offset, len_bytes).expect("mapped")
+    }
+
+    fn try_map(file: &OwnedFd, offset: usize, len_bytes: usize) -> Result<Self, Errno> {
+        let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+        // SAFETY: a new mapping at an address of the kernel's choice, if it is made.
+        let at = unsafe { mmap(null_mut(), len_bytes, rights, flags, file, offset as u64) }?;
+        Ok(Self(
+            NonNull::new(at.cast()).expect("not null"),
             len_bytes / 4,
-        )
+        ))
     }
 
     pub fn all(&self) -> &[AtomicU32] {
@@ -143,12 +139,28 @@ pub fn kernel_ring(pipe: &impl AsFd, side: u32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(answer.try_into().expect("a descriptor")) }
 }
 
+/// A producer that would share a ring, its options and the other end of its pipe.
+pub fn offering() -> (TempDir, Options, Producer, io::PipeReader) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let options = options(Transport::Shared, &dir);
+    let (reader, writer) = io::pipe().expect("a pipe");
+    let producer = Producer::new(writer.into(), &options).expect("a producer");
+    (dir, options, producer, reader)
+}
+
+/// A consumer's end of a socket to such a producer.
+pub fn connected(reader: &io::PipeReader, options: &Options) -> UnixStream {
+    let name = Name::new(SERVICE).expect("a name");
+    let asked = connect(reader, &name, &options.lookup).expect("asked");
+    asked.found().expect("offered").into_stream()
+}
+
 /// A consumer to which `file` was offered as a ring of `size` bytes, and the producer's end of the socket.
 pub fn offered(file: &OwnedFd, size: u64) -> (TempDir, Consumer, io::PipeWriter, UnixStream) {
     let dir = tempfile::tempdir().expect("a directory");
     let options = options(Transport::Shared, &dir);
     let (reader, writer) = io::pipe().expect("a pipe");
-    let name = Name::new("ring-buffer").expect("a name");
+    let name = Name::new(SERVICE).expect("a name");
     let listener = Listener::bind(&writer, &name, &options.offer).expect("bound");
     let consumer = Consumer::new(reader.into(), &options).expect("a consumer");
     let socket = listener
@@ -205,26 +217,15 @@ pub fn with_hostile_consumer() -> (Producer, Words, Peer) {
         let words = Words::map(&ring, 2 * PAGE, PAGE);
         return (producer, words, Box::new(reader));
     }
-    let name = Name::new("ring-buffer").expect("a name");
-    let asked = connect(&reader, &name, &options.lookup).expect("asked");
-    let socket = asked.found().expect("offered").into_stream();
+    let socket = connected(&reader, &options);
     producer.upgrade(Duration::ZERO).expect("asked");
     let theirs = receive(&socket, OFFER).expect("memory");
     // No other process can write to the producer's file.
-    let rights = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: a new mapping at an address of the kernel's choice, if it is made.
-    let writable = unsafe {
-        mmap(
-            std::ptr::null_mut(),
-            PAGE,
-            rights,
-            MapFlags::SHARED,
-            &theirs,
-            0,
-        )
-    };
-    assert_eq!(writable.err(), Some(rustix::io::Errno::PERM));
+    let mapped = Words::try_map(&theirs, 0, PAGE);
+    assert_eq!(mapped.err(), Some(Errno::PERM));
     assert!(rustix::io::write(&theirs, b"x").is_err() && ftruncate(&theirs, 0).is_err());
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    assert_eq!(fallocate(&theirs, punch, 0, 4096), Err(Errno::PERM));
     let (page, words) = sealed(PAGE, ALL_SEALS).expect("made");
     send(&socket, READY, 0, Some(page.as_fd()));
     producer.upgrade(Duration::ZERO).expect("asked");
