@@ -12,7 +12,7 @@ use rustix::ioctl::{self, opcode};
 use crate::address::Name;
 use crate::claim;
 use crate::connect::{Answer, Connection, Lookup, connect, is_trusted_peer};
-use crate::error::NoService;
+use crate::error::{NoService, OrCannot};
 use crate::object::is_read_only_disk;
 use crate::{Error, socket};
 
@@ -64,7 +64,7 @@ impl DiskClaim {
         };
         let flags = mode | OFlags::DIRECT | OFlags::CLOEXEC;
         open(socket::proc_path(self.fd.as_fd()), flags, Mode::empty())
-            .map_err(|errno| Error::system("open", &self.device, errno))
+            .or_cannot("open", &self.device)
     }
 
     /// Whether the device is read-only, and so shared instead of claimed.
@@ -192,7 +192,7 @@ impl Drop for BlockUpgrade {
 }
 
 fn expect_block_device(fd: BorrowedFd<'_>, device: &str) -> Result<(u32, u32), Error> {
-    let stat = fstat(fd).map_err(|errno| Error::system("examine", device, errno))?;
+    let stat = fstat(fd).or_cannot("examine", device)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::BlockDevice {
         return Err(Error::system("upgrade", device, Errno::NOTBLK));
     }
@@ -225,7 +225,7 @@ fn open_claimed(path: &Path, device: &str) -> Result<(OwnedFd, bool), Error> {
 }
 
 fn write_out(fd: BorrowedFd<'_>, device: &str) -> Result<(), Error> {
-    fsync(fd).map_err(|errno| Error::system("write out the page cache of", device, errno))
+    fsync(fd).or_cannot("write out the page cache of", device)
 }
 
 /// Drops the device's page cache. BLKFLSBUF needs CAP_SYS_ADMIN; without it posix_fadvise(2) drops the clean pages that
@@ -237,8 +237,7 @@ fn drop_cache(fd: BorrowedFd<'_>, device: &str) -> Result<(), Error> {
         Ok(()) => Ok(()),
         Err(Errno::ACCESS | Errno::PERM) => {
             write_out(fd, device)?;
-            fadvise(fd, 0, None, Advice::DontNeed)
-                .map_err(|errno| Error::system("drop the page cache of", device, errno))
+            fadvise(fd, 0, None, Advice::DontNeed).or_cannot("drop the page cache of", device)
         }
         Err(errno) => Err(Error::system("drop the page cache of", device, errno)),
     }

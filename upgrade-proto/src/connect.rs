@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use crate::Error;
 use crate::address::{FdAddress, Name};
-use crate::error::NoService;
+use crate::error::{NoService, OrCannot};
 use crate::object::{self, Key};
 use crate::registry::{self, Entry};
 use crate::socket::{self, Peer};
@@ -44,13 +44,14 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(stream: UnixStream, route: Route, peer: Peer) -> Self {
-        Self {
-            stream,
+    /// Of a socket; `whom` is what its other end is, for a message.
+    pub(crate) fn new(stream: OwnedFd, route: Route, whom: &str) -> Result<Self, Error> {
+        Ok(Self {
+            peer: socket::peer(&stream).or_cannot("examine", whom)?,
+            stream: stream.into(),
             route,
-            peer,
             entry: None,
-        }
+        })
     }
 
     /// How the client found the server.
@@ -137,7 +138,7 @@ pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Con
         false => Err(Errno::NOENT),
     };
     match connected {
-        Ok(stream) => Ok(Answer::Found(introduce(stream, Route::Kernel)?)),
+        Ok(stream) => Connection::new(stream, Route::Kernel, "the server").map(Answer::Found),
         Err(Errno::CONNREFUSED | Errno::NOENT | Errno::NOTDIR) => {
             connect_by_registry(fd, name, lookup, &mut || Key::of(fd))
         }
@@ -146,12 +147,6 @@ pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Con
         }
         Err(errno) => Err(Error::system("connect to", address, errno)),
     }
-}
-
-fn introduce(stream: OwnedFd, route: Route) -> Result<Connection, Error> {
-    let peer =
-        socket::peer(&stream).map_err(|errno| Error::system("examine", "the server", errno))?;
-    Ok(Connection::new(UnixStream::from(stream), route, peer))
 }
 
 /// The registry's route. `key` is called before and after connecting, and must return the same.
@@ -182,7 +177,7 @@ fn connect_by_registry(
                     continue;
                 }
             };
-            let mut connection = introduce(stream, Route::Registry)?;
+            let mut connection = Connection::new(stream, Route::Registry, "the server")?;
             connection.entry = Some(registry::entry_path(dir, &candidate, name));
             if !is_trusted_peer(fd, connection.peer())? {
                 refusal = NoService::ForeignPeer {
@@ -230,8 +225,7 @@ fn try_entry(
 
 /// Whether the server is root or the owner of the device node, or of the pipe.
 pub(crate) fn is_trusted_peer(fd: BorrowedFd<'_>, peer: Peer) -> Result<bool, Error> {
-    let stat =
-        fstat(fd).map_err(|errno| Error::system("examine descriptor", fd.as_raw_fd(), errno))?;
+    let stat = fstat(fd).or_cannot("examine descriptor", fd.as_raw_fd())?;
     Ok(peer.uid == 0 || peer.uid == stat.st_uid)
 }
 

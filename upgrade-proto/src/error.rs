@@ -92,6 +92,24 @@ impl Error {
     }
 }
 
+impl From<Error> for Errno {
+    fn from(error: Error) -> Self {
+        error.errno()
+    }
+}
+
+/// Names what a system call was for.
+pub(crate) trait OrCannot<T> {
+    /// The result with an error that says what was tried, and on what.
+    fn or_cannot(self, what: &'static str, on: impl fmt::Display) -> Result<T, Error>;
+}
+
+impl<T> OrCannot<T> for Result<T, Errno> {
+    fn or_cannot(self, what: &'static str, on: impl fmt::Display) -> Result<T, Error> {
+        self.map_err(|errno| Error::system(what, on, errno))
+    }
+}
+
 /// Why there is no service to use. The caller goes on with the object that it has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

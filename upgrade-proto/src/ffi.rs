@@ -37,7 +37,7 @@ unsafe fn text<'a>(text: *const c_char) -> Option<&'a CStr> {
 unsafe fn name(name: *const c_char) -> Result<Name, Errno> {
     // SAFETY: passed on.
     let name = unsafe { text(name) }.ok_or(Errno::INVAL)?;
-    Name::new(name.to_str().map_err(|_| Errno::INVAL)?).map_err(|error| error.errno())
+    Ok(Name::new(name.to_str().map_err(|_| Errno::INVAL)?)?)
 }
 
 /// # Safety
@@ -103,9 +103,9 @@ pub unsafe extern "C" fn upgrade_listen(
         if !disk.is_null() {
             // SAFETY: two integers by the caller's promise.
             let [major, minor] = unsafe { disk.cast::<[c_uint; 2]>().read() };
-            options.key = Some(Key::of_disk(major, minor).map_err(|error| error.errno())?);
+            options.key = Some(Key::of_disk(major, minor)?);
         }
-        let listener = Listener::bind(fd, &name, &options).map_err(|error| error.errno())?;
+        let listener = Listener::bind(fd, &name, &options)?;
         let open = listener
             .routes()
             .into_iter()
@@ -168,7 +168,7 @@ pub unsafe extern "C" fn upgrade_connect(
     let find = || {
         // SAFETY: by the caller's promise; all are used during this call only.
         let (fd, name, lookup) = unsafe { (descriptor(fd)?, name(service)?, lookup(runtime_dir)) };
-        match connect(fd, &name, &lookup).map_err(|error| error.errno())? {
+        match connect(fd, &name, &lookup)? {
             Answer::Found(connection) => {
                 // SAFETY: by the caller's promise.
                 unsafe { put(route, code(connection.route())) };
@@ -198,7 +198,7 @@ pub unsafe extern "C" fn upgrade_block(
         }
         // SAFETY: by the caller's promise; all are used during this call only.
         let (fd, name, lookup) = unsafe { (descriptor(fd)?, name(service)?, lookup(runtime_dir)) };
-        match BlockUpgrade::from_fd(fd, &name, &lookup).map_err(|error| error.errno())? {
+        match BlockUpgrade::from_fd(fd, &name, &lookup)? {
             Answer::Found(upgrade) => {
                 let connection = upgrade.connection();
                 let (socket, route_taken) =
@@ -227,5 +227,5 @@ pub unsafe extern "C" fn upgrade_block_release(upgrade: *mut BlockUpgrade) -> c_
     }
     // SAFETY: made by Box::into_raw in upgrade_block, and given back once.
     let upgrade = unsafe { Box::from_raw(upgrade) };
-    answer(upgrade.release().map(|()| 0).map_err(|error| error.errno()))
+    answer(upgrade.release().map(|()| 0).map_err(Errno::from))
 }

@@ -1,7 +1,6 @@
 //! The server's side.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use rustix::event::epoll;
@@ -10,6 +9,7 @@ use rustix::net::{SocketFlags, accept_with};
 
 use crate::address::{FdAddress, Name};
 use crate::connect::{Connection, Route};
+use crate::error::OrCannot;
 use crate::object::Key;
 use crate::registry::{self, Published};
 use crate::{Error, socket};
@@ -95,7 +95,7 @@ impl Listener {
             Err(error) => (None, options.runtime_dir.is_some().then_some(error)),
         };
         let epoll = poll_both(kernel.as_ref(), registry.as_ref().map(Published::socket))
-            .map_err(|errno| Error::system("watch", address, errno))?;
+            .or_cannot("watch", address)?;
         Ok(Self {
             epoll,
             kernel,
@@ -128,11 +128,7 @@ impl Listener {
         for (route, listening) in routes {
             let Some(listening) = listening else { continue };
             match accept_with(listening, SocketFlags::CLOEXEC) {
-                Ok(stream) => {
-                    let peer = socket::peer(&stream)
-                        .map_err(|errno| Error::system("examine", "the client", errno))?;
-                    return Ok(Some(Connection::new(UnixStream::from(stream), route, peer)));
-                }
+                Ok(stream) => return Connection::new(stream, route, "the client").map(Some),
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
                 Err(errno) => return Err(Error::system("accept", "a client", errno)),
             }

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{self, opcode};
 
 use crate::Error;
-use crate::error::NoService;
+use crate::error::{NoService, OrCannot};
 
 /// The file system of anonymous pipes.
 const PIPEFS_MAGIC: u64 = 0x5049_5045;
@@ -67,12 +67,11 @@ impl Key {
     pub fn of(fd: impl AsFd) -> Result<Self, Error> {
         let fd = fd.as_fd();
         let number = fd.as_raw_fd();
-        let flags =
-            fcntl_getfl(fd).map_err(|errno| Error::system("examine descriptor", number, errno))?;
+        let flags = fcntl_getfl(fd).or_cannot("examine descriptor", number)?;
         if flags.contains(OFlags::PATH) {
             return Err(Error::system("use O_PATH descriptor", number, Errno::BADF));
         }
-        let stat = fstat(fd).map_err(|errno| Error::system("examine descriptor", number, errno))?;
+        let stat = fstat(fd).or_cannot("examine descriptor", number)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::BlockDevice => Ok(Self::Block {
                 major: major(stat.st_rdev),
@@ -80,8 +79,7 @@ impl Key {
                 diskseq: disk_sequence(fd)?,
             }),
             FileType::Fifo => {
-                let fs = fstatfs(fd)
-                    .map_err(|errno| Error::system("examine descriptor", number, errno))?;
+                let fs = fstatfs(fd).or_cannot("examine descriptor", number)?;
                 if u64::try_from(fs.f_type) != Ok(PIPEFS_MAGIC) {
                     let why = "a named FIFO has no key that ends with it";
                     return Err(Error::Unsupported { fd: number, why });
@@ -204,13 +202,10 @@ fn disk_sequence(fd: BorrowedFd<'_>) -> Result<u64, Error> {
             ioctl::Getter::<{ opcode::read::<u64>(0x12, 128) }, u64>::new(),
         )
     };
-    answer.map_err(|errno| {
-        Error::system(
-            "read the disk sequence number of descriptor",
-            fd.as_raw_fd(),
-            errno,
-        )
-    })
+    answer.or_cannot(
+        "read the disk sequence number of descriptor",
+        fd.as_raw_fd(),
+    )
 }
 
 /// Whether an open block device is read-only as a device.
@@ -218,16 +213,14 @@ pub(crate) fn is_read_only_disk(fd: BorrowedFd<'_>) -> Result<bool, Error> {
     // SAFETY: BLKROGET writes one int, into memory that `Getter` owns during the call.
     let answer =
         unsafe { ioctl::ioctl(fd, ioctl::Getter::<{ opcode::none(0x12, 94) }, i32>::new()) };
-    let read_only = answer
-        .map_err(|errno| Error::system("read the state of descriptor", fd.as_raw_fd(), errno))?;
+    let read_only = answer.or_cannot("read the state of descriptor", fd.as_raw_fd())?;
     Ok(read_only != 0)
 }
 
 /// What a client's descriptor of a disk gives less than the service would: that reads, and writes unless
 /// the disk is read-only. The kernel's rule, which a registry cannot enforce and a client can keep.
 pub(crate) fn lacking_access(fd: BorrowedFd<'_>) -> Result<Option<NoService>, Error> {
-    let flags = fcntl_getfl(fd)
-        .map_err(|errno| Error::system("examine descriptor", fd.as_raw_fd(), errno))?;
+    let flags = fcntl_getfl(fd).or_cannot("examine descriptor", fd.as_raw_fd())?;
     Ok(match flags & OFlags::ACCMODE {
         OFlags::RDWR => None,
         OFlags::RDONLY if is_read_only_disk(fd)? => None,

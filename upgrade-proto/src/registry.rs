@@ -21,6 +21,7 @@ use rustix::net::{self, SocketAddrUnix, SocketType};
 use rustix::process::geteuid;
 
 use crate::address::Name;
+use crate::error::OrCannot;
 use crate::object::Key;
 use crate::{Error, socket};
 
@@ -107,7 +108,7 @@ fn open_dir(at: impl AsFd, name: &OsStr, path: &Path, access: OFlags) -> Result<
                 _ => Error::system("open", path.display(), errno),
             },
         )?;
-    let stat = fstat(&dir).map_err(|errno| Error::system("examine", path.display(), errno))?;
+    let stat = fstat(&dir).or_cannot("examine", path.display())?;
     check(&stat, FileType::Directory, path)?;
     Ok(dir)
 }
@@ -154,9 +155,8 @@ impl Entry {
             OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
             Mode::empty(),
         )
-        .map_err(|errno| Error::system("open", path.display(), errno))?;
-        let stat =
-            fstat(&socket).map_err(|errno| Error::system("examine", path.display(), errno))?;
+        .or_cannot("open", path.display())?;
+        let stat = fstat(&socket).or_cannot("examine", path.display())?;
         check(&stat, FileType::Socket, &path)?;
         Ok(Self { socket })
     }
@@ -208,7 +208,7 @@ impl Published {
             errno => Error::system("listen on", path.display(), errno),
         })?;
         let stat = statat(&dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|errno| Error::system("examine", path.display(), errno))?;
+            .or_cannot("examine", path.display())?;
         let identity = (stat.st_dev, stat.st_ino);
         Ok(Self {
             socket: listening,
@@ -231,10 +231,10 @@ impl Published {
         let _lock = lock(&self.root, &path)?;
         let dir = open_dir(&self.root, self.folder.as_ref(), &path, OFlags::PATH)?;
         let stat = statat(&dir, self.name.as_str(), AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|errno| Error::system("examine", path.display(), errno))?;
+            .or_cannot("examine", path.display())?;
         if (stat.st_dev, stat.st_ino) == self.identity {
             unlinkat(&dir, self.name.as_str(), AtFlags::empty())
-                .map_err(|errno| Error::system("remove", path.display(), errno))?;
+                .or_cannot("remove", path.display())?;
             remove_if_empty(&self.root, &self.folder, &path)?;
         }
         Ok(())
@@ -255,8 +255,7 @@ impl Drop for Published {
 fn lock(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Error> {
     // A new open file description: locks of the same one do not exclude each other.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let file = openat(root, ".", flags, Mode::empty())
-        .map_err(|errno| Error::system("open", path.display(), errno))?;
+    let file = openat(root, ".", flags, Mode::empty()).or_cannot("open", path.display())?;
     let deadline = Instant::now() + LOCK_TIMEOUT;
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -289,19 +288,18 @@ fn clear_stale(
     let entry = path.join(name.as_str());
     let stat = match statat(&dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
         Err(Errno::NOENT) => return Ok(()),
-        other => other.map_err(|errno| Error::system("examine", entry.display(), errno))?,
+        other => other.or_cannot("examine", entry.display())?,
     };
     check(&stat, FileType::Socket, &entry)?;
     if is_served(&format!("{}/{name}", socket::proc_path(dir.as_fd())))
-        .map_err(|errno| Error::system("examine", entry.display(), errno))?
+        .or_cannot("examine", entry.display())?
     {
         return Err(Error::InUse {
             name: name.to_string(),
             object: key.to_string(),
         });
     }
-    unlinkat(&dir, name.as_str(), AtFlags::empty())
-        .map_err(|errno| Error::system("remove", entry.display(), errno))?;
+    unlinkat(&dir, name.as_str(), AtFlags::empty()).or_cannot("remove", entry.display())?;
     remove_if_empty(root, &folder, &path)
 }
 

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -63,7 +63,7 @@ impl Disk {
     }
 
     fn key(&self) -> Key {
-        let number = std::fs::metadata(&self.path).expect("examined").rdev();
+        let number = self.number();
         Key::of_disk(major(number), minor(number)).expect("a key from sysfs")
     }
 
@@ -72,10 +72,8 @@ impl Disk {
         match self.route {
             Route::Kernel => {
                 let options = Options {
-                    kernel: true,
                     runtime_dir: None,
-                    key: None,
-                    backlog: 4,
+                    ..Options::default()
                 };
                 Listener::bind(self.plain(), &self.name, &options).expect("bound")
             }
@@ -87,12 +85,11 @@ impl Disk {
     /// descriptor than the disk's and gives the key itself.
     fn publish(&self, key: Key) -> Listener {
         let own = File::open("/dev/null").expect("opened");
-        let runtime_dir = Some(self.dir.path().to_owned());
         let options = Options {
             kernel: false,
-            runtime_dir,
+            runtime_dir: Some(self.dir.path().to_owned()),
             key: Some(key),
-            backlog: 4,
+            ..Options::default()
         };
         Listener::bind(&own, &self.name, &options).expect("bound")
     }
@@ -107,6 +104,15 @@ impl Disk {
 
     fn upgrade(&self) -> Result<Answer<BlockUpgrade>, Error> {
         BlockUpgrade::open(&self.path, &self.name, &self.lookup())
+    }
+
+    fn upgraded(&self) -> BlockUpgrade {
+        let answer = self.upgrade().expect("an answer");
+        answer.found().expect("upgraded")
+    }
+
+    fn number(&self) -> u64 {
+        std::fs::metadata(&self.path).expect("examined").rdev()
     }
 
     fn set_read_only(&self, read_only: i32) {
@@ -153,11 +159,7 @@ fn sysfs_and_the_open_device_give_the_same_key() {
 fn a_disk_is_claimed_while_the_upgrade_lives_and_free_afterwards() {
     let disk = Disk::take();
     let listener = disk.serve();
-    let upgrade = disk
-        .upgrade()
-        .expect("an answer")
-        .found()
-        .expect("upgraded");
+    let upgrade = disk.upgraded();
     assert_eq!(upgrade.connection().route(), disk.route);
     assert!(!upgrade.is_read_only());
     assert!(listener.accept().expect("accepted").is_some());
@@ -212,7 +214,7 @@ fn the_page_cache_is_dropped_before_the_upgrade_and_at_its_end() {
 #[ignore = "needs root and UPGRADE_TEST_DEVICE, a scratch disk"]
 fn the_disks_own_write_cache_is_flushed_before_the_upgrade() {
     let disk = Disk::take();
-    let number = std::fs::metadata(&disk.path).expect("examined").rdev();
+    let number = disk.number();
     let sysfs = format!("/sys/dev/block/{}:{}", major(number), minor(number));
     let read = |file: &str| std::fs::read_to_string(format!("{sysfs}/{file}")).expect("read");
     assert_eq!(
@@ -223,20 +225,13 @@ fn the_disks_own_write_cache_is_flushed_before_the_upgrade() {
     // Field 16 counts completed flushes; the kernel describes it in Documentation/block/stat.rst.
     let flushes = || -> u64 {
         let stat = read("stat");
-        stat.split_whitespace()
-            .nth(15)
-            .expect("16 fields")
-            .parse()
-            .expect("a number")
+        let flushes = stat.split_whitespace().nth(15).expect("16 fields");
+        flushes.parse().expect("a number")
     };
     let _listener = disk.serve();
     disk.plain().write_all_at(&[1; 4096], 0).expect("written");
     let before = flushes();
-    let _upgrade = disk
-        .upgrade()
-        .expect("an answer")
-        .found()
-        .expect("upgraded");
+    let _upgrade = disk.upgraded();
     assert!(flushes() > before);
 }
 
@@ -245,16 +240,11 @@ fn the_disks_own_write_cache_is_flushed_before_the_upgrade() {
 fn half_a_descriptor_of_a_writable_disk_gets_nothing() {
     let disk = Disk::take();
     let _listener = disk.serve();
-    let writer = File::options()
-        .write(true)
-        .open(&disk.path)
-        .expect("opened");
+    let reader = File::open(&disk.path).expect("opened");
+    let writer = File::options().write(true).open(&disk.path);
     let halves = [
-        (
-            File::open(&disk.path).expect("opened"),
-            NoService::ReadOnlyDescriptor,
-        ),
-        (writer, NoService::WriteOnlyDescriptor),
+        (reader, NoService::ReadOnlyDescriptor),
+        (writer.expect("opened"), NoService::WriteOnlyDescriptor),
     ];
     for (half, why) in halves {
         match BlockUpgrade::from_fd(&half, &disk.name, &disk.lookup()).expect("an answer") {
@@ -328,29 +318,15 @@ fn an_entry_of_the_numbers_earlier_disk_is_not_found() {
 fn a_mounted_disk_is_refused_and_the_message_names_the_place() {
     let disk = Disk::take();
     let _listener = disk.serve();
-    let made = Command::new("mkfs.ext4")
-        .args(["-q", "-F"])
-        .arg(&disk.path)
-        .status()
-        .expect("mkfs.ext4 of e2fsprogs runs");
-    assert!(made.success());
+    let run = |program: &str, args: &[&Path]| {
+        let status = Command::new(program).args(args).status();
+        assert!(status.expect("it runs").success(), "{program}");
+    };
     let place = tempfile::tempdir().expect("a directory");
-    assert!(
-        Command::new("mount")
-            .arg(&disk.path)
-            .arg(place.path())
-            .status()
-            .expect("mount runs")
-            .success()
-    );
+    run("mkfs.ext4", &["-q".as_ref(), "-F".as_ref(), &disk.path]);
+    run("mount", &[&disk.path, place.path()]);
     let answer = disk.upgrade();
-    assert!(
-        Command::new("umount")
-            .arg(place.path())
-            .status()
-            .expect("umount runs")
-            .success()
-    );
+    run("umount", &[place.path()]);
     let error = answer.expect_err("in use");
     assert_eq!(error.errno(), Errno::BUSY);
     assert!(

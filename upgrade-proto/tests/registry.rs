@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{PipeReader, PipeWriter, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -36,11 +36,18 @@ impl Place {
     }
 
     fn options(&self) -> Options {
-        let runtime_dir = Some(self.dir.path().to_owned());
         Options {
             kernel: false,
-            runtime_dir,
+            runtime_dir: Some(self.dir.path().to_owned()),
             ..Options::default()
+        }
+    }
+
+    fn lookup(&self) -> Lookup {
+        Lookup {
+            kernel: false,
+            runtime_dirs: vec![self.dir.path().to_owned()],
+            ..Lookup::default()
         }
     }
 
@@ -48,18 +55,31 @@ impl Place {
         Listener::bind(fd, &self.name, &self.options())
     }
 
-    fn connect(&self, fd: impl AsFd) -> Answer<Connection> {
-        let runtime_dirs = vec![self.dir.path().to_owned()];
-        let lookup = Lookup {
-            kernel: false,
-            runtime_dirs,
-            ..Lookup::default()
-        };
-        connect(fd, &self.name, &lookup).expect("an answer")
+    /// The listener at the writing end.
+    fn serve(&self) -> Listener {
+        self.bind(&self.write).expect("bound")
+    }
+
+    /// Another server is refused, because there is one.
+    fn has_rival(&self, fd: impl AsFd) {
+        let error = self.bind(fd).expect_err("a rival");
+        assert_eq!(error.errno(), Errno::ADDRINUSE);
+    }
+
+    fn ask(&self, fd: impl AsFd) -> Answer<Connection> {
+        connect(fd, &self.name, &self.lookup()).expect("an answer")
+    }
+
+    fn connect(&self, fd: impl AsFd) -> Connection {
+        self.ask(fd).found().expect("connected")
     }
 
     fn refusal(&self) -> NoService {
-        match self.connect(&self.read) {
+        self.refusal_of(&self.read)
+    }
+
+    fn refusal_of(&self, fd: impl AsFd) -> NoService {
+        match self.ask(fd) {
             Answer::Found(connection) => panic!("connected: {connection:?}"),
             Answer::NoService(why) => why,
         }
@@ -79,9 +99,19 @@ impl Place {
         self.folder().join("service")
     }
 
+    /// Where a part of an entry is.
+    fn part(&self, part: &str) -> PathBuf {
+        match part {
+            "socket" => self.entry(),
+            "folder" => self.folder(),
+            "registry" => self.registry(),
+            _ => self.dir.path().to_owned(),
+        }
+    }
+
     /// An entry whose server died.
     fn leave_stale_entry(&self) -> PathBuf {
-        let listener = self.bind(&self.write).expect("bound");
+        let listener = self.serve();
         let entry = self.entry();
         drop(listener);
         fs::create_dir(entry.parent().expect("a folder")).expect("made");
@@ -105,10 +135,10 @@ fn as_stranger<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 #[test]
 fn the_other_end_of_a_pipe_finds_the_service_and_talks_to_it() {
     let place = Place::new();
-    let listener = place.bind(&place.write).expect("bound");
+    let listener = place.serve();
     assert_eq!(listener.routes(), [Route::Registry]);
     assert!(listener.accept().expect("asked").is_none());
-    let client = place.connect(&place.read).found().expect("connected");
+    let client = place.connect(&place.read);
     let server = listener.accept().expect("accepted").expect("a client");
     assert_eq!(
         (client.route(), server.route()),
@@ -125,7 +155,7 @@ fn the_other_end_of_a_pipe_finds_the_service_and_talks_to_it() {
 fn the_listener_is_readable_only_while_a_client_waits() {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let place = Place::new();
-    let listener = place.bind(&place.write).expect("bound");
+    let listener = place.serve();
     let ready = || {
         poll(
             &mut [PollFd::new(&listener, PollFlags::IN)],
@@ -134,7 +164,7 @@ fn the_listener_is_readable_only_while_a_client_waits() {
         .expect("polled")
     };
     assert_eq!(ready(), 0);
-    let _client = place.connect(&place.read).found().expect("connected");
+    let _client = place.connect(&place.read);
     assert_eq!(ready(), 1);
     let _server = listener.accept().expect("accepted").expect("a client");
     assert_eq!(ready(), 0);
@@ -143,64 +173,40 @@ fn the_listener_is_readable_only_while_a_client_waits() {
 #[test]
 fn the_same_end_of_a_pipe_and_another_pipe_find_nothing() {
     let place = Place::new();
-    let _listener = place.bind(&place.write).expect("bound");
+    let _listener = place.serve();
     let (other, _write) = std::io::pipe().expect("a pipe");
-    assert!(matches!(
-        place.connect(&place.write),
-        Answer::NoService(NoService::NotOffered)
-    ));
-    assert!(matches!(
-        place.connect(&other),
-        Answer::NoService(NoService::NotOffered)
-    ));
-    assert!(matches!(
-        place.connect(tempfile::tempfile().expect("file")),
-        Answer::NoService(NoService::NotOffered)
-    ));
-    assert!(place.connect(&place.read).found().is_some());
+    let file = tempfile::tempfile().expect("file");
+    for fd in [place.write.as_fd(), other.as_fd(), file.as_fd()] {
+        assert_eq!(place.refusal_of(fd), NoService::NotOffered);
+    }
+    place.connect(&place.read);
 }
 
 #[test]
 fn an_end_opened_for_both_meets_both_and_rivals_both() {
     let place = Place::new();
-    let path = format!(
-        "/proc/self/fd/{}",
-        std::os::fd::AsRawFd::as_raw_fd(&place.read)
-    );
-    let both = fs::File::options()
-        .read(true)
-        .write(true)
-        .open(path)
-        .expect("reopened");
+    let path = format!("/proc/self/fd/{}", place.read.as_raw_fd());
+    let both = fs::File::options().read(true).write(true).open(path);
+    let both = both.expect("reopened");
     let listener = place.bind(&both).expect("bound");
-    assert!(place.connect(&place.read).found().is_some());
-    assert!(place.connect(&place.write).found().is_some());
-    assert_eq!(
-        place.bind(&place.read).expect_err("a rival").errno(),
-        Errno::ADDRINUSE
-    );
+    place.connect(&place.read);
+    place.connect(&place.write);
+    place.has_rival(&place.read);
     drop(listener);
     let _reader = place.bind(&place.read).expect("bound");
-    let _writer = place.bind(&place.write).expect("the other end is no rival");
-    assert_eq!(
-        place.bind(&both).expect_err("a rival").errno(),
-        Errno::ADDRINUSE
-    );
+    let _writer = place.serve();
+    place.has_rival(&both);
 }
 
 #[test]
 fn dropping_the_listener_removes_its_entry_and_keeps_connections() {
     let place = Place::new();
-    let listener = place.bind(&place.write).expect("bound");
-    let client = place.connect(&place.read).found().expect("connected");
+    let listener = place.serve();
+    let client = place.connect(&place.read);
     let server = listener.accept().expect("accepted").expect("a client");
     drop(listener);
-    assert_eq!(
-        fs::read_dir(place.registry())
-            .expect("the registry")
-            .count(),
-        0
-    );
+    let mut folders = fs::read_dir(place.registry()).expect("the registry");
+    assert!(folders.next().is_none());
     assert_eq!(place.refusal(), NoService::NotOffered);
     server.stream().write_all(b"!").expect("sent");
     let mut heard = [0];
@@ -210,29 +216,19 @@ fn dropping_the_listener_removes_its_entry_and_keeps_connections() {
 #[test]
 fn dropping_the_listener_leaves_a_successors_entry_alone() {
     let place = Place::new();
-    let listener = place.bind(&place.write).expect("bound");
+    let listener = place.serve();
     fs::remove_file(place.entry()).expect("removed");
-    let _successor = place.bind(&place.write).expect("bound");
+    let _successor = place.serve();
     drop(listener);
-    assert!(place.connect(&place.read).found().is_some());
+    place.connect(&place.read);
 }
 
 #[test]
 fn a_listener_does_not_keep_the_pipe_open() {
-    let Place {
-        dir,
-        mut read,
-        write,
-        name,
-    } = Place::new();
-    let options = Options {
-        kernel: false,
-        runtime_dir: Some(dir.path().to_owned()),
-        ..Options::default()
-    };
-    let _listener = Listener::bind(&write, &name, &options).expect("bound");
-    drop(write);
-    assert_eq!(read.read(&mut [0]).expect("end of file"), 0);
+    let mut place = Place::new();
+    let _listener = place.serve();
+    drop(place.write);
+    assert_eq!(place.read.read(&mut [0]).expect("end of file"), 0);
 }
 
 #[test]
@@ -241,8 +237,8 @@ fn a_stale_entry_is_ignored_by_clients_and_replaced_by_the_next_server() {
     let entry = place.leave_stale_entry();
     assert_eq!(place.refusal(), NoService::NotOffered);
     assert!(entry.exists());
-    let _listener = place.bind(&place.write).expect("bound");
-    assert!(place.connect(&place.read).found().is_some());
+    let _listener = place.serve();
+    place.connect(&place.read);
 }
 
 #[test]
@@ -257,39 +253,23 @@ fn of_servers_that_bind_at_once_one_wins_and_the_others_learn_it() {
             start.wait();
             let result = place.bind(&place.write);
             end.wait();
-            result.map(drop).map_err(|error| error.errno())
+            result.map(drop).map_err(Errno::from)
         };
         let results: Vec<_> = std::thread::scope(|scope| {
-            let racers: Vec<_> = (0..8).map(|_| scope.spawn(race)).collect();
-            racers
-                .into_iter()
-                .map(|racer| racer.join().expect("ended"))
-                .collect()
+            let racers = [(); 8].map(|()| scope.spawn(race));
+            racers.map(|racer| racer.join().expect("ended")).into()
         });
-        assert_eq!(
-            results.iter().filter(|result| result.is_ok()).count(),
-            1,
-            "{results:?}"
-        );
-        assert_eq!(
-            results
-                .iter()
-                .filter(|result| **result == Err(Errno::ADDRINUSE))
-                .count(),
-            7,
-            "{results:?}"
-        );
+        let count = |wanted| results.iter().filter(|result| **result == wanted).count();
+        let counts = (count(Ok(())), count(Err(Errno::ADDRINUSE)));
+        assert_eq!(counts, (1, 7), "{results:?}");
     }
 }
 
 #[test]
 fn the_probe_for_a_rival_is_not_seen_as_a_client() {
     let place = Place::new();
-    let listener = place.bind(&place.write).expect("bound");
-    assert_eq!(
-        place.bind(&place.write).expect_err("a rival").errno(),
-        Errno::ADDRINUSE
-    );
+    let listener = place.serve();
+    place.has_rival(&place.write);
     assert!(listener.accept().expect("asked").is_none());
 }
 
@@ -297,13 +277,9 @@ fn the_probe_for_a_rival_is_not_seen_as_a_client() {
 fn a_symlink_in_place_of_socket_folder_or_registry_is_refused() {
     for part in ["socket", "folder", "registry"] {
         let place = Place::new();
-        let _listener = place.bind(&place.write).expect("bound");
-        let path = match part {
-            "socket" => place.entry(),
-            "folder" => place.folder(),
-            _ => place.registry(),
-        };
-        assert!(place.connect(&place.read).found().is_some());
+        let _listener = place.serve();
+        let path = place.part(part);
+        place.connect(&place.read);
         let moved = place.dir.path().join("moved");
         fs::rename(&path, &moved).expect("moved");
         symlink(&moved, &path).expect("linked");
@@ -324,14 +300,8 @@ fn what_others_may_write_to_is_refused_by_clients_and_servers() {
         ("runtime", 0o777),
     ] {
         let place = Place::new();
-        let _listener = place.bind(&place.write).expect("bound");
-        let path = match part {
-            "socket" => place.entry(),
-            "folder" => place.folder(),
-            "registry" => place.registry(),
-            _ => place.dir.path().to_owned(),
-        };
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("changed");
+        let _listener = place.serve();
+        fs::set_permissions(place.part(part), fs::Permissions::from_mode(mode)).expect("changed");
         assert!(matches!(place.refusal(), NoService::Untrusted(_)), "{part}");
         let error = place.bind(&place.write).expect_err("refused");
         assert!(matches!(error, Error::Untrusted { .. }), "{part}: {error}");
@@ -343,13 +313,8 @@ fn what_others_may_write_to_is_refused_by_clients_and_servers() {
 fn what_belongs_to_another_user_is_refused() {
     for part in ["socket", "folder", "registry"] {
         let place = Place::new();
-        let _listener = place.bind(&place.write).expect("bound");
-        let path = match part {
-            "socket" => place.entry(),
-            "folder" => place.folder(),
-            _ => place.registry(),
-        };
-        chown(path, Some(STRANGER), None).expect("given away");
+        let _listener = place.serve();
+        chown(place.part(part), Some(STRANGER), None).expect("given away");
         let NoService::Untrusted(why) = place.refusal() else {
             panic!("{part}: {:?}", place.refusal())
         };
@@ -363,13 +328,8 @@ fn a_server_of_another_user_behind_a_trusted_entry_is_refused() {
     let place = Place::new();
     chown(place.dir.path(), Some(STRANGER), None).expect("given away");
     let _listener = as_stranger(|| place.bind(&place.write)).expect("bound");
-    for path in [
-        place.entry(),
-        place.folder(),
-        place.registry(),
-        place.dir.path().to_owned(),
-    ] {
-        chown(path, Some(0), None).expect("taken");
+    for part in ["socket", "folder", "registry", "runtime"] {
+        chown(place.part(part), Some(0), None).expect("taken");
     }
     assert_eq!(place.refusal(), NoService::ForeignPeer { uid: STRANGER });
 }
@@ -378,7 +338,7 @@ fn a_server_of_another_user_behind_a_trusted_entry_is_refused() {
 #[ignore = "needs root, to give files to another user"]
 fn an_unprivileged_client_cannot_use_roots_entry() {
     let place = Place::new();
-    let listener = place.bind(&place.write).expect("bound");
+    let listener = place.serve();
     fs::set_permissions(place.dir.path(), fs::Permissions::from_mode(0o755)).expect("opened");
     assert_eq!(
         as_stranger(|| place.refusal()),
@@ -390,7 +350,7 @@ fn an_unprivileged_client_cannot_use_roots_entry() {
 #[test]
 fn an_entry_is_for_its_owner_alone() {
     let place = Place::new();
-    let _listener = place.bind(&place.write).expect("bound");
+    let _listener = place.serve();
     let mode = |path| fs::metadata(path).expect("examined").permissions().mode() & 0o777;
     assert_eq!(mode(place.entry()), 0o600);
     assert_eq!(mode(place.folder()) & 0o066, 0);
@@ -405,11 +365,10 @@ fn a_full_backlog_is_an_error_in_time_and_not_a_missing_service() {
         ..place.options()
     };
     let _listener = Listener::bind(&place.write, &place.name, &options).expect("bound");
-    let _waiting = place.connect(&place.read).found().expect("connected");
+    let _waiting = place.connect(&place.read);
     let lookup = Lookup {
-        kernel: false,
-        runtime_dirs: vec![place.dir.path().to_owned()],
         timeout: std::time::Duration::from_millis(50),
+        ..place.lookup()
     };
     let asked = std::time::Instant::now();
     let error = connect(&place.read, &place.name, &lookup).expect_err("no room");
@@ -420,7 +379,7 @@ fn a_full_backlog_is_an_error_in_time_and_not_a_missing_service() {
 #[test]
 fn the_second_registry_is_used_when_the_first_has_nothing() {
     let place = Place::new();
-    let _listener = place.bind(&place.write).expect("bound");
+    let _listener = place.serve();
     let empty = tempfile::tempdir().expect("a directory");
     let runtime_dirs = vec![
         empty.path().join("absent"),
@@ -431,16 +390,12 @@ fn the_second_registry_is_used_when_the_first_has_nothing() {
         runtime_dirs,
         ..Lookup::default()
     };
-    assert!(
-        connect(&place.read, &place.name, &lookup)
-            .expect("an answer")
-            .found()
-            .is_some()
-    );
+    let answer = connect(&place.read, &place.name, &lookup).expect("an answer");
+    assert!(answer.found().is_some());
 }
 
 #[test]
-fn both_ways_together_work_on_this_kernel_whatever_it_is() {
+fn both_routes_together_work_on_this_kernel_whatever_it_is() {
     let place = Place::new();
     let options = Options {
         kernel: true,
@@ -448,13 +403,11 @@ fn both_ways_together_work_on_this_kernel_whatever_it_is() {
     };
     let listener = Listener::bind(&place.write, &place.name, &options).expect("bound");
     let lookup = Lookup {
-        runtime_dirs: vec![place.dir.path().to_owned()],
-        ..Lookup::default()
+        kernel: true,
+        ..place.lookup()
     };
-    let client = connect(&place.read, &place.name, &lookup)
-        .expect("an answer")
-        .found()
-        .expect("connected");
+    let answer = connect(&place.read, &place.name, &lookup).expect("an answer");
+    let client = answer.found().expect("connected");
     let server = listener.accept().expect("accepted").expect("a client");
     assert_eq!(client.route(), listener.routes()[0]);
     assert_eq!(server.route(), client.route());
