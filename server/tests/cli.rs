@@ -12,7 +12,20 @@ use std::time::Duration;
 use common::sandbox;
 use common::{Driver, OK, T_OUT, USUAL, eventually};
 use rustix::process::Signal;
+use serde_json::Value;
 use testkit::proc::{Holdings, catches_hangups, sleeps};
+use testkit::sandbox::Sandbox;
+
+/// What a command prints with `--json`.
+fn json(lab: &Sandbox, args: &[&str]) -> Value {
+    serde_json::from_str(&lab.ok(&[args, &["--json"]].concat())).unwrap()
+}
+
+/// A SPEC of an image with 1 MiB, to be served as `name`.
+fn image(lab: &Sandbox, name: &str) -> String {
+    let path = lab.image(&format!("{name}.img"), 1 << 20);
+    format!("{name}=file:{}", path.display())
+}
 
 #[test]
 fn malformed_specs_are_wrong_usage() {
@@ -88,8 +101,7 @@ fn paths_in_a_configuration_file_are_relative_to_it_also_when_the_export_is_reco
     let text = "[[export]]\nspec = 'a=file:disk.img'\nublk = 'no'\nvhost-socket = 'a.sock'\n";
     std::fs::write(&path, text).unwrap();
     let is_served = || {
-        let stat: serde_json::Value =
-            serde_json::from_str(&lab.ok(&["stat", "a", "--json"])).unwrap();
+        let stat = json(&lab, &["stat", "a"]);
         assert_eq!(stat["backend"], format!("file:{}", image.display()));
         UnixStream::connect(lab.path("a.sock")).unwrap();
     };
@@ -106,26 +118,15 @@ fn paths_in_a_configuration_file_are_relative_to_it_also_when_the_export_is_reco
 #[test]
 fn files_that_cannot_be_served_are_told_by_path() {
     let lab = sandbox();
-    let missing = lab.path("missing.img");
-    lab.serve_fails(
-        &[&format!("file:{}", missing.display())],
-        1,
-        &["missing.img", "No such file"],
-    );
-    let told = lab
-        .finish(&["serve", &format!("file:{}", missing.display())], &[])
-        .stderr;
+    let spec = |name: &str| format!("file:{}", lab.path(name).display());
+    let missing = spec("missing.img");
+    lab.serve_fails(&[&missing], 1, &["missing.img", "No such file"]);
+    let told = lab.finish(&["serve", &missing], &[]).stderr;
     assert_eq!(told.matches("os error 2").count(), 1, "{told}");
-    let small = lab.path("small.img");
-    std::fs::write(&small, [0; 100]).unwrap();
-    lab.serve_fails(
-        &[&format!("file:{}", small.display())],
-        1,
-        &["small.img", "100"],
-    );
-    let folder = lab.path("folder");
-    std::fs::create_dir(&folder).unwrap();
-    lab.serve_fails(&[&format!("file:{}", folder.display())], 1, &["folder"]);
+    std::fs::write(lab.path("small.img"), [0; 100]).unwrap();
+    lab.serve_fails(&[&spec("small.img")], 1, &["small.img", "100"]);
+    std::fs::create_dir(lab.path("folder")).unwrap();
+    lab.serve_fails(&[&spec("folder")], 1, &["folder"]);
     lab.is_clean();
 }
 
@@ -152,12 +153,10 @@ fn one_image_is_served_by_one_writer() {
     let lab = sandbox();
     let spec = format!("file:{}", lab.image("disk.img", 1 << 20).display());
     let server = lab.serve(&[&spec]);
-    lab.serve_fails(&["--name", "other", &spec], 1, &["disk.img", "in use"]);
-    lab.serve_fails(
-        &["--name", "other", "--read-only", &spec],
-        1,
-        &["disk.img", "in use"],
-    );
+    for read_only in ["off", "on"] {
+        let other = format!("other={spec},read-only={read_only}");
+        lab.serve_fails(&[&other], 1, &["disk.img", "in use"]);
+    }
     server.stop().unwrap();
     lab.is_clean();
 }
@@ -166,11 +165,8 @@ fn one_image_is_served_by_one_writer() {
 fn a_name_is_served_once() {
     let lab = sandbox();
     let server = lab.serve(&["a=mem:1M"]);
-    lab.serve_fails(
-        &["a=null:1G"],
-        1,
-        &["'a' is already served", "ublkup stop a"],
-    );
+    let words = ["'a' is already served", "ublkup stop a"];
+    lab.serve_fails(&["a=null:1G"], 1, &words);
     server.stop().unwrap();
     lab.is_clean();
 }
@@ -179,49 +175,33 @@ fn a_name_is_served_once() {
 fn a_socket_path_that_is_taken_is_refused() {
     let lab = sandbox();
     let path = lab.path("taken.sock");
-    let text = path.display().to_string();
+    let spec = format!("mem:1M,vhost-socket={}", path.display());
     let listener = UnixListener::bind(&path).unwrap();
-    lab.serve_fails(
-        &["--vhost-socket", &text, "mem:1M"],
-        1,
-        &["taken.sock", "in use"],
-    );
-    assert!(path.exists(), "somebody else's socket was removed");
-    // Nobody listens any more: a dead server left it, and it is replaced.
+    lab.serve_fails(&[&spec], 1, &["taken.sock", "in use"]);
+    assert!(path.exists(), "another program's socket was removed");
+    // A dead server left it, and it is replaced.
     drop(listener);
-    lab.serve(&["--vhost-socket", &text, "mem:1M"])
-        .stop()
-        .unwrap();
+    lab.serve(&[&spec]).stop().unwrap();
     assert!(!path.exists(), "our own socket was left");
     std::fs::write(&path, "precious").unwrap();
-    lab.serve_fails(&["--vhost-socket", &text, "mem:1M"], 1, &["taken.sock"]);
+    lab.serve_fails(&[&spec], 1, &["taken.sock"]);
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
-    let long = lab.path(&"x".repeat(120));
-    lab.serve_fails(
-        &["--vhost-socket", &long.display().to_string(), "mem:1M"],
-        1,
-        &["shorter"],
-    );
+    let long = lab.path(&"x".repeat(120)).display().to_string();
+    lab.serve_fails(&["--vhost-socket", &long, "mem:1M"], 1, &["shorter"]);
     lab.is_clean();
 }
 
 #[test]
 fn an_export_that_cannot_start_takes_the_others_with_it_unless_told_to_keep_going() {
     let lab = sandbox();
-    lab.serve_fails(
-        &["a=mem:1M", "b=file:/does/not/exist"],
-        1,
-        &["b", "/does/not/exist"],
-    );
+    let args = ["--keep-going", "a=mem:1M", "b=file:/does/not/exist"];
+    lab.serve_fails(&args[1..], 1, &["b", "/does/not/exist"]);
     lab.is_clean();
-    let server = lab.serve(&["--keep-going", "a=mem:1M", "b=file:/does/not/exist"]);
+    let server = lab.serve(&args);
     assert!(lab.ok(&["list"]).contains("a "));
     let (status, log) = server.end_by(Signal::TERM).unwrap();
-    assert_eq!(
-        status.code(),
-        Some(1),
-        "a failed export is not forgotten: {log}"
-    );
+    let code = status.code();
+    assert_eq!(code, Some(1), "a failed export is not forgotten: {log}");
     lab.is_clean();
 }
 
@@ -232,19 +212,17 @@ fn exports_are_listed_shown_and_stopped_one_by_one() {
     let threads = ["--poll-us", "always", "--cpus", "0"];
     let exports = ["a=mem:1M,serial=ABC", "b=null:2G,read-only"];
     let server = lab.serve(&[&threads[..], &queues, &exports].concat());
-    let list: serde_json::Value = serde_json::from_str(&lab.ok(&["list", "--json"])).unwrap();
-    let names: Vec<_> = list
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|e| &e["name"])
-        .collect();
-    assert_eq!(names, ["a", "b"]);
+    let list = json(&lab, &["list"]);
+    assert_eq!(list.as_array().map(Vec::len), Some(2));
+    assert_eq!(
+        (&list[0]["name"], &list[1]["name"]),
+        (&"a".into(), &"b".into())
+    );
     assert_eq!(list[0]["size_bytes"], 1 << 20);
     assert_eq!(list[0]["serial"], "ABC");
     assert_eq!(list[1]["read_only"], true);
     assert_eq!(list[0]["pid"], server.pid());
-    let stat: serde_json::Value = serde_json::from_str(&lab.ok(&["stat", "a", "--json"])).unwrap();
+    let stat = json(&lab, &["stat", "a"]);
     assert_eq!(stat["vhost"]["counters"]["reads"], 0);
     assert_eq!(
         (&stat["poll_us"], &stat["cpus"]),
@@ -264,66 +242,46 @@ fn exports_are_listed_shown_and_stopped_one_by_one() {
 }
 
 #[test]
-fn a_disk_gets_another_size_from_who_asks_for_one_it_can_have() {
+fn a_disk_gets_another_size_if_it_can_have_it() {
     let lab = sandbox();
-    let image = lab.image("disk.img", 1 << 20);
-    let read_only = format!(
-        "ro=file:{},read-only",
-        lab.image("ro.img", 1 << 20).display()
-    );
-    let exports = ["a=null:1M", "m=mem:1M", &read_only];
-    let file = format!("f=file:{}", image.display());
-    let server = lab.serve(&[&exports[..], &[&file]].concat());
+    let read_only = format!("{},read-only", image(&lab, "ro"));
+    let server = lab.serve(&["a=null:1M", "m=mem:1M", &read_only, &image(&lab, "f")]);
+    let path = lab.path("f.img");
+    let size = || path.metadata().unwrap().len();
     assert_eq!(lab.ok(&["resize", "a", "2M"]), "a: 2M, was 1M\n");
     assert_eq!(lab.ok(&["resize", "a", "2M"]), "a: 2M as before\n");
-    let resized: serde_json::Value =
-        serde_json::from_str(&lab.ok(&["resize", "f", "3M", "--json"])).unwrap();
+    let resized = json(&lab, &["resize", "f", "3M"]);
     assert_eq!(
         (&resized["old_size_bytes"], &resized["size_bytes"]),
         (&(1 << 20).into(), &(3 << 20).into())
     );
-    assert_eq!(image.metadata().unwrap().len(), 3 << 20);
-    // A file that its owner made larger; and less, for who insists.
-    std::fs::File::options()
-        .write(true)
-        .open(&image)
-        .unwrap()
-        .set_len(4 << 20)
-        .unwrap();
+    assert_eq!(size(), 3 << 20);
+    // A file that its owner made larger.
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(4 << 20).unwrap();
     assert_eq!(lab.ok(&["resize", "f"]), "f: 4M, was 3M\n");
     lab.fails(&["resize", "f", "1M"], 1, &["f keeps its size", "--shrink"]);
-    // Nor for who insists, while a client is there that knows the size.
+    // Not even with --shrink, while a client is there that knows the size.
     let client = lab.connect("f");
     let is_there = || lab.ok(&["stat", "f"]).contains("session of");
     eventually("the client is there", is_there);
     let shrink = ["resize", "f", "1M", "--shrink"];
     lab.fails(&shrink, 1, &["f keeps its size", "client has the disk"]);
-    assert_eq!(image.metadata().unwrap().len(), 4 << 20);
+    assert_eq!(size(), 4 << 20);
     drop(client);
     eventually("the client is gone", || !is_there());
-    assert_eq!(
-        lab.ok(&["resize", "f", "1M", "--shrink"]),
-        "f: 1M, was 4M\n"
-    );
-    assert_eq!(image.metadata().unwrap().len(), 1 << 20);
-    lab.fails(&["resize", "m", "2M"], 1, &["m keeps its size"]);
-    lab.fails(
-        &["resize", "ro", "2M"],
-        1,
-        &["ro keeps its size", "read-only"],
-    );
-    lab.fails(&["resize", "f", "1000"], 1, &["f keeps its size"]);
-    lab.fails(&["resize", "f", "8388608T"], 1, &["f keeps its size"]);
-    lab.fails(
-        &["resize", "nobody", "1M"],
-        1,
-        &["no export called 'nobody'"],
-    );
-    assert_eq!(
-        image.metadata().unwrap().len(),
-        1 << 20,
-        "refusals change nothing"
-    );
+    assert_eq!(lab.ok(&shrink), "f: 1M, was 4M\n");
+    assert_eq!(size(), 1 << 20);
+    for (name, wanted, words) in [
+        ("m", "2M", ["m keeps its size", "in memory"]),
+        ("ro", "2M", ["ro keeps its size", "read-only"]),
+        ("f", "1000", ["f keeps its size", "1000"]),
+        ("f", "8388608T", ["f keeps its size", ""]),
+        ("none", "1M", ["no export called 'none'", "ublkup list"]),
+    ] {
+        lab.fails(&["resize", name, wanted], 1, &words);
+    }
+    assert_eq!(size(), 1 << 20, "refusals change nothing");
     server.stop().unwrap();
     lab.is_clean();
 }
@@ -344,17 +302,15 @@ fn a_killed_server_leaves_what_the_next_one_and_the_doctor_clear_away() {
 #[test]
 fn the_doctor_speaks_json() {
     let lab = sandbox();
-    let checks: serde_json::Value = serde_json::from_str(&lab.ok(&["doctor", "--json"])).unwrap();
-    let what: Vec<_> = checks
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|c| c["what"].as_str().unwrap())
-        .collect();
-    assert!(
-        what.contains(&"io_uring") && what.contains(&"ublk"),
-        "{what:?}"
-    );
+    let checks = json(&lab, &["doctor"]);
+    let names = |what: &str| {
+        checks
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|check| check["what"] == what)
+    };
+    assert!(names("io_uring") && names("ublk"), "{checks}");
 }
 
 #[test]
@@ -412,9 +368,9 @@ fn an_idle_server_is_never_scheduled_and_small() {
 }
 
 #[test]
-fn who_still_talks_to_a_server_keeps_nobody_from_its_storage() {
+fn a_connected_admin_client_keeps_no_other_server_from_the_storage() {
     let lab = sandbox();
-    let spec = format!("d=file:{}", lab.image("disk.img", 1 << 20).display());
+    let spec = image(&lab, "d");
     let args = ["--ublk", "no", &spec];
     // Says nothing, and is waited for at the end.
     let silent = || UnixStream::connect(lab.path("run/exports/d/control")).unwrap();
@@ -433,16 +389,14 @@ fn who_still_talks_to_a_server_keeps_nobody_from_its_storage() {
 }
 
 #[test]
-fn who_stops_an_export_that_is_being_left_to_another_server_hears_of_that() {
+fn stopping_an_export_that_is_being_left_to_another_server_is_refused() {
     let lab = sandbox();
     let image = lab.image("disk.img", 1 << 20);
     let spec = format!("d=fault:write=delay5000;file:{}", image.display());
     let server = lab.serve(&["--ublk", "no", &spec]);
     let socket = lab.path("run/exports/d/vhost-user-blk");
     let mut guest = Driver::running(UnixStream::connect(socket).unwrap(), USUAL);
-    let stat = || -> serde_json::Value {
-        serde_json::from_str(&lab.ok(&["stat", "d", "--json"])).unwrap()
-    };
+    let stat = || json(&lab, &["stat", "d"]);
     let rounds = || stat()["vhost"]["counters"]["batches"].as_u64().unwrap();
     assert_eq!(guest.read(0, 512).0, OK);
     std::thread::sleep(Duration::from_millis(200));

@@ -87,7 +87,7 @@ impl AsFd for Connection {
     }
 }
 
-/// The answer to a client. "No service" is an answer and no error: the client goes on with what it has.
+/// The answer to a client. "No service" is an answer and no error: the client keeps using the object that it has.
 #[derive(Debug)]
 pub enum Answer<T> {
     /// The service is there and this leads to it.

@@ -110,7 +110,7 @@ impl<T> OrCannot<T> for Result<T, Errno> {
     }
 }
 
-/// Why there is no service to use. The caller goes on with the object that it has.
+/// Why there is no service to use. The caller keeps using the object that it has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NoService {

@@ -134,7 +134,7 @@ pub enum Command {
         #[arg(long)]
         clean: bool,
     },
-    /// Print user and group of the ordinary user who made a ublk device, for udev rules; fails for devices of
+    /// Print user and group of the ordinary user that made a ublk device, for udev rules; fails for devices of
     /// administrators
     #[command(hide = true)]
     DeviceOwner {

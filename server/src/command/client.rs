@@ -1,12 +1,12 @@
 //! The commands that talk to servers: `list`, `stat`, `resize`, `stop`.
 
-use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::output::{count, print};
+use super::output::{count, print, print_json};
 use crate::config::check_name;
 use crate::door::ublk::DataPath;
 use crate::engine::counters::Totals;
@@ -21,6 +21,17 @@ const STAT_LIMIT: Duration = Duration::from_secs(5);
 
 /// Draining ends when the storage has completed its requests, which may take long.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
+
+/// The columns of `ublkup list`.
+const HEAD: [&str; 7] = [
+    "NAME",
+    "STATE",
+    "ACCESS",
+    "SIZE",
+    "BLOCK DEVICE",
+    "VHOST-USER-BLK",
+    "PID",
+];
 
 /// `ublkup list`
 ///
@@ -46,10 +57,9 @@ pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
             }
         }
     }
-    if json {
-        print(&format!("{}\n", serde_json::to_string_pretty(&exports)?))?;
-    } else {
-        print(&table(&exports))?;
+    match json {
+        true => print_json(&exports)?,
+        false => print(&table(&exports))?,
     }
     Ok(code)
 }
@@ -61,7 +71,7 @@ pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
 /// When the export is not served or does not answer.
 pub fn stat(dir: &RuntimeDir, name: &str, json: bool, watch: bool) -> Result<ExitCode> {
     loop {
-        let status = admin::stat(&served(dir, name)?.join(CONTROL), STAT_LIMIT)
+        let status = admin::stat(&served(dir, name)?, STAT_LIMIT)
             .with_context(|| format!("{name} does not answer"))?;
         let text = match json {
             // One line each: a program reads them as they come.
@@ -83,7 +93,7 @@ pub fn stat(dir: &RuntimeDir, name: &str, json: bool, watch: bool) -> Result<Exi
 ///
 /// When the export is not served, or in use, or does not end.
 pub fn stop(dir: &RuntimeDir, name: &str, force: bool) -> Result<ExitCode> {
-    admin::stop(&served(dir, name)?.join(CONTROL), force, STOP_LIMIT)
+    admin::stop(&served(dir, name)?, force, STOP_LIMIT)
         .with_context(|| format!("{name} does not stop"))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -100,22 +110,18 @@ pub fn resize(
     shrink: bool,
     json: bool,
 ) -> Result<ExitCode> {
-    let control = served(dir, name)?.join(CONTROL);
+    let control = served(dir, name)?;
     let resized = admin::resize(&control, size_bytes, shrink, STOP_LIMIT)
         .with_context(|| format!("{name} keeps its size"))?;
     if json {
-        print(&format!("{}\n", serde_json::to_string_pretty(&resized)?))?;
+        print_json(&resized)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let (old, new) = (resized.old_size_bytes, resized.size_bytes);
-    match old == new {
-        true => print(&format!("{name}: {} as before\n", format_size(new)))?,
-        false => print(&format!(
-            "{name}: {}, was {}\n",
-            format_size(new),
-            format_size(old)
-        ))?,
-    }
+    let [old, new] = [resized.old_size_bytes, resized.size_bytes].map(format_size);
+    print(&match old == new {
+        true => format!("{name}: {new} as before\n"),
+        false => format!("{name}: {new}, was {old}\n"),
+    })?;
     if resized.untold_clients > 0 {
         eprintln!(
             "ublkup: {name}: {} cannot be told of the new size, and will see it when connecting again",
@@ -125,7 +131,8 @@ pub fn resize(
     Ok(ExitCode::SUCCESS)
 }
 
-fn served(dir: &RuntimeDir, name: &str) -> Result<std::path::PathBuf> {
+/// The admin socket of an export.
+fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
     check_name(name)?;
     if !dir.is_alive(name) {
         bail!(
@@ -133,124 +140,106 @@ fn served(dir: &RuntimeDir, name: &str) -> Result<std::path::PathBuf> {
             dir.path().display()
         );
     }
-    Ok(dir.folder(name))
+    Ok(dir.folder(name).join(CONTROL))
 }
 
 fn table(exports: &[ExportStatus]) -> String {
-    let mut rows = vec![
+    let path = |path: Option<&PathBuf>| path.map_or("-".into(), |path| path.display().to_string());
+    let row = |export: &ExportStatus| {
         [
-            "NAME",
-            "STATE",
-            "ACCESS",
-            "SIZE",
-            "BLOCK DEVICE",
-            "VHOST-USER-BLK",
-            "PID",
-        ]
-        .map(str::to_owned),
-    ];
-    for export in exports {
-        rows.push([
             export.name.clone(),
             export.state.clone(),
             export.access.to_string(),
             format_size(export.size_bytes),
-            export
-                .ublk
-                .as_ref()
-                .map_or("-".into(), |door| door.device.display().to_string()),
-            export
-                .vhost
-                .as_ref()
-                .map_or("-".into(), |door| door.socket.display().to_string()),
+            path(export.ublk.as_ref().map(|door| &door.device)),
+            path(export.vhost.as_ref().map(|door| &door.socket)),
             export.pid.to_string(),
-        ]);
-    }
-    let mut text = String::new();
-    for row in &rows {
-        for (column, cell) in row.iter().enumerate() {
-            if column + 1 == row.len() {
-                text.push_str(cell);
-            } else {
-                let width = rows.iter().map(|row| row[column].len()).max().unwrap_or(0) + 2;
-                let _ = write!(text, "{cell:width$}");
-            }
-        }
-        text.push('\n');
-    }
-    text
+        ]
+    };
+    let mut rows = vec![HEAD.map(str::to_owned)];
+    rows.extend(exports.iter().map(row));
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: [usize; HEAD.len()] = std::array::from_fn(width);
+    let line = |row: &[String; HEAD.len()]| {
+        let cells = row.iter().zip(widths);
+        let line: String = cells
+            .map(|(cell, width)| format!("{cell:width$}  "))
+            .collect();
+        format!("{}\n", line.trim_end())
+    };
+    rows.iter().map(line).collect()
 }
 
 fn details(status: &ExportStatus) -> String {
-    let mut text = format!(
-        "{}: {}, access {}, {} of {} B blocks, {}{}, serial {}\n  backend   {}\n  server    pid {}\n  threads   poll-us {}{}",
-        status.name,
-        status.state,
-        status.access,
-        format_size(status.size_bytes),
-        status.block_bytes,
-        if status.read_only {
-            "read-only"
-        } else {
-            "read-write"
-        },
-        if status.write_cache {
-            ", write-back"
-        } else {
-            ", write-through"
-        },
-        status.serial,
-        status.backend,
-        status.pid,
-        status.poll_us,
-        (status.cpus.as_ref()).map_or(String::new(), |cpus| format!(", on processors {cpus}")),
-    );
+    let access = if status.read_only {
+        "read-only"
+    } else {
+        "read-write"
+    };
+    let cache = if status.write_cache {
+        "write-back"
+    } else {
+        "write-through"
+    };
+    let cpus = status
+        .cpus
+        .as_ref()
+        .map(|cpus| format!(", on processors {cpus}"));
+    let mut lines = vec![
+        format!(
+            "{}: {}, access {}, {} of {} B blocks, {access}, {cache}, serial {}",
+            status.name,
+            status.state,
+            status.access,
+            format_size(status.size_bytes),
+            status.block_bytes,
+            status.serial,
+        ),
+        format!("  backend   {}", status.backend),
+        format!("  server    pid {}", status.pid),
+        format!(
+            "  threads   poll-us {}{}",
+            status.poll_us,
+            cpus.unwrap_or_default()
+        ),
+    ];
     if let Some(door) = &status.ublk {
-        let _ = write!(
-            text,
-            "\n  ublk      {} ({} of {}{})\n            {}{}\n{}",
-            door.device.display(),
-            count(door.queues.into(), "queue"),
-            door.depth,
-            match door.data {
-                DataPath::ZeroCopy => ", data without a copy",
-                DataPath::UserCopy => ", data copied by the server",
-                DataPath::Auto | DataPath::Copy => "",
-            },
-            door.features.join(", "),
-            (door.affinity.as_ref()).map_or(String::new(), |queues| {
-                format!("\n            on processors {}", queues.join(" | "))
-            }),
-            totals(&door.counters)
-        );
+        let data = match door.data {
+            DataPath::ZeroCopy => ", data without a copy",
+            DataPath::UserCopy => ", data copied by the server",
+            DataPath::Auto | DataPath::Copy => "",
+        };
+        let (device, depth) = (door.device.display(), door.depth);
+        let queues = count(door.queues.into(), "queue");
+        lines.push(format!("  ublk      {device} ({queues} of {depth}{data})"));
+        lines.push(format!("            {}", door.features.join(", ")));
+        if let Some(queues) = &door.affinity {
+            lines.push(format!("            on processors {}", queues.join(" | ")));
+        }
+        lines.push(totals(&door.counters));
     }
     if let Some(door) = &status.vhost {
-        let _ = write!(
-            text,
-            "\n  vhost     {} ({}, {})\n{}",
-            door.socket.display(),
-            count(door.queues.into(), "queue"),
-            count(door.threads.into(), "thread"),
-            totals(&door.counters)
-        );
+        let queues = count(door.queues.into(), "queue");
+        let threads = count(door.threads.into(), "thread");
+        let socket = door.socket.display();
+        lines.push(format!("  vhost     {socket} ({queues}, {threads})"));
+        lines.push(totals(&door.counters));
         if !door.upgrade.is_empty() {
-            let ways = door.upgrade.join(", ");
-            let _ = write!(
-                text,
-                "\n            upgrade from the block device by: {ways}"
-            );
+            let routes = door.upgrade.join(", ");
+            lines.push(format!(
+                "            upgrade from the block device by: {routes}"
+            ));
         }
         for session in &door.sessions {
-            let _ = write!(
-                text,
-                "\n            session of pid {}: {} running, for {} s",
-                session.pid.map_or("?".into(), |pid| pid.to_string()),
-                count(session.vrings, "queue"),
-                session.age_seconds
-            );
+            let pid = session.pid.map_or("?".into(), |pid| pid.to_string());
+            let queues = count(session.vrings, "queue");
+            let age = session.age_seconds;
+            lines.push(format!(
+                "            session of pid {pid}: {queues} running, for {age} s"
+            ));
         }
     }
-    text
+    lines.join("\n")
 }
 
 fn totals(t: &Totals) -> String {

@@ -1,12 +1,13 @@
 //! `ublkup doctor`: what this machine can and cannot do, and what servers that died left behind.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use rustix::fs::{Access, access};
 use serde::Serialize;
 
+use super::output::{print, print_json};
 use crate::door::ublk;
 use crate::export::runtime_dir::RuntimeDir;
 use crate::export::{explain, remove_stale_device};
@@ -28,9 +29,11 @@ enum Verdict {
 struct Check {
     what: &'static str,
     verdict: Verdict,
-    /// What was found and, where something is amiss, what to do.
     finding: String,
 }
+
+/// The verdict, and what was found; where something is amiss, also what to do.
+type Finding = (Verdict, String);
 
 /// Checks the machine; with `clean`, removes what servers that died left behind.
 ///
@@ -38,12 +41,26 @@ struct Check {
 ///
 /// When the findings cannot be printed.
 pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
-    let mut checks = vec![kernel(), io_uring(), ublk(), runtime_directory(dir)];
-    checks.extend(dead_exports(dir, clean));
-    checks.extend(dead_devices(clean));
-    let mut out = std::io::stdout().lock();
+    let machine = [
+        ("kernel", kernel()),
+        ("io_uring", io_uring()),
+        ("ublk", ublk()),
+        ("runtime directory", runtime_directory(dir)),
+    ];
+    let exports = dead_exports(dir, clean).into_iter();
+    let devices = dead_devices(clean).into_iter();
+    let checks: Vec<_> = machine
+        .into_iter()
+        .chain(exports.map(|finding| ("left by dead servers", finding)))
+        .chain(devices.map(|finding| ("dead block devices", finding)))
+        .map(|(what, (verdict, finding))| Check {
+            what,
+            verdict,
+            finding,
+        })
+        .collect();
     if json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&checks)?)?;
+        print_json(&checks)?;
     } else {
         let colour = std::io::stdout().is_terminal();
         for check in &checks {
@@ -52,167 +69,119 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
                 Verdict::Warning => ("warning", 33),
                 Verdict::Problem => ("problem", 31),
             };
-            let Check { what, finding, .. } = check;
-            if colour {
-                writeln!(out, "\x1b[{code}m{word:8}\x1b[0m {what}: {finding}")?;
-            } else {
-                writeln!(out, "{word:8} {what}: {finding}")?;
-            }
+            let word = match colour {
+                true => format!("\x1b[{code}m{word:8}\x1b[0m"),
+                false => format!("{word:8}"),
+            };
+            print(&format!("{word} {}: {}\n", check.what, check.finding))?;
         }
     }
-    let bad = checks.iter().any(|check| check.verdict == Verdict::Problem);
-    Ok(if bad {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    Ok(
+        match checks.iter().any(|check| check.verdict == Verdict::Problem) {
+            true => ExitCode::FAILURE,
+            false => ExitCode::SUCCESS,
+        },
+    )
 }
 
-fn kernel() -> Check {
+fn kernel() -> Finding {
     let uname = rustix::system::uname();
-    let text = |part: &std::ffi::CStr| part.to_string_lossy().into_owned();
-    Check {
-        what: "kernel",
-        verdict: Verdict::Ok,
-        finding: format!(
-            "{} {} {}",
-            text(uname.sysname()),
-            text(uname.release()),
-            text(uname.machine())
-        ),
-    }
+    let words = [uname.sysname(), uname.release(), uname.machine()];
+    let words = words.map(|word| word.to_string_lossy());
+    (Verdict::Ok, words.join(" "))
 }
 
-fn io_uring() -> Check {
-    let (verdict, finding) = match Ring::new(8) {
+fn io_uring() -> Finding {
+    match Ring::new(8) {
         Ok(ring) => (Verdict::Ok, format!("{} ring", ring.flavour())),
-        Err(error) => (
-            Verdict::Problem,
-            format!(
-                "{error}: nothing works without it (Linux 5.19 or later; see sysctl kernel.io_uring_disabled)"
-            ),
-        ),
-    };
-    Check {
-        what: "io_uring",
-        verdict,
-        finding,
+        Err(error) => {
+            let remedy = "Linux 5.19 or later; see sysctl kernel.io_uring_disabled";
+            (
+                Verdict::Problem,
+                format!("{error}: nothing works without it ({remedy})"),
+            )
+        }
     }
 }
 
-fn ublk() -> Check {
-    let (verdict, finding) = match ublk::available() {
-        Ok(features) => (
-            Verdict::Ok,
-            format!(
-                "the driver offers {}{}",
-                if rustix::process::geteuid().is_root() {
-                    ""
-                } else {
+fn ublk() -> Finding {
+    match ublk::available() {
+        Ok(features) => {
+            let for_users = match rustix::process::geteuid().is_root() {
+                true => "",
+                false => {
                     "devices of ordinary users (data is copied, no recovery), and to administrators "
-                },
-                features.names().join(", ")
-            ),
-        ),
+                }
+            };
+            let features = features.names().join(", ");
+            (
+                Verdict::Ok,
+                format!("the driver offers {for_users}{features}"),
+            )
+        }
         Err(why) => (
             Verdict::Warning,
             format!("{why} (vhost-user works without it)"),
         ),
-    };
-    Check {
-        what: "ublk",
-        verdict,
-        finding,
     }
 }
 
-fn runtime_directory(dir: &RuntimeDir) -> Check {
+fn runtime_directory(dir: &RuntimeDir) -> Finding {
     let path = dir.path();
     // The directory may not exist yet; then its nearest ancestor decides.
     let there = path.ancestors().find(|path| path.exists()).unwrap_or(path);
-    let (verdict, finding) = match access(there, Access::WRITE_OK) {
-        Ok(()) => (Verdict::Ok, path.display().to_string()),
+    let path = path.display();
+    match access(there, Access::WRITE_OK) {
+        Ok(()) => (Verdict::Ok, path.to_string()),
         Err(error) => (
             Verdict::Problem,
-            format!(
-                "{}: {error}: run as root or give --runtime-dir",
-                path.display()
-            ),
+            format!("{path}: {error}: run as root or give --runtime-dir"),
         ),
-    };
-    Check {
-        what: "runtime directory",
-        verdict,
-        finding,
     }
 }
 
-fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Check> {
-    let what = "left by dead servers";
+fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Finding> {
     let names = match dir.names() {
         Ok(names) => names,
         Err(error) => {
-            return vec![Check {
-                what,
-                verdict: Verdict::Warning,
-                finding: format!("cannot look into {}: {error}", dir.path().display()),
-            }];
+            let path = dir.path().display();
+            return vec![(
+                Verdict::Warning,
+                format!("cannot look into {path}: {error}"),
+            )];
         }
     };
-    let dead: Vec<_> = names
-        .into_iter()
-        .filter(|name| !dir.is_alive(name))
-        .collect();
+    let dead: Vec<_> = names.iter().filter(|name| !dir.is_alive(name)).collect();
     if dead.is_empty() {
-        return vec![Check {
-            what,
-            verdict: Verdict::Ok,
-            finding: "nothing".into(),
-        }];
+        return vec![(Verdict::Ok, "nothing".into())];
     }
-    dead.into_iter()
-        .map(|name| {
-            let (verdict, finding) = if clean {
-                match remove_export(dir, &name) {
-                    Ok(()) => (Verdict::Ok, format!("{name}: cleared away")),
-                    Err(error) => (Verdict::Problem, format!("{name}: {}", explain(&error))),
-                }
-            } else {
-                (
-                    Verdict::Warning,
-                    format!("{name}: 'ublkup doctor --clean' removes it, as does serving that name again"),
-                )
-            };
-            Check { what, verdict, finding }
-        })
-        .collect()
+    let examine = |name: &String| match clean.then(|| remove_export(dir, name)) {
+        Some(Ok(())) => (Verdict::Ok, format!("{name}: cleared away")),
+        Some(Err(error)) => (Verdict::Problem, format!("{name}: {}", explain(&error))),
+        None => {
+            let remedy = "'ublkup doctor --clean' removes it, as does serving that name again";
+            (Verdict::Warning, format!("{name}: {remedy}"))
+        }
+    };
+    dead.into_iter().map(examine).collect()
 }
 
 /// Stale devices that no export has a note of.
-fn dead_devices(clean: bool) -> Vec<Check> {
-    let what = "dead block devices";
-    // Without a driver, or rights, there is nothing to be seen; another check says so.
-    let Ok(dead) = ublk::stale_devices() else {
-        return Vec::new();
+fn dead_devices(clean: bool) -> Vec<Finding> {
+    // Without a driver, or rights, none can be seen; another check says so.
+    let dead = ublk::stale_devices().unwrap_or_default();
+    let examine = |id| match clean.then(|| ublk::remove(id, false)) {
+        Some(Ok(())) => (Verdict::Ok, format!("/dev/ublkc{id}: removed")),
+        Some(Err(error)) => (Verdict::Problem, error.to_string()),
+        None => {
+            let remedy = "'ublkup doctor --clean' removes it";
+            (
+                Verdict::Warning,
+                format!("/dev/ublkc{id} has no server; {remedy}"),
+            )
+        }
     };
-    dead.into_iter()
-        .map(|device| {
-            let id = device.id;
-            let (verdict, finding) = match clean.then(|| ublk::remove(id, false)) {
-                Some(Ok(())) => (Verdict::Ok, format!("/dev/ublkc{id}: removed")),
-                Some(Err(error)) => (Verdict::Problem, error.to_string()),
-                None => (
-                    Verdict::Warning,
-                    format!("/dev/ublkc{id} has no server; 'ublkup doctor --clean' removes it"),
-                ),
-            };
-            Check {
-                what,
-                verdict,
-                finding,
-            }
-        })
-        .collect()
+    dead.into_iter().map(|device| examine(device.id)).collect()
 }
 
 fn remove_export(dir: &RuntimeDir, name: &str) -> Result<()> {

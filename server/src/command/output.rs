@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use anyhow::Result;
+use serde::Serialize;
 
 /// Writes to standard output. A reader that went away ends the program quietly, as for any filter.
 pub(super) fn print(text: &str) -> Result<()> {
@@ -10,6 +11,11 @@ pub(super) fn print(text: &str) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => Ok(other?),
     }
+}
+
+/// Prints JSON for people and programs.
+pub(super) fn print_json(value: &impl Serialize) -> Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
 }
 
 /// `1 queue`, `2 queues`.

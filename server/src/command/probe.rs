@@ -16,7 +16,7 @@ use upgrade_proto::{
 };
 
 use super::cli::NOT_UPGRADABLE;
-use super::output::print;
+use super::output::{print, print_json};
 use crate::export::upgrade::SERVICE;
 use crate::request::format_size;
 
@@ -28,16 +28,22 @@ const TURNED_AWAY_WITHIN: Duration = Duration::from_millis(100);
 struct Finding {
     device: String,
     upgradable: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    why_not: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    way: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    server_pid: Option<i32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    size_bytes: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    read_only: Option<bool>,
+    #[serde(flatten)]
+    service: Service,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Service {
+    Usable {
+        way: &'static str,
+        server_pid: i32,
+        size_bytes: u64,
+        read_only: bool,
+    },
+    Unusable {
+        why_not: String,
+    },
 }
 
 /// Result of looking for the service of a disk.
@@ -51,7 +57,7 @@ pub enum Found {
     Taken,
 }
 
-/// Where to look for services: in `runtime_dir` first.
+/// Where services are searched: in `runtime_dir` first.
 #[must_use]
 pub fn lookup(runtime_dir: Option<&Path>) -> Lookup {
     let mut runtime_dirs: Vec<_> = runtime_dir.map(Path::to_owned).into_iter().collect();
@@ -68,29 +74,19 @@ pub fn lookup(runtime_dir: Option<&Path>) -> Lookup {
 ///
 /// When the device cannot be looked at.
 pub fn run(device: &Path, runtime_dir: Option<&Path>, json: bool) -> Result<ExitCode> {
-    let finding = look(device, &lookup(runtime_dir))?;
-    let text = if json {
-        serde_json::to_string_pretty(&finding)?
-    } else {
-        finding.sentence()
-    };
-    print(&format!("{text}\n"))?;
+    let finding = Finding::of(device, look(device, &lookup(runtime_dir))?);
+    match json {
+        true => print_json(&finding)?,
+        false => print(&format!("{}\n", finding.sentence()))?,
+    }
     Ok(match finding.upgradable {
         true => ExitCode::SUCCESS,
         false => NOT_UPGRADABLE.into(),
     })
 }
 
-fn look(device: &Path, lookup: &Lookup) -> Result<Finding> {
-    let no = |why: String| Finding {
-        device: device.display().to_string(),
-        upgradable: false,
-        why_not: Some(why),
-        way: None,
-        server_pid: None,
-        size_bytes: None,
-        read_only: None,
-    };
+fn look(device: &Path, lookup: &Lookup) -> Result<Service> {
+    let no = |why_not| Service::Unusable { why_not };
     // The claim shows whether an upgrade would get the disk, and is given up at once: a program that wants it
     // meanwhile, mount(8) say, must not be refused because of a probe.
     let claim = match DiskClaim::open(device) {
@@ -101,14 +97,11 @@ fn look(device: &Path, lookup: &Lookup) -> Result<Finding> {
     let disk = claim.give_up()?;
     let size_bytes = size_bytes(&disk).with_context(|| device.display().to_string())?;
     Ok(match service(&disk, lookup)? {
-        Found::Service(connection) => Finding {
-            device: device.display().to_string(),
-            upgradable: true,
-            why_not: None,
-            way: Some(connection.route().name()),
-            server_pid: Some(connection.peer().pid),
-            size_bytes: Some(size_bytes),
-            read_only: Some(read_only),
+        Found::Service(connection) => Service::Usable {
+            way: connection.route().name(),
+            server_pid: connection.peer().pid,
+            size_bytes,
+            read_only,
         },
         Found::Nothing(why) => no(why),
         Found::Taken => no("another client has the disk".into()),
@@ -139,8 +132,8 @@ pub fn service(disk: impl AsFd, lookup: &Lookup) -> Result<Found> {
     };
     // A vhost-user server speaks when spoken to: until then it can only hang up.
     let mut fds = [PollFd::new(&connection, PollFlags::IN | PollFlags::RDHUP)];
-    let patience = TURNED_AWAY_WITHIN.try_into().ok();
-    match poll(&mut fds, patience.as_ref()) {
+    let limit = TURNED_AWAY_WITHIN.try_into().ok();
+    match poll(&mut fds, limit.as_ref()) {
         Ok(0) | Err(Errno::INTR) => Ok(Found::Service(connection)),
         Ok(_) => Ok(Found::Taken),
         Err(error) => Err(error.into()),
@@ -153,22 +146,30 @@ fn size_bytes(disk: impl AsFd) -> Result<u64> {
 }
 
 impl Finding {
+    fn of(device: &Path, service: Service) -> Self {
+        Self {
+            device: device.display().to_string(),
+            upgradable: matches!(service, Service::Usable { .. }),
+            service,
+        }
+    }
+
     fn sentence(&self) -> String {
         let device = &self.device;
-        match (self.way, &self.why_not) {
-            (Some(way), _) => format!(
-                "{device}: upgradable by the {way}'s way; server process {}, {}, {}",
-                self.server_pid.unwrap_or_default(),
-                format_size(self.size_bytes.unwrap_or_default()),
-                match self.read_only {
-                    Some(true) => "read-only",
-                    _ => "writable",
-                }
-            ),
-            (None, why) => format!(
-                "{device}: not upgradable: {}",
-                why.as_deref().unwrap_or("no server offers it")
-            ),
+        match &self.service {
+            Service::Usable {
+                way,
+                server_pid,
+                size_bytes,
+                read_only,
+            } => {
+                let size = format_size(*size_bytes);
+                let access = if *read_only { "read-only" } else { "writable" };
+                format!(
+                    "{device}: upgradable by the {way} route; server process {server_pid}, {size}, {access}"
+                )
+            }
+            Service::Unusable { why_not } => format!("{device}: not upgradable: {why_not}"),
         }
     }
 }
@@ -180,29 +181,29 @@ mod tests {
     #[test]
     fn a_file_is_not_upgradable_and_a_missing_device_is_an_error() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let finding = look(file.path(), &lookup(None)).unwrap();
+        let finding = Finding::of(file.path(), look(file.path(), &lookup(None)).unwrap());
         assert!(!finding.upgradable);
         assert!(finding.sentence().ends_with("not a block device"));
         assert!(look(Path::new("/dev/no-such-disk"), &lookup(None)).is_err());
     }
 
     #[test]
-    fn a_finding_tells_way_process_size_and_access() {
-        let finding = Finding {
-            device: "/dev/ublkb0".into(),
-            upgradable: true,
-            why_not: None,
-            way: Some("kernel"),
-            server_pid: Some(42),
-            size_bytes: Some(1 << 30),
-            read_only: Some(true),
+    fn a_finding_tells_route_process_size_and_access() {
+        let service = Service::Usable {
+            way: "kernel",
+            server_pid: 42,
+            size_bytes: 1 << 30,
+            read_only: true,
         };
+        let finding = Finding::of(Path::new("/dev/ublkb0"), service);
         assert_eq!(
             finding.sentence(),
-            "/dev/ublkb0: upgradable by the kernel's way; server process 42, 1G, read-only"
+            "/dev/ublkb0: upgradable by the kernel route; server process 42, 1G, read-only"
         );
-        let json = serde_json::to_value(&finding).unwrap();
-        assert_eq!(json["way"], "kernel");
-        assert!(json.get("why_not").is_none());
+        let json = serde_json::to_string(&finding).unwrap();
+        assert_eq!(
+            json,
+            r#"{"device":"/dev/ublkb0","upgradable":true,"way":"kernel","server_pid":42,"size_bytes":1073741824,"read_only":true}"#
+        );
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::Scope;
 
 use anyhow::{Context, Result, anyhow};
@@ -100,23 +100,15 @@ fn start_all<C: Send, E: Send>(
     let starters = STARTERS.min(configs.len());
     let waiting = Mutex::new(configs.into_iter().enumerate());
     let results = Mutex::new((BTreeMap::new(), BTreeMap::new()));
-    // A starter that panicked has left both tables whole.
     let next = || {
-        let some_failed = !results
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .1
-            .is_empty();
-        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.next().filter(|_| keep_going || !some_failed)
+        let may_start = keep_going || lock(&results).1.is_empty();
+        lock(&waiting).next().filter(|_| may_start)
     };
     let start_waiting = || {
         while let Some((number, (name, config))) = next() {
-            let started = start(config);
-            let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
-            match started {
-                Ok(export) => drop(results.0.insert(name, export)),
-                Err(error) => drop(results.1.insert(number, (name, error))),
+            match start(config) {
+                Ok(export) => drop(lock(&results).0.insert(name, export)),
+                Err(error) => drop(lock(&results).1.insert(number, (name, error))),
             }
         }
     };
@@ -132,6 +124,11 @@ fn start_all<C: Send, E: Send>(
     });
     let (started, failures) = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     (started, failures.into_values().collect())
+}
+
+/// Locks a table that a thread that panicked has left whole.
+fn lock<T>(table: &Mutex<T>) -> MutexGuard<'_, T> {
+    table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Serves until the last export has ended; returns whether none lost a door before that. Each export drains in a

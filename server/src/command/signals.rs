@@ -33,7 +33,7 @@ mod tests {
 
     #[test]
     fn what_was_ignored_from_the_start_is_left_alone() {
-        // The runtime of every Rust program ignores SIGPIPE, and nobody ignores SIGTERM.
+        // The runtime of every Rust program ignores SIGPIPE, and none ignores SIGTERM.
         assert!(is_ignored(SIGPIPE));
         assert!(!is_ignored(SIGTERM));
         assert_eq!(that_end().contains(&SIGHUP), !is_ignored(SIGHUP));

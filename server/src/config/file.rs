@@ -125,7 +125,7 @@ impl ConfigFile<'_> {
             .iter()
             .map(|(key, value)| (*key, Some(value.as_ref())));
         let matches = read_keys::<ExportOptions>(words).map_err(|error| {
-            let key = table.get_key_value(error.key());
+            let key = table.get_key_value(error.key.as_str());
             let place = key.map_or(0..0, |(key, _)| key.span());
             self.refuse(&place, format!("{label}{error}"))
         })?;

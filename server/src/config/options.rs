@@ -154,30 +154,23 @@ impl ExportOptions {
 
 /// Why a key, or its value, is refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BadOption {
-    /// There is no such key.
-    #[error("{key}: unknown key{}", .similar.as_ref().map_or(String::new(), |similar| format!("; did you mean '{similar}'?")))]
-    Unknown {
-        /// The key.
-        key: String,
-        /// One that looks like it.
-        similar: Option<String>,
-    },
-    /// The value is missing or not allowed.
-    #[error("{key}: {why}")]
-    Invalid {
-        /// The key.
-        key: String,
-        /// The value, and what is allowed.
-        why: String,
-    },
+#[error("{key}: {why}")]
+pub struct BadOption {
+    /// The key.
+    pub key: String,
+    /// The value and what is allowed; for an unknown key one that is similar.
+    pub why: String,
+    /// Whether there is no such key.
+    pub is_unknown: bool,
 }
 
 impl BadOption {
-    /// The key that is refused.
-    pub fn key(&self) -> &str {
-        match self {
-            Self::Unknown { key, .. } | Self::Invalid { key, .. } => key,
+    fn unknown(key: String, similar: Option<String>) -> Self {
+        let hint = similar.map(|similar| format!("; did you mean '{similar}'?"));
+        Self {
+            key,
+            why: format!("unknown key{}", hint.unwrap_or_default()),
+            is_unknown: true,
         }
     }
 }
@@ -190,10 +183,7 @@ pub(super) fn read_keys<'a, A: Args>(
     let mut words = Vec::new();
     for (key, value) in pairs {
         if key.is_empty() || key.starts_with('-') {
-            return Err(BadOption::Unknown {
-                key: key.to_owned(),
-                similar: None,
-            });
+            return Err(BadOption::unknown(key.to_owned(), None));
         }
         words.push(match value {
             Some(value) => format!("--{key}={value}"),
@@ -213,15 +203,13 @@ fn refusal(error: &clap::Error) -> BadOption {
     let context = |kind| error.get(kind).map(ToString::to_string);
     let key_of = |argument: String| {
         let name = argument.trim_start_matches('-');
-        name.split([' ', '=', '['])
-            .next()
-            .unwrap_or(name)
-            .to_owned()
+        let end = name.find([' ', '=', '[']).unwrap_or(name.len());
+        name[..end].to_owned()
     };
     let key = context(ContextKind::InvalidArg).map_or(String::new(), key_of);
     if error.kind() == ErrorKind::UnknownArgument {
         let similar = context(ContextKind::SuggestedArg).map(key_of);
-        return BadOption::Unknown { key, similar };
+        return BadOption::unknown(key, similar);
     }
     let value = context(ContextKind::InvalidValue).unwrap_or_default();
     let values = context(ContextKind::ValidValue).filter(|values| !values.is_empty());
@@ -230,11 +218,14 @@ fn refusal(error: &clap::Error) -> BadOption {
         (None, Some(values)) => format!("give one of {values}"),
         (None, None) => "give a value".to_owned(),
     };
-    let why = match value.is_empty() {
-        true => allowed,
-        false => format!("invalid value '{value}': {allowed}"),
-    };
-    BadOption::Invalid { key, why }
+    BadOption {
+        key,
+        why: match value.is_empty() {
+            true => allowed,
+            false => format!("invalid value '{value}': {allowed}"),
+        },
+        is_unknown: false,
+    }
 }
 
 fn switch(text: &str) -> Result<bool, &'static str> {
@@ -254,20 +245,15 @@ where
             .ok()
             .filter(|number| allowed.contains(number))
             .ok_or_else(|| {
-                format!(
-                    "give a number from {} to {}",
-                    allowed.start(),
-                    allowed.end()
-                )
+                let (first, last) = (allowed.start(), allowed.end());
+                format!("give a number from {first} to {last}")
             })
     }
 }
 
 fn serial(text: &str) -> Result<String, String> {
-    match Serial::new(text) {
-        Ok(serial) => Ok(serial.as_str().to_owned()),
-        Err(error) => Err(error.to_string()),
-    }
+    let serial = Serial::new(text).map_err(|error| error.to_string())?;
+    Ok(serial.as_str().to_owned())
 }
 
 fn block_size(text: &str) -> Result<u32, &'static str> {

@@ -9,9 +9,8 @@ use clap::{ArgMatches, Args};
 use super::commas;
 use super::error::ConfigError;
 use super::name::check_name;
-use super::options::{BadOption, ExportOptions, read_keys};
-use crate::request::{MAX_DISK_BYTES, SECTOR_BYTES};
-use crate::request::{format_size, parse_size};
+use super::options::{ExportOptions, read_keys};
+use crate::request::{MAX_DISK_BYTES, SECTOR_BYTES, format_size, parse_size};
 use crate::storage::CacheMode;
 #[cfg(feature = "testing")]
 use crate::storage::Rule;
@@ -144,9 +143,9 @@ fn parse(text: &str) -> Result<Spec, String> {
             ));
         }
     };
-    let mut options = options.map_err(|error| match error {
-        BadOption::Unknown { .. } => format!("{error} (a comma in a path is written twice)"),
-        BadOption::Invalid { .. } => error.to_string(),
+    let mut options = options.map_err(|error| match error.is_unknown {
+        true => format!("{error} (a comma in a path is written twice)"),
+        false => error.to_string(),
     })?;
     let storage = match kind {
         "null" => StorageSpec::Null {

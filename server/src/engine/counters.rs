@@ -1,53 +1,59 @@
-//! What `stat` shows: counted by the queue threads, read by anyone.
+//! What `stat` shows: counted by the queue threads, read by other threads.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::request::{Op, Outcome};
 
-/// The counters of one queue thread. Only that thread writes them, so a count is a plain load and
-/// store, and no cache line is shared with another writer.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-pub struct Counters {
-    reads: AtomicU64,
-    read_bytes: AtomicU64,
-    writes: AtomicU64,
-    write_bytes: AtomicU64,
-    forced_writes: AtomicU64,
-    flushes: AtomicU64,
-    discards: AtomicU64,
-    write_zeroes: AtomicU64,
-    errors: AtomicU64,
-    batches: AtomicU64,
-    enters: AtomicU64,
+/// Makes the counters of a thread and their totals of one list.
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// The counters of one queue thread. Only that thread writes them, so a count is a plain load and
+        /// store, and no cache line is shared with another writer.
+        #[derive(Debug, Default)]
+        #[repr(align(128))]
+        pub struct Counters {
+            $($name: AtomicU64,)*
+        }
+
+        /// A reading of one or more [`Counters`].
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+        pub struct Totals {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            /// Adds a reading of these counters to `totals`.
+            pub fn add_to(&self, totals: &mut Totals) {
+                $(totals.$name += self.$name.load(Ordering::Relaxed);)*
+            }
+        }
+    };
 }
 
-/// A reading of one or more [`Counters`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Totals {
+counters! {
     /// Reads completed.
-    pub reads: u64,
+    reads,
     /// Bytes read.
-    pub read_bytes: u64,
+    read_bytes,
     /// Writes completed.
-    pub writes: u64,
+    writes,
     /// Bytes written.
-    pub write_bytes: u64,
+    write_bytes,
     /// Writes among them that had to be durable at completion (FUA, write-through).
-    pub forced_writes: u64,
+    forced_writes,
     /// Flushes completed.
-    pub flushes: u64,
+    flushes,
     /// Discards completed.
-    pub discards: u64,
+    discards,
     /// Write-zeroes completed.
-    pub write_zeroes: u64,
+    write_zeroes,
     /// Requests of any kind that failed (they count above as well).
-    pub errors: u64,
+    errors,
     /// Rounds of the loop.
-    pub batches: u64,
+    batches,
     /// `io_uring_enter` calls.
-    pub enters: u64,
+    enters,
 }
 
 impl Counters {
@@ -82,25 +88,6 @@ impl Counters {
     pub fn count_batch(&self, enters: u64) {
         add(&self.batches, 1);
         self.enters.store(enters, Ordering::Relaxed);
-    }
-
-    /// Adds a reading of these counters to `totals`.
-    pub fn add_to(&self, totals: &mut Totals) {
-        for (total, counter) in [
-            (&mut totals.reads, &self.reads),
-            (&mut totals.read_bytes, &self.read_bytes),
-            (&mut totals.writes, &self.writes),
-            (&mut totals.write_bytes, &self.write_bytes),
-            (&mut totals.forced_writes, &self.forced_writes),
-            (&mut totals.flushes, &self.flushes),
-            (&mut totals.discards, &self.discards),
-            (&mut totals.write_zeroes, &self.write_zeroes),
-            (&mut totals.errors, &self.errors),
-            (&mut totals.batches, &self.batches),
-            (&mut totals.enters, &self.enters),
-        ] {
-            *total += counter.load(Ordering::Relaxed);
-        }
     }
 }
 
@@ -180,14 +167,14 @@ mod tests {
 
     #[test]
     fn threads_that_ended_still_count_and_count_once() {
-        let registry = CounterSet::default();
-        let (a, b) = (registry.register(), registry.register());
+        let set = CounterSet::default();
+        let (a, b) = (set.register(), set.register());
         a.count(Op::Read, 512, Ok(()));
         b.count(Op::Read, 512, Ok(()));
-        registry.retire(&a);
-        registry.retire(&a);
+        set.retire(&a);
+        set.retire(&a);
         b.count(Op::Flush, 0, Ok(()));
-        let totals = registry.totals();
+        let totals = set.totals();
         assert_eq!((totals.reads, totals.flushes), (2, 1));
     }
 }

@@ -34,7 +34,7 @@ pub(crate) fn is_unbound() -> bool {
     may_use().is_some_and(|count| count >= processors_online())
 }
 
-/// How many processors there are, for whomever.
+/// How many processors there are, also those that this process may not use.
 pub(crate) fn processors_online() -> usize {
     // SAFETY: asks for a number.
     let count = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
@@ -137,18 +137,7 @@ impl fmt::Display for Cpus {
     }
 }
 
-impl serde::Serialize for Cpus {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for Cpus {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(serde::de::Error::custom)
-    }
-}
+serialize_as_text!(Cpus);
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,6 @@
 //! Messages from other threads to a queue thread, and the eventfd that wakes its ring.
 //!
-//! A mailbox closes when its receiver goes. Messages that were not taken are dropped then, so that
+//! A mailbox closes when its receiver is dropped. Messages that were not taken are dropped then, so that
 //! reply channels inside them hang up, and later ones are handed back to their senders.
 
 use std::collections::VecDeque;

@@ -1,6 +1,24 @@
 //! The loop that moves requests between a door and a storage, and what it needs: the traits that
 //! both implement, polling, where threads run, counters, messages between threads.
 
+/// Has a type serialized as the text that it is shown as and parsed from.
+macro_rules! serialize_as_text {
+    ($name:ty) => {
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = String::deserialize(deserializer)?;
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
 pub mod counters;
 pub mod cpus;
 pub mod crash;

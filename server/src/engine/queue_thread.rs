@@ -1,6 +1,6 @@
-//! The loop: reap completions, let door and backend act, submit once.
+//! The loop: reap completions, let door and storage act, submit once.
 //!
-//! One thread, one ring, one door queue, one backend queue. Reaping never runs anything: the
+//! One thread, one ring, one door queue, one storage queue. Reaping never runs anything: the
 //! completions are copied out first, then dispatched. Nothing here allocates once it runs, and
 //! nothing is shared with other threads but the mailbox and the counters.
 
@@ -39,16 +39,16 @@ const POLLS_PER_CLOCK: u32 = 64;
 /// How long a thread that ends waits for operations it cancelled.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
-/// Drives one door queue over one backend queue.
+/// Drives one door queue over one storage queue.
 pub struct QueueThread<D: DoorQueue, B: Storage> {
     ring: Ring,
     mailbox: Mailbox<D::Command>,
     door: D,
-    backend: B::Queue,
+    storage: B::Queue,
     running: SlotTable<Request>,
     /// How many requests the storage has.
     in_flight: usize,
-    /// Requests the backend had no room for, in order.
+    /// Requests the storage had no room for, in order.
     backlog: VecDeque<Slot>,
     batch: Vec<Completion>,
     counters: Arc<Counters>,
@@ -66,7 +66,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the ring or what the backend needs on it.
+    /// When the kernel refuses the ring or what the storage needs on it.
     pub fn new(
         door: D,
         disk: &B,
@@ -78,14 +78,14 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         // Each request has at most one operation on the ring, the mailbox one, and a cancellation
         // completes beside what it cancels.
         let mut ring = Ring::new(slots + 2 * door.ring_operations() + 2)?;
-        let backend = disk.queue(&mut ring, slots)?;
+        let storage = disk.queue(&mut ring, slots)?;
         let beside_clients = door.is_beside_clients();
         let slots = slots as usize;
         Ok(Self {
             ring,
             mailbox,
             door,
-            backend,
+            storage,
             running: SlotTable::new(slots),
             in_flight: 0,
             backlog: VecDeque::with_capacity(slots),
@@ -221,7 +221,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
                 Owner::Door => self.door.event(&mut self.ring, completion),
                 Owner::Storage => {
                     let slot = completion.token.index;
-                    let progress = self.backend.advance(
+                    let progress = self.storage.advance(
                         &mut self.ring,
                         slot,
                         self.running.get_mut(slot),
@@ -245,7 +245,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         }
     }
 
-    /// Starts what waits: first the backlog, then new requests while the backend takes them.
+    /// Starts what waits: first the backlog, then new requests while the storage takes them.
     fn start_requests(&mut self) {
         for _ in 0..self.backlog.len() {
             let Some(slot) = self.backlog.pop_front() else {
@@ -264,7 +264,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             let Some((slot, mut request)) = self.door.next(&mut self.ring) else {
                 return;
             };
-            match self.backend.start(&mut self.ring, slot, &mut request) {
+            match self.storage.start(&mut self.ring, slot, &mut request) {
                 // What is done at once need not be kept.
                 Progress::Done(outcome) => self.finish(slot, request, outcome),
                 Progress::Pending => self.keep(slot, request),
@@ -285,7 +285,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
 
     fn start(&mut self, slot: Slot) -> Started {
         let request = self.running.get_mut(slot);
-        let progress = self.backend.start(&mut self.ring, slot, request);
+        let progress = self.storage.start(&mut self.ring, slot, request);
         self.settle(slot, progress)
     }
 
@@ -316,7 +316,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     }
 }
 
-/// Whether the backend had room.
+/// Whether the storage had room.
 #[derive(PartialEq, Eq)]
 enum Started {
     Yes,

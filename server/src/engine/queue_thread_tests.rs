@@ -14,15 +14,15 @@ use crate::io::{Full, Token};
 use crate::request::small_disk;
 use crate::storage::Null;
 
-/// What a long read writes to. Both bytes are 1 until it does. Leaked: an abandoned operation
-/// has no end that anybody hears of.
+/// What a long read writes to. Both bytes are 1 until it does. Leaked: the end of an
+/// abandoned operation is not reported.
 struct Target {
     begun: AtomicU8,
     ended: AtomicU8,
     vectors: Vec<libc::iovec>,
 }
 
-// SAFETY: nobody but the kernel follows the pointers.
+// SAFETY: only the kernel follows the pointers.
 unsafe impl Send for Target {}
 // SAFETY: as above, and the bytes are atomic.
 unsafe impl Sync for Target {}

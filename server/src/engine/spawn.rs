@@ -59,20 +59,19 @@ pub fn spawn_queue<D: DoorQueue, B: Storage>(
 ) -> io::Result<Spawned> {
     let (report, started) = mpsc::channel();
     let thread = Builder::new().name(name).spawn(move || {
-        // Without a receiver the thread is on its way out already, and is told by its mailbox.
-        match catch_unwind(AssertUnwindSafe(make)) {
-            Ok(Ok(thread)) => {
+        let made = catch_unwind(AssertUnwindSafe(make)).unwrap_or_else(|panic| {
+            let end = End::panicked(&*panic);
+            Err(io::Error::other(end.to_string()))
+        });
+        // Without a receiver the thread is about to be told by its mailbox to end.
+        match made {
+            Ok(thread) => {
                 let _ = report.send(Ok(()));
                 on_end(thread.run());
             }
-            Ok(Err(error)) => {
+            Err(error) => {
                 drop(on_end);
                 let _ = report.send(Err(error));
-            }
-            Err(panic) => {
-                drop(on_end);
-                let end = End::panicked(&*panic);
-                let _ = report.send(Err(io::Error::other(end.to_string())));
             }
         }
     })?;

@@ -89,10 +89,10 @@ pub enum RingBuffers {
 /// Completions of what a queue puts on the ring must carry the slot of the request as their
 /// token's index and [`crate::io::Owner::Storage`] as owner.
 pub trait StorageQueue {
-    /// Begins a request, or goes on with one for which the queue last said [`Progress::Full`].
+    /// Begins a request, or continues one for which the queue last said [`Progress::Full`].
     fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress;
 
-    /// Goes on after a completion for the request in `slot`.
+    /// Continues the request in `slot` after a completion.
     fn advance(
         &mut self,
         ring: &mut Ring,

@@ -235,7 +235,7 @@ impl Opening<'_> {
         })?;
         if recoverable.is_some() {
             let (name, disk) = (&config.name, door.block_path());
-            tracing::info!("{name}: goes on with {}", disk.display());
+            tracing::info!("{name}: took over {}", disk.display());
         }
         let noted = self.note(&DeviceNote {
             id: Some(door.id()),

@@ -57,7 +57,7 @@ impl UpgradeListener {
         let export = export.to_owned();
         let listening = listen(what, listener, move |client: Connection| {
             let (route, pid) = (client.route().name(), client.peer().pid);
-            tracing::info!(export, pid, "a client comes by the {route}'s way");
+            tracing::info!(export, pid, "a client connected by the {route} route");
             if let Err(error) = adopt(client.into_stream()) {
                 tracing::warn!(export, "a client was refused: {error}");
             }
@@ -68,7 +68,7 @@ impl UpgradeListener {
         })
     }
 
-    /// How clients can come, the kernel's way first.
+    /// How clients can come, the kernel's route first.
     #[must_use]
     pub fn ways(&self) -> Vec<&'static str> {
         self.routes.iter().map(|route| route.name()).collect()

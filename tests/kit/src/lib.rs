@@ -10,6 +10,8 @@
 pub mod images;
 pub mod proc;
 pub mod process;
+/// The launcher's client of QEMU's monitor.
+#[path = "../../../server/src/command/qemu/qmp.rs"]
 pub mod qmp;
 pub mod random;
 pub mod sandbox;

@@ -12,7 +12,7 @@ use testkit::process;
 use testkit::qmp::Qmp;
 use testkit::server::Server;
 use testkit::shell::{Shell, last_lines};
-use testkit::wait::until;
+use testkit::wait::{until, wait_for};
 
 use crate::kernel::Kernel;
 use crate::kit::load;
@@ -104,7 +104,9 @@ impl Guest {
             .stdout(Stdio::null())
             .stderr(File::create(&log)?);
         let mut qemu = process::spawn_bound(&mut command)?;
-        let monitor = Qmp::connect(&socket, cx.patience(60)).map_err(|error| {
+        let connect = || Ok(Qmp::connect(&socket).ok());
+        let monitor = wait_for("QEMU's monitor answers", cx.patience(60), connect);
+        let monitor = monitor.map_err(|error| {
             // Dies with us anyway.
             let _ = qemu.kill();
             error.context(fs::read_to_string(&log).unwrap_or_default())
@@ -143,7 +145,7 @@ impl Guest {
 
     /// Ends QEMU as a manager does after a migration.
     fn quit(mut self, cx: &Context) -> Result<()> {
-        self.monitor.command("quit", &json!({}))?;
+        self.monitor.command("quit", json!({}))?;
         let ended = process::wait_limited(&mut self.qemu, cx.patience(30))?;
         ensure!(ended.is_some_and(|status| status.success()), "{ended:?}");
         Ok(())
@@ -168,8 +170,7 @@ fn pace(from: &mut Guest, bytes_per_second: u64, milliseconds: u64) -> Result<()
         "max-bandwidth": bytes_per_second,
         "downtime-limit": milliseconds,
     });
-    from.monitor
-        .command("migrate-set-parameters", &parameters)?;
+    from.monitor.command("migrate-set-parameters", parameters)?;
     Ok(())
 }
 
@@ -180,11 +181,11 @@ fn migrate(cx: &Context, from: &mut Guest, to: &mut Guest) -> Result<bool> {
     // into every page again, then as fast as it goes.
     pace(from, 32 << 20, 1)?;
     from.monitor
-        .command("migrate", &json!({ "uri": moving(cx) }))?;
+        .command("migrate", json!({ "uri": moving(cx) }))?;
     let deadline = Instant::now() + cx.patience(120);
     let (mut slow_since, mut ending) = (None, false);
     loop {
-        let state = from.monitor.command("query-migrate", &json!({}))?;
+        let state = from.monitor.command("query-migrate", json!({}))?;
         let passes = state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
         let rounds = from.rounds()?;
         match (state["status"].as_str(), slow_since) {
@@ -205,7 +206,7 @@ fn migrate(cx: &Context, from: &mut Guest, to: &mut Guest) -> Result<bool> {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    while to.monitor.command("query-status", &json!({}))?["running"] != true {
+    while to.monitor.command("query-status", json!({}))?["running"] != true {
         ensure!(Instant::now() < deadline, "the guest does not go on");
         std::thread::sleep(Duration::from_millis(20));
     }

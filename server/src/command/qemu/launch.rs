@@ -69,28 +69,20 @@ pub fn launch(launch: &Launch<'_>) -> Result<ExitCode> {
         if !launch.print {
             claim.settle()?;
         }
-        match find_target(&disk, &claim, fd, &lookup)? {
-            (target, None) => attached.push(Attached {
-                disk,
-                claim,
-                target,
-            }),
-            (_, Some(why)) if launch.require_upgrade => {
-                eprintln!("ublkup: {}: not upgradable: {why}", disk.path.display());
+        let (target, why_not) = find_target(&disk, &claim, fd, &lookup)?;
+        if let Some(why) = why_not {
+            let path = disk.path.display();
+            if launch.require_upgrade {
+                eprintln!("ublkup: {path}: not upgradable: {why}");
                 return Ok(NOT_UPGRADABLE.into());
             }
-            (target, Some(why)) => {
-                eprintln!(
-                    "ublkup: {}: not upgraded ({why}): QEMU gets the block device",
-                    disk.path.display()
-                );
-                attached.push(Attached {
-                    disk,
-                    claim,
-                    target,
-                });
-            }
+            eprintln!("ublkup: {path}: not upgraded ({why}): QEMU gets the block device");
         }
+        attached.push(Attached {
+            disk,
+            claim,
+            target,
+        });
     }
     let options = options(&board, &attached);
     if launch.print {
@@ -127,7 +119,7 @@ fn find_target(
             let address = service_address(&connection, fd)?;
             let route = connection.route().name();
             let pid = connection.peer().pid;
-            tracing::info!("{path}: upgraded by the {route}'s way, to server process {pid}");
+            tracing::info!("{path}: upgraded by the {route} route, to server process {pid}");
             Ok((Target::Service { address }, None))
         }
         Found::Nothing(why) => {
@@ -192,10 +184,8 @@ fn run(words: &[OsString], options: Vec<String>, attached: Vec<Attached>) -> Res
     let signals = Signals::new(signals::that_end()).context("cannot handle signals")?;
     let mut command = Command::new(program);
     command.args(rest).args(options);
-    let fds: Vec<_> = attached
-        .iter()
-        .map(|one| one.claim.as_fd().as_raw_fd())
-        .collect();
+    let fd = |one: &Attached| one.claim.as_fd().as_raw_fd();
+    let fds: Vec<_> = attached.iter().map(fd).collect();
     // SAFETY: runs in the forked child, where the claims' descriptors are open as they are here,
     // until QEMU takes over; makes one system call each and allocates nothing.
     unsafe {

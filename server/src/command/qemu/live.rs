@@ -21,16 +21,21 @@ use super::qmp::Qmp;
 use crate::command::cli::NOT_UPGRADABLE;
 use crate::command::probe::{Found, lookup, service};
 
-/// How long a guest may take to let go of a disk.
+/// How long a guest may take to release a disk.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a disk must be quiet to pass for unused.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// What keeps a guest from being upgraded, before anything was changed.
+/// Why a guest's disk cannot be upgraded, found out before anything was changed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-struct NotNow(String);
+struct NotUpgradable(String);
+
+/// Refuses the upgrade.
+fn refuse<T>(why: impl Into<String>) -> Result<T> {
+    bail!(NotUpgradable(why.into()))
+}
 
 /// The guest's disk as QEMU tells it.
 #[derive(Debug, PartialEq, Eq)]
@@ -63,7 +68,7 @@ pub fn move_disk(socket: &Path, wanted: &str, runtime_dir: Option<&Path>) -> Res
             eprintln!("ublkup: {said}");
             Ok(ExitCode::SUCCESS)
         }
-        Err(error) if error.is::<NotNow>() => {
+        Err(error) if error.is::<NotUpgradable>() => {
             eprintln!("ublkup: {wanted}: not upgraded: {error}; nothing was changed");
             Ok(NOT_UPGRADABLE.into())
         }
@@ -75,11 +80,11 @@ fn upgrade(qmp: &mut Qmp, wanted: &str, runtime_dir: Option<&Path>) -> Result<St
     let old = find(qmp, wanted)?;
     check_memory(qmp)?;
     let path = host_path(qmp, &old.filename)?;
-    let claim = DiskClaim::open(&path).map_err(|error| NotNow(error.to_string()))?;
+    let claim = DiskClaim::open(&path).map_err(|error| NotUpgradable(error.to_string()))?;
     let connection = match service(&claim, &lookup(runtime_dir))? {
         Found::Service(connection) => connection,
-        Found::Nothing(why) => bail!(NotNow(why)),
-        Found::Taken => bail!(NotNow("another client has the disk".into())),
+        Found::Nothing(why) => return refuse(why),
+        Found::Taken => return refuse("another client has the disk"),
     };
     check_quiet(qmp, &old)?;
     // QEMU keeps the claim as long as it lives, and finds the service again through it.
@@ -98,7 +103,7 @@ fn upgrade(qmp: &mut Qmp, wanted: &str, runtime_dir: Option<&Path>) -> Result<St
         });
     }
     Ok(format!(
-        "{}: upgraded by the {route}'s way: the guest has its disk back, as vhost-user-blk-pci '{}'",
+        "{}: upgraded by the {route} route: the guest has its disk back, as vhost-user-blk-pci '{}'",
         path.display(),
         new_id(&old)
     ))
@@ -119,13 +124,20 @@ fn exchange(
         .map_err(|error| roll_back(qmp, old, error))
 }
 
+/// Runs a command that returns a list.
+fn list(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<Vec<Value>> {
+    match qmp.command(command, arguments)? {
+        Value::Array(list) => Ok(list),
+        other => bail!("{command}: no list, but {other}"),
+    }
+}
+
 /// Finds the disk among QEMU's block devices.
 fn find(qmp: &mut Qmp, wanted: &str) -> Result<OldDisk> {
-    let blocks = qmp.command("query-block", json!({}))?;
-    let blocks = blocks.as_array().context("query-block: no list")?;
+    let blocks = list(qmp, "query-block", json!({}))?;
     let number = block_number(Path::new(wanted));
     let mut known = Vec::new();
-    for block in blocks {
+    for block in &blocks {
         let inserted = &block["inserted"];
         let Some(device) = device_of(block) else {
             continue;
@@ -140,19 +152,16 @@ fn find(qmp: &mut Qmp, wanted: &str) -> Result<OldDisk> {
         }
         let driver = inserted["drv"].as_str().unwrap_or_default();
         if !matches!(driver, "host_device" | "raw") {
-            bail!(NotNow(format!(
+            return refuse(format!(
                 "its block node is of the kind '{driver}', and only a block device itself has a service"
-            )));
+            ));
         }
         let model = qom(qmp, &device, "type")?;
-        if !model
-            .as_str()
-            .unwrap_or_default()
-            .starts_with("virtio-blk-pci")
-        {
-            bail!(NotNow(format!(
+        let model = model.as_str().unwrap_or_default();
+        if !model.starts_with("virtio-blk-pci") {
+            return refuse(format!(
                 "it is a {model}, and only virtio-blk-pci can be exchanged for vhost-user-blk-pci"
-            )));
+            ));
         }
         return Ok(OldDisk {
             node: node.to_owned(),
@@ -167,10 +176,8 @@ fn find(qmp: &mut Qmp, wanted: &str) -> Result<OldDisk> {
             device,
         });
     }
-    bail!(NotNow(format!(
-        "the guest has no such disk; it has: {}",
-        known.join(", ")
-    )))
+    let known = known.join(", ");
+    refuse(format!("the guest has no such disk; it has: {known}"))
 }
 
 /// What `device_del` takes for a block device of `query-block`.
@@ -204,7 +211,7 @@ fn host_path(qmp: &Qmp, filename: &str) -> Result<PathBuf> {
         None => PathBuf::from(filename),
     };
     if !path.is_absolute() || block_number(&path).is_none() {
-        bail!(NotNow(format!("'{filename}' is not a block device here")));
+        return refuse(format!("'{filename}' is not a block device here"));
     }
     Ok(path)
 }
@@ -242,14 +249,12 @@ fn place(qmp: &mut Qmp, device: &str) -> Result<Vec<(&'static str, Value)>> {
 
 /// All of the guest's memory must be shared, or the server cannot map it.
 fn check_memory(qmp: &mut Qmp) -> Result<()> {
-    let backends = qmp.command("query-memdev", json!({}))?;
-    let backends = backends.as_array().context("query-memdev: no list")?;
+    let backends = list(qmp, "query-memdev", json!({}))?;
     if backends.is_empty() || backends.iter().any(|backend| backend["share"] != true) {
-        bail!(NotNow(
+        return refuse(
             "the guest's memory is not shared: that is decided when QEMU starts \
-             (-object memory-backend-memfd,…,share=on -machine memory-backend=…)"
-                .into()
-        ));
+             (-object memory-backend-memfd,…,share=on -machine memory-backend=…)",
+        );
     }
     Ok(())
 }
@@ -259,31 +264,21 @@ fn check_quiet(qmp: &mut Qmp, old: &OldDisk) -> Result<()> {
     let before = requests(qmp, old)?;
     std::thread::sleep(QUIET);
     if requests(qmp, old)? != before {
-        bail!(NotNow(
-            "the guest is using the disk: unmount it in the guest first".into()
-        ));
+        return refuse("the guest is using the disk: unmount it in the guest first");
     }
     Ok(())
 }
 
 /// How many requests the device has made.
-fn requests(qmp: &mut Qmp, old: &OldDisk) -> Result<Vec<u64>> {
-    let all = qmp.command("query-blockstats", json!({}))?;
-    let all = all.as_array().context("query-blockstats: no list")?;
+fn requests(qmp: &mut Qmp, old: &OldDisk) -> Result<[u64; 4]> {
+    let all = list(qmp, "query-blockstats", json!({}))?;
     let ours = all
         .iter()
         .find(|one| device_of(one).as_deref() == Some(&old.device))
         .context("query-blockstats: the disk is missing")?;
-    let counted = [
-        "rd_operations",
-        "wr_operations",
-        "flush_operations",
-        "unmap_operations",
-    ];
-    Ok(counted
-        .iter()
-        .map(|what| ours["stats"][what].as_u64().unwrap_or(0))
-        .collect())
+    let counted = ["rd", "wr", "flush", "unmap"].map(|what| format!("{what}_operations"));
+    let count = |what: String| ours["stats"][what].as_u64().unwrap_or(0);
+    Ok(counted.map(count))
 }
 
 /// A descriptor in QEMU's hands.
@@ -306,7 +301,7 @@ fn hand_over(qmp: &mut Qmp, claim: &DiskClaim) -> Result<Given> {
 
 fn unplug(qmp: &mut Qmp, old: &OldDisk) -> Result<()> {
     qmp.command("device_del", json!({ "id": old.device }))
-        .map_err(|error| NotNow(format!("{error:#}")))?;
+        .map_err(|error| NotUpgradable(format!("{error:#}")))?;
     let ours = |event: &Value| {
         let data = &event["data"];
         data["device"] == old.device.as_str() || data["path"] == old.device.as_str()
@@ -317,9 +312,9 @@ fn unplug(qmp: &mut Qmp, old: &OldDisk) -> Result<()> {
     })?;
     match answer {
         Some(event) if event["event"] == "DEVICE_DELETED" => Ok(()),
-        Some(_) => bail!(NotNow("the guest refuses to give the disk away".into())),
+        Some(_) => refuse("the guest refuses to release the disk"),
         None => bail!(
-            "the guest did not give the disk away within {} s; it may still do so: then plug it \
+            "the guest did not release the disk within {} s; it may still do so: then plug it \
              in again with device_add (id {}, drive {})",
             UNPLUG_LIMIT.as_secs(),
             old.device,
@@ -382,16 +377,14 @@ fn with_place(mut device: Value, old: &OldDisk) -> Value {
 fn roll_back(qmp: &mut Qmp, old: &OldDisk, error: anyhow::Error) -> anyhow::Error {
     let mut again = || -> Result<()> {
         if !has_node(qmp, &old.node)? {
-            qmp.command(
-                "blockdev-add",
-                json!({
-                    "driver": "host_device",
-                    "node-name": old.node,
-                    "filename": old.filename,
-                    "read-only": old.read_only,
-                    "cache": { "direct": old.direct, "no-flush": old.no_flush },
-                }),
-            )?;
+            let node = json!({
+                "driver": "host_device",
+                "node-name": old.node,
+                "filename": old.filename,
+                "read-only": old.read_only,
+                "cache": { "direct": old.direct, "no-flush": old.no_flush },
+            });
+            qmp.command("blockdev-add", node)?;
         }
         let device = json!({ "driver": "virtio-blk-pci", "id": new_id(old), "drive": old.node });
         qmp.command("device_add", with_place(device, old))?;
@@ -407,10 +400,7 @@ fn roll_back(qmp: &mut Qmp, old: &OldDisk, error: anyhow::Error) -> anyhow::Erro
 }
 
 fn has_node(qmp: &mut Qmp, node: &str) -> Result<bool> {
-    let nodes = qmp.command("query-named-block-nodes", json!({ "flat": true }))?;
-    let nodes = nodes
-        .as_array()
-        .context("query-named-block-nodes: no list")?;
+    let nodes = list(qmp, "query-named-block-nodes", json!({ "flat": true }))?;
     Ok(nodes.iter().any(|one| one["node-name"] == node))
 }
 

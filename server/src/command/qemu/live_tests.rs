@@ -87,7 +87,7 @@ fn the_new_device_comes_after_the_old_one_has_gone_and_its_node_is_closed() {
     let monitor = Monitor::start(vec![
         (
             "device_del",
-            // Somebody else's event comes first; ours even before the answer.
+            // Another device's event comes first; ours even before the answer.
             vec![
                 event("DEVICE_DELETED", "other"),
                 event("DEVICE_DELETED", "disk"),
@@ -128,7 +128,7 @@ fn a_disk_that_cannot_be_unplugged_is_left_alone() {
         let monitor = Monitor::start(vec![("device_del", answers)]);
         let mut qmp = monitor.connect();
         let error = exchange(&mut qmp, &old(), "/a", || unreachable!()).unwrap_err();
-        assert!(error.is::<NotNow>(), "{error:#}");
+        assert!(error.is::<NotUpgradable>(), "{error:#}");
         monitor.heard(qmp);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A wake-up costs the client a system call and both sides the way through the scheduler: some
 //! microseconds on bare metal, tens of them on a virtual machine. A thread that polls all the time
-//! answers at once and needs no notification, and takes a processor. The adaptive way polls only
+//! answers at once and needs no notification, and takes a processor. An adaptive thread polls only
 //! where recent work arrived soon enough. The figures behind each rule are in docs/decisions.md.
 
 mod contention;
