@@ -5,7 +5,7 @@ mod upgrade;
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
@@ -13,9 +13,8 @@ use rustix::event::epoll::EventFlags;
 use self::buffer::Buffer;
 use self::upgrade::Step;
 use crate::bytes::Bytes;
-use crate::counters::Counters;
 use crate::error::RingError;
-use crate::handle::{Handle, Phase};
+use crate::handle::{Handle, Phase, describe};
 use crate::memory::{MAX_RECORD_BYTES, Role};
 use crate::options::{Options, Transport};
 use crate::pipe::{Mode, read_some, wait};
@@ -48,6 +47,8 @@ pub struct Consumer {
     next_try: u64,
 }
 
+describe!(Consumer);
+
 impl Consumer {
     /// Makes the reading end of `pipe`. Another kind of file is read plainly.
     ///
@@ -68,24 +69,6 @@ impl Consumer {
         };
         this.advance()?;
         Ok(this)
-    }
-
-    /// What carries the bytes at this moment.
-    #[must_use]
-    pub fn transport(&self) -> Transport {
-        self.handle.transport()
-    }
-
-    /// The ring in use, or the last one that was.
-    #[must_use]
-    pub fn last_ring(&self) -> Option<Transport> {
-        self.handle.pipe.last_ring
-    }
-
-    /// Statistics.
-    #[must_use]
-    pub fn counters(&self) -> Counters {
-        self.handle.pipe.counters
     }
 
     /// Waits until there is a ring, at most for `limit`, and reads ahead what is in the pipe; returns what
@@ -338,13 +321,6 @@ impl Consumer {
             pipe.counters.system_calls += 1;
             wait(channel.as_fd())?;
         }
-    }
-}
-
-impl AsFd for Consumer {
-    /// The descriptor to poll for reading, after [`Consumer::prepare_to_poll`]. It stays the same.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.handle.pipe.as_fd()
     }
 }
 

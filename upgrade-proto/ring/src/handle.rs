@@ -72,6 +72,40 @@ impl<N, C: Cursor> Handle<N, C> {
     }
 }
 
+/// What both ends tell about themselves.
+macro_rules! describe {
+    ($end:ty) => {
+        impl $end {
+            /// What carries the bytes at this moment.
+            #[must_use]
+            pub fn transport(&self) -> $crate::Transport {
+                self.handle.transport()
+            }
+
+            /// The ring in use, or the last one that was.
+            #[must_use]
+            pub fn last_ring(&self) -> Option<$crate::Transport> {
+                self.handle.pipe.last_ring
+            }
+
+            /// Statistics.
+            #[must_use]
+            pub fn counters(&self) -> $crate::Counters {
+                self.handle.pipe.counters
+            }
+        }
+
+        impl std::os::fd::AsFd for $end {
+            /// The descriptor to poll for reading, after `prepare_to_poll`. It stays the same.
+            fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+                self.handle.pipe.as_fd()
+            }
+        }
+    };
+}
+
+pub(crate) use describe;
+
 impl<N, C: Cursor> Drop for Handle<N, C> {
     fn drop(&mut self) {
         if self.pipe.is_owner()

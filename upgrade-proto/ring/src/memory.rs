@@ -131,6 +131,10 @@ pub(crate) const HEAD_PAGES: usize = 3;
 #[derive(Debug)]
 pub(crate) struct Memory {
     base: NonNull<u8>,
+    /// The index page that this end writes, and the one that the peer writes.
+    own: NonNull<IndexPage<SharedWord>>,
+    peer: NonNull<IndexPage<SharedWord>>,
+    data: NonNull<u8>,
     page_bytes: usize,
     size: u32,
     role: Role,
@@ -173,9 +177,19 @@ impl Memory {
             )?
         };
         let base = NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)?;
+        // SAFETY: less than `total` bytes into the mapping.
+        let at = |offset| unsafe { base.add(offset) };
+        let (producer, consumer) = (at(page_bytes).cast(), at(2 * page_bytes).cast());
+        let (own, peer) = match role {
+            Role::Producer => (producer, consumer),
+            Role::Consumer => (consumer, producer),
+        };
         // Dropping it unmaps.
         let this = Self {
             base,
+            own,
+            peer,
+            data: at(head_bytes),
             page_bytes,
             size,
             role,
@@ -278,30 +292,19 @@ impl Memory {
         self.control(index).load(Ordering::Acquire)
     }
 
-    #[inline]
-    fn page(&self, owner: Role) -> &IndexPage<SharedWord> {
-        let index = match owner {
-            Role::Producer => 1,
-            Role::Consumer => 2,
-        };
-        // SAFETY: the page is mapped as long as `self` lives, is aligned, and its words are accessed by atomic
-        // operations only.
-        unsafe { self.base.add(index * self.page_bytes).cast().as_ref() }
-    }
-
     /// The index page that this end writes.
     #[inline]
     pub(crate) fn own(&self) -> &IndexPage<SharedWord> {
-        self.page(self.role)
+        // SAFETY: the page is mapped as long as `self` lives, is aligned, and its words are accessed by atomic
+        // operations only.
+        unsafe { self.own.as_ref() }
     }
 
     /// The index page that the peer writes.
     #[inline]
     pub(crate) fn peer(&self) -> &IndexPage<SharedWord> {
-        match self.role {
-            Role::Producer => self.page(Role::Consumer),
-            Role::Consumer => self.page(Role::Producer),
-        }
+        // SAFETY: as for `own`.
+        unsafe { self.peer.as_ref() }
     }
 
     /// Announces that this end closes, before a [`crate::ring::Ring`] was made of the memory.
@@ -318,7 +321,7 @@ impl Memory {
         assert!(len_bytes <= self.size as usize, "longer than the ring");
         let offset = (position & (self.size - 1)) as usize;
         // SAFETY: less than `size` into the first of two mappings of `size` bytes.
-        unsafe { self.base.add(HEAD_PAGES * self.page_bytes + offset) }
+        unsafe { self.data.add(offset) }
     }
 
     /// Data to read.

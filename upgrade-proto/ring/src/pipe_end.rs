@@ -8,6 +8,7 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
 
+use crate::channel::{ControlChannel, Received};
 use crate::counters::Counters;
 use crate::kernel;
 use crate::memory::{Memory, Role};
@@ -97,6 +98,12 @@ impl PipeEnd {
             Some(set) => wait(set.as_fd()),
             None => Err(Errno::AGAIN.into()),
         }
+    }
+
+    /// Receives a message from a peer that negotiates.
+    pub(crate) fn receive(&mut self, channel: &ControlChannel) -> Received {
+        self.counters.system_calls += 1;
+        channel.receive()
     }
 
     /// Notes that a ring replaces the pipe.

@@ -4,7 +4,7 @@ mod upgrade;
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
@@ -12,9 +12,8 @@ use upgrade_proto::Listener;
 
 use self::upgrade::Step;
 use crate::bytes::Space;
-use crate::counters::Counters;
 use crate::error::RingError;
-use crate::handle::{Handle, Phase};
+use crate::handle::{Handle, Phase, describe};
 use crate::memory::MAX_RECORD_BYTES;
 use crate::options::{Options, Transport};
 use crate::pipe::{Mode, is_broken, wait_for_room, write_some};
@@ -44,6 +43,8 @@ pub struct Producer {
     writes: u32,
 }
 
+describe!(Producer);
+
 impl Producer {
     /// Makes the writing end of `pipe`. Another kind of file is written plainly.
     ///
@@ -63,24 +64,6 @@ impl Producer {
             this.offer();
         }
         Ok(this)
-    }
-
-    /// What carries the bytes at this moment.
-    #[must_use]
-    pub fn transport(&self) -> Transport {
-        self.handle.transport()
-    }
-
-    /// The ring in use, or the last one that was.
-    #[must_use]
-    pub fn last_ring(&self) -> Option<Transport> {
-        self.handle.pipe.last_ring
-    }
-
-    /// Statistics.
-    #[must_use]
-    pub fn counters(&self) -> Counters {
-        self.handle.pipe.counters
     }
 
     /// Waits until there is a ring, at most for `limit`; returns what carries the bytes then.
@@ -349,13 +332,6 @@ impl Producer {
             }
             _ => true,
         }
-    }
-}
-
-impl AsFd for Producer {
-    /// The descriptor to poll for reading, after [`Producer::prepare_to_poll`]. It stays the same.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.handle.pipe.as_fd()
     }
 }
 

@@ -51,7 +51,7 @@ impl Consumer {
                     return Ok(());
                 }
             },
-            Step::Connected(channel) => match self.receive(&channel) {
+            Step::Connected(channel) => match self.handle.pipe.receive(&channel) {
                 Received::Nothing => Step::Connected(channel),
                 Received::Message(Message::Offer(size), Some(file)) => {
                     match self.accept(size, &channel, &file) {
@@ -61,7 +61,7 @@ impl Consumer {
                 }
                 Received::Gone | Received::Message(..) => self.disconnect()?,
             },
-            Step::Mapped(channel, memory) => match self.receive(&channel) {
+            Step::Mapped(channel, memory) => match self.handle.pipe.receive(&channel) {
                 Received::Nothing => Step::Mapped(channel, memory),
                 Received::Message(Message::Switch, _) => {
                     // All that the producer wrote to the pipe is among these bytes.
@@ -79,11 +79,6 @@ impl Consumer {
         };
         self.handle.phase = Phase::Pipe(next);
         Ok(())
-    }
-
-    fn receive(&mut self, channel: &ControlChannel) -> Received {
-        self.handle.pipe.counters.system_calls += 1;
-        channel.receive()
     }
 
     /// Connects if the producer offers a ring. Tried at the beginning, when the first bytes were read (a

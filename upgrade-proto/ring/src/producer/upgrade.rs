@@ -61,7 +61,7 @@ impl Producer {
                     return Ok(());
                 }
             },
-            Step::Offered(channel, mut memory) => match self.receive(&channel) {
+            Step::Offered(channel, mut memory) => match self.handle.pipe.receive(&channel) {
                 Received::Nothing => Step::Offered(channel, memory),
                 Received::Message(Message::Ready, Some(page)) if map_page(&mut memory, &page) => {
                     self.handle.phase = Phase::Pipe(Step::Ready(channel, memory));
@@ -80,18 +80,13 @@ impl Producer {
                     false => self.disconnect()?,
                 }
             }
-            Step::Ready(channel, memory) => match self.receive(&channel) {
+            Step::Ready(channel, memory) => match self.handle.pipe.receive(&channel) {
                 Received::Nothing => Step::Ready(channel, memory),
                 Received::Gone | Received::Message(..) => self.disconnect()?,
             },
         };
         self.handle.phase = Phase::Pipe(next);
         Ok(())
-    }
-
-    fn receive(&mut self, channel: &ControlChannel) -> Received {
-        self.handle.pipe.counters.system_calls += 1;
-        channel.receive()
     }
 
     /// Accepts a consumer and offers it a ring. One at a time: others wait in the backlog.
