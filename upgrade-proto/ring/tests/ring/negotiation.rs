@@ -20,13 +20,7 @@ fn the_two_ends_meet_whichever_is_first_and_say_so() {
     pair.write("through the ring");
     assert_eq!(pair.peek(1), b"through the ring");
     assert_eq!(pair.producer.counters().ring_bytes, 16);
-    // The consumer first.
-    let mut pair = Pair::new();
-    drop((pair.producer, pair.consumer));
-    let reader = pair.reader.try_clone().expect("copied");
-    pair.consumer = Consumer::new(reader.into(), &pair.options).expect("a consumer");
-    let writer = pair.writer.try_clone().expect("copied");
-    pair.producer = Producer::new(writer.into(), &pair.options).expect("a producer");
+    let mut pair = Pair::made_in_order(transport(), true);
     for round in 0..40 {
         let record = stream(round * 64, 64);
         pair.write(&record);

@@ -26,13 +26,28 @@ impl Pair {
     }
 
     pub fn by(transport: Transport) -> Self {
+        Self::made_in_order(transport, false)
+    }
+
+    pub fn made_in_order(transport: Transport, consumer_first: bool) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let options = options(transport, &dir);
         let (reader, writer) = io::pipe().expect("a pipe");
-        let copy = writer.try_clone().expect("copied");
-        let producer = Producer::new(copy.into(), &options).expect("a producer");
-        let copy = reader.try_clone().expect("copied");
-        let consumer = Consumer::new(copy.into(), &options).expect("a consumer");
+        let produce = || {
+            let copy = writer.try_clone().expect("copied");
+            Producer::new(copy.into(), &options).expect("a producer")
+        };
+        let consume = || {
+            let copy = reader.try_clone().expect("copied");
+            Consumer::new(copy.into(), &options).expect("a consumer")
+        };
+        let (producer, consumer) = match consumer_first {
+            true => {
+                let consumer = consume();
+                (produce(), consumer)
+            }
+            false => (produce(), consume()),
+        };
         Self {
             producer,
             consumer,
