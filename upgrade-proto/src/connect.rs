@@ -239,21 +239,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let (read, _write) = std::io::pipe().expect("a pipe");
         let name = Name::new("service").expect("a name");
-        let pipe = |ino| Key::Pipe {
-            dev: 1,
-            ino,
-            side: object::Side::Write,
-        };
-        let served = Key::Pipe {
-            dev: 1,
-            ino: 7,
-            side: object::Side::Read,
-        };
+        let end = |ino, side| Key::Pipe { dev: 1, ino, side };
+        let pipe = |ino| end(ino, object::Side::Write);
         let options = Options {
             kernel: false,
             runtime_dir: Some(dir.path().to_owned()),
-            key: Some(served),
-            backlog: 4,
+            key: Some(end(7, object::Side::Read)),
+            ..Options::default()
         };
         let _listener = Listener::bind(&read, &name, &options).expect("bound");
         let lookup = Lookup {

@@ -58,41 +58,35 @@ impl Listener {
     pub fn bind(fd: impl AsFd, name: &Name, options: &Options) -> Result<Self, Error> {
         let fd = fd.as_fd();
         let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
-        let mut kernel_errno = None;
         let listening = match options.kernel {
             true => socket::listen(&address.to_string(), options.backlog),
             false => Err(Errno::NOENT),
         };
         let kernel = match listening {
-            Ok(listening) => Some(listening),
-            Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::OPNOTSUPP)) => {
-                kernel_errno = Some(errno);
-                None
-            }
             Err(Errno::ADDRINUSE) => {
                 return Err(Error::InUse {
                     name: name.to_string(),
                     object: format!("descriptor {}", fd.as_raw_fd()),
                 });
             }
-            Err(errno) => return Err(Error::system("bind", address, errno)),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::OPNOTSUPP)
+                if options.runtime_dir.is_some() =>
+            {
+                None
+            }
+            other => Some(other.or_cannot("bind", &address)?),
         };
-        let published = match &options.runtime_dir {
-            None => Err(Error::system(
-                "bind",
-                &address,
-                kernel_errno.unwrap_or(Errno::NOENT),
-            )),
-            Some(dir) => options
-                .key
-                .map_or_else(|| Key::of(fd), Ok)
-                .and_then(|key| Published::publish(dir, &key, name, options.backlog)),
+        let publish = |dir| {
+            let key = options.key.map_or_else(|| Key::of(fd), Ok)?;
+            Published::publish(dir, &key, name, options.backlog)
         };
-        let (registry, registry_error) = match published {
-            Ok(published) => (Some(published), None),
-            Err(error @ Error::InUse { .. }) => return Err(error),
-            Err(error) if kernel.is_none() => return Err(error),
-            Err(error) => (None, options.runtime_dir.is_some().then_some(error)),
+        let (registry, registry_error) = match options.runtime_dir.as_deref().map(publish) {
+            None => (None, None),
+            Some(Ok(published)) => (Some(published), None),
+            Some(Err(error)) if kernel.is_none() || matches!(error, Error::InUse { .. }) => {
+                return Err(error);
+            }
+            Some(Err(error)) => (None, Some(error)),
         };
         let epoll = poll_both(kernel.as_ref(), registry.as_ref().map(Published::socket))
             .or_cannot("watch", address)?;

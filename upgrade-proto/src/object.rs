@@ -120,16 +120,10 @@ impl Key {
             }
             _ => Err(error),
         });
-        let text = text.map_err(|error| {
-            let errno = error
-                .raw_os_error()
-                .map_or(Errno::IO, Errno::from_raw_os_error);
-            Error::system("read", own.display(), errno)
-        })?;
-        let diskseq = text
-            .trim()
-            .parse()
-            .map_err(|_| Error::system("understand", own.display(), Errno::PROTO))?;
+        let errno = |error: std::io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
+        let text = text.map_err(errno).or_cannot("read", own.display())?;
+        let diskseq = text.trim().parse().map_err(|_| Errno::PROTO);
+        let diskseq = diskseq.or_cannot("understand", own.display())?;
         Ok(Self::Block {
             major,
             minor,
@@ -232,59 +226,42 @@ pub(crate) fn lacking_access(fd: BorrowedFd<'_>) -> Result<Option<NoService>, Er
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{CWD, Mode, mknodat, open};
 
     #[test]
     fn only_complementary_ends_of_a_pipe_meet() {
         assert!(Side::Read.meets(Side::Write) && Side::Write.meets(Side::Read));
         assert!(!Side::Read.meets(Side::Read) && !Side::Write.meets(Side::Write));
-        assert!(
-            Side::ALL
-                .into_iter()
-                .all(|side| side.meets(Side::Both) && Side::Both.meets(side))
-        );
+        let meets_both = |side: Side| side.meets(Side::Both) && Side::Both.meets(side);
+        assert!(Side::ALL.into_iter().all(meets_both));
     }
 
     #[test]
     fn the_two_ends_of_a_pipe_differ_only_in_their_side() {
         let (read, write) = std::io::pipe().expect("a pipe");
-        let (
-            Key::Pipe {
-                ino: a,
-                side: Side::Read,
-                ..
-            },
-            Key::Pipe {
-                ino: b,
-                side: Side::Write,
-                ..
-            },
-        ) = (Key::of(&read).expect("key"), Key::of(&write).expect("key"))
-        else {
-            panic!("the ends of a pipe have pipe keys and the right sides");
+        let reader = Key::of(&read).expect("key");
+        let Key::Pipe { dev, ino, side } = reader else {
+            panic!("{reader:?}");
         };
-        assert_eq!(a, b);
+        assert_eq!(side, Side::Read);
+        let side = Side::Write;
+        assert_eq!(Key::of(&write).expect("key"), Key::Pipe { dev, ino, side });
     }
 
     #[test]
     fn a_file_a_fifo_and_a_path_descriptor_have_no_key() {
         let dir = tempfile::tempdir().expect("a directory");
-        let file = tempfile::tempfile().expect("a file");
-        assert_eq!(
-            Key::of(&file).expect_err("refused").errno(),
-            Errno::OPNOTSUPP
-        );
-        let fifo = dir.path().join("fifo");
-        rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, 0o600.into(), 0)
-            .expect("a FIFO");
-        let fifo =
-            rustix::fs::open(&fifo, OFlags::RDWR, rustix::fs::Mode::empty()).expect("opened");
-        assert_eq!(
-            Key::of(&fifo).expect_err("refused").errno(),
-            Errno::OPNOTSUPP
-        );
-        let path =
-            rustix::fs::open(dir.path(), OFlags::PATH, rustix::fs::Mode::empty()).expect("opened");
-        assert_eq!(Key::of(&path).expect_err("refused").errno(), Errno::BADF);
+        let (file, fifo) = (dir.path().join("file"), dir.path().join("fifo"));
+        std::fs::write(&file, "").expect("a file");
+        mknodat(CWD, &fifo, FileType::Fifo, 0o600.into(), 0).expect("a FIFO");
+        for (path, flags, errno) in [
+            (&*file, OFlags::RDWR, Errno::OPNOTSUPP),
+            (&*fifo, OFlags::RDWR, Errno::OPNOTSUPP),
+            (dir.path(), OFlags::PATH, Errno::BADF),
+        ] {
+            let opened = open(path, flags, Mode::empty()).expect("opened");
+            assert_eq!(Key::of(&opened).expect_err("refused").errno(), errno);
+        }
     }
 
     #[test]
@@ -304,22 +281,15 @@ mod tests {
         link("devices/disk", "259:0").expect("linked");
         link("devices/disk/part1", "259:1").expect("linked");
         let key = |minor| Key::of_disk_in(sysfs.path(), 259, minor);
-        assert_eq!(
-            key(0).expect("key"),
-            Key::Block {
-                major: 259,
-                minor: 0,
-                diskseq: 42
-            }
-        );
-        assert_eq!(
-            key(1).expect("key"),
-            Key::Block {
-                major: 259,
-                minor: 1,
-                diskseq: 42
-            }
-        );
+        for minor in [0, 1] {
+            let (major, diskseq) = (259, 42);
+            let expected = Key::Block {
+                major,
+                minor,
+                diskseq,
+            };
+            assert_eq!(key(minor).expect("key"), expected);
+        }
         assert_eq!(key(2).expect_err("absent").errno(), Errno::NOENT);
         assert_ne!(key(0).expect("key").folder(), key(1).expect("key").folder());
     }

@@ -73,9 +73,8 @@ pub(crate) fn peer(socket: impl AsFd) -> Result<Peer, Errno> {
         )
     };
     if answer != 0 {
-        return Err(std::io::Error::last_os_error()
-            .raw_os_error()
-            .map_or(Errno::IO, Errno::from_raw_os_error));
+        let error = std::io::Error::last_os_error();
+        return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO));
     }
     // SAFETY: all of it was zeroed, and any three integers are a valid ucred.
     let credentials = unsafe { credentials.assume_init() };

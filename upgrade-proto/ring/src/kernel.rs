@@ -26,19 +26,13 @@ const _: () = assert!(size_of::<Args>() == 32, "as long as the first version");
 
 /// The side of a pipe that this end is, in the kernel's terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
 pub(crate) enum Side {
-    Read,
-    Write,
+    Read = 0,
+    Write = 1,
 }
 
 impl Side {
-    fn number(self) -> u32 {
-        match self {
-            Self::Read => 0,
-            Self::Write => 1,
-        }
-    }
-
     /// The bit of `control::CLOSED` for the other side.
     #[inline]
     pub(crate) fn peer_bit(self) -> u32 {
@@ -61,14 +55,8 @@ impl Side {
     pub(crate) fn wake_peer(self, pipe: BorrowedFd<'_>) {
         // An error would mean that the ring is dead, which the control page says, too.
         // SAFETY: the call accesses no memory of this process.
-        let _woken = unsafe {
-            libc::syscall(
-                SYS_RINGBUFFER_WAKEUP,
-                pipe.as_raw_fd(),
-                self.number(),
-                0_u32,
-            )
-        };
+        let _woken =
+            unsafe { libc::syscall(SYS_RINGBUFFER_WAKEUP, pipe.as_raw_fd(), self as u32, 0_u32) };
     }
 }
 
@@ -85,7 +73,7 @@ impl From<Role> for Side {
 pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory, Errno> {
     let mut args = Args {
         size,
-        side: Side::from(role).number(),
+        side: Side::from(role) as u32,
         ..Args::default()
     };
     // SAFETY: the kernel reads and writes `args`, within the size that is passed, during the call.
@@ -98,9 +86,8 @@ pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory
         )
     };
     if answer < 0 {
-        return Err(std::io::Error::last_os_error()
-            .raw_os_error()
-            .map_or(Errno::IO, Errno::from_raw_os_error));
+        let error = std::io::Error::last_os_error();
+        return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO));
     }
     let number = i32::try_from(answer).map_err(|_| Errno::BADF)?;
     // SAFETY: the kernel has just opened it for the caller.
