@@ -10,6 +10,7 @@ mod config_space;
 mod connection;
 mod dirty;
 mod door;
+mod fast_path;
 mod inflight;
 mod memory;
 mod queue;

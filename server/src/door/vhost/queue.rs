@@ -18,8 +18,9 @@ use super::config::MAX_VRINGS;
 use super::config_space::mask;
 use super::connection::Connection;
 use super::dirty::Logging;
+use super::fast_path::Transfer;
 use super::memory::{HeldMap, MemoryMap};
-use super::request::{self, MAX_BUFFERS, ParsedRequest, RequestContext, Segments, Transfer};
+use super::request::{self, MAX_BUFFERS, ParsedRequest, RequestContext, Segments};
 use super::ring_layout::{RingError, RingOptions};
 use super::sigbus;
 use super::virtqueue::Virtqueue;
@@ -431,11 +432,10 @@ impl DoorQueue for VhostQueues {
             self.turn_left -= 1;
             vring.queue.look_ahead(&self.map);
             let slot = self.free.take()?;
-            let three = vring.queue.three(head, &self.map);
             let link = &*self.link;
             let write_through = || context(link, vring).write_through;
-            let usual = three
-                .and_then(|three| Transfer::usual(three, &self.map, link.limits(), write_through));
+            let usual =
+                Transfer::parse(&vring.queue, head, &self.map, link.limits(), write_through);
             let (op, range, buffers) = if let Some(transfer) = usual {
                 vring.in_flight += 1;
                 let chain = InFlight {

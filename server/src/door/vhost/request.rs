@@ -10,18 +10,18 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::{VolatileMemory, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::config_space::mask;
 use super::memory::{HeldMap, Purpose};
-use super::ring_layout::Descriptor;
 use super::virtqueue::Chain;
 use crate::request::{Buffer, IoError, Limits, Op, Range, SECTOR_SHIFT, SERIAL_BYTES};
 
 /// Buffers of one request: segments may straddle memory regions.
 pub(super) const MAX_BUFFERS: usize = 256;
 
-const HEADER_BYTES: usize = 16;
+/// Bytes of a request's header: type, reserved, first sector.
+pub(super) const HEADER_BYTES: usize = 16;
 const SEGMENT_BYTES: usize = 16;
 
 /// The virtio status of an outcome.
@@ -63,61 +63,6 @@ pub(super) struct Segments<'a> {
     /// Where the status goes, if there is room for one.
     pub status: Option<NonNull<u8>>,
     broken: bool,
-}
-
-/// A valid read or write in the layout of nearly all of them: header, data and status each have a
-/// descriptor and lie in one memory region.
-pub(super) struct Transfer {
-    pub op: Op,
-    pub range: Range,
-    pub buffer: Buffer,
-    pub status: NonNull<u8>,
-    /// What a success writes of the chain.
-    pub written_bytes: u32,
-}
-
-impl Transfer {
-    /// What the three descriptors of a chain ask for. `None` for anything else, which [`Segments`]
-    /// then reads anew, in any layout and with an answer to everything.
-    #[inline(always)]
-    pub(super) fn usual(
-        [header, data, status]: [Descriptor; 3],
-        map: &HeldMap,
-        limits: &Limits,
-        write_through: impl FnOnce() -> bool,
-    ) -> Option<Self> {
-        let len_bytes = u64::from(data.len());
-        let is_usual = !header.is_write_only()
-            && header.len() as usize == HEADER_BYTES
-            && data.len() > 0
-            && len_bytes.is_multiple_of(1 << SECTOR_SHIFT)
-            && status.is_write_only()
-            && status.len() == 1;
-        if !is_usual {
-            return None;
-        }
-        let header = map.guest(Purpose::Control, header.addr().0, HEADER_BYTES as u64)?;
-        let status = map.guest(Purpose::Control, status.addr().0, 1)?;
-        let memory = map.guest(Purpose::Data, data.addr().0, len_bytes)?;
-        let kind = u32::from_le(header.get_ref(0).ok()?.load());
-        let first_sector = u64::from_le(header.get_ref(8).ok()?.load());
-        let (op, written_bytes) = match (kind, data.is_write_only()) {
-            (VIRTIO_BLK_T_IN, true) => (Op::Read, data.len().checked_add(1)?),
-            (VIRTIO_BLK_T_OUT, false) => {
-                let fua = write_through();
-                (Op::Write { fua }, 1)
-            }
-            _ => return None,
-        };
-        let sectors = len_bytes >> SECTOR_SHIFT;
-        Some(Self {
-            op,
-            range: limits.check(op, first_sector, sectors).ok()?,
-            buffer: buffer(memory),
-            status: NonNull::new(memory_address(status))?,
-            written_bytes,
-        })
-    }
 }
 
 /// What a chain asks for.
@@ -362,7 +307,8 @@ impl<'a> Segments<'a> {
         ))
     }
 
-    fn buffers(&self, first: usize, count: usize) -> &[Buffer] {
+    /// `count` buffers of the list from `first` on.
+    pub(super) fn buffers(&self, first: usize, count: usize) -> &[Buffer] {
         debug_assert!(first + count <= self.out_count + self.in_count);
         let list = &self.list[first..first + count];
         // SAFETY: `gather` filled the first `out_count + in_count` entries.
@@ -426,11 +372,12 @@ fn add(
 }
 
 /// Where memory is in this process, for the kernel and for the completion.
-fn memory_address(memory: VolatileSlice<'_>) -> *mut u8 {
+pub(super) fn memory_address(memory: VolatileSlice<'_>) -> *mut u8 {
     memory.ptr_guard_mut().as_ptr()
 }
 
-fn buffer(memory: VolatileSlice<'_>) -> Buffer {
+/// Memory as a storage takes it.
+pub(super) fn buffer(memory: VolatileSlice<'_>) -> Buffer {
     Buffer {
         iov_base: memory_address(memory).cast(),
         iov_len: memory.len(),

@@ -13,12 +13,12 @@ use vm_memory::{VolatileMemory, VolatileSlice};
 use super::inflight::InflightQueue;
 use super::memory::{HeldMap, MemoryMap, Purpose};
 use super::ring_layout::{
-    DESCRIPTOR_BYTES, Descriptor, MAX_QUEUE_SIZE, RingAddresses, RingError, RingOptions,
-    available_ring_bytes, descriptor_table_bytes, used_ring_bytes,
+    DESCRIPTOR_BYTES, MAX_QUEUE_SIZE, RingAddresses, RingError, RingOptions, available_ring_bytes,
+    descriptor_table_bytes, used_ring_bytes,
 };
 use super::shared::Shared;
 use crate::engine::crash;
-pub(super) use chain::Chain;
+pub(super) use chain::{Chain, indirect_count};
 use notify::{Word, Words};
 
 /// Publish `used->idx` after this many completions within a batch: a driver that polls need not wait for the
@@ -309,13 +309,19 @@ impl Virtqueue {
     /// The descriptors of a chain.
     #[inline]
     pub(super) fn chain<'a>(&'a self, head: u16, map: &'a HeldMap) -> Chain<'a> {
-        Chain::new(self.memory.descriptors.slice(), self.options, head, map)
+        Chain::new(self.descriptor_table(), self.options, head, map)
     }
 
-    /// The descriptors of a chain that has three of them. `None` for any other, also for a broken one.
+    /// The ring's descriptor table.
     #[inline(always)]
-    pub(super) fn three(&self, head: u16, map: &HeldMap) -> Option<[Descriptor; 3]> {
-        chain::three(self.memory.descriptors.slice(), self.options, head, map)
+    pub(super) fn descriptor_table(&self) -> VolatileSlice<'_> {
+        self.memory.descriptors.slice()
+    }
+
+    /// What the session said of the ring besides its addresses.
+    #[inline(always)]
+    pub(super) fn options(&self) -> RingOptions {
+        self.options
     }
 
     /// Returns a chain to the driver, which sees it after [`publish_and_ask`](Self::publish_and_ask) at the latest.

@@ -137,37 +137,8 @@ impl Iterator for Chain<'_> {
     }
 }
 
-/// The descriptors of a chain that has three of them, in the ring's table or in an indirect one that lies in one
-/// memory region. `None` for any other, also for a broken one.
-#[inline(always)]
-pub(super) fn three<'a>(
-    mut table: VolatileSlice<'a>,
-    options: RingOptions,
-    head: u16,
-    map: &'a HeldMap,
-) -> Option<[Descriptor; 3]> {
-    let mut first = descriptor(table, head)?;
-    if first.refers_to_indirect_table() {
-        indirect_count(options, first)?;
-        table = map.guest(Purpose::Control, first.addr().0, first.len().into())?;
-        first = descriptor(table, 0)?;
-    }
-    let continues =
-        |descriptor: Descriptor| descriptor.has_next() && !descriptor.refers_to_indirect_table();
-    if !continues(first) {
-        return None;
-    }
-    let second = descriptor(table, first.next())?;
-    if !continues(second) {
-        return None;
-    }
-    let third = descriptor(table, second.next())?;
-    let ends = !third.has_next() && !third.refers_to_indirect_table();
-    ends.then_some([first, second, third])
-}
-
 /// How many descriptors the indirect table has that a descriptor names; `None` when it may not name one.
-fn indirect_count(options: RingOptions, descriptor: Descriptor) -> Option<u32> {
+pub fn indirect_count(options: RingOptions, descriptor: Descriptor) -> Option<u32> {
     let (address, len_bytes) = (descriptor.addr().0, u64::from(descriptor.len()));
     let each_bytes = DESCRIPTOR_BYTES as u64;
     let count = u32::try_from(len_bytes / each_bytes).ok()?;
