@@ -185,7 +185,17 @@ fn it_declines_random_chains_or_finds_what_the_general_parser_finds() {
             } else {
                 (first + n + 1, FLAG_NEXT)
             };
-            let flag = mostly(random, flag, &[0, FLAG_NEXT, FLAG_INDIRECT, 1 << 9]);
+            let flag = mostly(
+                random,
+                flag,
+                &[
+                    0,
+                    FLAG_NEXT,
+                    FLAG_INDIRECT,
+                    FLAG_INDIRECT | FLAG_NEXT,
+                    1 << 9,
+                ],
+            );
             let write = if write { FLAG_WRITE } else { 0 };
             let next = u16::try_from(next).unwrap();
             let next = mostly(random, next, &[0, SIZE - 1, SIZE, u16::MAX]);

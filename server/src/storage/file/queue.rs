@@ -10,13 +10,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use io_uring::{opcode, squeue, types};
+use io_uring::{opcode, types};
 
 use super::bounce::scatter;
 use super::operations::{MAX_BUFFERS, Operations, Step};
 use super::shared::{Alignment, Lacks, Shared};
 use crate::engine::StorageQueue;
-use crate::io::{Owner, Ring, Slot, Token};
+use crate::io::{Full, Owner, Ring, Slot, Token};
 use crate::request::{IoError, Op, Progress, Request};
 
 /// Kind of the tokens of operations of a step, and of the pause before a step is tried again.
@@ -96,29 +96,40 @@ impl FileQueue {
         }))
     }
 
-    /// Puts the operation of the slot's step on the ring.
-    fn submit(&mut self, ring: &mut Ring, slot: Slot, request: &Request) -> Progress {
-        let step = self.slots[slot as usize].step;
-        let Ok(sqe) = self.operations.entry(step, request) else {
+    /// Puts the operation of the slot's step on the ring, or the pause before it.
+    fn submit(&mut self, ring: &mut Ring, slot: Slot, request: &Request, kind: u16) -> Progress {
+        let state = &self.slots[slot as usize];
+        let sqe = if kind == PAUSE {
+            opcode::Timeout::new(&raw const state.pause).build()
+        } else if let Ok(sqe) = self.operations.entry(state.step, request) {
+            sqe
+        } else {
             return self.end(slot, Err(IoError::Io));
         };
+        let token = Token {
+            owner: Owner::Storage,
+            kind,
+            index: slot,
+        };
         // SAFETY: what the operation points to is the request's buffers and their list, valid until
-        // the request is finished (`Buffers::from_list`), or a bounce buffer or the zeroes, which
-        // this queue keeps until the thread has drained its ring.
-        unsafe { push(ring, sqe, STEP, slot) }
+        // the request is finished (`Buffers::from_list`), or a bounce buffer, the zeroes or the slot's pause,
+        // which this queue keeps until the thread has drained its ring. The pause is not changed before its
+        // completion.
+        match unsafe { ring.push(sqe, token) } {
+            Ok(()) => Progress::Pending,
+            Err(Full) => Progress::Full,
+        }
     }
 
     /// Tries the slot's step again after a pause, a limited number of times.
-    fn retry(&mut self, ring: &mut Ring, slot: Slot) -> Progress {
+    fn retry(&mut self, ring: &mut Ring, slot: Slot, request: &Request) -> Progress {
         let state = &mut self.slots[slot as usize];
         if state.retries == MAX_RETRIES {
             return self.end(slot, Err(IoError::Io));
         }
         state.pause = (FIRST_PAUSE * (1 << state.retries)).into();
         state.retries += 1;
-        let sqe = opcode::Timeout::new(&raw const state.pause).build();
-        // SAFETY: the slots stay in their box, and this one is not changed before the completion.
-        unsafe { push(ring, sqe, PAUSE, slot) }
+        self.submit(ring, slot, request, PAUSE)
     }
 
     /// The step after `step` was done with `result`. `Ok(None)`: the request is done.
@@ -339,7 +350,7 @@ impl StorageQueue for FileQueue {
                 Err(error) => return Progress::Done(Err(error)),
             }
         }
-        self.submit(ring, slot, request)
+        self.submit(ring, slot, request, STEP)
     }
 
     fn advance(
@@ -351,10 +362,10 @@ impl StorageQueue for FileQueue {
         result: i32,
     ) -> Progress {
         if kind == PAUSE {
-            return self.submit(ring, slot, request);
+            return self.submit(ring, slot, request, STEP);
         }
         if [-libc::EAGAIN, -libc::EINTR].contains(&result) {
-            return self.retry(ring, slot);
+            return self.retry(ring, slot, request);
         }
         let step = self.slots[slot as usize].step;
         match self.next_step(step, request, result) {
@@ -366,30 +377,12 @@ impl StorageQueue for FileQueue {
                 }
                 let state = &mut self.slots[slot as usize];
                 (state.step, state.retries) = (next, 0);
-                self.submit(ring, slot, request)
+                self.submit(ring, slot, request, STEP)
             }
             Ok(None) => self.end(slot, Ok(())),
             Err(IoError::Unsupported) if request.op() == Op::Discard => self.end(slot, Ok(())),
             Err(error) => self.end(slot, Err(error)),
         }
-    }
-}
-
-/// Queues an operation for a slot.
-///
-/// # Safety
-///
-/// As for [`Ring::push`].
-unsafe fn push(ring: &mut Ring, sqe: squeue::Entry, kind: u16, slot: Slot) -> Progress {
-    let token = Token {
-        owner: Owner::Storage,
-        kind,
-        index: slot,
-    };
-    // SAFETY: promised by the caller.
-    match unsafe { ring.push(sqe, token) } {
-        Ok(()) => Progress::Pending,
-        Err(crate::io::Full) => Progress::Full,
     }
 }
 
