@@ -1,4 +1,4 @@
-//! Messages in pieces, in halves, and those that the protocol's crate does not know.
+//! Messages in pieces, in halves, with descriptors that do not fit, and about the log.
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use common::*;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use testkit::vhost::raw::{FrontendReq, NEED_REPLY, answer, is_closed, message, send};
 use ublkup::storage::Memory as MemoryDisk;
 use vhost::VhostBackend;
@@ -66,7 +67,7 @@ fn messages_may_come_in_pieces() {
     assert!(readable(&call, PATIENCE), "the descriptor has arrived");
 }
 
-/// Else it would keep the disk from everybody.
+/// Else it would keep the disk from all others.
 #[test]
 fn a_client_that_sends_half_a_message_and_stays_loses_its_session_and_the_disk() {
     let whole = message(SET_STATUS, NEED_REPLY, &7u64.to_ne_bytes());
@@ -118,7 +119,7 @@ fn a_descriptor_for_news_of_the_log_is_taken_and_not_kept() {
     let (mut driver, raw) = running(&fixture);
     let (reader, writer) = std::io::pipe().unwrap();
     driver.frontend.set_log_fd(writer.as_raw_fd()).unwrap();
-    // Nobody asks for an answer, so none comes: the next one is another's.
+    // No answer is asked for, so none comes: the next one is another's.
     send(&raw, &message(SET_LOG_FD, 0, &[]), &[writer.as_fd()]).unwrap();
     assert_eq!(driver.frontend.get_queue_num().unwrap(), 256);
     drop(writer);
@@ -145,7 +146,7 @@ fn messages_about_the_log_that_make_no_sense_end_the_session() {
         (&[event; 2], 0, &[]),
         (&[event; 4], 0, &[]),
         (&[event], 0, &[0; 8]),
-        // An answer nobody asked for.
+        // An answer to no request.
         (&[event], 4, &[]),
     ];
     for (descriptors, flags, payload) in odd {
@@ -155,4 +156,31 @@ fn messages_about_the_log_that_make_no_sense_end_the_session() {
         drop(driver);
         fixture.wait_empty();
     }
+}
+
+#[test]
+fn a_client_whose_descriptors_do_not_fit_under_the_servers_limit_is_told_from_one_that_sent_none() {
+    let sandbox = sandbox();
+    let server = sandbox.serve(&["--name", "disk", "--ublk", "no", "mem:1M"]);
+    let pid = Pid::from_raw(server.pid().try_into().unwrap());
+    let open = || {
+        let open = std::fs::read_dir(format!("/proc/{}/fd", server.pid()));
+        open.unwrap().count() as u64
+    };
+    let client = sandbox.connect("disk");
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    send(&client, &message(GET_FEATURES, 0, &[]), &[]).unwrap();
+    answer(&client, GET_FEATURES).unwrap();
+    let limit = getrlimit(Resource::Nofile);
+    let current = Some(open() + 2);
+    let low = Rlimit { current, ..limit };
+    prlimit(pid, Resource::Nofile, low).unwrap();
+    let descriptors = [client.as_fd(); 8];
+    send(&client, &message(SET_LOG_FD, 0, &[]), &descriptors).unwrap();
+    assert!(is_closed(&client));
+    prlimit(pid, Resource::Nofile, limit).unwrap();
+    eventually("the log says why", || {
+        server.log().contains("as many open as its limit allows")
+    });
+    server.stop().unwrap();
 }

@@ -8,8 +8,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SendFlags, send};
 
-use super::channel;
+use super::message;
 use crate::request::Limits;
 
 /// A client's connection and the state of its session.
@@ -95,10 +96,14 @@ impl Connection {
         *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
     }
 
-    /// Tells the client that the configuration space has changed. Says whether it can be told.
+    /// Tells the client to read the configuration space again (vhost-user, "Back-end message types"). Returns
+    /// whether it can be told. A client that does not read its messages is not waited for: those that it has not
+    /// read say the same.
     pub(super) fn tell_config_change(&self) -> bool {
         let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
-        channel.as_ref().is_some_and(channel::tell_config_change)
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        (channel.as_ref())
+            .is_some_and(|channel| send(channel, &message::config_change(), flags).is_ok())
     }
 
     /// Ends the session: its protocol thread reads an end of file. The first reason counts.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::config::{MAX_VRINGS, StartError, VhostConfig};
 use super::connection::Connection;
-use super::session::{Sizes, serve_connection};
+use super::session::{Session, Sizes};
 use super::sessions::{SessionInfo, Shared, admit};
 use super::socket::Socket;
 use super::spawn::{QueueOptions, spawner};
@@ -63,7 +63,8 @@ impl VhostDoor {
                     queues,
                     threads: queue_threads,
                 };
-                serve_connection(connection, sizes, spawn, &access)
+                let connection = Arc::clone(connection);
+                Session::new(connection, sizes, spawn, Arc::clone(&access)).serve()
             }
         };
         let shared = Arc::new(Shared {

@@ -12,7 +12,7 @@ use vm_memory::VolatileMemory;
 
 use super::memory::{HeldMap, Purpose};
 use super::request::{HEADER_BYTES, buffer, memory_address};
-use super::ring_layout::descriptor;
+use super::ring_layout::{Descriptor, descriptor};
 use super::virtqueue::{Virtqueue, indirect_count};
 use crate::request::{Buffer, Limits, Op, Range, SECTOR_SHIFT};
 
@@ -38,28 +38,12 @@ impl Transfer {
         limits: &Limits,
         write_through: impl FnOnce() -> bool,
     ) -> Option<Self> {
-        let mut table = queue.descriptor_table();
-        let mut header = descriptor(table, head)?;
-        if header.refers_to_indirect_table() {
-            indirect_count(queue.options(), header)?;
-            table = map.guest(Purpose::Control, header.addr().0, header.len().into())?;
-            header = descriptor(table, 0)?;
-        }
-        if header.refers_to_indirect_table() || !header.has_next() {
-            return None;
-        }
-        let data = descriptor(table, header.next())?;
-        if data.refers_to_indirect_table() || !data.has_next() {
-            return None;
-        }
-        let status = descriptor(table, data.next())?;
+        let [header, data, status] = three(queue, head, map)?;
         let len_bytes = u64::from(data.len());
         let is_usual = !header.is_write_only()
             && header.len() as usize == HEADER_BYTES
             && data.len() > 0
             && len_bytes.is_multiple_of(1 << SECTOR_SHIFT)
-            && !status.refers_to_indirect_table()
-            && !status.has_next()
             && status.is_write_only()
             && status.len() == 1;
         if !is_usual {
@@ -87,6 +71,30 @@ impl Transfer {
             written_bytes,
         })
     }
+}
+
+/// The descriptors of a chain that has three of them.
+#[inline(always)]
+fn three(queue: &Virtqueue, head: u16, map: &HeldMap) -> Option<[Descriptor; 3]> {
+    let mut table = queue.descriptor_table();
+    let mut first = descriptor(table, head)?;
+    if first.refers_to_indirect_table() {
+        indirect_count(queue.options(), first)?;
+        table = map.guest(Purpose::Control, first.addr().0, first.len().into())?;
+        first = descriptor(table, 0)?;
+    }
+    let continues =
+        |descriptor: Descriptor| descriptor.has_next() && !descriptor.refers_to_indirect_table();
+    if !continues(first) {
+        return None;
+    }
+    let second = descriptor(table, first.next())?;
+    if !continues(second) {
+        return None;
+    }
+    let third = descriptor(table, second.next())?;
+    let ends = !third.has_next() && !third.refers_to_indirect_table();
+    ends.then_some([first, second, third])
 }
 
 #[cfg(test)]

@@ -4,7 +4,6 @@
 //! a protocol thread, and queue threads that are started with the first vring they serve. All of them
 //! end with the session, and nothing of it stays.
 
-mod channel;
 mod config;
 mod config_space;
 mod connection;
@@ -13,6 +12,7 @@ mod door;
 mod fast_path;
 mod inflight;
 mod memory;
+mod message;
 mod queue;
 mod request;
 mod ring_layout;

@@ -65,7 +65,7 @@ impl SessionInfo {
 }
 
 /// A protocol thread's main function.
-type Serve = dyn Fn(&Arc<Connection>) -> io::Result<Ending> + Send + Sync;
+type Serve = dyn Fn(&Arc<Connection>) -> Ending + Send + Sync;
 
 pub(super) struct Shared {
     pub(super) name: String,
@@ -152,18 +152,17 @@ fn is_full(sessions: &Sessions) -> bool {
             && all.iter().filter(|one| !one.hung_up()).count() >= MAX_CLIENTS
 }
 
-fn report(connection: &Connection, ending: io::Result<Ending>) {
+fn report(connection: &Connection, ending: Ending) {
     let (export, session) = (connection.export(), connection.id());
     match (connection.reason(), ending) {
         (Some(reason), _) => tracing::info!(export, session, "session ended: {reason}"),
-        (None, Ok(Ending::Left)) => tracing::info!(export, session, "client left"),
-        (None, Ok(Ending::Died)) => {
+        (None, Ending::Left) => tracing::info!(export, session, "client left"),
+        (None, Ending::Died) => {
             tracing::warn!(export, session, "client hung up with vrings running");
         }
-        (None, Ok(Ending::Failed(error))) => {
+        (None, Ending::Failed(error)) => {
             tracing::warn!(export, session, "session ended: {error}");
         }
-        (None, Err(error)) => tracing::error!(export, session, "session failed: {error}"),
     }
 }
 

@@ -8,27 +8,27 @@ use crate::request::small_disk;
 
 #[test]
 fn a_handler_that_panics_leaves_no_thread_and_the_disk_to_nobody_before() {
-    let access = Ownership::new("test", false, Duration::ZERO, None);
-    access.open(None);
+    let ownership = Ownership::new("test", false, Duration::ZERO, None);
+    ownership.open(None);
     let (sender, seen) = mpsc::channel();
     let spawn: Spawn = Box::new({
-        let access = Arc::clone(&access);
+        let ownership = Arc::clone(&ownership);
         move |_| {
             let (mail, mut mailbox) = Mailbox::<Command>::new()?;
-            let (access, sender) = (Arc::clone(&access), sender.clone());
+            let (ownership, sender) = (Arc::clone(&ownership), sender.clone());
             let thread = std::thread::spawn(move || {
                 while !matches!(mailbox.take(), Some(Command::Exit)) {
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 // Long enough for whoever does not wait.
                 std::thread::sleep(Duration::from_millis(50));
-                sender.send(access.state()).unwrap();
+                sender.send(ownership.state()).unwrap();
             });
             Ok(QueueHandle { mail, thread })
         }
     });
     let (_client, stream) = UnixStream::pair().unwrap();
-    let link = Arc::new(Connection::new(
+    let connection = Arc::new(Connection::new(
         "test",
         1,
         None,
@@ -40,16 +40,16 @@ fn a_handler_that_panics_leaves_no_thread_and_the_disk_to_nobody_before() {
         threads: 1,
     };
     let panicked = catch_unwind(AssertUnwindSafe(|| {
-        let mut session = Session::new(link, sizes, spawn, Arc::clone(&access));
+        let mut session = Session::new(connection, sizes, spawn, Arc::clone(&ownership));
         let client = Client {
             name: "a client".into(),
             gone: Arc::new(|| false),
         };
-        session.hold = Some(access.take(client).unwrap());
+        session.lease = Some(ownership.take(client).unwrap());
         session.threads.insert(0, (session.spawn)(0).unwrap());
         panic!("as a handler might");
     }));
     assert!(panicked.is_err());
     assert_eq!(seen.try_recv(), Ok(OwnershipState::Draining));
-    assert_eq!(access.state(), OwnershipState::Free);
+    assert_eq!(ownership.state(), OwnershipState::Free);
 }
