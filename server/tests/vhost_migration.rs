@@ -20,7 +20,7 @@ const LOG_ALL: u64 = 1 << 26;
 
 fn movable() -> Fixture {
     let fixture = Fixture::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 2);
-    fixture.access.allow_moves(None);
+    fixture.ownership.allow_moves(None);
     fixture
 }
 
@@ -52,25 +52,25 @@ fn the_disk_goes_to_the_client_that_waits_when_the_first_has_stopped_all_vrings(
     begin_migration(&source);
     assert_eq!(source.frontend.get_vring_base(0).unwrap(), 1);
     assert_eq!(
-        fixture.access.state(),
+        fixture.ownership.state(),
         OwnershipState::Upgraded,
         "one vring runs"
     );
     source.frontend.get_vring_base(1).unwrap();
-    assert_eq!(fixture.access.state(), OwnershipState::Moving);
+    assert_eq!(fixture.ownership.state(), OwnershipState::Moving);
     target.add_vring(128);
     assert_eq!(target.read(0, 512), (OK, vec![7; 512]));
-    assert_eq!(fixture.access.state(), OwnershipState::Upgraded);
+    assert_eq!(fixture.ownership.state(), OwnershipState::Upgraded);
     // The source must not write behind its back, and its end changes nothing.
     source.vrings[0].next_available = 1;
     assert!(attempt(|| source.start(0, 1)).is_err());
     drop(source);
     eventually("the source goes", || fixture.door.sessions().len() == 1);
-    assert_eq!(fixture.access.state(), OwnershipState::Upgraded);
+    assert_eq!(fixture.ownership.state(), OwnershipState::Upgraded);
     assert_eq!(target.write(1, &[8; 512]), OK);
     drop(target);
     fixture.wait_empty();
-    assert_eq!(fixture.access.state(), OwnershipState::Free);
+    assert_eq!(fixture.ownership.state(), OwnershipState::Free);
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn a_source_goes_on_when_nobody_took_the_disk_over() {
     let base = source.frontend.get_vring_base(0).unwrap();
     drop(target);
     source.start(0, u16::try_from(base).unwrap());
-    assert_eq!(fixture.access.state(), OwnershipState::Upgraded);
+    assert_eq!(fixture.ownership.state(), OwnershipState::Upgraded);
     assert_eq!(source.read(0, 512), (OK, vec![7; 512]));
 }
 
@@ -94,7 +94,7 @@ fn a_client_that_stops_without_a_migration_keeps_the_disk() {
     let mut other = Driver::connect(fixture.connect(), USUAL);
     // It boots anew.
     guest.frontend.get_vring_base(0).unwrap();
-    assert_eq!(fixture.access.state(), OwnershipState::Upgraded);
+    assert_eq!(fixture.ownership.state(), OwnershipState::Upgraded);
     assert!(attempt(|| other.add_vring(128)).is_err());
     guest.start(0, 0);
     assert_eq!(guest.read(0, 512).0, OK);
@@ -106,7 +106,7 @@ fn where_clients_do_not_move_the_second_is_refused_when_it_connects() {
     let source = Driver::running(fixture.connect(), USUAL);
     begin_migration(&source);
     source.frontend.get_vring_base(0).unwrap();
-    assert_eq!(fixture.access.state(), OwnershipState::Upgraded);
+    assert_eq!(fixture.ownership.state(), OwnershipState::Upgraded);
     let mut refused = fixture.connect();
     refused.set_read_timeout(Some(PATIENCE)).unwrap();
     assert_eq!(refused.read(&mut [0; 1]).unwrap(), 0, "closed at once");

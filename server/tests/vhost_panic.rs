@@ -76,7 +76,7 @@ fn a_client_whose_queue_thread_panics_is_hung_up_on_and_the_next_one_is_served()
     fixture.wait_empty();
     drop(driver);
     // The disk has been given back.
-    assert_eq!(fixture.access.state(), OwnershipState::Free);
+    assert_eq!(fixture.ownership.state(), OwnershipState::Free);
     let mut next = Driver::running(fixture.connect(), USUAL);
     assert_eq!(next.write(0, &[1; 512]), OK);
 }

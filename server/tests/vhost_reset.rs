@@ -90,7 +90,10 @@ fn a_device_that_was_reset_begins_anew_and_keeps_memory_and_disk() {
             driver.frontend.reset_device().unwrap();
         }
         assert_eq!(fixture.door.sessions()[0].vrings, 0);
-        assert!(fixture.access.holder().is_some(), "it boots anew, no more");
+        assert!(
+            fixture.ownership.holder().is_some(),
+            "it boots anew, no more"
+        );
         start_again(&mut driver);
         assert_eq!(driver.read(0, 512), (OK, vec![7; 512]));
     }

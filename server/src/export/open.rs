@@ -150,7 +150,7 @@ impl Opening<'_> {
             queues: self.config.queues,
             queue_threads: self.config.vhost_threads,
             threads: self.config.threads.clone(),
-            access: Arc::clone(access),
+            ownership: Arc::clone(access),
         };
         let door = VhostDoor::start(vhost, Arc::clone(disk), Arc::clone(&registry))?;
         Ok(Some((door, registry)))

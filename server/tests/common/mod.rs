@@ -45,16 +45,16 @@ pub fn limits(capacity_bytes: u64) -> Limits {
 }
 
 /// The right to a disk without a ublk door.
-pub fn open_access(read_only: bool) -> Arc<Ownership> {
-    let access = Ownership::new("test", read_only, Duration::from_secs(1), None);
-    access.open(None);
-    access
+pub fn open_ownership(read_only: bool) -> Arc<Ownership> {
+    let ownership = Ownership::new("test", read_only, Duration::from_secs(1), None);
+    ownership.open(None);
+    ownership
 }
 
 /// A door with its directory and counters.
 pub struct Fixture {
     pub door: VhostDoor,
-    pub access: Arc<Ownership>,
+    pub ownership: Arc<Ownership>,
     pub counters: Arc<CounterSet>,
     pub scratch: TempDir,
 }
@@ -77,7 +77,7 @@ impl Fixture {
     ) -> Self {
         let scratch = tempfile::tempdir().unwrap();
         let counters = Arc::new(CounterSet::default());
-        let access = open_access(disk.limits().read_only);
+        let ownership = open_ownership(disk.limits().read_only);
         let config = VhostConfig {
             name: "test".into(),
             socket: scratch.path().join("s"),
@@ -87,12 +87,12 @@ impl Fixture {
                 polling,
                 cpus: None,
             },
-            access: Arc::clone(&access),
+            ownership: Arc::clone(&ownership),
         };
         let door = VhostDoor::start(config, Arc::new(disk), Arc::clone(&counters)).unwrap();
         Self {
             door,
-            access,
+            ownership,
             counters,
             scratch,
         }

@@ -25,7 +25,7 @@ pub struct VhostConfig {
     /// How they run.
     pub threads: ThreadOptions,
     /// Who may write.
-    pub access: Arc<Ownership>,
+    pub ownership: Arc<Ownership>,
 }
 
 /// Why a door cannot be opened.

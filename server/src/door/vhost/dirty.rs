@@ -53,8 +53,8 @@ impl DirtyLog {
         last.is_some_and(|last| last >> PAGE_SHIFT < self.pages())
     }
 
-    /// Marks the pages of a range that was written. What lies outside is left out: whoever switches the
-    /// log on asks whether it [covers](Self::covers) the memory.
+    /// Marks the pages of a range that was written. What lies outside is left out: the session
+    /// checks that the log [covers](Self::covers) the memory before it switches it on.
     pub(super) fn mark(&self, guest: u64, len_bytes: u64) {
         if len_bytes == 0 {
             return;

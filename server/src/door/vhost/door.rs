@@ -43,7 +43,7 @@ impl VhostDoor {
             queues,
             queue_threads,
             threads,
-            access,
+            ownership,
         } = config;
         if !(1..=MAX_VRINGS).contains(&queue_threads) {
             return Err(StartError::QueueThreads(queue_threads));
@@ -51,7 +51,7 @@ impl VhostDoor {
         let socket = Socket::bind(&socket)?;
         let limits = disk.limits().clone();
         let serve = {
-            let access = Arc::clone(&access);
+            let ownership = Arc::clone(&ownership);
             move |connection: &Arc<Connection>| {
                 let options = QueueOptions {
                     count: queue_threads,
@@ -64,14 +64,14 @@ impl VhostDoor {
                     threads: queue_threads,
                 };
                 let connection = Arc::clone(connection);
-                Session::new(connection, sizes, spawn, Arc::clone(&access)).serve()
+                Session::new(connection, sizes, spawn, Arc::clone(&ownership)).serve()
             }
         };
         let shared = Arc::new(Shared {
             name,
             limits,
             serve: Box::new(serve),
-            access,
+            ownership,
             sessions: Mutex::default(),
             changed: Condvar::new(),
         });

@@ -1,4 +1,4 @@
-//! What a client remembers for us: the requests under way, in memory that outlives this process
+//! The record of requests in flight, in memory that the client keeps and that outlives this process
 //! (vhost-user, "Inflight I/O tracking", split virtqueues).
 //!
 //! A server that comes after one that died finds in it which chains were taken and not returned,
@@ -6,7 +6,7 @@
 //!
 //! A server may die between any two stores, and what it stored is there for the next one in the order
 //! in which it was stored. Hence `Release` for all that has a place in the order: a compiler must not
-//! move it before what comes first. (Nobody else looks while the server lives.)
+//! move it before what comes first. (No other process reads it while the server lives.)
 //!
 //! ```text
 //! queue i, at i * stride:   features u64, version u16, desc_num u16, last_batch_head u16, used_idx u16
@@ -166,7 +166,7 @@ pub(super) struct InflightQueue {
 pub(super) struct BadRecord;
 
 impl InflightQueue {
-    /// Chains that were under way when the last server ended, in the order in which it took them.
+    /// Chains that were in flight when the last server ended, in the order in which it took them.
     /// `used` is the ring's used index.
     ///
     /// # Errors
@@ -396,7 +396,7 @@ mod tests {
         assert_eq!(small.recover(0), Ok(vec![]));
         small.take(3);
         assert_eq!(buffer.queue(1, SIZE / 2).unwrap().recover(0), Ok(vec![3]));
-        // A head that the ring does not have is nothing that was under way on it.
+        // A head that the ring does not have was not in flight on it.
         assert_eq!(buffer.queue(1, 2).unwrap().recover(0), Err(BadRecord));
     }
 

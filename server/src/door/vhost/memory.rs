@@ -1,7 +1,7 @@
 //! The client's memory, as it shared it: regions of files, mapped here.
 //!
 //! A [`MemoryMap`] never changes; a change makes a new one that shares the mappings of the regions
-//! that stay. Whoever works with a map keeps it alive, and with it the mappings.
+//! that stay. A user of a map keeps it alive, and with it the mappings.
 
 use std::cell::Cell;
 use std::fs::File;

@@ -1,8 +1,10 @@
 //! The vrings that one queue thread of a session serves.
 //!
 //! Kicks are reads of the kick descriptor on the thread's own ring, notifications are writes of
-//! the call descriptor there: a client that lets them block blocks nobody. All vrings of a thread
+//! the call descriptor there: a client that lets them block does not block the thread. All vrings of a thread
 //! share one pool of slots and take turns.
+
+mod commands;
 
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
@@ -12,7 +14,6 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::config::MAX_VRINGS;
 use super::config_space::mask;
@@ -21,16 +22,15 @@ use super::dirty::Logging;
 use super::fast_path::Transfer;
 use super::memory::{HeldMap, MemoryMap};
 use super::request::{self, MAX_BUFFERS, ParsedRequest, RequestContext, Segments};
-use super::ring_layout::{RingError, RingOptions};
+use super::ring_layout::RingError;
 use super::sigbus;
-use super::virtqueue::Virtqueue;
 use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
 use crate::engine::counters::Counters;
 use crate::engine::{DoorQueue, Next};
 use crate::io::{Completion, FreeSlots, Full, Ring, Slot, SlotTable};
 use crate::request::{BufferLists, Op, Outcome, Range, Request};
 
-/// Requests that can be under way on one thread.
+/// Requests that can be in flight on one thread.
 const SLOTS: u32 = 256;
 
 /// Requests that one vring may begin before it is the next one's turn.
@@ -73,7 +73,7 @@ struct InFlight {
 
 /// The vrings of one queue thread.
 pub(super) struct VhostQueues {
-    link: Arc<Connection>,
+    connection: Arc<Connection>,
     counters: Arc<Counters>,
     /// Vring `index` is at `index / threads`.
     threads: u16,
@@ -94,10 +94,10 @@ pub(super) struct VhostQueues {
 }
 
 impl VhostQueues {
-    pub(super) fn new(link: Arc<Connection>, counters: Arc<Counters>, threads: u16) -> Self {
+    pub(super) fn new(connection: Arc<Connection>, counters: Arc<Counters>, threads: u16) -> Self {
         let slots = SLOTS as usize;
         Self {
-            link,
+            connection,
             counters,
             threads,
             vrings: Vec::new(),
@@ -119,49 +119,6 @@ impl VhostQueues {
         self.vrings.get_mut(local)?.as_deref_mut()
     }
 
-    fn begin(&mut self, ring: &mut Ring, mut start: Start) -> Result<(), RingError> {
-        let local = usize::from(start.index / self.threads);
-        let options = RingOptions {
-            size: start.size,
-            event_index: start.features & mask(VIRTIO_RING_F_EVENT_IDX) != 0,
-            indirect: start.features & mask(VIRTIO_RING_F_INDIRECT_DESC) != 0,
-        };
-        let inflight = start.inflight.take();
-        let queue = Virtqueue::new(options, start.addresses, start.base, &start.map, inflight)?;
-        self.map = Rc::new(HeldMap::new(Arc::clone(&start.map)));
-        self.logging = start.logging.take();
-        let mut vring = Box::new(Vring::new(start, queue));
-        vring.set_logged(self.logs_requests());
-        self.expect_room(vring.arm_kick(ring));
-        if self.vrings.len() <= local {
-            self.vrings.resize_with(local + 1, || None);
-        }
-        self.vrings[local] = Some(vring);
-        Ok(())
-    }
-
-    fn set_memory(&mut self, ring: &mut Ring, map: Arc<MemoryMap>, logging: Option<Logging>) {
-        // Requests under way keep the old map; rings must be in the new one.
-        if !std::ptr::eq(self.map.map(), &raw const *map) {
-            self.map = Rc::new(HeldMap::new(map));
-        }
-        self.logging = logging;
-        let logged = self.logs_requests();
-        for local in 0..self.vrings.len() {
-            let Some(vring) = &mut self.vrings[local] else {
-                continue;
-            };
-            vring.set_logged(logged);
-            if let Err(error) = vring.queue.remap(self.map.map()) {
-                self.break_vring(ring, local, error);
-            }
-        }
-    }
-
-    fn logs_requests(&self) -> bool {
-        (self.logging.as_ref()).is_some_and(|logging| logging.requests)
-    }
-
     /// Ends service of a vring that the driver broke; the session goes on.
     fn break_vring(&mut self, ring: &mut Ring, local: usize, error: RingError) {
         let Some(vring) = &mut self.vrings[local] else {
@@ -175,8 +132,8 @@ impl VhostQueues {
             return;
         }
         tracing::warn!(
-            export = self.link.export(),
-            session = self.link.id(),
+            export = self.connection.export(),
+            session = self.connection.id(),
             vring = vring.index,
             "the driver broke a vring, it is no longer served: {error}"
         );
@@ -193,7 +150,8 @@ impl VhostQueues {
     /// pays.
     fn expect_room(&self, pushed: Result<(), Full>) {
         if pushed.is_err() {
-            self.link.hang_up("the ring has no room for the vrings");
+            self.connection
+                .hang_up("the ring has no room for the vrings");
         }
     }
 
@@ -219,7 +177,7 @@ impl VhostQueues {
         // SAFETY: the slot was free, so nothing else uses its list.
         let list = unsafe { self.lists.fill(slot as usize) };
         let segments = Segments::gather(chain, &self.map, list);
-        match segments.parse(context(&self.link, vring)) {
+        match segments.parse(context(&self.connection, vring)) {
             ParsedRequest::Start {
                 op,
                 range,
@@ -260,10 +218,10 @@ impl VhostQueues {
 
 /// What the requests of a vring are parsed against.
 #[inline]
-fn context<'a>(link: &'a Connection, vring: &Vring) -> RequestContext<'a> {
-    let limits = link.limits();
+fn context<'a>(connection: &'a Connection, vring: &Vring) -> RequestContext<'a> {
+    let limits = connection.limits();
     let writeback = if vring.features & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
-        link.writeback.load(Ordering::Acquire)
+        connection.writeback.load(Ordering::Acquire)
     } else {
         vring.features & mask(VIRTIO_BLK_F_FLUSH) != 0
     };
@@ -321,55 +279,7 @@ impl DoorQueue for VhostQueues {
     }
 
     fn command(&mut self, ring: &mut Ring, command: Command) {
-        // A reply that nobody waits for is of no use to anybody.
-        match command {
-            Command::Start(start, reply) => {
-                let _ = reply.send(self.begin(ring, *start));
-            }
-            Command::Stop(index, reply) => {
-                if let Some(vring) = self.vring(index) {
-                    vring.stop(Some(reply));
-                }
-            }
-            Command::Enable(index, on, reply) => {
-                if let Some(vring) = self.vring(index) {
-                    vring.enable(on);
-                    vring.listening = false;
-                }
-                let _ = reply.send(());
-            }
-            Command::Call(index, call, reply) => {
-                if let Some(vring) = self.vring(index) {
-                    let pushed = vring.replace_call(ring, call);
-                    self.expect_room(pushed);
-                }
-                let _ = reply.send(());
-            }
-            Command::Error(index, error, reply) => {
-                if let Some(vring) = self.vring(index)
-                    && !vring.error_armed
-                {
-                    vring.error = error;
-                }
-                let _ = reply.send(());
-            }
-            Command::Memory(map, logging, reply) => {
-                self.set_memory(ring, map, logging);
-                let _ = reply.send(());
-            }
-            Command::LogUsed(index, used_guest, reply) => {
-                if let Some(vring) = self.vring(index) {
-                    vring.set_used_guest(used_guest);
-                }
-                let _ = reply.send(());
-            }
-            Command::Exit => {
-                self.exiting = true;
-                for vring in self.vrings.iter_mut().flatten() {
-                    vring.stop(None);
-                }
-            }
-        }
+        self.obey(ring, command);
     }
 
     fn event(&mut self, ring: &mut Ring, completion: Completion) {
@@ -397,7 +307,7 @@ impl DoorQueue for VhostQueues {
             return;
         }
         if completion.result <= 0 {
-            self.link
+            self.connection
                 .hang_up("the kick descriptor of a vring cannot be read");
             return;
         }
@@ -432,10 +342,15 @@ impl DoorQueue for VhostQueues {
             self.turn_left -= 1;
             vring.queue.look_ahead(&self.map);
             let slot = self.free.take()?;
-            let link = &*self.link;
-            let write_through = || context(link, vring).write_through;
-            let usual =
-                Transfer::parse(&vring.queue, head, &self.map, link.limits(), write_through);
+            let connection = &*self.connection;
+            let write_through = || context(connection, vring).write_through;
+            let usual = Transfer::parse(
+                &vring.queue,
+                head,
+                &self.map,
+                connection.limits(),
+                write_through,
+            );
             let (op, range, buffers) = if let Some(transfer) = usual {
                 vring.in_flight += 1;
                 let chain = InFlight {
@@ -497,7 +412,8 @@ impl DoorQueue for VhostQueues {
                 || vrings.any(|vring| vring.queue.lost_its_record())
                 || log.any(|log| log.is_poisoned())
             {
-                self.link.hang_up("the client cut its memory file short");
+                self.connection
+                    .hang_up("the client cut its memory file short");
             }
         }
         let mut waiting = false;

@@ -37,7 +37,7 @@ pub(super) enum RingError {
     AvailableIndex,
     #[error("a chain begins at a descriptor that does not exist")]
     Head,
-    #[error("the record of requests under way contradicts it")]
+    #[error("the record of requests in flight contradicts it")]
     Inflight,
 }
 

@@ -92,7 +92,7 @@ pub(super) struct Session {
     lease: Option<Lease>,
     threads: BTreeMap<u16, QueueHandle>,
     map: Arc<MemoryMap>,
-    /// Maps before that one, which requests under way may still use.
+    /// Maps before that one, which requests in flight may still use.
     old_maps: Vec<Weak<MemoryMap>>,
     inflight: Option<InflightBuffer>,
     /// The log of dirty pages; it is used while `LOG_ALL` or a vring asks for it.
@@ -279,7 +279,7 @@ impl Session {
         Ok(())
     }
 
-    /// Gives every queue thread the new map. When this returns, only requests that were under way
+    /// Gives every queue thread the new map. When this returns, only requests that were in flight
     /// use the old one, and they keep it.
     fn use_map(&mut self, regions: Vec<Region>) -> Result<()> {
         let map = Arc::new(MemoryMap::new(regions)?);
@@ -289,7 +289,7 @@ impl Session {
         let regions = old.iter().chain([&map]).flat_map(|map| map.regions());
         let mappings: BTreeSet<_> = regions.map(|region| region.memory().mapping()).collect();
         if mappings.len() > MAX_MAPPINGS {
-            return refuse("requests under way use too much memory that was taken away");
+            return refuse("requests in flight use too much memory that was taken away");
         }
         self.map = map;
         self.tell_threads()?;
@@ -376,7 +376,7 @@ impl Session {
         Ok(())
     }
 
-    /// Ends the queue threads. The disk stays with the client, of which nothing is under way after this.
+    /// Ends the queue threads. The disk stays with the client, which has no request in flight after this.
     fn end(&mut self) {
         if let Some(lease) = &self.lease {
             lease.drain();

@@ -28,7 +28,7 @@ pub enum SessionState {
     Idle,
     /// Vrings are served.
     Running,
-    /// Hung up; what is under way is being finished.
+    /// Hung up; requests in flight are being finished.
     Ending,
 }
 
@@ -71,7 +71,7 @@ pub(super) struct Shared {
     pub(super) name: String,
     pub(super) limits: Limits,
     pub(super) serve: Box<Serve>,
-    pub(super) access: Arc<Ownership>,
+    pub(super) ownership: Arc<Ownership>,
     pub(super) sessions: Mutex<Sessions>,
     /// A session has gone.
     pub(super) changed: Condvar,
@@ -111,7 +111,7 @@ pub(super) fn admit(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> 
             )));
         }
         // Better now than when its guest has booted that far.
-        if let Some(owner) = shared.access.obstacle() {
+        if let Some(owner) = shared.ownership.obstacle() {
             return Err(io::Error::other(format!(
                 "disk is in use by {owner}, refused pid {peer}"
             )));

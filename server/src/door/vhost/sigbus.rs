@@ -133,7 +133,7 @@ extern "C" fn handle(_signal: i32, info: *mut libc::siginfo_t, _context: *mut li
         // SAFETY: restores an action that sigaction gave us.
         unsafe { libc::sigaction(libc::SIGBUS, previous, ptr::null_mut()) };
         if code <= 0 {
-            // Sent by somebody, not by an access: it does not come again by itself.
+            // Sent by a process, not caused by an access: it does not come again by itself.
             // SAFETY: raise is async-signal-safe.
             unsafe { libc::raise(libc::SIGBUS) };
         }

@@ -1,4 +1,4 @@
-//! The listening socket: where it may be, and who may connect.
+//! The listening socket: where it may be, and which users may connect.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -51,12 +51,12 @@ pub enum SocketError {
 pub(super) struct Socket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the file: somebody may have put another in its place.
+    /// Device and inode of the file: another process may have put another in its place.
     file: Option<(u64, u64)>,
 }
 
 impl Socket {
-    /// Listens at `path`; only the user of this process may connect. A socket that nobody listens
+    /// Listens at `path`; only the user of this process may connect. A socket that no server listens
     /// on is replaced.
     pub(super) fn bind(path: &Path) -> Result<Self, SocketError> {
         let system = |what: &'static str| {
@@ -108,7 +108,7 @@ impl Accept for Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         if self.file.is_some() && identity(&self.path) == self.file {
-            // Nobody can be told; the next server replaces what is left.
+            // There is no caller to tell; the next server replaces what is left.
             let _ = std::fs::remove_file(&self.path);
         }
     }

@@ -67,7 +67,7 @@ pub(super) struct Vring {
     pub(super) call: Option<OwnedFd>,
     /// How it is to be written, once that was found out.
     call_flags: Option<squeue::Flags>,
-    /// The descriptor of the write that is under way.
+    /// The descriptor of the write in flight.
     pub(super) calling: Option<OwnedFd>,
     pub(super) call_armed: bool,
     pub(super) call_cancelled: bool,
@@ -76,7 +76,7 @@ pub(super) struct Vring {
     pub(super) error: Option<OwnedFd>,
     pub(super) error_armed: bool,
     enabled: bool,
-    /// The driver kicks at the next chain; until then nobody looks at the ring.
+    /// The driver kicks at the next chain; until then the ring is not polled.
     pub(super) listening: bool,
     broken: bool,
     /// Whether requests are to be marked in the log of dirty pages.
@@ -126,8 +126,8 @@ impl Vring {
         }
     }
 
-    /// Takes no more chains. The vring is to go when its last operation completed; `reply` is for
-    /// whoever wants to know.
+    /// Takes no more chains. The vring is to go when its last operation completed; `reply` gets
+    /// what is left of it.
     pub(super) fn stop(&mut self, reply: Option<mpsc::Sender<Stopped>>) {
         self.stopping = Some(Stopping {
             reply,
@@ -194,10 +194,10 @@ impl Vring {
         self.stopping.is_some()
     }
 
-    /// Says to whoever wants to know what is left of it.
+    /// Replies with what is left of it, if a reply is wanted.
     pub(super) fn report(self) {
         if let Some(reply) = self.stopping.and_then(|stopping| stopping.reply) {
-            // A reply that nobody waits for is of no use to anybody.
+            // A reply that is no longer waited for may be lost.
             let _ = reply.send(Stopped {
                 base: self.queue.next_available(),
                 call: self.call,
@@ -206,7 +206,7 @@ impl Vring {
         }
     }
 
-    /// Whether somebody has to look at the ring: no kick comes.
+    /// Whether the ring has to be polled: no kick comes.
     pub(super) fn is_watched(&self) -> bool {
         self.served && !self.listening
     }
@@ -227,7 +227,7 @@ impl Vring {
         }
         match &self.stopping {
             None => self.queue.has_chains_to_resubmit(),
-            // Who goes on later expects them done; who died has them on record.
+            // A client that stopped it expects them done; one that died has them on record.
             Some(stopping) => stopping.reply.is_some() && self.queue.has_chains_to_resubmit(),
         }
     }
@@ -246,9 +246,9 @@ impl Vring {
         Ok(())
     }
 
-    /// Notifies the driver if it is due and no notification is under way.
+    /// Notifies the driver if it is due and no notification is in flight.
     pub(super) fn call(&mut self, ring: &mut Ring) -> Result<(), Full> {
-        // One that was cancelled, because nobody takes it and the vring is to go, is not begun again.
+        // One that was cancelled, because the client does not take it and the vring is to go, is not begun again.
         let given_up = (self.stopping.as_ref()).is_some_and(|stopping| stopping.cancelled);
         if !self.call_due || self.call_armed || given_up {
             return Ok(());
@@ -276,7 +276,7 @@ impl Vring {
         self.call_flags = None;
         if self.call_armed && self.calling.is_none() {
             self.calling = old;
-            // It may have gone to the old descriptor, where nobody looks any more.
+            // It may have gone to the old descriptor, which the client no longer reads.
             self.call_due = true;
             self.cancel_call(ring)?;
         }
