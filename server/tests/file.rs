@@ -5,18 +5,24 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
+#[path = "file/claims.rs"]
+mod claims;
 #[path = "file/client.rs"]
 mod client;
+#[path = "file/devices.rs"]
+mod devices;
+#[path = "file/model.rs"]
+mod model;
 
 use std::fs;
-use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use client::{Client, Shape};
+use devices::{Loop, Mounted};
+use model::model;
 use testkit::random::Random;
 use ublkup::engine::StorageControl;
 use ublkup::request::{IoError, Op, Serial};
@@ -41,6 +47,27 @@ fn options(path: &Path, cache: CacheMode) -> FileOptions {
         serial: Serial::new("test").unwrap(),
         claim_later: false,
     }
+}
+
+fn open(path: &Path) -> File {
+    File::open(options(path, CacheMode::Auto)).unwrap()
+}
+
+fn claimed_later(path: &Path) -> File {
+    File::open(FileOptions {
+        claim_later: true,
+        ..options(path, CacheMode::Auto)
+    })
+    .unwrap()
+}
+
+fn is_in_use(path: &Path) -> bool {
+    refusal(options(path, CacheMode::Auto)).contains("in use")
+}
+
+/// What a file takes of its file system.
+fn used_bytes(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().blocks() * 512
 }
 
 fn read_only(path: &Path) -> FileOptions {
@@ -76,185 +103,6 @@ fn run(program: &str, arguments: &[&str]) -> String {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program} {arguments:?}: {error}");
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-/// A loop device over a new file; gone with the value.
-struct Loop {
-    device: PathBuf,
-    backing: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Loop {
-    fn new(len_bytes: u64, arguments: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let backing = sparse(dir.path(), len_bytes);
-        let to_backing = [arguments, &[backing.to_str().unwrap()]].concat();
-        let device = run(
-            "losetup",
-            &[&["--find", "--show"], &to_backing[..]].concat(),
-        );
-        Self {
-            device: device.into(),
-            backing,
-            _dir: dir,
-        }
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let done = Command::new("losetup").arg("-d").arg(&self.device).status();
-        assert!(done.is_ok_and(|status| status.success()) || std::thread::panicking());
-    }
-}
-
-/// Random requests of all kinds, several at once, against a disk of which a copy is kept.
-fn model(path: &Path, cache: CacheMode, seed: u64) {
-    let disk = File::open(options(path, cache)).unwrap();
-    let name = format!("{}, {cache:?}, seed {seed}", path.display());
-    let mut client = Client::new(&disk, 16);
-    let block = u64::from(disk.limits().block_bytes);
-    let blocks = disk.limits().capacity.bytes() / block;
-    let mut copy = vec![0; usize::try_from(disk.limits().capacity.bytes()).unwrap()];
-    // It may hold anything.
-    client
-        .one(Op::Write { fua: false }, 0, &mut copy, Shape::Aligned)
-        .unwrap();
-    let mut random = Random(seed);
-    for round in 0..60 {
-        // Neighbours share no block: each gets a range of its own.
-        let share = blocks / 16;
-        let mut expected = Vec::new();
-        for slot in 0..16u64 {
-            let first = slot * share + random.below(share);
-            let count = 1 + random.below((slot + 1) * share - first).min(300);
-            let (at, len) = (first * block, count * block);
-            let range = usize::try_from(at).unwrap()..usize::try_from(at + len).unwrap();
-            let shape = Shape::any(&mut random);
-            let op = match random.below(10) {
-                0..4 => Op::Read,
-                4..7 => Op::Write {
-                    fua: random.below(4) == 0,
-                },
-                7 => Op::Flush,
-                8 => ZERO,
-                _ => UNMAP,
-            };
-            let mut data = vec![0; range.len()];
-            match op {
-                Op::Write { .. } => {
-                    random.fill(&mut data);
-                    copy[range.clone()].copy_from_slice(&data);
-                }
-                Op::Read => expected.push((slot, range)),
-                Op::Flush | Op::Discard => {}
-                Op::WriteZeroes { .. } => copy[range].fill(0),
-            }
-            client.submit(slot, op, at, len, &data, shape);
-        }
-        let mut ended = client.finish_all();
-        for (slot, outcome) in ended.iter().map(|end| (end.slot, end.outcome)) {
-            assert_eq!(outcome, Ok(()), "{name}, round {round}, slot {slot}");
-        }
-        for (slot, range) in expected {
-            let end = ended
-                .iter_mut()
-                .find(|end| u64::from(end.slot) == slot)
-                .unwrap();
-            assert!(
-                *end.data() == copy[range],
-                "{name}, round {round}, slot {slot} read wrong"
-            );
-        }
-    }
-    let mut all = vec![1; copy.len()];
-    client.one(Op::Read, 0, &mut all, Shape::Odd).unwrap();
-    assert!(all == copy, "{name}: the disk is not what it should be");
-}
-
-/// Storage that is claimed when a guest wants it: two servers open it, one at a time has it.
-fn one_at_a_time(path: &Path) {
-    let open = || {
-        let options = FileOptions {
-            claim_later: true,
-            ..options(path, CacheMode::Auto)
-        };
-        File::open(options).unwrap()
-    };
-    let (source, target) = (open(), open());
-    let soon = Duration::from_millis(100);
-    assert_eq!(source.claim(soon), Ok(()));
-    assert_eq!(source.claim(soon), Ok(()), "it has it");
-    assert!(target.claim(soon).unwrap_err().contains("in use"));
-    // Nor does it go with servers whose guests do not move.
-    assert!(refusal(options(path, CacheMode::Auto)).contains("in use"));
-    let waiting = std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| target.claim(Duration::from_secs(60)));
-        std::thread::sleep(Duration::from_millis(50));
-        assert!(!waiting.is_finished());
-        source.release();
-        waiting.join().unwrap()
-    });
-    assert_eq!(waiting, Ok(()));
-    assert!(source.claim(soon).is_err());
-    drop(target);
-    assert_eq!(source.claim(soon), Ok(()));
-    source.release();
-    source.release();
-    File::open(options(path, CacheMode::Auto)).unwrap();
-}
-
-#[test]
-fn a_file_that_is_claimed_later_is_had_by_one_server_at_a_time() {
-    let dir = scratch();
-    let path = sparse(dir.path(), 1 << 20);
-    one_at_a_time(&path);
-    // A disk that others cut short is not the one that the guest knows.
-    let disk = File::open(FileOptions {
-        claim_later: true,
-        ..options(&path, CacheMode::Auto)
-    })
-    .unwrap();
-    fs::OpenOptions::new()
-        .write(true)
-        .open(&path)
-        .unwrap()
-        .set_len(1 << 19)
-        .unwrap();
-    let refused = disk.claim(Duration::ZERO).unwrap_err();
-    assert!(refused.contains("shorter"), "{refused}");
-    File::open(options(&path, CacheMode::Auto)).unwrap();
-}
-
-#[test]
-#[ignore = "needs root and loop devices"]
-fn a_device_that_is_claimed_later_is_had_by_one_server_or_mount_at_a_time() {
-    let device = Loop::new(16 << 20, &[]);
-    one_at_a_time(&device.device);
-    let name = device.device.to_str().unwrap();
-    run("mkfs.ext4", &["-q", "-F", name]);
-    let dir = tempfile::tempdir().unwrap();
-    let mount = || Command::new("mount").arg(name).arg(dir.path()).output();
-    let mounts = || mount().unwrap().status.success();
-    let unmount = || run("umount", &[dir.path().to_str().unwrap()]);
-    let disk = File::open(FileOptions {
-        claim_later: true,
-        ..options(&device.device, CacheMode::Auto)
-    })
-    .unwrap();
-    assert!(mounts(), "it is nobody's yet");
-    let refused = disk.claim(Duration::ZERO).unwrap_err();
-    assert!(
-        refused.contains(name) && refused.contains("in use"),
-        "{refused}"
-    );
-    unmount();
-    assert_eq!(disk.claim(Duration::ZERO), Ok(()));
-    assert!(!mounts(), "it is the disk's");
-    disk.release();
-    assert!(mounts(), "it is nobody's again");
-    unmount();
 }
 
 #[test]
@@ -294,22 +142,15 @@ fn random_requests_on_a_device_with_4096_byte_sectors_end_as_on_a_copy_in_memory
 #[ignore = "needs root and loop devices"]
 fn discards_reach_what_is_below_a_device() {
     let device = Loop::new(16 << 20, &[]);
-    let disk = File::open(options(&device.device, CacheMode::Auto)).unwrap();
+    let disk = open(&device.device);
     assert!(disk.limits().max_discard_bytes > 0);
     let mut client = Client::new(&disk, 1);
-    let used = || fs::metadata(&device.backing).unwrap().blocks() * 512;
-    let mut ones = vec![1; 8 << 20];
-    client
-        .one(Op::Write { fua: true }, 0, &mut ones, Shape::Aligned)
-        .unwrap();
+    let used = || used_bytes(&device.backing);
+    client.write(0, &vec![1; 8 << 20], Shape::Aligned).unwrap();
     let full = used();
     client.range(PUNCH, 0, 4 << 20).unwrap();
     client.range(Op::Flush, 0, 0).unwrap();
-    assert!(
-        used() <= full - (4 << 20),
-        "{} of {full} still used",
-        used()
-    );
+    assert!(used() <= full - (4 << 20), "{} of {full}", used());
 }
 
 #[test]
@@ -356,20 +197,14 @@ fn holes_are_punched_also_after_an_empty_request() {
     let dir = scratch();
     let path = sparse(dir.path(), 8 << 20);
     for op in [PUNCH, UNMAP] {
-        let disk = File::open(options(&path, CacheMode::Auto)).unwrap();
+        let disk = open(&path);
         let mut client = Client::new(&disk, 1);
-        let mut ones = vec![1; 8 << 20];
-        client
-            .one(Op::Write { fua: true }, 0, &mut ones, Shape::Aligned)
-            .unwrap();
-        let full = fs::metadata(&path).unwrap().blocks() * 512;
+        client.write(0, &vec![1; 8 << 20], Shape::Aligned).unwrap();
+        let full = used_bytes(&path);
         client.range(op, 4096, 0).unwrap();
         client.range(op, 0, 4 << 20).unwrap();
-        let left = fs::metadata(&path).unwrap().blocks() * 512;
-        assert!(
-            left <= full - (4 << 20),
-            "{op:?}: {left} of {full} still used"
-        );
+        let left = used_bytes(&path);
+        assert!(left <= full - (4 << 20), "{op:?}: {left} of {full}");
     }
 }
 
@@ -380,17 +215,10 @@ fn more_buffers_than_a_system_call_takes_are_one_request() {
     for cache in [CacheMode::Direct, CacheMode::Buffered] {
         let disk = File::open(options(&path, cache)).unwrap();
         let mut client = Client::new(&disk, 1);
-        let mut data = vec![0; 2500 * 512];
-        Random(7).fill(&mut data);
-        let wanted = data.clone();
-        client
-            .one(Op::Write { fua: false }, 512, &mut data, Shape::Sectors)
-            .unwrap();
-        data.fill(0);
-        client
-            .one(Op::Read, 512, &mut data, Shape::Sectors)
-            .unwrap();
-        assert!(data == wanted, "{cache:?}");
+        let data = Random(7).bytes(2500 * 512);
+        client.write(512, &data, Shape::Sectors).unwrap();
+        let back = client.read(512, data.len(), Shape::Sectors);
+        assert!(back == data, "{cache:?}");
     }
 }
 
@@ -399,26 +227,15 @@ fn more_bounced_requests_than_bounce_buffers_all_end() {
     let dir = scratch();
     let disk = File::open(options(&sparse(dir.path(), 32 << 20), CacheMode::Direct)).unwrap();
     let mut client = Client::new(&disk, 64);
-    let mut data = vec![0; 300 << 10];
-    Random(8).fill(&mut data);
+    let data = Random(8).bytes(300 << 10);
+    let (write, len) = (Op::Write { fua: false }, 300 << 10);
     for slot in 0..64 {
-        let at = slot * (400 << 10);
-        client.submit(
-            slot,
-            Op::Write { fua: false },
-            at,
-            300 << 10,
-            &data,
-            Shape::Odd,
-        );
+        client.submit(slot, write, slot * (400 << 10), len, &data, Shape::Odd);
     }
     assert!(client.backlog_was_used(), "the pool has no bound");
     assert!(client.finish_all().iter().all(|end| end.outcome.is_ok()));
     for slot in 0..64 {
-        let mut back = vec![0; data.len()];
-        client
-            .one(Op::Read, slot * (400 << 10), &mut back, Shape::Aligned)
-            .unwrap();
+        let back = client.read(slot * (400 << 10), data.len(), Shape::Aligned);
         assert!(back == data, "slot {slot}");
     }
 }
@@ -433,38 +250,14 @@ fn what_somebody_cut_off_reads_as_zeroes() {
             file.set_len(1 << 20).unwrap();
             let disk = File::open(options(&path, cache)).unwrap();
             let mut client = Client::new(&disk, 1);
-            let mut ones = vec![1; 1 << 20];
-            client
-                .one(Op::Write { fua: true }, 0, &mut ones, Shape::Aligned)
-                .unwrap();
+            client.write(0, &vec![1; 1 << 20], Shape::Aligned).unwrap();
             file.set_len(10_000).unwrap();
-            let mut back = vec![2; 64 << 10];
-            client.one(Op::Read, 0, &mut back, shape).unwrap();
+            let back = client.read(0, 64 << 10, shape);
             assert!(back[..10_000].iter().all(|&byte| byte == 1), "{cache:?}");
             assert!(back[10_000..].iter().all(|&byte| byte == 0), "{cache:?}");
-            client.one(Op::Read, 512 << 10, &mut back, shape).unwrap();
+            let back = client.read(512 << 10, 64 << 10, shape);
             assert!(back.iter().all(|&byte| byte == 0), "{cache:?}");
         }
-    }
-}
-
-/// A mounted file system; unmounted with the value.
-struct Mounted(tempfile::TempDir);
-
-impl Mounted {
-    /// `mount ARGUMENTS DIRECTORY`
-    fn new(arguments: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let place = dir.path().to_str().unwrap();
-        run("mount", &[arguments, &[place]].concat());
-        Self(dir)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let done = Command::new("umount").arg(self.0.path()).status();
-        assert!(done.is_ok_and(|status| status.success()) || std::thread::panicking());
     }
 }
 
@@ -473,20 +266,13 @@ impl Drop for Mounted {
 fn a_full_file_system_is_no_space_and_only_for_that_request() {
     let mounted = Mounted::new(&["-t", "tmpfs", "-o", "size=1M", "ublkup-test"]);
     let image = sparse(mounted.0.path(), 64 << 20);
-    let disk = File::open(options(&image, CacheMode::Auto)).unwrap();
+    let disk = open(&image);
     let mut client = Client::new(&disk, 1);
-    let mut data = vec![1; 4 << 20];
-    let full = client.one(Op::Write { fua: false }, 0, &mut data, Shape::Aligned);
+    let data = vec![1; 4 << 20];
+    let full = client.write(0, &data, Shape::Aligned);
     assert_eq!(full, Err(IoError::NoSpace));
     client.range(UNMAP, 0, 4 << 20).unwrap();
-    client
-        .one(
-            Op::Write { fua: false },
-            0,
-            &mut data[..4096],
-            Shape::Aligned,
-        )
-        .unwrap();
+    client.write(0, &data[..4096], Shape::Aligned).unwrap();
     drop((client, disk));
 }
 
@@ -502,7 +288,7 @@ fn direct_is_refused_for_a_file_whose_data_are_journalled() {
     let message = refusal(options(&image, CacheMode::Direct));
     assert!(message.contains("cache=auto"), "{message}");
     // Left to itself it goes through the page cache, with the alignment of any file there.
-    let disk = File::open(options(&image, CacheMode::Auto)).unwrap();
+    let disk = open(&image);
     assert_eq!(direct_descriptors_of(&image), [false]);
     drop(disk);
 }
@@ -524,67 +310,6 @@ fn direct_descriptors_of(path: &Path) -> Vec<bool> {
 }
 
 #[test]
-fn a_file_has_one_writer_or_many_readers() {
-    let dir = scratch();
-    let path = sparse(dir.path(), 1 << 20);
-    let reader = File::open(read_only(&path)).unwrap();
-    let other = File::open(read_only(&path)).unwrap();
-    assert!(refusal(options(&path, CacheMode::Auto)).contains("in use"));
-    drop((reader, other));
-    let writer = File::open(options(&path, CacheMode::Auto)).unwrap();
-    assert!(refusal(options(&path, CacheMode::Auto)).contains("in use"));
-    assert!(refusal(read_only(&path)).contains("in use"));
-    drop(writer);
-    File::open(options(&path, CacheMode::Auto)).unwrap();
-}
-
-/// Locks one byte for reading as QEMU does with the images it has open.
-fn lock_byte(file: &fs::File, byte: i64) {
-    // SAFETY: all zeroes is a valid `flock`.
-    let mut range: libc::flock = unsafe { std::mem::zeroed() };
-    range.l_type = libc::c_short::try_from(libc::F_RDLCK).unwrap();
-    (range.l_start, range.l_len) = (byte, 1);
-    // SAFETY: `range` lives through the call.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) };
-    assert_eq!(result, 0);
-}
-
-#[test]
-fn an_image_that_a_virtual_machine_has_open_is_in_use() {
-    let dir = scratch();
-    let path = sparse(dir.path(), 1 << 20);
-    let image = fs::File::open(&path).unwrap();
-    lock_byte(&image, 100);
-    assert!(refusal(options(&path, CacheMode::Auto)).contains("in use"));
-    File::open(read_only(&path)).unwrap();
-}
-
-#[test]
-fn a_file_that_is_released_in_a_moment_is_waited_for() {
-    let dir = scratch();
-    let path = sparse(dir.path(), 1 << 20);
-    let writer = File::open(options(&path, CacheMode::Auto)).unwrap();
-    let other = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(100));
-        drop(writer);
-    });
-    File::open(options(&path, CacheMode::Auto)).unwrap();
-    other.join().unwrap();
-}
-
-#[test]
-#[ignore = "needs root and loop devices"]
-fn a_device_has_one_writer_and_udev_may_look_at_it() {
-    let device = Loop::new(1 << 20, &[]);
-    let udev = fs::File::open(&device.device).unwrap();
-    rustix::fs::flock(&udev, rustix::fs::FlockOperation::NonBlockingLockShared).unwrap();
-    let writer = File::open(options(&device.device, CacheMode::Auto)).unwrap();
-    assert!(refusal(options(&device.device, CacheMode::Auto)).contains("in use"));
-    drop(writer);
-    File::open(options(&device.device, CacheMode::Auto)).unwrap();
-}
-
-#[test]
 #[ignore = "needs root and loop devices"]
 fn a_write_protected_device_is_refused_unless_read_only() {
     let device = Loop::new(1 << 20, &["--read-only"]);
@@ -592,10 +317,7 @@ fn a_write_protected_device_is_refused_unless_read_only() {
     assert!(message.contains("--read-only"), "{message}");
     let disk = File::open(read_only(&device.device)).unwrap();
     assert!(disk.limits().read_only);
-    let mut data = vec![1; 4096];
-    Client::new(&disk, 1)
-        .one(Op::Read, 0, &mut data, Shape::Odd)
-        .unwrap();
+    let data = Client::new(&disk, 1).read(0, 4096, Shape::Odd);
     assert!(data.iter().all(|&byte| byte == 0));
 }
 
@@ -648,23 +370,17 @@ fn the_end_of_a_sparse_file_of_many_tebibytes_can_be_written_and_read() {
     let (disk, memory) = (scratch(), tempfile::tempdir_in("/dev/shm").unwrap());
     for (dir, len) in [(disk, (16 << 40) - (1 << 20)), (memory, 15 << 40)] {
         let path = sparse(dir.path(), len);
-        let disk = File::open(options(&path, CacheMode::Auto)).unwrap();
+        let disk = open(&path);
         assert_eq!(disk.limits().capacity.bytes(), len);
         assert!(disk.limits().max_discard_bytes > 0);
         let mut client = Client::new(&disk, 1);
-        let mut data = vec![7; 4096];
-        let last = len - 4096;
-        client
-            .one(Op::Write { fua: true }, last, &mut data, Shape::Odd)
-            .unwrap();
-        let mut file = fs::File::open(&path).unwrap();
-        file.seek(SeekFrom::Start(last)).unwrap();
+        let (data, last) = (vec![7; 4096], len - 4096);
+        client.write(last, &data, Shape::Odd).unwrap();
         let mut back = vec![0; 4096];
-        std::io::Read::read_exact(&mut file, &mut back).unwrap();
+        let file = fs::File::open(&path).unwrap();
+        file.read_exact_at(&mut back, last).unwrap();
         assert_eq!(back, data);
-        back.fill(0);
-        client.one(Op::Read, last, &mut back, Shape::Odd).unwrap();
-        assert_eq!(back, data);
+        assert_eq!(client.read(last, 4096, Shape::Odd), data);
     }
 }
 
@@ -672,12 +388,8 @@ fn the_end_of_a_sparse_file_of_many_tebibytes_can_be_written_and_read() {
 fn opening_a_disk_leaves_its_content_alone() {
     let dir = scratch();
     let path = dir.path().join("disk.img");
-    let mut content = vec![0; 10_000];
-    Random(9).fill(&mut content);
-    fs::File::create(&path)
-        .unwrap()
-        .write_all(&content)
-        .unwrap();
+    let content = Random(9).bytes(10_000);
+    fs::write(&path, &content).unwrap();
     for cache in [CacheMode::Auto, CacheMode::Buffered] {
         File::open(options(&path, cache)).unwrap();
         assert!(fs::read(&path).unwrap() == content);

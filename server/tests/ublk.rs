@@ -6,6 +6,8 @@
 
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
+#[path = "ublk/broken.rs"]
+mod broken;
 mod common;
 #[path = "ublk/data.rs"]
 mod data;
@@ -26,7 +28,6 @@ mod upgrade;
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -35,16 +36,16 @@ use std::time::{Duration, Instant};
 
 use common::sandbox;
 use libublk::ctrl::UblkCtrl;
-use testkit::proc::{context_switches, sleeps};
+use testkit::proc::Holdings;
+use testkit::random::Random;
 use testkit::wait::{PATIENCE, wait_for};
 use ublkup::door::ublk::{self, DataPath, DoorEnd, UblkConfig, UblkDoor, UblkError};
+use ublkup::engine::Storage;
 use ublkup::engine::counters::{Counters, Totals};
-use ublkup::engine::{Storage, StorageControl, StorageQueue};
 use ublkup::export::name_lock::DeviceNote;
 use ublkup::export::remove_stale_device;
 use ublkup::export::runtime_dir::RuntimeDir;
-use ublkup::io::{Ring, Slot};
-use ublkup::request::{Limits, Op, Progress, Request, Serial};
+use ublkup::request::{Limits, Serial};
 use ublkup::storage::{Memory, Null};
 
 const MIB: u64 = 1 << 20;
@@ -85,6 +86,13 @@ fn config() -> UblkConfig {
     }
 }
 
+fn with_id(id: u32) -> UblkConfig {
+    UblkConfig {
+        id: Some(id),
+        ..config()
+    }
+}
+
 fn no_end(end: DoorEnd) {
     panic!("the device ended by itself: {end:?}");
 }
@@ -112,6 +120,24 @@ fn dd(from: &Path, to: &Path, flags: &[&str]) -> Result<String, String> {
     run("dd", &[&[from.as_str(), to.as_str()], flags].concat())
 }
 
+/// Reads a page around the page cache.
+fn read_page(disk: &Path) -> Result<String, String> {
+    dd(
+        disk,
+        Path::new("/dev/null"),
+        &["bs=4k", "count=1", "iflag=direct"],
+    )
+}
+
+/// Writes a page of zeroes around the page cache.
+fn write_page(disk: &Path) -> Result<String, String> {
+    dd(
+        Path::new("/dev/zero"),
+        disk,
+        &["bs=4k", "count=1", "oflag=direct"],
+    )
+}
+
 fn queue_attribute(door: &UblkDoor, name: &str) -> String {
     let path = format!("/sys/block/ublkb{}/queue/{name}", door.id());
     fs::read_to_string(&path)
@@ -123,14 +149,8 @@ fn queue_attribute(door: &UblkDoor, name: &str) -> String {
 /// A scratch file of bytes that do not repeat.
 fn noise(name: &str, bytes: u64) -> PathBuf {
     let path = std::env::temp_dir().join(format!("ublk-test-{}-{name}", std::process::id()));
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let words = (0..bytes / 8).flat_map(|_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_ne_bytes()
-    });
-    fs::write(&path, words.collect::<Vec<u8>>()).expect("room for a scratch file");
+    let bytes = Random(1).bytes(usize::try_from(bytes).unwrap());
+    fs::write(&path, bytes).expect("room for a scratch file");
     path
 }
 
@@ -238,11 +258,7 @@ fn a_read_only_disk_refuses_writes() {
     let disk = door.block_path();
     let ro = run("blockdev", &["--getro", disk.to_str().unwrap()]);
     assert_eq!(ro.unwrap(), "1");
-    let write = dd(
-        Path::new("/dev/zero"),
-        &disk,
-        &["bs=4k", "count=1", "oflag=direct"],
-    );
+    let write = write_page(&disk);
     assert!(write.is_err(), "{write:?}");
     door.stop().unwrap();
 }
@@ -250,16 +266,9 @@ fn a_read_only_disk_refuses_writes() {
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn fifty_starts_and_stops_leave_nothing_behind() {
-    let open = || fs::read_dir("/proc/self/fd").unwrap().count();
-    let maps = || {
-        fs::read_to_string("/proc/self/maps")
-            .unwrap()
-            .lines()
-            .count()
-    };
     // The first one makes what stays: heaps of threads, the kernel's worker.
     serve(Null::new(limits())).stop().unwrap();
-    let before = (open(), maps());
+    let before = Holdings::of(std::process::id()).unwrap();
     for _ in 0..50 {
         let door = serve(Null::new(limits()));
         let id = door.id();
@@ -267,31 +276,27 @@ fn fifty_starts_and_stops_leave_nothing_behind() {
         door.stop().unwrap();
         assert!(is_gone(id));
     }
-    assert_eq!(open(), before.0);
-    assert!(maps() < before.1 + 20, "{} then {}", before.1, maps());
+    let after = Holdings::of(std::process::id()).unwrap();
+    assert_eq!(after.descriptors, before.descriptors);
+    assert!(
+        after.mappings < before.mappings + 20,
+        "{before:?}, {after:?}"
+    );
 }
 
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_taken_id_is_refused_and_its_device_lives_on() {
     let door = serve(Null::new(limits()));
-    let same = UblkConfig {
-        id: Some(door.id()),
-        ..config()
-    };
+    let same = with_id(door.id());
     let second = UblkDoor::start(&same, &Arc::new(Null::new(limits())), Arc::default, no_end);
     assert!(matches!(second, Err(UblkError::IdInUse { id }) if id == door.id()));
     let error = ublk::remove(door.id(), false).unwrap_err();
     assert!(matches!(error, UblkError::Alive { .. }), "{error}");
     assert!(error.to_string().contains(&std::process::id().to_string()));
-    assert!(
-        ublk::stale_devices()
-            .unwrap()
-            .iter()
-            .all(|l| l.id != door.id())
-    );
-    let read = ["bs=4k", "count=1", "iflag=direct"];
-    dd(&door.block_path(), Path::new("/dev/null"), &read).unwrap();
+    let stale = ublk::stale_devices().unwrap();
+    assert!(stale.iter().all(|stale| stale.id != door.id()));
+    read_page(&door.block_path()).unwrap();
     door.stop().unwrap();
 }
 
@@ -337,9 +342,8 @@ fn a_device_with_a_server_is_not_stale_whatever_is_noted() {
     remove_stale_device(&claim).unwrap();
     assert_eq!(claim.left_device(), None);
     drop(claim);
-    let read = ["bs=4k", "count=1", "iflag=direct"];
     for door in [door, other] {
-        dd(&door.block_path(), Path::new("/dev/null"), &read).unwrap();
+        read_page(&door.block_path()).unwrap();
         door.stop().unwrap();
     }
     lab.is_clean();
@@ -353,36 +357,23 @@ fn impossible_devices_are_refused_in_one_line() {
         let door = UblkDoor::start(&config, &backend, Arc::default, no_end);
         door.map(drop).unwrap_err().to_string()
     };
-    let far = UblkConfig {
-        id: Some(1 << 30),
-        ..config()
-    };
     let mut coarse = limits();
     coarse.block_bytes = 1 << 20;
-    for (text, word) in [
-        (start(far, limits()), "1073741824"),
-        (
-            start(
-                UblkConfig {
-                    queues: 0,
-                    ..config()
-                },
-                limits(),
-            ),
-            "queues",
-        ),
-        (
-            start(
-                UblkConfig {
-                    depth: 5000,
-                    ..config()
-                },
-                limits(),
-            ),
-            "4096",
-        ),
-        (start(config(), coarse), "1048576"),
+    let no_queue = UblkConfig {
+        queues: 0,
+        ..config()
+    };
+    let deep = UblkConfig {
+        depth: 5000,
+        ..config()
+    };
+    for (config, limits, word) in [
+        (with_id(1 << 30), limits(), "1073741824"),
+        (no_queue, limits(), "queues"),
+        (deep, limits(), "4096"),
+        (config(), coarse, "1048576"),
     ] {
+        let text = start(config, limits);
         assert!(text.contains(word) && !text.contains('\n'), "{text}");
     }
 }
@@ -457,10 +448,7 @@ fn a_disk_that_somebody_has_open_is_taken_away_and_its_id_comes_back_later() {
     assert!(begin.elapsed() < Duration::from_secs(10));
     assert!(is_gone(id));
     let again = || {
-        let same = UblkConfig {
-            id: Some(id),
-            ..config()
-        };
+        let same = with_id(id);
         UblkDoor::start(&same, &Arc::new(Null::new(limits())), Arc::default, no_end)
     };
     assert!(matches!(again(), Err(UblkError::IdInUse { .. })));
@@ -469,87 +457,6 @@ fn a_disk_that_somebody_has_open_is_taken_away_and_its_id_comes_back_later() {
     holder.wait().unwrap();
     let door = wait_for("the id is free", PATIENCE, || Ok(again().ok()));
     door.unwrap().stop().unwrap();
-}
-
-/// A disk whose queues misbehave.
-struct Broken {
-    limits: Limits,
-    no_queue: bool,
-}
-
-impl StorageControl for Broken {
-    fn limits(&self) -> &Limits {
-        &self.limits
-    }
-}
-
-impl Storage for Broken {
-    type Queue = BrokenQueue;
-
-    fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<BrokenQueue> {
-        if self.no_queue {
-            return Err(io::Error::other("no queue today"));
-        }
-        Ok(BrokenQueue)
-    }
-}
-
-/// Panics at the first write.
-struct BrokenQueue;
-
-impl StorageQueue for BrokenQueue {
-    fn start(&mut self, _: &mut Ring, _: Slot, request: &mut Request) -> Progress {
-        assert!(
-            !matches!(request.op(), Op::Write { .. }),
-            "a bug, on purpose"
-        );
-        Progress::Done(Ok(()))
-    }
-
-    fn advance(&mut self, _: &mut Ring, _: Slot, _: &mut Request, _: u16, _: i32) -> Progress {
-        unreachable!("nothing is ever pending")
-    }
-}
-
-#[test]
-#[ignore = "needs root and /dev/ublk-control"]
-fn a_queue_that_cannot_start_leaves_no_device() {
-    let broken = Arc::new(Broken {
-        limits: limits(),
-        no_queue: true,
-    });
-    let config = UblkConfig {
-        id: Some(240),
-        ..config()
-    };
-    let error = UblkDoor::start(&config, &broken, Arc::default, no_end).unwrap_err();
-    assert!(error.to_string().contains("no queue today"), "{error}");
-    assert!(is_gone(240));
-}
-
-#[test]
-#[ignore = "needs root and /dev/ublk-control"]
-fn a_panic_in_a_queue_thread_fails_the_io_and_removes_the_device() {
-    let (sender, ends) = channel();
-    let broken = Arc::new(Broken {
-        limits: limits(),
-        no_queue: false,
-    });
-    let report = move |end| sender.send(end).unwrap();
-    let door = UblkDoor::start(&config(), &broken, Arc::default, report).unwrap();
-    let (id, begin) = (door.id(), Instant::now());
-    let args = ["bs=4k", "count=1", "oflag=direct"];
-    let write = dd(Path::new("/dev/zero"), &door.block_path(), &args);
-    assert!(write.unwrap_err().contains("Input/output error"));
-    let end = ends.recv_timeout(Duration::from_secs(20)).unwrap();
-    let DoorEnd::Failed(error) = end else {
-        panic!("{end:?}");
-    };
-    assert!(error.to_string().contains("panicked"), "{error}");
-    assert!(is_gone(id));
-    // The other queues did not wait for commands that no cancellation reaches (10 s, in vain).
-    assert!(begin.elapsed() < Duration::from_secs(9));
-    door.stop().unwrap();
 }
 
 #[test]
@@ -581,37 +488,4 @@ fn a_killed_server_leaves_a_dead_device_that_can_be_removed() {
     assert!(is_gone(id));
     ublk::remove(id, false).unwrap();
     assert!(ublk::stale_devices().unwrap().iter().all(|l| l.id != id));
-}
-
-#[test]
-#[ignore = "needs root and /dev/ublk-control"]
-fn a_server_with_both_doors_open_wakes_nobody_while_idle() {
-    let lab = sandbox();
-    let server = lab.serve(&["--ublk", "yes", "--vhost", "yes", "d=mem:64M"]);
-    let stat = upgrade::stat(&lab);
-    let device = PathBuf::from(stat["ublk"]["device"].as_str().unwrap());
-    let read = || {
-        dd(
-            &device,
-            Path::new("/dev/null"),
-            &["bs=4k", "count=8", "iflag=direct"],
-        )
-    };
-    read().unwrap();
-    sleeps(server.pid()).expect("with a block device");
-    let connect = || UnixStream::connect(lab.path("run/exports/d/vhost-user-blk")).unwrap();
-    let silent = connect();
-    sleeps(server.pid()).expect("with a client that never said a word");
-    drop(silent);
-    let mut driver = common::Driver::running(connect(), upgrade::PLAIN);
-    assert_eq!(driver.write(0, &[7; 512]), common::OK);
-    sleeps(server.pid()).expect("with a client that has nothing to say");
-    // The threads that were watched are the ones that work.
-    let before = context_switches(server.pid()).unwrap();
-    assert_eq!(driver.write(1, &[8; 512]), common::OK);
-    read().unwrap();
-    assert!(context_switches(server.pid()).unwrap() > before);
-    upgrade::leave(driver);
-    server.stop().unwrap();
-    lab.is_clean();
 }

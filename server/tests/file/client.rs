@@ -22,7 +22,7 @@ pub enum Shape {
 
 impl Shape {
     pub fn any(random: &mut Random) -> Self {
-        [Self::Aligned, Self::Sectors, Self::Odd][usize::try_from(random.below(3)).unwrap()]
+        [Self::Aligned, Self::Sectors, Self::Odd][random.index(3)]
     }
 }
 
@@ -174,6 +174,26 @@ impl Client {
         let ended = self.finish_all().remove(0);
         data.copy_from_slice(ended.data());
         ended.outcome
+    }
+
+    /// Writes `data`.
+    pub fn write(&mut self, at: u64, data: &[u8], shape: Shape) -> Outcome {
+        self.submit(
+            0,
+            Op::Write { fua: true },
+            at,
+            data.len() as u64,
+            data,
+            shape,
+        );
+        self.finish_all().remove(0).outcome
+    }
+
+    /// What is there.
+    pub fn read(&mut self, at: u64, len: usize, shape: Shape) -> Vec<u8> {
+        let mut data = vec![0xee; len];
+        self.one(Op::Read, at, &mut data, shape).unwrap();
+        data
     }
 
     /// One request without data.

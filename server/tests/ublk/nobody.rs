@@ -175,11 +175,8 @@ fn an_unprivileged_user_connects_to_no_socket_of_a_server() {
         .map(|entry| entry.path())
         .collect();
     sockets.push(export.entry());
-    assert_eq!(
-        sockets.len(),
-        3,
-        "control, vhost door, registry: {sockets:?}"
-    );
+    // Control, vhost door, registry.
+    assert_eq!(sockets.len(), 3, "{sockets:?}");
     // As it stands, and with every directory open: the sockets themselves refuse.
     for open in [false, true] {
         for socket in &sockets {
@@ -255,18 +252,14 @@ fn half_a_descriptor_of_a_writable_disk_leads_nowhere() {
     for (read, why) in halves {
         let half = opened(&export.disk, read, !read).unwrap();
         assert_eq!(kernel_says(&half), Some(libc::EACCES));
-        assert_eq!(
-            export.refused(&half, Route::Kernel),
-            NoService::Refused(Errno::ACCESS)
-        );
+        let by_kernel = export.refused(&half, Route::Kernel);
+        assert_eq!(by_kernel, NoService::Refused(Errno::ACCESS));
         assert_eq!(export.refused(&half, Route::Registry), why);
     }
     // A descriptor that only names the disk is none.
-    let named = File::options()
-        .read(true)
-        .custom_flags(libc::O_PATH)
-        .open(&export.disk)
-        .unwrap();
+    let mut only_named = File::options();
+    only_named.read(true).custom_flags(libc::O_PATH);
+    let named = only_named.open(&export.disk).unwrap();
     assert_eq!(kernel_says(&named), Some(libc::EBADF));
     for route in ROUTES {
         let error = upgrade_proto::connect(&named, &service(), &export.lookup(route)).unwrap_err();
@@ -292,10 +285,8 @@ fn a_disk_of_somebody_else_offers_nothing() {
     assert_eq!(reasons, [NoService::NotOffered, NoService::NotOffered]);
     // And our disk offers nothing but what it is asked for.
     let held = direct(&export.disk);
-    assert_eq!(
-        refusal(address(&held, "ring-buffer")),
-        Some(libc::ECONNREFUSED)
-    );
+    let ring = refusal(address(&held, "ring-buffer"));
+    assert_eq!(ring, Some(libc::ECONNREFUSED));
     drop(held);
     export.is_intact();
     export.end();
@@ -312,12 +303,8 @@ fn what_a_killed_server_left_in_the_registry_leads_nowhere() {
     let Export { lab, server, .. } = export;
     server.kill().unwrap();
     // The device waits for a server, the socket file is left.
-    assert!(
-        fs::symlink_metadata(&entry)
-            .unwrap()
-            .file_type()
-            .is_socket()
-    );
+    let left = fs::symlink_metadata(&entry).unwrap();
+    assert!(left.file_type().is_socket());
     assert_eq!(kernel_says(&held), Some(libc::ECONNREFUSED));
     assert_eq!(refusal(&entry), Some(libc::ECONNREFUSED));
     let lookup = |route| upgrade_proto::Lookup {
@@ -407,11 +394,7 @@ fn what_others_planted_in_the_registry_is_refused_by_clients_and_servers() {
         assert!(why.to_string().contains(says), "{why}");
         if let Some(planted) = &planted {
             let seen = planted.accept().unwrap_err();
-            assert_eq!(
-                seen.kind(),
-                ErrorKind::WouldBlock,
-                "{says}: it was connected to"
-            );
+            assert_eq!(seen.kind(), ErrorKind::WouldBlock, "{says}");
         }
         drop(held);
         // The kernel's way does not lead through the registry.
@@ -422,11 +405,8 @@ fn what_others_planted_in_the_registry_is_refused_by_clients_and_servers() {
         let Export { lab, server, disk } = export;
         server.kill().unwrap();
         let server = lab.serve(&["--ublk", "yes", "--name", "d", &spec]);
-        assert_eq!(
-            stat(&lab)["vhost"]["upgrade"],
-            serde_json::json!(["kernel"]),
-            "{says}"
-        );
+        let ways = &stat(&lab)["vhost"]["upgrade"];
+        assert_eq!(*ways, serde_json::json!(["kernel"]), "{says}");
         let export = Export { lab, server, disk };
         leave(Driver::running(export.come(Route::Kernel), PLAIN));
         export.expect_access("block");

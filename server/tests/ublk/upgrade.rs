@@ -14,7 +14,8 @@ use vhost::VhostBackend;
 
 use super::common::{self, Driver, INDIRECT, OK, PATIENCE, PROTOCOL, VERSION_1, eventually};
 use super::common::{Sandbox, sandbox};
-use super::run;
+use super::{read_page, run};
+use testkit::proc::{context_switches, sleeps};
 use testkit::server::Server;
 
 pub const BLOCK: usize = 4096;
@@ -420,5 +421,31 @@ fn a_server_that_stops_takes_its_offer_along() {
         );
     }
     drop((looking, running, held));
+    lab.is_clean();
+}
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_server_with_both_doors_open_wakes_nobody_while_idle() {
+    let lab = sandbox();
+    let server = lab.serve(&["--ublk", "yes", "--vhost", "yes", "d=mem:64M"]);
+    let stat = stat(&lab);
+    let device = PathBuf::from(stat["ublk"]["device"].as_str().unwrap());
+    let read = || read_page(&device);
+    read().unwrap();
+    sleeps(server.pid()).expect("with a block device");
+    let silent = lab.connect("d");
+    sleeps(server.pid()).expect("with a client that never said a word");
+    drop(silent);
+    let mut driver = Driver::running(lab.connect("d"), PLAIN);
+    assert_eq!(driver.write(0, &[7; 512]), OK);
+    sleeps(server.pid()).expect("with a client that has nothing to say");
+    // The threads that were watched are the ones that work.
+    let before = context_switches(server.pid()).unwrap();
+    assert_eq!(driver.write(1, &[8; 512]), OK);
+    read().unwrap();
+    assert!(context_switches(server.pid()).unwrap() > before);
+    leave(driver);
+    server.stop().unwrap();
     lab.is_clean();
 }

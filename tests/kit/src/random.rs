@@ -21,6 +21,11 @@ impl Random {
         self.next_u64() % bound
     }
 
+    /// An index of a list of `len` entries, which is not empty.
+    pub fn index(&mut self, len: usize) -> usize {
+        usize::try_from(self.below(len as u64)).expect("it is below a usize")
+    }
+
     /// Fills a slice.
     pub fn fill(&mut self, bytes: &mut [u8]) {
         for chunk in bytes.chunks_mut(8) {

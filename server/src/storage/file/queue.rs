@@ -399,5 +399,13 @@ fn is_aligned(request: &Request, alignment: Alignment) -> bool {
 }
 
 #[cfg(test)]
+#[path = "queue_bench.rs"]
+mod bench;
+
+#[cfg(test)]
 #[path = "queue_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "in_memory_tests.rs"]
+mod in_memory_tests;
