@@ -1,11 +1,9 @@
 //! The command line.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use regex::Regex;
 
 use crate::kernel::{Kernel, build, mutants, tree};
 use crate::kit::load;
@@ -33,25 +31,7 @@ enum Action {
         yes: bool,
     },
     /// Runs test suites; the last line is `N passed, N failed, N skipped`
-    Test {
-        /// Suites to run; all of them if none is named (see --list)
-        suites: Vec<String>,
-        /// Also long soaks
-        #[arg(long)]
-        full: bool,
-        /// Install what is missing without asking
-        #[arg(long)]
-        yes: bool,
-        /// Only tests whose `suite: name` matches this regular expression
-        #[arg(long, value_name = "RE")]
-        filter: Option<Regex>,
-        /// Print what would run
-        #[arg(long)]
-        list: bool,
-        /// Write all results to this file
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
-    },
+    Test(Request),
     /// Measures against others in the same run; writes JSON and tables
     Bench(bench::Arguments),
     /// Breaks the server's code in one place at a time; its tests must notice (hours)
@@ -158,27 +138,7 @@ pub fn main() -> ExitCode {
 fn run(action: Action) -> Result<ExitCode> {
     match action {
         Action::Demo { yes } => demo::run(&runner::repo()?, yes),
-        Action::Test {
-            suites,
-            full,
-            yes,
-            filter,
-            list,
-            json,
-        } => {
-            let request = Request {
-                suites,
-                filter,
-                full,
-                yes,
-                json,
-            };
-            if list {
-                runner::list(&request)
-            } else {
-                runner::run(&runner::repo()?, &request)
-            }
-        }
+        Action::Test(request) => runner::run(&runner::repo()?, &request),
         Action::Bench(arguments) => bench::run(&runner::repo()?, &arguments),
         Action::Mutants { files, list } => crate::mutants::run(&runner::repo()?, &files, list),
         Action::Kernel { action } => run_kernel(action),
@@ -188,13 +148,7 @@ fn run(action: Action) -> Result<ExitCode> {
             ExitCode::FAILURE
         }),
         Action::Setup { yes } => {
-            let all = [
-                Purpose::KernelBuild,
-                Purpose::ServerBuild,
-                Purpose::Tests,
-                Purpose::Bench,
-            ];
-            packages::ensure(&all, yes)?;
+            packages::ensure(&Purpose::ALL, yes)?;
             line("everything that builds and tests need is installed");
             Ok(ExitCode::SUCCESS)
         }

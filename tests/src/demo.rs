@@ -4,15 +4,14 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
-use serde_json::Value;
+use anyhow::Result;
 
 use crate::cargo::Build;
 use crate::kernel::Kernel;
 use crate::report::line;
 use crate::runner;
 use crate::suites::{Need, upgraded};
-use crate::test::{Context, Place};
+use crate::test::Context;
 
 /// Prepares what is missing, then tells the story.
 ///
@@ -26,19 +25,7 @@ pub fn run(repo: &Path, yes: bool) -> Result<ExitCode> {
         Need::Kernel(Kernel::X86),
     ];
     let paths = runner::prepare(repo, &needs, Build::Product, yes)?;
-    let folder = tempfile::tempdir().context("cannot make a temporary directory")?;
-    let part = |name: &str| {
-        let path = folder.path().join(name);
-        std::fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        anyhow::Ok(path)
-    };
-    let cx = Context::new(
-        Place::Host,
-        paths,
-        part("scratch")?,
-        part("exchange")?,
-        Value::Null,
-    );
+    let (_folder, cx) = Context::on_host(paths)?;
     let started = Instant::now();
     let say = |text: &str| line(&format!("{:4} s  {text}", started.elapsed().as_secs()));
     let findings = upgraded::tell(&cx, &[1, 16].map(upgraded::Load::one_by_one), &say)?;

@@ -15,6 +15,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use testkit::process;
+use testkit::shell::tail;
 
 use crate::report::{Outcome, TestResult};
 use crate::suites;
@@ -88,11 +89,9 @@ pub fn run(job: &Job) -> TestResult {
     let started = Instant::now();
     let mut result = match run_child(job) {
         Ok(result) => result,
-        Err(error) => TestResult::new(
-            &job.test,
-            Outcome::fail(format!("the test could not be run: {error:#}")),
-            Duration::ZERO,
-        ),
+        Err(error) => {
+            TestResult::not_run(&job.test, format!("the test could not be run: {error:#}"))
+        }
     };
     result.duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     result
@@ -132,7 +131,7 @@ fn run_child(job: &Job) -> Result<TestResult> {
     process::kill_group(&mut child);
 
     let mut result = TestResult::new(&job.test, Outcome::Pass, Duration::ZERO);
-    result.output = tail(&mut output);
+    result.output = tail(&mut output, OUTPUT_BYTES);
     let Some(status) = status? else {
         let seconds = job.limit().as_secs();
         result.outcome = Outcome::fail(format!("did not end within {seconds} s, was killed"));
@@ -220,19 +219,6 @@ fn run_body(test: &Test, cx: &Context) -> Outcome {
                 .unwrap_or("(no message)");
             Outcome::fail(format!("panicked: {words}"))
         }
-    }
-}
-
-/// The end of a file, as text.
-fn tail(file: &mut File) -> String {
-    let mut bytes = Vec::new();
-    let read = file
-        .seek(SeekFrom::End(0))
-        .and_then(|length| file.seek(SeekFrom::Start(length.saturating_sub(OUTPUT_BYTES))))
-        .and_then(|_| file.read_to_end(&mut bytes));
-    match read {
-        Ok(_) => String::from_utf8_lossy(&bytes).into_owned(),
-        Err(error) => format!("(output lost: {error})"),
     }
 }
 

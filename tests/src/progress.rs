@@ -1,7 +1,7 @@
 //! Long steps: a moving line on a terminal, now and then a plain line elsewhere.
 
 use std::fs::File;
-use std::io::{IsTerminal, Read, Seek, SeekFrom};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use testkit::process;
-use testkit::shell::last_lines;
+use testkit::shell::{last_lines, tail};
 
 /// How often a plain line is printed.
 const PLAIN_EVERY: Duration = Duration::from_secs(60);
@@ -116,22 +116,22 @@ pub fn run(what: &str, mut command: Command, log: &Path, limit: Duration) -> Res
 
 /// The last lines of a file, without those that cargo writes for machines.
 fn end_of(path: &Path, lines: usize) -> String {
-    let mut bytes = Vec::new();
-    let read = File::open(path).and_then(|mut file| {
-        let length_bytes = file.seek(SeekFrom::End(0))?;
-        file.seek(SeekFrom::Start(length_bytes.saturating_sub(16 * 1024)))?;
-        file.read_to_end(&mut bytes)
-    });
-    match read {
-        Ok(_) => {
-            let text = String::from_utf8_lossy(&bytes);
-            let said: Vec<&str> = (text.lines())
-                .filter(|line| !line.starts_with("{\"reason\":"))
-                .collect();
-            last_lines(said.join("\n").trim_end(), lines)
-        }
-        Err(error) => format!("(unreadable: {error})"),
-    }
+    let said = match File::open(path) {
+        Ok(mut file) => tail(&mut file, 16 * 1024),
+        Err(error) => return format!("(unreadable: {error})"),
+    };
+    let for_people: Vec<&str> = (said.lines())
+        .filter(|line| !line.starts_with("{\"reason\":"))
+        .collect();
+    last_lines(
+        for_people
+            .join(
+                "
+",
+            )
+            .trim_end(),
+        lines,
+    )
 }
 
 #[cfg(test)]

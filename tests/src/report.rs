@@ -68,6 +68,11 @@ impl TestResult {
         }
     }
 
+    /// The failure of a test that could not be run.
+    pub fn not_run(name: impl Into<String>, why: impl Into<String>) -> Self {
+        TestResult::new(name, Outcome::fail(why), Duration::ZERO)
+    }
+
     /// Turns a pass or a skip into a failure; adds to the message of a failure.
     pub fn spoil(&mut self, why: &str) {
         self.outcome = match &self.outcome {

@@ -21,18 +21,25 @@ use crate::suites::{self, Need, SUITES, Suite};
 use crate::test::{Paths, Place, Test};
 
 /// What was asked for.
-#[derive(Debug, Default)]
+#[derive(clap::Args, Debug, Default)]
 pub struct Request {
-    /// Suite names; none means all.
-    pub suites: Vec<String>,
-    /// Only tests whose `suite: name` matches.
-    pub filter: Option<Regex>,
-    /// Also the long ones.
-    pub full: bool,
-    /// Install without asking.
-    pub yes: bool,
-    /// Where to write all results.
-    pub json: Option<PathBuf>,
+    /// Suites to run; all of them if none is named (see --list)
+    suites: Vec<String>,
+    /// Also long soaks
+    #[arg(long)]
+    full: bool,
+    /// Install what is missing without asking
+    #[arg(long)]
+    yes: bool,
+    /// Only tests whose `suite: name` matches this regular expression
+    #[arg(long, value_name = "RE")]
+    filter: Option<Regex>,
+    /// Print what would run
+    #[arg(long)]
+    list: bool,
+    /// Write all results to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
 }
 
 /// A suite and those of its tests that are to run.
@@ -46,11 +53,8 @@ struct Chosen {
 const BOOT_ATTEMPTS: u32 = 2;
 
 /// Prints the tests that would run.
-///
-/// # Errors
-/// There is no such suite.
-pub fn list(request: &Request) -> Result<ExitCode> {
-    for chosen in choose(request)? {
+fn list(chosen: &[Chosen]) {
+    for chosen in chosen {
         let full = if chosen.suite.full { " (--full)" } else { "" };
         line(&format!(
             "{} - {}{full}",
@@ -64,15 +68,18 @@ pub fn list(request: &Request) -> Result<ExitCode> {
             line(&format!("    {}{full}", test.name));
         }
     }
-    Ok(ExitCode::SUCCESS)
 }
 
-/// Runs suites; the exit code says whether everything passed.
+/// Runs suites, or lists them; the exit code says whether everything passed.
 ///
 /// # Errors
 /// There is no such suite or test, or something they need cannot be had.
 pub fn run(repo: &Path, request: &Request) -> Result<ExitCode> {
     let chosen = choose(request)?;
+    if request.list {
+        list(&chosen);
+        return Ok(ExitCode::SUCCESS);
+    }
     let started = Instant::now();
     let needs: Vec<Need> = chosen
         .iter()
@@ -246,12 +253,11 @@ fn complete(chosen: &Chosen, result: &mut SuiteResult) {
         .filter(|name| !result.tests.iter().any(|done| done.name == *name))
         .collect();
     for name in missing {
-        let outcome = Outcome::fail("it was asked for, but there is no result");
-        result.push(TestResult::new(name, outcome, std::time::Duration::ZERO));
+        let why = "it was asked for, but there is no result";
+        result.push(TestResult::not_run(name, why));
     }
     if result.totals().all() == 0 {
-        let outcome = Outcome::fail("the suite ran no test");
-        result.push(TestResult::new("(any)", outcome, std::time::Duration::ZERO));
+        result.push(TestResult::not_run("(any)", "the suite ran no test"));
     }
 }
 
@@ -291,29 +297,17 @@ fn run_in_machines(
                 Err(error) => {
                     failed_boots += 1;
                     machine = None;
-                    let outcome = Outcome::fail(format!("{error:#}"));
-                    result.push(TestResult::new(
-                        test.name,
-                        outcome,
-                        std::time::Duration::ZERO,
-                    ));
+                    result.push(TestResult::not_run(test.name, format!("{error:#}")));
                     continue;
                 }
             }
         }
         match machine.as_mut().filter(|machine| !machine.is_over()) {
             Some(machine) => {
-                let job = machine.job(name, test, paths);
+                let job = machine.job(name, test);
                 result.push(machine.run(&job));
             }
-            None => {
-                let outcome = Outcome::fail("its machine does not boot");
-                result.push(TestResult::new(
-                    test.name,
-                    outcome,
-                    std::time::Duration::ZERO,
-                ));
-            }
+            None => result.push(TestResult::not_run(test.name, "its machine does not boot")),
         }
     }
     if let Some(machine) = machine {
@@ -357,39 +351,26 @@ mod tests {
 
     const ONE: &[Test] = &[Test::new("one", |_| Ok(()))];
 
-    fn suite(tests: &'static [&'static [Test]]) -> &'static Suite {
-        Box::leak(Box::new(Suite {
-            name: "x",
-            about: "",
-            place: Place::Host,
-            needs: &[],
-            tests,
-            with_cargo_test: false,
-            full: false,
-        }))
+    /// Completes a suite with these tests, none of which has run.
+    fn completed(tests: &'static [Test]) -> SuiteResult {
+        let chosen = Chosen {
+            suite: &SUITES[0],
+            tests: tests.iter().collect(),
+            cargo_test: false,
+        };
+        let mut result = SuiteResult::new("x");
+        complete(&chosen, &mut result);
+        result
     }
 
     #[test]
     fn a_suite_that_ran_no_test_has_failed() {
-        let chosen = Chosen {
-            suite: suite(&[]),
-            tests: Vec::new(),
-            cargo_test: false,
-        };
-        let mut result = SuiteResult::new("x");
-        complete(&chosen, &mut result);
-        assert_eq!(result.totals().failed, 1);
+        assert_eq!(completed(&[]).totals().failed, 1);
     }
 
     #[test]
     fn a_test_without_a_result_has_failed() {
-        let chosen = Chosen {
-            suite: suite(&[ONE]),
-            tests: ONE.iter().collect(),
-            cargo_test: false,
-        };
-        let mut result = SuiteResult::new("x");
-        complete(&chosen, &mut result);
+        let result = completed(ONE);
         assert_eq!(result.totals().failed, 1);
         assert_eq!(result.tests[0].name, "one");
     }

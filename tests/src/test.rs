@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -10,9 +11,15 @@ use anyhow::{Context as _, Result};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tempfile::TempDir;
 use testkit::server::Serve;
+use testkit::shell::Shell;
+use testkit::wait::until;
 
 use crate::kernel::Kernel;
+
+/// Tells servers, and commands to them, where their sockets are.
+const RUNTIME_DIR: &str = "UBLKUP_RUNTIME_DIR";
 
 /// Where a test body runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,10 +98,13 @@ impl fmt::Debug for Test {
     }
 }
 
-/// A line of a test table: `test!(module::function)`, optionally followed by
-/// `.limit_s(…)` and `.full()`.
+/// A line of a test table: `test!(module::function)` or `test!(name, |cx| …)`, optionally followed
+/// by `.limit_s(…)` and `.full()`.
 #[macro_export]
 macro_rules! test {
+    ($name:ident, $body:expr) => {
+        $crate::test::Test::new(stringify!($name), $body)
+    };
     ($($path:ident)::+) => {
         $crate::test::Test::new($crate::test::last_segment(stringify!($($path)::+)), $($path)::+)
     };
@@ -197,6 +207,20 @@ impl Context {
         }
     }
 
+    /// A context on this machine beside any suite, and its directory.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn on_host(paths: Paths) -> Result<(TempDir, Self)> {
+        let folder = tempfile::tempdir().context("cannot make a temporary directory")?;
+        let [scratch, exchange] = ["scratch", "exchange"].map(|name| folder.path().join(name));
+        for dir in [&scratch, &exchange] {
+            fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        }
+        let cx = Self::new(Place::Host, paths, scratch, exchange, Value::Null);
+        Ok((folder, cx))
+    }
+
     /// An empty directory of this test's own, removed afterwards: tmpfs in a
     /// guest, a temporary directory on the host.
     #[must_use]
@@ -217,10 +241,66 @@ impl Context {
         Duration::from_secs(u64::from(seconds) * u64::from(self.place.slowness()))
     }
 
-    /// A server with the tested binary, no doors and no exports yet.
+    /// The servers' runtime directory.
+    #[must_use]
+    pub fn run_dir(&self) -> PathBuf {
+        self.scratch.join("run")
+    }
+
+    /// A server with the tested binary in [`Context::run_dir`], no doors and no exports yet.
     #[must_use]
     pub fn serve(&self) -> Serve {
-        Serve::new(&self.paths.server, self.patience(20))
+        Serve::new(&self.paths.server, self.patience(20)).env(RUNTIME_DIR, self.run_dir())
+    }
+
+    /// Another command of the tested binary, in the same runtime directory.
+    #[must_use]
+    pub fn ublkup(&self, args: &[&str]) -> Shell {
+        Shell::new(&self.paths.server)
+            .args(args)
+            .env(RUNTIME_DIR, self.run_dir())
+            .limit(self.patience(60))
+    }
+
+    /// What `stat` says about an export.
+    ///
+    /// # Errors
+    /// There is no such export.
+    pub fn stat(&self, export: &str) -> Result<Value> {
+        let stat = self.ublkup(&["stat", export, "--json"]).run()?;
+        serde_json::from_str(&stat).context("stat is no JSON")
+    }
+
+    /// Waits until the export `disk` is in this state of access.
+    ///
+    /// # Errors
+    /// It is not, for longer than it may take.
+    pub fn expect_access(&self, wanted: &str) -> Result<()> {
+        until(
+            &format!("the access is {wanted}"),
+            self.patience(20),
+            || Ok(self.stat("disk")?["access"] == wanted),
+        )
+    }
+
+    /// An image of zeroes in the scratch directory; the one before, if there is one, is lost.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn image(&self, size_bytes: u64) -> Result<PathBuf> {
+        let path = self.scratch.join("disk.img");
+        File::create(&path)
+            .and_then(|file| file.set_len(size_bytes))
+            .with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// The storage of a new [`Context::image`], as servers are told.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn file(&self, size_bytes: u64) -> Result<String> {
+        Ok(format!("file:{}", self.image(size_bytes)?.display()))
     }
 
     /// The arguments this step was started with (see [`crate::machine::Machine::run_step`]).

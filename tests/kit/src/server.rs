@@ -283,11 +283,11 @@ impl Server {
     /// success, and returns all it said.
     ///
     /// # Errors
-    /// It did not end, or not with exit code 0.
+    /// It did not end, or not with exit code 0, or one of its threads panicked.
     pub fn stop(self) -> Result<String> {
         let (status, log) = self.end_by(Signal::TERM)?;
         ensure!(
-            status.success(),
+            status.success() && !log.contains("panicked"),
             "the server ended with {status} after SIGTERM; it said:\n{}",
             last_lines(&log, 20)
         );

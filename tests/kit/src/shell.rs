@@ -2,12 +2,12 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::process;
 
@@ -18,6 +18,7 @@ pub struct Shell {
     command: Command,
     shown: String,
     limit: Duration,
+    input: Option<String>,
 }
 
 /// How a command ended and what it said.
@@ -67,6 +68,7 @@ impl Shell {
             command: Command::new(program),
             shown: program.to_string_lossy().into_owned(),
             limit: Duration::from_secs(60),
+            input: None,
         }
     }
 
@@ -118,42 +120,46 @@ impl Shell {
         self
     }
 
+    /// What it reads from its standard input.
+    #[must_use]
+    pub fn input(mut self, text: String) -> Self {
+        self.input = Some(text);
+        self
+    }
+
+    /// Starts the command; its time begins when it is waited for.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(mut self) -> Result<Running> {
+        let file = || tempfile::tempfile().context("cannot make a temporary file");
+        let share = |file: &File| file.try_clone().context("cannot share a temporary file");
+        let (stdout, stderr) = (file()?, file()?);
+        self.command.stdin(match self.input {
+            None => Stdio::null(),
+            Some(text) => {
+                let mut stdin = file()?;
+                stdin.write_all(text.as_bytes())?;
+                stdin.rewind()?;
+                stdin.into()
+            }
+        });
+        self.command.stdout(share(&stdout)?).stderr(share(&stderr)?);
+        Ok(Running {
+            child: process::spawn_bound(&mut self.command)?,
+            shown: self.shown,
+            limit: self.limit,
+            stdout,
+            stderr,
+        })
+    }
+
     /// Runs the command and returns how it ended, whatever that was.
     ///
     /// # Errors
     /// It cannot be started, or did not end within its limit.
-    pub fn finish(mut self) -> Result<Finished> {
-        let mut stdout = tempfile::tempfile().context("cannot make a temporary file")?;
-        let mut stderr = tempfile::tempfile().context("cannot make a temporary file")?;
-        self.command
-            .stdin(Stdio::null())
-            .stdout(
-                stdout
-                    .try_clone()
-                    .context("cannot share a temporary file")?,
-            )
-            .stderr(
-                stderr
-                    .try_clone()
-                    .context("cannot share a temporary file")?,
-            );
-        let mut child = process::spawn_bound(&mut self.command)?;
-        let Some(status) = process::wait_limited(&mut child, self.limit)? else {
-            // The rest of its group goes when the test ends.
-            child.kill().context("cannot kill a command")?;
-            bail!(
-                "`{}` did not end within {} s; it said:\n{}{}",
-                self.shown,
-                self.limit.as_secs(),
-                last_lines(&contents(&mut stdout), 10),
-                last_lines(&contents(&mut stderr), 10),
-            );
-        };
-        Ok(Finished {
-            status,
-            stdout: contents(&mut stdout),
-            stderr: contents(&mut stderr),
-        })
+    pub fn finish(self) -> Result<Finished> {
+        self.start()?.finish()
     }
 
     /// Runs the command, which must succeed, and returns its standard output.
@@ -164,14 +170,55 @@ impl Shell {
     pub fn run(self) -> Result<String> {
         let shown = self.shown.clone();
         let finished = self.finish()?;
-        if !finished.status.success() {
-            bail!(
-                "`{shown}` failed with {}; it said:\n{}",
-                finished.status,
-                finished.tail()
-            );
-        }
+        ensure!(
+            finished.status.success(),
+            "`{shown}` failed with {}; it said:
+{}",
+            finished.status,
+            finished.tail()
+        );
         Ok(finished.stdout)
+    }
+}
+
+/// A command that was started.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    shown: String,
+    limit: Duration,
+    stdout: File,
+    stderr: File,
+}
+
+impl Running {
+    /// Waits for its end, and kills it when its limit has passed.
+    ///
+    /// # Errors
+    /// It did not end within its limit.
+    pub fn finish(mut self) -> Result<Finished> {
+        let status = process::wait_limited(&mut self.child, self.limit)?;
+        let (stdout, stderr) = (
+            tail(&mut self.stdout, u64::MAX),
+            tail(&mut self.stderr, u64::MAX),
+        );
+        let Some(status) = status else {
+            // The rest of its group goes when the test ends.
+            self.child.kill().context("cannot kill a command")?;
+            bail!(
+                "`{}` did not end within {} s; it said:
+{}{}",
+                self.shown,
+                self.limit.as_secs(),
+                last_lines(&stdout, 10),
+                last_lines(&stderr, 10),
+            );
+        };
+        Ok(Finished {
+            status,
+            stdout,
+            stderr,
+        })
     }
 }
 
@@ -182,13 +229,17 @@ pub fn last_lines(text: &str, count: usize) -> String {
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
-/// Everything in a file, whatever its position; unreadable bytes are replaced.
-fn contents(file: &mut File) -> String {
+/// The end of a file, whatever its position; what is no text is replaced.
+pub fn tail(file: &mut File, max_bytes: u64) -> String {
     let mut bytes = Vec::new();
-    if file.seek(SeekFrom::Start(0)).is_err() || file.read_to_end(&mut bytes).is_err() {
-        return "(output lost)".to_owned();
+    let read = file
+        .seek(SeekFrom::End(0))
+        .and_then(|len_bytes| file.seek(SeekFrom::Start(len_bytes.saturating_sub(max_bytes))))
+        .and_then(|_| file.read_to_end(&mut bytes));
+    match read {
+        Ok(_) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(error) => format!("(output lost: {error})"),
     }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]

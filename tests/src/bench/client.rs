@@ -83,8 +83,29 @@ pub struct Order {
     pub hold_ms: u64,
 }
 
+impl Order {
+    /// Random reads of 4 KiB, one after the other, by a client that sleeps on processor 0, of the server
+    /// with this process.
+    #[must_use]
+    pub fn reads(socket: &Path, server: u32, window: End) -> Self {
+        Order {
+            socket: socket.to_owned(),
+            upgrades: false,
+            op: Op::RandRead,
+            block_bytes: 4096,
+            depth: 1,
+            waiting: Waiting::Sleeps,
+            cpu: 0,
+            warm_up: End::Requests(1),
+            window,
+            server,
+            hold_ms: 0,
+        }
+    }
+}
+
 /// What was measured.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Answer {
     /// Requests per second.
     pub iops: f64,

@@ -1,19 +1,18 @@
 //! Many exports in one process: what they cost while nothing happens, and how fairly busy ones
 //! share two processors.
 
-use std::fs;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::proc::Holdings;
 use testkit::server::Server;
 
 use super::Settings;
 use super::attach::Client;
-use super::client::{End, Op, Order, Waiting};
+use super::client::{End, Order};
 use super::figures::Samples;
-use super::record::{Candidate, Measure, Row};
-use super::usage::{Usage, field};
+use super::record::{Candidate, Document, Row};
+use super::usage::Usage;
 use crate::test::{Context, Paths, Place};
 
 /// The lane's name.
@@ -29,23 +28,14 @@ const LOOK: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// The server or a client failed.
-pub fn run(
-    settings: &Settings,
-    row: &mut dyn FnMut(Row),
-    measure: &mut dyn FnMut(Measure),
-) -> Result<()> {
+pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     if settings.wants(LANE, "idle", "") {
-        idle(settings, measure)?;
+        idle(settings, document)?;
     }
     if settings.wants(LANE, "busy", "") {
-        busy(settings, row, measure)?;
+        busy(settings, document)?;
     }
     Ok(())
-}
-
-/// The folder of a server's sockets.
-fn runtime_dir(settings: &Settings) -> PathBuf {
-    settings.scratch.path().join("run")
 }
 
 fn serve(settings: &Settings, exports: usize) -> Result<Server> {
@@ -59,7 +49,6 @@ fn serve(settings: &Settings, exports: usize) -> Result<Server> {
     let specs = (0..exports).map(|index| format!("e{index}=null:1G"));
     cx.serve()
         .under(["taskset", "-c", &processors(settings)])
-        .env("UBLKUP_RUNTIME_DIR", runtime_dir(settings))
         .ublk("no")
         .args(["--queues", "1"])
         .args(specs)
@@ -72,38 +61,29 @@ fn processors(settings: &Settings) -> String {
 }
 
 fn order(settings: &Settings, server: &Server, export: usize) -> Order {
-    let folder = runtime_dir(settings).join("exports");
+    let exports = settings.scratch.path().join("run/exports");
+    let socket = exports.join(format!("e{export}/vhost-user-blk"));
+    let window = End::Milliseconds(50);
     Order {
-        socket: folder.join(format!("e{export}")).join("vhost-user-blk"),
-        upgrades: false,
-        op: Op::RandRead,
-        block_bytes: 4096,
-        depth: 1,
-        waiting: Waiting::Sleeps,
         cpu: [settings.client_cpu, settings.server_cpu][export % 2],
-        warm_up: End::Milliseconds(50),
-        window: End::Milliseconds(50),
-        server: server.pid(),
-        hold_ms: 0,
+        warm_up: window,
+        ..Order::reads(&socket, server.pid(), window)
     }
 }
 
-/// Memory and threads of a process.
+/// Memory in MiB and threads of a process.
 fn size(pid: u32) -> Result<(f64, f64)> {
-    let path = format!("/proc/{pid}/status");
-    let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-    let rss_kib = field(&status, "VmRSS:").context("a process without memory")?;
-    let threads = field(&status, "Threads:").context("a process without threads")?;
-    Ok((rss_kib as f64, threads as f64))
+    let held = Holdings::of(pid)?;
+    Ok((held.resident_kib as f64 / 1024.0, held.threads as f64))
 }
 
 /// Exports without clients, then with clients that are connected and have nothing to do.
-fn idle(settings: &Settings, measure: &mut dyn FnMut(Measure)) -> Result<()> {
+fn idle(settings: &Settings, document: &mut Document) -> Result<()> {
     let one = serve(settings, 1)?;
     let alone = size(one.pid())?;
     one.stop()?;
     let server = serve(settings, IDLE)?;
-    report(settings, &server, "without clients", alone, measure)?;
+    report(settings, &server, "without clients", alone, document)?;
     server.stop()?;
 
     let look_ms = u64::try_from(look(settings).as_millis())?;
@@ -127,7 +107,7 @@ fn idle(settings: &Settings, measure: &mut dyn FnMut(Measure)) -> Result<()> {
     let server = serve(settings, IDLE)?;
     let clients = connect(&server, IDLE)?;
     settle();
-    report(settings, &server, "with idle clients", alone, measure)?;
+    report(settings, &server, "with idle clients", alone, document)?;
     for client in clients {
         client.finish()?;
     }
@@ -148,43 +128,33 @@ fn report(
     server: &Server,
     how: &str,
     alone: (f64, f64),
-    measure: &mut dyn FnMut(Measure),
+    document: &mut Document,
 ) -> Result<()> {
     let before = (Usage::of(server.pid())?, Instant::now());
     std::thread::sleep(look(settings));
     let used = Usage::of(server.pid())?.since(before.0);
     let elapsed_ns = before.1.elapsed().as_nanos() as f64;
-    let (rss_kib, threads) = size(server.pid())?;
+    let (rss_mib, threads) = size(server.pid())?;
     let others = (IDLE - 1) as f64;
+    let cpu = used.cpu_ns as f64 / elapsed_ns * 100.0;
+    let memory = (rss_mib - alone.0).max(0.0) / others;
     for (what, unit, value) in [
-        ("CPU", "% of one", used.cpu_ns as f64 / elapsed_ns * 100.0),
-        (
-            "memory for each beyond the first",
-            "MiB",
-            (rss_kib - alone.0).max(0.0) / 1024.0 / others,
-        ),
+        ("CPU", "% of one", cpu),
+        ("memory for each beyond the first", "MiB", memory),
         (
             "threads for each beyond the first",
             "",
             (threads - alone.1) / others,
         ),
     ] {
-        measure(Measure {
-            lane: LANE.to_owned(),
-            what: format!("{IDLE} exports {how}: {what}"),
-            unit: unit.to_owned(),
-            value: Samples::of(&[value]).context("there is a sample")?,
-        });
+        let what = format!("{IDLE} exports {how}: {what}");
+        document.measure(LANE, &what, unit, &[value]);
     }
     Ok(())
 }
 
 /// As many clients as exports, all on the two processors that the server has too.
-fn busy(
-    settings: &Settings,
-    row: &mut dyn FnMut(Row),
-    measure: &mut dyn FnMut(Measure),
-) -> Result<()> {
+fn busy(settings: &Settings, document: &mut Document) -> Result<()> {
     let mut iops: Vec<Vec<f64>> = vec![Vec::new(); BUSY];
     let mut least = Vec::new();
     for _ in 0..settings.rounds {
@@ -209,7 +179,7 @@ fn busy(
         least.push(round.iter().copied().fold(f64::INFINITY, f64::min) / mean);
         server.stop()?;
     }
-    row(Row {
+    document.keep(Row {
         lane: LANE.to_owned(),
         title: format!("{BUSY} busy null exports on two processors, their clients on the same"),
         load: "depth 32, clients sleep".to_owned(),
@@ -225,11 +195,7 @@ fn busy(
             })
             .collect::<Result<_>>()?,
     });
-    measure(Measure {
-        lane: LANE.to_owned(),
-        what: format!("{BUSY} busy exports: the least share, of the mean"),
-        unit: String::new(),
-        value: Samples::of(&least).context("no round was measured")?,
-    });
+    let what = format!("{BUSY} busy exports: the least share, of the mean");
+    document.measure(LANE, &what, "", &least);
     Ok(())
 }

@@ -27,6 +27,12 @@ impl Samples {
         })
     }
 
+    /// One figure of each measurement.
+    #[must_use]
+    pub fn of_each<T>(found: &[T], figure: impl Fn(&T) -> f64) -> Option<Self> {
+        Samples::of(&found.iter().map(figure).collect::<Vec<_>>())
+    }
+
     /// The ratios of pairs measured in the same round, ours over theirs. Rounds that only one of
     /// the two has are left out, and so are zeros below the line.
     #[must_use]

@@ -200,24 +200,8 @@ fn many_exports(document: &Document) -> Vec<Goal> {
 #[cfg(test)]
 mod tests {
     use super::super::native;
-    use super::super::record::{Candidate, FORMAT, Row};
+    use super::super::record::{Candidate, Row};
     use super::*;
-
-    fn document(rows: Vec<Row>) -> Document {
-        Document {
-            format: FORMAT,
-            machine: super::super::machine::Facts::default(),
-            revision: String::new(),
-            command: String::new(),
-            started: 0,
-            seconds: 0,
-            rows,
-            measures: Vec::new(),
-            ratios: Vec::new(),
-            goals: Vec::new(),
-            left_out: Vec::new(),
-        }
-    }
 
     fn candidate(name: &str, iops: &[f64], cpu_us: &[f64]) -> Candidate {
         Candidate {
@@ -232,12 +216,15 @@ mod tests {
     fn goals_are_medians_of_pairs_and_only_of_what_was_measured() {
         let ours = candidate(ADAPTIVE, &[30.0, 20.0, 50.0], &[1.0, 1.0, 1.0]);
         let theirs = candidate(QEMU, &[10.0, 20.0, 20.0], &[1.0, 4.0, 4.0]);
-        let goals = of(&document(vec![Row {
-            lane: "native".to_owned(),
-            title: NULL.to_owned(),
-            load: "depth 32, client sleeps".to_owned(),
-            candidates: vec![ours, theirs],
-        }]));
+        let goals = of(&Document {
+            rows: vec![Row {
+                lane: "native".to_owned(),
+                title: NULL.to_owned(),
+                load: "depth 32, client sleeps".to_owned(),
+                candidates: vec![ours, theirs],
+            }],
+            ..Document::default()
+        });
         assert_eq!(goals.len(), 2, "{goals:?}");
         assert!((goals[0].reached - 2.5).abs() < 1e-9 && goals[0].met);
         assert_eq!(goals[0].goal, ">= 2");

@@ -8,7 +8,6 @@ pub mod figures;
 pub mod goals;
 pub mod machine;
 pub mod native;
-pub mod peers;
 pub mod record;
 pub mod ring;
 pub mod table;
@@ -17,6 +16,7 @@ pub mod usage;
 pub mod vm;
 
 use std::fs;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -26,10 +26,14 @@ use clap::{Args, ValueEnum};
 use regex::Regex;
 
 use self::client::End;
-use self::record::{Document, FORMAT, Row};
-use crate::cargo;
+use self::record::{Document, FORMAT};
+use crate::cargo::{self, Build};
+use crate::kernel::Kernel;
 use crate::packages::{self, Purpose};
 use crate::report::line;
+use crate::runner;
+use crate::suites::Need;
+use crate::test::Paths;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -47,7 +51,7 @@ pub enum Lane {
 }
 
 /// The command line.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct Arguments {
     /// What to measure; everything if nothing is named
     pub lanes: Vec<Lane>,
@@ -98,44 +102,33 @@ pub struct Arguments {
     pub yes: bool,
 }
 
-/// What the lanes have to know.
+/// What the lanes have to know, besides the command line.
 #[derive(Debug)]
 pub struct Settings {
+    arguments: Arguments,
     /// The checkout.
     pub repo: PathBuf,
-    /// Install without asking.
-    pub yes: bool,
     /// Names (a prefix in tables) and programs of our servers.
     pub servers: Vec<(String, PathBuf)>,
-    /// Whether others are measured too.
-    pub peers: bool,
-    /// Whether system calls are counted.
-    pub counts: bool,
     /// Interleaved rounds.
     pub rounds: usize,
     /// Length of one measurement in milliseconds.
     pub window_ms: u64,
-    /// Few loads only.
-    pub quick: bool,
-    /// The processor of the servers.
-    pub server_cpu: usize,
-    /// The processor of the clients.
-    pub client_cpu: usize,
     /// For disks.
     pub work: PathBuf,
     /// For sockets, whose names must be short.
     pub scratch: tempfile::TempDir,
-    /// Only these.
-    pub only: Option<Regex>,
+}
+
+impl Deref for Settings {
+    type Target = Arguments;
+
+    fn deref(&self) -> &Arguments {
+        &self.arguments
+    }
 }
 
 impl Settings {
-    /// One measurement.
-    #[must_use]
-    pub fn window(&self) -> End {
-        End::Milliseconds(self.window_ms)
-    }
-
     /// One run in which something is counted.
     #[must_use]
     pub fn short_window(&self) -> End {
@@ -151,6 +144,46 @@ impl Settings {
             bail!("--compare is for the native lane");
         };
         Ok(server)
+    }
+
+    /// Measures so many candidates in each round; the results of each. Every other round goes
+    /// backwards, so that none always follows the same neighbour. What cannot be measured (`None`) is
+    /// not tried again.
+    ///
+    /// # Errors
+    /// A measurement failed.
+    pub fn interleaved<T>(
+        &self,
+        candidates: usize,
+        mut measure: impl FnMut(usize) -> Result<Option<T>>,
+    ) -> Result<Vec<Vec<T>>> {
+        let mut found: Vec<Vec<T>> = (0..candidates).map(|_| Vec::new()).collect();
+        for round in 0..self.rounds {
+            for place in 0..candidates {
+                let index = match round % 2 {
+                    0 => place,
+                    _ => candidates - 1 - place,
+                };
+                if found[index].len() == round {
+                    found[index].extend(measure(index)?);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Prepares a lane that measures in machines; `server` says whether it needs ours.
+    ///
+    /// # Errors
+    /// Something cannot be had.
+    pub fn prepare(&self, kernels: &[Kernel], server: bool) -> Result<Paths> {
+        let kernels = kernels.iter().map(|kernel| Need::Kernel(*kernel));
+        let needs: Vec<Need> = [Need::Tools].into_iter().chain(kernels).collect();
+        let mut paths = runner::prepare(&self.repo, &needs, Build::Product, self.yes)?;
+        if server {
+            paths.server = self.server()?.to_owned();
+        }
+        Ok(paths)
     }
 
     /// Whether a load was asked for.
@@ -224,37 +257,15 @@ fn measure(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Document
             .collect::<Vec<_>>()
             .join(" "),
         started: started.as_secs(),
-        seconds: 0,
-        rows: Vec::new(),
-        measures: Vec::new(),
-        ratios: Vec::new(),
-        goals: Vec::new(),
-        left_out: Vec::new(),
+        ..Document::default()
     };
     for lane in chosen(arguments) {
-        let Document {
-            rows,
-            measures,
-            left_out,
-            ..
-        } = &mut document;
-        let mut keep = |row: Row| {
-            eprintln!("lab: {}", table::summary(&row));
-            rows.push(row);
-        };
         match lane {
-            Lane::Native => native::run(&settings, &mut keep)?,
-            Lane::Vm => vm::run(&settings, &mut keep, left_out)?,
-            Lane::Upgrade => upgrade::run(&settings, &mut keep)?,
-            Lane::Exports => exports::run(&settings, &mut keep, &mut |one| measures.push(one))?,
-            Lane::Ring => {
-                ring::run(
-                    &settings,
-                    &mut keep,
-                    &mut |one| measures.push(one),
-                    left_out,
-                )?;
-            }
+            Lane::Native => native::run(&settings, &mut document)?,
+            Lane::Vm => vm::run(&settings, &mut document)?,
+            Lane::Upgrade => upgrade::run(&settings, &mut document)?,
+            Lane::Exports => exports::run(&settings, &mut document)?,
+            Lane::Ring => ring::run(&settings, &mut document)?,
         }
     }
     if let [(first, _), (second, _)] = &settings.servers[..] {
@@ -297,22 +308,16 @@ fn settings(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Setting
     let work = output.join("work");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
     Ok(Settings {
+        arguments: arguments.clone(),
         repo: repo.to_owned(),
-        yes: arguments.yes,
         servers,
-        peers: !arguments.no_peers,
-        counts: !arguments.no_counts,
         rounds,
         #[allow(clippy::cast_possible_truncation, reason = "it is below 3.6 million")]
         window_ms: (seconds * 1e3) as u64,
-        quick: arguments.quick,
-        server_cpu: arguments.server_cpu,
-        client_cpu: arguments.client_cpu,
         work: work
             .canonicalize()
             .with_context(|| format!("cannot use {}", work.display()))?,
         scratch: tempfile::tempdir().context("cannot make a temporary directory")?,
-        only: arguments.only.clone(),
     })
 }
 
@@ -327,7 +332,7 @@ fn servers(repo: &Path, arguments: &Arguments) -> Result<Vec<(String, PathBuf)>>
         all.push(("ublkup".to_owned(), server.clone()));
     } else if all.len() < 2 {
         packages::ensure(&[Purpose::ServerBuild], arguments.yes)?;
-        let product = cargo::build_server(repo, cargo::Build::Product)?;
+        let product = cargo::build_server(repo, Build::Product)?;
         all.push(("ublkup".to_owned(), product));
     }
     Ok(all)

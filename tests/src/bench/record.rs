@@ -5,9 +5,10 @@ use serde::{Deserialize, Serialize};
 
 use super::figures::Samples;
 use super::machine::Facts;
+use super::table;
 
 /// Everything about one run; `bench.json`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Document {
     /// The shape of this document.
     pub format: u32,
@@ -151,6 +152,30 @@ impl Document {
             .find(|row| row.lane == lane && row.title == title && row.load == load)
     }
 
+    /// Adds a row, and shows it.
+    pub fn keep(&mut self, row: Row) {
+        eprintln!("lab: {}", table::summary(&row));
+        self.rows.push(row);
+    }
+
+    /// Adds a figure by itself, if there is a sample of it.
+    pub fn measure(&mut self, lane: &str, what: &str, unit: &str, samples: &[f64]) {
+        self.measures
+            .extend(Samples::of(samples).map(|value| Measure {
+                lane: lane.to_owned(),
+                what: what.to_owned(),
+                unit: unit.to_owned(),
+                value,
+            }));
+    }
+
+    /// Notes once what was not measured, and why.
+    pub fn leave_out(&mut self, why: String) {
+        if !self.left_out.contains(&why) {
+            self.left_out.push(why);
+        }
+    }
+
     /// Adds what another run has measured. The goals are to be looked at anew.
     ///
     /// # Errors
@@ -203,7 +228,6 @@ mod tests {
     fn run(lane: &str, revision: &str) -> Document {
         Document {
             format: FORMAT,
-            machine: Facts::default(),
             revision: revision.to_owned(),
             command: format!("bench {lane}"),
             started: 1,
@@ -214,10 +238,7 @@ mod tests {
                 load: "depth 1".to_owned(),
                 candidates: Vec::new(),
             }],
-            measures: Vec::new(),
-            ratios: Vec::new(),
-            goals: Vec::new(),
-            left_out: Vec::new(),
+            ..Document::default()
         }
     }
 

@@ -161,8 +161,6 @@ mod tests {
             machine: super::super::machine::Facts::here(),
             revision: "abc".to_owned(),
             command: "cargo lab bench".to_owned(),
-            started: 1,
-            seconds: 2,
             rows: vec![Row {
                 lane: "native".to_owned(),
                 title: "null: reads".to_owned(),
@@ -174,10 +172,9 @@ mod tests {
                     ..Candidate::default()
                 }],
             }],
-            measures: Vec::new(),
-            ratios: Vec::new(),
             goals: vec![goal],
             left_out: vec!["rublk: no compiler".to_owned()],
+            ..Document::default()
         }
     }
 

@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -13,16 +12,15 @@ use testkit::server::Server;
 use testkit::shell::{Shell, last_lines};
 use testkit::wait::until;
 
+use super::Settings;
 use super::figures::Samples;
-use super::record::{Candidate, Row};
+use super::record::{Candidate, Document, Row};
 use super::usage::Usage;
-use super::{Settings, peers};
-use crate::cargo::Build;
 use crate::kernel::Kernel;
+use crate::kernel::build::{self, Product};
 use crate::kit::fio::Fio;
 use crate::machine::{Machine, Qemu};
-use crate::runner;
-use crate::suites::Need;
+use crate::packages::crates;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -106,30 +104,22 @@ struct Load {
 ///
 /// # Errors
 /// The machine, the server or a measurement failed.
-pub fn run(
-    settings: &Settings,
-    row: &mut dyn FnMut(Row),
-    left_out: &mut Vec<String>,
-) -> Result<()> {
-    let needs = [Need::Tools, Need::Kernel(Kernel::X86)];
-    let mut paths = runner::prepare(&settings.repo, &needs, Build::Product, settings.yes)?;
-    paths.server = settings.server()?.to_owned();
+pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
+    let paths = settings.prepare(&[Kernel::X86], true)?;
     let mut others = |name: &str, built: Result<PathBuf>| match built {
         Ok(binary) => Some(binary),
         Err(error) => {
-            left_out.push(format!("vm: {name}: {error:#}").replace('\n', "; "));
+            document.leave_out(format!("vm: {name}: {error:#}").replace('\n', "; "));
             None
         }
     };
     let (mut kublk, mut rublk) = (None, None);
-    if settings.peers {
-        kublk = others("kublk", peers::kublk(&settings.repo, settings.yes));
-        rublk = others("rublk", peers::rublk());
+    if !settings.no_peers {
+        kublk = others("kublk", kublk_program(settings));
+        rublk = others("rublk", crates::RUBLK.program());
     }
-    let loads: Vec<Load> = loads(settings, kublk.as_deref(), rublk.as_deref())
-        .into_iter()
-        .filter(|load| settings.wants(LANE, load.title, &load.words))
-        .collect();
+    let mut loads = loads(settings, kublk.as_deref(), rublk.as_deref());
+    loads.retain(|load| settings.wants(LANE, load.title, &load.words));
     if loads.is_empty() {
         return Ok(());
     }
@@ -142,11 +132,17 @@ pub fn run(
         machine.kernel()
     );
     for load in loads {
-        row(measure(settings, &mut machine, &paths, &load)
-            .with_context(|| format!("{}, {}", load.title, load.words))?);
+        let row = measure(settings, &mut machine, &load);
+        document.keep(row.with_context(|| format!("{}, {}", load.title, load.words))?);
     }
     machine.power_off();
     Ok(())
+}
+
+/// The kernel's own ublk server, of the same source as the kernel.
+fn kublk_program(settings: &Settings) -> Result<PathBuf> {
+    let made = build::ensure(&settings.repo, &[Product::Kublk], settings.yes)?;
+    made.into_iter().next().context("nothing was built")
 }
 
 fn loads(settings: &Settings, kublk: Option<&Path>, rublk: Option<&Path>) -> Vec<Load> {
@@ -196,39 +192,27 @@ fn loads(settings: &Settings, kublk: Option<&Path>, rublk: Option<&Path>) -> Vec
     all
 }
 
-fn measure(
-    settings: &Settings,
-    machine: &mut Machine,
-    paths: &crate::test::Paths,
-    load: &Load,
-) -> Result<Row> {
-    let mut found: Vec<Vec<Found>> = vec![Vec::new(); load.peers.len()];
-    for round in 0..settings.rounds {
-        let mut order: Vec<usize> = (0..load.peers.len()).collect();
-        if round % 2 == 1 {
-            order.reverse();
-        }
-        for index in order {
-            let (name, peer) = &load.peers[index];
-            let job = Job {
-                peer: peer.clone(),
-                file: load.title == FILE,
-                queues: load.queues,
-                depth: load.depth,
-                block_bytes: load.block_bytes,
-                milliseconds: settings.window_ms * 2,
-            };
-            let one = machine.run_step(paths, "bench_block_device", &job);
-            found[index].push(one.with_context(|| (*name).to_owned())?);
-        }
-    }
+fn measure(settings: &Settings, machine: &mut Machine, load: &Load) -> Result<Row> {
+    let found = settings.interleaved(load.peers.len(), |index| {
+        let (name, peer) = &load.peers[index];
+        let job = Job {
+            peer: peer.clone(),
+            file: load.title == FILE,
+            queues: load.queues,
+            depth: load.depth,
+            block_bytes: load.block_bytes,
+            milliseconds: settings.window_ms * 2,
+        };
+        let one = machine.run_step("bench_block_device", &job);
+        one.with_context(|| (*name).to_owned()).map(Some)
+    })?;
     let mut candidates = Vec::new();
     for ((name, _), found) in load.peers.iter().zip(found) {
-        let iops: Vec<f64> = found.iter().map(|one| one.iops).collect();
+        let found: Vec<Found> = found;
         let cpu: Vec<f64> = found.iter().filter_map(|one| one.cpu_us_per_io).collect();
         candidates.push(Candidate {
             name: (*name).to_owned(),
-            iops: Samples::of(&iops).context("no round was measured")?,
+            iops: Samples::of_each(&found, |one| one.iops).context("no round was measured")?,
             cpu_us_per_io: Samples::of(&cpu),
             ..Candidate::default()
         });
@@ -300,7 +284,6 @@ fn start(cx: &Context, job: &Job) -> Result<Device> {
             };
             let server = cx
                 .serve()
-                .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
                 .ublk("yes")
                 .args(["--vhost", "no", "--name", "bench", "--queues", &queues])
                 .args(args)
@@ -325,17 +308,20 @@ fn start(cx: &Context, job: &Job) -> Result<Device> {
                     .stderr(output),
             )?;
             let path = PathBuf::from(format!("/dev/ublkb{NUMBER}"));
-            let deadline = Instant::now() + cx.patience(20);
-            while !path.exists() {
+            until("there is a device", cx.patience(20), || {
                 let ended = child.try_wait().context("cannot look at a server")?;
-                ensure!(
-                    ended.is_none() && Instant::now() < deadline,
-                    "{} made no device; it said:\n{}",
+                ensure!(ended.is_none(), "the server ended with {ended:?}");
+                Ok(path.exists())
+            })
+            .with_context(|| {
+                let said = std::fs::read_to_string(&log).unwrap_or_default();
+                format!(
+                    "{}; it said:
+{}",
                     binary.display(),
-                    last_lines(&std::fs::read_to_string(&log).unwrap_or_default(), 10)
-                );
-                std::thread::sleep(Duration::from_millis(20));
-            }
+                    last_lines(&said, 10)
+                )
+            })?;
             Ok(Device {
                 path,
                 pid: Some(child.id()),

@@ -138,7 +138,7 @@ fn judge(image: &Path, paths: &Paths, step: &str) -> Result<Vec<String>> {
         Ok(machine) => machine,
         Err(error) => return Ok(vec![format!("boot ({error:#})")]),
     };
-    let verdict = machine.run_step::<_, Vec<String>>(paths, step, &());
+    let verdict = machine.run_step::<_, Vec<String>>(step, &());
     let failed = verdict.unwrap_or_else(|error| {
         let text = format!("{error:#}");
         vec![format!(

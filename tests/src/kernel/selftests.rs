@@ -2,7 +2,7 @@
 //! that were there before for the parts that it touches.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -18,114 +18,59 @@ struct Collection {
     dir: &'static str,
     /// What to build there. Not built: what needs a BPF toolchain or a newer liburing than the
     /// oldest supported Debian has.
-    programs: &'static [&'static str],
+    programs: &'static str,
     /// Scripts there that run them.
-    scripts: &'static [&'static str],
+    scripts: &'static str,
     /// Settings for make.
-    settings: &'static [&'static str],
+    settings: &'static str,
 }
 
-impl Collection {
-    /// Programs that need nothing special.
-    const fn new(dir: &'static str, programs: &'static [&'static str]) -> Self {
-        Collection {
-            dir,
-            programs,
-            scripts: &[],
-            settings: &[],
-        }
+/// Programs that need nothing special.
+const fn collection(dir: &'static str, programs: &'static str) -> Collection {
+    Collection {
+        dir,
+        programs,
+        scripts: "",
+        settings: "",
     }
 }
 
 const COLLECTIONS: [Collection; 9] = [
-    Collection::new(
+    collection(
         "net/af_unix",
-        &[
-            "unix_fd_addr",
-            "unix_fd_addr_blk",
-            "diag_anchor",
-            "diag_uid",
-            "msg_oob",
-            "scm_inq",
-            "scm_pidfd",
-            "scm_rights",
-            "so_peek_off",
-            "unix_connect",
-            "unix_connreset",
-            "unix_listen",
-        ],
+        "unix_fd_addr unix_fd_addr_blk diag_anchor diag_uid msg_oob scm_inq scm_pidfd \
+             scm_rights so_peek_off unix_connect unix_connreset unix_listen",
     ),
-    Collection::new(
+    collection(
         "landlock",
-        &[
-            "fd_addr_test",
-            "base_test",
-            "fs_test",
-            "net_test",
-            "ptrace_test",
-            "scoped_abstract_unix_test",
-            "scoped_signal_test",
-            "scoped_test",
-            "tsync_test",
-            "true",
-            "sandbox-and-launch",
-            "wait-pipe",
-            "wait-pipe-sandbox",
-        ],
+        "fd_addr_test base_test fs_test net_test ptrace_test \
+             scoped_abstract_unix_test scoped_signal_test scoped_test tsync_test true \
+             sandbox-and-launch wait-pipe wait-pipe-sandbox",
     ),
     Collection {
-        dir: "ublk",
-        programs: &["fd_addr"],
         // The Makefile links everything there with liburing, which this program does not use.
-        scripts: &[],
-        settings: &["LDLIBS=-lpthread"],
+        settings: "LDLIBS=-lpthread",
+        ..collection("ublk", "fd_addr")
     },
-    Collection::new(
+    collection(
         "ringbuffer",
-        &[
-            "args_test",
-            "device_test",
-            "hostile_test",
-            "kinds_test",
-            "mapping_test",
-            "pending_test",
-            "pipe_test",
-            "poll_test",
-            "ring_bench",
-            "stress_test",
-        ],
+        "args_test device_test hostile_test kinds_test mapping_test pending_test \
+             pipe_test poll_test ring_bench stress_test",
     ),
-    Collection::new("pipe", &["pipe_bench"]),
+    collection("pipe", "pipe_bench"),
     Collection {
-        dir: "splice",
-        programs: &["default_file_splice_read", "splice_read"],
-        scripts: &["default_file_splice_read.sh", "short_splice_read.sh"],
-        settings: &[],
+        scripts: "default_file_splice_read.sh short_splice_read.sh",
+        ..collection("splice", "default_file_splice_read splice_read")
     },
-    Collection::new("filesystems/epoll", &["epoll_wakeup_test"]),
-    Collection::new(
+    collection("filesystems/epoll", "epoll_wakeup_test"),
+    collection(
         "futex/functional",
-        &[
-            "futex_priv_hash",
-            "futex_requeue",
-            "futex_wait",
-            "futex_wait_private_mapped_file",
-            "futex_wait_timeout",
-            "futex_wait_wouldblock",
-            "futex_waitv",
-            "robust_list",
-        ],
+        "futex_priv_hash futex_requeue futex_wait futex_wait_private_mapped_file \
+             futex_wait_timeout futex_wait_wouldblock futex_waitv robust_list",
     ),
-    Collection::new(
+    collection(
         "mm",
-        &[
-            "madv_populate",
-            "map_populate",
-            "merge",
-            "mlock2-tests",
-            "mremap_test",
-            "mseal_test",
-        ],
+        "madv_populate map_populate merge mlock2-tests mremap_test mseal_test",
     ),
 ];
 
@@ -147,7 +92,7 @@ pub(super) fn ingredients() -> String {
     for collection in &COLLECTIONS {
         all += collection.dir;
         let parts = [collection.programs, collection.scripts, collection.settings];
-        for part in parts.into_iter().flatten() {
+        for part in parts.into_iter().flat_map(str::split_whitespace) {
             all.push(' ');
             all += part;
         }
@@ -156,25 +101,39 @@ pub(super) fn ingredients() -> String {
     all
 }
 
+/// The headers of a source tree, in the build's own directory.
+struct Headers(PathBuf);
+
+impl Headers {
+    fn of(tree: &Path, into: &Path, log: &Path) -> Result<Self> {
+        let headers = into.join("headers");
+        let mut install = plain_make();
+        install
+            .arg("-C")
+            .arg(tree)
+            .arg(format!("O={}", headers.display()))
+            .args(["ARCH=x86_64", "headers"]);
+        fs::create_dir(&headers).context("cannot make a directory for headers")?;
+        let limit = Duration::from_secs(600);
+        progress::run("collecting the kernel's headers", install, log, limit)?;
+        Ok(Self(headers))
+    }
+
+    fn include(&self) -> PathBuf {
+        self.0.join("usr/include")
+    }
+
+    fn remove(self) -> Result<()> {
+        fs::remove_dir_all(self.0).context("cannot remove the headers")
+    }
+}
+
 /// Builds kublk, the kernel's own ublk server, of `tree` into `into`, with that tree's headers.
 pub(super) fn build_kublk(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
     let minute = Duration::from_secs(60);
     let liburing = LIBURING.dir()?;
-    let headers = into.join("headers");
-    let mut install = plain_make();
-    install
-        .arg("-C")
-        .arg(tree)
-        .arg(format!("O={}", headers.display()))
-        .args(["ARCH=x86_64", "headers"]);
-    fs::create_dir(&headers).context("cannot make a directory for headers")?;
-    progress::run(
-        "collecting the kernel's headers",
-        install,
-        &logs.join("kublk-headers.log"),
-        10 * minute,
-    )?;
-    let (include, newer) = (headers.join("usr/include"), liburing.join("usr/include"));
+    let headers = Headers::of(tree, into, &logs.join("kublk-headers.log"))?;
+    let (include, newer) = (headers.include(), liburing.join("usr/include"));
     let archive = liburing.join("usr/lib/x86_64-linux-gnu/liburing.a");
     let mut make = plain_make();
     make.arg("-C")
@@ -189,27 +148,14 @@ pub(super) fn build_kublk(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
         )
         .env("LIBRARY_PATH", liburing.join("usr/lib/x86_64-linux-gnu"));
     progress::run("building kublk", make, &logs.join("kublk.log"), 10 * minute)?;
-    fs::remove_dir_all(&headers).context("cannot remove the headers")
+    headers.remove()
 }
 
 /// Builds them of `tree` into subdirectories of `into`, with the headers of that tree.
 pub(super) fn build(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
     let minute = Duration::from_secs(60);
-    let headers = into.join("headers");
-    let mut install = plain_make();
-    install
-        .arg("-C")
-        .arg(tree)
-        .arg(format!("O={}", headers.display()))
-        .args(["ARCH=x86_64", "headers"]);
-    fs::create_dir(&headers).context("cannot make a directory for headers")?;
-    progress::run(
-        "collecting the kernel's headers",
-        install,
-        &logs.join("selftests-headers.log"),
-        10 * minute,
-    )?;
-    let include = headers.join("usr/include");
+    let headers = Headers::of(tree, into, &logs.join("selftests-headers.log"))?;
+    let include = headers.include();
     let harness = tree.join("tools/testing/selftests/kselftest_harness.h");
     let text = fs::read_to_string(&harness).context("the kernel's tests have no harness")?;
     ensure!(
@@ -221,15 +167,16 @@ pub(super) fn build(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
         .context("cannot write the harness")?;
     for collection in &COLLECTIONS {
         let output = into.join(collection.dir);
+        let sources = tree.join("tools/testing/selftests").join(collection.dir);
         fs::create_dir_all(&output)
             .with_context(|| format!("cannot create {}", output.display()))?;
         let name = collection.dir.replace('/', "-");
         let mut make = plain_make();
         make.arg("-C")
-            .arg(tree.join("tools/testing/selftests").join(collection.dir))
+            .arg(&sources)
             .arg(format!("OUTPUT={}", output.display()))
-            .args(collection.settings)
-            .args(collection.programs.iter().map(|name| output.join(name)))
+            .args(collection.settings.split_whitespace())
+            .args(collection.programs.split(' ').map(|name| output.join(name)))
             // The Makefiles differ in where they expect the headers; this they all leave alone.
             .env("CPATH", &include);
         progress::run(
@@ -238,11 +185,8 @@ pub(super) fn build(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
             &logs.join(format!("selftests-{name}.log")),
             20 * minute,
         )?;
-        for script in collection.scripts {
-            let from = tree
-                .join("tools/testing/selftests")
-                .join(collection.dir)
-                .join(script);
+        for script in collection.scripts.split_whitespace() {
+            let from = sources.join(script);
             fs::copy(&from, output.join(script))
                 .with_context(|| format!("cannot copy {}", from.display()))?;
         }
@@ -250,7 +194,7 @@ pub(super) fn build(tree: &Path, into: &Path, logs: &Path) -> Result<()> {
     let from = tree.join("tools/testing/selftests").join(SCRIPTS.0);
     take_scripts(&from, &into.join(SCRIPTS.0))?;
     litmus::collect(tree, &into.join(litmus::DIR))?;
-    fs::remove_dir_all(&headers).context("cannot remove the headers")
+    headers.remove()
 }
 
 fn take_scripts(from: &Path, to: &Path) -> Result<()> {

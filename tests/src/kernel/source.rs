@@ -239,84 +239,68 @@ mod tests {
         assert_eq!(parse_version("all:\n\techo\n"), None);
     }
 
+    /// A source tree with one file, patches for it, and directories to unpack into.
+    struct Bench(tempfile::TempDir);
+
+    impl Bench {
+        fn new() -> (Self, Source) {
+            let bench = Self(tempfile::tempdir().expect("a temporary directory"));
+            let source = bench.dir("source");
+            let makefile = "VERSION = 1\nPATCHLEVEL = 2\nSUBLEVEL = 3\n";
+            fs::write(source.join("Makefile"), makefile).expect("a file");
+            fs::write(source.join("file"), "one\ntwo\n").expect("a file");
+            let source = Source::of_tree(&source).expect("it is a source tree");
+            (bench, source)
+        }
+
+        fn dir(&self, name: &str) -> PathBuf {
+            let dir = self.0.path().join(name);
+            fs::create_dir_all(&dir).expect("a directory");
+            dir
+        }
+
+        fn patch(&self, series: &str, name: &str, text: &str) -> PathBuf {
+            let patch = self.dir(series).join(name);
+            fs::write(&patch, text).expect("a file");
+            patch
+        }
+    }
+
+    const TWO_TO_THREE: &str = "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-two\n+three\n";
+
     #[test]
     fn a_patch_that_does_not_apply_is_named() {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        let source = dir.path().join("source");
-        fs::create_dir(&source).expect("a directory");
-        let makefile = "VERSION = 1\nPATCHLEVEL = 2\nSUBLEVEL = 3\n";
-        fs::write(source.join("Makefile"), makefile).expect("a file");
-        fs::write(source.join("file"), "one\ntwo\n").expect("a file");
-        let patch = dir.path().join("0001-change.patch");
-        let text = "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-two\n+three\n";
-        fs::write(&patch, text).expect("a file");
-        let source = Source::of_tree(&source).expect("it is a source tree");
-
-        let into = dir.path().join("into");
-        fs::create_dir(&into).expect("a directory");
-        source.unpack(&into, &[]).expect("no patch is fine");
-        let into = dir.path().join("again");
-        fs::create_dir(&into).expect("a directory");
-        source
-            .unpack(&into, std::slice::from_ref(&patch))
-            .expect("it applies");
+        let (bench, source) = Bench::new();
+        let patch = bench.patch("a", "0001-change.patch", TWO_TO_THREE);
+        let none = source.unpack(&bench.dir("into"), &[]);
+        none.expect("no patch is fine");
+        let into = bench.dir("again");
+        let once = source.unpack(&into, std::slice::from_ref(&patch));
+        once.expect("it applies");
         let patched = fs::read_to_string(into.join("file")).expect("a file");
         assert_eq!(patched, "one\nthree\n");
-        let into = dir.path().join("twice");
-        fs::create_dir(&into).expect("a directory");
-        let error = source
-            .unpack(&into, &[patch.clone(), patch])
-            .expect_err("it applies only once");
+        let twice = source.unpack(&bench.dir("twice"), &[patch.clone(), patch]);
+        let error = twice.expect_err("it applies only once");
         assert!(error.to_string().contains("0001-change.patch"), "{error}");
     }
 
     #[test]
     fn a_series_that_needs_another_one_is_refused() {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        let source = dir.path().join("source");
-        fs::create_dir(&source).expect("a directory");
-        let makefile = "VERSION = 1\nPATCHLEVEL = 2\nSUBLEVEL = 3\n";
-        fs::write(source.join("Makefile"), makefile).expect("a file");
-        fs::write(source.join("file"), "one\ntwo\n").expect("a file");
-        let source = Source::of_tree(&source).expect("it is a source tree");
-        let patch = |series: &str, name: &str, text: &str| {
-            let series = dir.path().join(series);
-            fs::create_dir_all(&series).expect("a directory");
-            let patch = series.join(name);
-            fs::write(&patch, text).expect("a file");
-            patch
-        };
-        let first = patch(
-            "a",
-            "0001-two.patch",
-            "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-two\n+three\n",
-        );
+        let (bench, source) = Bench::new();
         let make = "--- /dev/null\n+++ b/new\n@@ -0,0 +1 @@\n+1\n";
         let change = "--- a/new\n+++ b/new\n@@ -1 +1 @@\n-1\n+2\n";
-        let alone = [
-            patch("b", "0001-make.patch", make),
-            patch("b", "0002-change.patch", change),
+        let needs = TWO_TO_THREE.replace("-two\n+three", "-three\n+four");
+        let mut patches = vec![
+            bench.patch("a", "0001-two.patch", TWO_TO_THREE),
+            bench.patch("b", "0001-make.patch", make),
+            bench.patch("b", "0002-change.patch", change),
         ];
-        let needs = patch(
-            "c",
-            "0001-three.patch",
-            "--- a/file\n+++ b/file\n@@ -1,2 +1,2 @@\n one\n-three\n+four\n",
-        );
-        let into = |name: &str| {
-            let into = dir.path().join(name);
-            fs::create_dir(&into).expect("a directory");
-            into
-        };
-
-        let mut patches = vec![first];
-        patches.extend(alone);
-        let tree = into("fine");
+        let tree = bench.dir("fine");
         source.unpack(&tree, &patches).expect("both apply alone");
         assert_eq!(fs::read_to_string(tree.join("new")).expect("a file"), "2\n");
-        patches.push(needs);
-        let error = source
-            .unpack(&into("not"), &patches)
-            .expect_err("the third is made for the first");
+        patches.push(bench.patch("c", "0001-three.patch", &needs));
+        let refused = source.unpack(&bench.dir("not"), &patches);
+        let error = refused.expect_err("the third is made for the first");
         assert!(error.to_string().contains("without the other"), "{error}");
     }
 }

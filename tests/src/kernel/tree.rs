@@ -50,31 +50,25 @@ pub fn ensure_tree(repo: &Path) -> Result<PathBuf> {
     .limit(SLOW)
     .run()?;
     for series in Series::ALL {
-        Shell::new("git")
+        git(&tree)
             .args(["checkout", "-q", "-b", series.branch()])
-            .dir(&tree)
-            .limit(SLOW)
             .run()?;
         let patches = patch.patches(series)?;
         if !patches.is_empty() {
-            Shell::new("git")
-                .args([
-                    "-c",
-                    "user.name=lab",
-                    "-c",
-                    "user.email=lab@localhost",
-                    "am",
-                    "-q",
-                ])
+            git(&tree)
+                .args(["-c", "user.name=lab", "-c", "user.email=lab@localhost"])
+                .args(["am", "-q"])
                 .args(&patches)
-                .dir(&tree)
-                .limit(SLOW)
                 .run()
                 .with_context(|| format!("{} does not apply", series.directory()))?;
         }
     }
     fs::rename(&tree, &dir).with_context(|| format!("cannot create {}", dir.display()))?;
     Ok(dir)
+}
+
+fn git(tree: &Path) -> Shell {
+    Shell::new("git").dir(tree).limit(SLOW)
 }
 
 /// Turns the tree's commits after the base into the patches of each series, and returns how many
@@ -85,10 +79,8 @@ pub fn ensure_tree(repo: &Path) -> Result<PathBuf> {
 /// failed.
 pub fn refresh(repo: &Path) -> Result<usize> {
     let dir = ensure_tree(repo)?;
-    let dirty = Shell::new("git")
+    let dirty = git(&dir)
         .args(["status", "--porcelain", "--untracked-files=no"])
-        .dir(&dir)
-        .limit(SLOW)
         .run()?;
     ensure!(
         dirty.trim().is_empty(),
@@ -106,13 +98,12 @@ pub fn refresh(repo: &Path) -> Result<usize> {
 }
 
 fn export(tree: &Path, from: &str, to: &str, series: &Path) -> Result<usize> {
-    Shell::new("git")
+    git(tree)
         .args(["merge-base", "--is-ancestor", from, to])
-        .dir(tree)
         .run()
         .with_context(|| format!("{to} is not on top of {from}"))?;
     let fresh = tempfile::tempdir().context("cannot make a directory")?;
-    Shell::new("git")
+    git(tree)
         .args([
             "format-patch",
             "-q",
@@ -123,8 +114,6 @@ fn export(tree: &Path, from: &str, to: &str, series: &Path) -> Result<usize> {
         ])
         .arg(fresh.path())
         .arg(format!("{from}..{to}"))
-        .dir(tree)
-        .limit(SLOW)
         .run()?;
     fs::create_dir_all(series).with_context(|| format!("cannot create {}", series.display()))?;
     for entry in fs::read_dir(series).context("cannot list the series")? {

@@ -1,5 +1,7 @@
-//! Helpers for test bodies, beside those of `testkit`: fio, small guests.
+//! Helpers for test bodies, beside those of `testkit`: fio, small guests, sysfs.
 
+pub mod beside;
 pub mod boot_sector;
 pub mod fio;
 pub mod load;
+pub mod sysfs;

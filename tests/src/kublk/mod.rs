@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use options::{Command, Data, Options, Recovery, Target};
+use options::{Command, Data, Options, Recovery, Type};
 use testkit::process;
 use testkit::shell::{Shell, last_lines};
 use testkit::ublk_control::{Control, Info};
@@ -117,29 +117,19 @@ fn run(options: &Options) -> Result<()> {
     match options.command {
         Command::Add => add(options),
         Command::Recover => recover(options),
-        Command::Delete => delete(device(options)?),
-        Command::Stop => stop(device(options)?, options.safe),
-        Command::List => list(device(options)?),
+        Command::Del => delete(options.device()?),
+        Command::Stop => stop(options.device()?, options.safe),
+        Command::List => list(options.device()?),
         Command::Features => features(),
-        Command::UpdateSize => update_size(device(options)?, options.size_bytes),
-        Command::Quiesce => quiesce(device(options)?),
+        Command::UpdateSize => update_size(options.device()?, options.size_bytes),
+        Command::Quiesce => quiesce(options.device()?),
     }
 }
 
-fn device(options: &Options) -> Result<u32> {
-    options.id.context("which device? (-n)")
-}
-
-fn server() -> Result<PathBuf> {
-    let path = std::env::var_os(SERVER);
+fn variable(name: &str) -> Result<PathBuf> {
+    let path = std::env::var_os(name);
     path.map(PathBuf::from)
-        .with_context(|| format!("{SERVER} is not set"))
-}
-
-fn state_dir() -> Result<PathBuf> {
-    let path = std::env::var_os(STATE);
-    path.map(PathBuf::from)
-        .with_context(|| format!("{STATE} is not set"))
+        .with_context(|| format!("{name} is not set"))
 }
 
 /// What is remembered of a device.
@@ -162,25 +152,25 @@ impl std::error::Error for NoDevice {}
 
 impl Device {
     fn note(&self, id: u32) -> Result<()> {
-        let path = state_dir()?.join(id.to_string());
+        let path = variable(STATE)?.join(id.to_string());
         let text = serde_json::to_vec(self)?;
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
     }
 
     fn of(id: u32) -> Result<Self> {
-        let path = state_dir()?.join(id.to_string());
+        let path = variable(STATE)?.join(id.to_string());
         let text = fs::read(&path).map_err(|_| NoDevice(id))?;
         serde_json::from_slice(&text).with_context(|| format!("{} is broken", path.display()))
     }
 
     fn forget(self, id: u32) -> Result<()> {
-        fs::remove_file(state_dir()?.join(id.to_string()))?;
+        fs::remove_file(variable(STATE)?.join(id.to_string()))?;
         fs::remove_dir_all(&self.runtime_dir)?;
         Ok(())
     }
 
     fn ublkup(&self, words: &[&str]) -> Result<Shell> {
-        Ok(Shell::new(server()?)
+        Ok(Shell::new(variable(SERVER)?)
             .args(words)
             .env("UBLKUP_RUNTIME_DIR", &self.runtime_dir)
             .limit(LIMIT))
@@ -189,7 +179,7 @@ impl Device {
 
 /// What the server is told about the disk.
 fn arguments(options: &Options) -> Result<Vec<String>> {
-    let data = match options.data {
+    let data = match options.data() {
         Data::Copy => "copy",
         Data::ZeroCopy => "zero-copy",
         Data::UserCopy => "user-copy",
@@ -201,25 +191,23 @@ fn arguments(options: &Options) -> Result<Vec<String>> {
         format!("--depth={}", options.depth),
         format!("--ublk-data={data}"),
     ];
-    words.extend(options.id.map(|id| format!("--ublk-id={id}")));
+    words.extend(options.wanted_id().map(|id| format!("--ublk-id={id}")));
     words.extend(recovery(options).map(|mode| format!("--ublk-recovery={mode}")));
     if options.no_scan && !Sabotage::LooksForPartitions.is_on() {
         words.push("--no-partition-scan".to_owned());
     }
-    words.push(match options.target.as_ref().context("no target (-t)")? {
-        Target::Null => format!("null:{NULL_BYTES}"),
-        Target::Slow { delay_us: 0 } => format!("null:{NULL_BYTES}"),
-        Target::Slow { delay_us } => {
-            format!(
-                "fault:any=delay{};null:{NULL_BYTES}",
-                delay_us.div_ceil(1000)
-            )
+    let kind = options.kind.context("no target (-t)")?;
+    words.push(match (kind, &options.files[..]) {
+        (Type::FaultInject, _) if options.delay_us > 0 => {
+            let delay_ms = options.delay_us.div_ceil(1000);
+            format!("fault:any=delay{delay_ms};null:{NULL_BYTES}")
         }
-        Target::Loop(file) if Sabotage::ForgetsData.is_on() => {
+        (Type::Loop, [file, ..]) if Sabotage::ForgetsData.is_on() => {
             format!("null:{}", fs::metadata(file)?.len())
         }
-        Target::Loop(file) => format!("file:{}", file.display()),
-        Target::Stripe(files) => format!("file:{}", stripe(files)?.display()),
+        (Type::Loop, [file, ..]) => format!("file:{}", file.display()),
+        (Type::Stripe, files) => format!("file:{}", stripe(files)?.display()),
+        _ => format!("null:{NULL_BYTES}"),
     });
     Ok(words)
 }
@@ -227,8 +215,8 @@ fn arguments(options: &Options) -> Result<Vec<String>> {
 /// `--ublk-recovery`, where it is not what the server does by itself. There is no recovery in which
 /// requests that were under way fail and later ones wait.
 fn recovery(options: &Options) -> Option<&'static str> {
-    let file = matches!(options.target, Some(Target::Loop(_) | Target::Stripe(_)));
-    match options.recovery {
+    let file = matches!(options.kind, Some(Type::Loop | Type::Stripe));
+    match options.recovery() {
         Recovery::FailIo => Some("fail-io"),
         Recovery::No if file => Some("off"),
         Recovery::Plain | Recovery::Reissue if !file => Some("reissue"),
@@ -251,7 +239,7 @@ fn stripe(files: &[PathBuf]) -> Result<&Path> {
 fn add(options: &Options) -> Result<()> {
     let runtime_dir = tempfile::Builder::new()
         .prefix("run-")
-        .tempdir_in(state_dir()?)
+        .tempdir_in(variable(STATE)?)
         .context("cannot make a runtime directory")?
         .keep();
     let device = Device { runtime_dir };
@@ -264,7 +252,7 @@ fn recover(options: &Options) -> Result<()> {
     if Sabotage::DoesNotRecover.is_on() {
         return Ok(());
     }
-    let wanted = device(options)?;
+    let wanted = options.device()?;
     let device = Device::of(wanted)?;
     let id = start(&device, options)?;
     ensure!(id == wanted, "device {id} was made instead of {wanted}");
@@ -275,7 +263,7 @@ fn recover(options: &Options) -> Result<()> {
 fn start(device: &Device, options: &Options) -> Result<u32> {
     let log_path = device.runtime_dir.join("log");
     let log = File::create(&log_path).context("cannot create a log")?;
-    let mut command = Process::new(server()?);
+    let mut command = Process::new(variable(SERVER)?);
     command
         .arg("serve")
         .args(arguments(options)?)
@@ -364,7 +352,9 @@ fn describe(info: &Info) -> String {
 
 /// Those of the driver that this server uses.
 fn features() -> Result<()> {
-    let doctor = Shell::new(server()?).args(["doctor", "--json"]).finish()?;
+    let doctor = Shell::new(variable(SERVER)?)
+        .args(["doctor", "--json"])
+        .finish()?;
     let checks: serde_json::Value = serde_json::from_str(&doctor.stdout)?;
     let finding = checks
         .as_array()

@@ -3,16 +3,18 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
+use clap::{Parser, ValueEnum};
 
 /// What kublk is to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
 pub enum Command {
     /// Make a device and serve it in the background.
     Add,
     /// Serve a device whose server is gone, in the background.
     Recover,
     /// Remove a device.
-    Delete,
+    Del,
     /// Stop a device.
     Stop,
     /// Say what the driver knows of a device.
@@ -25,20 +27,18 @@ pub enum Command {
     Quiesce,
 }
 
-/// What is behind a device.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// Nothing.
+/// `-t`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Type {
+    /// No storage.
     Null,
     /// A file.
-    Loop(PathBuf),
+    Loop,
     /// Striped files. Striping is kublk's; one of the files stands for all.
-    Stripe(Vec<PathBuf>),
-    /// Nothing, after a while.
-    Slow {
-        /// The while.
-        delay_us: u64,
-    },
+    Stripe,
+    /// No storage, and a delay.
+    FaultInject,
 }
 
 /// How the data travels.
@@ -46,7 +46,7 @@ pub enum Target {
 pub enum Data {
     /// The driver copies it.
     Copy,
-    /// Nobody copies it: `-z` and `--auto_zc` are two ways to one end.
+    /// Without a copy: `-z` and `--auto_zc` are two ways to one end.
     ZeroCopy,
     /// The server copies it.
     UserCopy,
@@ -57,55 +57,76 @@ pub enum Data {
 pub enum Recovery {
     /// It is dead, too.
     No,
-    /// It waits; what was under way fails.
+    /// It waits; requests that were in flight fail.
     Plain,
-    /// It waits, and so does what was under way.
+    /// It waits, and so do requests that were in flight.
     Reissue,
     /// It waits, and requests fail meanwhile.
     FailIo,
 }
 
-/// A command line.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A command line. Options between the server and the driver that change nothing for the disk's users
+/// are accepted and have no effect: tests that are about them are not applicable, and others only
+/// mention them.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    name = "kublk",
+    no_binary_name = true,
+    args_override_self = true,
+    disable_help_flag = true
+)]
 pub struct Options {
     /// What to do.
     pub command: Command,
-    /// `-n`
-    pub id: Option<u32>,
-    /// `-q`
+    /// Of `-t loop` and `-t stripe`.
+    pub files: Vec<PathBuf>,
+    #[arg(short = 't', long = "type")]
+    pub kind: Option<Type>,
+    #[arg(short = 'n', long = "number")]
+    id: Option<u32>,
+    #[arg(short, long, default_value_t = 2)]
     pub queues: u16,
-    /// `-d`
+    #[arg(short, long, default_value_t = 128)]
     pub depth: u16,
-    /// `-t` and what belongs to it.
-    pub target: Option<Target>,
-    /// `-z`, `--auto_zc`, `-u`
-    pub data: Data,
-    /// `-r`, `-i`, `-e`
-    pub recovery: Recovery,
-    /// `-b`
-    pub batch: bool,
-    /// `--no_auto_part_scan`
-    pub no_scan: bool,
-    /// `--safe`
-    pub safe: bool,
-    /// `-s`
+    #[arg(short, long = "size", default_value_t = 0)]
     pub size_bytes: u64,
+    #[arg(long = "delay_us", default_value_t = 0)]
+    pub delay_us: u64,
+    #[arg(short, long, default_value_t = 0)]
+    recovery: u8,
+    #[arg(short = 'i', long = "recovery_reissue", default_value_t = 0)]
+    recovery_reissue: u8,
+    #[arg(short = 'e', long = "recovery_fail_io", default_value_t = 0)]
+    recovery_fail_io: u8,
+    #[arg(short = 'z', long = "zero_copy", alias = "auto_zc")]
+    zero_copy: bool,
+    #[arg(short, long = "user_copy")]
+    user_copy: bool,
+    #[arg(long = "no_auto_part_scan")]
+    pub no_scan: bool,
+    #[arg(long)]
+    pub safe: bool,
+    #[arg(short)]
+    all_devices: bool,
+    #[arg(short, long)]
+    batch: bool,
+    #[arg(short, long = "get_data")]
+    get_data: bool,
+    #[arg(long = "auto_zc_fallback")]
+    auto_zc_fallback: bool,
+    #[arg(long = "no_ublk_fixed_fd")]
+    no_ublk_fixed_fd: bool,
+    #[arg(long = "per_io_tasks")]
+    per_io_tasks: bool,
+    #[arg(long)]
+    quiet: bool,
+    #[arg(long)]
+    all: bool,
+    #[arg(long)]
+    nthreads: Option<String>,
+    #[arg(long = "debug_mask")]
+    debug_mask: Option<String>,
 }
-
-/// Matters between a server and the driver that change nothing for the disk's users. They are left
-/// out: tests that are about them are not applicable, and others only mention them.
-const LEFT_OUT: [&str; 7] = [
-    "-g",
-    "--get_data",
-    "--auto_zc_fallback",
-    "--no_ublk_fixed_fd",
-    "--per_io_tasks",
-    "--quiet",
-    "--all",
-];
-
-/// The same, with a value.
-const LEFT_OUT_WITH_VALUE: [&str; 2] = ["--nthreads", "--debug_mask"];
 
 impl Options {
     /// Reads what follows the program's name.
@@ -113,86 +134,41 @@ impl Options {
     /// # Errors
     /// It asks for something that this server does not do, or makes no sense.
     pub fn parse(words: &[String]) -> Result<Self> {
-        let (first, rest) = words.split_first().context("no command")?;
-        let command = match first.as_str() {
-            "add" => Command::Add,
-            "recover" => Command::Recover,
-            "del" => Command::Delete,
-            "stop" => Command::Stop,
-            "list" => Command::List,
-            "features" => Command::Features,
-            "update_size" => Command::UpdateSize,
-            "quiesce" => Command::Quiesce,
-            other => bail!("ublkup has nothing like kublk's {other}"),
-        };
-        let mut options = Options {
-            command,
-            id: None,
-            queues: 2,
-            depth: 128,
-            target: None,
-            data: Data::Copy,
-            recovery: Recovery::No,
-            batch: false,
-            no_scan: false,
-            safe: false,
-            size_bytes: 0,
-        };
-        let (mut kind, mut delay_us, mut files) = (None, 0, Vec::new());
-        let mut words = rest.iter().map(String::as_str);
-        while let Some(word) = words.next() {
-            let mut value = || words.next().with_context(|| format!("{word} has no value"));
-            match word {
-                "-t" | "--type" => kind = Some(value()?),
-                "-n" | "--number" => options.id = Some(value()?.parse()?),
-                "-q" | "--queues" => options.queues = value()?.parse()?,
-                "-d" | "--depth" => options.depth = value()?.parse()?,
-                "-s" | "--size" => options.size_bytes = value()?.parse()?,
-                "-r" | "--recovery" if value()? != "0" => {
-                    options.recovery = options.recovery.or(Recovery::Plain);
-                }
-                "-i" | "--recovery_reissue" if value()? != "0" => {
-                    options.recovery = Recovery::Reissue;
-                }
-                "-e" | "--recovery_fail_io" if value()? != "0" => {
-                    options.recovery = Recovery::FailIo;
-                }
-                // With the value 0, which was taken above.
-                "-r" | "-i" | "-e" => {}
-                "-z" | "--zero_copy" | "--auto_zc" => options.data = Data::ZeroCopy,
-                "-u" | "--user_copy" => options.data = Data::UserCopy,
-                "-b" | "--batch" => options.batch = true,
-                "-a" => {}
-                "--safe" => options.safe = true,
-                "--no_auto_part_scan" => options.no_scan = true,
-                "--delay_us" => delay_us = value()?.parse()?,
-                word if LEFT_OUT.contains(&word) => {}
-                word if LEFT_OUT_WITH_VALUE.contains(&word) => drop(value()?),
-                word if word.starts_with('-') => bail!("ublkup has nothing like kublk's {word}"),
-                file => files.push(PathBuf::from(file)),
-            }
+        let options =
+            Self::try_parse_from(words).context("ublkup has nothing like this of kublk's")?;
+        let needs_file = matches!(options.kind, Some(Type::Loop | Type::Stripe));
+        if needs_file && options.files.is_empty() {
+            bail!("this type needs a file");
         }
-        options.target = match (kind, files) {
-            (None, _) => None,
-            (Some("null"), _) => Some(Target::Null),
-            (Some("fault_inject"), _) => Some(Target::Slow { delay_us }),
-            (Some("loop"), files) => {
-                let file = files.into_iter().next().context("loop needs a file")?;
-                Some(Target::Loop(file))
-            }
-            (Some("stripe"), files) if !files.is_empty() => Some(Target::Stripe(files)),
-            (Some(kind), _) => bail!("ublkup has nothing like kublk's -t {kind}"),
-        };
         Ok(options)
     }
-}
 
-impl Recovery {
-    /// The stronger wish stays, whatever the order.
-    fn or(self, other: Recovery) -> Recovery {
-        match self {
-            Recovery::No => other,
-            said => said,
+    /// The device it is about.
+    pub fn device(&self) -> Result<u32> {
+        self.id.context("which device? (-n)")
+    }
+
+    /// The number that the new device is to have.
+    pub fn wanted_id(&self) -> Option<u32> {
+        self.id
+    }
+
+    /// `-z`, `--auto_zc`, `-u`
+    pub fn data(&self) -> Data {
+        match (self.zero_copy, self.user_copy) {
+            (true, _) => Data::ZeroCopy,
+            (_, true) => Data::UserCopy,
+            _ => Data::Copy,
+        }
+    }
+
+    /// `-r`, `-i`, `-e`: the strongest counts.
+    pub fn recovery(&self) -> Recovery {
+        match (self.recovery, self.recovery_reissue, self.recovery_fail_io) {
+            (_, _, 1..) => Recovery::FailIo,
+            (_, 1.., _) => Recovery::Reissue,
+            (1.., _, _) => Recovery::Plain,
+            _ => Recovery::No,
         }
     }
 }
@@ -209,16 +185,17 @@ mod tests {
     #[test]
     fn the_lines_of_the_kernels_tests_are_understood() {
         let got = parse("add -t loop -q 4 -z --no_ublk_fixed_fd /tmp/a").expect("a line");
-        assert_eq!(got.target, Some(Target::Loop("/tmp/a".into())));
-        assert_eq!((got.queues, got.data), (4, Data::ZeroCopy));
+        assert_eq!(
+            (got.kind, &got.files[..]),
+            (Some(Type::Loop), &["/tmp/a".into()][..])
+        );
+        assert_eq!((got.queues, got.data()), (4, Data::ZeroCopy));
         let got = parse("add -t fault_inject -q 2 -d 1 --delay_us 2000000").expect("a line");
         assert_eq!(
-            got.target,
-            Some(Target::Slow {
-                delay_us: 2_000_000
-            })
+            (got.kind, got.delay_us),
+            (Some(Type::FaultInject), 2_000_000)
         );
-        assert_eq!((got.depth, got.recovery), (1, Recovery::No));
+        assert_eq!((got.depth, got.recovery()), (1, Recovery::No));
         for (line, expected) in [
             ("recover -n 3 -t null -r 1 -i 1", Recovery::Reissue),
             ("recover -n 3 -t null -i 1 -r 1", Recovery::Reissue),
@@ -226,10 +203,18 @@ mod tests {
             ("recover -n 3 -t null -r 0 -e 1", Recovery::FailIo),
             ("recover -n 3 -t null -r 0", Recovery::No),
         ] {
-            assert_eq!(parse(line).expect(line).recovery, expected, "{line}");
+            assert_eq!(parse(line).expect(line).recovery(), expected, "{line}");
         }
         let got = parse("update_size -n 7 -s 4096").expect("a line");
-        assert_eq!((got.id, got.size_bytes), (Some(7), 4096));
+        assert_eq!((got.device().ok(), got.size_bytes), (Some(7), 4096));
+        for line in [
+            "add -t null -g --auto_zc --auto_zc_fallback --nthreads 4 --per_io_tasks --debug_mask 0x7",
+            "del -a",
+            "list --all",
+            "add --quiet -b -u --type null",
+        ] {
+            parse(line).expect(line);
+        }
     }
 
     #[test]

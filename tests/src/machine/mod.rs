@@ -22,9 +22,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::Pid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use testkit::process;
+use testkit::wait::wait_for;
 
 use crate::channel::{FromGuest, Heard, ToGuest, hear, send};
 use crate::job::Job;
@@ -131,6 +133,7 @@ pub struct Machine {
     pulse: Pulse,
     silence_limit: Duration,
     run: RunDir,
+    paths: Paths,
     kernel: String,
     over: bool,
 }
@@ -204,32 +207,29 @@ impl Machine {
             pulse,
             silence_limit: SILENCE_LIMIT,
             run,
+            paths: paths.clone(),
             kernel: String::new(),
             over: false,
         };
-        match machine.next(deadline) {
-            Ok(FromGuest::Hello { kernel, trouble }) if trouble.is_empty() => {
+        let came_up = match machine.next(deadline) {
+            Ok(FromGuest::Hello { kernel, trouble }) if trouble.is_empty() => Ok(kernel),
+            Ok(FromGuest::Hello { trouble, .. }) => Err(anyhow!(
+                "trouble in the kernel's log while it booted:\n{}",
+                trouble.join("\n")
+            )),
+            Ok(other) => Err(anyhow!("the agent did not come up: {other:?}")),
+            Err(error) => {
+                Err(error.context(format!("the {} machine did not boot", hypervisor.name())))
+            }
+        };
+        match came_up {
+            Ok(kernel) => {
                 machine.kernel = kernel;
                 Ok(machine)
             }
-            Ok(FromGuest::Hello { trouble, .. }) => {
-                machine.end();
-                let trouble = trouble.join("\n");
-                Err(machine.console.explain(&anyhow!(
-                    "trouble in the kernel's log while it booted:\n{trouble}"
-                )))
-            }
-            Ok(other) => {
-                machine.end();
-                Err(machine
-                    .console
-                    .explain(&anyhow!("the agent did not come up: {other:?}")))
-            }
             Err(error) => {
                 machine.end();
-                Err(machine.console.explain(
-                    &error.context(format!("the {} machine did not boot", hypervisor.name())),
-                ))
+                Err(machine.console.explain(&error))
             }
         }
     }
@@ -244,6 +244,12 @@ impl Machine {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The same; it leads its process group.
+    #[must_use]
+    pub fn process(&self) -> Pid {
+        Pid::from_child(&self.child)
     }
 
     /// The exchange directory as this side sees it.
@@ -266,8 +272,9 @@ impl Machine {
 
     /// A job for a test of a suite in this machine.
     #[must_use]
-    pub fn job(&self, suite: &str, test: &crate::test::Test, paths: &Paths) -> Job {
-        Job::new(suite, test, self.place, paths, Path::new(setup::EXCHANGE))
+    pub fn job(&self, suite: &str, test: &crate::test::Test) -> Job {
+        let exchange = Path::new(setup::EXCHANGE);
+        Job::new(suite, test, self.place, &self.paths, exchange)
     }
 
     /// Runs a job. A machine that dies or falls silent fails the test and is
@@ -298,13 +305,12 @@ impl Machine {
     /// not survive it.
     pub fn run_step<A: Serialize, R: DeserializeOwned>(
         &mut self,
-        paths: &Paths,
         step: &str,
         args: &A,
     ) -> Result<R> {
         let test = suites::find(suites::STEPS, step)
             .with_context(|| format!("there is no step named {step}"))?;
-        let mut job = self.job(suites::STEPS, test, paths);
+        let mut job = self.job(suites::STEPS, test);
         job.args = serde_json::to_value(args).context("cannot encode a step's arguments")?;
         let result = self.run(&job);
         match result.outcome {
@@ -321,8 +327,8 @@ impl Machine {
     ///
     /// # Errors
     /// As [`Machine::run_step`].
-    pub fn sh(&mut self, paths: &Paths, script: &str) -> Result<String> {
-        self.run_step(paths, "run_script", &script)
+    pub fn sh(&mut self, script: &str) -> Result<String> {
+        self.run_step("run_script", &script)
     }
 
     /// Ends the machine in an orderly way, or, if it does not obey, by force.
@@ -435,25 +441,21 @@ fn connect(end: ChannelEnd, child: &mut Child, deadline: Instant) -> Result<Unix
     listener
         .set_nonblocking(true)
         .context("cannot wait for the machine")?;
-    loop {
+    let limit = deadline.saturating_duration_since(Instant::now());
+    let stream = wait_for("the machine opens its channel", limit, || {
         match listener.accept() {
-            Ok((stream, _)) => {
-                stream
-                    .set_nonblocking(false)
-                    .context("cannot use the channel")?;
-                return Ok(stream);
-            }
+            Ok((stream, _)) => return Ok(Some(stream)),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error).context("cannot accept the machine's channel"),
         }
-        if let Some(status) = child.try_wait().context("cannot look at the machine")? {
-            bail!("the machine ended with {status} before it started");
+        match child.try_wait().context("cannot look at the machine")? {
+            Some(status) => bail!("the machine ended with {status} before it started"),
+            None => Ok(None),
         }
-        if Instant::now() > deadline {
-            bail!("the machine did not open its channel");
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
+    })?;
+    let blocking = stream.set_nonblocking(false);
+    blocking.context("cannot use the channel")?;
+    Ok(stream)
 }
 
 /// Reads messages in a thread, which ends with the machine.

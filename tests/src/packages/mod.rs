@@ -26,6 +26,11 @@ pub enum Purpose {
     Bench,
 }
 
+impl Purpose {
+    /// All of them.
+    pub const ALL: [Purpose; 4] = [KernelBuild, ServerBuild, Tests, Bench];
+}
+
 use Purpose::{Bench, KernelBuild, ServerBuild, Tests};
 
 /// Each Debian package, and a shell command that succeeds where its content is there. A bare word is

@@ -1,14 +1,13 @@
 //! Both doors of one server say the same about the disk behind them.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use testkit::shell::Shell;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
+use crate::kit::sysfs::Sysfs;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -29,9 +28,7 @@ struct Facts {
 }
 
 fn the_doors_agree_on_every_kind_of_disk(cx: &Context) -> Result<()> {
-    let path = cx.scratch().join("disk.img");
-    fs::File::create(&path)?.set_len((64 << 20) + 4096)?;
-    let file = format!("file:{}", path.display());
+    let file = cx.file((64 << 20) + 4096)?;
     let cases: [(String, bool, u64); 6] = [
         ("mem:64M".into(), false, 512),
         ("mem:64M,block-size=4096,serial=S-1".into(), false, 4096),
@@ -47,11 +44,9 @@ fn the_doors_agree_on_every_kind_of_disk(cx: &Context) -> Result<()> {
 }
 
 fn agree(cx: &Context, spec: &str, write_cache: bool, block_bytes: u64) -> Result<()> {
-    let run = cx.scratch().join("run");
     let socket = cx.scratch().join("disk.sock");
     let server = cx
         .serve()
-        .env("UBLKUP_RUNTIME_DIR", &run)
         .ublk("yes")
         .name("disk")
         .vhost_socket(&socket)
@@ -67,40 +62,29 @@ fn agree(cx: &Context, spec: &str, write_cache: bool, block_bytes: u64) -> Resul
     ensure!(block.write_cache == write_cache, "{block:?}");
     ensure!(block.read_only == spec.contains("read-only"), "{block:?}");
     ensure!(block.block_bytes >= block_bytes, "{block:?}");
-    let stat = Shell::new(&cx.paths.server)
-        .args(["stat", "disk", "--json"])
-        .env("UBLKUP_RUNTIME_DIR", &run)
-        .run()?;
-    let stat: serde_json::Value = serde_json::from_str(&stat)?;
+    let stat = cx.stat("disk")?;
     ensure!(stat["size_bytes"] == block.size_bytes, "{stat}");
     ensure!(stat["block_bytes"] == block.block_bytes, "{stat}");
     ensure!(stat["write_cache"] == block.write_cache, "{stat}");
-    server.stop()?;
-    Ok(())
+    server.stop().map(drop)
 }
 
 /// What the kernel made of the ublk door.
 fn block_facts(device: &Path) -> Result<Facts> {
-    let name = device.file_name().context("a device has a name")?;
-    let folder = PathBuf::from("/sys/block").join(name);
-    let text = |file: &str| {
-        fs::read_to_string(folder.join(file)).with_context(|| format!("cannot read {file}"))
-    };
-    let number = |file: &str| -> Result<u64> { Ok(text(file)?.trim().parse()?) };
-    let discards = number("queue/discard_max_bytes")?;
+    let disk = Sysfs::of(device)?;
+    let max_discard_bytes = disk.number("queue/discard_max_bytes")?;
     Ok(Facts {
-        size_bytes: number("size")? * 512,
-        block_bytes: number("queue/logical_block_size")?,
-        physical_block_bytes: number("queue/physical_block_size")?,
-        read_only: number("ro")? == 1,
-        write_cache: text("queue/write_cache")?.trim() == "write back",
-        max_discard_bytes: discards,
-        discard_granularity_bytes: if discards == 0 {
-            0
-        } else {
-            number("queue/discard_granularity")?
+        size_bytes: disk.size_bytes()?,
+        block_bytes: disk.number("queue/logical_block_size")?,
+        physical_block_bytes: disk.number("queue/physical_block_size")?,
+        read_only: disk.number("ro")? == 1,
+        write_cache: disk.get("queue/write_cache")? == "write back",
+        max_discard_bytes,
+        discard_granularity_bytes: match max_discard_bytes {
+            0 => 0,
+            _ => disk.number("queue/discard_granularity")?,
         },
-        max_write_zeroes_bytes: number("queue/write_zeroes_max_bytes")?,
+        max_write_zeroes_bytes: disk.number("queue/write_zeroes_max_bytes")?,
     })
 }
 

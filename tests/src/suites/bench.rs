@@ -23,27 +23,19 @@ pub const TESTS: &[Test] = &[
 
 fn the_client_and_the_server_count_the_same_requests(cx: &Context) -> Result<()> {
     let socket = cx.scratch().join("s");
-    let runtime = cx.scratch().join("run");
     let server = cx
         .serve()
-        .env("UBLKUP_RUNTIME_DIR", &runtime)
         .ublk("no")
         .name("disk")
         .vhost_socket(&socket)
         .arg("mem:16M")
         .start()?;
     let order = |op, waiting, depth| Order {
-        socket: socket.clone(),
-        upgrades: false,
         op,
-        block_bytes: 4096,
         depth,
         waiting,
-        cpu: 0,
         warm_up: End::Requests(100),
-        window: End::Requests(2_000),
-        server: server.pid(),
-        hold_ms: 0,
+        ..Order::reads(&socket, server.pid(), End::Requests(2_000))
     };
     let (mut reads, mut writes) = (0, 0);
     for waiting in [Waiting::Sleeps, Waiting::Polls] {
@@ -60,11 +52,7 @@ fn the_client_and_the_server_count_the_same_requests(cx: &Context) -> Result<()>
             }
         }
     }
-    let stat = Shell::new(&cx.paths.server)
-        .args(["stat", "disk", "--json"])
-        .env("UBLKUP_RUNTIME_DIR", &runtime)
-        .run()?;
-    let stat: serde_json::Value = serde_json::from_str(&stat)?;
+    let stat = cx.stat("disk")?;
     let counters = &stat["vhost"]["counters"];
     let served = (counters["reads"].as_u64(), counters["writes"].as_u64());
     ensure!(

@@ -2,17 +2,18 @@
 
 mod life;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::fs::{self, File};
+use std::path::PathBuf;
 use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
 use testkit::images::{self, KnownFiles};
 use testkit::server::{Serve, Server};
-use testkit::shell::{Shell, sh};
+use testkit::shell::sh;
 
-use super::io::{Exercise, open_direct, write_direct};
+use super::io::{Exercise, all_kinds_came, open_direct, write_direct};
 use super::own_tests;
+use crate::kit::sysfs::Sysfs;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -20,11 +21,26 @@ const MIB: u64 = 1 << 20;
 
 /// cargo's test programs, for every guest.
 pub const DRIVER_TESTS: &[Test] = &[
-    test!(the_block_doors_own_tests_pass).limit_s(600),
-    test!(the_registrys_tests_that_need_root_pass),
-    test!(the_file_backends_tests_that_need_loop_devices_pass),
-    test!(a_disks_upgrade_passes_its_tests_by_the_kernels_way).limit_s(120),
-    test!(a_disks_upgrade_passes_its_tests_by_the_registrys_way).limit_s(120),
+    test!(the_block_doors_own_tests_pass, |cx| {
+        own_tests::pass_ignored(cx, "ublk", &[])?;
+        nothing_left(cx)
+    })
+    .limit_s(600),
+    test!(the_registrys_tests_that_need_root_pass, |cx| {
+        own_tests::pass_ignored(cx, "registry", &[])
+    }),
+    test!(the_file_backends_tests_that_need_loop_devices_pass, |cx| {
+        own_tests::pass_ignored(cx, "file", &[])
+    }),
+    test!(a_disks_upgrade_passes_its_tests_by_the_kernels_way, |cx| {
+        upgrade_scratch_disk(cx, "kernel")
+    })
+    .limit_s(120),
+    test!(
+        a_disks_upgrade_passes_its_tests_by_the_registrys_way,
+        |cx| { upgrade_scratch_disk(cx, "registry") }
+    )
+    .limit_s(120),
 ];
 
 /// For every guest.
@@ -50,25 +66,14 @@ pub const TESTS: &[Test] = &[
 pub const SMP_TESTS: &[Test] = &[test!(verified_io_on_several_queues).limit_s(400)];
 
 fn serve(cx: &Context, spec: &str) -> Serve {
-    cx.serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg("--name")
-        .arg("disk")
-        .arg(spec)
-}
-
-fn ublkup(cx: &Context, args: &[&str]) -> Shell {
-    Shell::new(&cx.paths.server)
-        .args(args)
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+    cx.serve().ublk("yes").name("disk").arg(spec)
 }
 
 /// No device, no folder.
 fn nothing_left(cx: &Context) -> Result<()> {
     let devices = sh("ls /dev | grep ublk[bc] || :").run()?;
     ensure!(devices.is_empty(), "devices are left: {devices}");
-    let exports = cx.scratch().join("run/exports");
+    let exports = cx.run_dir().join("exports");
     let left = fs::read_dir(&exports).map_or(0, Iterator::count);
     ensure!(left == 0, "{} has {left} folders left", exports.display());
     Ok(())
@@ -76,31 +81,9 @@ fn nothing_left(cx: &Context) -> Result<()> {
 
 fn exercise(cx: &Context, server: Server, exercise: &Exercise) -> Result<()> {
     exercise.run(cx)?;
-    let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
-    let stat: serde_json::Value = serde_json::from_str(&stat)?;
-    let counters = &stat["ublk"]["counters"];
-    for what in ["reads", "writes", "discards", "write_zeroes"] {
-        ensure!(
-            counters[what].as_u64() > Some(0),
-            "no {what} reached the server: {counters}"
-        );
-    }
-    ensure!(counters["errors"] == 0, "requests failed: {counters}");
+    all_kinds_came(&cx.stat("disk")?["ublk"])?;
     server.stop()?;
     nothing_left(cx)
-}
-
-fn the_block_doors_own_tests_pass(cx: &Context) -> Result<()> {
-    own_tests::pass_ignored(cx, "ublk", &[])?;
-    nothing_left(cx)
-}
-
-fn the_registrys_tests_that_need_root_pass(cx: &Context) -> Result<()> {
-    own_tests::pass_ignored(cx, "registry", &[])
-}
-
-fn the_file_backends_tests_that_need_loop_devices_pass(cx: &Context) -> Result<()> {
-    own_tests::pass_ignored(cx, "file", &[])
 }
 
 /// Every guest has a driver; here it is out of sight.
@@ -112,38 +95,21 @@ fn without_a_driver_the_block_door_says_what_to_load(cx: &Context) -> Result<()>
         "-c",
         "mount -t tmpfs none /dev && exec \"$0\" \"$@\"",
     ];
-    let run = cx.scratch().join("run");
-    let serve = cx
-        .serve()
-        .under(without_dev)
-        .env("UBLKUP_RUNTIME_DIR", &run);
+    let serve = cx.serve().under(without_dev);
     let (status, said) = serve.ublk("yes").arg("mem:1M").launch()?.wait()?;
     ensure!(status.code() == Some(1), "{status}: {said}");
     ensure!(said.contains("modprobe ublk_drv"), "{said}");
     // Left to itself it opens the other door, and says once, not per export, what is missing.
-    let serve = cx
-        .serve()
-        .under(without_dev)
-        .env("UBLKUP_RUNTIME_DIR", &run);
+    let serve = cx.serve().under(without_dev);
     let log = serve.arg("a=mem:1M").arg("b=mem:1M").start()?.stop()?;
     ensure!(log.matches("modprobe").count() == 1, "{log}");
     nothing_left(cx)
 }
 
-fn a_disks_upgrade_passes_its_tests_by_the_kernels_way(cx: &Context) -> Result<()> {
-    upgrade_scratch_disk(cx, "kernel")
-}
-
-fn a_disks_upgrade_passes_its_tests_by_the_registrys_way(cx: &Context) -> Result<()> {
-    upgrade_scratch_disk(cx, "registry")
-}
-
 /// The scratch disk is a file behind the page cache: one of the tests needs a disk with something
 /// to flush, which memory has not.
 fn upgrade_scratch_disk(cx: &Context, way: &str) -> Result<()> {
-    let path = cx.scratch().join("disk.img");
-    image(&path, 64 * MIB)?;
-    let spec = format!("file:{},cache=buffered", path.display());
+    let spec = format!("{},cache=buffered", cx.file(64 * MIB)?);
     let server = serve(cx, &spec).arg("--vhost").arg("no").start()?;
     let disk = server.block_device()?.display().to_string();
     let env = [
@@ -161,21 +127,13 @@ fn verified_io_on_memory(cx: &Context) -> Result<()> {
     exercise(cx, server, &Exercise::new(&disk, 128 * MIB))
 }
 
-fn image(path: &Path, size_bytes: u64) -> Result<()> {
-    fs::File::create(path)
-        .and_then(|file| file.set_len(size_bytes))
-        .with_context(|| format!("cannot make {}", path.display()))
-}
-
 fn verified_io_on_a_file_in_tmpfs(cx: &Context) -> Result<()> {
     // No multiple of a page.
     let size_bytes = 96 * MIB + 512;
-    let path = cx.scratch().join("disk.img");
-    image(&path, size_bytes)?;
-    let server = serve(cx, &format!("file:{},cache=buffered", path.display())).start()?;
+    let spec = format!("{},cache=buffered", cx.file(size_bytes)?);
+    let server = serve(cx, &spec).start()?;
     let disk = server.block_device()?;
-    let seen = sh(&format!("blockdev --getsize64 {}", disk.display())).run()?;
-    ensure!(seen.trim() == size_bytes.to_string(), "{seen} bytes");
+    ensure!(Sysfs::of(&disk)?.size_bytes()? == size_bytes);
     exercise(cx, server, &Exercise::new(&disk, size_bytes))
 }
 
@@ -207,24 +165,16 @@ impl Drop for LoopMount {
 fn verified_io_on_a_file_in_ext4_around_the_page_cache(cx: &Context) -> Result<()> {
     let mount = LoopMount::ext4(cx, 256 * MIB)?;
     let path = mount.dir.join("disk.img");
-    image(&path, 96 * MIB)?;
+    File::create(&path)?.set_len(96 * MIB)?;
     let server = serve(cx, &format!("file:{},cache=direct", path.display())).start()?;
     let disk = server.block_device()?;
     let mut plan = Exercise::new(&disk, 96 * MIB);
-    plan.block_bytes = block_bytes(&disk)?;
+    plan.block_bytes = Sysfs::of(&disk)?.number("queue/logical_block_size")?;
     exercise(cx, server, &plan)
 }
 
-fn block_bytes(disk: &Path) -> Result<u64> {
-    let text = sh(&format!("blockdev --getss {}", disk.display())).run()?;
-    text.trim()
-        .parse()
-        .with_context(|| format!("no block size: {text}"))
-}
-
 fn verified_io_on_a_block_device_with_4_kib_sectors(cx: &Context) -> Result<()> {
-    let backing = cx.scratch().join("backing.img");
-    image(&backing, 96 * MIB)?;
+    let backing = cx.image(96 * MIB)?;
     let attach = format!(
         "losetup --find --show --sector-size 4096 {}",
         backing.display()
@@ -233,15 +183,9 @@ fn verified_io_on_a_block_device_with_4_kib_sectors(cx: &Context) -> Result<()> 
     let result = (|| {
         let server = serve(cx, &format!("file:{device}")).start()?;
         let disk = server.block_device()?;
-        ensure!(
-            block_bytes(&disk)? == 4096,
-            "512-byte sectors on a 4 KiB disk"
-        );
+        ensure!(Sysfs::of(&disk)?.number("queue/logical_block_size")? == 4096);
         let small = open_direct(&disk).and_then(|disk| write_direct(&disk, 512, &[1; 512]));
-        ensure!(
-            small.is_err(),
-            "a request smaller than a sector went through"
-        );
+        ensure!(small.is_err(), "less than a sector was written");
         let mut plan = Exercise::new(&disk, 96 * MIB);
         plan.block_bytes = 4096;
         exercise(cx, server, &plan)
@@ -252,26 +196,11 @@ fn verified_io_on_a_block_device_with_4_kib_sectors(cx: &Context) -> Result<()> 
 
 fn verified_io_on_several_queues(cx: &Context) -> Result<()> {
     for queues in 1..=4 {
-        let path = cx.scratch().join("disk.img");
-        image(&path, 96 * MIB)?;
-        let spec = format!("file:{}", path.display());
-        let server = serve(cx, &spec)
-            .arg("--queues")
-            .arg(queues.to_string())
-            .start()?;
+        let serve = serve(cx, &cx.file(96 * MIB)?);
+        let server = serve.args(["--queues", &queues.to_string()]).start()?;
         let disk = server.block_device()?;
-        let name = disk
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        let mq = format!("/sys/block/{name}/mq");
-        let seen = fs::read_dir(&mq).with_context(|| mq.clone())?.count();
         let processors = thread::available_parallelism()?.get();
-        ensure!(
-            seen == queues.min(processors),
-            "{seen} queues instead of {queues}"
-        );
+        ensure!(Sysfs::of(&disk)?.queues()? == queues.min(processors));
         let mut plan = Exercise::new(&disk, 96 * MIB);
         plan.depths = vec![16];
         exercise(cx, server, &plan)?;
@@ -300,17 +229,11 @@ fn a_read_only_disk_refuses_writes(cx: &Context) -> Result<()> {
     let spec = format!("file:{}", path.display());
     let server = serve(cx, &spec).arg("--read-only").start()?;
     let disk = server.block_device()?;
-    let read_only = sh(&format!("blockdev --getro {}", disk.display())).run()?;
-    ensure!(read_only.trim() == "1", "the kernel takes it for writable");
+    ensure!(Sysfs::of(&disk)?.number("ro")? == 1);
     ensure!(
-        fs::OpenOptions::new()
-            .write(true)
-            .open(&disk)
-            .and_then(|f| f.sync_all())
-            .is_err()
-            || open_direct(&disk)
-                .and_then(|disk| write_direct(&disk, 0, &[1; 4096]))
-                .is_err(),
+        open_direct(&disk)
+            .and_then(|disk| write_direct(&disk, 0, &[1; 4096]))
+            .is_err(),
         "a write went through"
     );
     let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), true)?;
@@ -323,57 +246,31 @@ fn a_read_only_disk_refuses_writes(cx: &Context) -> Result<()> {
 /// Two servers, one on top of the other's disk: what the upper one asks of its storage is counted
 /// by the lower one.
 fn flushes_and_forced_writes_reach_the_storage(cx: &Context) -> Result<()> {
-    let path = cx.scratch().join("disk.img");
-    image(&path, 64 * MIB)?;
-    let lower = cx
-        .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg(format!("lower=file:{}", path.display()))
-        .start()?;
+    let storage = format!("lower={}", cx.file(64 * MIB)?);
+    let lower = cx.serve().ublk("yes").arg(storage).start()?;
     let lower_disk = lower.block_device()?;
     let upper = serve(cx, &format!("file:{}", lower_disk.display())).start()?;
     let disk = upper.block_device()?;
     let count = |what: &str| -> Result<u64> {
-        let stat = ublkup(cx, &["stat", "lower", "--json"]).run()?;
-        let stat: serde_json::Value = serde_json::from_str(&stat)?;
-        let count = &stat["ublk"]["counters"][what];
-        count
-            .as_u64()
-            .with_context(|| format!("no count of {what}"))
+        let count = &cx.stat("lower")?["ublk"]["counters"][what];
+        (count.as_u64()).with_context(|| format!("no count of {what}"))
     };
-    let device = disk.display();
     let before = count("flushes")?;
-    sh(&format!(
-        "dd if=/dev/zero of={device} bs=4k count=1 oflag=direct status=none"
-    ))
-    .run()?;
-    ensure!(
-        count("flushes")? == before,
-        "a plain write flushed the storage"
-    );
-    ensure!(
-        count("forced_writes")? == 0,
-        "a plain write was forced to the storage"
-    );
-    sh(&format!(
-        "dd if=/dev/zero of={device} bs=4k count=1 oflag=direct conv=fsync status=none"
-    ))
-    .run()?;
-    ensure!(
-        count("flushes")? > before,
-        "fsync did not reach the storage"
-    );
+    let dd = |how: &str| {
+        let disk = disk.display();
+        sh(&format!(
+            "dd if=/dev/zero of={disk} bs=4k status=none {how}"
+        ))
+        .run()
+    };
+    dd("count=1 oflag=direct")?;
+    ensure!(count("flushes")? == before, "a plain write flushed");
+    ensure!(count("forced_writes")? == 0, "a plain write was forced");
+    dd("count=1 oflag=direct conv=fsync")?;
+    ensure!(count("flushes")? > before, "fsync flushed nothing");
     // O_DSYNC with O_DIRECT is a forced write (FUA) from the file system's view down to the disk.
-    sh(&format!(
-        "dd if=/dev/zero of={device} bs=4k count=8 oflag=direct,dsync status=none"
-    ))
-    .run()?;
-    ensure!(
-        count("forced_writes")? >= 8,
-        "8 synchronous writes, but only {} forced writes at the storage",
-        count("forced_writes")?
-    );
+    dd("count=8 oflag=direct,dsync")?;
+    ensure!(count("forced_writes")? >= 8);
     upper.stop()?;
     lower.stop()?;
     nothing_left(cx)

@@ -4,7 +4,7 @@
 
 mod load;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -22,6 +22,8 @@ use testkit::shell::sh;
 use testkit::wait::{until, wait_for};
 
 use super::io::{open_direct, read_direct, write_direct};
+use crate::kit::beside::beside;
+use crate::kit::sysfs::Sysfs;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -45,43 +47,9 @@ const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 64 * MIB;
 
 fn serve(cx: &Context, spec: &str) -> Result<(Server, PathBuf)> {
-    let server = cx
-        .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .name("disk")
-        .arg(spec)
-        .start()?;
+    let server = cx.serve().ublk("yes").name("disk").arg(spec).start()?;
     let device = server.block_device()?;
     Ok((server, device))
-}
-
-fn file(cx: &Context) -> Result<String> {
-    let image = cx.scratch().join("disk.img");
-    File::create(&image)?.set_len(DISK_BYTES)?;
-    Ok(format!("file:{}", image.display()))
-}
-
-fn stop(server: Server) -> Result<()> {
-    let log = server.stop()?;
-    ensure!(!log.contains("panicked"), "{log}");
-    Ok(())
-}
-
-/// The directory of a disk in sysfs.
-fn sysfs(device: &Path) -> Result<PathBuf> {
-    let name = device.file_name().context("no name")?;
-    Ok(Path::new("/sys/block").join(name))
-}
-
-fn set(path: &Path, value: &str) -> Result<()> {
-    fs::write(path, value).with_context(|| format!("cannot write {value} to {}", path.display()))
-}
-
-fn get(path: &Path) -> Result<String> {
-    let text =
-        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(text.trim().to_owned())
 }
 
 // `_IO(0x12, …)` of include/uapi/linux/fs.h.
@@ -102,7 +70,7 @@ fn ioctl(disk: &File, request: u64, words: [u64; 2]) -> Result<(), i32> {
 }
 
 fn discards_and_zeroes_are_checked_at_their_ends(cx: &Context) -> Result<()> {
-    let (server, device) = serve(cx, &file(cx)?)?;
+    let (server, device) = serve(cx, &cx.file(DISK_BYTES)?)?;
     let disk = OpenOptions::new().read(true).write(true).open(&device)?;
     let end = DISK_BYTES;
     let bad = [
@@ -117,17 +85,12 @@ fn discards_and_zeroes_are_checked_at_their_ends(cx: &Context) -> Result<()> {
     for request in [BLKDISCARD, BLKZEROOUT] {
         for (at, len) in bad {
             let got = ioctl(&disk, request, [at, len]);
-            ensure!(
-                got == Err(libc::EINVAL),
-                "{request:#x} of {len} bytes at {at}: {got:?}"
-            );
+            let what = format!("{request:#x} of {len} bytes at {at}");
+            ensure!(got == Err(libc::EINVAL), "{what}: {got:?}");
         }
         let reader = File::open(&device)?;
         let got = ioctl(&reader, request, [0, 512]);
-        ensure!(
-            got == Err(libc::EBADF),
-            "of a reader, {request:#x}: {got:?}"
-        );
+        ensure!(got == Err(libc::EBADF), "of a reader: {got:?}");
     }
     let got = ioctl(&disk, BLKSECDISCARD, [0, 4096]);
     ensure!(got == Err(libc::EOPNOTSUPP), "secure discard: {got:?}");
@@ -142,20 +105,16 @@ fn discards_and_zeroes_are_checked_at_their_ends(cx: &Context) -> Result<()> {
         ensure!(got.is_ok(), "zeroing at {first}: {got:?}");
         let found = read_direct(&direct, at, piece)?;
         let zeroes = found[512..piece - 512].iter().all(|byte| *byte == 0);
-        let edges = found[..512].iter().chain(&found[piece - 512..]);
         ensure!(zeroes, "zeroed bytes at {first} are not zero");
-        ensure!(
-            edges.into_iter().all(|byte| *byte == 0xa5),
-            "zeroing at {first} went too far"
-        );
+        let edges_stay = |found: &[u8]| {
+            let mut edges = found[..512].iter().chain(&found[piece - 512..]);
+            edges.all(|byte| *byte == 0xa5)
+        };
+        ensure!(edges_stay(&found), "zeroing at {first} went too far");
         let got = ioctl(&disk, BLKDISCARD, [first, len]);
         ensure!(got.is_ok(), "discarding at {first}: {got:?}");
         let found = read_direct(&direct, at, piece)?;
-        let edges = found[..512].iter().chain(&found[piece - 512..]);
-        ensure!(
-            edges.into_iter().all(|byte| *byte == 0xa5),
-            "discarding at {first} went too far"
-        );
+        ensure!(edges_stay(&found), "discarding at {first} went too far");
     }
     for request in [BLKDISCARD, BLKZEROOUT] {
         let got = ioctl(&disk, request, [0, end]);
@@ -164,11 +123,11 @@ fn discards_and_zeroes_are_checked_at_their_ends(cx: &Context) -> Result<()> {
     let found = read_direct(&direct, end - MIB, piece)?;
     ensure!(found.iter().all(|byte| *byte == 0), "the end is not zero");
     drop((disk, direct));
-    stop(server)
+    server.stop().map(drop)
 }
 
 fn the_page_cache_follows_what_goes_around_it(cx: &Context) -> Result<()> {
-    let (server, device) = serve(cx, &file(cx)?)?;
+    let (server, device) = serve(cx, &cx.file(DISK_BYTES)?)?;
     let cached = OpenOptions::new().read(true).write(true).open(&device)?;
     let direct = open_direct(&device)?;
     let len = usize::try_from(MIB)?;
@@ -177,12 +136,9 @@ fn the_page_cache_follows_what_goes_around_it(cx: &Context) -> Result<()> {
     let same = |model: &[u8], what: &str| -> Result<()> {
         let mut through = vec![0; len];
         cached.read_exact_at(&mut through, 0)?;
-        ensure!(
-            through == model,
-            "{what}: the page cache has something else"
-        );
+        ensure!(through == model, "{what}: the page cache has other data");
         let around = read_direct(&direct, 0, len)?;
-        ensure!(around == model, "{what}: the disk has something else");
+        ensure!(around == model, "{what}: the disk has other data");
         Ok(())
     };
     same(&model, "after a write through the page cache")?;
@@ -197,11 +153,11 @@ fn the_page_cache_follows_what_goes_around_it(cx: &Context) -> Result<()> {
     model[100..1100].fill(9);
     same(&model, "after a write of some bytes")?;
     drop((cached, direct));
-    stop(server)
+    server.stop().map(drop)
 }
 
 fn a_disk_in_use_keeps_its_partitions(cx: &Context) -> Result<()> {
-    let (server, device) = serve(cx, &file(cx)?)?;
+    let (server, device) = serve(cx, &cx.file(DISK_BYTES)?)?;
     let shown = device.display();
     sh(&format!(
         "printf 'label: dos\\nstart=2048, size=16384\\nstart=32768, size=16384\\n' | \
@@ -221,7 +177,7 @@ fn a_disk_in_use_keeps_its_partitions(cx: &Context) -> Result<()> {
         drop(wait_for_file(cx, &partition)?);
     }
     drop(disk);
-    stop(server)
+    server.stop().map(drop)
 }
 
 /// Opens a device node as soon as it is there.
@@ -232,9 +188,9 @@ fn wait_for_file(cx: &Context, path: &Path) -> Result<File> {
 
 /// Completed reads, sectors read, reads under way.
 fn read_counters(device: &Path) -> Result<(u64, u64, u64)> {
-    let dir = sysfs(device)?;
+    let disk = Sysfs::of(device)?;
     let numbers = |name: &str| -> Result<Vec<u64>> {
-        let text = get(&dir.join(name))?;
+        let text = disk.get(name)?;
         let numbers = text.split_whitespace().map(str::parse);
         numbers.collect::<Result<_, _>>().context("no number")
     };
@@ -270,7 +226,7 @@ fn the_kernels_counters_are_those_of_the_requests(cx: &Context) -> Result<()> {
         "8 reads of 8 sectors: {before:?}, then {after:?}"
     );
     drop(disk);
-    stop(server)
+    server.stop().map(drop)
 }
 
 fn a_client_that_is_killed_in_a_request_ends_with_it(cx: &Context) -> Result<()> {
@@ -295,13 +251,13 @@ fn a_client_that_is_killed_in_a_request_ends_with_it(cx: &Context) -> Result<()>
         let ended = process::wait_limited(&mut reader, cx.patience(20))?;
         ensure!(ended.is_some(), "dd does not end");
         let left = read_counters(&device)?.2;
-        ensure!(left == 0, "{left} reads of nobody are under way");
+        ensure!(left == 0, "{left} reads are still under way");
     }
-    stop(server)
+    server.stop().map(drop)
 }
 
 fn a_thousand_pieces_of_memory_are_one_request_for_the_disk(cx: &Context) -> Result<()> {
-    let (server, device) = serve(cx, &file(cx)?)?;
+    let (server, device) = serve(cx, &cx.file(DISK_BYTES)?)?;
     let mut disk = open_direct(&device)?;
     let pieces = 1024;
     // Sectors with gaps between them.
@@ -319,10 +275,8 @@ fn a_thousand_pieces_of_memory_are_one_request_for_the_disk(cx: &Context) -> Res
     disk.seek(SeekFrom::Start(512))?;
     let written = disk.write_vectored(&slices)?;
     ensure!(written == data.len(), "{written} bytes were written");
-    ensure!(
-        read_direct(&disk, 512, data.len())? == data,
-        "something else was written"
-    );
+    let back = read_direct(&disk, 512, data.len())?;
+    ensure!(back == data, "something else was written");
     memory.fill(0);
     let mut rest = &mut memory[start..];
     let mut slices = Vec::new();
@@ -334,24 +288,18 @@ fn a_thousand_pieces_of_memory_are_one_request_for_the_disk(cx: &Context) -> Res
     disk.seek(SeekFrom::Start(512))?;
     let read = disk.read_vectored(&mut slices)?;
     ensure!(read == data.len(), "{read} bytes were read");
-    let got: Vec<u8> = slices
-        .iter()
-        .flat_map(|slice| slice.iter().copied())
-        .collect();
+    let got: Vec<u8> = slices.iter().flat_map(|slice| slice.to_vec()).collect();
     ensure!(got == data, "something else was read");
-    let gaps = (0..pieces - 1).map(|index| start + index * 1536 + 512);
-    for at in gaps {
-        ensure!(
-            memory[at..at + 1024].iter().all(|byte| *byte == 0),
-            "a gap was filled"
-        );
+    for at in (0..pieces - 1).map(|index| start + index * 1536 + 512) {
+        let is_empty = memory[at..at + 1024].iter().all(|byte| *byte == 0);
+        ensure!(is_empty, "a gap was filled");
     }
     drop(disk);
-    stop(server)
+    server.stop().map(drop)
 }
 
 fn a_write_protected_disk_refuses_and_recovers(cx: &Context) -> Result<()> {
-    let (server, device) = serve(cx, &file(cx)?)?;
+    let (server, device) = serve(cx, &cx.file(DISK_BYTES)?)?;
     let disk = File::open(&device)?;
     let writer = open_direct(&device)?;
     ensure!(ioctl(&disk, BLKROSET, [1, 0]).is_ok(), "BLKROSET");
@@ -366,49 +314,38 @@ fn a_write_protected_disk_refuses_and_recovers(cx: &Context) -> Result<()> {
     write_direct(&writer, 0, &[3; 4096])?;
     ensure!(read_direct(&writer, 0, 4096)? == [3; 4096], "not written");
     drop((disk, writer, cached));
-    stop(server)
+    server.stop().map(drop)
 }
 
 fn openers_race_with_removal(cx: &Context) -> Result<()> {
-    let over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let openers: Vec<_> = (0..3)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut reads = 0u64;
-                    while !over.load(Ordering::Relaxed) {
-                        let mut sector = [0; 512];
-                        let read = File::open("/dev/ublkb0")
-                            .and_then(|mut disk| disk.read_exact(&mut sector));
-                        reads += u64::from(read.is_ok());
-                        thread::sleep(Duration::from_millis(1));
-                    }
-                    reads
-                })
-            })
-            .collect();
-        let removed = (|| {
-            for _ in 0..8 {
-                let server = cx
-                    .serve()
-                    .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-                    .ublk("yes")
-                    .args(["--ublk-id", "0"])
-                    .arg("mem:64M")
-                    .start()?;
-                thread::sleep(Duration::from_millis(30));
-                stop(server)?;
-            }
-            anyhow::Ok(())
-        })();
-        over.store(true, Ordering::Relaxed);
-        let mut reads = 0;
-        for opener in openers {
-            reads += opener.join().map_err(|_| anyhow!("an opener panicked"))?;
+    let opener = |over: &AtomicBool| {
+        let mut reads = 0u64;
+        while !over.load(Ordering::Relaxed) {
+            let mut sector = [0; 512];
+            let read = File::open("/dev/ublkb0").and_then(|mut disk| disk.read_exact(&mut sector));
+            reads += u64::from(read.is_ok());
+            thread::sleep(Duration::from_millis(1));
         }
-        removed?;
-        ensure!(reads > 0, "nobody ever read");
-        ensure!(!Path::new("/dev/ublkb0").exists(), "a disk is left");
+        reads
+    };
+    let openers = |over: &AtomicBool| {
+        thread::scope(|scope| {
+            let all = [(); 3].map(|()| scope.spawn(|| opener(over)));
+            let reads = all.into_iter().map(|one| one.join());
+            let reads = reads.map(|one| one.map_err(|_| anyhow!("an opener panicked")));
+            reads.sum::<Result<u64>>()
+        })
+    };
+    let (reads, ()) = beside(openers, || {
+        for _ in 0..8 {
+            let serve = cx.serve().ublk("yes").args(["--ublk-id", "0"]);
+            let server = serve.arg("mem:64M").start()?;
+            thread::sleep(Duration::from_millis(30));
+            server.stop()?;
+        }
         Ok(())
-    })
+    })?;
+    ensure!(reads > 0, "no read succeeded");
+    ensure!(!Path::new("/dev/ublkb0").exists(), "a disk is left");
+    Ok(())
 }

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, ensure};
-use serde::{Deserialize, Serialize};
 use testkit::shell::Shell;
 
 use super::series::{self, Verdict};
@@ -24,57 +23,44 @@ pub const STEPS: &[Test] = &[test!(run_kernel_test).limit_s(400)];
 const REPEATS: u32 = 8;
 
 /// Programs that were there before the series. Not all speak TAP; of the others the exit status counts.
-const PROGRAMS: &[(&str, &str)] = &[
-    ("net/af_unix", "diag_uid"),
-    ("net/af_unix", "msg_oob"),
-    ("net/af_unix", "scm_inq"),
-    ("net/af_unix", "scm_pidfd"),
-    ("net/af_unix", "scm_rights"),
-    ("net/af_unix", "so_peek_off"),
-    ("net/af_unix", "unix_connect"),
-    ("net/af_unix", "unix_connreset"),
-    ("net/af_unix", "unix_listen"),
-    ("landlock", "base_test"),
-    ("landlock", "fs_test"),
-    ("landlock", "net_test"),
-    ("landlock", "ptrace_test"),
-    ("landlock", "scoped_abstract_unix_test"),
-    ("landlock", "scoped_signal_test"),
-    ("landlock", "scoped_test"),
-    ("landlock", "tsync_test"),
-    ("splice", "default_file_splice_read.sh"),
-    ("splice", "short_splice_read.sh"),
+const PROGRAMS: [(&str, &str); 7] = [
+    (
+        "net/af_unix",
+        "diag_uid msg_oob scm_inq scm_pidfd scm_rights so_peek_off unix_connect \
+         unix_connreset unix_listen",
+    ),
+    (
+        "landlock",
+        "base_test fs_test net_test ptrace_test scoped_abstract_unix_test \
+         scoped_signal_test scoped_test tsync_test",
+    ),
+    ("splice", "default_file_splice_read.sh short_splice_read.sh"),
     ("filesystems/epoll", "epoll_wakeup_test"),
-    ("futex/functional", "futex_priv_hash"),
-    ("futex/functional", "futex_requeue"),
-    ("futex/functional", "futex_wait"),
-    ("futex/functional", "futex_wait_private_mapped_file"),
-    ("futex/functional", "futex_wait_timeout"),
-    ("futex/functional", "futex_wait_wouldblock"),
-    ("futex/functional", "futex_waitv"),
-    ("futex/functional", "robust_list"),
-    ("mm", "madv_populate"),
-    ("mm", "map_populate"),
-    ("mm", "merge"),
-    ("mm", "mlock2-tests"),
-    ("mm", "mremap_test"),
-    ("mm", "mseal_test"),
+    (
+        "futex/functional",
+        "futex_priv_hash futex_requeue futex_wait futex_wait_private_mapped_file \
+         futex_wait_timeout futex_wait_wouldblock futex_waitv robust_list",
+    ),
+    (
+        "mm",
+        "madv_populate map_populate merge mlock2-tests mremap_test mseal_test",
+    ),
     ("pipe", "pipe_bench"),
 ];
 
-#[derive(Serialize, Deserialize)]
-struct Program {
-    collection: String,
-    name: String,
+/// Collection and name of each.
+fn programs() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let all = PROGRAMS.iter();
+    all.flat_map(|(collection, names)| names.split(' ').map(|name| (*collection, name)))
 }
 
 type Verdicts = BTreeMap<String, Verdict>;
 
 fn run_kernel_test(cx: &Context) -> Result<()> {
-    let program: Program = cx.args()?;
+    let (collection, name): (String, String) = cx.args()?;
     // Some tests compare what they look at with TCP.
     Shell::new("ip").args(["link", "set", "lo", "up"]).run()?;
-    let finished = series::run_program(cx, &program.collection, &program.name)?;
+    let finished = series::run_program(cx, &collection, &name)?;
     let mut verdicts = series::verdicts(&finished.stdout);
     if verdicts.is_empty() {
         let passed = finished.code() == 0;
@@ -89,21 +75,13 @@ fn boot(cx: &Context, kernel: Kernel) -> Result<Machine> {
     Machine::boot(&Uml::new(image), &cx.paths, &format!("compare-{kernel}"))
 }
 
-fn verdicts_of(
-    cx: &Context,
-    machine: &mut Machine,
-    (collection, name): (&str, &str),
-) -> Result<Verdicts> {
-    let program = Program {
-        collection: collection.into(),
-        name: name.into(),
-    };
-    machine.run_step(&cx.paths, "run_kernel_test", &program)
+fn verdicts_of(machine: &mut Machine, program: (&str, &str)) -> Result<Verdicts> {
+    machine.run_step("run_kernel_test", &program)
 }
 
-fn all_on(cx: &Context, machine: &mut Machine) -> Result<BTreeMap<&'static str, Verdicts>> {
-    let results = PROGRAMS.iter().map(|&program| {
-        let verdicts = verdicts_of(cx, machine, program)?;
+fn all_on(machine: &mut Machine) -> Result<BTreeMap<&'static str, Verdicts>> {
+    let results = programs().map(|program| {
+        let verdicts = verdicts_of(machine, program)?;
         Ok((program.1, verdicts))
     });
     results.collect()
@@ -120,14 +98,13 @@ fn worse(before: &Verdicts, after: &Verdicts) -> Vec<String> {
 
 /// In how many runs each of these tests did at least as well as it did at first without the series.
 fn runs_as_good(
-    cx: &Context,
     machine: &mut Machine,
     program: (&str, &str),
     (tests, first): (&[String], &Verdicts),
 ) -> Result<Vec<u32>> {
     let mut runs = vec![0; tests.len()];
     for _ in 0..REPEATS {
-        let verdicts = verdicts_of(cx, machine, program)?;
+        let verdicts = verdicts_of(machine, program)?;
         for (count, test) in runs.iter_mut().zip(tests) {
             *count += u32::from(verdicts.get(test) >= first.get(test));
         }
@@ -147,10 +124,10 @@ fn count(verdicts: &Verdicts, wanted: Verdict) -> usize {
 fn no_test_of_the_kernel_does_worse_with_the_series(cx: &Context) -> Result<()> {
     let mut without = boot(cx, Kernel::UmlBase)?;
     let mut with = boot(cx, Kernel::Uml)?;
-    let before = all_on(cx, &mut without)?;
-    let after = all_on(cx, &mut with)?;
+    let before = all_on(&mut without)?;
+    let after = all_on(&mut with)?;
     let mut found = Vec::new();
-    for &program in PROGRAMS {
+    for program in programs() {
         let name = program.1;
         let (before, after) = (&before[name], &after[name]);
         ensure!(!before.is_empty(), "{name} has no results");
@@ -172,8 +149,8 @@ fn no_test_of_the_kernel_does_worse_with_the_series(cx: &Context) -> Result<()> 
             continue;
         }
         let suspects = (&tests[..], before);
-        let good_without = runs_as_good(cx, &mut without, program, suspects)?;
-        let good_with = runs_as_good(cx, &mut with, program, suspects)?;
+        let good_without = runs_as_good(&mut without, program, suspects)?;
+        let good_with = runs_as_good(&mut with, program, suspects)?;
         for ((test, without), with) in tests.iter().zip(good_without).zip(good_with) {
             let again = format!(
                 "{name}: {test}: of {REPEATS} more runs {without} as good without, {with} with"

@@ -153,12 +153,7 @@ fn ring_of(end: &impl AsRawFd, side: u32) -> Result<OwnedFd, Error> {
 fn allocations_that_fail_are_errors_like_others(cx: &Context) -> Result<()> {
     fs::write(format!("{FAILSLAB}/ignore-gfp-wait"), "N").context("cannot set up failslab")?;
     fs::write(format!("{FAILSLAB}/task-filter"), "Y").context("cannot set up failslab")?;
-    let server = cx
-        .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg("disk=mem:4M")
-        .start()?;
+    let server = cx.serve().ublk("yes").arg("disk=mem:4M").start()?;
     let disk = File::options()
         .read(true)
         .write(true)

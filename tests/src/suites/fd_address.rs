@@ -47,20 +47,11 @@ fn a_socket_bound_at_one_end_of_a_pipe_is_found_from_the_other(_cx: &Context) ->
     let listener = UnixListener::bind(address(reading, "ring-buffer")).context("bind")?;
     talk(&listener, &address(writing, "ring-buffer"))?;
     let same_end = refusal(&address(reading, "ring-buffer"));
-    ensure!(
-        same_end == Some(libc::ECONNREFUSED),
-        "from the same end: {same_end:?}"
-    );
+    ensure!(same_end == Some(libc::ECONNREFUSED));
     let other_name = refusal(&address(writing, "other"));
-    ensure!(
-        other_name == Some(libc::ECONNREFUSED),
-        "another name: {other_name:?}"
-    );
+    ensure!(other_name == Some(libc::ECONNREFUSED));
     let second = errno(UnixListener::bind(address(reading, "ring-buffer")).map(drop));
-    ensure!(
-        second == Some(libc::EADDRINUSE),
-        "a second listener: {second:?}"
-    );
+    ensure!(second == Some(libc::EADDRINUSE));
     // A listener keeps no end open: the reader sees the end of the pipe.
     drop(writer);
     let mut reader = reader;
@@ -69,22 +60,14 @@ fn a_socket_bound_at_one_end_of_a_pipe_is_found_from_the_other(_cx: &Context) ->
 }
 
 fn a_socket_bound_at_a_disk_is_found_through_any_open_of_it(cx: &Context) -> Result<()> {
-    let server = cx
-        .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg("mem:16M")
-        .start()?;
+    let server = cx.serve().ublk("yes").arg("mem:16M").start()?;
     let disk = server.block_device()?;
     let bound = File::open(&disk)?;
     let listener = UnixListener::bind(address(bound.as_raw_fd(), "test")).context("bind")?;
     let writable = File::options().read(true).write(true).open(&disk)?;
     talk(&listener, &address(writable.as_raw_fd(), "test"))?;
     let read_only = refusal(&address(bound.as_raw_fd(), "test"));
-    ensure!(
-        read_only == Some(libc::EACCES),
-        "a read-only descriptor: {read_only:?}"
-    );
+    ensure!(read_only == Some(libc::EACCES));
     drop((bound, writable));
     server.stop()?;
     Ok(())
@@ -95,10 +78,7 @@ fn addresses_that_lead_nowhere_say_why(cx: &Context) -> Result<()> {
     let file = File::create(&path)?;
     let fd = file.as_raw_fd();
     let at_file = errno(UnixListener::bind(address(fd, "x")).map(drop));
-    ensure!(
-        at_file == Some(libc::EOPNOTSUPP),
-        "bind at a file: {at_file:?}"
-    );
+    ensure!(at_file == Some(libc::EOPNOTSUPP));
     for (address, expected) in [
         (address(fd, "x"), libc::ECONNREFUSED),
         (address(999, "x"), libc::EBADF),

@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use testkit::images;
-use testkit::server::{Serve, Server};
+use testkit::server::Serve;
 use testkit::shell::{Shell, sh};
 
 use crate::kernel::Kernel;
+use crate::kit::beside::beside;
 use crate::machine::{Machine, Qemu};
 use crate::report::line;
 use crate::test;
@@ -21,19 +22,31 @@ use crate::test::{Context, Test};
 
 /// Of the ublk door, inside a guest.
 pub const BLOCK_TESTS: &[Test] = &[
-    test!(fsx_finds_nothing_behind_the_block_door).limit_s(120),
+    test!(fsx_finds_nothing_behind_the_block_door, |cx| block_door(
+        cx, SHORT
+    ))
+    .limit_s(120),
     test!(fsx_notices_a_disk_that_forgets),
-    test!(fsx_finds_nothing_behind_the_block_door_for_ten_minutes)
-        .limit_s(600)
-        .full(),
+    test!(
+        fsx_finds_nothing_behind_the_block_door_for_ten_minutes,
+        |cx| { block_door(cx, LONG) }
+    )
+    .limit_s(600)
+    .full(),
 ];
 
 /// Of the vhost door, on the host.
 pub const VHOST_TESTS: &[Test] = &[
-    test!(fsx_finds_nothing_behind_the_vhost_door).limit_s(300),
-    test!(fsx_finds_nothing_behind_the_vhost_door_for_ten_minutes)
-        .limit_s(1500)
-        .full(),
+    test!(fsx_finds_nothing_behind_the_vhost_door, |cx| vhost_door(
+        cx, SHORT
+    ))
+    .limit_s(300),
+    test!(
+        fsx_finds_nothing_behind_the_vhost_door_for_ten_minutes,
+        |cx| { vhost_door(cx, LONG) }
+    )
+    .limit_s(1500)
+    .full(),
 ];
 
 /// What a guest runs.
@@ -83,21 +96,15 @@ impl Target {
 /// Whole runs until the time is over; how many there were. Meanwhile the page cache is dropped again
 /// and again: what is read comes from the disk.
 fn exercise(cx: &Context, target: Target, path: &Path, for_at_least: Duration) -> Result<u64> {
-    let over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let dropping = scope.spawn(|| -> Result<()> {
-            while !over.load(Ordering::Relaxed) {
-                fs::write("/proc/sys/vm/drop_caches", "1").context("cannot drop the page cache")?;
-                thread::sleep(Duration::from_millis(50));
-            }
-            Ok(())
-        });
-        let runs = run_fsx(cx, target, path, for_at_least);
-        over.store(true, Ordering::Relaxed);
-        let dropped = dropping.join().map_err(|_| anyhow!("a thread panicked"))?;
-        let runs = runs?;
-        dropped.map(|()| runs)
-    })
+    let dropping = |over: &AtomicBool| {
+        while !over.load(Ordering::Relaxed) {
+            fs::write("/proc/sys/vm/drop_caches", "1").context("cannot drop the page cache")?;
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    };
+    let ((), runs) = beside(dropping, || run_fsx(cx, target, path, for_at_least))?;
+    Ok(runs)
 }
 
 fn run_fsx(cx: &Context, target: Target, path: &Path, for_at_least: Duration) -> Result<u64> {
@@ -142,54 +149,29 @@ fn tell(door: &str, (raw, files): (u64, u64)) -> Result<()> {
     Ok(())
 }
 
-fn serve(cx: &Context, name: &str) -> Result<Serve> {
-    let image = cx.scratch().join("disk.img");
-    fs::File::create(&image)?.set_len(DISK_BYTES)?;
-    Ok(cx
-        .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .name(name)
-        .arg(format!("file:{}", image.display())))
-}
-
-fn stop(server: Server) -> Result<()> {
-    let log = server.stop()?;
-    ensure!(!log.contains("panicked"), "{log}");
-    Ok(())
+fn serve(cx: &Context) -> Result<Serve> {
+    Ok(cx.serve().name("disk").arg(cx.file(DISK_BYTES)?))
 }
 
 fn block_door(cx: &Context, for_at_least: Duration) -> Result<()> {
-    let server = serve(cx, "disk")?.ublk("yes").start()?;
+    let server = serve(cx)?.ublk("yes").start()?;
     tell(
         "ublk door",
         exercise_both(cx, &server.block_device()?, for_at_least)?,
     )?;
-    stop(server)
-}
-
-fn fsx_finds_nothing_behind_the_block_door(cx: &Context) -> Result<()> {
-    block_door(cx, SHORT)
-}
-
-fn fsx_finds_nothing_behind_the_block_door_for_ten_minutes(cx: &Context) -> Result<()> {
-    block_door(cx, LONG)
+    server.stop().map(drop)
 }
 
 /// A null disk takes everything and gives nothing back.
 fn fsx_notices_a_disk_that_forgets(cx: &Context) -> Result<()> {
-    let server = cx
-        .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg("null:64M")
-        .start()?;
+    let server = cx.serve().ublk("yes").arg("null:64M").start()?;
     let noticed = exercise(cx, Target::Disk, &server.block_device()?, SHORT);
     let error = noticed.err().context("fsx noticed nothing")?;
     ensure!(
         format!("{error:#}").contains("[ERROR fsx]"),
         "fsx failed, but not for the data: {error:#}"
     );
-    stop(server)
+    server.stop().map(drop)
 }
 
 /// For [`fsx_disk`].
@@ -207,26 +189,15 @@ fn fsx_disk(cx: &Context) -> Result<()> {
 
 fn vhost_door(cx: &Context, for_at_least: Duration) -> Result<()> {
     let socket = cx.scratch().join("disk.sock");
-    let server = serve(cx, "disk")?
-        .ublk("no")
-        .vhost_socket(&socket)
-        .start()?;
+    let server = serve(cx)?.ublk("no").vhost_socket(&socket).start()?;
     let guest = Qemu::client(cx.paths.kernel(Kernel::X86)?, &socket).processors(2);
     let mut machine = Machine::boot(&guest, &cx.paths, "fsx")?;
     let order = Order {
         device: "/dev/vda".into(),
         for_at_least,
     };
-    let runs: (u64, u64) = machine.run_step(&cx.paths, "fsx_disk", &order)?;
+    let runs: (u64, u64) = machine.run_step("fsx_disk", &order)?;
     tell("vhost door", runs)?;
     machine.power_off();
-    stop(server)
-}
-
-fn fsx_finds_nothing_behind_the_vhost_door(cx: &Context) -> Result<()> {
-    vhost_door(cx, SHORT)
-}
-
-fn fsx_finds_nothing_behind_the_vhost_door_for_ten_minutes(cx: &Context) -> Result<()> {
-    vhost_door(cx, LONG)
+    server.stop().map(drop)
 }

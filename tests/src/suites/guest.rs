@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use testkit::images::{self, KnownFiles};
 use testkit::random::Random;
@@ -10,6 +10,7 @@ use testkit::server::Server;
 use testkit::shell::sh;
 
 use super::io::{Exercise, open_direct, write_direct};
+use crate::kit::sysfs::Sysfs;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -32,7 +33,7 @@ fn run_script(cx: &Context) -> Result<()> {
     cx.reply(&output)
 }
 
-/// For [`check_files_on_disk`] and [`add_files_to_disk`].
+/// A file system, what must be in it and what to add.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct FilesOnDisk {
     /// The block device with an ext4 file system.
@@ -43,24 +44,33 @@ pub struct FilesOnDisk {
     pub seed: u64,
 }
 
-/// Mounts the disk read-only and compares every known file.
-fn check_files_on_disk(cx: &Context) -> Result<()> {
-    let disk: FilesOnDisk = cx.args()?;
-    let mounted = images::mount_ext4(&disk.device, &cx.scratch().join("mnt"), true)?;
-    disk.known.verify(mounted.dir())?;
-    mounted.unmount()
+impl FilesOnDisk {
+    /// Mounts the disk read-only and compares every known file.
+    pub fn check(&self, cx: &Context) -> Result<()> {
+        let mounted = images::mount_ext4(&self.device, &cx.scratch().join("mnt"), true)?;
+        self.known.verify(mounted.dir())?;
+        mounted.unmount()
+    }
+
+    /// Mounts the disk, compares, writes new files, unmounts, checks the file system; the new files.
+    pub fn add(&self, cx: &Context) -> Result<KnownFiles> {
+        let mounted = images::mount_ext4(&self.device, &cx.scratch().join("mnt"), false)?;
+        self.known.verify(mounted.dir())?;
+        let new = KnownFiles::generate(mounted.dir(), self.seed)?;
+        mounted.unmount()?;
+        images::fsck(&self.device)?;
+        Ok(new)
+    }
 }
 
-/// Mounts the disk, compares, writes new files, unmounts, checks the file
-/// system; replies with the new files' [`KnownFiles`].
+/// The argument is a [`FilesOnDisk`].
+fn check_files_on_disk(cx: &Context) -> Result<()> {
+    cx.args::<FilesOnDisk>()?.check(cx)
+}
+
+/// The argument is a [`FilesOnDisk`]; replies with the new files' [`KnownFiles`].
 fn add_files_to_disk(cx: &Context) -> Result<()> {
-    let disk: FilesOnDisk = cx.args()?;
-    let mounted = images::mount_ext4(&disk.device, &cx.scratch().join("mnt"), false)?;
-    disk.known.verify(mounted.dir())?;
-    let new = KnownFiles::generate(mounted.dir(), disk.seed)?;
-    mounted.unmount()?;
-    images::fsck(&disk.device)?;
-    cx.reply(&new)
+    cx.reply(&cx.args::<FilesOnDisk>()?.add(cx)?)
 }
 
 /// What a guest's kernel says about a virtio or ublk disk.
@@ -81,28 +91,13 @@ pub struct DiskFacts {
 /// Replies with the [`DiskFacts`] of the disk whose name (`vda`) is the argument.
 fn describe_disk(cx: &Context) -> Result<()> {
     let name: String = cx.args()?;
-    let dir = PathBuf::from("/sys/block").join(&name);
-    ensure!(dir.exists(), "there is no disk {name}");
-    let read = |file: &str| {
-        let path = dir.join(file);
-        std::fs::read_to_string(&path)
-            .map(|text| text.trim().to_owned())
-            .with_context(|| format!("cannot read {}", path.display()))
-    };
-    let number = |file: &str| -> Result<u64> {
-        let text = read(file)?;
-        text.parse()
-            .with_context(|| format!("{name}/{file} is no number: {text}"))
-    };
-    let queues = std::fs::read_dir(dir.join("mq"))
-        .with_context(|| format!("cannot list the queues of {name}"))?
-        .count();
+    let disk = Sysfs::of(&name)?;
     cx.reply(&DiskFacts {
-        size_bytes: number("size")? * 512,
-        block_bytes: number("queue/logical_block_size")?,
-        read_only: number("ro")? != 0,
-        write_cache: read("queue/write_cache")?,
-        queues,
+        size_bytes: disk.size_bytes()?,
+        block_bytes: disk.number("queue/logical_block_size")?,
+        read_only: disk.number("ro")? != 0,
+        write_cache: disk.get("queue/write_cache")?,
+        queues: disk.queues()?,
     })
 }
 
@@ -127,13 +122,9 @@ pub fn write_through_data(block: u64) -> Vec<u8> {
 /// one after the other. When this step ends, every one of them was acknowledged.
 fn write_through(cx: &Context) -> Result<()> {
     let name: String = cx.args()?;
-    let switch = format!("/sys/block/{name}/cache_type");
-    std::fs::write(&switch, "write through").with_context(|| format!("cannot write {switch}"))?;
-    let seen = std::fs::read_to_string(&switch)?;
-    ensure!(
-        seen.trim() == "write through",
-        "the cache is still on: {seen}"
-    );
+    let sysfs = Sysfs::of(&name)?;
+    sysfs.set("cache_type", "write through")?;
+    ensure!(sysfs.get("cache_type")? == "write through");
     let disk = open_direct(&PathBuf::from("/dev").join(name))?;
     for block in 0..WRITE_THROUGH_BLOCKS {
         let data = write_through_data(block);
@@ -142,51 +133,29 @@ fn write_through(cx: &Context) -> Result<()> {
     Ok(())
 }
 
-/// For [`serve_and_add_files`] and [`serve_and_check_files`].
-#[derive(Debug, Serialize, Deserialize)]
-pub struct FilesInImage {
-    /// Name of the image in the exchange directory.
-    pub image: String,
-    /// What must be in it.
-    pub known: KnownFiles,
-    /// For new files.
-    pub seed: u64,
+/// Serves an image of the exchange directory through the ublk door; its path there is in the place of
+/// the device.
+fn serve_image(cx: &Context) -> Result<(Server, FilesOnDisk)> {
+    let mut files: FilesOnDisk = cx.args()?;
+    let spec = format!("file:{}", cx.exchange().join(files.device).display());
+    let doors = ["--ublk", "yes", "--vhost", "no"];
+    let server = cx.serve().args(doors).name("disk").arg(spec).start()?;
+    files.device = server.block_device()?;
+    Ok((server, files))
 }
 
-fn serve_image(cx: &Context, image: &str) -> Result<Server> {
-    cx.serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg("--vhost")
-        .arg("no")
-        .arg(format!("disk=file:{}", cx.exchange().join(image).display()))
-        .start()
-}
-
-/// Serves an image through the ublk door, mounts `/dev/ublkbN`, compares its files, writes new
-/// ones, unmounts, checks; replies with the new files.
+/// Serves an image through the ublk door and does as [`add_files_to_disk`] on `/dev/ublkbN`.
 fn serve_and_add_files(cx: &Context) -> Result<()> {
-    let files: FilesInImage = cx.args()?;
-    let server = serve_image(cx, &files.image)?;
-    let device = server.block_device()?;
-    let mounted = images::mount_ext4(&device, &cx.scratch().join("mnt"), false)?;
-    files.known.verify(mounted.dir())?;
-    let new = KnownFiles::generate(mounted.dir(), files.seed)?;
-    mounted.unmount()?;
-    images::fsck(&device)?;
+    let (server, files) = serve_image(cx)?;
+    let new = files.add(cx)?;
     server.stop()?;
     cx.reply(&new)
 }
 
-/// Serves an image through the ublk door, mounts it and compares its files.
+/// Serves an image through the ublk door and compares its files.
 fn serve_and_check_files(cx: &Context) -> Result<()> {
-    let files: FilesInImage = cx.args()?;
-    let server = serve_image(cx, &files.image)?;
-    let device = server.block_device()?;
-    images::fsck(&device)?;
-    let mounted = images::mount_ext4(&device, &cx.scratch().join("mnt"), true)?;
-    files.known.verify(mounted.dir())?;
-    mounted.unmount()?;
-    server.stop()?;
-    Ok(())
+    let (server, files) = serve_image(cx)?;
+    images::fsck(&files.device)?;
+    files.check(cx)?;
+    server.stop().map(drop)
 }

@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use testkit::random::Random;
 
 use super::io::{Exercise, read_direct, write_direct};
+use crate::kit::beside::beside;
 use crate::kit::fio::Fio;
 use crate::test;
 use crate::test::{Context, Test};
@@ -87,15 +88,13 @@ fn pattern(block: u64, generation: u64) -> Result<Vec<u8>> {
 fn hammer_disk(cx: &Context) -> Result<()> {
     let hammer: Hammer = cx.args()?;
     let stop = cx.exchange().join(OVER);
-    let over = AtomicBool::new(false);
-    let hammered = thread::scope(|scope| {
-        let running = scope.spawn(|| hammer.run(cx, &over));
-        while !running.is_finished() && !stop.exists() {
+    let told = || {
+        while !stop.exists() {
             thread::sleep(Duration::from_millis(100));
         }
-        over.store(true, Ordering::Relaxed);
-        running.join().map_err(|_| anyhow!("the client panicked"))?
-    })?;
+        Ok(())
+    };
+    let (hammered, ()) = beside(|over| hammer.run(cx, over), told)?;
     cx.reply(&hammered)
 }
 
@@ -107,25 +106,21 @@ pub fn tell_guest_to_stop(exchange: &Path) -> Result<()> {
 impl Hammer {
     /// Whole rounds until it is over.
     pub fn run(&self, cx: &Context, over: &AtomicBool) -> Result<Hammered> {
-        thread::scope(|scope| {
-            let prober = scope.spawn(|| self.probe(over));
+        let load = || {
             let mut rounds = 0;
-            let mut load = Ok(());
-            while load.is_ok() && !over.load(Ordering::Relaxed) {
-                load = self.load(cx, rounds);
+            while !over.load(Ordering::Relaxed) {
+                (self.load(cx, rounds)).with_context(|| format!("round {rounds}"))?;
                 rounds += 1;
             }
-            over.store(true, Ordering::Relaxed);
-            let waits = prober.join().map_err(|_| anyhow!("the prober panicked"))?;
-            load.with_context(|| format!("round {rounds}"))?;
-            let (probes, mut waits_us) = waits?;
-            waits_us.sort_unstable_by(|a, b| b.cmp(a));
-            waits_us.truncate(WAITS);
-            Ok(Hammered {
-                rounds,
-                probes,
-                waits_us,
-            })
+            Ok(rounds)
+        };
+        let ((probes, mut waits_us), rounds) = beside(|over| self.probe(over), load)?;
+        waits_us.sort_unstable_by(|a, b| b.cmp(a));
+        waits_us.truncate(WAITS);
+        Ok(Hammered {
+            rounds,
+            probes,
+            waits_us,
         })
     }
 

@@ -14,7 +14,7 @@ use testkit::server::Server;
 use testkit::wait::until;
 
 use super::io::{Exercise, open_direct, read_direct, write_direct};
-use super::upgraded::{boot_upgraded, expect_access};
+use super::upgraded::boot_upgraded;
 use crate::kit::fio::Fio;
 use crate::machine::Machine;
 use crate::test;
@@ -128,7 +128,6 @@ fn serve(cx: &Context, grace_s: u32) -> Result<Server> {
 
 fn serve_spec(cx: &Context, grace_s: u32, spec: &str) -> Result<Server> {
     cx.serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .args(["--name", "disk", "--reconnect-grace"])
         .arg(grace_s.to_string())
@@ -178,7 +177,7 @@ fn no_write_is_lost_when_a_guest_takes_the_disk_and_gives_it_back(cx: &Context) 
         let ended = writer.join().map_err(|_| anyhow!("the writer panicked"))?;
         anyhow::Ok((guest?, ended.err().context("the writer was never refused")?))
     })?;
-    expect_access(cx, "upgraded")?;
+    cx.expect_access("upgraded")?;
     let refused = error.downcast_ref::<std::io::Error>();
     ensure!(
         refused.and_then(std::io::Error::raw_os_error) == Some(Errno::BADE.raw_os_error()),
@@ -186,14 +185,13 @@ fn no_write_is_lost_when_a_guest_takes_the_disk_and_gives_it_back(cx: &Context) 
     );
     let count = acknowledged(&told);
     ensure!(count > 100, "the writer was too slow: {count} writes");
-    let paths = &cx.paths;
-    let () = guest.run_step(paths, "check_written", &(counted.in_guest(), count))?;
+    let () = guest.run_step("check_written", &(counted.in_guest(), count))?;
     let parts = (ours.in_guest(), theirs.in_guest());
-    let () = guest.run_step(paths, "write_verified", &parts)?;
+    let () = guest.run_step("write_verified", &parts)?;
 
     // And back, in the middle of the guest's writes: QEMU ends in order.
     let count = interrupt(cx, guest, &counted, Signal::TERM)?;
-    expect_access(cx, "block")?;
+    cx.expect_access("block")?;
     compare(&counted, count)?;
     ours.fio(cx).option("verify_only", 1).run()?;
     theirs.fio(cx).option("verify_only", 1).run()?;
@@ -213,10 +211,10 @@ fn no_acknowledged_write_is_missing_after_qemu_was_killed(cx: &Context) -> Resul
     };
     let (guest, _) = boot_upgraded(cx, &disk, "killed")?;
     let count = interrupt(cx, guest, &part, Signal::KILL)?;
-    expect_access(cx, "waiting")?;
+    cx.expect_access("waiting")?;
     let refused = write_direct(&open_direct(&disk)?, 0, &block(0));
     ensure!(refused.is_err(), "the ublk door writes during the grace");
-    expect_access(cx, "block")?;
+    cx.expect_access("block")?;
     compare(&part, count)?;
     part.fio(cx).run()?;
     let log = server.stop()?;
@@ -230,9 +228,7 @@ fn no_acknowledged_write_is_missing_after_qemu_was_killed(cx: &Context) -> Resul
 /// QEMU has the block device's descriptor and a path, nothing else. Servers die; the next one takes the
 /// device over, and QEMU finds it by the same path.
 fn a_guest_and_its_path_outlive_servers_that_are_killed(cx: &Context) -> Result<()> {
-    let image = cx.scratch().join("disk.img");
-    fs::File::create(&image)?.set_len(DISK_BYTES)?;
-    let spec = format!("file:{},cache=buffered", image.display());
+    let spec = format!("{},cache=buffered", cx.file(DISK_BYTES)?);
     let mut server = serve_spec(cx, 120, &spec)?;
     let disk = server.block_device()?;
     let (mut guest, _) = boot_upgraded(cx, &disk, "outlives")?;
@@ -240,45 +236,40 @@ fn a_guest_and_its_path_outlive_servers_that_are_killed(cx: &Context) -> Result<
     plan.depths = vec![1, 32];
     plan.run_mib = 8;
     let (kills, server) = std::thread::scope(|scope| {
-        let running = scope.spawn(|| guest.run_step::<_, ()>(&cx.paths, "exercise_disk", &plan));
+        let running = scope.spawn(|| guest.run_step::<_, ()>("exercise_disk", &plan));
         let mut kills = 0;
         while !running.is_finished() {
             std::thread::sleep(Duration::from_secs(2));
             server.kill()?;
             server = serve_spec(cx, 120, &spec)?;
             kills += 1;
-            ensure!(
-                server.block_device()? == disk,
-                "the device was not taken over"
-            );
-            expect_access(cx, "upgraded")?;
+            ensure!(server.block_device()? == disk, "another device");
+            cx.expect_access("upgraded")?;
         }
         running.join().map_err(|_| anyhow!("the step panicked"))??;
         anyhow::Ok((kills, server))
     })?;
     ensure!(kills >= 3, "only {kills} servers were killed");
     guest.power_off();
-    expect_access(cx, "block")?;
+    cx.expect_access("block")?;
     let part = Part {
         disk,
         offset_bytes: 0,
         len_bytes: 16 * MIB,
     };
     part.fio(cx).run()?;
-    server.stop()?;
-    Ok(())
+    server.stop().map(drop)
 }
 
 /// Lets a guest write, and ends its QEMU in the middle of that; how many writes were acknowledged.
 fn interrupt(cx: &Context, mut guest: Machine, part: &Part, signal: Signal) -> Result<u64> {
     let told = guest.exchange().join(TOLD);
     let kept = cx.scratch().join("kept");
-    let pid = i32::try_from(guest.pid()).ok().and_then(Pid::from_raw);
-    let pid = pid.context("QEMU has no process")?;
+    let pid = guest.process();
     std::thread::scope(|scope| {
         let in_guest = part.in_guest();
         let writer = scope.spawn(move || {
-            let ended: Result<()> = guest.run_step(&cx.paths, "write_and_tell", &in_guest);
+            let ended: Result<()> = guest.run_step("write_and_tell", &in_guest);
             // The exchange directory goes with the machine.
             let count = fs::copy(guest.exchange().join(TOLD), &kept).map(|_| acknowledged(&kept));
             (ended, count)

@@ -4,13 +4,14 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use testkit::random::Random;
 use testkit::shell::Shell;
 
+use crate::kit::beside::beside;
 use crate::kit::fio::Fio;
 use crate::test::Context;
 
@@ -61,16 +62,12 @@ impl Exercise {
             self.verified(cx, depth, 1, run_mib, half)?;
         }
         let depth = self.depths.iter().copied().max().unwrap_or(1);
-        thread::scope(|scope| {
-            let zeroes = scope.spawn(|| {
-                zeroes_and_discards(&self.device, self.block_bytes, half, self.size_bytes, 0)
-            });
-            let writers = self.verified(cx, depth, self.jobs, self.run_mib, half);
-            match zeroes.join() {
-                Ok(zeroes) => writers.and(zeroes),
-                Err(_) => bail!("the thread that zeroes and discards panicked"),
-            }
-        })
+        let (block, size) = (self.block_bytes, self.size_bytes);
+        beside(
+            |_| zeroes_and_discards(&self.device, block, half, size, 0),
+            || self.verified(cx, depth, self.jobs, self.run_mib, half),
+        )
+        .map(drop)
     }
 
     fn verified(
@@ -147,12 +144,9 @@ impl Load {
         let report = Fio::new(device)
             .option(what, sizes)
             .option("rw", pattern)
-            .option("direct", 1)
-            .option("ioengine", "io_uring")
             .option("fsync", 24)
             .option("offset_increment", format!("{}m", self.each_mib))
             .option("randseed", self.seed)
-            .option("group_reporting", 1)
             .size(&format!("{}m", self.each_mib))
             .depth(self.depth)
             .jobs(self.jobs)
@@ -173,6 +167,17 @@ impl Load {
         );
         Ok(())
     }
+}
+
+/// Requests of all kinds came through a door, as its part of `stat` says, and none failed.
+pub fn all_kinds_came(door: &Value) -> Result<()> {
+    let counters = &door["counters"];
+    for what in ["reads", "writes", "discards", "write_zeroes"] {
+        let came = counters[what].as_u64() > Some(0);
+        ensure!(came, "no {what} reached the server: {counters}");
+    }
+    ensure!(counters["errors"] == 0, "requests failed: {counters}");
+    Ok(())
 }
 
 /// Fills a part of the disk, then zeroes (with and without unmapping) and discards pieces of it

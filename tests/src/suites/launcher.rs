@@ -13,17 +13,17 @@ use rustix::fs::OFlags;
 use rustix::process::Signal;
 
 pub(super) use self::common::{
-    Served, boot, child_of, expect, expect_written, launcher, linux, recipe, serve, serve_file,
-    ublkup, write_sector,
+    boot, child_of, expect, expect_written, launcher, linux, recipe, serve, serve_file,
+    write_sector,
 };
-use self::common::{command, second_sector};
+use self::common::{command, expect_refusal, second_sector};
 use crate::kit::boot_sector::{self, OPTIONS, SECTOR_BYTES};
 use crate::test::{Context, Place, Test};
 use crate::{skip, test};
 use testkit::images;
 use testkit::process;
+use testkit::server::Server;
 use testkit::shell::sh;
-use testkit::wait::until;
 
 /// The table.
 pub const TESTS: &[Test] = &[
@@ -60,23 +60,19 @@ fn number_of(device: &Path) -> Result<(u32, u32, u64)> {
 
 fn the_raw_recipe_upgrades_an_unmodified_qemu_by_path_alone(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &[])?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     let mut raw = recipe(cx, "raw.sh");
     let guest = boot(cx, raw.env("DEVICE", &device).args(OPTIONS))?;
-    ensure!(
-        served.stat(cx, "disk")?["access"] == "upgraded",
-        "{}",
-        served.stat(cx, "disk")?
-    );
+    ensure!(cx.stat("disk")?["access"] == "upgraded");
     guest.write_and_end()?;
     sh(&format!("blockdev --flushbufs {}", device.display())).run()?;
     expect_written(&device)?;
-    served.stop()
+    served.stop().map(drop)
 }
 
 fn the_launcher_boots_from_the_disk_and_its_claim_and_cache_are_right(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &[])?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     // What makes the disk bootable is in the page cache only when QEMU comes, and a writer stays, or
     // the kernel itself would write it out.
     let writer = OpenOptions::new().write(true).open(&device)?;
@@ -85,8 +81,7 @@ fn the_launcher_boots_from_the_disk_and_its_claim_and_cache_are_right(cx: &Conte
     writer.write_all_at(&boot_sector::sector(), 0)?;
     let mut launcher = recipe(cx, "launcher-q35.sh");
     let guest = boot(cx, launcher.env("DEVICE", &device).args(OPTIONS))?;
-    let stat = served.stat(cx, "disk")?;
-    ensure!(stat["access"] == "upgraded", "{stat}");
+    ensure!(cx.stat("disk")?["access"] == "upgraded");
     // A reader fills the page cache with what the guest will overwrite, and stays: the kernel itself
     // drops the cache when the last one leaves.
     let _reader = File::open(&device)?;
@@ -104,7 +99,14 @@ fn the_launcher_boots_from_the_disk_and_its_claim_and_cache_are_right(cx: &Conte
     );
     guest.write_and_end()?;
     expect_written(&device)?;
-    served.stop()
+    served.stop().map(drop)
+}
+
+/// An image of 8 MiB with the boot sector.
+fn image(cx: &Context) -> Result<PathBuf> {
+    let image = cx.image(8 << 20)?;
+    write_sector(&image)?;
+    Ok(image)
 }
 
 /// A loop device on `image` and its end.
@@ -129,20 +131,12 @@ impl Drop for LoopDevice {
     }
 }
 
-fn image(cx: &Context) -> Result<PathBuf> {
-    let image = cx.scratch().join("disk.img");
-    File::create(&image)?.set_len(8 << 20)?;
-    write_sector(&image)?;
-    Ok(image)
-}
-
 /// A loop device has no service in the kernel, so a client goes on to the registry, where the
 /// server of the same image has an entry for it.
-fn serve_loop(cx: &Context, image: &Path, disk: &LoopDevice) -> Result<Served> {
-    let run = cx.scratch().join("run");
+fn serve_loop(cx: &Context, image: &Path, disk: &LoopDevice) -> Result<Server> {
+    let run = cx.run_dir();
     let server = cx
         .serve()
-        .env("UBLKUP_RUNTIME_DIR", &run)
         .ublk("no")
         .arg(format!("disk=file:{}", image.display()))
         .start()?;
@@ -154,7 +148,7 @@ fn serve_loop(cx: &Context, image: &Path, disk: &LoopDevice) -> Result<Served> {
         fs::remove_file(&entry)?;
     }
     fs::hard_link(run.join("exports/disk/vhost-user-blk"), entry)?;
-    Ok(Served { server })
+    Ok(server)
 }
 
 fn the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing(cx: &Context) -> Result<()> {
@@ -162,12 +156,11 @@ fn the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing(cx: &Context
     let disk = LoopDevice::new(cx, &image)?;
     let served = serve_loop(cx, &image, &disk)?;
     let path = disk.0.to_string_lossy().into_owned();
-    let said = ublkup(cx, &["probe", &path]).finish()?;
+    let said = cx.ublkup(&["probe", &path]).finish()?;
     expect(&said, 0, "by the registry's way")?;
     let asked = [&format!("{path},bootindex=0"), "--require-upgrade"];
     let guest = boot(cx, &mut launcher(cx, &asked))?;
-    let stat = served.stat(cx, "disk")?;
-    ensure!(stat["access"] == "upgraded", "{stat}");
+    ensure!(cx.stat("disk")?["access"] == "upgraded");
     guest.write_and_end()?;
     served.stop()?;
     // The image, not the loop device, which has a cache of the file in between.
@@ -181,11 +174,9 @@ fn qemu_comes_back_to_a_server_that_was_started_again(cx: &Context) -> Result<()
     let served = serve_loop(cx, &image, &disk)?;
     let path = format!("{},bootindex=0", disk.0.display());
     let guest = boot(cx, &mut launcher(cx, &[&path]))?;
-    served.server.kill()?;
+    served.kill()?;
     let served = serve_loop(cx, &image, &disk)?;
-    until("QEMU comes back", cx.patience(20), || {
-        Ok(served.stat(cx, "disk")?["access"] == "upgraded")
-    })?;
+    cx.expect_access("upgraded")?;
     guest.write_and_end()?;
     served.stop()?;
     expect_written(&image)
@@ -193,19 +184,14 @@ fn qemu_comes_back_to_a_server_that_was_started_again(cx: &Context) -> Result<()
 
 fn without_a_service_qemu_gets_the_block_device(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &["--vhost", "no"])?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     let disk = format!("{},bootindex=0", device.display());
     let mut strict = launcher(cx, &["--require-upgrade", &disk]);
-    let refused = strict.output()?;
-    let said = String::from_utf8_lossy(&refused.stderr);
-    ensure!(
-        refused.status.code() == Some(3) && said.contains("no server offers this service"),
-        "{refused:?}"
-    );
+    expect_refusal(&mut strict, 3, "no server offers this service")?;
     let guest = boot(cx, &mut launcher(cx, &[&disk]))?;
     guest.write_and_end()?;
     expect_written(&device)?;
-    served.stop()
+    served.stop().map(drop)
 }
 
 /// Whatever kind of "no" the kernel says: it knows no fd addresses, or no service of a loop device.
@@ -216,12 +202,7 @@ fn without_a_service_the_raw_recipe_ends_and_the_launcher_goes_on(cx: &Context) 
     raw.env("DEVICE", &disk.0)
         .env("RECONNECT", "")
         .args(OPTIONS);
-    let ended = raw.output()?;
-    let said = String::from_utf8_lossy(&ended.stderr);
-    ensure!(
-        ended.status.code() == Some(1) && said.contains("Failed to connect to '/dev/self/fd/9/"),
-        "{ended:?}"
-    );
+    expect_refusal(&mut raw, 1, "Failed to connect to '/dev/self/fd/9/")?;
     let asked = format!("{},bootindex=0", disk.0.display());
     let guest = boot(cx, &mut launcher(cx, &[&asked]))?;
     guest.write_and_end()?;
@@ -230,23 +211,19 @@ fn without_a_service_the_raw_recipe_ends_and_the_launcher_goes_on(cx: &Context) 
 
 fn a_mounted_disk_is_refused_by_name_of_the_mount(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &[])?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     sh(&format!("mkfs.ext4 -q -F {}", device.display())).run()?;
     let mounted = images::mount_ext4(&device, &cx.scratch().join("mnt"), false)?;
-    let refused = launcher(cx, &[&device.to_string_lossy()]).output()?;
-    let said = String::from_utf8_lossy(&refused.stderr);
     let cause = format!("mounted at {}", mounted.dir().display());
-    ensure!(
-        refused.status.code() == Some(1) && said.contains(&cause),
-        "{refused:?}"
-    );
+    let path = device.to_string_lossy();
+    expect_refusal(&mut launcher(cx, &[&path]), 1, &cause)?;
     mounted.unmount()?;
-    served.stop()
+    served.stop().map(drop)
 }
 
 fn two_disks_are_upgraded_and_the_second_boots(cx: &Context) -> Result<()> {
     let served = serve(cx, &["data", "system"], &[])?;
-    let devices = served.server.block_devices();
+    let devices = served.block_devices();
     ensure!(devices.len() == 2, "{devices:?}");
     let mut several = recipe(cx, "several-disks.sh");
     several
@@ -256,11 +233,8 @@ fn two_disks_are_upgraded_and_the_second_boots(cx: &Context) -> Result<()> {
         .args(OPTIONS);
     let guest = boot(cx, &mut several)?;
     for name in ["data", "system"] {
-        let stat = served.stat(cx, name)?;
-        ensure!(
-            stat["vhost"]["sessions"].as_array().map(Vec::len) == Some(1),
-            "{stat}"
-        );
+        let stat = cx.stat(name)?;
+        ensure!(stat["vhost"]["sessions"].as_array().map(Vec::len) == Some(1));
     }
     guest.write_and_end()?;
     expect_written(&devices[1])?;
@@ -268,12 +242,12 @@ fn two_disks_are_upgraded_and_the_second_boots(cx: &Context) -> Result<()> {
         second_sector(&devices[0])? != boot_sector::sector(),
         "the guest wrote to the wrong disk"
     );
-    served.stop()
+    served.stop().map(drop)
 }
 
 fn the_printed_command_runs_in_a_shell(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &[])?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     let disk = format!("{},bootindex=0", device.display());
     let printed = launcher(cx, &["--print", &disk]).output()?;
     ensure!(printed.status.success(), "{printed:?}");
@@ -285,15 +259,14 @@ fn the_printed_command_runs_in_a_shell(cx: &Context) -> Result<()> {
         "{line}"
     );
     let guest = boot(cx, command(cx, "sh").args(["-c", &line]))?;
-    let stat = served.stat(cx, "disk")?;
-    ensure!(stat["access"] == "upgraded", "{stat}");
+    ensure!(cx.stat("disk")?["access"] == "upgraded");
     guest.write_and_end()?;
-    served.stop()
+    served.stop().map(drop)
 }
 
 fn signals_reach_qemu_and_its_end_is_told(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &[])?;
-    let disk = format!("{},bootindex=0", served.device()?.display());
+    let disk = format!("{},bootindex=0", served.block_device()?.display());
     let mut guest = boot(cx, &mut launcher(cx, &[&disk]))?;
     process::signal(guest.process(), Signal::TERM)?;
     let status = guest.wait()?;
@@ -306,34 +279,28 @@ fn signals_reach_qemu_and_its_end_is_told(cx: &Context) -> Result<()> {
     rustix::process::kill_process(child_of(launcher)?, Signal::KILL)?;
     let status = guest.wait()?;
     ensure!(status.code() == Some(137), "after SIGKILL: {status}");
-    served.stop()
+    served.stop().map(drop)
 }
 
 fn a_second_launcher_is_refused(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &[])?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     let disk = format!("{},bootindex=0", device.display());
     let guest = boot(cx, &mut launcher(cx, &[&disk]))?;
-    let second = launcher(cx, &[&disk]).output()?;
-    let said = String::from_utf8_lossy(&second.stderr);
-    ensure!(
-        second.status.code() == Some(1) && said.contains("claimed exclusively"),
-        "{second:?}"
-    );
+    expect_refusal(&mut launcher(cx, &[&disk]), 1, "claimed exclusively")?;
     drop(guest);
     served.stop()?;
 
     // The raw recipe takes no claim; there the server turns the second client away.
     let served = serve(cx, &["disk"], &[])?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     let mut raw = recipe(cx, "raw.sh");
     let guest = boot(cx, raw.env("DEVICE", &device).args(OPTIONS))?;
-    let second = launcher(cx, &[&format!("{},bootindex=0", device.display())]).output()?;
-    let said = String::from_utf8_lossy(&second.stderr);
-    ensure!(
-        second.status.code() == Some(1) && said.contains("another client has the disk"),
-        "{second:?}"
-    );
+    expect_refusal(
+        &mut launcher(cx, &[&format!("{},bootindex=0", device.display())]),
+        1,
+        "another client has the disk",
+    )?;
     drop(guest);
-    served.stop()
+    served.stop().map(drop)
 }

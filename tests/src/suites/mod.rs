@@ -40,8 +40,9 @@ mod ublk_selftests;
 pub mod upgraded;
 mod vhost;
 
-use crate::kernel::Kernel;
+use crate::kernel::Kernel::{self, Uml, UmlBase, UmlDebug, X86, X86Debug, X86Kcsan};
 use crate::test::{Place, Test};
+use Need::{DriverTests, Fsx, Herd7, Selftests, Server, Tools};
 
 /// A named table of tests and what it takes to run them.
 #[derive(Debug)]
@@ -93,42 +94,48 @@ pub enum Need {
     Herd7,
 }
 
+/// What most suites have in common.
+const SUITE: Suite = Suite {
+    name: "",
+    about: "",
+    place: Place::Host,
+    needs: &[],
+    tests: &[],
+    with_cargo_test: false,
+    full: false,
+};
+
 /// Every suite, in the order they run.
 pub const SUITES: &[Suite] = &[
     Suite {
         name: "host",
         about: "unit tests of every package, and tests that need no other kernel",
         place: Place::Host,
-        needs: &[Need::Server, Need::Tools],
+        needs: &[Server, Tools],
         tests: &[docs::TESTS, handshakes::TESTS, bench::TESTS],
         with_cargo_test: true,
-        full: false,
+        ..SUITE
     },
     Suite {
         name: "lab",
         about: "the lab itself: what goes wrong in a machine is reported as a failure",
         place: Place::Host,
-        needs: &[
-            Need::Kernel(Kernel::Uml),
-            Need::Kernel(Kernel::X86),
-            Need::Tools,
-        ],
+        needs: &[Need::Kernel(Uml), Need::Kernel(X86), Tools],
         tests: &[selftest::TESTS],
-        with_cargo_test: false,
-        full: false,
+        ..SUITE
     },
     Suite {
         name: "uml",
         about: "inside a User Mode Linux kernel, one processor",
         place: Place::Uml,
         needs: &[
-            Need::Kernel(Kernel::Uml),
-            Need::Kernel(Kernel::X86),
-            Need::Selftests,
-            Need::Server,
-            Need::DriverTests,
-            Need::Tools,
-            Need::Fsx,
+            Need::Kernel(Uml),
+            Need::Kernel(X86),
+            Selftests,
+            Server,
+            DriverTests,
+            Tools,
+            Fsx,
         ],
         tests: &[
             kernel::TESTS,
@@ -145,34 +152,21 @@ pub const SUITES: &[Suite] = &[
             block_clients::TESTS,
             fsx::BLOCK_TESTS,
         ],
-        with_cargo_test: false,
-        full: false,
+        ..SUITE
     },
     Suite {
         name: "ring",
         about: "the kernel's rings: its own tests in User Mode Linux, the memory model's litmus tests",
         place: Place::Uml,
-        needs: &[
-            Need::Kernel(Kernel::Uml),
-            Need::Selftests,
-            Need::Herd7,
-            Need::Tools,
-        ],
+        needs: &[Need::Kernel(Uml), Selftests, Herd7, Tools],
         tests: &[litmus::TESTS, ring::TESTS],
-        with_cargo_test: false,
-        full: false,
+        ..SUITE
     },
     Suite {
         name: "qemu",
         about: "a server process on the host and guests that use its disk",
         place: Place::Host,
-        needs: &[
-            Need::Kernel(Kernel::Uml),
-            Need::Kernel(Kernel::X86),
-            Need::Server,
-            Need::Tools,
-            Need::Fsx,
-        ],
+        needs: &[Need::Kernel(Uml), Need::Kernel(X86), Server, Tools, Fsx],
         tests: &[
             story::TESTS,
             upgraded::TESTS,
@@ -182,62 +176,42 @@ pub const SUITES: &[Suite] = &[
             qemu::TESTS,
             launcher::STOCK_KERNEL_TESTS,
         ],
-        with_cargo_test: false,
-        full: false,
+        ..SUITE
     },
     Suite {
         name: "ublk-selftests",
         about: "the kernel's own ublk tests, with ublkup in the place of the kernel's test server",
         place: Place::Uml,
-        needs: &[
-            Need::Kernel(Kernel::Uml),
-            Need::Selftests,
-            Need::Server,
-            Need::Tools,
-        ],
+        needs: &[Need::Kernel(Uml), Selftests, Server, Tools],
         tests: &[ublk_selftests::TESTS],
-        with_cargo_test: false,
-        full: false,
+        ..SUITE
     },
     Suite {
         name: "upgrade",
         about: "a disk goes from the block device to a stock QEMU and back, in User Mode Linux",
         place: Place::Uml,
-        needs: &[
-            Need::Kernel(Kernel::Uml),
-            Need::Kernel(Kernel::X86),
-            Need::Server,
-            Need::Tools,
-        ],
+        needs: &[Need::Kernel(Uml), Need::Kernel(X86), Server, Tools],
         tests: &[
             probe::TESTS,
             launcher::TESTS,
             restart::TESTS,
             hand_over::TESTS,
         ],
-        with_cargo_test: false,
-        full: false,
+        ..SUITE
     },
     Suite {
         name: "survive",
         about: "servers that die under a guest of the vhost door, and guests that move, on the host",
         place: Place::Host,
-        needs: &[Need::Kernel(Kernel::X86), Need::Server, Need::Tools],
+        needs: &[Need::Kernel(X86), Server, Tools],
         tests: &[survive::VHOST_TESTS, migration::TESTS],
-        with_cargo_test: false,
-        full: false,
+        ..SUITE
     },
     Suite {
         name: "vm",
         about: "inside an emulated x86 PC with four processors",
         place: Place::Vm,
-        needs: &[
-            Need::Kernel(Kernel::X86),
-            Need::Selftests,
-            Need::Server,
-            Need::DriverTests,
-            Need::Tools,
-        ],
+        needs: &[Need::Kernel(X86), Selftests, Server, DriverTests, Tools],
         tests: &[
             kernel::TESTS,
             kernel::SMP_TESTS,
@@ -252,63 +226,52 @@ pub const SUITES: &[Suite] = &[
             blockdev::TESTS,
             agree::TESTS,
         ],
-        with_cargo_test: false,
-        full: false,
+        ..SUITE
     },
     Suite {
         name: "compare",
         about: "the kernel's own tests with the series and without",
         place: Place::Host,
-        needs: &[
-            Need::Kernel(Kernel::Uml),
-            Need::Kernel(Kernel::UmlBase),
-            Need::Selftests,
-            Need::Tools,
-        ],
+        needs: &[Need::Kernel(Uml), Need::Kernel(UmlBase), Selftests, Tools],
         tests: &[compare::TESTS],
-        with_cargo_test: false,
         full: true,
+        ..SUITE
     },
     Suite {
         name: "debug-uml",
         about: "the series under KASAN, lockdep, kmemleak and failslab, one processor",
         place: Place::Uml,
         needs: &[
-            Need::Kernel(Kernel::UmlDebug),
-            Need::Selftests,
-            Need::Server,
-            Need::DriverTests,
-            Need::Tools,
+            Need::Kernel(UmlDebug),
+            Selftests,
+            Server,
+            DriverTests,
+            Tools,
         ],
         tests: DEBUG_TESTS,
-        with_cargo_test: false,
         full: true,
+        ..SUITE
     },
     Suite {
         name: "debug-vm",
         about: "the series under KASAN, lockdep, kmemleak and failslab, four processors",
         place: Place::Vm,
         needs: &[
-            Need::Kernel(Kernel::X86Debug),
-            Need::Selftests,
-            Need::Server,
-            Need::DriverTests,
-            Need::Tools,
+            Need::Kernel(X86Debug),
+            Selftests,
+            Server,
+            DriverTests,
+            Tools,
         ],
         tests: DEBUG_TESTS,
-        with_cargo_test: false,
         full: true,
+        ..SUITE
     },
     Suite {
         name: "kcsan",
         about: "the series on a kernel that looks for data races, four processors",
         place: Place::Vm,
-        needs: &[
-            Need::Kernel(Kernel::X86Kcsan),
-            Need::Selftests,
-            Need::Server,
-            Need::Tools,
-        ],
+        needs: &[Need::Kernel(X86Kcsan), Selftests, Server, Tools],
         tests: &[
             kcsan::FIRST,
             series::TESTS,
@@ -317,8 +280,8 @@ pub const SUITES: &[Suite] = &[
             ring::LONG_TESTS,
             kcsan::LAST,
         ],
-        with_cargo_test: false,
         full: true,
+        ..SUITE
     },
 ];
 

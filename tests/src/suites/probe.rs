@@ -9,7 +9,7 @@ use serde_json::Value;
 use testkit::images;
 use testkit::shell::{Shell, sh};
 
-use super::launcher::{expect, serve, ublkup};
+use super::launcher::{expect, serve};
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -21,23 +21,20 @@ pub const TESTS: &[Test] = &[
 
 fn probe_tells_what_can_be_upgraded_and_why_not(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &[])?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     let path = device.to_string_lossy().into_owned();
-    let probe = |path: &str| ublkup(cx, &["probe", path]).finish();
+    let probe = |path: &str| cx.ublkup(&["probe", path]).finish();
 
     expect(&probe(&path)?, 0, "by the kernel's way")?;
-    let json: Value = serde_json::from_str(&ublkup(cx, &["probe", &path, "--json"]).run()?)?;
+    let json: Value = serde_json::from_str(&cx.ublkup(&["probe", &path, "--json"]).run()?)?;
     ensure!(
         json["way"] == "kernel"
-            && json["server_pid"] == served.server.pid()
+            && json["server_pid"] == served.pid()
             && json["size_bytes"] == 8 << 20
             && json["read_only"] == false,
         "{json}"
     );
-    ensure!(
-        served.stat(cx, "disk")?["access"] == "block",
-        "a probe takes nothing"
-    );
+    ensure!(cx.stat("disk")?["access"] == "block", "a probe takes it");
 
     let claim = OpenOptions::new()
         .read(true)
@@ -59,13 +56,13 @@ fn probe_tells_what_can_be_upgraded_and_why_not(cx: &Context) -> Result<()> {
 
     expect(&probe("/dev/null")?, 3, "not a block device")?;
     expect(&probe("/dev/no-such-disk")?, 1, "no-such-disk")?;
-    expect(&ublkup(cx, &["probe"]).finish()?, 2, "Usage")?;
+    expect(&cx.ublkup(&["probe"]).finish()?, 2, "Usage")?;
     served.stop()?;
 
     let served = serve(cx, &["disk"], &["--vhost", "no"])?;
-    let path = served.device()?.to_string_lossy().into_owned();
+    let path = served.block_device()?.to_string_lossy().into_owned();
     expect(&probe(&path)?, 3, "no server offers this service")?;
-    served.stop()
+    served.stop().map(drop)
 }
 
 /// In its system calls, since no clock could tell.
@@ -82,7 +79,7 @@ fn probe_claims_the_disk_no_longer_than_it_takes_to_open_it(cx: &Context) -> Res
         .arg(&trace)
         .arg(&cx.paths.server)
         .arg("probe")
-        .arg(served.device()?)
+        .arg(served.block_device()?)
         .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .limit(cx.patience(30))
         .run()?;
@@ -104,5 +101,5 @@ fn probe_claims_the_disk_no_longer_than_it_takes_to_open_it(cx: &Context) -> Res
         !trace.contains("fsync(") && !trace.contains("BLKFLSBUF"),
         "a probe touches the page cache:\n{trace}"
     );
-    served.stop()
+    served.stop().map(drop)
 }

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use testkit::images::{self, KnownFiles};
 use testkit::process;
+use testkit::wait::until;
 
 use super::guest::{DiskFacts, FilesOnDisk};
 use crate::kernel::Kernel;
@@ -60,7 +61,7 @@ fn guest_finds_files<H: Hypervisor>(
     let hypervisor = guest(&socket)?;
     let log = format!("reference-{}", hypervisor.name());
     let mut machine = Machine::boot(&hypervisor, &cx.paths, &log)?;
-    let disk: DiskFacts = machine.run_step(&cx.paths, "describe_disk", &"vda")?;
+    let disk: DiskFacts = machine.run_step("describe_disk", &"vda")?;
     ensure!(
         disk.size_bytes == size_bytes && !disk.read_only,
         "the guest sees another disk: {disk:?}"
@@ -70,7 +71,7 @@ fn guest_finds_files<H: Hypervisor>(
         known,
         seed: 2,
     };
-    let new: KnownFiles = machine.run_step(&cx.paths, "add_files_to_disk", &files)?;
+    let new: KnownFiles = machine.run_step("add_files_to_disk", &files)?;
     let all = files.known.clone().and(new.clone());
     ensure!(
         all.len() == files.known.len() + new.len() && !new.is_empty(),
@@ -80,7 +81,7 @@ fn guest_finds_files<H: Hypervisor>(
         known: all,
         ..files
     };
-    let () = machine.run_step(&cx.paths, "check_files_on_disk", &both)?;
+    let () = machine.run_step("check_files_on_disk", &both)?;
     machine.power_off();
     drop(daemon);
 
@@ -111,17 +112,15 @@ impl StorageDaemon {
                 ))
                 .stdin(Stdio::null()),
         )?;
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !socket.exists() {
-            if let Some(status) = child.try_wait().context("cannot look at the daemon")? {
-                bail!("qemu-storage-daemon ended with {status}");
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "qemu-storage-daemon made no socket"
-            );
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        until(
+            "qemu-storage-daemon listens",
+            Duration::from_secs(20),
+            || {
+                let ended = child.try_wait().context("cannot look at the daemon")?;
+                ensure!(ended.is_none(), "qemu-storage-daemon ended with {ended:?}");
+                Ok(socket.exists())
+            },
+        )?;
         Ok(StorageDaemon { child })
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Error, PipeReader, PipeWriter, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -14,28 +14,26 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use testkit::random::Random;
+use testkit::vhost::raw;
+use testkit::wait::until;
 
 use crate::test;
 use crate::test::{Context, Test};
 
 /// Short, for every run.
-pub const TESTS: &[Test] =
-    &[test!(races_end_with_documented_errors_and_leave_nothing).limit_s(200)];
-
-/// An hour's worth.
-pub const LONG_TESTS: &[Test] =
-    &[test!(an_hours_worth_of_races_ends_with_documented_errors_and_leaves_nothing).limit_s(1500)];
-
-fn races_end_with_documented_errors_and_leave_nothing(cx: &Context) -> Result<()> {
-    race(cx, 60_000, 5)
-}
+pub const TESTS: &[Test] = &[
+    test!(races_end_with_documented_errors_and_leave_nothing, |cx| {
+        race(cx, 60_000, 5)
+    })
+    .limit_s(200),
+];
 
 /// As many as an hour has at a hundred operations a second, with a new disk every minute.
-fn an_hours_worth_of_races_ends_with_documented_errors_and_leaves_nothing(
-    cx: &Context,
-) -> Result<()> {
-    race(cx, 360_000, 60)
-}
+pub const LONG_TESTS: &[Test] = &[test!(
+    an_hours_worth_of_races_ends_with_documented_errors_and_leaves_nothing,
+    |cx| race(cx, 360_000, 60)
+)
+.limit_s(1500)];
 
 /// Few, so that they meet.
 const NAMES: [&str; 3] = ["a", "b", "vhost-user-blk"];
@@ -79,9 +77,9 @@ impl Arena {
     /// The number of one end of one pipe, which another thread may close before it is used: then it
     /// is nothing, or something else.
     fn end(&self, random: &mut Random) -> Option<RawFd> {
-        let pipe = self.pipes[one_of(random, PIPES)].lock().ok()?;
+        let pipe = self.pipes[random.index(PIPES)].lock().ok()?;
         let (reader, writer) = pipe.as_ref()?;
-        Some(if one_of(random, 2) == 0 {
+        Some(if random.index(2) == 0 {
             reader.as_raw_fd()
         } else {
             writer.as_raw_fd()
@@ -121,13 +119,8 @@ impl Drop for Tally<'_> {
     }
 }
 
-/// One of so many.
-fn one_of(random: &mut Random, count: usize) -> usize {
-    usize::try_from(random.next_u64() % count as u64).unwrap_or(0)
-}
-
 fn address(fd: RawFd, random: &mut Random) -> String {
-    format!("/dev/self/fd/{fd}/{}", NAMES[one_of(random, NAMES.len())])
+    format!("/dev/self/fd/{fd}/{}", NAMES[random.index(NAMES.len())])
 }
 
 /// Not a socket's object any more, or another thing by now, or taken.
@@ -153,7 +146,7 @@ fn serve_pipes(arena: &Arena, seed: u64) -> Result<()> {
             continue;
         };
         let address = address(fd, &mut random);
-        if one_of(&mut random, 4) == 0 {
+        if random.index(4) == 0 {
             let bound = UnixDatagram::bind(&address);
             if let Some(socket) = tally.note("bind a datagram socket", bound, &BIND_ERRORS)? {
                 socket.set_nonblocking(true)?;
@@ -165,7 +158,7 @@ fn serve_pipes(arena: &Arena, seed: u64) -> Result<()> {
         let bound = UnixListener::bind(&address);
         if let Some(listener) = tally.note("bind a stream socket", bound, &BIND_ERRORS)? {
             listener.set_nonblocking(true)?;
-            for _ in 0..one_of(&mut random, 4) {
+            for _ in 0..random.index(4) {
                 std::thread::yield_now();
                 // Nobody may have come.
                 if let Ok((stream, _)) = listener.accept() {
@@ -189,7 +182,7 @@ fn visit_pipes(arena: &Arena, seed: u64) -> Result<()> {
             continue;
         };
         let address = address(fd, &mut random);
-        if one_of(&mut random, 4) == 0 {
+        if random.index(4) == 0 {
             let sent = sender.send_to(b"hello", &address);
             tally.note("send", sent, &CONNECT_ERRORS)?;
         } else {
@@ -206,7 +199,7 @@ fn renew_pipes(arena: &Arena, seed: u64) -> Result<()> {
     let mut tally = arena.tally();
     while !arena.is_over() {
         let fresh = std::io::pipe()?;
-        let slot = &arena.pipes[one_of(&mut random, PIPES)];
+        let slot = &arena.pipes[random.index(PIPES)];
         let old = slot.lock().ok().and_then(|mut slot| slot.replace(fresh));
         // Closed here, outside the lock.
         drop(old);
@@ -224,25 +217,12 @@ fn leave_cycles(arena: &Arena) -> Result<()> {
         let (reader, writer) = std::io::pipe()?;
         let listener = UnixListener::bind(format!("/dev/self/fd/{}/cycle", reader.as_raw_fd()))?;
         let client = UnixStream::connect(format!("/dev/self/fd/{}/cycle", writer.as_raw_fd()))?;
-        let ends: [OwnedFd; 3] = [reader.into(), writer.into(), listener.into()];
-        send_with(&client, &ends).context("cannot pass descriptors")?;
-        drop((client, ends));
+        let ends = [reader.as_fd(), writer.as_fd(), listener.as_fd()];
+        raw::send(&client, b"x", &ends).context("cannot pass descriptors")?;
+        drop((client, reader, writer, listener));
         tally.note("leave a cycle", Ok(()), &[])?;
         std::thread::yield_now();
     }
-    Ok(())
-}
-
-fn send_with(socket: &UnixStream, fds: &[OwnedFd]) -> Result<(), Error> {
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-    use std::os::fd::AsFd as _;
-    let fds: Vec<_> = fds.iter().map(OwnedFd::as_fd).collect();
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
-    let mut buffer = SendAncillaryBuffer::new(&mut space);
-    let fits = buffer.push(SendAncillaryMessage::ScmRights(&fds));
-    assert!(fits, "there is room for three descriptors");
-    let data = [std::io::IoSlice::new(b"x")];
-    sendmsg(socket, &data, &mut buffer, SendFlags::empty())?;
     Ok(())
 }
 
@@ -266,12 +246,7 @@ fn look_on(arena: &Arena) -> Result<()> {
 fn renew_disk(cx: &Context, arena: &Arena) -> Result<()> {
     let mut tally = arena.tally();
     while !arena.is_over() {
-        let server = cx
-            .serve()
-            .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-            .ublk("yes")
-            .arg("disk=mem:4M")
-            .start()?;
+        let server = cx.serve().ublk("yes").arg("disk=mem:4M").start()?;
         let disk = server.block_device()?;
         if let Ok(mut newest) = arena.disk.lock() {
             *newest = disk;
@@ -300,7 +275,7 @@ fn visit_disk(arena: &Arena, seed: u64) -> Result<()> {
         let missing = [libc::ENOENT, libc::ENXIO, libc::ENODEV, libc::EBUSY];
         if let Some(disk) = tally.note("open the disk", opened, &missing)? {
             if kept.len() >= 4 {
-                kept.remove(one_of(&mut random, 4));
+                kept.remove(random.index(4));
             }
             kept.push(disk);
         } else {
@@ -308,7 +283,7 @@ fn visit_disk(arena: &Arena, seed: u64) -> Result<()> {
         }
         for disk in &kept {
             let address = address(disk.as_raw_fd(), &mut random);
-            if one_of(&mut random, 3) == 0 {
+            if random.index(3) == 0 {
                 let bound = UnixListener::bind(&address);
                 tally.note("bind at the disk", bound, &BIND_ERRORS)?;
             } else if let Some(mut stream) = tally.note(
@@ -399,14 +374,8 @@ fn race(cx: &Context, operations: u64, rounds: u64) -> Result<()> {
         drop(pipe.lock().map(|mut pipe| pipe.take()));
     }
     // Cycles go when the collector comes, which closing a socket asks for.
-    let mut left = 0;
-    for _ in 0..100 {
+    until("no socket is left", Duration::from_secs(10), || {
         drop(UnixStream::pair()?);
-        left = anchored_sockets()?;
-        if left <= before {
-            return Ok(());
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    bail!("{left} sockets are left, {before} were there before")
+        Ok(anchored_sockets()? <= before)
+    })
 }

@@ -3,22 +3,21 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{PidfdFlags, Signal, kill_process_group, pidfd_open};
 use testkit::process;
+use testkit::server::Server;
 use testkit::shell::sh;
 
 use super::io::Exercise;
-use super::launcher::{self, Served, child_of, expect_written, linux, serve_file, write_sector};
-use super::upgraded::expect_access;
+use super::launcher::{self, child_of, expect_written, linux, serve_file, write_sector};
 use crate::kit::boot_sector::SECTOR_BYTES;
 use crate::machine::{Board, Machine};
 use crate::test;
@@ -26,55 +25,45 @@ use crate::test::{Context, Test};
 
 /// Inside User Mode Linux.
 pub const TESTS: &[Test] = &[
-    test!(a_guest_of_the_launcher_outlives_servers_that_are_killed).limit_s(400),
-    test!(a_guest_of_the_raw_recipe_outlives_servers_that_are_killed).limit_s(400),
+    test!(
+        a_guest_of_the_launcher_outlives_servers_that_are_killed,
+        |cx| { outlives_servers(cx, "launcher-microvm.sh") }
+    )
+    .limit_s(400),
+    test!(
+        a_guest_of_the_raw_recipe_outlives_servers_that_are_killed,
+        |cx| { outlives_servers(cx, "raw-microvm.sh") }
+    )
+    .limit_s(400),
     test!(a_disk_that_moved_while_the_guest_ran_outlives_its_server).limit_s(240),
     test!(a_guest_outlives_its_launcher_and_then_its_server),
 ];
 
 const DISK_BYTES: u64 = 64 << 20;
 
-fn image(cx: &Context) -> Result<PathBuf> {
-    let image = cx.scratch().join("disk.img");
-    File::create(&image)?.set_len(DISK_BYTES)?;
-    Ok(image)
-}
-
 /// Kills the server and starts another one, which takes the block device over.
-fn replace(cx: &Context, served: Served, image: &Path) -> Result<Served> {
-    let device = served.device()?;
-    served.server.kill()?;
+fn replace(cx: &Context, served: Server, image: &Path) -> Result<Server> {
+    let device = served.block_device()?;
+    served.kill()?;
     let served = serve_file(cx, image)?;
-    ensure!(
-        served.device()? == device,
-        "{} was not taken over",
-        device.display()
-    );
+    ensure!(served.block_device()? == device, "another device");
     Ok(served)
-}
-
-fn a_guest_of_the_launcher_outlives_servers_that_are_killed(cx: &Context) -> Result<()> {
-    outlives_servers(cx, "launcher-microvm.sh")
-}
-
-fn a_guest_of_the_raw_recipe_outlives_servers_that_are_killed(cx: &Context) -> Result<()> {
-    outlives_servers(cx, "raw-microvm.sh")
 }
 
 /// A guest writes and verifies while servers die; what it wrote last is there when it has gone.
 fn outlives_servers(cx: &Context, recipe: &str) -> Result<()> {
-    let image = image(cx)?;
+    let image = cx.image(DISK_BYTES)?;
     let mut served = serve_file(cx, &image)?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     let qemu = linux(cx, recipe, &device)?.board(Board::Microvm);
     let mut guest = Machine::boot(&qemu, &cx.paths, &format!("restart-{recipe}"))?;
-    expect_access(cx, "upgraded")?;
+    cx.expect_access("upgraded")?;
     let mut plan = Exercise::new(Path::new("/dev/vda"), DISK_BYTES);
     plan.depths = vec![32];
     plan.run_mib = 8;
-    let group = i32::try_from(guest.pid()).ok().and_then(Pid::from_raw);
+    let group = guest.process();
     let (kills, replaced) = std::thread::scope(|scope| {
-        let running = scope.spawn(|| guest.run_step::<_, ()>(&cx.paths, "exercise_disk", &plan));
+        let running = scope.spawn(|| guest.run_step::<_, ()>("exercise_disk", &plan));
         let kill = || {
             let mut kills = 0;
             while !running.is_finished() {
@@ -82,12 +71,12 @@ fn outlives_servers(cx: &Context, recipe: &str) -> Result<()> {
                 served = replace(cx, served, &image)?;
                 kills += 1;
                 // QEMU tries once in a second.
-                expect_access(cx, "upgraded")?;
+                cx.expect_access("upgraded")?;
             }
             anyhow::Ok((kills, served))
         };
         let killed = kill();
-        if let (Err(_), Some(group)) = (&killed, group) {
+        if killed.is_err() {
             // The guest would wait for its disk for ever.
             let _gone = kill_process_group(group, Signal::KILL);
         }
@@ -98,29 +87,31 @@ fn outlives_servers(cx: &Context, recipe: &str) -> Result<()> {
     ensure!(kills >= 2, "only {kills} servers were killed");
 
     let written = guest.sh(
-        &cx.paths,
         "dd if=/dev/urandom of=/run/data bs=1M count=4 status=none; \
          dd if=/run/data of=/dev/vda bs=1M oflag=direct conv=fsync status=none; \
          sha256sum < /run/data",
     )?;
     let served = replace(cx, replaced, &image)?;
-    expect_access(cx, "upgraded")?;
+    cx.expect_access("upgraded")?;
     guest.power_off();
-    expect_access(cx, "block")?;
-    let found = sh(&format!(
-        "dd if={} bs=1M count=4 iflag=direct status=none | sha256sum",
-        device.display()
-    ))
-    .run()?;
-    ensure!(found == written, "{found:?} instead of {written:?}");
-    served.stop()
+    cx.expect_access("block")?;
+    expect_sum(&device, 4, &written)?;
+    served.stop().map(drop)
+}
+
+/// The first MiB of the disk have the sum that the guest has told.
+fn expect_sum(device: &Path, mib: u32, told: &str) -> Result<()> {
+    let dd = format!("dd if={} bs=1M count={mib}", device.display());
+    let found = sh(&format!("{dd} iflag=direct status=none | sha256sum")).run()?;
+    ensure!(found == told, "{found:?} instead of {told:?}");
+    Ok(())
 }
 
 /// `ublkup qemu --live`: the descriptor that QEMU was given leads to the next server too.
 fn a_disk_that_moved_while_the_guest_ran_outlives_its_server(cx: &Context) -> Result<()> {
-    let image = image(cx)?;
+    let image = cx.image(DISK_BYTES)?;
     let served = serve_file(cx, &image)?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     let monitor = cx.scratch().join("qmp");
     let qemu = linux(cx, "block-device.sh", &device)?.env("QMP", &monitor);
     let mut guest = Machine::boot(&qemu, &cx.paths, "restart-live")?;
@@ -129,11 +120,9 @@ fn a_disk_that_moved_while_the_guest_ran_outlives_its_server(cx: &Context) -> Re
         .env("DISK", "disk")
         .output()?;
     ensure!(moved.status.success(), "{moved:?}");
-    let name = guest.sh(
-        &cx.paths,
-        "for i in $(seq 100); do ls /sys/block | grep vd && break; sleep 0.1; done",
-    )?;
-    expect_access(cx, "upgraded")?;
+    let name =
+        guest.sh("for i in $(seq 100); do ls /sys/block | grep vd && break; sleep 0.1; done")?;
+    cx.expect_access("upgraded")?;
     // Half of it before the server dies, half of it after.
     let write = |half: u32| {
         format!(
@@ -143,19 +132,14 @@ fn a_disk_that_moved_while_the_guest_ran_outlives_its_server(cx: &Context) -> Re
             name.trim()
         )
     };
-    guest.sh(&cx.paths, &write(0))?;
+    guest.sh(&write(0))?;
     let served = replace(cx, served, &image)?;
-    expect_access(cx, "upgraded")?;
-    let written = guest.sh(&cx.paths, &write(1))?;
+    cx.expect_access("upgraded")?;
+    let written = guest.sh(&write(1))?;
     guest.power_off();
-    expect_access(cx, "block")?;
-    let found = sh(&format!(
-        "dd if={} bs=1M count=2 iflag=direct status=none | sha256sum",
-        device.display()
-    ))
-    .run()?;
-    ensure!(found == written, "{found:?} instead of {written:?}");
-    served.stop()
+    cx.expect_access("block")?;
+    expect_sum(&device, 2, &written)?;
+    served.stop().map(drop)
 }
 
 /// Opens the disk as one who wants it for himself.
@@ -170,9 +154,9 @@ fn claim(device: &Path) -> io::Result<File> {
 /// The launcher is there to tidy up. Killed, it takes nothing along: QEMU has the claim, the way to the
 /// service, and the guest.
 fn a_guest_outlives_its_launcher_and_then_its_server(cx: &Context) -> Result<()> {
-    let image = image(cx)?;
+    let image = cx.image(DISK_BYTES)?;
     let served = serve_file(cx, &image)?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     write_sector(&device)?;
     let disk = format!("{},bootindex=0", device.display());
     let mut guest = launcher::boot(cx, &mut launcher::launcher(cx, &[&disk]))?;
@@ -182,17 +166,16 @@ fn a_guest_outlives_its_launcher_and_then_its_server(cx: &Context) -> Result<()>
     let status = guest.wait()?;
     ensure!(!status.success(), "the launcher was killed: {status}");
 
-    expect_access(cx, "upgraded")?;
+    cx.expect_access("upgraded")?;
     let served = replace(cx, served, &image)?;
-    expect_access(cx, "upgraded")?;
+    cx.expect_access("upgraded")?;
     let refused = claim(&device).err().and_then(|error| error.raw_os_error());
-    ensure!(
-        refused == Some(Errno::BUSY.raw_os_error()),
-        "QEMU does not hold the claim: {refused:?}"
-    );
+    ensure!(refused == Some(Errno::BUSY.raw_os_error()));
     guest.tell()?;
-    wait_for_end(cx, &ended)?;
-    expect_access(cx, "block")?;
+    let patience = process::timespec(cx.patience(30));
+    let ended = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&patience))?;
+    ensure!(ended > 0, "QEMU does not end");
+    cx.expect_access("block")?;
 
     // Nobody has dropped the page cache; that is left to the user.
     sh(&format!("blockdev --flushbufs {}", device.display())).run()?;
@@ -204,13 +187,5 @@ fn a_guest_outlives_its_launcher_and_then_its_server(cx: &Context) -> Result<()>
     drop(own);
     launcher::boot(cx, &mut launcher::launcher(cx, &[&disk]))?.write_and_end()?;
     expect_written(&device)?;
-    served.stop()
-}
-
-/// Waits for the end of a process that is not our child.
-fn wait_for_end(cx: &Context, process: &impl AsFd) -> Result<()> {
-    let patience = process::timespec(cx.patience(30));
-    let ended = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&patience))?;
-    ensure!(ended > 0, "QEMU does not end");
-    Ok(())
+    served.stop().map(drop)
 }

@@ -9,22 +9,79 @@ use crate::test::{Context, Test};
 /// For every kernel with the series.
 pub const TESTS: &[Test] = &[
     test!(kunit_passes_the_arithmetic_of_rings),
-    test!(the_selftest_of_arguments_passes).limit_s(300),
-    test!(the_selftest_of_mappings_passes).limit_s(300),
-    test!(the_selftest_of_live_pipes_passes).limit_s(300),
-    test!(the_selftest_of_pending_pipes_passes).limit_s(300),
-    test!(the_selftest_of_kinds_of_pipes_passes).limit_s(300),
-    test!(the_selftest_of_waiting_passes).limit_s(300),
-    test!(the_selftest_of_hostile_mappings_passes).limit_s(300),
-    test!(the_selftest_of_activation_under_load_passes).limit_s(300),
-    test!(the_selftest_of_the_test_device_passes).limit_s(300),
+    test!(the_selftest_of_arguments_passes, |cx| passes(
+        cx,
+        "args_test",
+        SHORT
+    ))
+    .limit_s(300),
+    // Who may map, read and write what, and that the pages stay while they are mapped.
+    test!(the_selftest_of_mappings_passes, |cx| passes(
+        cx,
+        "mapping_test",
+        SHORT
+    ))
+    .limit_s(300),
+    // With each end mapped or not, and programs that know nothing of rings.
+    test!(the_selftest_of_live_pipes_passes, |cx| passes(
+        cx,
+        "pipe_test",
+        SHORT
+    ))
+    .limit_s(300),
+    test!(the_selftest_of_pending_pipes_passes, |cx| passes(
+        cx,
+        "pending_test",
+        SHORT
+    ))
+    .limit_s(300),
+    test!(the_selftest_of_kinds_of_pipes_passes, |cx| passes(
+        cx,
+        "kinds_test",
+        SHORT
+    ))
+    .limit_s(300),
+    // With poll, select, epoll, io_uring and futexes.
+    test!(the_selftest_of_waiting_passes, |cx| passes(
+        cx,
+        "poll_test",
+        SHORT
+    ))
+    .limit_s(300),
+    test!(the_selftest_of_hostile_mappings_passes, |cx| passes(
+        cx,
+        "hostile_test",
+        SHORT
+    ))
+    .limit_s(300),
+    test!(the_selftest_of_activation_under_load_passes, |cx| passes(
+        cx,
+        "stress_test",
+        SHORT
+    ))
+    .limit_s(300),
+    test!(the_selftest_of_the_test_device_passes, |cx| passes(
+        cx,
+        "device_test",
+        SHORT
+    ))
+    .limit_s(300),
     test!(mapped_ends_need_fewer_system_calls_than_records).limit_s(300),
 ];
 
 /// Minutes of what the usual run does for seconds.
 pub const LONG_TESTS: &[Test] = &[
-    test!(minutes_of_hostile_mappings_break_nothing_but_the_ring).limit_s(1200),
-    test!(minutes_of_activation_under_load_lose_nothing).limit_s(1200),
+    test!(
+        minutes_of_hostile_mappings_break_nothing_but_the_ring,
+        |cx| passes(cx, "hostile_test", LONG)
+    )
+    .limit_s(1200),
+    test!(minutes_of_activation_under_load_lose_nothing, |cx| passes(
+        cx,
+        "stress_test",
+        LONG
+    ))
+    .limit_s(1200),
 ];
 
 /// For kernels of which it is not known whether they pass.
@@ -48,9 +105,6 @@ const PROGRAMS: &[Program] = &[
     (DIR, "device_test", 14),
 ];
 
-/// KUnit's name of the suite, and at least so many tests.
-const KUNIT: (&str, usize) = ("ringbuffer", 14);
-
 fn judge_rings(cx: &Context) -> Result<()> {
     let mut failed = Vec::new();
     if kunit_passes_the_arithmetic_of_rings(cx).is_err() {
@@ -73,7 +127,7 @@ fn judge_rings(cx: &Context) -> Result<()> {
 }
 
 fn kunit_passes_the_arithmetic_of_rings(_cx: &Context) -> Result<()> {
-    series::kunit_passes(KUNIT.0, KUNIT.1)
+    series::kunit_passes("ringbuffer", 14)
 }
 
 /// Runs a program, with its random parts so long.
@@ -97,53 +151,6 @@ fn passes(cx: &Context, program: &str, seconds: u32) -> Result<()> {
 const SHORT: u32 = 2;
 /// In a long one.
 const LONG: u32 = 120;
-
-fn the_selftest_of_arguments_passes(cx: &Context) -> Result<()> {
-    passes(cx, "args_test", SHORT)
-}
-
-/// Who may map, read and write what, and that nobody takes the pages away.
-fn the_selftest_of_mappings_passes(cx: &Context) -> Result<()> {
-    passes(cx, "mapping_test", SHORT)
-}
-
-/// With each end mapped or not, and programs that know nothing of rings.
-fn the_selftest_of_live_pipes_passes(cx: &Context) -> Result<()> {
-    passes(cx, "pipe_test", SHORT)
-}
-
-fn the_selftest_of_pending_pipes_passes(cx: &Context) -> Result<()> {
-    passes(cx, "pending_test", SHORT)
-}
-
-fn the_selftest_of_kinds_of_pipes_passes(cx: &Context) -> Result<()> {
-    passes(cx, "kinds_test", SHORT)
-}
-
-/// With poll, select, epoll, io_uring and futexes.
-fn the_selftest_of_waiting_passes(cx: &Context) -> Result<()> {
-    passes(cx, "poll_test", SHORT)
-}
-
-fn the_selftest_of_hostile_mappings_passes(cx: &Context) -> Result<()> {
-    passes(cx, "hostile_test", SHORT)
-}
-
-fn the_selftest_of_activation_under_load_passes(cx: &Context) -> Result<()> {
-    passes(cx, "stress_test", SHORT)
-}
-
-fn the_selftest_of_the_test_device_passes(cx: &Context) -> Result<()> {
-    passes(cx, "device_test", SHORT)
-}
-
-fn minutes_of_hostile_mappings_break_nothing_but_the_ring(cx: &Context) -> Result<()> {
-    passes(cx, "hostile_test", LONG)
-}
-
-fn minutes_of_activation_under_load_lose_nothing(cx: &Context) -> Result<()> {
-    passes(cx, "stress_test", LONG)
-}
 
 /// The benchmark of the series: what is printed is for the reader, what is asserted is the number of
 /// system calls. A record may need a sleep and a wake-up at both ends, where the processors have so much else

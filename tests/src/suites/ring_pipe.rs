@@ -4,6 +4,7 @@
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
+use testkit::random::Random;
 use testkit::shell::Shell;
 
 use super::own_tests;
@@ -12,34 +13,32 @@ use crate::test::{Context, Test};
 
 /// For every kernel with both series.
 pub const TESTS: &[Test] = &[
-    test!(the_two_ends_of_a_ring_pass_their_tests_with_the_kernels).limit_s(300),
-    test!(hostile_peers_do_no_harm_with_the_kernels_ring).limit_s(300),
-    test!(programs_in_shells_pass_their_tests_with_the_kernels_ring).limit_s(300),
-    test!(a_record_costs_nothing_with_the_kernels_ring).limit_s(300),
+    test!(
+        the_two_ends_of_a_ring_pass_their_tests_with_the_kernels,
+        |cx| { own_tests::pass_all(cx, "ring", KERNEL_RING) }
+    )
+    .limit_s(300),
+    // They write random values to each word that the kernel lets them write.
+    test!(hostile_peers_do_no_harm_with_the_kernels_ring, |cx| {
+        own_tests::pass_all(cx, "ring_hostile", KERNEL_RING)
+    })
+    .limit_s(300),
+    // They are killed, too.
+    test!(
+        programs_in_shells_pass_their_tests_with_the_kernels_ring,
+        |cx| { own_tests::pass_all(cx, "ring_processes", KERNEL_RING) }
+    )
+    .limit_s(300),
+    test!(a_record_costs_nothing_with_the_kernels_ring, |cx| {
+        own_tests::pass_all(cx, "ring_steady", KERNEL_RING)
+    })
+    .limit_s(300),
     test!(two_programs_on_a_pipe_use_the_best_ring_that_both_allow).limit_s(60),
     test!(a_live_ring_serves_plain_programs).limit_s(60),
 ];
 
 /// Makes the tests of the package use the kernel's ring.
 const KERNEL_RING: &[(&str, &str)] = &[("RING_TESTS_TRANSPORT", "kernel")];
-
-fn the_two_ends_of_a_ring_pass_their_tests_with_the_kernels(cx: &Context) -> Result<()> {
-    own_tests::pass_all(cx, "ring", KERNEL_RING)
-}
-
-/// They write random values to each word that the kernel lets them write.
-fn hostile_peers_do_no_harm_with_the_kernels_ring(cx: &Context) -> Result<()> {
-    own_tests::pass_all(cx, "ring_hostile", KERNEL_RING)
-}
-
-/// They are killed, too.
-fn programs_in_shells_pass_their_tests_with_the_kernels_ring(cx: &Context) -> Result<()> {
-    own_tests::pass_all(cx, "ring_processes", KERNEL_RING)
-}
-
-fn a_record_costs_nothing_with_the_kernels_ring(cx: &Context) -> Result<()> {
-    own_tests::pass_all(cx, "ring_steady", KERNEL_RING)
-}
 
 /// Bytes that are piped: enough to fill rings several times.
 const LEN_BYTES: usize = 3_000_017;
@@ -52,18 +51,9 @@ fn piped(cx: &Context, script: &str, copies: usize) -> Result<String> {
     let program = program.context("this run has no ublkup-pipe")?;
     let data = folder.join("data");
     if !data.exists() {
-        let mut number = 1_u64;
-        let mut bytes = Vec::with_capacity(LEN_BYTES + 8);
-        while bytes.len() < LEN_BYTES {
-            number = number
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
-            bytes.extend_from_slice(&number.to_be_bytes());
-        }
-        bytes.truncate(LEN_BYTES);
-        fs::write(&data, bytes).context("cannot write the data")?;
+        fs::write(&data, Random(1).bytes(LEN_BYTES)).context("cannot write the data")?;
     }
-    let run = format!("--stats --runtime-dir {}", folder.join("run").display());
+    let run = format!("--stats --runtime-dir {}", cx.run_dir().display());
     let script = script
         .replace("PRODUCE", &format!("{} produce {run}", program.display()))
         .replace("CONSUME", &format!("{} consume {run}", program.display()));

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use testkit::wait::until;
+
 use crate::kernel::Kernel;
 use crate::machine::{Hypervisor, Machine, Qemu, Uml};
 use crate::report::{Outcome, TestResult};
@@ -16,8 +18,15 @@ use crate::test::{Context, Test};
 
 /// The tests.
 pub const TESTS: &[Test] = &[
-    test!(in_uml_everything_that_goes_wrong_is_a_failure).limit_s(300),
-    test!(in_an_emulated_pc_everything_that_goes_wrong_is_a_failure).limit_s(400),
+    test!(in_uml_everything_that_goes_wrong_is_a_failure, |cx| {
+        every_patient(cx, &Uml::new(cx.paths.kernel(Kernel::Uml)?), true)
+    })
+    .limit_s(300),
+    test!(
+        in_an_emulated_pc_everything_that_goes_wrong_is_a_failure,
+        |cx| { every_patient(cx, &Qemu::new(cx.paths.kernel(Kernel::X86)?), false) }
+    )
+    .limit_s(400),
     test!(a_kernel_that_cannot_boot_is_an_error_with_its_console),
     test!(a_machine_whose_heart_stops_is_given_up_long_before_the_tests_limit).limit_s(120),
     test!(a_machine_that_is_merely_slow_is_not_given_up).limit_s(120),
@@ -28,10 +37,10 @@ pub const PATIENTS: &str = "patients";
 
 /// The patients.
 pub const PATIENT_TESTS: &[Test] = &[
-    test!(healthy),
+    test!(healthy, |_| Ok(())),
     test!(fails_with_a_message),
-    test!(panics),
-    test!(exits_without_a_result),
+    test!(panics, |_| panic!("the expected panic")),
+    test!(exits_without_a_result, |_| std::process::exit(0)),
     test!(hangs).limit_s(1),
     test!(leaves_a_mount_behind),
     test!(crashes_the_kernel).limit_s(20),
@@ -40,21 +49,9 @@ pub const PATIENT_TESTS: &[Test] = &[
     test!(keeps_every_processor_busy),
 ];
 
-fn healthy(_cx: &Context) -> Result<()> {
-    Ok(())
-}
-
 fn fails_with_a_message(_cx: &Context) -> Result<()> {
     println!("printed before");
     bail!("the expected message")
-}
-
-fn panics(_cx: &Context) -> Result<()> {
-    panic!("the expected panic")
-}
-
-fn exits_without_a_result(_cx: &Context) -> Result<()> {
-    std::process::exit(0)
 }
 
 fn hangs(_cx: &Context) -> Result<()> {
@@ -102,16 +99,6 @@ fn kills_the_agent(_cx: &Context) -> Result<()> {
     rustix::process::kill_process(agent, rustix::process::Signal::STOP).context("cannot stop it")
 }
 
-fn in_uml_everything_that_goes_wrong_is_a_failure(cx: &Context) -> Result<()> {
-    let kernel = cx.paths.kernel(Kernel::Uml)?;
-    every_patient(cx, &Uml::new(kernel), true)
-}
-
-fn in_an_emulated_pc_everything_that_goes_wrong_is_a_failure(cx: &Context) -> Result<()> {
-    let kernel = cx.paths.kernel(Kernel::X86)?;
-    every_patient(cx, &Qemu::new(kernel), false)
-}
-
 fn every_patient(cx: &Context, hypervisor: &dyn Hypervisor, silence: bool) -> Result<()> {
     let mut ward = Ward {
         cx,
@@ -156,7 +143,7 @@ impl Ward<'_> {
                 gone.insert(Machine::boot(self.hypervisor, &self.cx.paths, &log)?)
             }
         };
-        let job = machine.job(PATIENTS, test, &self.cx.paths);
+        let job = machine.job(PATIENTS, test);
         Ok(machine.run(&job))
     }
 
@@ -184,18 +171,13 @@ fn a_machine_whose_heart_stops_is_given_up_long_before_the_tests_limit(cx: &Cont
     let mut machine = Machine::boot(&Uml::new(kernel), &cx.paths, "lab-heart")?;
     machine.set_silence_limit(Duration::from_secs(5));
     let test = suites::find(PATIENTS, "hangs_for_long").context("no such patient")?;
-    let job = machine.job(PATIENTS, test, &cx.paths);
-    let group = i32::try_from(machine.pid())
-        .ok()
-        .and_then(rustix::process::Pid::from_raw)
-        .context("no process")?;
+    let job = machine.job(PATIENTS, test);
+    let group = machine.process();
     let begun = machine.exchange().join("begun");
     let result = std::thread::scope(|scope| {
         scope.spawn(|| {
-            let deadline = Instant::now() + cx.patience(60);
-            while !begun.exists() && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(50));
-            }
+            // If it does not begin, the message below is another one.
+            let _begun = until("it begins", cx.patience(60), || Ok(begun.exists()));
             rustix::process::kill_process_group(group, rustix::process::Signal::STOP)
         });
         machine.run(&job)
@@ -216,7 +198,7 @@ fn a_machine_that_is_merely_slow_is_not_given_up(cx: &Context) -> Result<()> {
     let mut machine = Machine::boot(&Uml::new(kernel), &cx.paths, "lab-slow")?;
     machine.set_silence_limit(Duration::from_secs(10));
     let test = suites::find(PATIENTS, "keeps_every_processor_busy").context("no such patient")?;
-    let job = machine.job(PATIENTS, test, &cx.paths);
+    let job = machine.job(PATIENTS, test);
     let result = machine.run(&job);
     ensure!(result.outcome == Outcome::Pass, "{:?}", result.outcome);
     ensure!(!machine.is_over(), "the slow machine was given up");

@@ -13,11 +13,31 @@ use crate::test::{Context, Test};
 /// For every kernel with the series.
 pub const TESTS: &[Test] = &[
     test!(kunit_passes_the_parser_of_addresses),
-    test!(the_selftest_of_pipes_passes).limit_s(300),
-    test!(the_selftest_of_block_devices_passes).limit_s(300),
-    test!(the_selftest_of_ublk_disks_passes).limit_s(300),
-    test!(the_selftest_of_landlock_passes).limit_s(300),
-    test!(the_selftest_of_unix_diag_passes),
+    // With another user's processes, name spaces, races and cycles.
+    test!(the_selftest_of_pipes_passes, |cx| passes(
+        cx,
+        "unix_fd_addr"
+    ))
+    .limit_s(300),
+    test!(the_selftest_of_block_devices_passes, |cx| passes(
+        cx,
+        "unix_fd_addr_blk"
+    ))
+    .limit_s(300),
+    // With a small server of its own.
+    test!(the_selftest_of_ublk_disks_passes, |cx| passes(
+        cx, "fd_addr"
+    ))
+    .limit_s(300),
+    test!(the_selftest_of_landlock_passes, |cx| passes(
+        cx,
+        "fd_addr_test"
+    ))
+    .limit_s(300),
+    test!(the_selftest_of_unix_diag_passes, |cx| passes(
+        cx,
+        "diag_anchor"
+    )),
 ];
 
 /// For kernels of which it is not known whether they pass.
@@ -213,28 +233,6 @@ pub fn kunit_passes(suite: &str, at_least: usize) -> Result<()> {
         verdicts.len()
     );
     Ok(())
-}
-
-/// With another user's processes, name spaces, races and cycles.
-fn the_selftest_of_pipes_passes(cx: &Context) -> Result<()> {
-    passes(cx, "unix_fd_addr")
-}
-
-fn the_selftest_of_block_devices_passes(cx: &Context) -> Result<()> {
-    passes(cx, "unix_fd_addr_blk")
-}
-
-/// With a small server of its own.
-fn the_selftest_of_ublk_disks_passes(cx: &Context) -> Result<()> {
-    passes(cx, "fd_addr")
-}
-
-fn the_selftest_of_landlock_passes(cx: &Context) -> Result<()> {
-    passes(cx, "fd_addr_test")
-}
-
-fn the_selftest_of_unix_diag_passes(cx: &Context) -> Result<()> {
-    passes(cx, "diag_anchor")
 }
 
 #[cfg(test)]

@@ -6,17 +6,18 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
-use rustix::process::{Pid, Signal, kill_process_group};
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Signal, kill_process_group};
 use testkit::random::Random;
 use testkit::server::{Serve, Server};
-use testkit::shell::Shell;
+use testkit::wait::until;
 
 use super::hammer::{Hammer, Hammered, prepare_image, tell_guest_to_stop};
 use super::io::{open_direct, read_direct};
 use crate::kernel::Kernel;
+use crate::kit::beside::beside;
 use crate::machine::{Board, Machine, Qemu};
 use crate::report::line;
 use crate::test;
@@ -24,19 +25,33 @@ use crate::test::{Context, Test};
 
 /// Of the vhost door, on the host.
 pub const VHOST_TESTS: &[Test] = &[
-    test!(a_guest_verifies_its_disk_while_ten_servers_are_killed).limit_s(300),
+    test!(
+        a_guest_verifies_its_disk_while_ten_servers_are_killed,
+        |cx| guest_survives(cx, 10)
+    )
+    .limit_s(300),
     test!(a_guest_verifies_its_disk_while_servers_make_way_for_others).limit_s(300),
-    test!(a_guest_verifies_its_disk_while_a_hundred_servers_are_killed)
-        .limit_s(1200)
-        .full(),
+    test!(
+        a_guest_verifies_its_disk_while_a_hundred_servers_are_killed,
+        |cx| guest_survives(cx, 100)
+    )
+    .limit_s(1200)
+    .full(),
 ];
 
 /// Of the ublk door and of both, in User Mode Linux.
 pub const BLOCK_TESTS: &[Test] = &[
-    test!(a_block_device_is_verified_while_ten_servers_are_killed).limit_s(200),
-    test!(a_block_device_is_verified_while_a_hundred_servers_are_killed)
-        .limit_s(900)
-        .full(),
+    test!(
+        a_block_device_is_verified_while_ten_servers_are_killed,
+        |cx| block_device_survives(cx, 10)
+    )
+    .limit_s(200),
+    test!(
+        a_block_device_is_verified_while_a_hundred_servers_are_killed,
+        |cx| block_device_survives(cx, 100)
+    )
+    .limit_s(900)
+    .full(),
     test!(both_doors_are_read_while_servers_are_killed).limit_s(400),
     test!(both_doors_are_used_while_servers_make_way_for_others).limit_s(400),
 ];
@@ -64,11 +79,9 @@ struct Mortal<'a> {
 
 impl<'a> Mortal<'a> {
     fn new(cx: &'a Context) -> Result<Self> {
-        let image = cx.scratch().join("disk.img");
-        File::create(&image)?.set_len(DISK_BYTES)?;
         Ok(Self {
             cx,
-            image,
+            image: cx.image(DISK_BYTES)?,
             socket: cx.scratch().join("disk.sock"),
             block_door: false,
             read_only: false,
@@ -80,7 +93,6 @@ impl<'a> Mortal<'a> {
         let serve = self
             .cx
             .serve()
-            .env("UBLKUP_RUNTIME_DIR", self.cx.scratch().join("run"))
             .ublk(if self.block_door { "yes" } else { "no" })
             .args(["--reconnect-grace", "120"])
             .name("disk")
@@ -115,9 +127,7 @@ impl<'a> Mortal<'a> {
         thread::sleep(Duration::from_secs(1));
         Ok(server)
     }
-}
 
-impl Mortal<'_> {
     /// Lets the server make way for another one so often; the last one. Each one serves the clients
     /// before the next one comes.
     fn replace(&self, mut server: Server, times: usize) -> Result<Server> {
@@ -139,35 +149,22 @@ impl Mortal<'_> {
 
     /// Waits until the server has done something for each of its clients, and for none in vain.
     fn await_clients(&self) -> Result<()> {
-        let deadline = Instant::now() + self.cx.patience(60);
-        loop {
-            let stat = Shell::new(&self.cx.paths.server)
-                .args(["stat", "disk", "--json"])
-                .env("UBLKUP_RUNTIME_DIR", self.cx.scratch().join("run"))
-                .run()?;
-            let stat: serde_json::Value = serde_json::from_str(&stat)?;
+        until("each client works", self.cx.patience(60), || {
+            let stat = self.cx.stat("disk")?;
             let done = |door: &str, what: &str| stat[door]["counters"][what].as_u64().unwrap_or(0);
             for door in ["ublk", "vhost"] {
                 ensure!(done(door, "errors") == 0, "requests failed: {stat}");
             }
             let writes = stat["access"] == "upgraded" && done("vhost", "writes") > 10;
-            if writes && (done("ublk", "reads") > 10 || !self.block_door) {
-                return Ok(());
-            }
-            ensure!(Instant::now() < deadline, "a client does nothing: {stat}");
-            thread::sleep(Duration::from_millis(100));
-        }
+            Ok(writes && (done("ublk", "reads") > 10 || !self.block_door))
+        })
     }
-}
-
-fn deaths(kills: usize) -> usize {
-    kills + kills / 3
 }
 
 const REPLACED: &str = "made way for others";
 
 fn tell_killed(who: &str, kills: usize, hammered: &Hammered) -> Result<()> {
-    tell(who, deaths(kills), "were killed", hammered)
+    tell(who, kills + kills / 3, "were killed", hammered)
 }
 
 /// Says what a client noticed of so many servers of whom something became.
@@ -180,34 +177,26 @@ fn tell(who: &str, servers: usize, became: &str, hammered: &Hammered) -> Result<
     Ok(())
 }
 
-fn stop(server: Server) -> Result<()> {
-    let log = server.stop()?;
-    ensure!(!log.contains("panicked"), "{log}");
-    Ok(())
-}
-
 /// A client on this side of a machine, and one in it.
 fn in_guest(
     guest: &mut Machine,
-    cx: &Context,
     hammer: &Hammer,
     kill: impl FnOnce() -> Result<Server>,
 ) -> Result<(Hammered, Server)> {
     let exchange = guest.exchange();
-    let group = i32::try_from(guest.pid()).ok().and_then(Pid::from_raw);
-    thread::scope(|scope| {
-        let running =
-            scope.spawn(|| guest.run_step::<_, Hammered>(&cx.paths, "hammer_disk", hammer));
-        let killed = kill();
-        if let (Err(_), Some(group)) = (&killed, group) {
-            // The guest would wait for its disk for ever.
-            let _gone = kill_process_group(group, Signal::KILL);
-        }
-        tell_guest_to_stop(&exchange)?;
-        let hammered = running.join().map_err(|_| anyhow!("the step panicked"))?;
-        let killed = killed?;
-        Ok((hammered?, killed))
-    })
+    let group = guest.process();
+    beside(
+        |_| guest.run_step::<_, Hammered>("hammer_disk", hammer),
+        || {
+            let killed = kill();
+            if killed.is_err() {
+                // The guest would wait for its disk for ever.
+                let _gone = kill_process_group(group, Signal::KILL);
+            }
+            tell_guest_to_stop(&exchange)?;
+            killed
+        },
+    )
 }
 
 /// A guest with two processors and nobody else has the disk while something happens to its server.
@@ -220,23 +209,15 @@ fn guest_verifies(
     let qemu = reconnecting(cx, &export.socket, Board::Q35)?.processors(2);
     let mut guest = Machine::boot(&qemu, &cx.paths, "survive")?;
     let disk = hammer("/dev/vda", false);
-    let (hammered, server) = in_guest(&mut guest, cx, &disk, || happens(&mut export, server))?;
+    let (hammered, server) = in_guest(&mut guest, &disk, || happens(&mut export, server))?;
     guest.power_off();
-    stop(server)?;
+    server.stop()?;
     Ok(hammered)
 }
 
 fn guest_survives(cx: &Context, kills: usize) -> Result<()> {
     let hammered = guest_verifies(cx, |export, server| export.kill(server, kills))?;
     tell_killed("vhost door", kills, &hammered)
-}
-
-fn a_guest_verifies_its_disk_while_ten_servers_are_killed(cx: &Context) -> Result<()> {
-    guest_survives(cx, 10)
-}
-
-fn a_guest_verifies_its_disk_while_a_hundred_servers_are_killed(cx: &Context) -> Result<()> {
-    guest_survives(cx, 100)
 }
 
 fn a_guest_verifies_its_disk_while_servers_make_way_for_others(cx: &Context) -> Result<()> {
@@ -269,41 +250,10 @@ fn block_device_survives(cx: &Context, kills: usize) -> Result<()> {
     let server = export.serve().start()?;
     let device = server.block_device()?;
     let disk = hammer(&device, false);
-    let over = AtomicBool::new(false);
-    let (hammered, server) = beside(cx, &disk, &over, || export.kill(server, kills))?;
+    let (hammered, server) = beside(|over| disk.run(cx, over), || export.kill(server, kills))?;
     tell_killed("ublk door", kills, &hammered)?;
-    ensure!(
-        server.block_device()? == device,
-        "{} was not taken over",
-        device.display()
-    );
-    stop(server)
-}
-
-/// A client in this process, while something happens.
-fn beside<T>(
-    cx: &Context,
-    hammer: &Hammer,
-    over: &AtomicBool,
-    happens: impl FnOnce() -> Result<T>,
-) -> Result<(Hammered, T)> {
-    thread::scope(|scope| {
-        let running = scope.spawn(|| hammer.run(cx, over));
-        let happened = happens();
-        over.store(true, Ordering::Relaxed);
-        // If there is no server, fio ends by its limit.
-        let hammered = running.join().map_err(|_| anyhow!("the client panicked"))?;
-        let happened = happened?;
-        Ok((hammered?, happened))
-    })
-}
-
-fn a_block_device_is_verified_while_ten_servers_are_killed(cx: &Context) -> Result<()> {
-    block_device_survives(cx, 10)
-}
-
-fn a_block_device_is_verified_while_a_hundred_servers_are_killed(cx: &Context) -> Result<()> {
-    block_device_survives(cx, 100)
+    ensure!(server.block_device()? == device, "another device");
+    server.stop().map(drop)
 }
 
 /// A read-only export serves both at once: a program at the block device and a guest.
@@ -316,23 +266,20 @@ fn both_doors_are_read_while_servers_are_killed(cx: &Context) -> Result<()> {
     let device = server.block_device()?;
     let qemu = reconnecting(cx, &export.socket, Board::Microvm)?.processors(1);
     let mut guest = Machine::boot(&qemu, &cx.paths, "survive-both")?;
-    let over = AtomicBool::new(false);
-    let (beside, (inside, server)) = beside(cx, &hammer(&device, true), &over, || {
-        in_guest(&mut guest, cx, &hammer("/dev/vda", true), || {
+    let outside = hammer(&device, true);
+    let both = || {
+        in_guest(&mut guest, &hammer("/dev/vda", true), || {
             // The guest's fio has started by then.
             thread::sleep(Duration::from_secs(3));
             export.kill(server, kills)
         })
-    })?;
-    tell_killed("both, at the block device", kills, &beside)?;
+    };
+    let (outside, (inside, server)) = beside(|over| outside.run(cx, over), both)?;
+    tell_killed("both, at the block device", kills, &outside)?;
     tell_killed("both, in the guest", kills, &inside)?;
     guest.power_off();
-    ensure!(
-        server.block_device()? == device,
-        "{} was not taken over",
-        device.display()
-    );
-    stop(server)
+    ensure!(server.block_device()? == device, "another device");
+    server.stop().map(drop)
 }
 
 /// Where nobody writes while the disk is hammered, and what is there.
@@ -368,24 +315,15 @@ fn both_doors_are_used_while_servers_make_way_for_others(cx: &Context) -> Result
     let qemu = reconnecting(cx, &export.socket, Board::Microvm)?.processors(1);
     let mut guest = Machine::boot(&qemu, &cx.paths, "make-way-both")?;
     let disk = hammer("/dev/vda", false);
-    let over = AtomicBool::new(false);
-    let (reads, (hammered, server)) = thread::scope(|scope| {
-        let reader = scope.spawn(|| read_known(&device, &over));
-        let replaced = in_guest(&mut guest, cx, &disk, || export.replace(server, times));
-        over.store(true, Ordering::Relaxed);
-        let reads = reader.join().map_err(|_| anyhow!("the reader panicked"))?;
-        let replaced = replaced?;
-        anyhow::Ok((reads?, replaced))
-    })?;
+    let (reads, (hammered, server)) = beside(
+        |over| read_known(&device, over),
+        || in_guest(&mut guest, &disk, || export.replace(server, times)),
+    )?;
     tell("both doors, in the guest", times, REPLACED, &hammered)?;
     line(&format!(
         "both doors, at the block device: {reads} reads without an error"
     ));
     guest.power_off();
-    ensure!(
-        server.block_device()? == device,
-        "{} was not taken over",
-        device.display()
-    );
-    stop(server)
+    ensure!(server.block_device()? == device, "another device");
+    server.stop().map(drop)
 }

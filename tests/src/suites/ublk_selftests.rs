@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -16,6 +15,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use testkit::shell::{Finished, Shell, last_lines, sh};
 use testkit::ublk_control::Control;
+use testkit::wait::until;
 
 use super::block::LoopMount;
 use super::series;
@@ -27,10 +27,12 @@ use crate::test::{Context, Test};
 /// Inside User Mode Linux.
 pub const TESTS: &[Test] = &[
     test!(every_script_of_the_kernel_has_a_row_in_the_table),
-    test!(the_short_scripts_pass).limit_s(300),
-    test!(the_scripts_that_load_and_recover_pass)
-        .limit_s(2400)
-        .full(),
+    test!(the_short_scripts_pass, |cx| pass(cx, Expected::Passes)).limit_s(300),
+    test!(the_scripts_that_load_and_recover_pass, |cx| {
+        pass(cx, Expected::PassesSlowly)
+    })
+    .limit_s(2400)
+    .full(),
     test!(a_server_that_is_broken_is_noticed)
         .limit_s(900)
         .full(),
@@ -107,14 +109,6 @@ fn every_script_of_the_kernel_has_a_row_in_the_table(cx: &Context) -> Result<()>
         "{TABLE} is stale: no row for {without_row:?}, no script for {without_script:?}"
     );
     Ok(())
-}
-
-fn the_short_scripts_pass(cx: &Context) -> Result<()> {
-    pass(cx, Expected::Passes)
-}
-
-fn the_scripts_that_load_and_recover_pass(cx: &Context) -> Result<()> {
-    pass(cx, Expected::PassesSlowly)
 }
 
 fn pass(cx: &Context, expected: Expected) -> Result<()> {
@@ -260,8 +254,8 @@ impl Bench {
 
 /// Kills what bears one of these names in this guest, and waits for its end.
 fn kill_all(names: &[&str]) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    loop {
+    let what = format!("{names:?} end");
+    until(&what, Duration::from_secs(30), || {
         let mut left = 0;
         for entry in fs::read_dir("/proc")? {
             let path = entry?.path();
@@ -278,12 +272,8 @@ fn kill_all(names: &[&str]) -> Result<()> {
                 let _gone = kill_process(pid, Signal::KILL);
             }
         }
-        if left == 0 {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "{left} of {names:?} do not end");
-        thread::sleep(Duration::from_millis(50));
-    }
+        Ok(left == 0)
+    })
 }
 
 fn is_zombie(proc: &Path) -> bool {

@@ -19,11 +19,12 @@ use testkit::server::Server;
 use testkit::shell::{Shell, sh};
 use testkit::wait::until;
 
-use self::costs::{SystemCalls, cpu_us, during};
+use self::costs::{SystemCalls, cpu_us};
 pub use self::findings::{Bench, Findings, Load, Row, table};
 use self::jobs::{Job, random_reads, upgraded_reads};
 use super::guest::FilesOnDisk;
 use crate::kernel::Kernel;
+use crate::kit::beside::beside;
 use crate::machine::{Machine, Qemu, Uml};
 use crate::test;
 use crate::test::{Context, Test};
@@ -90,13 +91,11 @@ pub fn tell(cx: &Context, loads: &[Load], say: &(dyn Fn(&str) + Sync)) -> Result
         linux.kernel()
     ));
     let told = linux.exchange().join(TOLD);
-    let over = AtomicBool::new(false);
-    let findings = std::thread::scope(|scope| {
-        scope.spawn(|| follow(&told, &over, say));
-        let findings = linux.run_step(&cx.paths, "upgrade_and_back", &loads);
-        over.store(true, Ordering::Release);
-        findings
-    })?;
+    let follow = |over: &AtomicBool| {
+        follow(&told, over, say);
+        Ok(())
+    };
+    let ((), findings) = beside(follow, || linux.run_step("upgrade_and_back", &loads))?;
     linux.power_off();
     Ok(findings)
 }
@@ -105,7 +104,7 @@ pub fn tell(cx: &Context, loads: &[Load], say: &(dyn Fn(&str) + Sync)) -> Result
 fn follow(path: &Path, over: &AtomicBool, say: &dyn Fn(&str)) {
     let mut seen = 0;
     loop {
-        let last = over.load(Ordering::Acquire);
+        let last = over.load(Ordering::Relaxed);
         let text = std::fs::read_to_string(path).unwrap_or_default();
         // A line that is being written has no end yet.
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
@@ -146,7 +145,7 @@ impl Story<'_> {
 
     /// Reads that have come by a door.
     fn reads(&self, door: Door) -> Result<u64> {
-        let reads = &stat(self.cx)?[door.name()]["counters"]["reads"];
+        let reads = &self.cx.stat("disk")?[door.name()]["counters"]["reads"];
         reads.as_u64().context("stat counts no reads")
     }
 
@@ -157,13 +156,13 @@ impl Story<'_> {
         what: &str,
         door: Door,
         qemu: Option<u32>,
-        mut run: impl FnMut(Load) -> Result<Bench> + Send,
+        mut run: impl FnMut(Load) -> Result<Bench>,
     ) -> Result<()> {
         for load in self.loads.clone() {
             let other = self.reads(door.other())?;
-            let (bench, cost) = during(|| run(load), || self.processor_time(door, qemu))?;
+            let (cost, bench) = beside(|_| self.processor_time(door, qemu), || run(load))?;
             // A run of its own: being watched makes it slow.
-            let (_, calls) = during(|| run(load), || self.system_calls(door, qemu))?;
+            let (calls, _) = beside(|_| self.system_calls(door, qemu), || run(load))?;
             ensure!(
                 self.reads(door.other())? == other,
                 "{what}: reads came by another door than {door:?}"
@@ -234,43 +233,21 @@ impl Story<'_> {
     }
 
     fn measure_in_guest(&mut self, what: &str, door: Door, guest: &mut Machine) -> Result<()> {
-        let paths = &self.cx.paths;
         let pid = guest.pid();
         self.measure(what, door, Some(pid), |load| {
             let job = Job {
                 disk: "/dev/vda".into(),
                 load,
             };
-            guest.run_step(paths, "bench_disk", &job)
+            guest.run_step("bench_disk", &job)
         })
     }
-}
-
-fn ublkup(cx: &Context, args: &[&str]) -> Shell {
-    Shell::new(&cx.paths.server)
-        .args(args)
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-}
-
-/// What `stat` says about the export `disk`.
-fn stat(cx: &Context) -> Result<serde_json::Value> {
-    let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
-    Ok(serde_json::from_str(&stat)?)
-}
-
-/// Waits until the export `disk` is in this state of access.
-pub(super) fn expect_access(cx: &Context, wanted: &str) -> Result<()> {
-    until(&format!("the access is {wanted}"), cx.patience(20), || {
-        let stat = stat(cx)?;
-        Ok(stat["access"].as_str().context("stat shows no access")? == wanted)
-    })
 }
 
 /// A server of a memory disk, and a story about it.
 fn begin<'a>(cx: &'a Context, grace: &str) -> Result<(Server, Story<'a>)> {
     let server = cx
         .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .args(["--name", "disk", "--reconnect-grace", grace])
         .arg(format!("mem:{DISK_BYTES}"))
@@ -334,7 +311,7 @@ fn upgrade_and_back(cx: &Context) -> Result<()> {
     let new = after(&mut story, &known)?;
     let known = known.and(new);
 
-    expect_access(cx, "block")?;
+    cx.expect_access("block")?;
     let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), false)?;
     known.verify(mounted.dir())?;
     let more = KnownFiles::generate(mounted.dir(), 9)?;
@@ -347,20 +324,15 @@ fn upgrade_and_back(cx: &Context) -> Result<()> {
         more.len()
     ))?;
     rows.append(&mut story.rows);
-    stop(server)?;
+    let log = server.stop()?;
+    for wanted in ["upgraded: session", "the client left"] {
+        ensure!(log.contains(wanted), "the server never said '{wanted}'");
+    }
     cx.reply(&Findings {
         rows,
         kernel: sh("uname -r").run()?.trim().to_owned(),
         qemu: qemu_version()?,
     })
-}
-
-fn stop(server: Server) -> Result<()> {
-    let log = server.stop()?;
-    for wanted in ["upgraded: session", "the client left"] {
-        ensure!(log.contains(wanted), "the server never said '{wanted}'");
-    }
-    Ok(())
 }
 
 /// A stock QEMU whose guest has the block device as its virtio-blk disk.
@@ -375,7 +347,7 @@ fn before(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
         .argument("-device")
         .argument("virtio-blk-pci,drive=disk");
     let mut guest = Machine::boot(&qemu, &story.cx.paths, "upgrade-before")?;
-    let new = add_files(story, &mut guest, known, 2)?;
+    let new = add_files(&mut guest, known, 2)?;
     story.say(&format!(
         "a stock QEMU guest on the block device (virtio-blk) found them all and added {}",
         new.len()
@@ -389,8 +361,8 @@ fn before(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
 /// The same QEMU and the same disk; the path is all that leads to the server.
 fn after(story: &mut Story<'_>, known: &KnownFiles) -> Result<KnownFiles> {
     let (mut guest, address) = boot_upgraded(story.cx, &story.disk, "upgrade-after")?;
-    let new = add_files(story, &mut guest, known, 3)?;
-    expect_access(story.cx, "upgraded")?;
+    let new = add_files(&mut guest, known, 3)?;
+    story.cx.expect_access("upgraded")?;
     story.say(&format!(
         "the same QEMU connected to {address}: upgraded; its guest found them all and added {}",
         new.len()
@@ -436,18 +408,13 @@ fn client(cx: &Context) -> Result<Qemu> {
     Ok(Qemu::new(kernel).processors(1).memory_mib(512))
 }
 
-fn add_files(
-    story: &Story<'_>,
-    guest: &mut Machine,
-    known: &KnownFiles,
-    seed: u64,
-) -> Result<KnownFiles> {
+fn add_files(guest: &mut Machine, known: &KnownFiles, seed: u64) -> Result<KnownFiles> {
     let files = FilesOnDisk {
         device: "/dev/vda".into(),
         known: known.clone(),
         seed,
     };
-    guest.run_step(&story.cx.paths, "add_files_to_disk", &files)
+    guest.run_step("add_files_to_disk", &files)
 }
 
 /// Replies with the [`Bench`] of a [`Job`].

@@ -9,14 +9,15 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
 use self::servers::{Backend, DISK_BYTES, Files, Who};
 use super::Settings;
 use super::attach::Client;
 use super::client::{Answer, End, Op, Order, Waiting};
 use super::figures::Samples;
-use super::record::{Candidate, Row};
+use super::record::{Candidate, Document, Row};
+use super::usage::Usage;
 use crate::kit::fio::Fio;
 
 /// The lane's name.
@@ -114,7 +115,7 @@ pub fn candidates(settings: &Settings) -> Vec<Who> {
             }
         }
     }
-    if settings.peers {
+    if !settings.no_peers {
         all.push(Who::Qemu);
     }
     all
@@ -123,11 +124,11 @@ pub fn candidates(settings: &Settings) -> Vec<Who> {
 /// fio itself on the file, which no server can beat.
 const FIO: &str = "fio on the file";
 
-/// Measures; rows are handed to `row` as they come.
+/// Measures.
 ///
 /// # Errors
 /// A server or the client failed.
-pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
+pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     let files = make_files(settings)?;
     let result = loads(settings.quick)
         .iter()
@@ -136,7 +137,7 @@ pub fn run(settings: &Settings, row: &mut dyn FnMut(Row)) -> Result<()> {
             let candidates = candidates(settings);
             let measured = measure(settings, &files, &candidates, load)
                 .with_context(|| format!("{}, {}", load.title(), load.words()))?;
-            row(measured);
+            document.keep(measured);
             anyhow::Ok(())
         });
     for file in [&files.direct, &files.tmpfs] {
@@ -168,67 +169,51 @@ fn make_files(settings: &Settings) -> Result<Files> {
     Ok(files)
 }
 
-/// The samples of one candidate.
-#[derive(Default)]
-struct Series {
-    iops: Vec<f64>,
-    cpu_us: Vec<f64>,
-    waits: Vec<f64>,
-}
-
 fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) -> Result<Row> {
-    let mut series: Vec<Series> = candidates.iter().map(|_| Series::default()).collect();
-    let mut fio = Series::default();
-    let with_fio = settings.peers && matches!(load.backend, Backend::Direct | Backend::Tmpfs);
-    for round in 0..settings.rounds {
-        // Every other round backwards: nobody always follows the same neighbour.
-        let mut order: Vec<usize> = (0..candidates.len()).collect();
-        if round % 2 == 1 {
-            order.reverse();
-        }
-        for index in order {
-            let answer = once(settings, files, &candidates[index], load)
-                .with_context(|| candidates[index].name().to_owned())?;
-            let per_io = |count: u64| count as f64 / answer.requests as f64;
-            series[index].iops.push(answer.iops);
-            series[index]
-                .cpu_us
-                .push(per_io(answer.server.cpu_ns) / 1e3);
-            series[index].waits.push(per_io(answer.server.waits));
-        }
-        if with_fio {
-            fio.iops.push(fio_on_file(settings, files, load)?);
-        }
-    }
+    let is_file = matches!(load.backend, Backend::Direct | Backend::Tmpfs);
+    let with_fio = !settings.no_peers && is_file;
+    let all = candidates.len() + usize::from(with_fio);
+    let found = settings.interleaved(all, |index| match candidates.get(index) {
+        Some(who) => once(settings, files, who, load)
+            .with_context(|| who.name().to_owned())
+            .map(Some),
+        None => Ok(Some(Answer {
+            iops: fio_on_file(settings, files, load)?,
+            ..Answer::default()
+        })),
+    })?;
     let mut row = Row {
         lane: LANE.to_owned(),
         title: load.title(),
         load: load.words(),
         candidates: Vec::new(),
     };
-    for (who, series) in candidates.iter().zip(series) {
-        let counts = if settings.counts {
+    for (who, found) in candidates.iter().zip(&found) {
+        let counts = if settings.no_counts {
+            counts::Counts::default()
+        } else {
             counts::of(settings, files, who, load)
                 .with_context(|| format!("counting for {}", who.name()))?
-        } else {
-            counts::Counts::default()
+        };
+        let per_io = |of: fn(Usage) -> f64| {
+            Samples::of_each(found, |one| of(one.server) / one.requests as f64)
         };
         row.candidates.push(Candidate {
             name: who.name().to_owned(),
-            iops: Samples::of(&series.iops).context("no round was measured")?,
-            cpu_us_per_io: Samples::of(&series.cpu_us),
-            waits_per_io: Samples::of(&series.waits),
+            iops: Samples::of_each(found, |one| one.iops).context("no round was measured")?,
+            cpu_us_per_io: per_io(|used| used.cpu_ns as f64 / 1e3),
+            waits_per_io: per_io(|used| used.waits as f64),
             syscalls_per_io: counts.syscalls,
             instructions_per_io: counts.instructions,
         });
     }
-    if let Some(iops) = Samples::of(&fio.iops) {
-        row.candidates.push(Candidate {
-            name: FIO.to_owned(),
-            iops,
-            ..Candidate::default()
-        });
-    }
+    let fio = found.get(candidates.len());
+    let fio = fio.and_then(|found| Samples::of_each(found, |one| one.iops));
+    row.candidates.extend(fio.map(|iops| Candidate {
+        name: FIO.to_owned(),
+        iops,
+        ..Candidate::default()
+    }));
     Ok(row)
 }
 
@@ -236,7 +221,13 @@ fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) 
 fn once(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<Answer> {
     let socket = files.scratch.join("bench.sock");
     let server = servers::start(who, load.backend, files, &socket, settings.server_cpu)?;
-    let answer = attach(settings, load, &socket, server.pid(), settings.window())?;
+    let answer = attach(
+        settings,
+        load,
+        &socket,
+        server.pid(),
+        End::Milliseconds(settings.window_ms),
+    )?;
     server.stop()?;
     Ok(answer)
 }
@@ -249,13 +240,7 @@ fn attach(
     server: u32,
     window: End,
 ) -> Result<Answer> {
-    Client::start(&order(settings, load, socket, server, window))?.finish()
-}
-
-fn order(settings: &Settings, load: &Load, socket: &Path, server: u32, window: End) -> Order {
-    Order {
-        socket: socket.to_owned(),
-        upgrades: false,
+    let order = Order {
         op: load.op,
         block_bytes: load.block_bytes(),
         depth: load.depth,
@@ -265,10 +250,9 @@ fn order(settings: &Settings, load: &Load, socket: &Path, server: u32, window: E
             End::Milliseconds(ms) => End::Milliseconds((ms / 5).max(50)),
             End::Requests(_) => End::Requests(load.depth as u64),
         },
-        window,
-        server,
-        hold_ms: 0,
-    }
+        ..Order::reads(socket, server, window)
+    };
+    Client::start(&order)?.finish()
 }
 
 /// The same load by fio on the file, with no server between.
@@ -282,9 +266,7 @@ fn fio_on_file(settings: &Settings, files: &Files, load: &Load) -> Result<f64> {
         Op::RandWrite => "randwrite",
         Op::Read => "read",
     };
-    let End::Milliseconds(ms) = settings.window() else {
-        bail!("fio is measured by time");
-    };
+    let ms = settings.window_ms;
     let batch = u32::try_from(load.depth)?;
     let report = Fio::new(file)
         .option("direct", direct)

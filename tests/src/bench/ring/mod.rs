@@ -15,15 +15,12 @@ use testkit::shell::last_lines;
 
 use self::peer::{Answer, Order, Role, SUBCOMMAND, Through};
 use super::Settings;
-use super::figures::Samples;
-use super::record::{Candidate, Measure, Row};
-use crate::cargo::Build;
+use super::figures::{Samples, percentile};
+use super::record::{Candidate, Document, Row};
 use crate::kernel::Kernel;
 use crate::machine::{Machine, Qemu, Uml};
-use crate::runner;
-use crate::suites::Need;
 use crate::test;
-use crate::test::{Context, Paths, Test};
+use crate::test::{Context, Test};
 
 /// The lane's name.
 pub const LANE: &str = "ring";
@@ -108,30 +105,21 @@ pub struct Found {
 ///
 /// # Errors
 /// A machine or a measurement failed.
-pub fn run(
-    settings: &Settings,
-    row: &mut dyn FnMut(Row),
-    measure: &mut dyn FnMut(Measure),
-    left_out: &mut Vec<String>,
-) -> Result<()> {
+pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     for place in Where::ALL {
-        let loads: Vec<(usize, bool)> = loads(settings.quick)
-            .into_iter()
-            .filter(|(size, ping_pong)| {
-                settings.wants(LANE, &title(place, *ping_pong), &words(*size))
-            })
-            .collect();
+        let mut loads = loads(settings.quick);
+        loads.retain(|(size, ping_pong)| {
+            settings.wants(LANE, &title(place, *ping_pong), &words(*size))
+        });
         if loads.is_empty() {
             continue;
         }
         let mut bench = Bench::start(settings, place)?;
         for (size, ping_pong) in loads {
-            let measured = bench.measure(settings, size, ping_pong, left_out);
-            let (one, medians) = measured.with_context(|| title(place, ping_pong))?;
-            row(one);
-            medians.into_iter().for_each(&mut *measure);
+            let measured = bench.measure(settings, size, ping_pong, document);
+            measured.with_context(|| title(place, ping_pong))?;
         }
-        if let Some((machine, _)) = bench.machine {
+        if let Some(machine) = bench.machine {
             machine.power_off();
         }
     }
@@ -165,42 +153,33 @@ pub fn words(size: usize) -> String {
 
 struct Bench {
     place: Where,
-    machine: Option<(Machine, Paths)>,
+    machine: Option<Machine>,
 }
 
 impl Bench {
     fn start(settings: &Settings, place: Where) -> Result<Self> {
-        let kernel = match place {
-            Where::Here => {
-                return Ok(Self {
-                    place,
-                    machine: None,
-                });
-            }
-            Where::Uml => Kernel::Uml,
-            Where::Pc => Kernel::X86,
-        };
-        let paths = runner::prepare(
-            &settings.repo,
-            &[Need::Tools, Need::Kernel(kernel)],
-            Build::Product,
-            settings.yes,
-        )?;
-        let image = paths.kernel(kernel)?;
         let machine = match place {
-            Where::Pc => Machine::boot(&Qemu::new(image).processors(2), &paths, "bench-ring-pc")?,
-            _ => Machine::boot(&Uml::new(image), &paths, "bench-ring-uml")?,
+            Where::Here => None,
+            Where::Uml => {
+                let paths = settings.prepare(&[Kernel::Uml], false)?;
+                let uml = Uml::new(paths.kernel(Kernel::Uml)?);
+                Some(Machine::boot(&uml, &paths, "bench-ring-uml")?)
+            }
+            Where::Pc => {
+                let paths = settings.prepare(&[Kernel::X86], false)?;
+                let pc = Qemu::new(paths.kernel(Kernel::X86)?).processors(2);
+                Some(Machine::boot(&pc, &paths, "bench-ring-pc")?)
+            }
         };
-        eprintln!("lab: ring: Linux {} {}", machine.kernel(), place.words());
-        Ok(Self {
-            place,
-            machine: Some((machine, paths)),
-        })
+        if let Some(machine) = &machine {
+            eprintln!("lab: ring: Linux {} {}", machine.kernel(), place.words());
+        }
+        Ok(Self { place, machine })
     }
 
     fn one(&mut self, settings: &Settings, job: &Job) -> Result<Option<Found>> {
         match &mut self.machine {
-            Some((machine, paths)) => machine.run_step(paths, "bench_ring", job),
+            Some(machine) => machine.run_step("bench_ring", job),
             None => pair(settings.scratch.path(), job),
         }
     }
@@ -210,94 +189,63 @@ impl Bench {
         settings: &Settings,
         size: usize,
         ping_pong: bool,
-        left_out: &mut Vec<String>,
-    ) -> Result<(Row, Vec<Measure>)> {
+        document: &mut Document,
+    ) -> Result<()> {
         let cpus = match self.place {
             Where::Here => Some((settings.server_cpu, settings.client_cpu)),
             Where::Uml => None,
             Where::Pc => Some((1, 0)),
         };
-        let mut found: Vec<Vec<Found>> = vec![Vec::new(); WAYS.len()];
         // This machine's kernel may use the numbers of those system calls for something else.
-        let in_machine = self.machine.is_some();
-        let mut missing = WAYS.map(|(name, _)| name == KERNEL && !in_machine);
-        for round in 0..settings.rounds {
-            let mut order: Vec<usize> = (0..WAYS.len()).collect();
-            if round % 2 == 1 {
-                order.reverse();
+        let has_kernel_ring = self.machine.is_some();
+        let found = settings.interleaved(WAYS.len(), |index| {
+            let (name, through) = WAYS[index];
+            let job = Job {
+                through,
+                record_bytes: size,
+                ping_pong,
+                milliseconds: settings.window_ms,
+                cpus,
+            };
+            match name {
+                KERNEL if !has_kernel_ring => Ok(None),
+                _ => self.one(settings, &job).with_context(|| name.to_owned()),
             }
-            for index in order {
-                if missing[index] {
-                    continue;
-                }
-                let (name, through) = WAYS[index];
-                let job = Job {
-                    through,
-                    record_bytes: size,
-                    ping_pong,
-                    milliseconds: settings.window_ms,
-                    cpus,
-                };
-                match self.one(settings, &job).with_context(|| name.to_owned())? {
-                    Some(one) => found[index].push(one),
-                    None => missing[index] = true,
-                }
-            }
-        }
+        })?;
         let place = self.place.words();
-        for ((name, _), _) in WAYS.iter().zip(missing).filter(|(_, missing)| *missing) {
-            let why = format!("ring: {name} {place}: this kernel has none");
-            if !left_out.contains(&why) {
-                left_out.push(why);
-            }
-        }
-        let mut candidates = Vec::new();
-        let mut measures = Vec::new();
-        for ((name, _), found) in WAYS
-            .iter()
-            .zip(&found)
-            .filter(|(_, found)| !found.is_empty())
-        {
-            let series = |of: fn(&Found) -> f64| {
-                let values: Vec<f64> = found.iter().map(of).collect();
-                Samples::of(&values)
-            };
-            candidates.push(Candidate {
-                name: (*name).to_owned(),
-                iops: series(|one| one.per_second).context("no round was measured")?,
-                cpu_us_per_io: series(|one| one.cpu_us),
-                waits_per_io: series(|one| one.sleeps),
-                syscalls_per_io: series(|one| one.system_calls).map(|calls| calls.median),
-                ..Candidate::default()
-            });
-            let mut add = |what: String, unit: &str, value: Option<Samples>| {
-                measures.extend(value.map(|value| Measure {
-                    lane: LANE.to_owned(),
-                    what,
-                    unit: unit.to_owned(),
-                    value,
-                }));
-            };
-            if ping_pong {
-                let what = format!("{place}: {name}: half of the round trips took no longer than");
-                add(what, "µs", series(|one| one.p50_us));
-            }
-            if *name != PIPE {
-                let what = format!(
-                    "{place}: {name}: wake-ups for 1000 of {}{}",
-                    words(size),
-                    if ping_pong { ", to and fro" } else { "" }
-                );
-                add(what, "", series(|one| one.wakes * 1000.0));
-            }
-        }
-        let row = Row {
+        let mut row = Row {
             lane: LANE.to_owned(),
             title: title(self.place, ping_pong),
             load: words(size),
-            candidates,
+            candidates: Vec::new(),
         };
-        Ok((row, measures))
+        for ((name, _), found) in WAYS.iter().zip(&found) {
+            let Some(iops) = Samples::of_each(found, |one| one.per_second) else {
+                document.leave_out(format!("ring: {name} {place}: this kernel has none"));
+                continue;
+            };
+            let series = |of: fn(&Found) -> f64| found.iter().map(of).collect::<Vec<_>>();
+            row.candidates.push(Candidate {
+                name: (*name).to_owned(),
+                iops,
+                cpu_us_per_io: Samples::of(&series(|one| one.cpu_us)),
+                waits_per_io: Samples::of(&series(|one| one.sleeps)),
+                syscalls_per_io: percentile(&series(|one| one.system_calls), 50.0),
+                ..Candidate::default()
+            });
+            if ping_pong {
+                let what = format!("{place}: {name}: half of the round trips took no longer than");
+                document.measure(LANE, &what, "µs", &series(|one| one.p50_us));
+            }
+            if *name != PIPE {
+                let way = if ping_pong { ", to and fro" } else { "" };
+                let load = words(size);
+                let what = format!("{place}: {name}: wake-ups for 1000 of {load}{way}");
+                document.measure(LANE, &what, "", &series(|one| one.wakes * 1000.0));
+            }
+        }
+        document.keep(row);
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! Disks that come, are refused, go, or are taken away.
 
-use super::{MIB, nothing_left, serve, ublkup};
+use super::{MIB, nothing_left, serve};
+use crate::kit::beside::beside;
 use crate::suites::io::Exercise;
 use crate::test::Context;
 use anyhow::{Result, bail, ensure};
@@ -8,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
-use testkit::images::{self};
+use testkit::images;
 use testkit::shell::{Shell, sh};
 use testkit::wait::until;
 
@@ -18,13 +19,12 @@ pub(super) fn an_id_in_use_is_told(cx: &Context) -> Result<()> {
         server.block_device()? == Path::new("/dev/ublkb5"),
         "another id"
     );
-    let second = ublkup(cx, &["serve", "--ublk-id", "5", "other=mem:1M"]).finish()?;
+    let second = cx
+        .ublkup(&["serve", "--ublk-id", "5", "other=mem:1M"])
+        .finish()?;
     ensure!(second.code() == 1, "exit code {}", second.code());
-    ensure!(
-        second.tail().contains("id 5 is in use"),
-        "{}",
-        second.tail()
-    );
+    let said = second.tail();
+    ensure!(said.contains("id 5 is in use"), "{said}");
     server.stop()?;
     nothing_left(cx)
 }
@@ -60,7 +60,7 @@ pub(super) fn a_mounted_disk_is_not_served(cx: &Context) -> Result<()> {
     sh(&format!("mkfs.ext4 -q {}", disk.display())).run()?;
     let mounted = images::mount_ext4(&disk, &cx.scratch().join("mnt"), false)?;
     let spec = format!("upper=file:{}", disk.display());
-    let finished = ublkup(cx, &["serve", &spec]).finish()?;
+    let finished = cx.ublkup(&["serve", &spec]).finish()?;
     ensure!(finished.code() == 1, "a mounted disk was served");
     ensure!(finished.tail().contains("in use"), "{}", finished.tail());
     mounted.unmount()?;
@@ -73,21 +73,19 @@ pub(super) fn stopping_under_load_ends_the_io_and_leaves_nothing(cx: &Context) -
     let device = server.block_device()?.display().to_string();
     let load = thread::spawn(move || {
         Shell::new("fio")
+            .args(["--name=load", "--rw=randrw", "--ioengine=io_uring"])
             .args([
-                "--name=load",
-                "--rw=randrw",
-                "--ioengine=io_uring",
                 "--direct=1",
+                "--iodepth=32",
+                "--time_based",
+                "--runtime=300",
             ])
-            .args(["--iodepth=32", "--time_based", "--runtime=300"])
             .arg(format!("--filename={device}"))
             .limit(Duration::from_secs(600))
             .finish()
     });
     until("the load has begun", cx.patience(30), || {
-        let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
-        let stat: serde_json::Value = serde_json::from_str(&stat)?;
-        Ok(stat["ublk"]["counters"]["writes"].as_u64() > Some(100))
+        Ok(cx.stat("disk")?["ublk"]["counters"]["writes"].as_u64() > Some(100))
     })?;
     server.stop()?;
     let Ok(load) = load.join() else {
@@ -112,7 +110,7 @@ pub(super) fn a_killed_server_is_followed_by_one_of_the_same_name(cx: &Context) 
     let server = serve(cx, "mem:16M").start()?;
     ensure!(server.block_devices().len() == 1, "one device");
     server.kill()?;
-    let doctor = ublkup(cx, &["doctor", "--clean"]).run()?;
+    let doctor = cx.ublkup(&["doctor", "--clean"]).run()?;
     ensure!(doctor.contains("disk: cleared away"), "{doctor}");
     nothing_left(cx)
 }
@@ -126,8 +124,7 @@ pub(super) fn a_device_removed_behind_our_back_leaves_the_other_door_open(
     let id = name.display().to_string().replace("/dev/ublkb", "");
     testkit::ublk_control::stop_device(id.parse()?)?;
     until("the closed door is noticed", cx.patience(30), || {
-        let stat = ublkup(cx, &["stat", "disk", "--json"]).run()?;
-        let stat: serde_json::Value = serde_json::from_str(&stat)?;
+        let stat = cx.stat("disk")?;
         let closed = stat["ublk"].is_null();
         ensure!(
             !closed || !stat["vhost"].is_null(),
@@ -137,7 +134,7 @@ pub(super) fn a_device_removed_behind_our_back_leaves_the_other_door_open(
     })?;
     let log = server.log();
     ensure!(log.contains("the ublk door closed"), "{log}");
-    ublkup(cx, &["stop", "disk"]).run()?;
+    cx.ublkup(&["stop", "disk"]).run()?;
     let (status, log) = server.wait()?;
     ensure!(
         status.code() == Some(1),
@@ -149,7 +146,6 @@ pub(super) fn a_device_removed_behind_our_back_leaves_the_other_door_open(
 pub(super) fn several_exports_come_and_go_without_each_other(cx: &Context) -> Result<()> {
     let server = cx
         .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .arg("a=mem:64M")
         .arg("disk=mem:96M")
@@ -160,20 +156,16 @@ pub(super) fn several_exports_come_and_go_without_each_other(cx: &Context) -> Re
         "three devices: {}",
         server.log()
     );
-    let devices = server.block_devices();
     // They are told in the order of their names.
-    let disk = devices[2].clone();
-    let mut plan = Exercise::new(&disk, 96 * MIB);
+    let mut plan = Exercise::new(&server.block_devices()[2], 96 * MIB);
     plan.depths = vec![32];
-    thread::scope(|scope| -> Result<()> {
-        let work = scope.spawn(|| plan.run(cx));
-        ublkup(cx, &["stop", "a"]).run()?;
-        ublkup(cx, &["stop", "c"]).run()?;
-        match work.join() {
-            Ok(result) => result,
-            Err(_) => bail!("the exercise panicked"),
-        }
-    })?;
+    beside(
+        |_| plan.run(cx),
+        || {
+            cx.ublkup(&["stop", "a"]).run()?;
+            cx.ublkup(&["stop", "c"]).run()
+        },
+    )?;
     server.stop()?;
     nothing_left(cx)
 }

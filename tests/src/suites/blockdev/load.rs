@@ -1,9 +1,12 @@
 //! Changes of the queue and of the processors while verified I/O runs.
 
-use super::{file, get, serve, set, stop, sysfs};
+use super::{DISK_BYTES, serve};
+use crate::kit::beside::beside;
+use crate::kit::sysfs::Sysfs;
 use crate::suites::io::{Load, Sizes};
 use crate::test::Context;
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -16,63 +19,60 @@ fn under_load(
     device: &Path,
     mut something: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
-    let over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let load = scope.spawn(|| -> Result<u64> {
-            let mut rounds = 0;
-            while !over.load(Ordering::Relaxed) {
-                rounds += 1;
-                let load = Load {
-                    sizes: Sizes::One(4096),
-                    discards: false,
-                    depth: 16,
-                    jobs: 4,
-                    each_mib: 2,
-                    seed: rounds,
-                };
-                load.run(cx, device, 512)?;
-            }
-            Ok(rounds)
-        });
+    let load = |over: &AtomicBool| {
+        let mut rounds = 0;
+        while !over.load(Ordering::Relaxed) {
+            rounds += 1;
+            let load = Load {
+                sizes: Sizes::One(4096),
+                discards: false,
+                depth: 16,
+                jobs: 4,
+                each_mib: 2,
+                seed: rounds,
+            };
+            load.run(cx, device, 512)?;
+        }
+        Ok(rounds)
+    };
+    let (rounds, ()) = beside(load, || {
         let started = Instant::now();
-        let mut count = 0;
-        let mut result = Ok(());
-        while result.is_ok() && (count < 12 || started.elapsed() < Duration::from_secs(2)) {
-            result = something(count);
-            count += 1;
+        for count in 0.. {
+            if count >= 12 && started.elapsed() >= Duration::from_secs(2) {
+                break;
+            }
+            something(count).with_context(|| format!("change {count}"))?;
             thread::sleep(Duration::from_millis(20));
         }
-        over.store(true, Ordering::Relaxed);
-        let rounds = load.join().map_err(|_| anyhow!("the load panicked"))?;
-        result.with_context(|| format!("change {count}"))?;
-        ensure!(rounds? > 0, "there was no load");
         Ok(())
-    })
+    })?;
+    ensure!(rounds > 0, "there was no load");
+    Ok(())
 }
 
 pub(super) fn schedulers_change_under_load(cx: &Context) -> Result<()> {
-    let (server, device) = serve(cx, &file(cx)?)?;
-    let scheduler = sysfs(&device)?.join("queue/scheduler");
-    let all = get(&scheduler)?.replace(['[', ']'], "");
+    let (server, device) = serve(cx, &cx.file(DISK_BYTES)?)?;
+    let (disk, scheduler) = (Sysfs::of(&device)?, "queue/scheduler");
+    let all = disk.get(scheduler)?.replace(['[', ']'], "");
     let names: Vec<&str> = all.split_whitespace().collect();
     ensure!(names.len() >= 3, "this kernel has only {names:?}");
     under_load(cx, &device, |count| {
         let name = names[count % names.len()];
-        set(&scheduler, name)?;
-        let chosen = get(&scheduler)?;
+        disk.set(scheduler, name)?;
+        let chosen = disk.get(scheduler)?;
         ensure!(
             chosen.contains(&format!("[{name}]")),
             "{chosen}, not {name}"
         );
         Ok(())
     })?;
-    stop(server)
+    server.stop().map(drop)
 }
 
 pub(super) fn attributes_of_the_queue_change_under_load(cx: &Context) -> Result<()> {
-    let (server, device) = serve(cx, &file(cx)?)?;
-    let queue = sysfs(&device)?.join("queue");
-    let largest = get(&queue.join("max_hw_sectors_kb"))?;
+    let (server, device) = serve(cx, &cx.file(DISK_BYTES)?)?;
+    let disk = Sysfs::of(&device)?;
+    let largest = disk.get("queue/max_hw_sectors_kb")?;
     let values: [(&str, &[&str]); 7] = [
         ("nr_requests", &["8", "64", "128"]),
         ("read_ahead_kb", &["0", "128", "4096"]),
@@ -85,14 +85,14 @@ pub(super) fn attributes_of_the_queue_change_under_load(cx: &Context) -> Result<
     under_load(cx, &device, |count| {
         for (name, values) in values {
             let value = values[count % values.len()];
-            let path = queue.join(name);
-            set(&path, value)?;
-            let now = get(&path)?;
+            let path = format!("queue/{name}");
+            disk.set(&path, value)?;
+            let now = disk.get(&path)?;
             ensure!(now == value, "{name} is {now}, not {value}");
         }
         Ok(())
     })?;
-    stop(server)
+    server.stop().map(drop)
 }
 
 /// A processor that comes back when this is dropped.
@@ -100,15 +100,15 @@ struct Offline(PathBuf);
 
 impl Drop for Offline {
     fn drop(&mut self) {
-        if let Err(error) = set(&self.0, "1") {
-            eprintln!("{error:#}");
+        if let Err(error) = fs::write(&self.0, "1") {
+            eprintln!("{error}");
         }
     }
 }
 
 fn take_away(cpu: usize) -> Result<Offline> {
     let online = PathBuf::from(format!("/sys/devices/system/cpu/cpu{cpu}/online"));
-    set(&online, "0")?;
+    fs::write(&online, "0")?;
     Ok(Offline(online))
 }
 
@@ -116,10 +116,9 @@ fn take_away(cpu: usize) -> Result<Offline> {
 fn a_queue_for_each_processor(cx: &Context) -> Result<Serve> {
     Ok(cx
         .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
         .ublk("yes")
         .args(["--queues", "4"])
-        .arg(file(cx)?))
+        .arg(cx.file(DISK_BYTES)?))
 }
 
 /// Queues are mapped to processors; the last processor of a queue takes its requests along.
@@ -133,7 +132,7 @@ pub(super) fn processors_go_and_come_under_load(cx: &Context) -> Result<()> {
         thread::sleep(Duration::from_millis(50));
         Ok(())
     })?;
-    stop(server)
+    server.stop().map(drop)
 }
 
 pub(super) fn queues_whose_processors_are_away_are_served(cx: &Context) -> Result<()> {
@@ -151,5 +150,5 @@ pub(super) fn queues_whose_processors_are_away_are_served(cx: &Context) -> Resul
         away.pop();
         Ok(())
     })?;
-    stop(server)
+    server.stop().map(drop)
 }

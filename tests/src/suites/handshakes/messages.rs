@@ -82,48 +82,29 @@ impl Message {
 
 /// What a client says that means it, after it has asked for features.
 pub(super) fn handshake(features: u64, protocol: u64) -> Vec<Message> {
+    use FrontendReq as Req;
+    let table = [pair(1, 0), 0, MEMORY_BYTES, USER_BASE, 0];
+    let plain = |request, words: &[u64]| Message::new(request, words, Passes::Nothing);
+    let bell = |request, index| Message::new(request, &[index], Passes::Bell);
     let mut messages = vec![
-        Message::new(FrontendReq::SET_OWNER, &[], Passes::Nothing),
-        Message::new(
-            FrontendReq::SET_PROTOCOL_FEATURES,
-            &[protocol],
-            Passes::Nothing,
-        ),
-        Message::new(FrontendReq::SET_FEATURES, &[features], Passes::Nothing),
-        Message::new(
-            FrontendReq::SET_MEM_TABLE,
-            &[pair(1, 0), 0, MEMORY_BYTES, USER_BASE, 0],
-            Passes::Memory,
-        ),
+        plain(Req::SET_OWNER, &[]),
+        plain(Req::SET_PROTOCOL_FEATURES, &[protocol]),
+        plain(Req::SET_FEATURES, &[features]),
+        Message::new(Req::SET_MEM_TABLE, &table, Passes::Memory),
     ];
     for vring in 0..VRINGS {
         let at = USER_BASE + u64::from(vring) * 0x1_0000;
         let index = u64::from(vring);
+        // Descriptors, used, available, log.
+        let addresses = [pair(vring, 0), at, at + 0x2000, at + 0x1000, 0];
         messages.extend([
-            Message::new(
-                FrontendReq::SET_VRING_NUM,
-                &[pair(vring, 64)],
-                Passes::Nothing,
-            ),
-            Message::new(
-                FrontendReq::SET_VRING_BASE,
-                &[pair(vring, 0)],
-                Passes::Nothing,
-            ),
-            Message::new(
-                FrontendReq::SET_VRING_ADDR,
-                // Descriptors, used, available, log.
-                &[pair(vring, 0), at, at + 0x2000, at + 0x1000, 0],
-                Passes::Nothing,
-            ),
-            Message::new(FrontendReq::SET_VRING_CALL, &[index], Passes::Bell),
-            Message::new(FrontendReq::SET_VRING_ERR, &[index], Passes::Bell),
-            Message::new(FrontendReq::SET_VRING_KICK, &[index], Passes::Bell),
-            Message::new(
-                FrontendReq::SET_VRING_ENABLE,
-                &[pair(vring, 1)],
-                Passes::Nothing,
-            ),
+            plain(Req::SET_VRING_NUM, &[pair(vring, 64)]),
+            plain(Req::SET_VRING_BASE, &[pair(vring, 0)]),
+            plain(Req::SET_VRING_ADDR, &addresses),
+            bell(Req::SET_VRING_CALL, index),
+            bell(Req::SET_VRING_ERR, index),
+            bell(Req::SET_VRING_KICK, index),
+            plain(Req::SET_VRING_ENABLE, &[pair(vring, 1)]),
         ]);
     }
     messages

@@ -3,61 +3,28 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Pid;
-use serde_json::Value;
 use testkit::server::Server;
-use testkit::shell::{Finished, Shell};
+use testkit::shell::Finished;
 
 use crate::kernel::Kernel;
 use crate::kit::boot_sector::{self, Guest, OPTIONS, SECTOR_BYTES};
 use crate::machine::Qemu;
 use crate::test::Context;
 
-/// A server with a boot sector on its disk, or on each of them.
-pub(in crate::suites) struct Served {
-    pub(in crate::suites) server: Server,
-}
-
-/// Serves `names` as memory disks of 8 MiB with ublk doors.
-pub(in crate::suites) fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Served> {
-    let mut serve = cx
-        .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .arg("--queues")
-        .arg("1");
-    for word in more {
-        serve = serve.arg(word);
-    }
-    for name in names {
-        serve = serve.arg(format!("{name}=mem:8M"));
-    }
-    let server = serve.start()?;
+/// Serves `names` as memory disks of 8 MiB with ublk doors, each with a boot sector on it.
+pub(in crate::suites) fn serve(cx: &Context, names: &[&str], more: &[&str]) -> Result<Server> {
+    let disks = names.iter().map(|name| format!("{name}=mem:8M"));
+    let serve = cx.serve().ublk("yes").args(["--queues", "1"]).args(more);
+    let server = serve.args(disks).start()?;
     for device in server.block_devices() {
         write_sector(&device)?;
     }
-    Ok(Served { server })
-}
-
-impl Served {
-    pub(in crate::suites) fn device(&self) -> Result<PathBuf> {
-        self.server.block_device()
-    }
-
-    pub(in crate::suites) fn stat(&self, cx: &Context, name: &str) -> Result<Value> {
-        let stat = ublkup(cx, &["stat", name, "--json"]).run()?;
-        serde_json::from_str(&stat).context("stat is no JSON")
-    }
-
-    pub(in crate::suites) fn stop(self) -> Result<()> {
-        let log = self.server.stop()?;
-        ensure!(!log.contains("panicked"), "{log}");
-        Ok(())
-    }
+    Ok(server)
 }
 
 pub(in crate::suites) fn write_sector(device: &Path) -> Result<()> {
@@ -85,13 +52,6 @@ pub(in crate::suites) fn expect_written(device: &Path) -> Result<()> {
     Ok(())
 }
 
-pub(in crate::suites) fn ublkup(cx: &Context, args: &[&str]) -> Shell {
-    Shell::new(&cx.paths.server)
-        .args(args)
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .limit(cx.patience(30))
-}
-
 /// A command that finds `ublkup` and the test's runtime directory.
 pub(super) fn command(cx: &Context, program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut path = OsString::from(cx.paths.server.parent().unwrap_or(Path::new(".")));
@@ -100,7 +60,7 @@ pub(super) fn command(cx: &Context, program: impl AsRef<std::ffi::OsStr>) -> Com
     let mut command = Command::new(program);
     command
         .env("PATH", path)
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
+        .env("UBLKUP_RUNTIME_DIR", cx.run_dir())
         .env("MEMORY", "64M");
     command
 }
@@ -122,6 +82,15 @@ pub(in crate::suites) fn launcher(cx: &Context, args: &[&str]) -> Command {
 
 pub(in crate::suites) fn boot(cx: &Context, command: &mut Command) -> Result<Guest> {
     Guest::boot(command, cx.patience(45))
+}
+
+/// The command fails with this exit code and says why.
+pub(super) fn expect_refusal(command: &mut Command, code: i32, says: &str) -> Result<()> {
+    let refused = command.output()?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    let is_right = refused.status.code() == Some(code) && said.contains(says);
+    ensure!(is_right, "{refused:?}");
+    Ok(())
 }
 
 pub(in crate::suites) fn expect(finished: &Finished, code: i32, says: &str) -> Result<()> {
@@ -177,13 +146,8 @@ pub(in crate::suites) fn linux(cx: &Context, name: &str, device: &Path) -> Resul
 }
 
 /// Serves a file as the export `disk` with a block device, which outlives its server.
-pub(in crate::suites) fn serve_file(cx: &Context, image: &Path) -> Result<Served> {
-    let server = cx
-        .serve()
-        .env("UBLKUP_RUNTIME_DIR", cx.scratch().join("run"))
-        .ublk("yes")
-        .args(["--queues", "1", "--reconnect-grace", "120"])
-        .arg(format!("disk=file:{}", image.display()))
-        .start()?;
-    Ok(Served { server })
+pub(in crate::suites) fn serve_file(cx: &Context, image: &Path) -> Result<Server> {
+    let args = ["--queues", "1", "--reconnect-grace", "120"];
+    let disk = format!("disk=file:{}", image.display());
+    cx.serve().ublk("yes").args(args).arg(disk).start()
 }

@@ -4,14 +4,17 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use testkit::images::{self, KnownFiles};
+use testkit::server::Server;
 use testkit::shell::sh;
 
 use super::super::guest::FilesOnDisk;
-use super::common::{Served, linux, recipe, serve_file};
+use super::common::{expect_refusal, linux, recipe, serve_file};
+use crate::kit::beside::beside;
 use crate::machine::{Board, Machine};
 use crate::test::Context;
 
@@ -24,7 +27,7 @@ fn files(known: KnownFiles, seed: u64, device: &str) -> FilesOnDisk {
 }
 
 /// An ext4 file system with known files on a block device of 64 MiB.
-fn serve_ext4(cx: &Context) -> Result<(Served, KnownFiles)> {
+fn serve_ext4(cx: &Context) -> Result<(Server, KnownFiles)> {
     let image = cx.scratch().join("disk.ext4");
     let known = images::ext4_with_known_files(&image, 64 << 20, 1)?;
     Ok((serve_file(cx, &image)?, known))
@@ -40,31 +43,28 @@ fn check_on_host(cx: &Context, device: &Path, known: &KnownFiles) -> Result<()> 
 
 pub(super) fn microvms_upgrade_through_recipe_and_launcher(cx: &Context) -> Result<()> {
     let (served, mut known) = serve_ext4(cx)?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     for (seed, name) in [(2, "raw-microvm.sh"), (3, "launcher-microvm.sh")] {
         let guest = linux(cx, name, &device)?.board(Board::Microvm);
         let mut machine = Machine::boot(&guest, &cx.paths, &format!("upgrade-{name}"))
-            .with_context(|| format!("the server said:\n{}", served.server.log()))?;
-        let stat = served.stat(cx, "disk")?;
+            .with_context(|| format!("the server said:\n{}", served.log()))?;
+        let stat = cx.stat("disk")?;
         ensure!(stat["access"] == "upgraded", "{name}: {stat}");
-        let new: KnownFiles = machine.run_step(
-            &cx.paths,
-            "add_files_to_disk",
-            &files(known.clone(), seed, "/dev/vda"),
-        )?;
+        let new: KnownFiles =
+            machine.run_step("add_files_to_disk", &files(known.clone(), seed, "/dev/vda"))?;
         known = known.and(new);
         machine.power_off();
     }
     sh(&format!("blockdev --flushbufs {}", device.display())).run()?;
     check_on_host(cx, &device, &known)?;
-    served.stop()
+    served.stop().map(drop)
 }
 
 pub(super) fn a_running_guest_moves_to_the_service_and_back_to_the_host_without_losing_a_byte(
     cx: &Context,
 ) -> Result<()> {
     let (served, known) = serve_ext4(cx)?;
-    let device = served.device()?;
+    let device = served.block_device()?;
     let monitor = cx.scratch().join("qmp");
     let guest = linux(cx, "block-device.sh", &device)?.env("QMP", &monitor);
     let mut machine = Machine::boot(&guest, &cx.paths, "upgrade-live")?;
@@ -73,78 +73,48 @@ pub(super) fn a_running_guest_moves_to_the_service_and_back_to_the_host_without_
         live.env("QMP", &monitor).env("DISK", disk);
         live
     };
-    let new: KnownFiles = machine.run_step(
-        &cx.paths,
-        "add_files_to_disk",
-        &files(known.clone(), 2, "/dev/vda"),
-    )?;
+    let new: KnownFiles =
+        machine.run_step("add_files_to_disk", &files(known.clone(), 2, "/dev/vda"))?;
     let known = known.and(new);
 
     // While the guest writes, nothing happens to it.
-    let unknown = live("no-such-disk").output()?;
-    let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
-    ensure!(
-        unknown.status.code() == Some(3) && said.contains("it has: disk"),
-        "{unknown:?}"
-    );
-    let refused = std::thread::scope(|scope| {
-        let early = scope.spawn(|| {
-            std::thread::sleep(Duration::from_secs(3));
-            live("disk").output()
-        });
+    expect_refusal(&mut live("no-such-disk"), 3, "it has: disk")?;
+    let early = |_: &AtomicBool| {
+        std::thread::sleep(Duration::from_secs(3));
+        expect_refusal(&mut live("disk"), 3, "unmount it in the guest")
+    };
+    beside(early, || {
         machine.sh(
-            &cx.paths,
             "mkdir -p /run/load; mount /dev/vda /run/load; end=$(($(date +%s) + 10)); \
              while test $(date +%s) -lt $end; do \
              dd if=/dev/urandom of=/run/load/load bs=64k count=4 conv=fsync status=none; done; \
              sha256sum /run/load/load; umount /run/load",
-        )?;
-        early
-            .join()
-            .map_err(|_| anyhow::anyhow!("live panicked"))?
-            .context("live")
+        )
     })?;
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    ensure!(
-        refused.status.code() == Some(3) && said.contains("unmount it in the guest"),
-        "{refused:?}"
-    );
 
     let moved = live("disk").output()?;
     ensure!(moved.status.success(), "{moved:?}");
-    let stat = served.stat(cx, "disk")?;
-    ensure!(
-        stat["vhost"]["sessions"].as_array().map(Vec::len) == Some(1),
-        "{stat}"
-    );
-    let name = machine.sh(
-        &cx.paths,
-        "for i in $(seq 100); do ls -d /sys/block/vd* 2>/dev/null && break; sleep 0.1; done",
-    )?;
-    let name = name
-        .trim()
-        .rsplit('/')
-        .next()
-        .unwrap_or_default()
-        .to_owned();
+    let stat = cx.stat("disk")?;
+    ensure!(stat["vhost"]["sessions"].as_array().map(Vec::len) == Some(1));
+    let name = machine
+        .sh("for i in $(seq 100); do ls -d /sys/block/vd* 2>/dev/null && break; sleep 0.1; done")?;
+    let name = name.trim().rsplit('/').next().unwrap_or_default();
     let new: KnownFiles = machine.run_step(
-        &cx.paths,
         "add_files_to_disk",
         &files(known.clone(), 3, &format!("/dev/{name}")),
     )?;
     let known = known.and(new);
-    let stat = served.stat(cx, "disk")?;
+    let stat = cx.stat("disk")?;
     ensure!(
         stat["access"] == "upgraded" && stat["vhost"]["counters"]["writes"].as_u64() > Some(0),
         "{stat}"
     );
-    let again = live("disk").output()?;
-    ensure!(again.status.code() == Some(3), "{again:?}");
+    expect_refusal(&mut live("disk"), 3, "")?;
     machine.power_off();
 
     sh(&format!("blockdev --flushbufs {}", device.display())).run()?;
     check_on_host(cx, &device, &known)?;
-    served.stop()
+    served.stop().map(drop)
 }
 
 /// `hotplug.qmp` as it stands: the export has the name and the place that it says.
@@ -157,7 +127,7 @@ pub(super) fn a_disk_is_plugged_into_a_running_guest(cx: &Context) -> Result<()>
         .arg("hot=mem:16M")
         .start()?;
     let monitor = cx.scratch().join("qmp");
-    let guest = linux(cx, "block-device.sh", &served.device()?)?
+    let guest = linux(cx, "block-device.sh", &served.block_device()?)?
         .env("QMP", &monitor)
         .argument("-device")
         .argument("pcie-root-port,id=port1,chassis=2");
@@ -173,13 +143,12 @@ pub(super) fn a_disk_is_plugged_into_a_running_guest(cx: &Context) -> Result<()>
         "{answers}"
     );
     let seen = machine.sh(
-        &cx.paths,
         "for i in $(seq 100); do cat /sys/block/vdb/size 2>/dev/null && break; sleep 0.1; done",
     )?;
     ensure!(seen.trim() == "32768", "the guest sees {seen:?} sectors");
     machine.power_off();
     hot.stop()?;
-    served.stop()
+    served.stop().map(drop)
 }
 
 /// Sends lines to a QMP monitor, one answer each, and returns all it said.

@@ -3,25 +3,13 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result};
 use testkit::process;
+use testkit::wait::until;
 
 use crate::test::Context;
-
-/// Does something while a job runs, and returns both results.
-pub(super) fn during<A: Send, B>(
-    job: impl FnOnce() -> Result<A> + Send,
-    look: impl FnOnce() -> Result<B>,
-) -> Result<(A, B)> {
-    std::thread::scope(|scope| {
-        let job = scope.spawn(job);
-        let seen = look();
-        let ended = job.join().map_err(|_| anyhow!("the job panicked"))?;
-        Ok((ended?, seen?))
-    })
-}
 
 /// User and system time of a process so far.
 pub(super) fn cpu_us(pid: u32) -> Result<f64> {
@@ -66,16 +54,10 @@ impl SystemCalls {
             patience: cx.patience(20),
         };
         // It is attached when the kernel says so of every thread.
-        let deadline = Instant::now() + counting.patience;
-        while !pids.into_iter().flatten().all(is_traced) {
-            if Instant::now() > deadline {
-                bail!(
-                    "strace attached to nothing: {}",
-                    std::fs::read_to_string(&said)?
-                );
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        until("strace is attached", counting.patience, || {
+            Ok(pids.into_iter().flatten().all(is_traced))
+        })
+        .with_context(|| std::fs::read_to_string(&said).unwrap_or_default())?;
         Ok(counting)
     }
 
@@ -145,9 +127,8 @@ mod tests {
     #[test]
     fn the_processor_time_of_this_process_grows() {
         let before = cpu_us(std::process::id()).expect("readable");
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while cpu_us(std::process::id()).expect("readable") <= before {
-            assert!(Instant::now() < deadline, "no time passed");
-        }
+        testkit::wait::eventually("time passes", || {
+            cpu_us(std::process::id()).expect("readable") > before
+        });
     }
 }

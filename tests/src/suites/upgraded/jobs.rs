@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::findings::{Bench, Load};
 use crate::bench::attach::Client;
-use crate::bench::client::{End, Op, Order, Waiting};
+use crate::bench::client::{End, Order};
 use crate::kit::fio::Fio;
 use crate::test::Context;
 
@@ -48,19 +48,12 @@ pub(super) fn random_reads(cx: &Context, job: &Job) -> Result<Bench> {
 
 /// The same by a program that has opened the block device and connects to what is behind it.
 pub(super) fn upgraded_reads(disk: &Path, depth: u32, server: u32) -> Result<Bench> {
+    // Client and server share the only processor: who looks at them gets his turns late.
+    let window = End::Milliseconds(u64::from(JOB_SECONDS) * 1500);
     let order = Order {
-        socket: disk.to_owned(),
         upgrades: true,
-        op: Op::RandRead,
-        block_bytes: 4096,
         depth: depth as usize,
-        waiting: Waiting::Sleeps,
-        cpu: 0,
-        warm_up: End::Requests(1),
-        // Client and server share the only processor: who looks at them gets his turns late.
-        window: End::Milliseconds(u64::from(JOB_SECONDS) * 1500),
-        server,
-        hold_ms: 0,
+        ..Order::reads(disk, server, window)
     };
     let answer = Client::start(&order)?.finish()?;
     Ok(Bench {
