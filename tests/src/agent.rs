@@ -26,9 +26,6 @@ use crate::report::TestResult;
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Serves the channel until it is told to end the machine, or the channel ends.
-///
-/// # Errors
-/// The channel cannot be used.
 pub fn main() -> Result<ExitCode> {
     let path = std::env::var_os(SETUP_VARIABLE).context("no setup is named")?;
     let setup = Setup::read(Path::new(&path))?;
@@ -66,9 +63,6 @@ fn start_heart(channel: &Arc<Mutex<File>>) -> Result<()> {
 }
 
 /// Reports the exit code of a shell machine's command.
-///
-/// # Errors
-/// The channel cannot be used.
 pub fn report_exit(setup: &Setup, code: i32) -> Result<()> {
     send(&mut open_channel(setup)?, &FromGuest::Exit { code })
 }

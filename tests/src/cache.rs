@@ -9,9 +9,6 @@ use rustix::fs::{FlockOperation, flock};
 
 /// The cache directory, created if needed: `$UBLKUP_LAB_CACHE`, or `ublkup-lab`
 /// in `$XDG_CACHE_HOME` or `~/.cache`.
-///
-/// # Errors
-/// There is no home directory, or the directory cannot be created.
 pub fn dir() -> Result<PathBuf> {
     let from = |name: &str| {
         std::env::var_os(name)
@@ -37,9 +34,6 @@ pub struct Lock {
 }
 
 /// Takes a lock by name, waiting for another run that holds it.
-///
-/// # Errors
-/// The lock file cannot be used.
 pub fn lock(name: &str) -> Result<Lock> {
     let path = dir()?.join(format!("{name}.lock"));
     let file = File::options()

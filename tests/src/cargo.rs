@@ -29,9 +29,6 @@ fn cargo(repo: &Path) -> Command {
 }
 
 /// The target directory this binary is in.
-///
-/// # Errors
-/// The lab's binary is in a strange place.
 pub fn target_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe().context("cannot find the lab's own binary")?;
     exe.ancestors()
@@ -50,9 +47,6 @@ pub enum Build {
 }
 
 /// Where a build of the server is put. Cargo has one place for all of them.
-///
-/// # Errors
-/// The lab's binary is in a strange place.
 pub fn server_binary(build: Build) -> Result<PathBuf> {
     let folder = match build {
         Build::Product => "lab/product",
@@ -62,9 +56,6 @@ pub fn server_binary(build: Build) -> Result<PathBuf> {
 }
 
 /// Builds the server; where it is.
-///
-/// # Errors
-/// It does not build.
 pub fn build_server(repo: &Path, build: Build) -> Result<PathBuf> {
     let features: &[&str] = match build {
         Build::Product => &[],
@@ -83,9 +74,6 @@ pub fn build_server(repo: &Path, build: Build) -> Result<PathBuf> {
 }
 
 /// Builds the product and looks whether it has test equipment.
-///
-/// # Errors
-/// It does not build.
 pub fn check_product(repo: &Path) -> Result<TestResult> {
     let started = Instant::now();
     let product = build_server(repo, Build::Product)?;
@@ -117,9 +105,6 @@ pub fn check_product(repo: &Path) -> Result<TestResult> {
 }
 
 /// Builds the server of a checkout in a target directory; where it is.
-///
-/// # Errors
-/// It does not build.
 pub fn build_server_of(repo: &Path, target: &Path, features: &[&str]) -> Result<PathBuf> {
     fs::create_dir_all(target).with_context(|| format!("cannot create {}", target.display()))?;
     let log = target.join("lab-build-server.log");
@@ -154,9 +139,6 @@ const RING_TESTS: [&str; 4] = ["ring", "ring_hostile", "ring_processes", "ring_s
 const DRIVER_EXAMPLES: [&str; 1] = ["ublkup-pipe"];
 
 /// Builds the test programs that guests run; where they are.
-///
-/// # Errors
-/// They do not build.
 pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let target = target_dir()?;
     let log = target.join("lab-build-driver-tests.log");
@@ -207,9 +189,6 @@ fn executable(output: &str, name: &str) -> Option<PathBuf> {
 
 /// Runs `cargo test --workspace`: how many tests there were, and a failure of
 /// its own if cargo failed without one.
-///
-/// # Errors
-/// cargo cannot be started.
 pub fn test_workspace(repo: &Path) -> Result<(Totals, Option<TestResult>)> {
     let target = target_dir()?;
     let log = target.join("lab-cargo-test.log");

@@ -55,9 +55,6 @@ pub enum FromGuest {
 }
 
 /// Writes one message.
-///
-/// # Errors
-/// The other side is gone.
 pub fn send<T: Serialize>(to: &mut impl Write, message: &T) -> Result<()> {
     let mut line = MARK.to_owned();
     line.push_str(&serde_json::to_string(message).context("cannot encode a message")?);
@@ -79,10 +76,6 @@ pub enum Heard<T> {
 }
 
 /// Reads the next line.
-///
-/// # Errors
-/// The stream cannot be read or ends inside a line, or a marked line is no
-/// message.
 pub fn hear<T: DeserializeOwned>(from: &mut impl BufRead) -> Result<Heard<T>> {
     let mut bytes = Vec::new();
     from.read_until(b'\n', &mut bytes)

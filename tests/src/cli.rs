@@ -118,7 +118,6 @@ enum KernelAction {
 }
 
 /// Runs the command line and says what went wrong.
-#[must_use]
 pub fn main() -> ExitCode {
     if guest::is_init() {
         return guest::init_main();

@@ -14,9 +14,6 @@ use crate::suites::{Need, upgraded};
 use crate::test::Context;
 
 /// Prepares what is missing, then tells the story.
-///
-/// # Errors
-/// Something cannot be had, or the story does not end well.
 pub fn run(repo: &Path, yes: bool) -> Result<ExitCode> {
     let needs = [
         Need::Tools,

@@ -22,9 +22,6 @@ struct Finding {
 }
 
 /// Looks, prints, and says whether every test can run.
-///
-/// # Errors
-/// The findings cannot be written.
 pub fn run(json: bool) -> Result<bool> {
     let findings = look();
     let good = findings.iter().all(|one| one.good || !one.required);

@@ -22,13 +22,11 @@ pub const AGENT: &str = "guest-agent";
 const MASKED: [&str; 3] = ["/run", "/tmp", "/var/tmp"];
 
 /// Whether this process is the first of a guest.
-#[must_use]
 pub fn is_init() -> bool {
     std::process::id() == 1 && std::env::var_os(SETUP_VARIABLE).is_some()
 }
 
 /// The life of the first process. Does not return while the machine is up.
-#[must_use]
 pub fn init_main() -> ExitCode {
     let powers_off = match live() {
         Ok(setup) => setup.powers_off,

@@ -48,7 +48,6 @@ pub struct Job {
 
 impl Job {
     /// A job for a test of a suite at a place.
-    #[must_use]
     pub fn new(suite: &str, test: &Test, place: Place, paths: &Paths, exchange: &Path) -> Self {
         Job {
             suite: suite.to_owned(),
@@ -62,7 +61,6 @@ impl Job {
     }
 
     /// The time limit.
-    #[must_use]
     pub fn limit(&self) -> Duration {
         Duration::from_millis(self.limit_ms)
     }
@@ -84,7 +82,6 @@ struct Answer {
 }
 
 /// Runs a job in a child process and waits for its end, whatever that is.
-#[must_use]
 pub fn run(job: &Job) -> TestResult {
     let started = Instant::now();
     let mut result = match run_child(job) {
@@ -175,9 +172,6 @@ fn remove(dir: tempfile::TempDir) -> std::io::Result<()> {
 
 /// The child's side: reads the order from standard input, runs the test, writes
 /// the answer.
-///
-/// # Errors
-/// There is no such order or test, or the answer cannot be written.
 pub fn child_main() -> Result<ExitCode> {
     let mut text = String::new();
     std::io::stdin()

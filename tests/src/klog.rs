@@ -56,7 +56,6 @@ fn is_trouble(line: &str) -> bool {
 ///
 /// A record is `priority,sequence,time,flags;message`, followed by lines of
 /// key and value; a priority of 8 and more marks text written by a process.
-#[must_use]
 pub fn kernel_message(record: &str) -> Option<&str> {
     let (head, message) = record.split_once(';')?;
     let priority: u32 = head.split(',').next()?.parse().ok()?;

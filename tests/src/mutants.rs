@@ -26,9 +26,6 @@ const LIMIT_S: &str = "600";
 
 /// Makes the mutants of `files` (of all of `FILES`, if none is named) and runs the server's tests with
 /// each; `list` only prints them. The survivors are printed.
-///
-/// # Errors
-/// cargo-mutants cannot be had, or the tests fail without a mutant.
 pub fn run(repo: &Path, files: &[String], list: bool) -> Result<ExitCode> {
     let program = CARGO_MUTANTS.program()?;
     let output = target_dir()?;

@@ -67,10 +67,6 @@ impl Step {
 }
 
 /// Runs a command as a step. Its output goes to the file `log`.
-///
-/// # Errors
-/// The command failed or exceeded the limit; the message has the end of its
-/// output and the name of the log.
 pub fn run(what: &str, mut command: Command, log: &Path, limit: Duration) -> Result<()> {
     let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     command

@@ -104,7 +104,6 @@ impl Totals {
     }
 
     /// How many results there are.
-    #[must_use]
     pub fn all(&self) -> u64 {
         self.passed + self.failed + self.skipped
     }
@@ -140,7 +139,6 @@ pub struct SuiteResult {
 
 impl SuiteResult {
     /// A suite without results yet.
-    #[must_use]
     pub fn new(suite: &str) -> Self {
         SuiteResult {
             suite: suite.to_owned(),
@@ -150,7 +148,6 @@ impl SuiteResult {
     }
 
     /// Counts of everything in the suite.
-    #[must_use]
     pub fn totals(&self) -> Totals {
         let mut totals = self.counted;
         for test in &self.tests {

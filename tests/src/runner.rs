@@ -71,9 +71,6 @@ fn list(chosen: &[Chosen]) {
 }
 
 /// Runs suites, or lists them; the exit code says whether everything passed.
-///
-/// # Errors
-/// There is no such suite or test, or something they need cannot be had.
 pub fn run(repo: &Path, request: &Request) -> Result<ExitCode> {
     let chosen = choose(request)?;
     if request.list {
@@ -158,9 +155,6 @@ fn matches(request: &Request, suite: &Suite, name: &str) -> bool {
 }
 
 /// Installs, builds and finds what is needed; `server` is the build of the server, if one is needed.
-///
-/// # Errors
-/// Something cannot be had.
 pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result<Paths> {
     let needs = |need: Need| wanted.contains(&need);
     let mut purposes = Vec::new();
@@ -330,9 +324,6 @@ fn write_json(file: &Path, results: &[SuiteResult], totals: Totals) -> Result<()
 }
 
 /// The checkout this binary was built from.
-///
-/// # Errors
-/// It is not there any more.
 pub fn repo() -> Result<PathBuf> {
     let built_in = Path::new(env!("CARGO_MANIFEST_DIR"));
     let repo = built_in.parent().unwrap_or(built_in);

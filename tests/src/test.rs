@@ -36,7 +36,6 @@ pub enum Place {
 impl Place {
     /// How many times slower than the host to expect this place to be.
     /// Time limits are multiplied by it; nothing else may depend on it.
-    #[must_use]
     pub fn slowness(self) -> u32 {
         match self {
             Place::Host => 1,
@@ -61,7 +60,6 @@ pub struct Test {
 
 impl Test {
     /// A test with the usual limit of 60 seconds. Prefer the macro [`test!`](crate::test!).
-    #[must_use]
     pub const fn new(name: &'static str, body: fn(&Context) -> Result<()>) -> Self {
         Test {
             name,
@@ -72,21 +70,18 @@ impl Test {
     }
 
     /// Gives the body this many seconds (on the host; slower places get more).
-    #[must_use]
     pub const fn limit_s(mut self, limit_s: u32) -> Self {
         self.limit_s = limit_s;
         self
     }
 
     /// Marks a long soak, run only with `--full`.
-    #[must_use]
     pub const fn full(mut self) -> Self {
         self.full = true;
         self
     }
 
     /// The time limit at a place.
-    #[must_use]
     pub fn limit_at(&self, place: Place) -> Duration {
         Duration::from_secs(u64::from(self.limit_s) * u64::from(place.slowness()))
     }
@@ -111,7 +106,6 @@ macro_rules! test {
 }
 
 /// The part of a path after its last colon or space; used by [`test!`](crate::test!).
-#[must_use]
 pub const fn last_segment(path: &'static str) -> &'static str {
     let bytes = path.as_bytes();
     let mut start = bytes.len();
@@ -163,9 +157,6 @@ pub struct Paths {
 
 impl Paths {
     /// The image of a kernel.
-    ///
-    /// # Errors
-    /// It was not built for this run.
     pub fn kernel(&self, kernel: Kernel) -> Result<&Path> {
         let image = self.kernels.get(&kernel);
         image
@@ -189,7 +180,6 @@ pub struct Context {
 
 impl Context {
     /// Puts a context together; the runner and the agent do this.
-    #[must_use]
     pub fn new(
         place: Place,
         paths: Paths,
@@ -208,9 +198,6 @@ impl Context {
     }
 
     /// A context on this machine beside any suite, and its directory.
-    ///
-    /// # Errors
-    /// There is no room.
     pub fn on_host(paths: Paths) -> Result<(TempDir, Self)> {
         let folder = tempfile::tempdir().context("cannot make a temporary directory")?;
         let [scratch, exchange] = ["scratch", "exchange"].map(|name| folder.path().join(name));
@@ -223,38 +210,32 @@ impl Context {
 
     /// An empty directory of this test's own, removed afterwards: tmpfs in a
     /// guest, a temporary directory on the host.
-    #[must_use]
     pub fn scratch(&self) -> &Path {
         &self.scratch
     }
 
     /// A directory that the guest and whoever started it both read and write.
     /// On the host it is part of the run's directory.
-    #[must_use]
     pub fn exchange(&self) -> &Path {
         &self.exchange
     }
 
     /// `seconds`, stretched by how slow this place is.
-    #[must_use]
     pub fn patience(&self, seconds: u32) -> Duration {
         Duration::from_secs(u64::from(seconds) * u64::from(self.place.slowness()))
     }
 
     /// The servers' runtime directory.
-    #[must_use]
     pub fn run_dir(&self) -> PathBuf {
         self.scratch.join("run")
     }
 
     /// A server with the tested binary in [`Context::run_dir`], no doors and no exports yet.
-    #[must_use]
     pub fn serve(&self) -> Serve {
         Serve::new(&self.paths.server, self.patience(20)).env(RUNTIME_DIR, self.run_dir())
     }
 
     /// Another command of the tested binary, in the same runtime directory.
-    #[must_use]
     pub fn ublkup(&self, args: &[&str]) -> Shell {
         Shell::new(&self.paths.server)
             .args(args)
@@ -263,18 +244,12 @@ impl Context {
     }
 
     /// What `stat` says about an export.
-    ///
-    /// # Errors
-    /// There is no such export.
     pub fn stat(&self, export: &str) -> Result<Value> {
         let stat = self.ublkup(&["stat", export, "--json"]).run()?;
         serde_json::from_str(&stat).context("stat is no JSON")
     }
 
     /// Waits until the export `disk` is in this state of access.
-    ///
-    /// # Errors
-    /// It is not, for longer than it may take.
     pub fn expect_access(&self, wanted: &str) -> Result<()> {
         until(
             &format!("the access is {wanted}"),
@@ -284,9 +259,6 @@ impl Context {
     }
 
     /// An image of zeroes in the scratch directory; the one before, if there is one, is lost.
-    ///
-    /// # Errors
-    /// There is no room.
     pub fn image(&self, size_bytes: u64) -> Result<PathBuf> {
         let path = self.scratch.join("disk.img");
         File::create(&path)
@@ -296,26 +268,17 @@ impl Context {
     }
 
     /// The storage of a new [`Context::image`], as servers are told.
-    ///
-    /// # Errors
-    /// There is no room.
     pub fn file(&self, size_bytes: u64) -> Result<String> {
         Ok(format!("file:{}", self.image(size_bytes)?.display()))
     }
 
     /// The arguments this step was started with (see [`crate::machine::Machine::run_step`]).
-    ///
-    /// # Errors
-    /// The arguments do not have the shape of `T`.
     pub fn args<T: DeserializeOwned>(&self) -> Result<T> {
         serde_json::from_value(self.args.clone())
             .with_context(|| format!("unexpected arguments: {}", self.args))
     }
 
     /// Hands a value back to whoever started this step.
-    ///
-    /// # Errors
-    /// The value cannot be written as JSON.
     pub fn reply<T: Serialize>(&self, value: &T) -> Result<()> {
         let value = serde_json::to_value(value).context("cannot encode a reply")?;
         *self
@@ -326,7 +289,6 @@ impl Context {
     }
 
     /// What [`Context::reply`] was given, or null.
-    #[must_use]
     pub fn take_reply(&self) -> Value {
         std::mem::take(
             &mut *self

@@ -13,9 +13,6 @@ pub struct Client(Running);
 
 impl Client {
     /// Starts a client.
-    ///
-    /// # Errors
-    /// There is no process to be had.
     pub fn start(order: &Order) -> Result<Self> {
         let expected_ms = match order.window {
             End::Milliseconds(ms) => ms * 2 + 30_000,
@@ -28,9 +25,6 @@ impl Client {
     }
 
     /// Waits for the client to end, and returns what it measured.
-    ///
-    /// # Errors
-    /// It failed, or got no answers from the server.
     pub fn finish(self) -> Result<Answer> {
         let ended = self.0.finish()?;
         ensure!(ended.status.success(), "{}", last_lines(&ended.stderr, 10));

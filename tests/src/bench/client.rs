@@ -86,7 +86,6 @@ pub struct Order {
 impl Order {
     /// Random reads of 4 KiB, one after the other, by a client that sleeps on processor 0, of the server
     /// with this process.
-    #[must_use]
     pub fn reads(socket: &Path, server: u32, window: End) -> Self {
         Order {
             socket: socket.to_owned(),
@@ -120,9 +119,6 @@ pub struct Answer {
 }
 
 /// The child's side: order from standard input, answer to standard output.
-///
-/// # Errors
-/// The order makes no sense, the server does not do as it should, or a request failed.
 pub fn child_main() -> Result<ExitCode> {
     let mut text = String::new();
     std::io::stdin()
@@ -155,9 +151,6 @@ fn run(order: &Order, load: &mut Load) -> Result<Answer> {
 }
 
 /// Runs the calling thread on one processor.
-///
-/// # Errors
-/// There is no such processor.
 pub fn pin(cpu: usize) -> Result<()> {
     let mut set = rustix::thread::CpuSet::new();
     set.set(cpu);

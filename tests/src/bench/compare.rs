@@ -11,9 +11,6 @@ use super::record::{Ratio, Row};
 use crate::{cache, cargo};
 
 /// The server of a revision, built in a worktree in the cache; its short name and its program.
-///
-/// # Errors
-/// There is no such revision, or it does not build.
 pub fn build(repo: &Path, revision: &str) -> Result<(String, PathBuf)> {
     let git = |args: &[&str]| Shell::new("git").args(args).dir(repo).run();
     let commit = format!("{revision}^{{commit}}");
@@ -46,7 +43,6 @@ pub fn build(repo: &Path, revision: &str) -> Result<(String, PathBuf)> {
 }
 
 /// The second server over the first, in each row that has both with the same settings.
-#[must_use]
 pub fn ratios(rows: &[Row], first: &str, second: &str) -> Vec<Ratio> {
     let mut all = Vec::new();
     for row in rows {

@@ -25,9 +25,6 @@ const BUSY: usize = 8;
 const LOOK: Duration = Duration::from_secs(10);
 
 /// Measures.
-///
-/// # Errors
-/// The server or a client failed.
 pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     if settings.wants(LANE, "idle", "") {
         idle(settings, document)?;

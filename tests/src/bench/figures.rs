@@ -17,7 +17,6 @@ pub struct Samples {
 
 impl Samples {
     /// Samples with their summary; `None` if there are none.
-    #[must_use]
     pub fn of(samples: &[f64]) -> Option<Self> {
         Some(Samples {
             median: percentile(samples, 50.0)?,
@@ -28,14 +27,12 @@ impl Samples {
     }
 
     /// One figure of each measurement.
-    #[must_use]
     pub fn of_each<T>(found: &[T], figure: impl Fn(&T) -> f64) -> Option<Self> {
         Samples::of(&found.iter().map(figure).collect::<Vec<_>>())
     }
 
     /// The ratios of pairs measured in the same round, ours over theirs. Rounds that only one of
     /// the two has are left out, and so are zeros below the line.
-    #[must_use]
     pub fn ratio(&self, below: &Samples) -> Option<Samples> {
         let pairs = self.samples.iter().zip(&below.samples);
         let ratios: Vec<f64> = pairs
@@ -47,7 +44,6 @@ impl Samples {
 }
 
 /// The value below which `percent` of the samples are, interpolated between neighbours.
-#[must_use]
 pub fn percentile(samples: &[f64], percent: f64) -> Option<f64> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);

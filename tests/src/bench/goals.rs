@@ -20,7 +20,6 @@ const DIRECT: &str = "file, O_DIRECT: 4 KiB random reads";
 const TMPFS: &str = "file, tmpfs: 4 KiB random reads";
 
 /// Every goal that this document has figures for.
-#[must_use]
 pub fn of(document: &Document) -> Vec<Goal> {
     let mut goals = native_ratios(document);
     goals.extend(native_costs(document));

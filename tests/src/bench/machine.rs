@@ -27,7 +27,6 @@ pub struct Facts {
 
 impl Facts {
     /// Looks around.
-    #[must_use]
     pub fn here() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let after = |text: &str, name: &str| {
@@ -53,7 +52,6 @@ impl Facts {
 }
 
 /// The checked-out revision, marked when files other than documents differ from it.
-#[must_use]
 pub fn revision(repo: &Path) -> String {
     let git = |args: &[&str]| Shell::new("git").args(args.iter().copied()).dir(repo).run();
     let describe = git(&["describe", "--always", "--abbrev=12"]);

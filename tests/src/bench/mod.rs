@@ -130,15 +130,11 @@ impl Deref for Settings {
 
 impl Settings {
     /// One run in which something is counted.
-    #[must_use]
     pub fn short_window(&self) -> End {
         End::Milliseconds(self.window_ms.min(500))
     }
 
     /// The server of the lanes that measure one only.
-    ///
-    /// # Errors
-    /// Two revisions are compared.
     pub fn server(&self) -> Result<&Path> {
         let [(_, server)] = &self.servers[..] else {
             bail!("--compare is for the native lane");
@@ -149,9 +145,6 @@ impl Settings {
     /// Measures so many candidates in each round; the results of each. Every other round goes
     /// backwards, so that none always follows the same neighbour. What cannot be measured (`None`) is
     /// not tried again.
-    ///
-    /// # Errors
-    /// A measurement failed.
     pub fn interleaved<T>(
         &self,
         candidates: usize,
@@ -173,9 +166,6 @@ impl Settings {
     }
 
     /// Prepares a lane that measures in machines; `server` says whether it needs ours.
-    ///
-    /// # Errors
-    /// Something cannot be had.
     pub fn prepare(&self, kernels: &[Kernel], server: bool) -> Result<Paths> {
         let kernels = kernels.iter().map(|kernel| Need::Kernel(*kernel));
         let needs: Vec<Need> = [Need::Tools].into_iter().chain(kernels).collect();
@@ -187,7 +177,6 @@ impl Settings {
     }
 
     /// Whether a load was asked for.
-    #[must_use]
     pub fn wants(&self, lane: &str, title: &str, load: &str) -> bool {
         let name = format!("{lane}: {title}: {load}");
         self.only.as_ref().is_none_or(|only| only.is_match(&name))
@@ -195,9 +184,6 @@ impl Settings {
 }
 
 /// Measures and writes everything down.
-///
-/// # Errors
-/// Something that is needed cannot be had, or a measurement failed.
 pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
     let output = match &arguments.output {
         Some(output) => output.clone(),

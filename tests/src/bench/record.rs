@@ -127,7 +127,6 @@ pub enum Bound {
 
 impl Goal {
     /// A goal that has been measured.
-    #[must_use]
     pub fn new(what: &str, bound: Bound, reached: &Samples) -> Self {
         let (goal, met) = match bound {
             Bound::AtLeast(least) => (format!(">= {least}"), reached.median >= least),
@@ -145,7 +144,6 @@ impl Goal {
 
 impl Document {
     /// The row of a lane with this title and load.
-    #[must_use]
     pub fn row(&self, lane: &str, title: &str, load: &str) -> Option<&Row> {
         self.rows
             .iter()
@@ -177,9 +175,6 @@ impl Document {
     }
 
     /// Adds what another run has measured. The goals are to be looked at anew.
-    ///
-    /// # Errors
-    /// It is of another revision or machine, or has measured the same.
     pub fn append(&mut self, other: Document) -> Result<()> {
         ensure!(
             self.format == other.format,
@@ -215,7 +210,6 @@ impl Document {
 
 impl Row {
     /// The candidate of this name.
-    #[must_use]
     pub fn candidate(&self, name: &str) -> Option<&Candidate> {
         self.candidates.iter().find(|one| one.name == name)
     }

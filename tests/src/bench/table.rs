@@ -6,7 +6,6 @@ use super::figures::Samples;
 use super::record::{Document, Row};
 
 /// A number with as many digits as it is worth.
-#[must_use]
 pub fn number(value: f64) -> String {
     match value.abs() {
         size if size >= 1e6 => format!("{:.2} M", value / 1e6),
@@ -27,7 +26,6 @@ fn spread(samples: &Samples) -> String {
 }
 
 /// One row in one line.
-#[must_use]
 pub fn summary(row: &Row) -> String {
     let figures: Vec<String> = row
         .candidates
@@ -38,7 +36,6 @@ pub fn summary(row: &Row) -> String {
 }
 
 /// The whole document.
-#[must_use]
 pub fn markdown(document: &Document) -> String {
     let mut text = String::new();
     let machine = &document.machine;

@@ -27,9 +27,6 @@ const LOADS: &[Load] = &[
 ];
 
 /// Measures: one boot, and one telling of the story, in each round.
-///
-/// # Errors
-/// The story does not end well.
 pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     let loads = if settings.quick { &LOADS[1..2] } else { LOADS };
     let loads: Vec<Load> = loads

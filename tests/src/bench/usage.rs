@@ -19,9 +19,6 @@ pub struct Usage {
 
 impl Usage {
     /// What a process has used up to now.
-    ///
-    /// # Errors
-    /// There is no such process, or the kernel does not tell.
     pub fn of(pid: u32) -> Result<Self> {
         let folder = format!("/proc/{pid}/task");
         let mut sum = Usage::default();
@@ -39,7 +36,6 @@ impl Usage {
     }
 
     /// What was used since an earlier look.
-    #[must_use]
     pub fn since(self, earlier: Usage) -> Usage {
         Usage {
             cpu_ns: self.cpu_ns.saturating_sub(earlier.cpu_ns),
@@ -73,7 +69,6 @@ fn ticks(stat: &str) -> Option<u64> {
 }
 
 /// A number in `/proc/PID/status` by the name of its line.
-#[must_use]
 pub fn field(status: &str, name: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse().ok()

@@ -101,9 +101,6 @@ struct Load {
 }
 
 /// Measures; what cannot be built is left out.
-///
-/// # Errors
-/// The machine, the server or a measurement failed.
 pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     let paths = settings.prepare(&[Kernel::X86], true)?;
     let mut others = |name: &str, built: Result<PathBuf>| match built {

@@ -61,9 +61,6 @@ impl fmt::Display for Product {
 
 /// Makes sure that these kernels are in the cache and returns their images, in
 /// the same order.
-///
-/// # Errors
-/// As for [`ensure`].
 pub fn kernels(repo: &Path, kernels: &[Kernel], yes: bool) -> Result<Vec<PathBuf>> {
     let products: Vec<Product> = kernels.iter().copied().map(Product::Kernel).collect();
     ensure(repo, &products, yes)
@@ -71,9 +68,6 @@ pub fn kernels(repo: &Path, kernels: &[Kernel], yes: bool) -> Result<Vec<PathBuf
 
 /// Makes sure that these products are in the cache. Returns, in the same order, the images of
 /// kernels, the directory of the test programs, kublk itself.
-///
-/// # Errors
-/// A package, the source or an option is missing, or the build failed.
 pub fn ensure(repo: &Path, products: &[Product], yes: bool) -> Result<Vec<PathBuf>> {
     let patch = KernelPatch::of(repo);
     // What is there can be used while another run builds something else.

@@ -9,7 +9,6 @@ use anyhow::{Result, bail};
 
 /// The options of a fragment or a finished configuration. `n` stands for
 /// "is not set".
-#[must_use]
 pub fn options(text: &str) -> BTreeMap<&str, &str> {
     text.lines()
         .filter_map(|line| {
@@ -26,9 +25,6 @@ pub fn options(text: &str) -> BTreeMap<&str, &str> {
 }
 
 /// Checks that everything the fragment asks for is in the configuration.
-///
-/// # Errors
-/// Something is not; the message names all of it.
 pub fn check_survival(fragment: &str, configuration: &str) -> Result<()> {
     let wanted = options(fragment);
     let got = options(configuration);

@@ -25,9 +25,6 @@ const SUITES: [&[&str]; 2] = [&["trixie-backports"], &["forky", "sid"]];
 const MAX_CANDIDATES: usize = 3;
 
 /// The source for the series, if it is on this machine.
-///
-/// # Errors
-/// What is there cannot be read.
 pub fn find_here(patch: &KernelPatch) -> Result<Option<Source>> {
     if let Some(dir) = variable("LINUX_SRC") {
         return Source::of_tree(&dir).map(Some);
@@ -44,9 +41,6 @@ pub fn find_here(patch: &KernelPatch) -> Result<Option<Source>> {
 }
 
 /// Finds source for the series, and downloads it if need be.
-///
-/// # Errors
-/// There is none; the message says how to provide it.
 pub fn find(patch: &KernelPatch) -> Result<Source> {
     if let Some(source) = find_here(patch)? {
         return Ok(source);
@@ -135,9 +129,6 @@ fn number(name: &str) -> Option<(u32, u32)> {
 }
 
 /// Notes beside the package that this series applies to it.
-///
-/// # Errors
-/// It does not, or it cannot be tried.
 fn accept(deb: &Path, series: &[PathBuf], digest: &str) -> Result<()> {
     let parent = deb.parent().context("a package without a folder")?;
     let trial = tempfile::tempdir_in(parent).context("cannot make a directory")?;

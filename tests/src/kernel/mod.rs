@@ -45,7 +45,6 @@ impl Kernel {
     pub const USUAL: [Kernel; 2] = [Kernel::Uml, Kernel::X86];
 
     /// The name on the command line and of the cached build.
-    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Kernel::Uml => "uml",
@@ -58,15 +57,8 @@ impl Kernel {
     }
 
     /// Whether it is User Mode Linux, a program of the host.
-    #[must_use]
     pub fn is_uml(self) -> bool {
         self.arch() == "um"
-    }
-
-    /// Whether it has KASAN, KCSAN and the like, and is many times slower for it.
-    #[must_use]
-    pub fn is_debug(self) -> bool {
-        matches!(self, Kernel::UmlDebug | Kernel::X86Debug | Kernel::X86Kcsan)
     }
 
     /// Whether our series is in it.
@@ -133,7 +125,6 @@ impl Series {
     pub const ALL: [Series; 2] = [Series::FdAddress, Series::Ring];
 
     /// Its directory in `kernel-patch`.
-    #[must_use]
     pub fn directory(self) -> &'static str {
         match self {
             Series::FdAddress => "series",
@@ -142,7 +133,6 @@ impl Series {
     }
 
     /// The branch of the editable tree whose last commits it is.
-    #[must_use]
     pub fn branch(self) -> &'static str {
         match self {
             Series::FdAddress => "fd-address",
@@ -159,7 +149,6 @@ pub struct KernelPatch {
 
 impl KernelPatch {
     /// The one in a checkout.
-    #[must_use]
     pub fn of(repo: &Path) -> Self {
         KernelPatch {
             dir: repo.join("kernel-patch"),
@@ -167,9 +156,6 @@ impl KernelPatch {
     }
 
     /// The version the series is made for, such as `7.3`.
-    ///
-    /// # Errors
-    /// The file cannot be read.
     pub fn base(&self) -> Result<String> {
         let path = self.dir.join("base");
         std::fs::read_to_string(&path)
@@ -178,22 +164,17 @@ impl KernelPatch {
     }
 
     /// Where the patches of a series are.
-    #[must_use]
     pub fn dir_of(&self, series: Series) -> PathBuf {
         self.dir.join(series.directory())
     }
 
     /// Where the patches are that break the series.
-    #[must_use]
     pub fn mutants_dir(&self) -> PathBuf {
         self.dir.join("mutants")
     }
 
     /// The patches of all series, in the order they apply, without the cover letters. There may
     /// be none.
-    ///
-    /// # Errors
-    /// A directory cannot be read.
     pub fn series(&self) -> Result<Vec<PathBuf>> {
         let mut patches = Vec::new();
         for series in Series::ALL {
@@ -203,9 +184,6 @@ impl KernelPatch {
     }
 
     /// The patches of one series.
-    ///
-    /// # Errors
-    /// The directory cannot be read.
     pub fn patches(&self, series: Series) -> Result<Vec<PathBuf>> {
         let dir = self.dir_of(series);
         if !dir.exists() {
@@ -225,9 +203,6 @@ impl KernelPatch {
     }
 
     /// A kernel's config fragments, as one.
-    ///
-    /// # Errors
-    /// A file cannot be read.
     pub fn fragment(&self, kernel: Kernel) -> Result<String> {
         let dir = self.dir.join("config");
         let mut all = String::new();
@@ -240,9 +215,6 @@ impl KernelPatch {
     }
 
     /// The patches that go into a kernel.
-    ///
-    /// # Errors
-    /// The directory cannot be read.
     pub fn series_of(&self, kernel: Kernel) -> Result<Vec<PathBuf>> {
         if kernel.has_series() {
             self.series()

@@ -38,9 +38,6 @@ impl Mutant {
 
 /// Builds a User Mode Linux kernel of each mutant whose name contains `pattern` and runs the series'
 /// tests on it. Prints a line for each, with the tests that failed.
-///
-/// # Errors
-/// A mutant does not apply or build, or the tests fail without one.
 pub fn run(repo: &Path, pattern: &str, yes: bool) -> Result<ExitCode> {
     let patch = KernelPatch::of(repo);
     let mutants = find(&patch.mutants_dir(), pattern)?;

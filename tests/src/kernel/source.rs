@@ -27,9 +27,6 @@ enum Kind {
 }
 
 /// `VERSION.PATCHLEVEL.SUBLEVEL` of a source tree.
-///
-/// # Errors
-/// It is no Linux source tree.
 pub fn version_of(tree: &Path) -> Result<String> {
     let makefile = tree.join("Makefile");
     let text = fs::read_to_string(&makefile)
@@ -71,9 +68,6 @@ impl Source {
     }
 
     /// A packed source tree.
-    ///
-    /// # Errors
-    /// There is none.
     pub fn of_tarball(file: &Path) -> Result<Source> {
         let file = file
             .canonicalize()
@@ -87,9 +81,6 @@ impl Source {
     }
 
     /// A source tree that is there already.
-    ///
-    /// # Errors
-    /// It is none, or git cannot say what is in it.
     pub fn of_tree(dir: &Path) -> Result<Source> {
         let dir = dir
             .canonicalize()
@@ -110,9 +101,6 @@ impl Source {
     }
 
     /// Unpacks into `into`, which exists and is empty, and applies the patches.
-    ///
-    /// # Errors
-    /// It cannot be unpacked, or a patch does not apply.
     pub fn unpack(&self, into: &Path, series: &[PathBuf]) -> Result<()> {
         self.unpack_plain(into)?;
         each_alone(into, series)?;
@@ -136,9 +124,6 @@ impl Source {
     }
 
     /// Unpacks without patches.
-    ///
-    /// # Errors
-    /// It cannot be unpacked.
     pub fn unpack_plain(&self, into: &Path) -> Result<()> {
         match &self.kind {
             Kind::Tree(dir) => {
@@ -174,9 +159,6 @@ impl Source {
 
 /// Checks that each series (the patches of one directory) applies to the plain `tree` also without
 /// the others, and changes nothing.
-///
-/// # Errors
-/// One does not.
 fn each_alone(tree: &Path, patches: &[PathBuf]) -> Result<()> {
     // The first one is about to be applied to the plain tree anyway.
     for series in patches

@@ -19,9 +19,6 @@ const SLOW: Duration = Duration::from_secs(900);
 
 /// Makes the tree if it is not there: the source, committed, and the series on
 /// top of it. Returns its path.
-///
-/// # Errors
-/// The source cannot be had or a patch does not apply.
 pub fn ensure_tree(repo: &Path) -> Result<PathBuf> {
     let patch = KernelPatch::of(repo);
     let _lock = cache::lock("kernels")?;
@@ -73,10 +70,6 @@ fn git(tree: &Path) -> Shell {
 
 /// Turns the tree's commits after the base into the patches of each series, and returns how many
 /// there are. The commits of a series are those of its branch that the branch before does not have.
-///
-/// # Errors
-/// The tree has changes that are not committed, a branch is not on top of the one before, or git
-/// failed.
 pub fn refresh(repo: &Path) -> Result<usize> {
     let dir = ensure_tree(repo)?;
     let dirty = git(&dir)

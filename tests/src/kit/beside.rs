@@ -7,9 +7,6 @@ use anyhow::{Result, anyhow};
 
 /// Runs `meanwhile` in a thread while `work` runs here, and sets its flag when that has ended. What
 /// both return; the error of `work`, if both fail.
-///
-/// # Errors
-/// One of them failed.
 pub fn beside<A: Send, B>(
     meanwhile: impl FnOnce(&AtomicBool) -> Result<A> + Send,
     work: impl FnOnce() -> Result<B>,

@@ -40,7 +40,6 @@ pub const OPTIONS: &[&str] = &[
 
 /// The sector. It prints [`BOOTED`], waits for a byte on the serial port, writes itself to sector 1
 /// of the disk, and ends.
-#[must_use]
 pub fn sector() -> Vec<u8> {
     let mut code = vec![
         0x31, 0xc0, // xor ax, ax
@@ -92,10 +91,6 @@ pub struct Guest {
 
 impl Guest {
     /// Starts the command and waits until the sector runs.
-    ///
-    /// # Errors
-    /// It cannot be started, or the sector does not run within `limit`; the message has what was
-    /// said.
     pub fn boot(command: &mut Command, limit: Duration) -> Result<Self> {
         let errors = tempfile::NamedTempFile::new().context("cannot make a temporary file")?;
         command
@@ -144,24 +139,17 @@ impl Guest {
     }
 
     /// The process that was started.
-    #[must_use]
     pub fn process(&self) -> &Child {
         &self.child
     }
 
     /// Lets the guest write sector 1 and end.
-    ///
-    /// # Errors
-    /// It cannot be told.
     pub fn tell(&mut self) -> Result<()> {
         let stdin = self.child.stdin.as_mut().context("no input")?;
         stdin.write_all(b"!").context("cannot tell the guest")
     }
 
     /// Lets the guest write sector 1 and end, and checks that it could.
-    ///
-    /// # Errors
-    /// It could not write, or does not end.
     pub fn write_and_end(mut self) -> Result<()> {
         self.tell()?;
         let code = self.wait()?.code();
@@ -173,9 +161,6 @@ impl Guest {
     }
 
     /// Waits for the end of the process.
-    ///
-    /// # Errors
-    /// It does not end in time.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         process::wait_limited(&mut self.child, self.limit)?.context("the guest does not end")
     }

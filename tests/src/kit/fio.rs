@@ -1,18 +1,4 @@
 //! fio with a job built in Rust and its JSON read back.
-//!
-//! ```no_run
-//! # use std::path::Path;
-//! # use lab::kit::fio::Fio;
-//! let report = Fio::new(Path::new("/dev/ublkb0"))
-//!     .option("rw", "randrw")
-//!     .option("bsrange", "512-1m")
-//!     .depth(32)
-//!     .size("64m")
-//!     .verify()
-//!     .run()?;
-//! assert!(report.reads() > 0 && report.writes() > 0);
-//! # anyhow::Ok(())
-//! ```
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,7 +19,6 @@ pub struct Fio {
 
 impl Fio {
     /// A job on a block device or file.
-    #[must_use]
     pub fn new(file: &Path) -> Self {
         Fio {
             options: Vec::new(),
@@ -49,7 +34,6 @@ impl Fio {
     }
 
     /// Sets a fio option; the last value of an option counts.
-    #[must_use]
     pub fn option(mut self, name: &str, value: impl ToString) -> Self {
         self.options.retain(|(known, _)| known != name);
         if name == "bsrange" || name == "bssplit" {
@@ -60,25 +44,21 @@ impl Fio {
     }
 
     /// The number of requests in flight.
-    #[must_use]
     pub fn depth(self, depth: u32) -> Self {
         self.option("iodepth", depth)
     }
 
     /// The number of processes, each with its own part of the disk.
-    #[must_use]
     pub fn jobs(self, jobs: u32) -> Self {
         self.option("numjobs", jobs)
     }
 
     /// How much of the disk to touch, in fio's notation (`64m`).
-    #[must_use]
     pub fn size(self, size: &str) -> Self {
         self.option("size", size)
     }
 
     /// Writes checksummed blocks and reads all of them back.
-    #[must_use]
     pub fn verify(self) -> Self {
         self.option("verify", "crc32c")
             .option("verify_fatal", "1")
@@ -87,17 +67,12 @@ impl Fio {
     }
 
     /// Kills fio after this long.
-    #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
     }
 
     /// Runs the job.
-    ///
-    /// # Errors
-    /// fio is missing, failed, hung, reported an I/O or verification error, or
-    /// did no I/O at all.
     pub fn run(self) -> Result<Report> {
         let dir = tempfile::tempdir().context("cannot make a temporary directory")?;
         let output = dir.path().join("fio.json");
@@ -130,9 +105,6 @@ impl Fio {
 pub struct Report {
     /// One entry per job, or one in all (`group_reporting`).
     pub jobs: Vec<Job>,
-    /// Per-disk counters of the kernel, when fio knows the disk.
-    #[serde(default)]
-    pub disk_util: Vec<serde_json::Value>,
 }
 
 /// One job's figures.
@@ -153,8 +125,6 @@ pub struct Job {
 pub struct Direction {
     /// Requests completed.
     pub total_ios: u64,
-    /// Bytes moved.
-    pub io_bytes: u64,
     /// Requests per second; never assert on it.
     pub iops: f64,
     /// From submission to completion.
@@ -182,25 +152,21 @@ pub struct LatencyUs {
 
 impl Report {
     /// Completed reads of all jobs.
-    #[must_use]
     pub fn reads(&self) -> u64 {
         self.jobs.iter().map(|job| job.read.total_ios).sum()
     }
 
     /// Completed writes of all jobs.
-    #[must_use]
     pub fn writes(&self) -> u64 {
         self.jobs.iter().map(|job| job.write.total_ios).sum()
     }
 
     /// Completed discards of all jobs.
-    #[must_use]
     pub fn trims(&self) -> u64 {
         self.jobs.iter().map(|job| job.trim.total_ios).sum()
     }
 
     /// The completion latency of the first job's reads, if fio told it.
-    #[must_use]
     pub fn read_latency(&self) -> Option<LatencyUs> {
         let latency = &self.jobs.first()?.read.clat_ns;
         let p99_ns = *latency.percentile.get("99.000000")?;
@@ -211,7 +177,6 @@ impl Report {
     }
 
     /// Reads, writes and discards per second of all jobs together.
-    #[must_use]
     pub fn iops(&self) -> f64 {
         self.jobs
             .iter()

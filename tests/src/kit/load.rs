@@ -43,7 +43,6 @@ pub const ROUND: &str = "round";
 pub const FAILED: &str = "LOAD FAILED";
 
 /// Words for the kernel's command line.
-#[must_use]
 pub fn kernel_arguments() -> [String; 4] {
     [
         "root=/dev/vdb".into(),
@@ -54,13 +53,11 @@ pub fn kernel_arguments() -> [String; 4] {
 }
 
 /// Whether this process is the first of such a guest.
-#[must_use]
 pub fn is_init() -> bool {
     std::process::id() == 1 && std::env::var_os(VARIABLE).is_some()
 }
 
 /// The life of such a guest: it ends with the machine.
-#[must_use]
 pub fn init_main() -> ExitCode {
     if let Err(error) = load() {
         say(&format!("{FAILED}: {error:#}"));
@@ -159,9 +156,6 @@ fn rounds(disk: &File, number: usize) -> Result<()> {
 }
 
 /// Makes the image that such a guest has as root.
-///
-/// # Errors
-/// A tool is missing, or there is no room.
 pub fn make_root(image: &Path, scratch: &Path) -> Result<()> {
     let tree = scratch.join("root");
     for dir in ["dev", "proc", "sys"] {

@@ -11,9 +11,6 @@ pub struct Sysfs(PathBuf);
 
 impl Sysfs {
     /// Of a device node, or of a disk's name.
-    ///
-    /// # Errors
-    /// There is no such disk.
     pub fn of(device: impl AsRef<Path>) -> Result<Self> {
         let name = device.as_ref().file_name().context("a disk without name")?;
         let dir = Path::new("/sys/block").join(name);
@@ -22,9 +19,6 @@ impl Sysfs {
     }
 
     /// An attribute, such as `queue/scheduler`.
-    ///
-    /// # Errors
-    /// The disk has none of this name.
     pub fn get(&self, name: &str) -> Result<String> {
         let path = self.0.join(name);
         let text = fs::read_to_string(&path);
@@ -33,18 +27,12 @@ impl Sysfs {
     }
 
     /// An attribute that is a number.
-    ///
-    /// # Errors
-    /// The disk has none of this name.
     pub fn number(&self, name: &str) -> Result<u64> {
         let text = self.get(name)?;
         (text.parse()).with_context(|| format!("{name} is no number: {text}"))
     }
 
     /// Sets an attribute.
-    ///
-    /// # Errors
-    /// The kernel refuses the value.
     pub fn set(&self, name: &str, value: &str) -> Result<()> {
         let path = self.0.join(name);
         fs::write(&path, value)
@@ -52,17 +40,11 @@ impl Sysfs {
     }
 
     /// The size.
-    ///
-    /// # Errors
-    /// The disk is gone.
     pub fn size_bytes(&self) -> Result<u64> {
         Ok(self.number("size")? * 512)
     }
 
     /// Hardware queues.
-    ///
-    /// # Errors
-    /// The disk is gone.
     pub fn queues(&self) -> Result<usize> {
         let queues = fs::read_dir(self.0.join("mq")).context("a disk without queues")?;
         Ok(queues.count())

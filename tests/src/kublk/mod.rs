@@ -62,7 +62,6 @@ impl Sabotage {
     ];
 
     /// Its word.
-    #[must_use]
     pub fn word(self) -> &'static str {
         let found = Self::WORDS.iter().find(|(way, _)| *way == self);
         found.map_or("", |(_, word)| word)
@@ -99,7 +98,6 @@ const FEATURES: [&str; 10] = [
 ];
 
 /// Runs one command line of kublk.
-#[must_use]
 pub fn main(words: &[String]) -> ExitCode {
     let done = Options::parse(words).and_then(|options| run(&options));
     match done {

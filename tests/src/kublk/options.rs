@@ -130,9 +130,6 @@ pub struct Options {
 
 impl Options {
     /// Reads what follows the program's name.
-    ///
-    /// # Errors
-    /// It asks for something that this server does not do, or makes no sense.
     pub fn parse(words: &[String]) -> Result<Self> {
         let options =
             Self::try_parse_from(words).context("ublkup has nothing like this of kublk's")?;

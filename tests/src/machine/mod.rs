@@ -53,9 +53,6 @@ pub trait Hypervisor {
     fn setup(&self, run: &RunDir, mode: Mode) -> Setup;
 
     /// The command that boots it, and our end of its channel.
-    ///
-    /// # Errors
-    /// Something it needs is missing.
     fn command(&self, run: &RunDir, mode: &Mode) -> Result<(Command, ChannelEnd)>;
 
     /// How long a boot may take.
@@ -92,31 +89,26 @@ impl RunDir {
     }
 
     /// The directory itself.
-    #[must_use]
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
     /// A file of this machine.
-    #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// The directory that the guest and the host both write.
-    #[must_use]
     pub fn exchange(&self) -> PathBuf {
         self.file("exchange")
     }
 
     /// The guest's first process.
-    #[must_use]
     pub fn init(&self) -> PathBuf {
         self.file("lab")
     }
 
     /// What the guest's first process reads.
-    #[must_use]
     pub fn setup(&self) -> PathBuf {
         self.file("setup.json")
     }
@@ -140,7 +132,6 @@ pub struct Machine {
 
 /// Where console logs of machines go: `target/lab-logs` on the host, the
 /// exchange directory in a guest, from where the host fetches them.
-#[must_use]
 pub fn log_dir(paths: &Paths) -> PathBuf {
     let writable = |dir: &Path| {
         fs::create_dir_all(dir).is_ok()
@@ -161,9 +152,6 @@ const GUEST_LOGS: &str = "logs";
 impl Machine {
     /// Boots a machine and waits until its agent answers. Its console goes to
     /// `LOGS/NAME.log`, where the name is `log_name`.
-    ///
-    /// # Errors
-    /// It did not boot; the message has the end of its console.
     pub fn boot(hypervisor: &dyn Hypervisor, paths: &Paths, log_name: &str) -> Result<Self> {
         let run = RunDir::new()?;
         let mode = Mode::Agent;
@@ -235,43 +223,36 @@ impl Machine {
     }
 
     /// The release of the kernel it runs.
-    #[must_use]
     pub fn kernel(&self) -> &str {
         &self.kernel
     }
 
     /// The machine's process on this side.
-    #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// The same; it leads its process group.
-    #[must_use]
     pub fn process(&self) -> Pid {
         Pid::from_child(&self.child)
     }
 
     /// The exchange directory as this side sees it.
-    #[must_use]
     pub fn exchange(&self) -> PathBuf {
         self.run.exchange()
     }
 
     /// The file with everything the machine printed.
-    #[must_use]
     pub fn console_log(&self) -> &Path {
         self.console.path()
     }
 
     /// Whether it cannot run anything any more.
-    #[must_use]
     pub fn is_over(&self) -> bool {
         self.over
     }
 
     /// A job for a test of a suite in this machine.
-    #[must_use]
     pub fn job(&self, suite: &str, test: &crate::test::Test) -> Job {
         let exchange = Path::new(setup::EXCHANGE);
         Job::new(suite, test, self.place, &self.paths, exchange)
@@ -299,10 +280,6 @@ impl Machine {
     }
 
     /// Runs a step (see [`suites::STEPS`]) and returns its reply.
-    ///
-    /// # Errors
-    /// There is no such step, or it failed or was skipped, or the machine did
-    /// not survive it.
     pub fn run_step<A: Serialize, R: DeserializeOwned>(
         &mut self,
         step: &str,
@@ -324,9 +301,6 @@ impl Machine {
     }
 
     /// Runs a shell script in the machine and returns its output.
-    ///
-    /// # Errors
-    /// As [`Machine::run_step`].
     pub fn sh(&mut self, script: &str) -> Result<String> {
         self.run_step("run_script", &script)
     }

@@ -39,14 +39,12 @@ pub struct Qemu {
     memory_mib: u32,
     vhost_sockets: Vec<PathBuf>,
     arguments: Vec<String>,
-    kernel_arguments: Vec<String>,
     recipe: Option<PathBuf>,
     environment: Vec<(OsString, OsString)>,
 }
 
 impl Qemu {
     /// A q35 PC with two processors, 2 GiB and no disks.
-    #[must_use]
     pub fn new(kernel: &Path) -> Self {
         Qemu {
             kernel: kernel.to_owned(),
@@ -55,14 +53,12 @@ impl Qemu {
             memory_mib: 2048,
             vhost_sockets: Vec::new(),
             arguments: Vec::new(),
-            kernel_arguments: Vec::new(),
             recipe: None,
             environment: Vec::new(),
         }
     }
 
     /// Starts QEMU through a script of `qemu-config/`, which brings board, memory and disks itself.
-    #[must_use]
     pub fn recipe(mut self, script: &Path) -> Self {
         self.recipe = Some(script.to_owned());
         self
@@ -70,7 +66,6 @@ impl Qemu {
 
     /// A small guest whose disk is a vhost-user-blk socket: one processor,
     /// 512 MiB of shared memory, as many queues as QEMU chooses.
-    #[must_use]
     pub fn client(kernel: &Path, socket: &Path) -> Self {
         Qemu::new(kernel)
             .processors(1)
@@ -79,51 +74,38 @@ impl Qemu {
     }
 
     /// Sets an environment variable of the recipe.
-    #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.environment.push((name.into(), value.into()));
         self
     }
 
     /// The board.
-    #[must_use]
     pub fn board(mut self, board: Board) -> Self {
         self.board = board;
         self
     }
 
     /// The number of processors.
-    #[must_use]
     pub fn processors(mut self, processors: u32) -> Self {
         self.processors = processors;
         self
     }
 
     /// The guest's memory.
-    #[must_use]
     pub fn memory_mib(mut self, memory_mib: u32) -> Self {
         self.memory_mib = memory_mib;
         self
     }
 
     /// Adds a vhost-user-blk disk: the first is `/dev/vda`.
-    #[must_use]
     pub fn vhost_disk(mut self, socket: &Path) -> Self {
         self.vhost_sockets.push(socket.to_owned());
         self
     }
 
     /// One more word for QEMU's command line.
-    #[must_use]
     pub fn argument(mut self, argument: impl Into<String>) -> Self {
         self.arguments.push(argument.into());
-        self
-    }
-
-    /// One more word for the kernel's command line.
-    #[must_use]
-    pub fn kernel_argument(mut self, argument: impl Into<String>) -> Self {
-        self.kernel_arguments.push(argument.into());
         self
     }
 
@@ -200,7 +182,6 @@ impl Qemu {
         // then on reads a slow device each time it wants to know the time.
         words.push(format!("tsc_early_khz={}", counter_khz()));
         words.push("tsc=reliable".to_owned());
-        words.extend(self.kernel_arguments.iter().cloned());
         words.join(" ")
     }
 }

@@ -55,7 +55,6 @@ pub struct Setup {
 
 impl Setup {
     /// Adds the directories that tests need.
-    #[must_use]
     pub fn keeping(mut self, paths: &Paths) -> Self {
         let programs = [&paths.server]
             .into_iter()
@@ -74,18 +73,12 @@ impl Setup {
     }
 
     /// Writes the file.
-    ///
-    /// # Errors
-    /// It cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let bytes = serde_json::to_vec_pretty(self).context("cannot encode a guest's setup")?;
         fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// Reads the file.
-    ///
-    /// # Errors
-    /// It cannot be read or understood.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         serde_json::from_slice(&bytes)

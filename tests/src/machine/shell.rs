@@ -15,9 +15,6 @@ use crate::test::Paths;
 
 /// Boots the machine with a shell, or a command, on the console, and ends with
 /// its exit code.
-///
-/// # Errors
-/// The machine does not start, or ends before the command does.
 pub fn run(hypervisor: &dyn Hypervisor, repo: &Path, command: Vec<String>) -> Result<ExitCode> {
     let run = RunDir::new()?;
     let mode = Mode::Shell((!command.is_empty()).then_some(command));

@@ -21,7 +21,6 @@ pub struct Uml {
 
 impl Uml {
     /// One processor, 2 GiB, no disks.
-    #[must_use]
     pub fn new(kernel: &Path) -> Self {
         Uml {
             kernel: kernel.to_owned(),
@@ -31,7 +30,6 @@ impl Uml {
     }
 
     /// The guest's memory.
-    #[must_use]
     pub fn memory_mib(mut self, memory_mib: u32) -> Self {
         self.memory_mib = memory_mib;
         self
@@ -39,14 +37,12 @@ impl Uml {
 
     /// Adds a vhost-user-blk disk, without any emulation: the kernel itself is
     /// the client. The first is `/dev/vda`.
-    #[must_use]
     pub fn vhost_disk(self, socket: &Path) -> Self {
         // 2 is virtio's number of the block device.
         self.argument(format!("virtio_uml.device={}:2", socket.display()))
     }
 
     /// One more word for the kernel's command line, such as `ubd0=FILE`.
-    #[must_use]
     pub fn argument(mut self, argument: impl Into<String>) -> Self {
         self.arguments.push(argument.into());
         self

@@ -26,7 +26,6 @@ const KEYRINGS: [&str; 2] = [
 const QEMU_FROM_BACKPORTS: [&str; 1] = ["bookworm"];
 
 /// The code name of this system's release, if it is Debian with apt.
-#[must_use]
 pub fn codename() -> Option<String> {
     let script = "command -v apt-get >/dev/null; . /etc/os-release; \
                   test \"$ID\" = debian; echo \"$VERSION_CODENAME\"";
@@ -42,9 +41,6 @@ pub struct Apt {
 
 impl Apt {
     /// Fetches the lists of the system's release and of these suites beside it.
-    ///
-    /// # Errors
-    /// This is not Debian, or the sources do not answer.
     pub fn prepare(name: &str, extra_suites: &[&str]) -> Result<Self> {
         let codename = codename().context("this is not Debian, so there is no apt to ask")?;
         let dir = cache::dir()?.join("apt").join(name);
@@ -107,9 +103,6 @@ impl Apt {
     }
 
     /// Names and newest versions of the packages whose name begins with `prefix`.
-    ///
-    /// # Errors
-    /// apt failed.
     pub fn versions(&self, prefix: &str) -> Result<Vec<(String, String)>> {
         let script = format!("apt-cache pkgnames {prefix} | xargs -r apt-cache madison");
         let table = sh(&script)
@@ -119,9 +112,6 @@ impl Apt {
     }
 
     /// Downloads one package file into `into` and returns its path.
-    ///
-    /// # Errors
-    /// There is no such package, or the download failed.
     pub fn download(&self, package: &str, into: &Path) -> Result<PathBuf> {
         fs::create_dir_all(into).with_context(|| format!("cannot create {}", into.display()))?;
         let scratch = tempfile::tempdir_in(into).context("cannot make a directory")?;
@@ -139,9 +129,6 @@ impl Apt {
 }
 
 /// Installs packages. Those of QEMU come from backports where the release's own are too old.
-///
-/// # Errors
-/// apt failed; the message has the end of its output.
 pub fn install(packages: &[&str]) -> Result<()> {
     let codename = codename().context("this is not Debian")?;
     let backports = format!("{codename}-backports");

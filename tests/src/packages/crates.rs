@@ -38,9 +38,6 @@ pub struct Crate {
 
 impl Crate {
     /// Where the program is, built if need be.
-    ///
-    /// # Errors
-    /// It cannot be built.
     pub fn program(self) -> Result<PathBuf> {
         let Crate { name, version } = self;
         let cache = cache::dir()?;

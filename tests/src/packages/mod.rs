@@ -108,7 +108,6 @@ fn is_there(test: &str) -> bool {
 }
 
 /// The packages that are missing for these purposes, each once.
-#[must_use]
 pub fn missing(purposes: &[Purpose]) -> Vec<&'static str> {
     let mut missing = Vec::new();
     for (purpose, package, test) in NEEDED {
@@ -121,10 +120,6 @@ pub fn missing(purposes: &[Purpose]) -> Vec<&'static str> {
 
 /// Installs what is missing for these purposes. Says what that is, and asks if there is a terminal and
 /// `yes` was not given.
-///
-/// # Errors
-/// It was refused or failed, or this system is not one the lab can install on;
-/// the message says what to install.
 pub fn ensure(purposes: &[Purpose], yes: bool) -> Result<()> {
     let missing = missing(purposes);
     if missing.is_empty() {

@@ -44,9 +44,6 @@ pub struct Unpacked {
 
 impl Unpacked {
     /// The directory, filled if need be.
-    ///
-    /// # Errors
-    /// This is not Debian, or no suite has the packages.
     pub fn dir(&self) -> Result<PathBuf> {
         let home = cache::dir()?.join(self.name);
         let _one_at_a_time = cache::lock(self.name)?;

@@ -174,9 +174,6 @@ fn no_barrier_of_a_litmus_test_can_go(cx: &Context) -> Result<()> {
 }
 
 /// Copies what herd7 needs of a source tree.
-///
-/// # Errors
-/// It is not there.
 pub fn collect(tree: &Path, into: &Path) -> Result<()> {
     let model = into.join("model");
     let ours = into.join("ringbuffer");

@@ -65,7 +65,6 @@ pub struct Suite {
 
 impl Suite {
     /// The kernel that the bodies run on, or nothing for the host's own.
-    #[must_use]
     pub fn machine(&self) -> Option<Kernel> {
         let first = self.needs.iter().find_map(|need| match need {
             Need::Kernel(kernel) => Some(*kernel),
@@ -318,7 +317,6 @@ const HIDDEN: &[(&str, &[Test])] = &[
 pub const STEPS: &str = "steps";
 
 /// Finds a test by table and name, hidden tables included.
-#[must_use]
 pub fn find(suite: &str, name: &str) -> Option<&'static Test> {
     let shown = SUITES
         .iter()
@@ -332,7 +330,6 @@ pub fn find(suite: &str, name: &str) -> Option<&'static Test> {
 }
 
 /// The suite with this name.
-#[must_use]
 pub fn suite(name: &str) -> Option<&'static Suite> {
     SUITES.iter().find(|suite| suite.name == name)
 }

@@ -6,17 +6,11 @@ use testkit::shell::Shell;
 use crate::test::Context;
 
 /// Runs the ignored tests of a program; every one must run and pass.
-///
-/// # Errors
-/// One does not, or there is none.
 pub fn pass_ignored(cx: &Context, program: &str, env: &[(&str, &str)]) -> Result<()> {
     pass(cx, program, &["--ignored"], env)
 }
 
 /// Runs all tests of a program; every one must run and pass.
-///
-/// # Errors
-/// One does not, or there is none.
 pub fn pass_all(cx: &Context, program: &str, env: &[(&str, &str)]) -> Result<()> {
     pass(cx, program, &[], env)
 }

@@ -71,7 +71,6 @@ fn judge_series(cx: &Context) -> Result<()> {
 }
 
 /// The tests of a program that has ended which did not pass.
-#[must_use]
 pub fn failures_in(program: &str, count: usize, finished: &Finished) -> Vec<String> {
     let mut failed = Vec::new();
     let verdicts = verdicts(&finished.stdout);
@@ -101,7 +100,6 @@ pub enum Verdict {
 /// The results in a program's output, which is in the kernel's dialect of TAP
 /// (`Documentation/dev-tools/ktap.rst`): lines `ok 1 name` and `not ok 2 name # SKIP why`. Those of
 /// subtests are indented.
-#[must_use]
 pub fn verdicts(output: &str) -> BTreeMap<String, Verdict> {
     output.lines().filter_map(verdict).collect()
 }
@@ -126,17 +124,11 @@ fn verdict(line: &str) -> Option<(String, Verdict)> {
 }
 
 /// Runs a program of the kernel's tests in a directory that may be written to.
-///
-/// # Errors
-/// It is not there, cannot be started, or does not end.
 pub fn run_program(cx: &Context, collection: &str, program: &str) -> Result<Finished> {
     program_of(cx, collection, program)?.finish()
 }
 
 /// A program of the kernel's tests that is about to be run in a directory that may be written to.
-///
-/// # Errors
-/// It was not built for this run, or cannot be copied.
 pub fn program_of(cx: &Context, collection: &str, program: &str) -> Result<Shell> {
     let here = copy_of(cx, collection)?;
     let shell = Shell::new(here.join(program)).dir(&here);
@@ -144,9 +136,6 @@ pub fn program_of(cx: &Context, collection: &str, program: &str) -> Result<Shell
 }
 
 /// A copy of a collection in this test's own directory.
-///
-/// # Errors
-/// It was not built for this run, or cannot be copied.
 pub fn copy_of(cx: &Context, collection: &str) -> Result<PathBuf> {
     let all = cx.paths.selftests.as_deref();
     let dir = all
@@ -173,9 +162,6 @@ fn copy_files(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// All tests of a program of the series pass, none is skipped, and there are as many as it has.
-///
-/// # Errors
-/// One does not.
 pub fn passes(cx: &Context, program: &str) -> Result<()> {
     let known = PROGRAMS.iter().find(|(_, name, _)| *name == program);
     let &(collection, _, count) = known.context("no such program")?;
@@ -183,9 +169,6 @@ pub fn passes(cx: &Context, program: &str) -> Result<()> {
 }
 
 /// All tests of a program that has ended passed, none was skipped, and there were so many.
-///
-/// # Errors
-/// One did not.
 pub fn judge(program: &str, count: usize, finished: &Finished) -> Result<()> {
     let verdicts = verdicts(&finished.stdout);
     let bad: Vec<&String> = verdicts
@@ -219,9 +202,6 @@ fn kunit_passes_the_parser_of_addresses(_cx: &Context) -> Result<()> {
 }
 
 /// A KUnit suite that is built in passes, with at least so many tests.
-///
-/// # Errors
-/// It does not, or is not there.
 pub fn kunit_passes(suite: &str, at_least: usize) -> Result<()> {
     let dir = Path::new("/sys/kernel/debug/kunit").join(suite);
     fs::write(dir.join("run"), "1").with_context(|| format!("cannot run KUnit's {suite}"))?;

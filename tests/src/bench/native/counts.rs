@@ -31,9 +31,6 @@ pub struct Counts {
 const STEPPED_REQUESTS: u64 = 1000;
 
 /// Counts by perf, or else, system calls only, by strace.
-///
-/// # Errors
-/// A server or a counting program failed.
 pub fn of(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<Counts> {
     let socket = files.scratch.join("bench.sock");
     let cpu = settings.server_cpu;

@@ -38,7 +38,6 @@ pub struct Load {
 
 impl Load {
     /// The title of its table.
-    #[must_use]
     pub fn title(&self) -> String {
         let op = match self.op {
             Op::RandRead => "4 KiB random reads",
@@ -49,7 +48,6 @@ impl Load {
     }
 
     /// Its words in the table.
-    #[must_use]
     pub fn words(&self) -> String {
         let waiting = match self.waiting {
             Waiting::Sleeps => "sleeps",
@@ -67,7 +65,6 @@ impl Load {
 }
 
 /// The loads of a run.
-#[must_use]
 pub fn loads(quick: bool) -> Vec<Load> {
     let mut all = Vec::new();
     for backend in Backend::ALL {
@@ -97,7 +94,6 @@ pub fn loads(quick: bool) -> Vec<Load> {
 const WAYS: [&[&str]; 3] = [&[], &["--poll-us", "0"], &["--poll-us", "always"]];
 
 /// Who is measured: ours with every set of flags it knows, and the others.
-#[must_use]
 pub fn candidates(settings: &Settings) -> Vec<Who> {
     let mut all = Vec::new();
     for (prefix, binary) in &settings.servers {
@@ -125,9 +121,6 @@ pub fn candidates(settings: &Settings) -> Vec<Who> {
 const FIO: &str = "fio on the file";
 
 /// Measures.
-///
-/// # Errors
-/// A server or the client failed.
 pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     let files = make_files(settings)?;
     let result = loads(settings.quick)

@@ -27,7 +27,6 @@ impl Backend {
     pub const ALL: [Backend; 4] = [Backend::Null, Backend::Mem, Backend::Direct, Backend::Tmpfs];
 
     /// Its word in tables.
-    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Backend::Null => "null",
@@ -75,7 +74,6 @@ impl Who {
     }
 
     /// Its name in tables.
-    #[must_use]
     pub fn name(&self) -> &str {
         match self {
             Who::Ublkup { name, .. } => name,
@@ -85,7 +83,6 @@ impl Who {
 }
 
 /// Whether a ublkup knows a flag of `serve`.
-#[must_use]
 pub fn knows(binary: &Path, flag: &str) -> bool {
     let help = Shell::new(binary).args(["serve", "--help"]).run();
     help.is_ok_and(|text| text.contains(flag))
@@ -95,9 +92,6 @@ pub fn knows(binary: &Path, flag: &str) -> bool {
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Starts a server on one processor.
-///
-/// # Errors
-/// It does not come up.
 pub fn start(
     who: &Who,
     backend: Backend,

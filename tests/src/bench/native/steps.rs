@@ -28,9 +28,6 @@ pub struct Stepper {
 
 impl Stepper {
     /// Begins with a process. Threads that come later are counted too.
-    ///
-    /// # Errors
-    /// The process is gone, or nobody may look at it.
     pub fn start(pid: u32) -> Result<Self> {
         let (told, begun) = std::sync::mpsc::channel();
         // All that is traced is traced by one thread, which alone may wait for it.
@@ -57,9 +54,6 @@ impl Stepper {
     }
 
     /// Lets the process run freely again; how many instructions there were.
-    ///
-    /// # Errors
-    /// A thread did not come to rest.
     pub fn stop(mut self) -> Result<u64> {
         self.end()
     }

@@ -57,7 +57,6 @@ impl Where {
     pub const ALL: [Where; 3] = [Where::Here, Where::Uml, Where::Pc];
 
     /// Its words in a title.
-    #[must_use]
     pub fn words(self) -> &'static str {
         match self {
             Where::Here => "natively",
@@ -67,13 +66,11 @@ impl Where {
     }
 
     /// The title of the table of records.
-    #[must_use]
     pub fn records(self) -> String {
         format!("records, {}", self.words())
     }
 
     /// The title of the table of round trips.
-    #[must_use]
     pub fn ping_pong(self) -> String {
         format!("ping-pong, {}", self.words())
     }
@@ -102,9 +99,6 @@ pub struct Found {
 }
 
 /// Measures; a ring that a kernel does not have is left out.
-///
-/// # Errors
-/// A machine or a measurement failed.
 pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     for place in Where::ALL {
         let mut loads = loads(settings.quick);
@@ -127,7 +121,6 @@ pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
 }
 
 /// Sizes of records, and whether they are thrown to and fro.
-#[must_use]
 pub fn loads(quick: bool) -> Vec<(usize, bool)> {
     let sizes: &[usize] = if quick {
         &[16, 4096]
@@ -146,7 +139,6 @@ fn title(place: Where, ping_pong: bool) -> String {
 }
 
 /// The words of a load.
-#[must_use]
 pub fn words(size: usize) -> String {
     format!("{size} bytes")
 }

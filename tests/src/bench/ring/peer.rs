@@ -259,9 +259,6 @@ fn sum(one: Counts, other: Counts) -> Counts {
 }
 
 /// The process's whole life.
-///
-/// # Errors
-/// The order makes no sense, or the pipe breaks, or a record is wrong.
 pub fn child_main(order: &str) -> Result<ExitCode> {
     let order: Order = serde_json::from_str(order).context("cannot understand the order")?;
     ensure!(order.record_bytes >= 8, "a record holds its number");

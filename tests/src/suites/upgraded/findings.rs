@@ -29,7 +29,6 @@ pub struct Load {
 
 impl Load {
     /// As fio does when nobody says otherwise.
-    #[must_use]
     pub const fn one_by_one(depth: u32) -> Self {
         Self { depth, at_once: 1 }
     }
