@@ -41,7 +41,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Ok(exports) => {
                 let start = serve::StartOptions {
                     keep_going: options.keep_going,
-                    take_over: options.take_over,
+                    predecessor: options.predecessor.into(),
                 };
                 serve::run(&dir()?, exports, start)
             }
@@ -59,10 +59,17 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             json,
         } => client::resize(&dir()?, &name, size, shrink, json),
         Command::Stop { name, force } => client::stop(&dir()?, &name, force),
-        Command::Recover { name, take_over } => serve::recover(&dir()?, &name, take_over),
+        Command::Recover { name, predecessor } => {
+            serve::recover(&dir()?, &name, predecessor.into())
+        }
         Command::Probe { device, json } => probe::run(&device, cli.runtime_dir.as_deref(), json),
         Command::Qemu(asked) => run_qemu(&asked, cli.runtime_dir.as_deref()),
-        Command::Doctor { json, clean } => doctor::run(&dir()?, json, clean),
+        Command::Doctor {
+            remove: Some(id),
+            yes,
+            ..
+        } => doctor::remove(id, yes),
+        Command::Doctor { json, clean, .. } => doctor::run(&dir()?, json, clean),
         Command::DeviceOwner { kernel_name } => shell::device_owner(&kernel_name),
         Command::Completions { shell: wanted } => shell::completions(wanted),
         Command::Man { folder } => shell::man(&folder),

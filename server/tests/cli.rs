@@ -272,11 +272,37 @@ fn a_killed_server_leaves_what_the_next_one_and_the_doctor_clear_away() {
     let lab = sandbox();
     lab.serve(&["a=mem:1M"]).kill().unwrap();
     assert!(!lab.is_empty(), "SIGKILL leaves a folder");
-    assert!(lab.ok(&["doctor"]).contains("a: 'ublkup doctor --clean'"));
+    lab.fails(&["recover", "a"], 1, &["what was in memory is gone"]);
+    // Nobody is advised to recover it.
+    let told = lab.finish(&["doctor"], &[]);
+    assert_eq!(told.status.code(), Some(1), "{told:?}");
+    assert!(
+        told.stdout
+            .contains("a: its server has died; 'ublkup stop --force a'"),
+        "{told:?}"
+    );
+    lab.fails(
+        &["list"],
+        1,
+        &["a: its server has died; 'ublkup stop --force a'"],
+    );
     lab.serve(&["a=mem:1M"]).stop().unwrap();
     lab.is_clean();
     lab.serve(&["a=mem:1M"]).kill().unwrap();
-    assert!(lab.ok(&["doctor", "--clean"]).contains("a: cleared away"));
+    assert!(
+        lab.ok(&["doctor", "--clean"])
+            .contains("a: its notes are removed")
+    );
+    lab.is_clean();
+    // What no server has put there is not removed, and not in the way.
+    std::fs::create_dir_all(lab.path("run/exports/a/strange")).unwrap();
+    lab.serve(&["a=mem:1M"]).stop().unwrap();
+    let told = lab.finish(&["doctor", "--clean"], &[]);
+    assert!(
+        told.stdout.contains("entries that no server made"),
+        "{told:?}"
+    );
+    std::fs::remove_dir_all(lab.path("run/exports/a")).unwrap();
     lab.is_clean();
 }
 

@@ -43,7 +43,7 @@ use ublkup::door::ublk::{self, DataPath, DoorEnd, UblkConfig, UblkDoor, UblkErro
 use ublkup::engine::Storage;
 use ublkup::engine::counters::{Counters, Totals};
 use ublkup::export::name_lock::DeviceNote;
-use ublkup::export::remove_stale_device;
+use ublkup::export::remove_left_device;
 use ublkup::export::runtime_dir::RuntimeDir;
 use ublkup::request::{Limits, Serial};
 use ublkup::storage::{Memory, Null};
@@ -295,7 +295,7 @@ fn a_taken_id_is_refused_and_its_device_lives_on() {
     assert!(matches!(error, UblkError::Alive { .. }), "{error}");
     assert!(error.to_string().contains(&std::process::id().to_string()));
     let stale = ublk::stale_devices().unwrap();
-    assert!(stale.iter().all(|stale| stale.id != door.id()));
+    assert!(stale.iter().all(|id| *id != door.id()));
     read_page(&door.block_path()).unwrap();
     door.stop().unwrap();
 }
@@ -311,7 +311,7 @@ fn a_device_with_a_server_is_not_stale_whatever_is_noted() {
     let disk = Arc::new(Null::new(limits()));
     let other = UblkDoor::start(&unmarked, &disk, Arc::default, no_end).unwrap();
     let us = format!("process {}", std::process::id());
-    let error = ublk::recoverable_device(door.id(), &limits()).unwrap_err();
+    let error = ublk::device_state(door.id()).unwrap_err();
     assert!(matches!(error, UblkError::Alive { .. }), "{error}");
     assert!(error.to_string().contains(&us), "{error}");
     // Who has no mark cannot be found by it.
@@ -325,21 +325,22 @@ fn a_device_with_a_server_is_not_stale_whatever_is_noted() {
         id: Some(door.id()),
         disk_sequence: door.disk_sequence(),
         mark: Some(config().mark),
+        storage: None,
     };
     claim.note_device(&noted).unwrap();
-    let error = remove_stale_device(&claim).unwrap_err().to_string();
+    let error = remove_left_device(&claim).unwrap_err().to_string();
     assert!(
         error.contains("left alone") && error.contains(&us),
         "{error}"
     );
-    assert_eq!(claim.left_device(), Some(noted), "it was forgotten");
+    assert_eq!(claim.left_device(), Some(noted.clone()), "it was forgotten");
     // The number alone, and be it the disk's as well, is not the device.
     let noted = DeviceNote {
         mark: Some(config().mark + 1),
         ..noted
     };
     claim.note_device(&noted).unwrap();
-    remove_stale_device(&claim).unwrap();
+    remove_left_device(&claim).unwrap();
     assert_eq!(claim.left_device(), None);
     drop(claim);
     for door in [door, other] {
@@ -487,5 +488,10 @@ fn a_killed_server_leaves_a_dead_device_that_can_be_removed() {
     ublk::remove(id, false).unwrap();
     assert!(is_gone(id));
     ublk::remove(id, false).unwrap();
-    assert!(ublk::stale_devices().unwrap().iter().all(|l| l.id != id));
+    assert!(
+        ublk::stale_devices()
+            .unwrap()
+            .iter()
+            .all(|left| *left != id)
+    );
 }

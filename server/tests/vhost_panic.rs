@@ -30,6 +30,10 @@ impl StorageControl for Buggy {
 impl Storage for Buggy {
     type Queue = BuggyQueue;
 
+    fn limits_mut(&mut self) -> &mut Limits {
+        &mut self.0
+    }
+
     fn queue(&self, _: &mut Ring, _: u32) -> io::Result<BuggyQueue> {
         Ok(BuggyQueue)
     }

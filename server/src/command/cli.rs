@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{ConfigError, ExportConfig, ExportOptions, check_together, read_file};
+use crate::export::Predecessor;
 
 /// Exit code for wrong usage; clap's own.
 pub const USAGE: u8 = 2;
@@ -94,7 +95,8 @@ pub enum Command {
     Stop {
         /// The export
         name: String,
-        /// Stop also while the block device is open or a vhost-user client has the disk
+        /// Stop also while the block device is open or a vhost-user client has the disk. If its server has died,
+        /// remove the block device that waits for the next one, and the notes
         #[arg(long)]
         force: bool,
     },
@@ -103,9 +105,9 @@ pub enum Command {
     Recover {
         /// The export
         name: String,
-        /// If its server lives, take over from it
-        #[arg(long)]
-        take_over: bool,
+        /// What is done about its server
+        #[command(flatten)]
+        predecessor: PredecessorOptions,
     },
     /// Tell whether a block device can be upgraded to vhost-user, and how
     ///
@@ -130,9 +132,16 @@ pub enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
-        /// Remove what servers that died left behind: their block devices and folders
+        /// Remove what servers that died left behind: their block devices, also those that wait for the next
+        /// server, and their folders
         #[arg(long)]
         clean: bool,
+        /// Remove a ublk device that waits for a server or is dead, whatever program made it; asks first
+        #[arg(long, value_name = "DEVICE", value_parser = ublk_device, conflicts_with_all = ["clean", "json"])]
+        remove: Option<u32>,
+        /// Do not ask
+        #[arg(long, requires = "remove")]
+        yes: bool,
     },
     /// Print user and group of the ordinary user that made a ublk device, for udev rules; fails for devices of
     /// administrators
@@ -161,10 +170,9 @@ pub struct Serve {
     #[arg(value_name = "SPEC", required_unless_present = "config")]
     pub specs: Vec<String>,
 
-    /// If a living server has an export of this name, take over its block device and its clients, which see a pause
-    /// and no errors [default: refuse to start]
-    #[arg(long)]
-    pub take_over: bool,
+    /// What is done about earlier servers.
+    #[command(flatten)]
+    pub predecessor: PredecessorOptions,
 
     /// If some of several exports cannot start, serve the others [default: serve none]
     #[arg(long)]
@@ -180,6 +188,32 @@ pub struct Serve {
         next_help_heading = "Export options, also keys of a SPEC and of a configuration file"
     )]
     pub options: ExportOptions,
+}
+
+/// What a new server does about an earlier one of the same name.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct PredecessorOptions {
+    /// If a living server has the export, take over its block device and its clients, which see a pause and no
+    /// errors [default: refuse to start]
+    #[arg(long)]
+    pub take_over: bool,
+
+    /// If a dead server left a block device that waits, remove it and make a new one: requests that wait fail, and
+    /// a file system on it loses what it had not written [default: go on with the device, or refuse to start]
+    #[arg(long, conflicts_with = "take_over")]
+    pub replace: bool,
+}
+
+impl From<PredecessorOptions> for Predecessor {
+    fn from(options: PredecessorOptions) -> Self {
+        match options {
+            PredecessorOptions {
+                take_over: true, ..
+            } => Self::TakeOver,
+            PredecessorOptions { replace: true, .. } => Self::Replace,
+            _ => Self::Dead,
+        }
+    }
 }
 
 /// `qemu`
@@ -205,6 +239,15 @@ pub struct Qemu {
     /// QEMU and its arguments; the launcher adds the disks, and shared memory if there is none
     #[arg(last = true, value_name = "QEMU", required_unless_present = "live")]
     pub command: Vec<OsString>,
+}
+
+/// The number in the name of a ublk device.
+fn ublk_device(text: &str) -> Result<u32, &'static str> {
+    let name = text.strip_prefix("/dev/").unwrap_or(text);
+    let number = ["ublkb", "ublkc"]
+        .iter()
+        .find_map(|kind| name.strip_prefix(kind));
+    (number.and_then(|number| number.parse().ok())).ok_or("give /dev/ublkbN")
 }
 
 /// Checks a filter of the log. `EnvFilter` takes any word for a module, and a misspelt level switched the log off.

@@ -1,11 +1,12 @@
 //! The commands that talk to servers: `list`, `stat`, `resize`, `stop`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::left;
 use super::output::{count, print, print_json};
 use crate::config::check_name;
 use crate::door::ublk::DataPath;
@@ -41,25 +42,40 @@ const HEAD: [&str; 7] = [
 pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
     let mut code = ExitCode::SUCCESS;
     let mut exports = Vec::new();
+    let mut dead = Vec::new();
+    let mut complain = |name: &str, why: &str| {
+        eprintln!("ublkup: {name}: {why}");
+        code = ExitCode::FAILURE;
+    };
     for name in dir.names()? {
-        if !dir.is_alive(&name) {
-            tracing::warn!(
-                "{name}: its server has died; 'ublkup recover {name}' serves it again, 'ublkup doctor --clean' \
-                 removes what is left of it"
-            );
-            continue;
-        }
-        match admin::stat(&dir.folder(&name).join(CONTROL), STAT_LIMIT) {
-            Ok(status) => exports.push(status),
-            Err(error) => {
-                eprintln!("ublkup: {name}: {}", explain(&error));
-                code = ExitCode::FAILURE;
+        let folder = dir.folder(&name);
+        match dir.is_alive(&name) {
+            Ok(true) => match admin::stat(&folder.join(CONTROL), STAT_LIMIT) {
+                Ok(status) => exports.push(status),
+                Err(error) => complain(&name, &explain(&error)),
+            },
+            Ok(false) => {
+                complain(
+                    &name,
+                    &format!("its server has died; {}", left::advice(dir, &name)),
+                );
+                dead.push(name);
             }
+            Err(error) => complain(&name, &format!("{}: {error}", not_ours(&folder))),
         }
     }
-    match json {
-        true => print_json(&exports)?,
-        false => print(&table(&exports))?,
+    if json {
+        let mut listed: Vec<_> = exports
+            .iter()
+            .map(serde_json::to_value)
+            .collect::<Result<_, _>>()?;
+        listed.extend(
+            dead.iter()
+                .map(|name| serde_json::json!({"name": name, "state": "dead"})),
+        );
+        print_json(&listed)?;
+    } else {
+        print(&table(&exports))?;
     }
     Ok(code)
 }
@@ -93,6 +109,11 @@ pub fn stat(dir: &RuntimeDir, name: &str, json: bool, watch: bool) -> Result<Exi
 ///
 /// When the export is not served, or in use, or does not end.
 pub fn stop(dir: &RuntimeDir, name: &str, force: bool) -> Result<ExitCode> {
+    check_name(name)?;
+    if force && dir.folder(name).exists() && matches!(dir.is_alive(name), Ok(false)) {
+        print(&format!("{name}: {}\n", left::remove(dir, name)?))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     admin::stop(&served(dir, name)?, force, STOP_LIMIT)
         .with_context(|| format!("{name} does not stop"))?;
     Ok(ExitCode::SUCCESS)
@@ -134,13 +155,28 @@ pub fn resize(
 /// The admin socket of an export.
 fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
     check_name(name)?;
-    if !dir.is_alive(name) {
+    let folder = dir.folder(name);
+    let alive = (dir.is_alive(name)).with_context(|| not_ours(&folder))?;
+    if !alive && folder.exists() {
+        bail!(
+            "the server of '{name}' has died; {}",
+            left::advice(dir, name)
+        );
+    }
+    if !alive {
         bail!(
             "no export called '{name}' is served under {} (ublkup list shows what is)",
             dir.path().display()
         );
     }
-    Ok(dir.folder(name).join(CONTROL))
+    Ok(folder.join(CONTROL))
+}
+
+fn not_ours(folder: &Path) -> String {
+    format!(
+        "cannot know whether {} has a server: it is another user's",
+        folder.display()
+    )
 }
 
 fn table(exports: &[ExportStatus]) -> String {

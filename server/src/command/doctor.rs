@@ -3,14 +3,15 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use rustix::fs::{Access, access};
 use serde::Serialize;
 
+use super::left;
 use super::output::{print, print_json};
-use crate::door::ublk;
+use crate::door::ublk::{self, DeviceState};
+use crate::export::explain;
 use crate::export::runtime_dir::RuntimeDir;
-use crate::export::{explain, remove_stale_device};
 use crate::io::Ring;
 
 /// How one check ended.
@@ -48,11 +49,13 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
         ("runtime directory", runtime_directory(dir)),
     ];
     let exports = dead_exports(dir, clean).into_iter();
-    let devices = dead_devices(clean).into_iter();
+    let dead = dead_devices(clean).into_iter();
+    let waiting = waiting_devices(dir).into_iter();
     let checks: Vec<_> = machine
         .into_iter()
         .chain(exports.map(|finding| ("left by dead servers", finding)))
-        .chain(devices.map(|finding| ("dead block devices", finding)))
+        .chain(dead.map(|finding| ("dead block devices", finding)))
+        .chain(waiting.map(|finding| ("waiting block devices", finding)))
         .map(|(what, (verdict, finding))| Check {
             what,
             verdict,
@@ -151,41 +154,90 @@ fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Finding> {
             )];
         }
     };
-    let dead: Vec<_> = names.iter().filter(|name| !dir.is_alive(name)).collect();
-    if dead.is_empty() {
-        return vec![(Verdict::Ok, "nothing".into())];
-    }
-    let examine = |name: &String| match clean.then(|| remove_export(dir, name)) {
-        Some(Ok(())) => (Verdict::Ok, format!("{name}: cleared away")),
-        Some(Err(error)) => (Verdict::Problem, format!("{name}: {}", explain(&error))),
-        None => {
-            let remedy = "'ublkup doctor --clean' removes it, as does serving that name again";
-            (Verdict::Warning, format!("{name}: {remedy}"))
-        }
+    let examine = |name: &String| {
+        let (verdict, finding) = match dir.is_alive(name) {
+            Ok(true) => return None,
+            Err(error) => (
+                Verdict::Warning,
+                format!("cannot know whether it has a server: {error}"),
+            ),
+            Ok(false) if clean => match left::remove(dir, name) {
+                Ok(removed) => (Verdict::Ok, removed),
+                Err(error) => (Verdict::Problem, explain(&error)),
+            },
+            Ok(false) => (
+                Verdict::Problem,
+                format!("its server has died; {}", left::advice(dir, name)),
+            ),
+        };
+        Some((verdict, format!("{name}: {finding}")))
     };
-    dead.into_iter().map(examine).collect()
+    let mut findings: Vec<_> = names.iter().filter_map(examine).collect();
+    if findings.is_empty() {
+        findings.push((Verdict::Ok, "nothing".into()));
+    }
+    findings
 }
 
-/// Stale devices that no export has a note of.
+/// Dead devices that no export has a note of.
 fn dead_devices(clean: bool) -> Vec<Finding> {
     // Without a driver, or rights, none can be seen; another check says so.
     let dead = ublk::stale_devices().unwrap_or_default();
     let examine = |id| match clean.then(|| ublk::remove(id, false)) {
         Some(Ok(())) => (Verdict::Ok, format!("/dev/ublkc{id}: removed")),
         Some(Err(error)) => (Verdict::Problem, error.to_string()),
-        None => {
-            let remedy = "'ublkup doctor --clean' removes it";
-            (
-                Verdict::Warning,
-                format!("/dev/ublkc{id} has no server; {remedy}"),
-            )
-        }
+        None => (
+            Verdict::Problem,
+            format!("/dev/ublkc{id} has no server; 'ublkup doctor --clean' removes it"),
+        ),
     };
-    dead.into_iter().map(|device| examine(device.id)).collect()
+    dead.into_iter().map(examine).collect()
 }
 
-fn remove_export(dir: &RuntimeDir, name: &str) -> Result<()> {
-    // Locking the name removes the sockets; dropping the lock removes the folder.
-    let lock = dir.claim(name)?;
-    remove_stale_device(&lock)
+/// Devices that wait for a server, and that no export has a note of. They may be another program's: they are
+/// removed by name only.
+fn waiting_devices(dir: &RuntimeDir) -> Vec<Finding> {
+    let names = dir.names().unwrap_or_default();
+    let noted: Vec<_> = (names.iter())
+        .filter_map(|name| dir.device(name)?.id)
+        .collect();
+    let waiting = ublk::waiting_devices().unwrap_or_default();
+    let others = waiting.into_iter().filter(|id| !noted.contains(id));
+    let tell = |id| {
+        let path = dir.path().display();
+        let finding = format!(
+            "/dev/ublkb{id} waits for a server, and {path} has no note of it: it is another program's, or its \
+             note was lost; 'ublkup doctor --remove /dev/ublkb{id}' removes it"
+        );
+        (Verdict::Problem, finding)
+    };
+    others.map(tell).collect()
+}
+
+/// Removes a device without a server.
+///
+/// # Errors
+///
+/// When it has one, or nobody confirms it.
+pub fn remove(id: u32, yes: bool) -> Result<ExitCode> {
+    let state = ublk::device_state(id)?;
+    ensure!(state != DeviceState::Gone, "there is no /dev/ublkc{id}");
+    if !yes {
+        ensure!(
+            std::io::stdin().is_terminal(),
+            "standard input is no terminal, so nobody can be asked: say --yes to remove /dev/ublkb{id}"
+        );
+        eprint!(
+            "Requests to /dev/ublkb{id} that wait will fail, and a file system on it loses what it had not \
+             written. Remove it? [y/N] "
+        );
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer)?;
+        ensure!(
+            matches!(answer.trim(), "y" | "Y" | "yes"),
+            "/dev/ublkb{id} is left as it is"
+        );
+    }
+    ublk::remove(id, true)?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod client;
 pub mod doctor;
+mod left;
 mod output;
 pub mod probe;
 pub mod qemu;

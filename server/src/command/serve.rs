@@ -9,20 +9,21 @@ use std::thread::Scope;
 use anyhow::{Context, Result, anyhow};
 use signal_hook::iterator::Signals;
 
+use super::left;
 use super::output::count;
 use super::signals;
-use crate::config::{ExportConfig, SavedExport, check_name};
+use crate::config::{ExportConfig, check_name};
 use crate::engine::open_files;
 use crate::export::runtime_dir::RuntimeDir;
-use crate::export::{Event, Export, explain};
+use crate::export::{Event, Export, Predecessor, explain};
 
 /// How exports are started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StartOptions {
     /// If some of several exports cannot start, serve the others.
     pub keep_going: bool,
-    /// Take exports over from living servers that have them.
-    pub take_over: bool,
+    /// What is done about earlier servers of the same names.
+    pub predecessor: Predecessor,
 }
 
 /// `ublkup recover`: serves an export as it was last served.
@@ -30,21 +31,13 @@ pub struct StartOptions {
 /// # Errors
 ///
 /// When there is no note of it, or it cannot be served.
-pub fn recover(dir: &RuntimeDir, name: &str, take_over: bool) -> Result<ExitCode> {
+pub fn recover(dir: &RuntimeDir, name: &str, predecessor: Predecessor) -> Result<ExitCode> {
     check_name(name)?;
-    let text = dir.served(name).with_context(|| {
-        format!(
-            "there is no note of an export called '{name}' under {}",
-            dir.path().display()
-        )
-    })?;
-    let saved: SavedExport = serde_json::from_str(&text)
-        .with_context(|| format!("{name}: cannot read the note of how it was served"))?;
     let start = StartOptions {
-        take_over,
+        predecessor,
         ..StartOptions::default()
     };
-    run(dir, vec![saved.export()?], start)
+    run(dir, vec![left::saved(dir, name)?], start)
 }
 
 /// Serves `configs` until a signal or until the last export has been stopped.
@@ -59,9 +52,9 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     let mut code = ExitCode::SUCCESS;
     let StartOptions {
         keep_going,
-        take_over,
+        predecessor,
     } = start;
-    let start = |config| Export::start(dir, config, take_over, events.clone());
+    let start = |config| Export::start(dir, config, predecessor, events.clone());
     let named = |config: ExportConfig| (config.name.clone(), config);
     let configs = configs.into_iter().map(named).collect();
     let (exports, failures) = start_all(configs, keep_going, start);

@@ -11,6 +11,12 @@ pub trait StorageControl: Send + Sync + 'static {
     /// What the disk is and what it takes.
     fn limits(&self) -> &Limits;
 
+    /// What identifies the storage on this machine until it is restarted, where that is not its
+    /// configuration alone: a path may lead to another file after a while.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
     /// Whether requests may come with their data in the ring's table ([`Buffers::ring`]).
     ///
     /// [`Buffers::ring`]: crate::request::Buffers::ring
@@ -61,6 +67,10 @@ pub trait StorageControl: Send + Sync + 'static {
 pub trait Storage: StorageControl {
     /// The part of the disk that one queue thread works with.
     type Queue: StorageQueue;
+
+    /// The limits, to be changed before there is a queue: a block device that exists already keeps
+    /// those that it was made with.
+    fn limits_mut(&mut self) -> &mut Limits;
 
     /// A queue for requests in slots 0 to `slots` - 1, to be used with `ring` only.
     ///

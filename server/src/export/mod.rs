@@ -7,6 +7,7 @@
 //! | `admin/`           | the admin socket: protocol, server and client            |
 //! | `admin_service.rs` | what an export answers there                             |
 //! | `succession.rs`    | how a server gets an export from another one             |
+//! | `recovery.rs`      | what becomes of the block device that a dead server left |
 //! | `upgrade.rs`       | clients that come by the block device's descriptor       |
 //! | `runtime_dir.rs`   | which exports this machine serves: `/run/ublkup`         |
 //! | `name_lock.rs`     | the lock of one name, and the notes below it             |
@@ -18,6 +19,7 @@ mod event;
 mod explain;
 pub mod name_lock;
 mod open;
+mod recovery;
 pub mod runtime_dir;
 mod shared;
 mod succession;
@@ -30,7 +32,7 @@ use anyhow::{Context, Result};
 
 pub use event::{Door, Event};
 pub use explain::explain;
-pub use open::remove_stale_device;
+pub use succession::Predecessor;
 
 use crate::config::ExportConfig;
 use crate::engine::crash;
@@ -52,9 +54,8 @@ impl Export {
     /// Claims the name, opens the backend, opens the doors. On failure nothing is left behind but
     /// what was there.
     ///
-    /// With `take_over` a living server of the name is asked to make way, and its block device is gone
-    /// on with or left alone, but never replaced. A block device that waits for a server still does so
-    /// after a failure.
+    /// A block device that waits for a server is gone on with or left as it is, and still waits after a failure,
+    /// unless it is to be [replaced](Predecessor::Replace).
     ///
     /// # Errors
     ///
@@ -62,9 +63,10 @@ impl Export {
     pub fn start(
         dir: &RuntimeDir,
         config: ExportConfig,
-        take_over: bool,
+        predecessor: Predecessor,
         events: mpsc::Sender<Event>,
     ) -> Result<Self> {
+        let take_over = predecessor == Predecessor::TakeOver;
         let claim = match take_over {
             true => succession::claim(dir, &config)?,
             false => dir.claim(&config.name)?,
@@ -75,7 +77,7 @@ impl Export {
             dir,
             claim: &claim,
             events: &events,
-            take_over,
+            replace: predecessor == Predecessor::Replace,
         };
         let finished = match house.open_backend() {
             Ok(opened) => Self::finish(opened, config, &claim, events),
@@ -198,6 +200,15 @@ impl Export {
         // Waits until those who asked for the stop have their answer.
         drop(self.admin);
     }
+}
+
+/// Removes the block device that a killed server of this name left behind, waiting or dead. Returns its number.
+///
+/// # Errors
+///
+/// When it cannot be removed, or has a living server.
+pub fn remove_left_device(name: &NameLock) -> Result<Option<u32>> {
+    recovery::clean(&recovery::Kernel, name)
 }
 
 /// Notes what is served, and listens to those who ask for it.

@@ -76,7 +76,7 @@ impl NameLock {
     /// The block device that an earlier server of this name left, if it is noted.
     #[must_use]
     pub fn left_device(&self) -> Option<DeviceNote> {
-        DeviceNote::parse(&fs::read_to_string(self.folder.join(UBLK_ID)).ok()?)
+        DeviceNote::read(&self.folder)
     }
 
     /// Notes the block device, so that it can be found after a crash.
@@ -99,15 +99,17 @@ impl NameLock {
 
     /// Writes a note beside the old one and puts it in its place.
     fn note(&self, name: &str, text: &str) -> io::Result<()> {
-        let new = self.folder.join(format!(".{name}.new"));
-        let mut file = File::create(&new)?;
+        let new = self.folder.join(unfinished(name));
+        // Never through a link, and never into a file of others.
+        remove(&new);
+        let mut file = File::options().write(true).create_new(true).open(&new)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
         crash::point(match name {
             SERVED => "export-written",
             _ => "id-written",
         });
-        fs::rename(new, self.folder.join(name))?;
+        fs::rename(&new, self.folder.join(name))?;
         File::open(&self.folder)?.sync_all()
     }
 
@@ -133,18 +135,35 @@ impl NameLock {
         remove(&self.folder.join(UBLK_ID));
     }
 
-    /// Removes the sockets of a dead server and keeps its notes.
+    /// Removes the sockets of a dead server, and notes that it had not finished. What else there is stays: the
+    /// notes, and what no server has put there.
     pub(super) fn clear_stale(&self) -> Result<()> {
-        for entry in fs::read_dir(&self.folder)? {
-            let entry = entry?;
-            let keep = [LOCK, UBLK_ID, SERVED, UPGRADED];
-            if !keep.iter().any(|name| entry.file_name() == *name) {
-                fs::remove_file(entry.path())
-                    .with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        let unfinished = [UBLK_ID, SERVED].map(unfinished);
+        for name in [CONTROL, VHOST_SOCKET]
+            .into_iter()
+            .chain(unfinished.iter().map(String::as_str))
+        {
+            let path = self.folder.join(name);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(error).with_context(|| {
+                        format!(
+                            "cannot remove {}, which is in the way of '{}'",
+                            path.display(),
+                            self.name
+                        )
+                    });
+                }
+                _ => {}
             }
         }
         Ok(())
     }
+}
+
+/// The name of a note that is being written.
+fn unfinished(name: &str) -> String {
+    format!(".{name}.new")
 }
 
 impl Drop for NameLock {
@@ -166,7 +185,7 @@ impl Drop for NameLock {
 }
 
 /// What is noted about a block device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceNote {
     /// Its number; unknown before it was added.
     pub id: Option<u32>,
@@ -174,17 +193,26 @@ pub struct DeviceNote {
     pub disk_sequence: Option<u64>,
     /// The mark in the device's parameters, which identifies it whatever else has changed.
     pub mark: Option<u64>,
+    /// The storage behind it ([`StorageControl::identity`](crate::engine::StorageControl::identity)), if it has
+    /// an identity.
+    pub storage: Option<String>,
 }
 
 impl DeviceNote {
+    /// The note in an export's folder.
+    pub(super) fn read(folder: &Path) -> Option<Self> {
+        Self::parse(&fs::read_to_string(folder.join(UBLK_ID)).ok()?)
+    }
+
     pub(super) fn parse(text: &str) -> Option<Self> {
-        let mut words = text.split_whitespace().map(|word| word.parse::<u64>().ok());
-        let mut next = || words.next().flatten();
+        let mut words = text.split_whitespace();
+        let mut next = || words.next()?.parse::<u64>().ok();
         let note = Self {
             id: next().and_then(|id| u32::try_from(id).ok()),
             disk_sequence: next(),
             // Devices of other servers have zero there.
             mark: next().filter(|mark| *mark != 0),
+            storage: words.next().map(str::to_owned),
         };
         (note.id.is_some() || note.mark.is_some()).then_some(note)
     }
@@ -192,7 +220,9 @@ impl DeviceNote {
     fn text(&self) -> String {
         let word = |number: Option<u64>| number.map_or("-".to_owned(), |number| number.to_string());
         let id = self.id.map(u64::from);
-        [id, self.disk_sequence, self.mark].map(word).join(" ") + "\n"
+        let mut words = [id, self.disk_sequence, self.mark].map(word).to_vec();
+        words.extend(self.storage.clone());
+        words.join(" ") + "\n"
     }
 }
 

@@ -8,14 +8,13 @@ use anyhow::{Context, Result, bail};
 
 use super::event::{Door, Event};
 use super::name_lock::{DeviceNote, NameLock, VHOST_SOCKET};
+use super::recovery::{self, Beginning, Kernel, Wanted};
 use super::runtime_dir::RuntimeDir;
 use super::shared::{Counted, Doors};
 use super::upgrade::UpgradeListener;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
 use crate::door::ownership::Ownership;
-use crate::door::ublk::{
-    self, DoorEnd, RecoverableDevice, Recovery, UblkConfig, UblkDoor, UblkError, Unavailable,
-};
+use crate::door::ublk::{self, DoorEnd, Recovery, UblkConfig, UblkDoor};
 use crate::door::vhost::{VhostConfig, VhostDoor};
 use crate::engine::counters::CounterSet;
 use crate::engine::crash;
@@ -47,7 +46,7 @@ pub(super) struct Opening<'a> {
     pub(super) dir: &'a RuntimeDir,
     pub(super) claim: &'a NameLock,
     pub(super) events: &'a mpsc::Sender<Event>,
-    pub(super) take_over: bool,
+    pub(super) replace: bool,
 }
 
 /// What an export is made of.
@@ -89,7 +88,14 @@ impl Opening<'_> {
         self.open_doors(disk)
     }
 
-    fn open_doors<B: Storage>(&self, disk: B) -> Result<Opened> {
+    fn open_doors<B: Storage>(&self, mut disk: B) -> Result<Opened> {
+        let recoverable = match self.begin(&disk)? {
+            Beginning::New => None,
+            Beginning::GoOn { id, limits } => {
+                *disk.limits_mut() = limits;
+                Some(id)
+            }
+        };
         let disk = Arc::new(disk);
         let limits = disk.limits().clone();
         let config = self.config;
@@ -104,13 +110,18 @@ impl Opening<'_> {
             access.allow_moves(claims_later(config).then(claimed));
         }
         let vhost = self.open_vhost(&disk, &access)?;
+        let returns = recoverable.is_some() && self.claim.was_upgraded();
         // Clients that have connected already wait until ownership is opened.
-        let mut doors = (self.open_block_door(&disk, &limits)).inspect_err(|_| access.close())?;
-        doors.vhost = vhost;
+        let ublk = (self.open_ublk(&disk, recoverable, returns)).inspect_err(|_| access.close())?;
+        let mut doors = Doors {
+            ublk,
+            vhost,
+            is_inherited: recoverable.is_some(),
+            ..Doors::default()
+        };
         if doors.ublk.is_none() && doors.vhost.is_none() {
             bail!("no door can be opened: there is no ublk here, and --vhost is no");
         }
-        let returns = doors.is_inherited && self.claim.was_upgraded();
         match doors.ublk.as_ref().map(|(door, _)| door.writes()) {
             Some(writes) if returns => access.open_for_return(writes),
             writes => access.open(writes),
@@ -119,20 +130,19 @@ impl Opening<'_> {
         Ok((doors, disk, access))
     }
 
-    /// The ublk door, if it is to be opened: to the device that waits for a server of this name, or to
-    /// a new one.
-    fn open_block_door<B: Storage>(&self, disk: &Arc<B>, limits: &Limits) -> Result<Doors> {
-        let recoverable = self.recoverable(limits)?;
-        if recoverable.is_none() {
-            // Even with --ublk no: a dead device of this name only gets in the way of this export.
-            remove_stale_device(self.claim)?;
-        }
-        let returns = recoverable.is_some() && self.claim.was_upgraded();
-        Ok(Doors {
-            ublk: self.open_ublk(disk, recoverable, returns)?,
-            is_inherited: recoverable.is_some(),
-            ..Doors::default()
-        })
+    /// What an earlier server of the name left, and what is to be done with it.
+    fn begin<B: Storage>(&self, disk: &B) -> Result<Beginning> {
+        let config = self.config;
+        let identity = disk.identity();
+        let wanted = Wanted {
+            limits: disk.limits(),
+            storage: identity.as_deref(),
+            opens_ublk: may_open_ublk(config)?,
+            ublk_id: config.ublk_id,
+            block_bytes: config.block_bytes,
+            replace: self.replace,
+        };
+        recovery::begin(&Kernel, self.claim, &wanted)
     }
 
     fn open_vhost<B: Storage>(
@@ -154,37 +164,6 @@ impl Opening<'_> {
         };
         let door = VhostDoor::start(vhost, Arc::clone(disk), Arc::clone(&registry))?;
         Ok(Some((door, registry)))
-    }
-
-    /// The block device of a server of this name that died, if it can be gone on with.
-    fn recoverable(&self, limits: &Limits) -> Result<Option<u32>> {
-        let Some(note) = self.claim.left_device() else {
-            return Ok(None);
-        };
-        let Some(id) = noted_device(&note)? else {
-            return Ok(None);
-        };
-        if !may_open_ublk(self.config)? {
-            if self.take_over && ublk::recoverable_device(id, limits)? != RecoverableDevice::None {
-                bail!("the ublk door would be closed, and /dev/ublkb{id} waits for a server");
-            }
-            return Ok(None);
-        }
-        let wanted = self.config.ublk_id.is_none_or(|wanted| wanted == id);
-        match ublk::recoverable_device(id, limits)? {
-            RecoverableDevice::Waiting if wanted => Ok(Some(id)),
-            RecoverableDevice::None => Ok(None),
-            RecoverableDevice::Waiting if self.take_over => {
-                bail!(
-                    "/dev/ublkb{id} waits for a server, not the number that was asked for: leave --ublk-id away"
-                )
-            }
-            RecoverableDevice::OtherDisk if self.take_over => bail!(
-                "/dev/ublkb{id} waits for a server, but of another disk: size, block size and \
-                 attributes must be as before (ublkup doctor --clean removes the device)"
-            ),
-            RecoverableDevice::Waiting | RecoverableDevice::OtherDisk => Ok(None),
-        }
     }
 
     fn open_ublk<B: Storage>(
@@ -223,7 +202,7 @@ impl Opening<'_> {
             data: config.ublk_data,
             ring_places: None,
             recovery: recovery(config),
-            mark: self.mark(recoverable.is_some())?,
+            mark: self.mark(recoverable.is_some(), disk.identity())?,
             take_over: recoverable,
             refuse_writes,
         };
@@ -241,6 +220,7 @@ impl Opening<'_> {
             id: Some(door.id()),
             disk_sequence: door.disk_sequence(),
             mark: Some(mark),
+            storage: disk.identity(),
         });
         if let Err(error) = noted {
             // The old note still identifies the device.
@@ -264,7 +244,7 @@ impl Opening<'_> {
 
     /// The mark of the block device. A new one is noted before the device is added, so that the device
     /// is found whenever this server dies.
-    fn mark(&self, survives: bool) -> Result<u64> {
+    fn mark(&self, survives: bool, storage: Option<String>) -> Result<u64> {
         if survives {
             let old = self.claim.left_device().and_then(|note| note.mark);
             return Ok(old.unwrap_or_default());
@@ -273,6 +253,7 @@ impl Opening<'_> {
         let mark = RandomState::new().build_hasher().finish().max(1);
         self.note(&DeviceNote {
             mark: Some(mark),
+            storage,
             ..DeviceNote::default()
         })?;
         crash::point("mark-noted");
@@ -313,22 +294,6 @@ fn recovery(config: &ExportConfig) -> Recovery {
     }
 }
 
-/// The device that a note identifies, if it exists.
-fn noted_device(note: &DeviceNote) -> Result<Option<u32>, UblkError> {
-    match (note.mark, note.id, note.disk_sequence) {
-        (Some(mark), ..) => match ublk::marked(mark) {
-            // No driver, no devices: the machine was rebooted.
-            Err(UblkError::Unavailable(Unavailable::NoDriver)) => Ok(None),
-            other => other,
-        },
-        // A device without a mark is identified by its disk, until the next reboot.
-        (None, Some(id), Some(sequence)) => {
-            Ok((ublk::disk_sequence(id) == Some(sequence)).then_some(id))
-        }
-        _ => Ok(None),
-    }
-}
-
 /// Whether the ublk door is to be opened. In automatic mode the reason why not is logged once.
 pub(super) fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
     if config.ublk == DoorMode::No {
@@ -343,23 +308,6 @@ pub(super) fn may_open_ublk(config: &ExportConfig) -> Result<bool> {
         }
         Err(why) => Err(why.into()),
     }
-}
-
-/// Removes the block device that a killed server of this name left behind, if there is one.
-///
-/// # Errors
-///
-/// When it cannot be removed, or has a living server.
-pub fn remove_stale_device(claim: &NameLock) -> Result<()> {
-    let Some(note) = claim.left_device() else {
-        return Ok(());
-    };
-    // Another server may have a device with the same number: it is left alone.
-    if let Some(id) = noted_device(&note)? {
-        ublk::remove(id, true)?;
-    }
-    claim.forget_device();
-    Ok(())
 }
 
 /// The limits of null and memory disks.

@@ -4,7 +4,8 @@
 //! /run/ublkup/exports/NAME/lock             held (flock) by the server as long as it lives
 //!                          control          admin socket: stat, stop
 //!                          vhost-user-blk   the vhost door, unless --vhost-socket says otherwise
-//!                          ublk-id          number of the block device and of its disk, and its mark, while there is one
+//!                          ublk-id          number of the block device and of its disk, its mark, and which file
+//!                                           is behind it, while there is one
 //!                          served           what is served and how, for `ublkup recover`
 //!                          upgraded         there while a vhost client has the disk
 //! ```
@@ -22,7 +23,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, OFlags, flock};
 
-use super::name_lock::{LOCK, NameLock, SERVED, lock_exclusively, open_lock};
+use super::name_lock::{DeviceNote, LOCK, NameLock, SERVED, lock_exclusively, open_lock};
 use crate::engine::wait::repeat_while;
 
 /// How long a server that has answered `leave` may take to release the name.
@@ -87,12 +88,16 @@ impl RuntimeDir {
     }
 
     /// Whether a server holds this name. A folder whose name is free was left by a dead server.
-    #[must_use]
-    pub fn is_alive(&self, name: &str) -> bool {
-        let Ok(lock) = open_lock(&self.folder(name), OFlags::empty()) else {
-            return false;
-        };
-        flock(&lock, FlockOperation::NonBlockingLockShared).is_err()
+    ///
+    /// # Errors
+    ///
+    /// When this user cannot know.
+    pub fn is_alive(&self, name: &str) -> io::Result<bool> {
+        match open_lock(&self.folder(name), OFlags::empty()) {
+            Ok(lock) => Ok(flock(&lock, FlockOperation::NonBlockingLockShared).is_err()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// What was last served under a name, as its server noted it.
@@ -102,6 +107,12 @@ impl RuntimeDir {
     /// When nothing is noted.
     pub fn served(&self, name: &str) -> io::Result<String> {
         fs::read_to_string(self.folder(name).join(SERVED))
+    }
+
+    /// The block device noted under a name.
+    #[must_use]
+    pub fn device(&self, name: &str) -> Option<DeviceNote> {
+        DeviceNote::read(&self.folder(name))
     }
 
     /// As [`claim`](Self::claim), for a name that its server is about to release.

@@ -8,14 +8,27 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::admin::{self, ExportStatus};
-use super::name_lock::{CONTROL, NameLock};
+use super::name_lock::{CONTROL, DeviceNote, NameLock};
 use super::open::may_open_ublk;
 use super::runtime_dir::RuntimeDir;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
 use crate::request::format_size;
+use crate::storage::identity;
+
+/// What a new server does about an earlier one of the same name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Predecessor {
+    /// Goes on with the block device of a dead one. A living one keeps the name.
+    #[default]
+    Dead,
+    /// Asks a living one to leave first.
+    TakeOver,
+    /// Removes the block device of a dead one, also if it waits for a server. A living one keeps the name.
+    Replace,
+}
 
 /// How long the old server may take to answer `stat`.
 const STAT_LIMIT: Duration = Duration::from_secs(5);
@@ -30,13 +43,13 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(120);
 /// When the new server could not serve what the old one serves, or the old one does not leave.
 pub(super) fn claim(dir: &RuntimeDir, config: &ExportConfig) -> Result<NameLock> {
     let name = &config.name;
-    if !dir.is_alive(name) {
+    if !dir.is_alive(name)? {
         return dir.claim(name);
     }
     let control = dir.folder(name).join(CONTROL);
     // A server that hangs up has died or is about to: it has left as well.
     match admin::stat(&control, STAT_LIMIT) {
-        Ok(status) => may_succeed(&status, config)?,
+        Ok(status) => may_succeed(&status, dir.device(name).as_ref(), config)?,
         Err(error) if hung_up(&error) => return dir.claim_soon(name),
         Err(error) => return Err(error.context("its server does not answer")),
     }
@@ -61,7 +74,11 @@ fn hung_up(error: &anyhow::Error) -> bool {
 }
 
 /// Whether a server with this configuration could take over from another one.
-fn may_succeed(old: &ExportStatus, config: &ExportConfig) -> Result<()> {
+fn may_succeed(
+    old: &ExportStatus,
+    noted: Option<&DeviceNote>,
+    config: &ExportConfig,
+) -> Result<()> {
     if let Some(door) = &old.ublk {
         let device = door.device.display();
         if config.ublk == DoorMode::No || !may_open_ublk(config)? {
@@ -84,13 +101,18 @@ fn may_succeed(old: &ExportStatus, config: &ExportConfig) -> Result<()> {
         StorageSpec::Memory { .. } => bail!("what is in memory goes with its server"),
         StorageSpec::Null { size_bytes } => *size_bytes,
         StorageSpec::File { path, .. } => {
-            let path_name = path.display();
-            File::options()
-                .read(true)
-                .write(!config.read_only)
-                .open(path)
-                .and_then(|mut file| file.seek(SeekFrom::End(0)))
-                .with_context(|| format!("cannot open {path_name}"))?
+            let cannot_open = || format!("cannot open {}", path.display());
+            let mut options = File::options();
+            let opened = options.read(true).write(!config.read_only).open(path);
+            let mut file = opened.with_context(cannot_open)?;
+            if let Some(served) = noted.and_then(|note| note.storage.as_deref()) {
+                ensure!(
+                    identity(&file).is_none_or(|found| found == served),
+                    "{} is not the file that is served: it was replaced meanwhile",
+                    path.display()
+                );
+            }
+            file.seek(SeekFrom::End(0)).with_context(cannot_open)?
         }
     };
     if size_bytes < old.size_bytes {

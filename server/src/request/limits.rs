@@ -155,8 +155,8 @@ impl Limits {
     }
 }
 
-/// The serial number of a disk.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// The serial number of a disk; by default none.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct Serial([u8; SERIAL_BYTES]);
 
 /// Why a string cannot be a serial number.

@@ -176,6 +176,10 @@ impl<B: Storage> StorageControl for Fault<B> {
         self.disk.limits()
     }
 
+    fn identity(&self) -> Option<String> {
+        self.disk.identity()
+    }
+
     fn ring_buffers(&self) -> RingBuffers {
         self.disk.ring_buffers()
     }
@@ -199,6 +203,10 @@ impl<B: Storage> StorageControl for Fault<B> {
 
 impl<B: Storage> Storage for Fault<B> {
     type Queue = FaultQueue<B::Queue>;
+
+    fn limits_mut(&mut self) -> &mut Limits {
+        self.disk.limits_mut()
+    }
 
     fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<Self::Queue> {
         let waits = (0..slots).map(|_| Wait::default()).collect();

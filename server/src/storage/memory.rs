@@ -38,6 +38,10 @@ impl StorageControl for Memory {
 impl Storage for Memory {
     type Queue = MemoryQueue;
 
+    fn limits_mut(&mut self) -> &mut Limits {
+        &mut self.limits
+    }
+
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<MemoryQueue> {
         Ok(MemoryQueue {
             mapping: Arc::clone(&self.mapping),

@@ -42,6 +42,10 @@ impl StorageControl for Null {
 impl Storage for Null {
     type Queue = NullQueue;
 
+    fn limits_mut(&mut self) -> &mut Limits {
+        &mut self.limits
+    }
+
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<NullQueue> {
         Ok(NullQueue)
     }

@@ -32,6 +32,10 @@ impl StorageControl for Recorder {
 impl Storage for Recorder {
     type Queue = RecorderQueue;
 
+    fn limits_mut(&mut self) -> &mut Limits {
+        &mut self.limits
+    }
+
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<RecorderQueue> {
         Ok(RecorderQueue(Arc::clone(&self.seen)))
     }
@@ -81,6 +85,10 @@ impl StorageControl for Gated {
 
 impl Storage for Gated {
     type Queue = GatedQueue;
+
+    fn limits_mut(&mut self) -> &mut Limits {
+        &mut self.limits
+    }
 
     fn queue(&self, _ring: &mut Ring, slots: u32) -> io::Result<GatedQueue> {
         Ok(GatedQueue {
@@ -138,6 +146,10 @@ impl StorageControl for Halves {
 
 impl Storage for Halves {
     type Queue = HalvesQueue;
+
+    fn limits_mut(&mut self) -> &mut Limits {
+        &mut self.limits
+    }
 
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<HalvesQueue> {
         Ok(HalvesQueue)

@@ -27,6 +27,10 @@ impl StorageControl for Broken {
 impl Storage for Broken {
     type Queue = BrokenQueue;
 
+    fn limits_mut(&mut self) -> &mut Limits {
+        &mut self.limits
+    }
+
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<BrokenQueue> {
         if self.no_queue {
             return Err(io::Error::other("no queue today"));

@@ -1,7 +1,9 @@
 //! A server dies, the block device stays, and the next server goes on with it.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use upgrade_proto::{Answer, Lookup, connect};
@@ -9,6 +11,7 @@ use upgrade_proto::{Answer, Lookup, connect};
 use super::common::{Driver, OK, eventually};
 use super::common::{Sandbox, sandbox};
 use super::upgrade::{BLOCK, PLAIN, direct, errno, leave, read_block, service, stat, write_block};
+use testkit::images::{Mounted, mount};
 use testkit::server::Server;
 
 /// A disk in a file, which outlives its servers.
@@ -111,27 +114,198 @@ fn a_client_comes_back_by_the_descriptor_it_has_when_the_server_was_replaced() {
     disk.lab.is_clean();
 }
 
+/// ext4 on the block device of a server that is dead, and a write to it that waits.
+struct Mount {
+    disk: Disk,
+    device: PathBuf,
+    mounted: Mounted,
+    writer: JoinHandle<std::io::Result<()>>,
+}
+
+impl Mount {
+    fn new(disk: Disk) -> Self {
+        let server = disk.serve(&[]);
+        let device = disk.device();
+        // Half of the disk, so that what is behind it can be cut off and come back.
+        let args = ["-q", device.to_str().unwrap(), "32M"];
+        super::run("mkfs.ext4", &args).unwrap();
+        let mounted = mount(&device, "ext4", &disk.lab.path("mnt"), false).unwrap();
+        std::fs::write(mounted.dir().join("before"), "text").unwrap();
+        server.kill().unwrap();
+        let path = mounted.dir().join("after");
+        let writer = std::thread::spawn(move || {
+            let mut file = File::create(path)?;
+            file.write_all(&[7; 100_000])?;
+            file.sync_all()
+        });
+        Self {
+            disk,
+            device,
+            mounted,
+            writer,
+        }
+    }
+
+    /// A server that is started like this refuses, and the file system waits as before.
+    fn is_left(&self, args: &[&str], why: &str) {
+        let words = [
+            self.device.to_str().unwrap(),
+            "left as it is",
+            "--replace",
+            why,
+        ];
+        self.disk.lab.fails(args, 1, &words);
+        assert!(
+            !self.writer.is_finished(),
+            "{args:?}: the write did not wait"
+        );
+    }
+
+    /// All is as it was: the next server goes on, and what waited is done.
+    fn goes_on(self, args: &[&str]) {
+        let server = match args {
+            ["serve", args @ ..] => self.disk.lab.serve(args),
+            _ => self.disk.lab.recover(&["d"]),
+        };
+        assert_eq!(self.disk.device(), self.device);
+        self.writer.join().unwrap().unwrap();
+        let mut got = Vec::new();
+        let after = self.mounted.dir().join("after");
+        File::open(after).unwrap().read_to_end(&mut got).unwrap();
+        assert!(got.len() == 100_000 && got.iter().all(|&byte| byte == 7));
+        self.mounted.unmount().unwrap();
+        super::run("fsck.ext4", &["-fn", self.device.to_str().unwrap()]).unwrap();
+        server.stop().unwrap();
+        self.disk.lab.is_clean();
+    }
+}
+
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
-fn a_device_that_waits_is_not_gone_on_with_as_another_disk() {
+fn a_restart_that_finds_something_else_leaves_the_mounted_file_system_waiting() {
+    let mount = Mount::new(Disk::new());
+    let image = mount.disk.image.clone();
+    let spec = format!("d=file:{}", image.display());
+    let serve = |more: &[&'static str]| [&["serve", spec.as_str()][..], more].concat();
+    for (options, why) in [
+        (&["--read-only"][..], "read-only"),
+        (&["--block-size", "4096"], "block-size"),
+        (&["--ublk", "no"], "option ublk"),
+        (&["--ublk-id", "77"], "ublk-id"),
+        (&["--take-over", "--read-only"], "read-only"),
+    ] {
+        mount.is_left(&serve(options), why);
+    }
+    let len = |bytes| {
+        File::options()
+            .write(true)
+            .open(&image)
+            .unwrap()
+            .set_len(bytes)
+            .unwrap()
+    };
+    len(48 << 20);
+    for args in [&["recover", "d"][..], &serve(&[])] {
+        mount.is_left(args, "has 48M");
+    }
+    len(64 << 20);
+    // Another file, the old one beside it.
+    let kept = image.with_extension("kept");
+    std::fs::rename(&image, &kept).unwrap();
+    let args = ["recover", "d"];
+    mount.disk.lab.fails(&args, 1, &["No such file"]);
+    let other = File::create(&image).unwrap();
+    other.set_len(64 << 20).unwrap();
+    mount.is_left(&args, "not the one that was served");
+    std::fs::rename(&kept, &image).unwrap();
+    mount.goes_on(&args);
+}
+
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_waiting_device_is_removed_when_a_person_says_so() {
     let disk = Disk::new();
-    disk.serve(&[]).kill().unwrap();
-    // The same name, another size: the old device goes.
-    File::options()
-        .write(true)
-        .open(&disk.image)
+    let spec = format!("file:{}", disk.image.display());
+    for how in ["--replace", "stop", "doctor", "by name"] {
+        disk.serve(&[]).kill().unwrap();
+        let (id, name) = (0, "/dev/ublkb0");
+        assert!(!super::is_gone(id), "it does not wait");
+        disk.lab.fails(
+            &["stop", "d"],
+            1,
+            &["has died", "recover d", "stop --force d"],
+        );
+        let list = disk.lab.finish(&["list", "--json"], &[]);
+        assert_eq!(list.status.code(), Some(1), "{list:?}");
+        let listed: serde_json::Value = serde_json::from_str(&list.stdout).unwrap();
+        assert_eq!(listed, serde_json::json!([{"name": "d", "state": "dead"}]));
+        match how {
+            "--replace" => {
+                let sequence = std::fs::read_to_string("/sys/block/ublkb0/diskseq").unwrap();
+                let server = disk.serve(&["--replace"]);
+                let path = "/sys/block/ublkb0/diskseq";
+                assert_ne!(std::fs::read_to_string(path).unwrap(), sequence);
+                server.stop().unwrap();
+            }
+            "stop" => drop(disk.lab.ok(&["stop", "--force", "d"])),
+            "doctor" => {
+                let problem = disk.lab.finish(&["doctor"], &[]);
+                assert_eq!(problem.status.code(), Some(1), "{problem:?}");
+                disk.lab.ok(&["doctor", "--clean"]);
+            }
+            _ => {
+                // Its note is lost.
+                std::fs::remove_dir_all(disk.lab.path("run/exports/d")).unwrap();
+                let seen = disk.lab.finish(&["doctor", "--clean"], &[]);
+                assert_eq!(seen.status.code(), Some(1), "{seen:?}");
+                assert!(seen.stdout.contains(name), "{seen:?}");
+                disk.lab.fails(&["doctor", "--remove", name], 1, &["--yes"]);
+                assert!(!super::is_gone(id), "it went without a word");
+                disk.lab.ok(&["doctor", "--remove", name, "--yes"]);
+            }
+        }
+        assert!(super::is_gone(id), "{how}: the device is left");
+        disk.lab.is_clean();
+    }
+    let server = disk.lab.serve(&["--ublk", "yes", &spec]);
+    let living = disk
+        .lab
+        .finish(&["doctor", "--remove", "/dev/ublkb0", "--yes"], &[]);
+    assert_eq!(living.status.code(), Some(1), "{living:?}");
+    server.stop().unwrap();
+}
+
+/// An image on XFS that was copied by reference while it was served: statx(2) now names larger blocks.
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn an_image_that_shares_extents_with_a_copy_is_served_as_before() {
+    let mut disk = Disk::new();
+    let host = disk.lab.image("xfs.img", 500 << 20);
+    super::run(
+        "mkfs.xfs",
+        &["-q", "-m", "reflink=1", host.to_str().unwrap()],
+    )
+    .unwrap();
+    let looped = super::run("losetup", &["-f", "--show", host.to_str().unwrap()]).unwrap();
+    let looped = Path::new(looped.trim());
+    let xfs = mount(looped, "xfs", &disk.lab.path("xfs"), false).unwrap();
+    disk.image = xfs.dir().join("disk.img");
+    File::create(&disk.image)
         .unwrap()
-        .set_len(32 << 20)
+        .set_len(64 << 20)
         .unwrap();
-    let server = disk.serve(&[]);
-    let size = std::fs::read_to_string(format!(
-        "/sys/block/{}/size",
-        disk.device().file_name().unwrap().to_str().unwrap()
-    ));
-    assert_eq!(size.unwrap().trim(), "65536");
-    server.kill().unwrap();
-    // And who does not want to go on with it can clean up.
-    disk.lab.ok(&["doctor", "--clean"]);
-    assert!(super::is_gone(0), "the device is left");
-    disk.lab.is_clean();
+    for args in [&["recover"][..], &["serve"]] {
+        let mount = Mount::new(Disk {
+            lab: sandbox(),
+            image: disk.image.clone(),
+        });
+        let copy = xfs.dir().join("copy");
+        let files = [disk.image.to_str().unwrap(), copy.to_str().unwrap()];
+        super::run("cp", &[&["--reflink=always"][..], &files].concat()).unwrap();
+        let spec = format!("d=file:{}", disk.image.display());
+        let args = [args, &["--ublk", "yes", spec.as_str()]].concat();
+        mount.goes_on(&args);
+    }
+    xfs.unmount().unwrap();
+    super::run("losetup", &["-d", looped.to_str().unwrap()]).unwrap();
 }

@@ -103,7 +103,11 @@ fn a_signal_leaves_the_disk_to_who_recovers_it() {
     let (status, log) = server.end_by(rustix::process::Signal::USR2).unwrap();
     assert_eq!(status.code(), Some(0), "{log}");
     assert!(device.exists());
-    disk.lab.fails(&["stat", "d"], 1, &["no export called 'd'"]);
+    disk.lab.fails(
+        &["stat", "d"],
+        1,
+        &["the server of 'd' has died", "recover d"],
+    );
     // All that is needed is noted.
     let server = disk.lab.recover(&["d"]);
     assert_eq!(disk.device(), device);
@@ -275,8 +279,8 @@ fn a_server_that_cannot_serve_leaves_all_that_is_noted() {
     disk.lab.serve_fails(&serve, 1, &["in use"]);
     other.stop().unwrap();
     for (options, why) in [
-        (["--ublk-id", "77"], "leave --ublk-id away"),
-        (["--ublk", "no"], "the ublk door would be closed"),
+        (["--ublk-id", "77"], "option ublk-id"),
+        (["--ublk", "no"], "option ublk"),
     ] {
         let take_over = [&["--take-over", spec.as_str()][..], &options].concat();
         disk.lab.serve_fails(&take_over, 1, &["recover d", why]);

@@ -135,14 +135,22 @@ pub struct Mounted {
 /// # Errors
 /// The kernel refused; its log is the place to look.
 pub fn mount_ext4(device: &Path, dir: &Path, read_only: bool) -> Result<Mounted> {
+    mount(device, "ext4", dir, read_only)
+}
+
+/// Mounts a block device with any file system on `dir`, which is created.
+///
+/// # Errors
+/// The kernel refused; its log is the place to look.
+pub fn mount(device: &Path, kind: &str, dir: &Path, read_only: bool) -> Result<Mounted> {
     fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let flags = if read_only {
         MountFlags::RDONLY
     } else {
         MountFlags::empty()
     };
-    rustix::mount::mount(device, dir, "ext4", flags, None)
-        .with_context(|| format!("cannot mount {} as ext4", device.display()))?;
+    rustix::mount::mount(device, dir, kind, flags, None)
+        .with_context(|| format!("cannot mount {} as {kind}", device.display()))?;
     Ok(Mounted {
         dir: dir.to_owned(),
         mounted: true,

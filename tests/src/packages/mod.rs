@@ -35,7 +35,7 @@ use Purpose::{Bench, KernelBuild, ServerBuild, Tests};
 
 /// Each Debian package, and a shell command that succeeds where its content is there. A bare word is
 /// a program to be found.
-const NEEDED: [(Purpose, &str, &str); 31] = [
+const NEEDED: [(Purpose, &str, &str); 32] = [
     (KernelBuild, "make", "make"),
     (KernelBuild, "gcc", "gcc"),
     (KernelBuild, "flex", "flex"),
@@ -66,6 +66,7 @@ const NEEDED: [(Purpose, &str, &str); 31] = [
     (ServerBuild, "libc6-dev", "test -e /usr/include/stdio.h"),
     (Tests, "fio", "fio"),
     (Tests, "e2fsprogs", "mkfs.ext4"),
+    (Tests, "xfsprogs", "mkfs.xfs"),
     (Tests, "strace", "strace"),
     (Tests, "iproute2", "ip"),
     (Tests, "udev", "udevadm"),

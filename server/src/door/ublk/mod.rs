@@ -50,6 +50,4 @@ pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::Features;
 pub use owner::owner;
 pub use paths::disk_sequence;
-pub use stale_device::{
-    RecoverableDevice, StaleDevice, marked, recoverable_device, remove, stale_devices,
-};
+pub use stale_device::{DeviceState, device_state, marked, remove, stale_devices, waiting_devices};

@@ -3,7 +3,7 @@
 use libublk::sys;
 
 use super::error::UblkError;
-use crate::request::{Limits, SECTOR_SHIFT};
+use crate::request::{Limits, SECTOR_SHIFT, Serial};
 
 /// Largest buffer of one request that the driver takes (`UBLK_IO_BUF_BITS`).
 const MAX_BUFFER_BYTES: u32 = 1 << sys::UBLK_IO_BUF_BITS;
@@ -158,28 +158,28 @@ impl Params {
     }
 }
 
-/// Whether two disks look the same to those who use them.
-pub(super) fn same_disk(one: &sys::ublk_params, other: &sys::ublk_params) -> bool {
-    let facts = |params: &sys::ublk_params| {
-        let (basic, discard) = (&params.basic, &params.discard);
-        let types = sys::UBLK_PARAM_TYPE_BASIC | sys::UBLK_PARAM_TYPE_DISCARD;
-        let basic = [
-            u64::from(basic.attrs),
-            u64::from(basic.max_sectors),
-            u64::from(basic.logical_bs_shift),
-            u64::from(basic.physical_bs_shift),
-            u64::from(basic.io_opt_shift),
-            u64::from(basic.io_min_shift),
-        ];
-        let discard = [
-            discard.discard_granularity,
-            discard.max_discard_sectors,
-            discard.max_write_zeroes_sectors,
-        ];
-        (params.types & types, basic, discard)
-    };
-    // It may have grown since; what was there must not be missing.
-    one.basic.dev_sectors >= other.basic.dev_sectors && facts(one) == facts(other)
+/// What a device tells its users about its disk: the reverse of [`params`].
+pub(super) fn limits(params: &sys::ublk_params) -> Limits {
+    let (basic, discard) = (&params.basic, &params.discard);
+    // The driver has checked all shifts and sectors. A shift of zero is no hint.
+    let bytes = |shift: u8| 1_u32.checked_shl(shift.into()).unwrap_or(0);
+    let hint = |shift: u8| if shift == 0 { 0 } else { bytes(shift) };
+    let discards = params.types & sys::UBLK_PARAM_TYPE_DISCARD != 0;
+    let discard_bytes =
+        |sectors: u32| u64::from(if discards { sectors } else { 0 }) << SECTOR_SHIFT;
+    Limits {
+        capacity: (basic.dev_sectors << SECTOR_SHIFT).into(),
+        block_bytes: bytes(basic.logical_bs_shift),
+        physical_block_bytes: bytes(basic.physical_bs_shift),
+        optimal_io_bytes: hint(basic.io_opt_shift),
+        max_io_bytes: basic.max_sectors << SECTOR_SHIFT,
+        discard_granularity_bytes: discard.discard_granularity,
+        max_discard_bytes: discard_bytes(discard.max_discard_sectors),
+        max_write_zeroes_bytes: discard_bytes(discard.max_write_zeroes_sectors),
+        read_only: basic.attrs & sys::UBLK_ATTR_READ_ONLY != 0,
+        write_cache: basic.attrs & sys::UBLK_ATTR_VOLATILE_CACHE != 0,
+        serial: Serial::default(),
+    }
 }
 
 /// log2 of a size that is a power of two; of the next smaller one otherwise.

@@ -27,25 +27,26 @@ fn data_lies_as_was_asked_or_as_the_driver_has_it() {
 }
 
 #[test]
-fn disks_are_the_same_if_their_users_see_no_difference() {
-    let disk = small_disk(1 << 30);
-    assert!(same_disk(&of(&disk), &of(&disk)));
-    let mut driver = of(&disk);
-    // What the driver adds to its answer.
-    driver.types |= sys::UBLK_PARAM_TYPE_DEVT;
-    assert!(same_disk(&of(&disk), &driver));
-    assert!(same_disk(&of(&small_disk(1 << 31)), &of(&disk)), "it grew");
-    for change in [
-        |disk: &mut Limits| disk.capacity = (disk.capacity.bytes() - 512).into(),
-        |disk: &mut Limits| disk.read_only = true,
-        |disk: &mut Limits| disk.write_cache = !disk.write_cache,
-        |disk: &mut Limits| disk.max_discard_bytes = 0,
-        |disk: &mut Limits| disk.block_bytes = 4096,
-    ] {
-        let mut other = disk.clone();
-        change(&mut other);
-        assert!(!same_disk(&of(&other), &of(&disk)));
+fn a_device_tells_the_limits_that_it_was_made_with() {
+    let mut disk = small_disk(1 << 30);
+    disk.optimal_io_bytes = 1 << 16;
+    for write_cache in [true, false] {
+        for read_only in [true, false] {
+            disk.write_cache = write_cache;
+            disk.read_only = read_only;
+            disk.serial = Serial::default();
+            assert_eq!(limits(&of(&disk)), disk);
+        }
     }
+    disk.max_discard_bytes = 0;
+    disk.max_write_zeroes_bytes = 0;
+    disk.optimal_io_bytes = 0;
+    let told = limits(&of(&disk));
+    assert_eq!(
+        (told.max_discard_bytes, told.max_write_zeroes_bytes),
+        (0, 0)
+    );
+    assert_eq!(told.optimal_io_bytes, 0);
 }
 
 #[test]

@@ -15,8 +15,7 @@ use libublk::sys;
 
 use super::control::Control;
 use super::error::{UblkError, Unavailable};
-use super::memory::page_bytes;
-use super::params::{params, same_disk};
+use super::params::limits;
 use super::paths::char_path;
 use crate::engine::wait::repeat_while;
 use crate::request::Limits;
@@ -27,25 +26,23 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// How often it is asked whether it has.
 const STOP_INTERVAL: Duration = Duration::from_millis(10);
 
-/// A device whose state in the driver is DEAD.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StaleDevice {
-    /// Its id.
-    pub id: u32,
-}
-
 /// The devices whose state is DEAD. One that a living server is setting up looks the same; [`remove`]
 /// tells them apart.
 ///
 /// # Errors
 ///
 /// When there is no ublk, or not for us.
-pub fn stale_devices() -> Result<Vec<StaleDevice>, UblkError> {
+pub fn stale_devices() -> Result<Vec<u32>, UblkError> {
+    devices(is_dead)
+}
+
+/// The ids of devices that are as wanted.
+fn devices(wanted: impl Fn(&sys::ublksrv_ctrl_dev_info) -> bool) -> Result<Vec<u32>, UblkError> {
     let control = Control::open()?;
     let mut found = Vec::new();
     for id in known_ids().map_err(Unavailable::Other)? {
         match control.info(id) {
-            Ok(info) if is_dead(&info) => found.push(StaleDevice { id }),
+            Ok(info) if wanted(&info) => found.push(id),
             // Gone meanwhile, or the device of an unprivileged user, which is not ours to judge.
             Ok(_) | Err(UblkError::Command { .. }) => {}
             Err(error) => return Err(error),
@@ -54,27 +51,27 @@ pub fn stale_devices() -> Result<Vec<StaleDevice>, UblkError> {
     Ok(found)
 }
 
-/// Whether a device whose server is gone can be taken over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RecoverableDevice {
-    /// No: there is no such device, or its state is DEAD.
-    None,
-    /// Yes: it waits for a server, and the present disk has the same size, blocks and attributes.
-    Waiting,
-    /// No: it waits for a server, but size, blocks or attributes of the present disk differ.
-    OtherDisk,
+/// What a device whose server has died is to the next server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceState {
+    /// There is no such device.
+    Gone,
+    /// Its state is DEAD: requests to it fail, and it can only be removed.
+    Dead,
+    /// It waits for a server. The limits are those that its users see.
+    Waiting(Limits),
 }
 
-/// Whether a device can be taken over by a server whose disk has these limits.
+/// The state of a device without a server.
 ///
 /// # Errors
 ///
 /// [`UblkError::Alive`] when it still has one after some seconds; otherwise what the driver answered.
-pub fn recoverable_device(id: u32, limits: &Limits) -> Result<RecoverableDevice, UblkError> {
+pub fn device_state(id: u32) -> Result<DeviceState, UblkError> {
     let control = Control::open()?;
     // The driver may not have noticed yet that the server is dead.
     let Some(info) = settled(&control, id, is_live)? else {
-        return Ok(RecoverableDevice::None);
+        return Ok(DeviceState::Gone);
     };
     if is_live(&info) {
         let why = match info.ublksrv_pid {
@@ -84,13 +81,18 @@ pub fn recoverable_device(id: u32, limits: &Limits) -> Result<RecoverableDevice,
         return Err(UblkError::Alive { id, why });
     }
     if !is_waiting(&info) {
-        return Ok(RecoverableDevice::None);
+        return Ok(DeviceState::Dead);
     }
-    let wanted = params(limits, info.max_io_buf_bytes, page_bytes())?;
-    Ok(match same_disk(&wanted, &control.params(id)?) {
-        true => RecoverableDevice::Waiting,
-        false => RecoverableDevice::OtherDisk,
-    })
+    Ok(DeviceState::Waiting(limits(&control.params(id)?)))
+}
+
+/// The devices that wait for a server.
+///
+/// # Errors
+///
+/// When there is no ublk, or not for us.
+pub fn waiting_devices() -> Result<Vec<u32>, UblkError> {
+    devices(is_waiting)
 }
 
 /// The device that was made with this mark ([`super::UblkConfig::mark`]), if there is one. A mark of
@@ -100,19 +102,11 @@ pub fn recoverable_device(id: u32, limits: &Limits) -> Result<RecoverableDevice,
 ///
 /// When there is no ublk, or not for us.
 pub fn marked(mark: u64) -> Result<Option<u32>, UblkError> {
-    let control = Control::open()?;
     if mark == 0 {
         return Ok(None);
     }
-    for id in known_ids().map_err(Unavailable::Other)? {
-        match control.info(id) {
-            Ok(info) if info.ublksrv_flags == mark && may_be_ours(&info) => return Ok(Some(id)),
-            // As in `stale_devices`.
-            Ok(_) | Err(UblkError::Command { .. }) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(None)
+    let ours = devices(|info| info.ublksrv_flags == mark && may_be_ours(info))?;
+    Ok(ours.first().copied())
 }
 
 /// Begins to take over a device that waits for a server: how it was made.
@@ -155,8 +149,8 @@ fn settled(
 }
 
 /// Removes a device whose server is dead. It is no error if there is no such device. With
-/// `even_if_waiting` one that waits for its server is removed as well: the caller knows that it was
-/// his.
+/// `even_if_waiting` one that waits for a server is removed as well, with the requests that wait: only a
+/// person may say so.
 ///
 /// # Errors
 ///

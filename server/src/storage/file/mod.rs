@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::OpenError;
-pub use open::{CacheMode, FileOptions};
+pub use open::{CacheMode, FileOptions, identity};
 pub use queue::FileQueue;
 use shared::Shared;
 
@@ -69,6 +69,10 @@ impl StorageControl for File {
         &self.limits
     }
 
+    fn identity(&self) -> Option<String> {
+        identity(&self.shared.file)
+    }
+
     fn ring_buffers(&self) -> RingBuffers {
         if self.shared.is_in_memory {
             return RingBuffers::No;
@@ -98,6 +102,10 @@ impl StorageControl for File {
 
 impl Storage for File {
     type Queue = FileQueue;
+
+    fn limits_mut(&mut self) -> &mut Limits {
+        &mut self.limits
+    }
 
     fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<FileQueue> {
         FileQueue::new(Arc::clone(&self.shared), ring, slots)

@@ -168,12 +168,32 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
     Ok((limits, shared))
 }
 
+/// What identifies an open file: the number of a block device, or the inode and the file system it is in. The
+/// latter by its own id where it has one, since the device number of some (btrfs, overlayfs) is another one after
+/// each mount.
+#[must_use]
+pub fn identity(file: &fs::File) -> Option<String> {
+    let metadata = file.metadata().ok()?;
+    if metadata.file_type().is_block_device() {
+        return Some(format!("block:{:x}", metadata.rdev()));
+    }
+    let id = rustix::fs::fstatvfs(file).map_or(0, |fs| fs.f_fsid);
+    let file_system = if id == 0 { metadata.dev() } else { id };
+    Some(format!("inode:{file_system:x}:{:x}", metadata.ino()))
+}
+
 /// Whether the file lies in a file system that has no storage but memory (linux/magic.h).
 fn is_in_memory(file: &fs::File) -> bool {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
     const RAMFS_MAGIC: i64 = 0x8584_58f6;
     // Without an answer everything works all the same.
     fstatfs(file).is_ok_and(|fs| matches!(fs.f_type, TMPFS_MAGIC | RAMFS_MAGIC))
+}
+
+/// Whether the file lies in XFS (linux/magic.h).
+fn is_xfs(file: &fs::File) -> bool {
+    const XFS_SUPER_MAGIC: i64 = 0x5846_5342;
+    fstatfs(file).is_ok_and(|fs| fs.f_type == XFS_SUPER_MAGIC)
 }
 
 /// Opens without blocking on a FIFO, and refuses what is neither a regular file nor a block device.
@@ -291,7 +311,12 @@ fn direct_alignment(file: &fs::File) -> io::Result<Option<Alignment>> {
             // The file system can, but not for this file: encrypted, or with its data journalled.
             return Ok(None);
         }
-        let block_bytes = said.stx_dio_offset_align.max(512);
+        // For a file that shares extents with another (cp --reflink, a snapshot), XFS says its own block size,
+        // because it does smaller writes through the page cache. It does them, and a disk keeps its blocks.
+        let block_bytes = match is_xfs(file) {
+            true => 512,
+            false => said.stx_dio_offset_align.max(512),
+        };
         candidates.retain(|candidate| *candidate >= block_bytes);
         memory_bytes = said.stx_dio_mem_align;
     }

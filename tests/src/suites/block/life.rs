@@ -111,7 +111,7 @@ pub(super) fn a_killed_server_is_followed_by_one_of_the_same_name(cx: &Context) 
     ensure!(server.block_devices().len() == 1, "one device");
     server.kill()?;
     let doctor = cx.ublkup(&["doctor", "--clean"]).run()?;
-    ensure!(doctor.contains("disk: cleared away"), "{doctor}");
+    ensure!(doctor.contains("disk: /dev/ublkb"), "{doctor}");
     nothing_left(cx)
 }
 

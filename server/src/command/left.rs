@@ -1,0 +1,63 @@
+//! Exports whose servers died: how they were served, what to do about them, and how they are removed.
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::config::{ExportConfig, SavedExport, StorageSpec};
+use crate::export::remove_left_device;
+use crate::export::runtime_dir::RuntimeDir;
+
+/// An export as it was last served.
+///
+/// # Errors
+///
+/// When there is no note of it, or it was lost with its server.
+pub(super) fn saved(dir: &RuntimeDir, name: &str) -> Result<ExportConfig> {
+    let text = dir.served(name).with_context(|| {
+        format!(
+            "there is no note of an export called '{name}' under {}",
+            dir.path().display()
+        )
+    })?;
+    let saved: SavedExport = serde_json::from_str(&text)
+        .with_context(|| format!("{name}: cannot read the note of how it was served"))?;
+    let config = saved.export()?;
+    if let StorageSpec::Memory { .. } = config.storage {
+        bail!(
+            "{name}: what was in memory is gone with its server: 'ublkup serve' with the same SPEC serves an \
+             empty disk"
+        );
+    }
+    Ok(config)
+}
+
+/// What can be done about an export whose server died.
+pub(super) fn advice(dir: &RuntimeDir, name: &str) -> String {
+    let remove = format!("'ublkup stop --force {name}' removes what is left of it");
+    match saved(dir, name) {
+        Ok(_) => format!("'ublkup recover {name}' serves it again, {remove}"),
+        Err(_) => remove,
+    }
+}
+
+/// Removes what the dead server of an export left: its block device, which may have been waiting for the next
+/// server, and its folder. Says what was removed.
+///
+/// # Errors
+///
+/// When a server lives, or something cannot be removed.
+pub(super) fn remove(dir: &RuntimeDir, name: &str) -> Result<String> {
+    // Locking the name removes the sockets; dropping the lock removes the folder.
+    let lock = dir.claim(name)?;
+    let device = remove_left_device(&lock)?;
+    drop(lock);
+    let folder = dir.folder(name);
+    ensure!(
+        !folder.exists(),
+        "{} has entries that no server made: remove them, and the folder",
+        folder.display()
+    );
+    Ok(match device {
+        Some(id) => format!("/dev/ublkb{id} and its notes are removed"),
+        None => "its notes are removed".to_owned(),
+    })
+}

@@ -1,0 +1,230 @@
+//! What becomes of the block device that an earlier server of the name left.
+//!
+//! All commands that meet such a device decide here. A device that waits for a server has users, who
+//! wait with it: a server goes on with it or leaves it as it is. It is removed only if a person has said
+//! so. `docs/recovery.md` has the table of all cases, which the tests walk.
+
+use anyhow::{Result, bail, ensure};
+
+use super::name_lock::{DeviceNote, NameLock};
+use crate::door::ublk::{self, DeviceState, UblkError, Unavailable};
+use crate::request::{Limits, format_size};
+
+/// What has to be known of, and done to, devices without a server.
+pub(super) trait Driver {
+    /// The device with this mark.
+    fn marked(&self, mark: u64) -> Result<Option<u32>, UblkError>;
+
+    /// The sequence number of the disk of a device, if there is one.
+    fn disk_sequence(&self, id: u32) -> Option<u64>;
+
+    /// The state of a device; an error while it has a server.
+    fn state(&self, id: u32) -> Result<DeviceState, UblkError>;
+
+    /// Removes a device without a server, also one that waits.
+    fn remove(&self, id: u32) -> Result<(), UblkError>;
+}
+
+/// The ublk driver of this machine.
+pub(super) struct Kernel;
+
+impl Driver for Kernel {
+    fn marked(&self, mark: u64) -> Result<Option<u32>, UblkError> {
+        ublk::marked(mark)
+    }
+
+    fn disk_sequence(&self, id: u32) -> Option<u64> {
+        ublk::disk_sequence(id)
+    }
+
+    fn state(&self, id: u32) -> Result<DeviceState, UblkError> {
+        ublk::device_state(id)
+    }
+
+    fn remove(&self, id: u32) -> Result<(), UblkError> {
+        ublk::remove(id, true)
+    }
+}
+
+/// What a server that starts would do with the name.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted<'a> {
+    /// What the storage is and takes.
+    pub(super) limits: &'a Limits,
+    /// Which storage it is.
+    pub(super) storage: Option<&'a str>,
+    /// Whether there will be a block device.
+    pub(super) opens_ublk: bool,
+    /// The number of the block device, if one was asked for.
+    pub(super) ublk_id: Option<u32>,
+    /// The block size, if one was asked for.
+    pub(super) block_bytes: Option<u32>,
+    /// Whether a person has said that a device that waits is to be removed.
+    pub(super) replace: bool,
+}
+
+/// How a server begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Beginning {
+    /// Without a device of before.
+    New,
+    /// With the device that waits, whose users see these limits.
+    GoOn { id: u32, limits: Limits },
+}
+
+/// Decides how a server begins, and removes what is in its way and of use to no program: a dead device.
+///
+/// # Errors
+///
+/// When a device waits for a server that this one cannot be. The device is left as it is.
+pub(super) fn begin(
+    driver: &impl Driver,
+    name: &NameLock,
+    wanted: &Wanted<'_>,
+) -> Result<Beginning> {
+    let Some(note) = name.left_device() else {
+        return Ok(Beginning::New);
+    };
+    let Some(id) = noted_device(driver, &note)? else {
+        name.forget_device();
+        return Ok(Beginning::New);
+    };
+    match driver.state(id)? {
+        DeviceState::Gone => {}
+        DeviceState::Dead => driver.remove(id)?,
+        DeviceState::Waiting(device) => match go_on(id, &note, &device, wanted) {
+            Ok(limits) if !wanted.replace => return Ok(Beginning::GoOn { id, limits }),
+            Err(why) if !wanted.replace => bail!(
+                "/dev/ublkb{id} waits for a server, and this one cannot go on with it: {why}. It is left as \
+                 it is, with all that is mounted on it. If nobody needs it any more: --replace, or \
+                 'ublkup doctor --clean', removes it, and requests that wait fail"
+            ),
+            _ => {
+                tracing::warn!(
+                    "{}: /dev/ublkb{id} waited for a server, and is removed",
+                    name.name()
+                );
+                driver.remove(id)?;
+            }
+        },
+    }
+    name.forget_device();
+    Ok(Beginning::New)
+}
+
+/// Removes the block device that a dead server of this name left, waiting or dead, because a person said so.
+/// Returns its number.
+///
+/// # Errors
+///
+/// When it cannot be removed, or has a living server.
+pub(super) fn clean(driver: &impl Driver, name: &NameLock) -> Result<Option<u32>> {
+    let Some(note) = name.left_device() else {
+        return Ok(None);
+    };
+    // Another server may have a device with the same number: it is left alone.
+    let id = noted_device(driver, &note)?;
+    if let Some(id) = id {
+        driver.remove(id)?;
+    }
+    name.forget_device();
+    Ok(id)
+}
+
+/// The device that a note identifies, if it exists.
+fn noted_device(driver: &impl Driver, note: &DeviceNote) -> Result<Option<u32>, UblkError> {
+    match (note.mark, note.id, note.disk_sequence) {
+        (Some(mark), ..) => match driver.marked(mark) {
+            // No driver, no devices: the machine was rebooted.
+            Err(UblkError::Unavailable(Unavailable::NoDriver)) => Ok(None),
+            other => other,
+        },
+        // A device without a mark is identified by its disk, until the next reboot.
+        (None, Some(id), Some(sequence)) => {
+            Ok((driver.disk_sequence(id) == Some(sequence)).then_some(id))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The limits of an export that goes on with a device; why it cannot, otherwise.
+fn go_on(id: u32, note: &DeviceNote, device: &Limits, wanted: &Wanted<'_>) -> Result<Limits> {
+    ensure!(
+        wanted.opens_ublk,
+        "its ublk door would stay closed (option ublk)"
+    );
+    if let Some(asked) = wanted.ublk_id.filter(|asked| *asked != id) {
+        bail!("number {asked} was asked for (option ublk-id)");
+    }
+    if let (Some(served), Some(found)) = (note.storage.as_deref(), wanted.storage) {
+        ensure!(
+            served == found,
+            "the file or device at the path is not the one that was served ({found} instead of {served}): put \
+             the old one back"
+        );
+    }
+    if let Some(asked) = wanted
+        .block_bytes
+        .filter(|asked| *asked != device.block_bytes)
+    {
+        bail!(
+            "blocks of {asked} bytes were asked for (option block-size), the device has {}",
+            device.block_bytes
+        );
+    }
+    fit(wanted.limits, device)
+}
+
+/// The limits of a storage behind a device that exists already. What users of the device rely on stays: how the
+/// storage looks today may be another matter, after an update of the kernel, say, or when its image was
+/// copied by reference.
+fn fit(storage: &Limits, device: &Limits) -> Result<Limits> {
+    let word = |read_only| if read_only { "read-only" } else { "writable" };
+    ensure!(
+        storage.read_only == device.read_only,
+        "it would be {}, the device is {} (option read-only)",
+        word(storage.read_only),
+        word(device.read_only)
+    );
+    ensure!(
+        storage.block_bytes <= device.block_bytes,
+        "the storage takes blocks of {} bytes at least, the device has {} (cache=buffered takes any)",
+        storage.block_bytes,
+        device.block_bytes
+    );
+    ensure!(
+        device.write_cache || !storage.write_cache,
+        "the device promises that completed writes are durable, the storage does not"
+    );
+    ensure!(
+        storage.max_io_bytes >= device.max_io_bytes,
+        "the device makes requests of {} bytes, the storage takes {}",
+        device.max_io_bytes,
+        storage.max_io_bytes
+    );
+    let (has, had) = (storage.capacity.bytes(), device.capacity.bytes());
+    ensure!(
+        has >= had,
+        "the storage has {}, the device {}",
+        format_size(has),
+        format_size(had)
+    );
+    let capacity = storage.capacity.clone();
+    capacity.set(has - has % u64::from(device.block_bytes));
+    // What the storage does not take is refused as unsupported, which the block layer takes for a no.
+    let offered = |storage: u64, device: u64| if storage == 0 { 0 } else { device };
+    Ok(Limits {
+        capacity,
+        max_discard_bytes: offered(storage.max_discard_bytes, device.max_discard_bytes),
+        max_write_zeroes_bytes: offered(
+            storage.max_write_zeroes_bytes,
+            device.max_write_zeroes_bytes,
+        ),
+        serial: storage.serial,
+        ..device.clone()
+    })
+}
+
+#[cfg(test)]
+#[path = "recovery_tests.rs"]
+mod tests;
