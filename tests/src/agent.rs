@@ -22,7 +22,7 @@ use crate::klog;
 use crate::machine::{SETUP_VARIABLE, Setup};
 use crate::report::TestResult;
 
-/// How often the guest says that it lives.
+/// The interval of heartbeats.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Serves the channel until it is told to end the machine, or the channel ends.
@@ -41,14 +41,14 @@ pub fn main() -> Result<ExitCode> {
     }
 }
 
-/// Says one thing whole, although the heart beats in between.
+/// Sends one message; the lock keeps heartbeats out of it.
 fn say(channel: &Mutex<File>, message: &FromGuest) -> Result<()> {
     let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
     send(&mut *channel, message)
 }
 
-/// Beats as long as this process runs and somebody listens.
-fn start_heart(channel: &Arc<Mutex<File>>) -> Result<()> {
+/// Sends heartbeats as long as this process runs and the channel is open.
+fn start_heartbeat(channel: &Arc<Mutex<File>>) -> Result<()> {
     let channel = Arc::clone(channel);
     let beat = move || {
         while say(&channel, &FromGuest::Beat).is_ok() {
@@ -56,7 +56,7 @@ fn start_heart(channel: &Arc<Mutex<File>>) -> Result<()> {
         }
     };
     thread::Builder::new()
-        .name("heart".to_owned())
+        .name("heartbeat".to_owned())
         .spawn(beat)
         .context("cannot start the heartbeat")?;
     Ok(())
@@ -75,7 +75,7 @@ fn serve(channel: &Arc<Mutex<File>>) -> Result<()> {
         .to_string_lossy()
         .into_owned();
     say(channel, &FromGuest::Hello { kernel, trouble })?;
-    start_heart(channel)?;
+    start_heartbeat(channel)?;
     let orders = {
         let channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
         channel.try_clone().context("cannot share the channel")?

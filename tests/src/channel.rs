@@ -1,4 +1,4 @@
-//! The words between a machine and whoever started it: lines of JSON, each
+//! The messages between a machine and the process that started it: lines of JSON, each
 //! behind a mark, on a line of their own that no console text shares.
 //!
 //! Anything without the mark is noise (User Mode Linux itself prints a little

@@ -42,7 +42,7 @@ pub struct Job {
     pub place: Place,
     /// Paths in the place it runs.
     pub paths: Paths,
-    /// The directory shared with whoever asked.
+    /// The directory shared with the process that asked.
     pub exchange: PathBuf,
 }
 

@@ -214,7 +214,7 @@ impl Context {
         &self.scratch
     }
 
-    /// A directory that the guest and whoever started it both read and write.
+    /// A directory that the guest and the process that booted it both read and write.
     /// On the host it is part of the run's directory.
     pub fn exchange(&self) -> &Path {
         &self.exchange
@@ -278,7 +278,7 @@ impl Context {
             .with_context(|| format!("unexpected arguments: {}", self.args))
     }
 
-    /// Hands a value back to whoever started this step.
+    /// Returns a value to the test that started this step.
     pub fn reply<T: Serialize>(&self, value: &T) -> Result<()> {
         let value = serde_json::to_value(value).context("cannot encode a reply")?;
         *self

@@ -110,7 +110,7 @@ fn partitions_are_looked_for_unless_that_is_not_wanted() {
         let name = disk.file_name().unwrap().to_str().unwrap();
         let found = Path::new(&format!("/sys/block/{name}/{name}p1")).exists();
         assert_eq!(found, wanted, "{args:?}");
-        // Whoever asks gets them in any case.
+        // BLKRRPART finds them in any case.
         run("blockdev", &["--rereadpt", disk.to_str().unwrap()]).unwrap();
         assert!(Path::new(&format!("/sys/block/{name}/{name}p1")).exists());
         server.stop().unwrap();

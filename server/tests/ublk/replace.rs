@@ -15,7 +15,7 @@ use super::upgrade::{BLOCK, direct, errno, leave, read_block, stat, write_block}
 use super::{MIB, is_gone, run};
 use testkit::server::Server;
 
-/// Somebody who writes to the block device and reads back what was written, all the time.
+/// A program that writes to the block device and reads back what it wrote, all the time.
 struct Writer {
     stop: Arc<AtomicBool>,
     rounds: Arc<AtomicU64>,
@@ -214,7 +214,7 @@ fn whenever_a_server_dies_that_makes_a_device_it_is_found_and_no_second_one_is_l
         write_block(&direct(&disk.device()), 0, b'1').unwrap();
         server.stop().unwrap();
         disk.lab.is_clean();
-        // And whoever wants to get rid of it can.
+        // And it can be removed.
         serve_and_die(&disk, &[], point);
         disk.lab.ok(&["doctor", "--clean"]);
         disk.lab.is_clean();

@@ -1,4 +1,4 @@
-//! Another size for a disk that somebody uses.
+//! Another size for a disk in use.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

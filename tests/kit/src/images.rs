@@ -167,7 +167,7 @@ impl Mounted {
     /// Unmounts; everything written is on the device afterwards.
     ///
     /// # Errors
-    /// Somebody still uses it.
+    /// A process still uses it.
     pub fn unmount(mut self) -> Result<()> {
         self.mounted = false;
         rustix::mount::unmount(&self.dir, UnmountFlags::empty())

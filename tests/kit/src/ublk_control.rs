@@ -109,7 +109,7 @@ impl Control {
         })
     }
 
-    /// Stops a device, whoever serves it.
+    /// Stops a device, whichever process serves it.
     ///
     /// # Errors
     /// There is no such device.
@@ -154,7 +154,7 @@ impl Control {
     }
 }
 
-/// Stops the device with this number, whoever serves it.
+/// Stops the device with this number, whichever process serves it.
 ///
 /// # Errors
 /// There is no driver, or no such device.

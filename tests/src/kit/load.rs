@@ -2,8 +2,8 @@
 //! process, on an image of its own as root (the second disk), so that nothing of the host ties the guest
 //! to it.
 //!
-//! What was read lies in memory for a whole round before it is compared: it is there only if whoever
-//! moves the guest moves what the disk wrote, too.
+//! What was read stays in memory for a whole round before it is compared: a migration must also move
+//! the pages that the disk wrote.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -67,10 +67,10 @@ pub fn init_main() -> ExitCode {
     }
 }
 
-/// A line on the console, whoever else is speaking.
+/// Writes a whole line on the console.
 fn say(line: &str) {
     if let Ok(mut console) = OpenOptions::new().write(true).open("/dev/ttyS0") {
-        // Nobody else could be told.
+        // There is no other place for it.
         let _ = console.write_all(format!("{line}\n").as_bytes());
     }
 }

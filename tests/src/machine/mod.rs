@@ -339,7 +339,7 @@ impl Machine {
                 );
             }
             if now >= deadline {
-                bail!("the machine fell silent: its heart beats, its agent does not answer");
+                bail!("the machine fell silent: it sends heartbeats, its agent does not answer");
             }
         }
     }
@@ -390,7 +390,7 @@ impl Drop for Machine {
 /// beats, once a second by its own clock.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
-/// When the guest was last heard; nothing until its agent is up.
+/// The time of the last message from the guest; none until its agent is up.
 #[derive(Clone, Debug, Default)]
 struct Pulse(Arc<Mutex<Option<Instant>>>);
 
@@ -451,8 +451,8 @@ fn listen(
                 Ok(Heard::Noise(text)) => writeln!(noise, "{text}").is_ok(),
                 Ok(Heard::End) => false,
                 Err(error) => {
-                    // The receiver may be gone, then nobody needs the error.
-                    let _nobody = sender.send(Err(error));
+                    // The receiver may be gone; then the error is of no use.
+                    let _gone = sender.send(Err(error));
                     false
                 }
             };

@@ -183,7 +183,7 @@ impl Hammer {
 }
 
 impl Hammered {
-    /// In words, for so many servers of whom something became: each one made somebody wait.
+    /// A line about so many servers that were killed or replaced; each of them made the client wait once.
     pub fn tell(&self, who: &str, servers: usize, became: &str) -> String {
         let waits = &self.waits_us[..self.waits_us.len().min(servers.max(1))];
         let at = |place: usize| waits.get(place).map_or(0.0, |us| *us as f64 / 1000.0);

@@ -285,7 +285,7 @@ fn interrupt(cx: &Context, mut guest: Machine, part: &Part, signal: Signal) -> R
     })
 }
 
-/// Ends a server whose disk somebody still writes to.
+/// Kills a server whose disk a thread still writes to.
 fn server_dies(server: &Server) {
     let pid = i32::try_from(server.pid()).ok().and_then(Pid::from_raw);
     // The test fails anyway; this only ends its threads.

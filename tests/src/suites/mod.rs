@@ -310,7 +310,7 @@ const HIDDEN: &[(&str, &[Test])] = &[
     (STEPS, crate::bench::vm::STEPS),
     (STEPS, crate::bench::ring::STEPS),
     (STEPS, soak::STEPS),
-    (selftest::PATIENTS, selftest::PATIENT_TESTS),
+    (selftest::FAILING, selftest::FAILING_TESTS),
 ];
 
 /// The table of steps for [`crate::machine::Machine::run_step`].

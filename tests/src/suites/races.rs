@@ -42,7 +42,7 @@ const PIPES: usize = 4;
 /// Everything the threads share.
 struct Arena {
     pipes: [Mutex<Option<(PipeReader, PipeWriter)>>; PIPES],
-    /// The newest disk: as long as somebody has an old one open, the new one has another number.
+    /// The newest disk: as long as an old one is open, the new one has another number.
     disk: Mutex<PathBuf>,
     /// Operations to do, of the quick kind.
     operations: u64,
@@ -160,7 +160,7 @@ fn serve_pipes(arena: &Arena, seed: u64) -> Result<()> {
             listener.set_nonblocking(true)?;
             for _ in 0..random.index(4) {
                 std::thread::yield_now();
-                // Nobody may have come.
+                // There may be no connection.
                 if let Ok((stream, _)) = listener.accept() {
                     tally.note("accept", Ok(()), &[])?;
                     drop(stream);
@@ -226,7 +226,7 @@ fn leave_cycles(arena: &Arena) -> Result<()> {
     Ok(())
 }
 
-/// Looks at all sockets, as `ss` does.
+/// Lists all sockets, as `ss` does.
 fn look_on(arena: &Arena) -> Result<()> {
     let mut tally = arena.tally();
     while !arena.is_over() {
@@ -300,7 +300,7 @@ fn visit_disk(arena: &Arena, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Sockets of this kind that anybody has.
+/// Sockets of this kind in the whole guest.
 fn anchored_sockets() -> Result<usize> {
     let all = fs::read_to_string("/proc/net/unix")?;
     Ok(all.matches("/dev/self/fd/").count())

@@ -1,7 +1,7 @@
 //! The lab tests itself: guests in which something goes wrong must be failures.
 //!
-//! The patients are tests that are meant to fail; they are in a hidden table
-//! and only run in machines that the tests here boot.
+//! Tests that are meant to fail are in a hidden table and run only in machines that the tests here
+//! boot.
 
 use std::time::{Duration, Instant};
 
@@ -19,24 +19,24 @@ use crate::test::{Context, Test};
 /// The tests.
 pub const TESTS: &[Test] = &[
     test!(in_uml_everything_that_goes_wrong_is_a_failure, |cx| {
-        every_patient(cx, &Uml::new(cx.paths.kernel(Kernel::Uml)?), true)
+        every_failure(cx, &Uml::new(cx.paths.kernel(Kernel::Uml)?), true)
     })
     .limit_s(300),
     test!(
         in_an_emulated_pc_everything_that_goes_wrong_is_a_failure,
-        |cx| { every_patient(cx, &Qemu::new(cx.paths.kernel(Kernel::X86)?), false) }
+        |cx| { every_failure(cx, &Qemu::new(cx.paths.kernel(Kernel::X86)?), false) }
     )
     .limit_s(400),
     test!(a_kernel_that_cannot_boot_is_an_error_with_its_console),
-    test!(a_machine_whose_heart_stops_is_given_up_long_before_the_tests_limit).limit_s(120),
+    test!(a_machine_without_heartbeat_is_given_up_long_before_the_tests_limit).limit_s(120),
     test!(a_machine_that_is_merely_slow_is_not_given_up).limit_s(120),
 ];
 
-/// The name of the table of patients.
-pub const PATIENTS: &str = "patients";
+/// The name of the table of tests that are meant to fail.
+pub const FAILING: &str = "failing";
 
-/// The patients.
-pub const PATIENT_TESTS: &[Test] = &[
+/// The tests that are meant to fail, and some that are not, to compare.
+pub const FAILING_TESTS: &[Test] = &[
     test!(healthy, |_| Ok(())),
     test!(fails_with_a_message),
     test!(panics, |_| panic!("the expected panic")),
@@ -99,43 +99,43 @@ fn kills_the_agent(_cx: &Context) -> Result<()> {
     rustix::process::kill_process(agent, rustix::process::Signal::STOP).context("cannot stop it")
 }
 
-fn every_patient(cx: &Context, hypervisor: &dyn Hypervisor, silence: bool) -> Result<()> {
-    let mut ward = Ward {
+fn every_failure(cx: &Context, hypervisor: &dyn Hypervisor, silence: bool) -> Result<()> {
+    let mut trial = Trial {
         cx,
         hypervisor,
         machine: None,
     };
-    ensure!(ward.treat("healthy")?.outcome == Outcome::Pass);
-    ward.expect("fails_with_a_message", "the expected message", true)?;
-    ward.expect("panics", "the expected panic", true)?;
-    ward.expect("exits_without_a_result", "left no result", true)?;
-    ward.expect("hangs", "did not end within", false)?;
-    ward.expect("leaves_a_mount_behind", "/run/left-behind", false)?;
-    ward.expect("crashes_the_kernel", "Kernel panic", false)?;
+    ensure!(trial.run("healthy")?.outcome == Outcome::Pass);
+    trial.expect("fails_with_a_message", "the expected message", true)?;
+    trial.expect("panics", "the expected panic", true)?;
+    trial.expect("exits_without_a_result", "left no result", true)?;
+    trial.expect("hangs", "did not end within", false)?;
+    trial.expect("leaves_a_mount_behind", "/run/left-behind", false)?;
+    trial.expect("crashes_the_kernel", "Kernel panic", false)?;
     if silence {
         // Slow by nature: the lab has to wait for the agent's answer in vain.
         let started = Instant::now();
-        ward.expect("kills_the_agent", "fell silent", false)?;
+        trial.expect("kills_the_agent", "fell silent", false)?;
         ensure!(
             started.elapsed() > Duration::from_secs(1),
             "the machine was given no time"
         );
     }
     // After all that, the next test gets a machine that works.
-    ensure!(ward.treat("healthy")?.outcome == Outcome::Pass);
+    ensure!(trial.run("healthy")?.outcome == Outcome::Pass);
     Ok(())
 }
 
-/// Runs patients, each in the machine of the one before if that still works.
-struct Ward<'a> {
+/// Runs such tests, each in the machine of the one before if that still works.
+struct Trial<'a> {
     cx: &'a Context,
     hypervisor: &'a dyn Hypervisor,
     machine: Option<Machine>,
 }
 
-impl Ward<'_> {
-    fn treat(&mut self, name: &str) -> Result<TestResult> {
-        let test = suites::find(PATIENTS, name).context("no such patient")?;
+impl Trial<'_> {
+    fn run(&mut self, name: &str) -> Result<TestResult> {
+        let test = suites::find(FAILING, name).context("no such test")?;
         let machine = match &mut self.machine {
             Some(machine) if !machine.is_over() => machine,
             gone => {
@@ -143,12 +143,12 @@ impl Ward<'_> {
                 gone.insert(Machine::boot(self.hypervisor, &self.cx.paths, &log)?)
             }
         };
-        let job = machine.job(PATIENTS, test);
+        let job = machine.job(FAILING, test);
         Ok(machine.run(&job))
     }
 
     fn expect(&mut self, name: &str, words: &str, survives: bool) -> Result<()> {
-        let result = self.treat(name)?;
+        let result = self.run(name)?;
         let Outcome::Fail { message } = &result.outcome else {
             bail!("{name} was reported as {:?}", result.outcome);
         };
@@ -166,12 +166,12 @@ impl Ward<'_> {
     }
 }
 
-fn a_machine_whose_heart_stops_is_given_up_long_before_the_tests_limit(cx: &Context) -> Result<()> {
+fn a_machine_without_heartbeat_is_given_up_long_before_the_tests_limit(cx: &Context) -> Result<()> {
     let kernel = cx.paths.kernel(Kernel::Uml)?;
-    let mut machine = Machine::boot(&Uml::new(kernel), &cx.paths, "lab-heart")?;
+    let mut machine = Machine::boot(&Uml::new(kernel), &cx.paths, "lab-no-heartbeat")?;
     machine.set_silence_limit(Duration::from_secs(5));
-    let test = suites::find(PATIENTS, "hangs_for_long").context("no such patient")?;
-    let job = machine.job(PATIENTS, test);
+    let test = suites::find(FAILING, "hangs_for_long").context("no such test")?;
+    let job = machine.job(FAILING, test);
     let group = machine.process();
     let begun = machine.exchange().join("begun");
     let result = std::thread::scope(|scope| {
@@ -197,8 +197,8 @@ fn a_machine_that_is_merely_slow_is_not_given_up(cx: &Context) -> Result<()> {
     let kernel = cx.paths.kernel(Kernel::Uml)?;
     let mut machine = Machine::boot(&Uml::new(kernel), &cx.paths, "lab-slow")?;
     machine.set_silence_limit(Duration::from_secs(10));
-    let test = suites::find(PATIENTS, "keeps_every_processor_busy").context("no such patient")?;
-    let job = machine.job(PATIENTS, test);
+    let test = suites::find(FAILING, "keeps_every_processor_busy").context("no such test")?;
+    let job = machine.job(FAILING, test);
     let result = machine.run(&job);
     ensure!(result.outcome == Outcome::Pass, "{:?}", result.outcome);
     ensure!(!machine.is_over(), "the slow machine was given up");

@@ -13,7 +13,7 @@ pub struct Bench {
     pub iops: f64,
     /// Mean completion latency.
     pub mean_us: f64,
-    /// Its 99th percentile, if somebody looked.
+    /// Its 99th percentile, if it was measured.
     pub p99_us: Option<f64>,
 }
 
