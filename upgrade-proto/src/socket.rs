@@ -16,8 +16,8 @@ pub(crate) fn new(kind: SocketType) -> Result<OwnedFd, Errno> {
 pub(crate) fn connect(address: &str, timeout: Duration) -> Result<OwnedFd, Errno> {
     let socket = new(SocketType::STREAM)?;
     // Zero would mean "for ever".
-    let patience = timeout.max(Duration::from_millis(1));
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(patience))?;
+    let limit = timeout.max(Duration::from_millis(1));
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(limit))?;
     let address = SocketAddrUnix::new(address)?;
     // A timed connect is not restarted by the kernel, and one that was interrupted has not begun.
     while let Err(errno) = net::connect(&socket, &address) {

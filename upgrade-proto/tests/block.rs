@@ -1,5 +1,5 @@
 //! The block device's step, on a real block device. These tests overwrite the device named by
-//! `UPGRADE_TEST_DEVICE` (loop, brd, ublk: any scratch disk with a volatile write cache), go the route
+//! `UPGRADE_TEST_DEVICE` (loop, brd, ublk: any scratch disk with a volatile write cache), use the route
 //! named by `UPGRADE_TEST_WAY` (`registry`, or `kernel` on a kernel with fd addresses) and need root.
 //! `cargo test` shows them as ignored; the lab's guests run them with `-- --ignored`, both routes.
 
@@ -67,7 +67,7 @@ impl Disk {
         Key::of_disk(major(number), minor(number)).expect("a key from sysfs")
     }
 
-    /// A server that is found the route under test.
+    /// A server that is found by the route under test.
     fn serve(&self) -> Listener {
         match self.route {
             Route::Kernel => {
@@ -129,8 +129,8 @@ impl Disk {
 fn is_cached(disk: &File) -> bool {
     let page_bytes = rustix::param::page_size();
     let mut resident = 0;
-    // SAFETY: a mapping at an address of the kernel's choice, which nothing else refers to and nobody
-    // reads: it ends in this block.
+    // SAFETY: a mapping at an address of the kernel's choice, which nothing else refers to
+    // or reads: it ends in this block.
     unsafe {
         let map = mmap(
             ptr::null_mut(),

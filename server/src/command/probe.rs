@@ -72,9 +72,9 @@ pub fn lookup(runtime_dir: Option<&Path>) -> Lookup {
 ///
 /// # Errors
 ///
-/// When the device cannot be looked at.
+/// When the device cannot be examined.
 pub fn run(device: &Path, runtime_dir: Option<&Path>, json: bool) -> Result<ExitCode> {
-    let finding = Finding::of(device, look(device, &lookup(runtime_dir))?);
+    let finding = Finding::of(device, examine(device, &lookup(runtime_dir))?);
     match json {
         true => print_json(&finding)?,
         false => print(&format!("{}\n", finding.sentence()))?,
@@ -85,7 +85,7 @@ pub fn run(device: &Path, runtime_dir: Option<&Path>, json: bool) -> Result<Exit
     })
 }
 
-fn look(device: &Path, lookup: &Lookup) -> Result<Service> {
+fn examine(device: &Path, lookup: &Lookup) -> Result<Service> {
     let no = |why_not| Service::Unusable { why_not };
     // The claim shows whether an upgrade would get the disk, and is given up at once: a program that wants it
     // meanwhile, mount(8) say, must not be refused because of a probe.
@@ -181,10 +181,10 @@ mod tests {
     #[test]
     fn a_file_is_not_upgradable_and_a_missing_device_is_an_error() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let finding = Finding::of(file.path(), look(file.path(), &lookup(None)).unwrap());
+        let finding = Finding::of(file.path(), examine(file.path(), &lookup(None)).unwrap());
         assert!(!finding.upgradable);
         assert!(finding.sentence().ends_with("not a block device"));
-        assert!(look(Path::new("/dev/no-such-disk"), &lookup(None)).is_err());
+        assert!(examine(Path::new("/dev/no-such-disk"), &lookup(None)).is_err());
     }
 
     #[test]

@@ -80,7 +80,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     Ok(code)
 }
 
-/// Exports that are started at once. Most of that time goes by in the driver and the storage.
+/// Exports that are started at once. Most of that time is spent in the driver and the storage.
 const STARTERS: usize = 8;
 
 /// Starts all exports, or none more after the first failure unless told to keep going. Returns those

@@ -1,4 +1,4 @@
-//! Crash points: places where a test has the server die as by SIGKILL, to look at what it leaves on disk and in
+//! Crash points: places where a test has the server die as by SIGKILL, to examine what it leaves on disk and in
 //! the driver between any two steps.
 //!
 //! They work in builds with the feature `testing`. In all others a point is an empty function.

@@ -18,7 +18,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
 
-/// What a callback wants to happen to its descriptor.
+/// What happens to a descriptor after its callback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
     /// Watch it on.
@@ -145,7 +145,7 @@ impl EventLoop {
     }
 
     fn set_timer(&self, delay: Duration, timer: Timer) {
-        // What is too far for the clock is never.
+        // A time beyond the clock's range never comes.
         let Some(at) = Instant::now().checked_add(delay) else {
             return;
         };
@@ -156,7 +156,7 @@ impl EventLoop {
         let is_next = state.timers.keys().next() == Some(&(at, number));
         drop(state);
         if is_next {
-            // It fails only if the counter is at its end, and then the bell is ringing anyway.
+            // It fails only if the counter is at its end, and then the eventfd is readable already.
             let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
         }
     }
@@ -187,7 +187,7 @@ impl EventLoop {
                 Ok((ready, _)) => &*ready,
                 Err(Errno::INTR) => continue,
                 Err(error) => {
-                    // Nothing that is known does this; without a pause it would fill the log.
+                    // No known cause; without a pause it would fill the log.
                     tracing::error!(%error, "cannot wait for events");
                     thread::sleep(Duration::from_secs(1));
                     continue;

@@ -58,7 +58,7 @@ impl<M> Sender<M> {
             Some(messages) => messages.push_back(message),
             None => return Err(Undelivered(message)),
         }
-        // The write fails only if the counter is at its end, and then the bell is ringing anyway.
+        // The write fails only if the counter is at its end, and then the eventfd is readable already.
         let _ = rustix::io::write(&self.0.bell, &1u64.to_ne_bytes());
         Ok(())
     }

@@ -23,8 +23,8 @@ use crate::request::{Outcome, Progress, Request};
 /// Completions dispatched per round at most.
 const BATCH: usize = 256;
 
-/// Requests begun and ended per round at most: answers are shown to the client in batches of this
-/// size, so that it can go on while the next ones are being worked on.
+/// Requests begun and ended per round at most: answers are published in batches of this size, so
+/// that the client can process them while the next requests are served.
 const ANSWERS: u64 = 16;
 
 /// Requests given to the storage per round: two while it has nothing to do, as many again as it has
@@ -115,7 +115,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         // Unwinding must not drop the fields: buffers would be freed while the kernel uses them.
         let mut this = ManuallyDrop::new(self);
         let end = End::of(catch_unwind(AssertUnwindSafe(|| this.serve())));
-        // Requests that wait in there hear at once that there will be no answer.
+        // Senders that wait for an answer learn at once that there will be none.
         this.mailbox.close();
         let drained = catch_unwind(AssertUnwindSafe(|| this.drain(&end))).unwrap_or(false);
         if !drained {
@@ -217,7 +217,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         for completion in batch.drain(..) {
             match completion.token.owner {
                 Owner::None => {}
-                Owner::Mailbox => self.open_mail(completion.result),
+                Owner::Mailbox => self.take_messages(completion.result),
                 Owner::Door => self.door.event(&mut self.ring, completion),
                 Owner::Storage => {
                     let slot = completion.token.index;
@@ -235,7 +235,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         self.batch = batch;
     }
 
-    fn open_mail(&mut self, result: i32) {
+    fn take_messages(&mut self, result: i32) {
         while let Some(command) = self.mailbox.take() {
             self.door.command(&mut self.ring, command);
         }

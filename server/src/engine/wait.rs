@@ -1,4 +1,4 @@
-//! Waiting for what no event tells of.
+//! Waiting for a state that no event reports.
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -23,8 +23,8 @@ use crate::protocol::Writer;
 /// A write of at most so many bytes goes into a ring as a whole, as it goes into a pipe (PIPE_BUF).
 const ATOMIC_BYTES: usize = 4096;
 
-/// A producer looks for a consumer at its first writes to the pipe, then once in so many.
-const WRITES_PER_LOOK: u32 = 32;
+/// A producer polls for a consumer at its first writes to the pipe, then once in so many.
+const WRITES_PER_POLL: u32 = 32;
 
 /// Writes to a pipe, or to the ring that replaced it.
 ///
@@ -186,7 +186,7 @@ impl Producer {
                 Phase::Pipe(_) => {
                     let is_sent = self.send_queue(mode)?;
                     // A message of a consumer must be read before polling, or it would be an event again and again.
-                    if !is_sent || self.is_time_to_look() {
+                    if !is_sent || self.is_time_to_poll() {
                         self.advance()?;
                     }
                     if !is_sent {
@@ -298,7 +298,7 @@ impl Producer {
         let pipe = &mut self.handle.pipe;
         while self.sent < self.queue.len() {
             pipe.counters.system_calls += 1;
-            // Without a look at consumers that connect: these bytes precede those of any ring.
+            // Without polling for a consumer: these bytes precede those of any ring.
             match write_some(pipe.fd.as_fd(), &self.queue[self.sent..], mode)? {
                 Some(count) => self.sent += count,
                 None if mode == Mode::Now => return Ok(false),
@@ -325,10 +325,10 @@ impl Producer {
         write_some(pipe.fd.as_fd(), bytes, mode)
     }
 
-    fn is_time_to_look(&self) -> bool {
+    fn is_time_to_poll(&self) -> bool {
         match &self.handle.phase {
             Phase::Pipe(Step::Idle) => {
-                self.writes < WRITES_PER_LOOK / 2 || self.writes.is_multiple_of(WRITES_PER_LOOK)
+                self.writes < WRITES_PER_POLL / 2 || self.writes.is_multiple_of(WRITES_PER_POLL)
             }
             _ => true,
         }

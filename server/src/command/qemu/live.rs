@@ -1,7 +1,7 @@
 //! `ublkup qemu --live`: a running guest's disk moves from the block device to the service behind it.
 //!
 //! The guest's `virtio-blk` on `/dev/ublkbN` is unplugged, and when it is gone, a `vhost-user-blk`
-//! is plugged in under the same id in the same place. The guest sees its disk go and come back. In
+//! is plugged in under the same id in the same place. The guest sees its disk disappear and come back. In
 //! this order no write can be lost: the old device is gone and its block node closed, which flushes,
 //! before the new one exists; and what the guest has not written yet it writes to the new one. If a
 //! step after the unplugging fails, the old device is plugged in again.
@@ -44,7 +44,7 @@ struct OldDisk {
     device: String,
     /// The block node of the device.
     node: String,
-    /// Whether the node goes with the device by itself (`-drive`).
+    /// Whether QEMU removes the node with the device (`-drive`).
     node_is_devices_own: bool,
     /// What the node opened, as QEMU's process sees it.
     filename: String,

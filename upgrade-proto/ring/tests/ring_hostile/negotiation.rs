@@ -87,7 +87,7 @@ fn a_peer_that_sends_nonsense_or_disconnects_is_ignored() {
         assert_eq!(producer.transport(), Transport::Plain);
     }
     drop(reader);
-    let error = producer.write(b"x").expect_err("nobody reads");
+    let error = producer.write(b"x").expect_err("no reader");
     assert_eq!(error.kind(), ErrorKind::BrokenPipe);
 }
 

@@ -163,6 +163,6 @@ fn a_producer_that_never_polls_learns_of_a_killed_consumer() {
     }
     drop(peer);
     let error = (0..OFTEN).find_map(|_| producer.try_write(b"x").err());
-    let error = error.expect("that nobody reads is never seen");
+    let error = error.expect("that there is no reader is never seen");
     assert_eq!(error.kind(), ErrorKind::BrokenPipe);
 }
