@@ -4,9 +4,9 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
-use std::time::Instant;
 
 use io_uring::{opcode, squeue, types};
+use testkit::wait::eventually;
 
 use super::*;
 use crate::engine::mailbox::Undelivered;
@@ -109,12 +109,8 @@ impl DoorQueue for Door {
     }
 }
 
-fn eventually(what: &str, byte: &AtomicU8) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while byte.load(Ordering::Acquire) != 0 {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::sleep(Duration::from_micros(100));
-    }
+fn is_written(byte: &AtomicU8) -> bool {
+    byte.load(Ordering::Acquire) == 0
 }
 
 /// Ends a queue in the middle of the long read. Returns how it ended, and whether it waited for the
@@ -143,13 +139,13 @@ fn ends_during_the_read(abandons: bool, panics: bool) -> (End, bool) {
         .unwrap();
         let end = thread.run();
         // The end of a thread waits for its kernel workers in any case: look before it.
-        (end, target.ended.load(Ordering::Acquire) == 0)
+        (end, is_written(&target.ended))
     });
-    eventually("the read begins", &target.begun);
+    eventually("the read begins", || is_written(&target.begun));
     commands.send(()).unwrap();
     let ended = thread.join().unwrap();
     assert_eq!(commands.send(()), Err(Undelivered(())));
-    eventually("the read ends", &target.ended);
+    eventually("the read ends", || is_written(&target.ended));
     ended
 }
 

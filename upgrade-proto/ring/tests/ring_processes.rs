@@ -1,5 +1,7 @@
 //! `ublkup-pipe` as a shell runs it: with itself, with programs that have no rings, and killed.
 
+#[path = "common/random.rs"]
+mod random;
 #[path = "common/seccomp.rs"]
 mod seccomp;
 
@@ -11,8 +13,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libc::{SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS};
+use random::Random;
 use seccomp::filter;
-use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -38,30 +40,20 @@ fn program() -> PathBuf {
 
 struct Place {
     dir: TempDir,
+    /// A file, and what is in it.
     data: PathBuf,
-    digest: String,
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes: Vec<u8>,
 }
 
 impl Place {
     fn new(len_bytes: usize) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let mut number = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut bytes = Vec::with_capacity(len_bytes);
-        while bytes.len() < len_bytes {
-            number = number
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
-            bytes.extend_from_slice(&number.to_le_bytes());
-        }
-        bytes.truncate(len_bytes);
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let numbers = std::iter::repeat_with(|| random.next().to_le_bytes());
+        let bytes: Vec<u8> = numbers.flatten().take(len_bytes).collect();
         let data = dir.path().join("data");
         std::fs::write(&data, &bytes).expect("written");
-        let digest = hex(&Sha256::digest(&bytes));
-        Self { dir, data, digest }
+        Self { dir, data, bytes }
     }
 
     fn ours(&self, role: &str, args: &[&str]) -> Command {
@@ -89,15 +81,15 @@ fn pair(mut first: Command, mut second: Command) -> (Child, Child) {
     (first, start(&mut second))
 }
 
-/// Runs such programs; returns the digest of the output, and their messages.
-fn run(first: Command, second: Command) -> (String, String) {
+/// Runs such programs; returns the output, and their messages.
+fn run(first: Command, second: Command) -> (Vec<u8>, String) {
     let (first, second) = pair(first, second);
     let second = second.wait_with_output().expect("ended");
     let first = first.wait_with_output().expect("ended");
     let said = [first.stderr, second.stderr].concat();
     let said = String::from_utf8_lossy(&said).into_owned();
     assert!(first.status.success() && second.status.success(), "{said}");
-    (hex(&Sha256::digest(&second.stdout)), said)
+    (second.stdout, said)
 }
 
 fn dd() -> Command {
@@ -135,8 +127,8 @@ fn the_same_bytes_arrive_whichever_end_has_rings() {
         ("neither", source(), cat(None), 0),
     ];
     for (what, first, second, upgraded) in table {
-        let (digest, said) = run(first, second);
-        assert_eq!(digest, place.digest, "{what}: {said}");
+        let (got, said) = run(first, second);
+        assert!(got == place.bytes, "{what}: {said}");
         let seen = said.matches(&format!("way={}", transport())).count();
         assert_eq!(seen, upgraded, "{what}: {said}");
     }
@@ -161,8 +153,8 @@ fn plain_programs_before_and_after_in_the_same_pipe_keep_their_order() {
         .status()
         .expect("a shell");
     assert!(done.success());
-    let data = std::fs::read(&place.data).expect("read");
-    let expected = [b"before\n", &data[..], b"between\n", &data, b"after\n"].concat();
+    let data = &place.bytes[..];
+    let expected = [b"before\n", data, b"between\n", data, b"after\n"].concat();
     let got = std::fs::read(place.dir.path().join("out")).expect("read");
     assert!(
         got == expected,
@@ -185,8 +177,8 @@ fn the_system_calls_of_the_kernels_ring_are_made_only_if_asked_for() {
         command
     };
     let data = place.data.to_str().expect("text");
-    let (digest, said) = run(forbidden("produce", &[data]), forbidden("consume", &[]));
-    assert_eq!(digest, place.digest, "{said}");
+    let (got, said) = run(forbidden("produce", &[data]), forbidden("consume", &[]));
+    assert!(got == place.bytes, "{said}");
     assert_eq!(said.matches("way=shared").count(), 2, "{said}");
     // The filter works: it kills a process that asks.
     for ask in [&["--kernel"][..], &["--way", "kernel"]] {
@@ -266,7 +258,7 @@ fn a_producer_whose_consumer_pauses_waits_and_loses_nothing() {
     );
     let mut all = part.to_vec();
     out.read_to_end(&mut all).expect("read");
-    assert_eq!(hex(&Sha256::digest(&all)), place.digest);
+    assert!(all == place.bytes);
     let said = first.wait_with_output().expect("ended").stderr;
     let said = String::from_utf8_lossy(&said);
     assert!(said.contains(&format!("way={}", transport())), "{said}");
@@ -297,7 +289,7 @@ fn cut_short(mut programs: Vec<Command>) -> (Vec<std::process::ExitStatus>, Vec<
 #[test]
 fn all_programs_end_when_the_last_one_has_enough() {
     let place = Place::new(3_000_000);
-    let wanted = std::fs::read(&place.data).expect("read")[..5000].to_vec();
+    let wanted = &place.bytes[..5000];
     let waiting = ["--wait", "5"];
     // One end alone uses the pipe: the writer gets EPIPE, or SIGPIPE if it is another program.
     let (statuses, out) = cut_short(vec![place.produce(&[])]);
@@ -331,7 +323,7 @@ fn a_plain_writer_after_a_ring_gets_sigpipe() {
     let read = |name| std::fs::read(place.dir.path().join(name)).expect("read");
     let said = String::from_utf8(read("said")).expect("words");
     assert!(said.contains(&format!("way={}", transport())), "{said}");
-    let (expected, got) = ([read("data"), vec![0; 100_000]].concat(), read("out"));
+    let (expected, got) = ([&place.bytes[..], &[0; 100_000]].concat(), read("out"));
     assert!(got == expected, "{} bytes", got.len());
     let status = String::from_utf8(read("status")).expect("a number");
     assert_eq!(status.trim(), (128 + libc::SIGPIPE).to_string());
