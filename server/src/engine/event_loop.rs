@@ -271,7 +271,7 @@ impl EventLoop {
     fn set_interest(&self, number: u64, fd: BorrowedFd<'_>, flags: EventFlags) {
         let data = EventData::new_u64(number);
         if let Err(error) = epoll::modify(&self.epoll, fd, data, flags) {
-            tracing::error!(%error, "cannot change what is waited for");
+            tracing::error!(%error, "cannot change the events of a descriptor");
         }
     }
 }

@@ -205,7 +205,7 @@ fn run(words: &[OsString], options: Vec<String>, attached: Vec<Attached>) -> Res
     for one in attached {
         if let Err(error) = one.claim.release() {
             dirty = true;
-            eprintln!("ublkup: {error}: what was read of the device meanwhile may be outdated");
+            eprintln!("ublkup: {error}: the page cache may hold outdated data of the device");
         }
     }
     Ok(match exit_code(status) {
