@@ -90,6 +90,12 @@ fn may_succeed(
             bail!("its block device is {device}, not /dev/ublkb{id}");
         }
     }
+    if let Some(asked) = config.block_bytes.filter(|asked| *asked != old.block_bytes) {
+        bail!(
+            "it has blocks of {} bytes, and {asked} were asked for",
+            old.block_bytes
+        );
+    }
     let running = |door: &admin::VhostStatus| door.sessions.iter().any(|one| one.vrings > 0);
     if config.vhost == DoorMode::No && old.vhost.as_ref().is_some_and(running) {
         bail!("the vhost door would be closed, and a client has the disk");
