@@ -13,7 +13,8 @@ use testkit::random::Random;
 use testkit::server::Server;
 use testkit::wait::until;
 
-use super::io::{Exercise, open_direct, read_direct, write_direct};
+use super::io::{open_direct, read_direct, write_direct};
+use super::restart::exercise_while_servers_die;
 use super::upgraded::boot_upgraded;
 use crate::kit::fio::Fio;
 use crate::machine::Machine;
@@ -229,27 +230,11 @@ fn no_acknowledged_write_is_missing_after_qemu_was_killed(cx: &Context) -> Resul
 /// device over, and QEMU finds it by the same path.
 fn a_guest_and_its_path_outlive_servers_that_are_killed(cx: &Context) -> Result<()> {
     let spec = format!("{},cache=buffered", cx.file(DISK_BYTES)?);
-    let mut server = serve_spec(cx, 120, &spec)?;
+    let server = serve_spec(cx, 120, &spec)?;
     let disk = server.block_device()?;
     let (mut guest, _) = boot_upgraded(cx, &disk, "outlives")?;
-    let mut plan = Exercise::new(Path::new("/dev/vda"), DISK_BYTES);
-    plan.depths = vec![1, 32];
-    plan.run_mib = 8;
-    let (kills, server) = std::thread::scope(|scope| {
-        let running = scope.spawn(|| guest.run_step::<_, ()>("exercise_disk", &plan));
-        let mut kills = 0;
-        while !running.is_finished() {
-            std::thread::sleep(Duration::from_secs(2));
-            server.kill()?;
-            server = serve_spec(cx, 120, &spec)?;
-            kills += 1;
-            ensure!(server.block_device()? == disk, "another device");
-            cx.expect_access("upgraded")?;
-        }
-        running.join().map_err(|_| anyhow!("the step panicked"))??;
-        anyhow::Ok((kills, server))
-    })?;
-    ensure!(kills >= 3, "only {kills} servers were killed");
+    let next = || serve_spec(cx, 120, &spec);
+    let server = exercise_while_servers_die(cx, &mut guest, (&[1, 32], 3), server, next)?;
     guest.power_off();
     cx.expect_access("block")?;
     let part = Part {

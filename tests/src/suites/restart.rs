@@ -50,30 +50,34 @@ fn replace(cx: &Context, served: Server, image: &Path) -> Result<Server> {
     Ok(served)
 }
 
-/// A guest writes and verifies while servers die; what it wrote last is there when it has gone.
-fn outlives_servers(cx: &Context, recipe: &str) -> Result<()> {
-    let image = cx.image(DISK_BYTES)?;
-    let mut served = serve_file(cx, &image)?;
-    let device = served.block_device()?;
-    let qemu = linux(cx, recipe, &device)?.board(Board::Microvm);
-    let mut guest = Machine::boot(&qemu, &cx.paths, &format!("restart-{recipe}"))?;
-    cx.expect_access("upgraded")?;
+/// Exercises the guest's disk at these depths while servers are killed and `next` starts others, which
+/// take the block device over; at least so many, and the last one.
+pub(super) fn exercise_while_servers_die(
+    cx: &Context,
+    guest: &mut Machine,
+    (depths, at_least): (&[u32], u32),
+    mut server: Server,
+    next: impl Fn() -> Result<Server>,
+) -> Result<Server> {
+    let device = server.block_device()?;
     let mut plan = Exercise::new(Path::new("/dev/vda"), DISK_BYTES);
-    plan.depths = vec![32];
+    plan.depths = depths.to_vec();
     plan.run_mib = 8;
     let group = guest.process();
-    let (kills, replaced) = std::thread::scope(|scope| {
+    let (kills, server) = std::thread::scope(|scope| {
         let running = scope.spawn(|| guest.run_step::<_, ()>("exercise_disk", &plan));
         let kill = || {
             let mut kills = 0;
             while !running.is_finished() {
                 std::thread::sleep(Duration::from_secs(2));
-                served = replace(cx, served, &image)?;
+                server.kill()?;
+                server = next()?;
+                ensure!(server.block_device()? == device, "another device");
                 kills += 1;
                 // QEMU tries once in a second.
                 cx.expect_access("upgraded")?;
             }
-            anyhow::Ok((kills, served))
+            anyhow::Ok((kills, server))
         };
         let killed = kill();
         if killed.is_err() {
@@ -84,8 +88,20 @@ fn outlives_servers(cx: &Context, recipe: &str) -> Result<()> {
         let killed = killed?;
         ran.map(|()| killed)
     })?;
-    ensure!(kills >= 2, "only {kills} servers were killed");
+    ensure!(kills >= at_least, "only {kills} servers were killed");
+    Ok(server)
+}
 
+/// A guest writes and verifies while servers die; what it wrote last is there when it has gone.
+fn outlives_servers(cx: &Context, recipe: &str) -> Result<()> {
+    let image = cx.image(DISK_BYTES)?;
+    let served = serve_file(cx, &image)?;
+    let device = served.block_device()?;
+    let qemu = linux(cx, recipe, &device)?.board(Board::Microvm);
+    let mut guest = Machine::boot(&qemu, &cx.paths, &format!("restart-{recipe}"))?;
+    cx.expect_access("upgraded")?;
+    let next = || serve_file(cx, &image);
+    let replaced = exercise_while_servers_die(cx, &mut guest, (&[32], 2), served, next)?;
     let written = guest.sh(
         "dd if=/dev/urandom of=/run/data bs=1M count=4 status=none; \
          dd if=/run/data of=/dev/vda bs=1M oflag=direct conv=fsync status=none; \
