@@ -8,8 +8,11 @@ use anyhow::{Result, bail};
 /// How long [`eventually`] waits: generous, for slow machines.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The pause between two attempts.
-const PAUSE: Duration = Duration::from_millis(2);
+/// The pause after the first attempt; each one is twice as long as the one before it, up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+
+/// What is asked may start a process: more of them would take the processor from what is waited for.
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
 /// Asks again and again until there is an answer.
 ///
@@ -21,6 +24,7 @@ pub fn wait_for<T>(
     mut ask: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
     let deadline = Instant::now() + limit;
+    let mut pause = FIRST_PAUSE;
     loop {
         if let Some(answer) = ask()? {
             return Ok(answer);
@@ -28,7 +32,8 @@ pub fn wait_for<T>(
         if Instant::now() > deadline {
             bail!("within {} s it did not happen that {what}", limit.as_secs());
         }
-        thread::sleep(PAUSE);
+        thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
