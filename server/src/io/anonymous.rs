@@ -4,6 +4,7 @@ use std::io;
 use std::ptr;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use vm_memory::VolatileSlice;
 
 /// Private anonymous memory. It reads as zeroes until it is written to, and pages that were never
 /// touched take no room.
@@ -47,10 +48,12 @@ impl AnonymousMemory {
         self.base
     }
 
-    /// Length of the mapping.
+    /// All of it.
     #[must_use]
-    pub fn len_bytes(&self) -> usize {
-        self.len_bytes
+    pub fn slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: mapped for as long as `self`. The kernel and other threads may access it at the same time;
+        // what is made of the slice are copies.
+        unsafe { VolatileSlice::new(self.base, self.len_bytes) }
     }
 }
 

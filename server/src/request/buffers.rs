@@ -1,6 +1,8 @@
 //! Where the data of a request is: in a list of buffers that its door lends, or in a buffer of its
 //! thread's ring.
 
+use vm_memory::VolatileSlice;
+
 /// Memory that a request reads into or writes from, as the kernel's `struct iovec`.
 pub type Buffer = libc::iovec;
 
@@ -33,6 +35,17 @@ pub struct RingBuffer {
     pub offset_bytes: usize,
     /// How long the rest is.
     pub len_bytes: usize,
+}
+
+/// Fills memory with zeroes.
+pub fn zero(memory: VolatileSlice<'_>) {
+    const ZEROES: [u8; 4096] = [0; 4096];
+    let mut rest = memory;
+    while !rest.is_empty() {
+        rest.copy_from(&ZEROES);
+        let done = rest.len().min(ZEROES.len());
+        rest = rest.offset(done).expect("it is no longer than the rest");
+    }
 }
 
 impl Buffers {
@@ -102,6 +115,14 @@ impl Buffers {
             }
             _ => &[],
         }
+    }
+
+    /// The memory still to be transferred, if the data is in memory. A client may access it at the same time: it is
+    /// only copied.
+    pub fn memory(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
+        let list = self.list().iter();
+        // SAFETY: the door keeps the memory mapped until the request is finished (`from_list`), which owns `self`.
+        list.map(|buffer| unsafe { VolatileSlice::new(buffer.iov_base.cast(), buffer.iov_len) })
     }
 
     /// Bytes still to be transferred.

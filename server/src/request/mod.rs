@@ -12,7 +12,7 @@ mod outcome;
 mod parsed;
 mod size;
 
-pub use buffers::{Buffer, Buffers, RingBuffer};
+pub use buffers::{Buffer, Buffers, RingBuffer, zero};
 #[cfg(test)]
 pub(crate) use limits::tests::small_disk;
 pub use limits::{

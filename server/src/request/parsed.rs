@@ -1,6 +1,6 @@
 //! A request that a door has parsed and a storage works on.
 
-use super::buffers::{Buffer, Buffers};
+use super::buffers::{Buffer, Buffers, zero};
 use super::limits::Range;
 use super::op::Op;
 
@@ -90,11 +90,7 @@ impl Request {
 
     /// Fills what is left of a read into memory with zeroes, which ends it.
     pub fn zero_fill(&mut self) {
-        for buffer in self.buffers.list() {
-            // SAFETY: the door keeps the memory mapped and writable until the request is finished
-            // (`from_list`); a client that races with us only hurts its own data.
-            unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0, buffer.iov_len) };
-        }
+        self.buffers.memory().for_each(zero);
         self.advance(self.remaining_bytes());
     }
 

@@ -1,14 +1,14 @@
 //! A disk in anonymous memory: sparse, gone with the process.
 
 use std::io;
-use std::ptr;
 use std::sync::Arc;
 
 use rustix::mm::{Advice, madvise};
+use vm_memory::VolatileSlice;
 
 use crate::engine::{Storage, StorageControl, StorageQueue};
 use crate::io::{AnonymousMemory, Ring, Slot};
-use crate::request::{IoError, Limits, Op, Outcome, Progress, Request};
+use crate::request::{IoError, Limits, Op, Outcome, Progress, Request, zero};
 
 /// A disk in memory. Pages that were never written, or were discarded, take no room.
 #[derive(Debug)]
@@ -74,25 +74,18 @@ impl StorageQueue for MemoryQueue {
 
 impl MemoryQueue {
     fn serve(&self, request: &Request) -> Outcome {
-        let mut at = self
+        let mut disk = self
             .mapping
             .range(request.offset_bytes(), request.len_bytes())?;
         match request.op() {
-            Op::Read => {
-                for buffer in request.buffers().list() {
-                    // SAFETY: the door keeps the buffer mapped; `at` stays inside the mapping
-                    // because the buffers are as long as the range. Clients that race with each
-                    // other get torn data, as on any disk.
-                    unsafe { ptr::copy(at, buffer.iov_base.cast(), buffer.iov_len) };
-                    at = at.wrapping_add(buffer.iov_len);
-                }
-                Ok(())
-            }
-            Op::Write { .. } => {
-                for buffer in request.buffers().list() {
-                    // SAFETY: as for reads, in the other direction.
-                    unsafe { ptr::copy(buffer.iov_base.cast_const().cast(), at, buffer.iov_len) };
-                    at = at.wrapping_add(buffer.iov_len);
+            Op::Read | Op::Write { .. } => {
+                for part in request.buffers().memory() {
+                    if request.op() == Op::Read {
+                        disk.copy_to_volatile_slice(part);
+                    } else {
+                        part.copy_to_volatile_slice(disk);
+                    }
+                    disk = disk.offset(part.len()).map_err(|_| IoError::Io)?;
                 }
                 Ok(())
             }
@@ -107,7 +100,7 @@ impl MemoryQueue {
     }
 }
 
-/// The memory of a disk, shared by the threads of this process. Its accesses are raw copies: the order
+/// The memory of a disk, shared by the threads of this process. It is only copied: the order
 /// of conflicting requests is the client's business, as on any disk.
 #[derive(Debug)]
 struct Mapping {
@@ -130,22 +123,18 @@ impl Mapping {
         })
     }
 
-    /// Address of a range. Doors have checked it; a mistake there must not become an access outside
-    /// the disk.
-    fn range(&self, offset_bytes: u64, len_bytes: u64) -> Result<*mut u8, IoError> {
-        let total = self.memory.len_bytes() as u64;
-        if offset_bytes > total || len_bytes > total - offset_bytes {
+    /// A range. Doors have checked it; a mistake there must not become an access outside the disk.
+    fn range(&self, offset_bytes: u64, len_bytes: u64) -> Result<VolatileSlice<'_>, IoError> {
+        let (Ok(offset), Ok(len)) = (usize::try_from(offset_bytes), usize::try_from(len_bytes))
+        else {
             return Err(IoError::Io);
-        }
-        let offset = usize::try_from(offset_bytes).map_err(|_| IoError::Io)?;
-        Ok(self.memory.as_ptr().wrapping_add(offset))
+        };
+        let range = self.memory.slice().subslice(offset, len);
+        range.map_err(|_| IoError::Io)
     }
 
     fn zero(&self, offset_bytes: u64, len_bytes: u64) -> Outcome {
-        let at = self.range(offset_bytes, len_bytes)?;
-        let len = usize::try_from(len_bytes).map_err(|_| IoError::Io)?;
-        // SAFETY: `range` checked that all of it lies inside the mapping.
-        unsafe { ptr::write_bytes(at, 0, len) };
+        zero(self.range(offset_bytes, len_bytes)?);
         Ok(())
     }
 
@@ -160,10 +149,10 @@ impl Mapping {
         }
         self.zero(offset_bytes, first_page - offset_bytes)?;
         self.zero(last_page, end - last_page)?;
-        let at = self.range(first_page, last_page - first_page)?;
-        let len = usize::try_from(last_page - first_page).map_err(|_| IoError::Io)?;
+        let pages = self.range(first_page, last_page - first_page)?;
+        let at = pages.ptr_guard_mut().as_ptr().cast();
         // SAFETY: whole pages inside this mapping; afterwards they read as zeroes.
-        unsafe { madvise(at.cast(), len, Advice::LinuxDontNeed) }
+        unsafe { madvise(at, pages.len(), Advice::LinuxDontNeed) }
             .map_err(|error| IoError::from_errno(error.raw_os_error()))
     }
 }

@@ -7,8 +7,9 @@ use std::ptr;
 
 use libublk::sys::{self, ublksrv_io_desc};
 use rustix::io::{pread, pwrite};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
+use crate::io::AnonymousMemory;
 use crate::request::{Buffer, BufferLists, Buffers, IoError};
 
 /// Which way data is copied.
@@ -79,7 +80,7 @@ impl Drop for Descriptors {
 
 /// The data buffers of a queue, one per tag. Pages come into being when they are first used.
 pub(super) struct IoBuffers {
-    first: *mut u8,
+    memory: ManuallyDrop<AnonymousMemory>,
     each_bytes: usize,
     depth: u16,
     /// One list of one entry per tag, for the requests to borrow.
@@ -92,21 +93,13 @@ impl IoBuffers {
     pub(super) fn new(depth: u16, each_bytes: u32) -> io::Result<Self> {
         let each_bytes = each_bytes as usize;
         let len_bytes = each_bytes * usize::from(depth);
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
-        let first = unsafe {
-            mmap_anonymous(
-                ptr::null_mut(),
-                len_bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }?;
+        let memory = AnonymousMemory::new(len_bytes)?;
         // Small requests must not cost a huge page each. Kernels without huge pages refuse the
         // advice, and need none.
         // SAFETY: the range is the new mapping; the advice changes no content.
-        let _ = unsafe { madvise(first, len_bytes, Advice::LinuxNoHugepage) };
+        let _ = unsafe { madvise(memory.as_ptr().cast(), len_bytes, Advice::LinuxNoHugepage) };
         Ok(Self {
-            first: first.cast(),
+            memory: ManuallyDrop::new(memory),
             each_bytes,
             depth,
             lists: ManuallyDrop::new(BufferLists::new(depth.into(), 1)),
@@ -178,7 +171,8 @@ impl IoBuffers {
 
     fn start(&self, tag: u16) -> *mut u8 {
         assert!(tag < self.depth, "tag {tag} of a queue of {}", self.depth);
-        self.first.wrapping_add(usize::from(tag) * self.each_bytes)
+        let offset = usize::from(tag) * self.each_bytes;
+        self.memory.as_ptr().wrapping_add(offset)
     }
 }
 
@@ -188,12 +182,11 @@ impl Drop for IoBuffers {
             // The driver may still write here. The memory stays.
             return;
         }
-        let len_bytes = self.each_bytes * usize::from(self.depth);
-        // SAFETY: the mapping and the lists are ours. The queue thread drained its ring before it dropped the
-        // door, and it does not drop the door when that failed.
+        // SAFETY: neither is used after this. The queue thread drained its ring before it dropped the door, and it
+        // does not drop the door when that failed.
         unsafe {
             ManuallyDrop::drop(&mut self.lists);
-            let _ = munmap(self.first.cast(), len_bytes);
+            ManuallyDrop::drop(&mut self.memory);
         }
     }
 }

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use vm_memory::VolatileRef;
 
 use super::config::MAX_VRINGS;
 use super::config_space::mask;
@@ -258,7 +259,7 @@ fn finish_logged(
 fn put_status(at: Option<NonNull<u8>>, status: u8) {
     if let Some(at) = at {
         // SAFETY: the address was found in a map that the caller still holds.
-        unsafe { at.write_volatile(status) };
+        unsafe { VolatileRef::new(at.as_ptr()) }.store(status);
     }
 }
 

@@ -1,10 +1,11 @@
 //! Bounce buffers for data that is not aligned as `O_DIRECT` requires.
 
 use std::io;
-use std::ptr;
+
+use vm_memory::VolatileSlice;
 
 use crate::io::AnonymousMemory;
-use crate::request::Buffer;
+use crate::request::Buffers;
 
 /// Size of a bounce buffer; larger transfers are split.
 pub(super) const BOUNCE_BYTES: usize = 256 << 10;
@@ -52,43 +53,33 @@ impl Pool {
         self.lent[number] = false;
     }
 
-    /// Address of a buffer that is lent.
-    pub(super) fn memory(&self, number: usize) -> *mut u8 {
-        self.buffers[number]
-            .as_ref()
-            .expect("a buffer that is lent is mapped")
-            .as_ptr()
+    /// A buffer that is lent.
+    pub(super) fn memory(&self, number: usize) -> VolatileSlice<'_> {
+        let buffer = self.buffers[number].as_ref();
+        buffer.expect("a buffer that is lent is mapped").slice()
     }
 }
 
-/// Copies the first `len_bytes` of a buffer list into `to`.
-///
-/// # Safety
-///
-/// The buffers must be mapped, `to` must have room, and both must stay so through the call.
-pub(super) unsafe fn gather(list: &[Buffer], to: *mut u8, len_bytes: usize) {
-    let mut done = 0;
-    for buffer in list {
-        let part = buffer.iov_len.min(len_bytes - done);
-        // SAFETY: promised by the caller.
-        unsafe { ptr::copy(buffer.iov_base.cast(), to.add(done), part) };
-        done += part;
+/// Copies the beginning of a request's data to `to`, as much as there is room for.
+pub(super) fn gather(from: &Buffers, mut to: VolatileSlice<'_>) {
+    for part in from.memory() {
+        part.copy_to_volatile_slice(to);
+        to = rest(to, part.len());
     }
 }
 
-/// Copies `len_bytes` from `from` into the beginning of a buffer list.
-///
-/// # Safety
-///
-/// As for [`gather`], in the other direction.
-pub(super) unsafe fn scatter(from: *const u8, list: &[Buffer], len_bytes: usize) {
-    let mut done = 0;
-    for buffer in list {
-        let part = buffer.iov_len.min(len_bytes - done);
-        // SAFETY: promised by the caller.
-        unsafe { ptr::copy(from.add(done), buffer.iov_base.cast(), part) };
-        done += part;
+/// Copies `from` to the beginning of a request's memory.
+pub(super) fn scatter(mut from: VolatileSlice<'_>, to: &Buffers) {
+    for part in to.memory() {
+        from.copy_to_volatile_slice(part);
+        from = rest(from, part.len());
     }
+}
+
+/// What follows after `len_bytes`, if anything.
+fn rest(memory: VolatileSlice<'_>, len_bytes: usize) -> VolatileSlice<'_> {
+    let done = len_bytes.min(memory.len());
+    memory.offset(done).expect("it is not beyond the end")
 }
 
 #[cfg(test)]

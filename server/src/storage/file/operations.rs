@@ -147,16 +147,15 @@ impl Operations {
             },
             Step::Bounce { number, .. } => {
                 let memory = self.bounce.memory(number);
+                let at = memory.ptr_guard_mut().as_ptr();
                 let piece = piece_bytes(len, BOUNCE_BYTES);
                 if request.op() == Op::Read {
-                    opcode::Read::new(fd, memory, clamp(piece))
+                    opcode::Read::new(fd, at, clamp(piece))
                         .offset(offset)
                         .build()
                 } else {
-                    // SAFETY: the request's buffers are mapped and hold `len` bytes at least; the
-                    // bounce buffer has room for a piece and is lent to this request.
-                    unsafe { gather(request.buffers().list(), memory, piece) };
-                    opcode::Write::new(fd, memory, clamp(piece))
+                    gather(request.buffers(), memory);
+                    opcode::Write::new(fd, at, clamp(piece))
                         .offset(offset)
                         .rw_flags(write_flags)
                         .build()

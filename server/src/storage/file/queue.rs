@@ -184,16 +184,10 @@ impl FileQueue {
         if let Step::Bounce { number, .. } = step
             && reading
         {
-            let len = usize::try_from(moved).unwrap_or(0);
-            // SAFETY: the kernel put `len` bytes into the bounce buffer, a piece at most; the
-            // request's buffers are mapped and as long as what is left of it.
-            unsafe {
-                scatter(
-                    self.operations.bounce.memory(number),
-                    request.buffers().list(),
-                    len,
-                )
-            };
+            let memory = self.operations.bounce.memory(number);
+            let read = memory.subslice(0, usize::try_from(moved).unwrap_or(0));
+            // A read of a piece is no longer than the bounce buffer.
+            scatter(read.map_err(|_| IoError::Io)?, request.buffers());
         }
         let at_end = reading && (moved == 0 || self.is_cut_by_end(request, moved));
         // A block cut in two by the end was read as far as it goes; any other is moved again whole.
