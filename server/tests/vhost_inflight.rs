@@ -11,12 +11,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use common::*;
 use common::{Sandbox, sandbox};
 use testkit::server::Server;
 use ublkup::engine::crash::{REQUEST_POINTS, VARIABLE};
+use ublkup::storage::Memory as MemoryDisk;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 
@@ -311,5 +313,78 @@ fn requests_survive_servers_that_are_killed_while_they_repair_the_record() {
             SLOW,
             &["answers-shown:1", &at(point, 1), "answers-shown:1"],
         );
+    }
+}
+
+/// What a server that was killed left behind: three chains taken, in another order than they lie on the
+/// ring, one of them returned. The next one does the other two, in the order in which they were taken.
+#[test]
+fn requests_of_a_server_that_died_are_done_by_the_next_one() {
+    let fixture = Fixture::new(MemoryDisk::new(limits(64 << 20)).unwrap(), 2);
+    let told = VhostUserInflight::new(0, 0, 1, 128);
+    let mut asking = Driver::connect(fixture.connect(), USUAL);
+    let (told, record) = asking.frontend.get_inflight_fd(&told).unwrap();
+    drop(asking);
+    fixture.wait_empty();
+
+    let mut driver = Driver::connect(fixture.connect(), USUAL);
+    let fd = record.as_raw_fd();
+    driver.frontend.set_inflight_fd(&told, fd).unwrap();
+    // Chains 0, 3 and 6 read sectors 0, 8 and 16; all three are on the ring.
+    let mut vring = Vring::new(0, 128);
+    for (head, sector) in [(0, 0), (3, 8), (6, 16)] {
+        let at = DATA + 0x1_0000 * u64::from(head);
+        driver.header(at, T_IN, sector);
+        driver.memory.put(at + 16, &[UNTOUCHED]);
+        let chain = [
+            (at, 16, NEXT, head + 1),
+            (at + 4096, 4096, WRITE | NEXT, head + 2),
+            (at + 16, 1, WRITE, 0),
+        ];
+        for (index, descriptor) in (head..).zip(chain) {
+            driver
+                .memory
+                .descriptor(vring.descriptors, index, descriptor);
+        }
+        vring.offer(&driver.memory, head);
+    }
+    // The dead server's record: 6 was taken first, then 0 and 3; 0 has been returned.
+    driver
+        .memory
+        .word(vring.used + 2)
+        .store(1, Ordering::Relaxed);
+    vring.next_used = 1;
+    let entry = |head: u64, inflight: u8, number: u64| {
+        record.write_all_at(&[inflight], 16 + 16 * head).unwrap();
+        record
+            .write_all_at(&number.to_le_bytes(), 16 + 16 * head + 8)
+            .unwrap();
+    };
+    // Version 1, descriptors, last batch began at 0, used index 0: the end of it was not noted.
+    let room = u16::try_from((told.mmap_size - 16) / 16).unwrap();
+    let header: Vec<u8> = [1u16, room, 0, 0]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    record.write_all_at(&header, 8).unwrap();
+    entry(0, 1, 11);
+    entry(3, 1, 12);
+    entry(6, 1, 10);
+    driver.vrings.push(vring);
+    // The base that a client sends after a reconnect is the used index.
+    driver.start(0, 1);
+
+    let memory = &driver.memory;
+    let heads: Vec<u32> = (0..2).map(|_| driver.vrings[0].wait(memory).0).collect();
+    assert_eq!(heads, [6, 3]);
+    // And it goes on with what is new.
+    assert_eq!(driver.read(0, 512).0, OK);
+    let mut left = [0; 2];
+    record.read_exact_at(&mut left, 14).unwrap();
+    assert_eq!(u16::from_le_bytes(left), 4, "the record's used index");
+    for head in [0, 3, 6] {
+        let mut flag = [9];
+        record.read_exact_at(&mut flag, 16 + 16 * head).unwrap();
+        assert_eq!(flag, [0], "chain {head} is on record as under way");
     }
 }
