@@ -28,17 +28,14 @@ pub(super) struct Transfer {
 }
 
 impl Transfer {
-    /// What the chain that begins at `head` asks for, if it has the usual layout: in the ring's descriptor table or
-    /// in an indirect one that lies in one memory region.
+    /// What the three descriptors of a chain ask for.
     #[inline(always)]
     pub(super) fn parse(
-        queue: &Virtqueue,
-        head: u16,
+        [header, data, status]: [Descriptor; 3],
         map: &HeldMap,
         limits: &Limits,
         write_through: impl FnOnce() -> bool,
     ) -> Option<Self> {
-        let [header, data, status] = three(queue, head, map)?;
         let len_bytes = u64::from(data.len());
         let is_usual = !header.is_write_only()
             && header.len() as usize == HEADER_BYTES
@@ -73,9 +70,10 @@ impl Transfer {
     }
 }
 
-/// The descriptors of a chain that has three of them.
+/// The descriptors of a chain that has three of them, in the ring's descriptor table or in an indirect one that lies
+/// in one memory region.
 #[inline(always)]
-fn three(queue: &Virtqueue, head: u16, map: &HeldMap) -> Option<[Descriptor; 3]> {
+pub(super) fn three(queue: &Virtqueue, head: u16, map: &HeldMap) -> Option<[Descriptor; 3]> {
     let mut table = queue.descriptor_table();
     let mut first = descriptor(table, head)?;
     if first.refers_to_indirect_table() {

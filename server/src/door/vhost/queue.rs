@@ -14,13 +14,12 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
-use vm_memory::VolatileRef;
 
 use super::config::MAX_VRINGS;
 use super::config_space::mask;
 use super::connection::Connection;
 use super::dirty::Logging;
-use super::fast_path::Transfer;
+use super::fast_path::{Transfer, three};
 use super::memory::{HeldMap, MemoryMap};
 use super::request::{self, MAX_BUFFERS, ParsedRequest, RequestContext, Segments};
 use super::ring_layout::RingError;
@@ -259,7 +258,7 @@ fn finish_logged(
 fn put_status(at: Option<NonNull<u8>>, status: u8) {
     if let Some(at) = at {
         // SAFETY: the address was found in a map that the caller still holds.
-        unsafe { VolatileRef::new(at.as_ptr()) }.store(status);
+        unsafe { at.write_volatile(status) };
     }
 }
 
@@ -343,15 +342,13 @@ impl DoorQueue for VhostQueues {
             self.turn_left -= 1;
             vring.queue.look_ahead(&self.map);
             let slot = self.free.take()?;
+            // First, so that nothing else takes a register meanwhile.
+            let three = three(&vring.queue, head, &self.map);
             let connection = &*self.connection;
+            let limits = connection.limits();
             let write_through = || context(connection, vring).write_through;
-            let usual = Transfer::parse(
-                &vring.queue,
-                head,
-                &self.map,
-                connection.limits(),
-                write_through,
-            );
+            let usual =
+                three.and_then(|three| Transfer::parse(three, &self.map, limits, write_through));
             let (op, range, buffers) = if let Some(transfer) = usual {
                 vring.in_flight += 1;
                 let chain = InFlight {
