@@ -124,7 +124,10 @@ impl Session {
                 if space.len() != wanted.size as usize {
                     return message.malformed();
                 }
-                let config = self.config(wanted.offset, wanted.size);
+                let writeback = self.connection.writeback.load(Ordering::Acquire);
+                let (limits, queues) = (self.connection.limits(), self.sizes.queues);
+                let (offset, size) = (wanted.offset, wanted.size);
+                let config = config_space::config(limits, queues, writeback, offset, size);
                 self.answer(&message, &[wanted.as_slice(), &config].concat(), None)
             }
             Req::GET_INFLIGHT_FD => {
@@ -392,12 +395,6 @@ impl Session {
             return self.ask(index, |reply| Command::Enable(index, enable, reply));
         }
         self.start_if_ready(index)
-    }
-
-    fn config(&self, offset: u32, len_bytes: u32) -> Vec<u8> {
-        let writeback = self.connection.writeback.load(Ordering::Acquire);
-        let limits = self.connection.limits();
-        config_space::config(limits, self.sizes.queues, writeback, offset, len_bytes)
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
