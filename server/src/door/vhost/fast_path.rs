@@ -28,14 +28,17 @@ pub(super) struct Transfer {
 }
 
 impl Transfer {
-    /// What the three descriptors of a chain ask for.
+    /// What the chain that begins at `head` asks for, if it has the usual layout: in the ring's descriptor table or
+    /// in an indirect one that lies in one memory region.
     #[inline(always)]
     pub(super) fn parse(
-        [header, data, status]: [Descriptor; 3],
+        queue: &Virtqueue,
+        head: u16,
         map: &HeldMap,
         limits: &Limits,
         write_through: impl FnOnce() -> bool,
     ) -> Option<Self> {
+        let [header, data, status] = three(queue, head, map)?;
         let len_bytes = u64::from(data.len());
         let is_usual = !header.is_write_only()
             && header.len() as usize == HEADER_BYTES
@@ -70,10 +73,9 @@ impl Transfer {
     }
 }
 
-/// The descriptors of a chain that has three of them, in the ring's descriptor table or in an indirect one that lies
-/// in one memory region.
+/// The descriptors of a chain that has three of them.
 #[inline(always)]
-pub(super) fn three(queue: &Virtqueue, head: u16, map: &HeldMap) -> Option<[Descriptor; 3]> {
+fn three(queue: &Virtqueue, head: u16, map: &HeldMap) -> Option<[Descriptor; 3]> {
     let mut table = queue.descriptor_table();
     let mut first = descriptor(table, head)?;
     if first.refers_to_indirect_table() {

@@ -80,8 +80,7 @@ impl Guest {
             write_through,
             ..
         } = context;
-        let Some(fast) = three(&self.queue, head, &self.map)
-            .and_then(|three| Transfer::parse(three, &self.map, limits, || write_through))
+        let Some(fast) = Transfer::parse(&self.queue, head, &self.map, limits, || write_through)
         else {
             return false;
         };

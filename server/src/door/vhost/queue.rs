@@ -19,7 +19,7 @@ use super::config::MAX_VRINGS;
 use super::config_space::mask;
 use super::connection::Connection;
 use super::dirty::Logging;
-use super::fast_path::{Transfer, three};
+use super::fast_path::Transfer;
 use super::memory::{HeldMap, MemoryMap};
 use super::request::{self, MAX_BUFFERS, ParsedRequest, RequestContext, Segments};
 use super::ring_layout::RingError;
@@ -342,13 +342,15 @@ impl DoorQueue for VhostQueues {
             self.turn_left -= 1;
             vring.queue.look_ahead(&self.map);
             let slot = self.free.take()?;
-            // First, so that nothing else takes a register meanwhile.
-            let three = three(&vring.queue, head, &self.map);
             let connection = &*self.connection;
-            let limits = connection.limits();
             let write_through = || context(connection, vring).write_through;
-            let usual =
-                three.and_then(|three| Transfer::parse(three, &self.map, limits, write_through));
+            let usual = Transfer::parse(
+                &vring.queue,
+                head,
+                &self.map,
+                connection.limits(),
+                write_through,
+            );
             let (op, range, buffers) = if let Some(transfer) = usual {
                 vring.in_flight += 1;
                 let chain = InFlight {
