@@ -1,37 +1,30 @@
 //! The `ublkup` command.
 
-use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 use ublkup::command::cli::{Cli, Command, Qemu, USAGE};
-use ublkup::command::{client, doctor, probe, qemu, serve, shell};
+use ublkup::command::{client, complain, doctor, probe, qemu, serve, shell};
+use ublkup::engine::log;
 use ublkup::export::explain;
 use ublkup::export::runtime_dir::RuntimeDir;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // The journal has a clock of its own.
-    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(&cli.log))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
-    if journal {
-        log.without_time().init();
-    } else {
-        log.init();
-    }
-    match run(cli) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("ublkup: {}", explain(&error));
-            ExitCode::FAILURE
-        }
-    }
+    let result = log::start(&cli.log)
+        .context("cannot start a thread for the log")
+        .and_then(|log| {
+            let result = run(cli);
+            // Its last lines come before the error.
+            drop(log);
+            result
+        });
+    result.unwrap_or_else(|error| {
+        complain(&explain(&error));
+        ExitCode::FAILURE
+    })
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
@@ -46,7 +39,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
                 serve::run(&dir()?, exports, start)
             }
             Err(error) => {
-                eprintln!("ublkup: {error}");
+                complain(&error.to_string());
                 Ok(USAGE.into())
             }
         },
@@ -89,7 +82,7 @@ fn run_qemu(asked: &Qemu, runtime_dir: Option<&Path>) -> anyhow::Result<ExitCode
     match &asked.devices[..] {
         [device] => qemu::move_disk(monitor, device, runtime_dir),
         _ => {
-            eprintln!("ublkup: --live moves one DEVICE at a time");
+            complain("--live moves one DEVICE at a time");
             Ok(USAGE.into())
         }
     }

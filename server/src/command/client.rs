@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::left;
-use super::output::{count, print, print_json};
+use super::output::{complain, count, print, print_json};
 use crate::config::check_name;
 use crate::door::ublk::DataPath;
 use crate::engine::counters::Totals;
@@ -43,8 +43,8 @@ pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
     let mut code = ExitCode::SUCCESS;
     let mut exports = Vec::new();
     let mut dead = Vec::new();
-    let mut complain = |name: &str, why: &str| {
-        eprintln!("ublkup: {name}: {why}");
+    let mut fail = |name: &str, why: &str| {
+        complain(&format!("{name}: {why}"));
         code = ExitCode::FAILURE;
     };
     for name in dir.names()? {
@@ -52,16 +52,16 @@ pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
         match dir.is_alive(&name) {
             Ok(true) => match admin::stat(&folder.join(CONTROL), STAT_LIMIT) {
                 Ok(status) => exports.push(status),
-                Err(error) => complain(&name, &explain(&error)),
+                Err(error) => fail(&name, &explain(&error)),
             },
             Ok(false) => {
-                complain(
+                fail(
                     &name,
                     &format!("its server has died; {}", left::advice(dir, &name)),
                 );
                 dead.push(name);
             }
-            Err(error) => complain(&name, &format!("{}: {error}", not_ours(&folder))),
+            Err(error) => fail(&name, &format!("{}: {error}", not_ours(&folder))),
         }
     }
     if json {
@@ -144,10 +144,10 @@ pub fn resize(
         false => format!("{name}: {new}, was {old}\n"),
     })?;
     if resized.untold_clients > 0 {
-        eprintln!(
-            "ublkup: {name}: {} cannot be told of the new size, and will see it when connecting again",
+        complain(&format!(
+            "{name}: {} cannot be told of the new size, and will see it when connecting again",
             count(resized.untold_clients, "vhost-user client")
-        );
+        ));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -239,6 +239,10 @@ fn details(status: &ExportStatus) -> String {
             cpus.unwrap_or_default()
         ),
     ];
+    if status.lost_log_lines > 0 {
+        let lost = count(status.lost_log_lines, "line");
+        lines.push(format!("  log       {lost} could not be written"));
+    }
     if let Some(door) = &status.ublk {
         let data = match door.data {
             DataPath::ZeroCopy => ", data without a copy",
@@ -311,6 +315,7 @@ mod tests {
             write_cache: false,
             serial: "a".into(),
             poll_us: "100".into(),
+            lost_log_lines: 0,
             cpus: Some("2,3".into()),
             ublk: None,
             vhost: None,

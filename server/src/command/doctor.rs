@@ -1,6 +1,6 @@
 //! `ublkup doctor`: what this machine can and cannot do, and what servers that died left behind.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
@@ -227,10 +227,11 @@ pub fn remove(id: u32, yes: bool) -> Result<ExitCode> {
             std::io::stdin().is_terminal(),
             "standard input is no terminal, so nobody can be asked: say --yes to remove /dev/ublkb{id}"
         );
-        eprint!(
+        let question = format!(
             "Requests to /dev/ublkb{id} that wait will fail, and a file system on it loses what it had not \
              written. Remove it? [y/N] "
         );
+        let _unseen = std::io::stderr().write_all(question.as_bytes());
         let mut answer = String::new();
         std::io::stdin().read_line(&mut answer)?;
         ensure!(

@@ -11,3 +11,5 @@ mod reference;
 pub mod serve;
 pub mod shell;
 mod signals;
+
+pub use output::complain;

@@ -13,6 +13,11 @@ pub(super) fn print(text: &str) -> Result<()> {
     }
 }
 
+/// Tells the user what went wrong, or what to know. Where standard error cannot be written to, nothing can be told.
+pub fn complain(what: &str) {
+    let _lost = writeln!(io::stderr(), "ublkup: {what}");
+}
+
 /// Prints JSON for people and programs.
 pub(super) fn print_json(value: &impl Serialize) -> Result<()> {
     print(&format!("{}\n", serde_json::to_string_pretty(value)?))

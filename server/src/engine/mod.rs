@@ -26,6 +26,7 @@ mod door;
 mod end;
 pub mod event_loop;
 mod listen;
+pub mod log;
 pub mod mailbox;
 pub mod open_files;
 pub mod polling;

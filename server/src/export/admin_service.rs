@@ -13,6 +13,7 @@ use crate::door::ownership::OwnershipState;
 use crate::door::ublk::UblkDoor;
 use crate::door::vhost::SessionInfo;
 use crate::engine::counters::CounterSet;
+use crate::engine::log;
 use crate::request::MAX_DISK_BYTES;
 use crate::request::format_size;
 
@@ -132,6 +133,7 @@ impl admin::Service for Shared {
             serial: limits.serial.as_str().to_owned(),
             poll_us: config.threads.polling.to_string(),
             cpus: config.threads.cpus.as_ref().map(ToString::to_string),
+            lost_log_lines: log::lost_lines(),
             ublk: (doors.ublk.as_ref()).map(|(door, registry)| ublk_status(door, registry)),
             vhost: doors.vhost.as_ref().map(|(door, registry)| VhostStatus {
                 socket: door.path().to_owned(),

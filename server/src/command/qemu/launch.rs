@@ -18,6 +18,7 @@ use super::disk::{Disk, Target, service_address};
 use super::memory::{Board, parse_command_line};
 use super::words::quote;
 use crate::command::cli::{NOT_UPGRADABLE, USAGE};
+use crate::command::complain;
 use crate::command::output::print;
 use crate::command::probe::{Found, lookup, service};
 use crate::command::signals;
@@ -53,7 +54,7 @@ pub fn launch(launch: &Launch<'_>) -> Result<ExitCode> {
     let (disks, board) = match (parse(launch.disks), read_board(launch.command)) {
         (Ok(disks), Ok(board)) => (disks, board),
         (Err(error), _) | (_, Err(error)) => {
-            eprintln!("ublkup: {error}");
+            complain(&error.to_string());
             return Ok(USAGE.into());
         }
     };
@@ -73,10 +74,12 @@ pub fn launch(launch: &Launch<'_>) -> Result<ExitCode> {
         if let Some(why) = why_not {
             let path = disk.path.display();
             if launch.require_upgrade {
-                eprintln!("ublkup: {path}: not upgradable: {why}");
+                complain(&format!("{path}: not upgradable: {why}"));
                 return Ok(NOT_UPGRADABLE.into());
             }
-            eprintln!("ublkup: {path}: not upgraded ({why}): QEMU gets the block device");
+            complain(&format!(
+                "{path}: not upgraded ({why}): QEMU gets the block device"
+            ));
         }
         attached.push(Attached {
             disk,
@@ -205,7 +208,9 @@ fn run(words: &[OsString], options: Vec<String>, attached: Vec<Attached>) -> Res
     for one in attached {
         if let Err(error) = one.claim.release() {
             dirty = true;
-            eprintln!("ublkup: {error}: the page cache may hold outdated data of the device");
+            complain(&format!(
+                "{error}: the page cache may hold outdated data of the device"
+            ));
         }
     }
     Ok(match exit_code(status) {

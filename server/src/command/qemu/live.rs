@@ -19,6 +19,7 @@ use upgrade_proto::DiskClaim;
 use super::disk::{RECONNECT_MS, service_address};
 use super::qmp::Qmp;
 use crate::command::cli::NOT_UPGRADABLE;
+use crate::command::complain;
 use crate::command::probe::{Found, lookup, service};
 
 /// How long a guest may take to release a disk.
@@ -65,11 +66,13 @@ pub fn move_disk(socket: &Path, wanted: &str, runtime_dir: Option<&Path>) -> Res
     let mut qmp = Qmp::connect(socket)?;
     match upgrade(&mut qmp, wanted, runtime_dir) {
         Ok(said) => {
-            eprintln!("ublkup: {said}");
+            complain(&said.to_string());
             Ok(ExitCode::SUCCESS)
         }
         Err(error) if error.is::<NotUpgradable>() => {
-            eprintln!("ublkup: {wanted}: not upgraded: {error}; nothing was changed");
+            complain(&format!(
+                "{wanted}: not upgraded: {error}; nothing was changed"
+            ));
             Ok(NOT_UPGRADABLE.into())
         }
         Err(error) => Err(error.context(wanted.to_owned())),

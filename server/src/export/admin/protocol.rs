@@ -65,6 +65,9 @@ pub struct ExportStatus {
     pub poll_us: String,
     /// The processors of the queue threads, if they have some of their own.
     pub cpus: Option<String>,
+    /// Lines of the server's log that could not be written.
+    #[serde(default)]
+    pub lost_log_lines: usize,
     /// The ublk door, if it is open.
     pub ublk: Option<UblkStatus>,
     /// The vhost door, if it is open.

@@ -1,0 +1,96 @@
+//! The log, which holds up no thread: lines go to a thread of their own that writes them to standard error.
+//!
+//! What is at the other end of standard error is not ours: a file system that is full, a pipe whose reader has
+//! died or does not read. Lines that cannot be written are dropped and counted, and nothing else changes.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tracing_subscriber::EnvFilter;
+
+use super::wait::repeat_while;
+
+/// Lines that may wait to be written.
+const WAITING_LINES: usize = 4096;
+
+/// How long the last lines may take.
+const END_LIMIT: Duration = Duration::from_secs(1);
+
+const END_INTERVAL: Duration = Duration::from_millis(1);
+
+static LOST: AtomicUsize = AtomicUsize::new(0);
+
+/// Lines that could not be written.
+#[must_use]
+pub fn lost_lines() -> usize {
+    LOST.load(Ordering::Relaxed)
+}
+
+/// Starts the log. Its last lines are written when the result is dropped, for a second at most.
+///
+/// # Errors
+///
+/// When no thread can be started.
+pub fn start(filter: &str) -> io::Result<Log> {
+    let (sender, receiver) = sync_channel(WAITING_LINES);
+    let thread = std::thread::Builder::new()
+        .name("log".into())
+        .spawn(move || write_lines(&receiver))?;
+    let lines = Lines(sender.clone());
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(filter))
+        .with_writer(move || lines.clone())
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false);
+    // The journal has a clock of its own.
+    match std::env::var_os("JOURNAL_STREAM") {
+        Some(_) => log.without_time().init(),
+        None => log.init(),
+    }
+    Ok(Log { sender, thread })
+}
+
+/// The log of this process.
+#[derive(Debug)]
+pub struct Log {
+    sender: SyncSender<Option<Vec<u8>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        let full = |sent: &Result<(), _>| matches!(sent, Err(TrySendError::Full(_)));
+        let _late = repeat_while(END_LIMIT, END_INTERVAL, || self.sender.try_send(None), full);
+        let is_finished = || self.thread.is_finished();
+        repeat_while(END_LIMIT, END_INTERVAL, is_finished, |finished| !finished);
+    }
+}
+
+/// Writes lines until there is `None`.
+fn write_lines(lines: &Receiver<Option<Vec<u8>>>) {
+    while let Ok(Some(line)) = lines.recv() {
+        if io::stderr().write_all(&line).is_err() {
+            LOST.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Takes lines, one with each write.
+#[derive(Clone)]
+struct Lines(SyncSender<Option<Vec<u8>>>);
+
+impl Write for Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if self.0.try_send(Some(line.to_vec())).is_err() {
+            LOST.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
