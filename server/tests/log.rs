@@ -27,7 +27,7 @@ fn serve(lab: &Sandbox, errors: impl Into<Stdio>, level: &str) -> Child {
 }
 
 /// A client writes and reads; then the server is told to end, and does.
-fn is_as_ever(lab: &Sandbox, mut server: Child) -> Child {
+fn is_as_ever(lab: &Sandbox, mut server: Child) {
     let mut driver = Driver::running(lab.connect("d"), VERSION_1 | PROTOCOL);
     assert_eq!(driver.write(0, &[7; 512]), OK);
     assert_eq!(driver.read(0, 512), (OK, vec![7; 512]));
@@ -38,7 +38,6 @@ fn is_as_ever(lab: &Sandbox, mut server: Child) -> Child {
     kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
     assert_eq!(server.wait().unwrap().code(), Some(0));
     lab.is_clean();
-    server
 }
 
 #[test]
@@ -88,7 +87,7 @@ fn a_log_that_nobody_reads_holds_up_nobody() {
         }
         lost()
     });
-    drop(is_as_ever(&lab, server));
+    is_as_ever(&lab, server);
     let mut lines = String::new();
     reader.read_to_string(&mut lines).unwrap();
     assert!(!lines.is_empty());
