@@ -275,27 +275,25 @@ impl HeldMap {
         guest: u64,
         len_bytes: u64,
     ) -> Option<VolatileSlice<'_>> {
-        let last = self.last[purpose as usize].get();
-        if guest.wrapping_sub(last.guest) < last.len_bytes {
-            // SAFETY: `find` had it from the map, which `self` keeps.
-            unsafe { last.slice(guest, len_bytes) }
-        } else {
-            self.find(purpose, guest, len_bytes)
+        let last = &self.last[purpose as usize];
+        if guest.wrapping_sub(last.get().guest) >= last.get().len_bytes {
+            self.find(purpose, guest)?;
         }
+        // Made in one place, remembered or found: so the compiler knows the slice's length.
+        // SAFETY: `find` had the region from the map, which `self` keeps.
+        unsafe { last.get().slice(guest, len_bytes) }
     }
 
     /// Finds the region of a guest address, and remembers it.
     #[cold]
-    fn find(&self, purpose: Purpose, guest: u64, len_bytes: u64) -> Option<VolatileSlice<'_>> {
+    fn find(&self, purpose: Purpose, guest: u64) -> Option<()> {
         let (region, _) = self.map.region(guest)?;
-        let found = Found {
+        self.last[purpose as usize].set(Found {
             guest: region.address.guest,
             len_bytes: region.address.len_bytes,
             start: region.memory.start(),
-        };
-        self.last[purpose as usize].set(found);
-        // SAFETY: the region is of the map, which `self` keeps.
-        unsafe { found.slice(guest, len_bytes) }
+        });
+        Some(())
     }
 }
 
