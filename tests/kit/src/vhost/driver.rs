@@ -42,7 +42,11 @@ impl Driver {
         let mut frontend = Frontend::from_stream(stream, 0x8000);
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
-        assert_eq!(features & !offered, 0, "the device offers {offered:#x}");
+        assert_eq!(
+            features & !offered,
+            0,
+            "features that the device does not offer"
+        );
         let protocol = frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(protocol).unwrap();
         assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
