@@ -1,4 +1,4 @@
-//! A client that is gone on with by another one: live migration, as the server sees it.
+//! A client whose disk another one takes over: live migration, as the server sees it.
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 

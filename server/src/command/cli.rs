@@ -199,7 +199,7 @@ pub struct PredecessorOptions {
     pub take_over: bool,
 
     /// If a dead server left a block device that waits, remove it and make a new one: requests that wait fail, and
-    /// a file system on it loses what it had not written [default: go on with the device, or refuse to start]
+    /// a file system on it loses what it had not written [default: recover the device, or refuse to start]
     #[arg(long, conflicts_with = "take_over")]
     pub replace: bool,
 }

@@ -61,7 +61,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     for (name, error) in failures {
         let error = open_files::name_limit(error);
         if !keep_going {
-            end_all(exports, Export::give_up);
+            end_all(exports, Export::tear_down);
             return Err(error.context(name));
         }
         tracing::error!("{name}: {}", explain(&error));
@@ -71,7 +71,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         return Err(anyhow!("none of the exports could be started"));
     }
     if let Err(error) = announce(&exports) {
-        end_all(exports, Export::give_up);
+        end_all(exports, Export::tear_down);
         return Err(error.context("cannot write to standard output"));
     }
     if !await_the_end(exports, &inbox)? {

@@ -18,7 +18,7 @@ use crate::request::MAX_DISK_BYTES;
 use crate::request::format_size;
 
 impl Shared {
-    /// Whether another server could go on with this export.
+    /// Whether another server could take this export over.
     pub(super) fn may_leave(&self) -> Result<()> {
         if let StorageSpec::Memory { .. } = self.config.storage {
             bail!("what is in memory goes with its server");
@@ -35,11 +35,11 @@ impl Shared {
         Ok(())
     }
 
-    /// Takes the disk away from those who might begin to use it.
+    /// Takes the disk away from programs that might begin to use it.
     ///
     /// # Errors
     ///
-    /// Who uses it already.
+    /// Names the program that uses it already.
     fn close_if_unused(&self) -> Result<()> {
         const FORCE: &str = "stop --force stops it all the same";
         match self.access.state() {
@@ -63,7 +63,9 @@ impl Shared {
         if let Some((door, _)) = &doors.ublk
             && !door.close_unless_open()?
         {
-            let user = door.user().unwrap_or("nobody we can see".into());
+            let user = door
+                .user()
+                .unwrap_or("a process that this server cannot see".into());
             bail!(
                 "in use: {} is open: {user} ({FORCE})",
                 door.block_path().display()
@@ -82,7 +84,7 @@ impl Shared {
             tracing::error!("{}: {error}", self.config.name);
         }
         if let Some((door, _)) = &doors.vhost {
-            // Who cannot be told sees it when it connects anew.
+            // A client that cannot be told sees it when it connects anew.
             let _ = door.tell_new_size();
         }
     }
@@ -140,7 +142,7 @@ impl admin::Service for Shared {
                 queues: config.queues,
                 threads: config.vhost_threads,
                 upgrade: doors
-                    .offer
+                    .upgrade
                     .iter()
                     .flat_map(UpgradeListener::ways)
                     .map(str::to_owned)
@@ -213,7 +215,7 @@ impl admin::Service for Shared {
             self.close_if_unused()?;
         }
         let name = self.config.name.clone();
-        // Nobody listens any more when the server is on its way out, and then it stops anyway.
+        // The receiver is gone when the server is ending, and then the export stops anyway.
         let _ = self.events.send(Event::Stop { name });
         match self.await_end() {
             State::Left => bail!("it has just been left to another server: stop it there"),
@@ -229,7 +231,7 @@ impl admin::Service for Shared {
         let name = self.config.name.clone();
         // As above.
         let _ = self.events.send(Event::Leave { name });
-        // If somebody else has stopped it the name is free as well.
+        // If another command has stopped it the name is free as well.
         self.await_end();
         Ok(())
     }

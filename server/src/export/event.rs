@@ -25,12 +25,12 @@ impl fmt::Display for Door {
 pub enum Event {
     /// A signal that asks the server to end.
     Signal(i32),
-    /// Somebody asked to stop this export.
+    /// A command asked to stop this export.
     Stop {
         /// The export.
         name: String,
     },
-    /// Somebody asked to leave this export to another server.
+    /// A server asked for this export.
     Leave {
         /// The export.
         name: String,

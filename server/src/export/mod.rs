@@ -51,10 +51,10 @@ pub struct Export {
 }
 
 impl Export {
-    /// Claims the name, opens the backend, opens the doors. On failure nothing is left behind but
+    /// Claims the name, opens the storage, opens the doors. On failure nothing is left behind but
     /// what was there.
     ///
-    /// A block device that waits for a server is gone on with or left as it is, and still waits after a failure,
+    /// A block device that waits for a server is recovered or left as it is, and still waits after a failure,
     /// unless it is to be [replaced](Predecessor::Replace).
     ///
     /// # Errors
@@ -72,14 +72,14 @@ impl Export {
             false => dir.claim(&config.name)?,
         };
         crash::point("claimed");
-        let house = Opening {
+        let opening = Opening {
             config: &config,
             dir,
             claim: &claim,
             events: &events,
             replace: predecessor == Predecessor::Replace,
         };
-        let finished = match house.open_backend() {
+        let finished = match opening.open_storage() {
             Ok(opened) => Self::finish(opened, config, &claim, events),
             Err(error) => Err(error),
         };
@@ -92,7 +92,7 @@ impl Export {
             Err(error) if take_over && claim.left_device().is_some() => {
                 let name = claim.name();
                 Err(error.context(format!(
-                    "nobody serves it now, and its block device waits (ublkup recover {name})"
+                    "no server has it now, and its block device waits (ublkup recover {name})"
                 )))
             }
             Err(error) => Err(error),
@@ -143,8 +143,8 @@ impl Export {
     /// Closes a door that closed by itself; whether another is still open.
     pub fn close(&mut self, door: Door) -> bool {
         let mut doors = self.shared.doors();
-        // Whichever door goes, nobody can come from one to the other any more.
-        let offer = doors.offer.take();
+        // Whichever door goes, no client can come from one to the other any more.
+        let upgrade = doors.upgrade.take();
         let closed = match door {
             Door::Ublk => {
                 self.shared.access.forget_block_door();
@@ -155,7 +155,7 @@ impl Export {
         let left = doors.ublk.is_some() || doors.vhost.is_some();
         // Closing takes time; `stat` must not wait for it.
         drop(doors);
-        drop(offer);
+        drop(upgrade);
         if let Some(closed) = closed {
             closed.close(&self.shared.config.name, &self.claim);
         }
@@ -165,7 +165,7 @@ impl Export {
     /// Ends serving, and leaves block device and clients to another server: what is under way is
     /// finished, clients are hung up on as if this server had died, the notes stay.
     ///
-    /// An export that nobody could go on with is stopped.
+    /// An export that no server could take over is stopped.
     pub fn leave(self) {
         if let Err(error) = self.shared.may_leave() {
             tracing::warn!("{}: {error:#}: it is stopped", self.shared.config.name);
@@ -182,8 +182,8 @@ impl Export {
     }
 
     /// Ends serving because something else failed: a block device that was another server's before is
-    /// left to the next who tries, all else goes.
-    pub fn give_up(self) {
+    /// left to the next server, all else goes.
+    pub fn tear_down(self) {
         if self.shared.doors().is_inherited {
             self.leave();
         } else {
@@ -197,7 +197,7 @@ impl Export {
         tracing::info!("{}: stopped", self.shared.config.name);
         drop(self.claim);
         self.shared.set_ended(State::Stopped);
-        // Waits until those who asked for the stop have their answer.
+        // Waits until the clients that asked for the stop have their answer.
         drop(self.admin);
     }
 }
@@ -211,7 +211,7 @@ pub fn remove_left_device(name: &NameLock) -> Result<Option<u32>> {
     recovery::clean(&recovery::Kernel, name)
 }
 
-/// Notes what is served, and listens to those who ask for it.
+/// Notes what is served, and listens for commands.
 fn publish(shared: &Arc<Shared>, claim: &NameLock) -> Result<Listening> {
     let served = serde_json::to_string(&shared.config.saved)?;
     claim

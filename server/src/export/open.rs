@@ -53,7 +53,7 @@ pub(super) struct Opening<'a> {
 pub(super) type Opened = (Doors, Arc<dyn StorageControl>, Arc<Ownership>);
 
 impl Opening<'_> {
-    pub(super) fn open_backend(&self) -> Result<Opened> {
+    pub(super) fn open_storage(&self) -> Result<Opened> {
         let config = self.config;
         match &config.storage {
             StorageSpec::Null { size_bytes } => {
@@ -91,7 +91,7 @@ impl Opening<'_> {
     fn open_doors<B: Storage>(&self, mut disk: B) -> Result<Opened> {
         let recoverable = match self.begin(&disk)? {
             Beginning::New => None,
-            Beginning::GoOn { id, limits } => {
+            Beginning::Recover { id, limits } => {
                 *disk.limits_mut() = limits;
                 Some(id)
             }
@@ -126,7 +126,7 @@ impl Opening<'_> {
             Some(writes) if returns => access.open_for_return(writes),
             writes => access.open(writes),
         }
-        doors.offer = self.offer(&doors);
+        doors.upgrade = self.listen_for_upgrades(&doors);
         Ok((doors, disk, access))
     }
 
@@ -181,7 +181,7 @@ impl Opening<'_> {
         let (ended, export) = (self.events.clone(), config.name.clone());
         let on_end = move |end| {
             let why = match end {
-                DoorEnd::Outside => "somebody else removed its device".to_owned(),
+                DoorEnd::Outside => "another program removed its device".to_owned(),
                 DoorEnd::Failed(error) => error.to_string(),
             };
             let closed = Event::Closed {
@@ -262,11 +262,11 @@ impl Opening<'_> {
 
     /// Offers the upgrade from the block device to the vhost door, if there are both. The doors work
     /// without it.
-    fn offer(&self, doors: &Doors) -> Option<UpgradeListener> {
+    fn listen_for_upgrades(&self, doors: &Doors) -> Option<UpgradeListener> {
         let ((ublk, _), (vhost, _)) = doors.ublk.as_ref().zip(doors.vhost.as_ref())?;
         let name = &self.config.name;
         match UpgradeListener::start(name, ublk, self.dir.path(), vhost.adopter()) {
-            Ok(offer) => Some(offer),
+            Ok(listener) => Some(listener),
             Err(error) => {
                 let disk = ublk.block_path();
                 tracing::warn!("{name}: no upgrade from {}: {error:#}", disk.display());

@@ -1,7 +1,7 @@
 //! What becomes of the block device that an earlier server of the name left.
 //!
 //! All commands that meet such a device decide here. A device that waits for a server has users, who
-//! wait with it: a server goes on with it or leaves it as it is. It is removed only if a person has said
+//! wait with it: a server recovers it or leaves it as it is. It is removed only if a person has said
 //! so. `docs/recovery.md` has the table of all cases, which the tests walk.
 
 use anyhow::{Result, bail, ensure};
@@ -69,7 +69,7 @@ pub(super) enum Beginning {
     /// Without a device of before.
     New,
     /// With the device that waits, whose users see these limits.
-    GoOn { id: u32, limits: Limits },
+    Recover { id: u32, limits: Limits },
 }
 
 /// Decides how a server begins, and removes what is in its way and of use to no program: a dead device.
@@ -92,11 +92,11 @@ pub(super) fn begin(
     match driver.state(id)? {
         DeviceState::Gone => {}
         DeviceState::Dead => driver.remove(id)?,
-        DeviceState::Waiting(device) => match go_on(id, &note, &device, wanted) {
-            Ok(limits) if !wanted.replace => return Ok(Beginning::GoOn { id, limits }),
+        DeviceState::Waiting(device) => match recover(id, &note, &device, wanted) {
+            Ok(limits) if !wanted.replace => return Ok(Beginning::Recover { id, limits }),
             Err(why) if !wanted.replace => bail!(
-                "/dev/ublkb{id} waits for a server, and this one cannot go on with it: {why}. It is left as \
-                 it is, with all that is mounted on it. If nobody needs it any more: --replace, or \
+                "/dev/ublkb{id} waits for a server, and this one cannot recover it: {why}. It is left as it is, \
+                 with all that is mounted on it. If it is no longer needed: --replace, or \
                  'ublkup doctor --clean', removes it, and requests that wait fail"
             ),
             _ => {
@@ -147,8 +147,8 @@ fn noted_device(driver: &impl Driver, note: &DeviceNote) -> Result<Option<u32>, 
     }
 }
 
-/// The limits of an export that goes on with a device; why it cannot, otherwise.
-fn go_on(id: u32, note: &DeviceNote, device: &Limits, wanted: &Wanted<'_>) -> Result<Limits> {
+/// The limits of an export that recovers a device; why it cannot, otherwise.
+fn recover(id: u32, note: &DeviceNote, device: &Limits, wanted: &Wanted<'_>) -> Result<Limits> {
     ensure!(
         wanted.opens_ublk,
         "its ublk door would stay closed (option ublk)"
@@ -175,8 +175,8 @@ fn go_on(id: u32, note: &DeviceNote, device: &Limits, wanted: &Wanted<'_>) -> Re
     fit(wanted.limits, device)
 }
 
-/// The limits of a storage behind a device that exists already. What users of the device rely on stays: how the
-/// storage looks today may be another matter, after an update of the kernel, say, or when its image was
+/// The limits of a storage behind a device that exists already. What users of the device rely on stays: the
+/// storage may have other limits today, after an update of the kernel, say, or when its image was
 /// copied by reference.
 fn fit(storage: &Limits, device: &Limits) -> Result<Limits> {
     let word = |read_only| if read_only { "read-only" } else { "writable" };

@@ -63,7 +63,7 @@ enum Command {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    GoesOn,
+    Recovers,
     New,
     Removes,
     Refuses,
@@ -240,9 +240,9 @@ impl World {
             },
             Command::Serve => self.serve(false).map_or_else(refused, |begun| match begun {
                 Beginning::New => (Outcome::New, String::new()),
-                Beginning::GoOn { id, limits } => {
+                Beginning::Recover { id, limits } => {
                     assert_eq!((id, limits.block_bytes), (3, 512), "{:?}", self.case);
-                    (Outcome::GoesOn, String::new())
+                    (Outcome::Recovers, String::new())
                 }
             }),
             Command::Replace => self
@@ -307,7 +307,7 @@ fn expected(case: Case, command: Command) -> Outcome {
         Command::Replace => Outcome::Removes,
         Command::Serve if case.options != Options::Same => Outcome::Refuses,
         Command::Serve => match (case.image, case.notes) {
-            (Image::Same | Image::Larger, _) | (Image::Replaced, Notes::Old) => Outcome::GoesOn,
+            (Image::Same | Image::Larger, _) | (Image::Replaced, Notes::Old) => Outcome::Recovers,
             _ => Outcome::Refuses,
         },
     }
@@ -587,7 +587,7 @@ fn the_table_in_the_docs_is_what_happens() {
         for command in COMMANDS {
             let is_dead = case.device == Device::Dead;
             let words = match (World::new(case).run(command).0, command) {
-                (Outcome::GoesOn, _) => "goes on with it",
+                (Outcome::Recovers, _) => "recovers it",
                 (Outcome::New, _) => "makes a new one",
                 (Outcome::Removes, Command::Clean) => "removes it",
                 (Outcome::Removes, _) if is_dead => "removes it, makes a new one",

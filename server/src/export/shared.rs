@@ -38,7 +38,7 @@ pub(super) struct Doors {
     /// Whether the block device was taken over from another server.
     pub(super) is_inherited: bool,
     /// Declared before the doors that it leads to.
-    pub(super) offer: Option<UpgradeListener>,
+    pub(super) upgrade: Option<UpgradeListener>,
     pub(super) ublk: Option<Counted<UblkDoor>>,
     pub(super) vhost: Option<Counted<VhostDoor>>,
 }
@@ -89,13 +89,13 @@ impl Shared {
     /// device stays.
     pub(super) fn close_doors(&self, claim: &NameLock, is_left: bool) {
         let name = &self.config.name;
-        let (offer, ublk, vhost) = {
+        let (upgrade, ublk, vhost) = {
             let mut doors = self.doors();
             doors.state = State::Stopping;
-            (doors.offer.take(), doors.ublk.take(), doors.vhost.take())
+            (doors.upgrade.take(), doors.ublk.take(), doors.vhost.take())
         };
         // Before the block device, whose removal waits for pending connections to it.
-        drop(offer);
+        drop(upgrade);
         // From here on ownership stays as it is noted.
         self.access.close();
         // The ublk door first: it may have a file system on it that wants to write.

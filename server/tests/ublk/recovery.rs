@@ -1,4 +1,4 @@
-//! A server dies, the block device stays, and the next server goes on with it.
+//! A server dies, the block device stays, and the next server recovers it.
 
 use std::fs::File;
 use std::io::{Read, Write};

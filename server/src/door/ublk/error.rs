@@ -81,7 +81,7 @@ pub enum UblkError {
         /// What open(2) answered.
         source: io::Error,
     },
-    /// The character device does not belong to who made it.
+    /// The character device does not belong to the user who made it.
     #[error(
         "/dev/ublkc{id} does not become ours: the udev rules are missing that give users their devices (docs/operations.md); root removes it with `ublkup doctor --clean`"
     )]
@@ -119,7 +119,7 @@ pub enum UblkError {
         /// How long we waited.
         limit: Duration,
     },
-    /// The device to be removed, or to be gone on with, is not dead.
+    /// The device to be removed, or to be recovered, is not dead.
     #[error("ublk{id} is left alone: {why}")]
     Alive {
         /// The device.

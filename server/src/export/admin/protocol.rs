@@ -49,7 +49,7 @@ pub struct ExportStatus {
     pub access: OwnershipState,
     /// The server's process.
     pub pid: u32,
-    /// The backend, as a SPEC.
+    /// The storage, as a SPEC.
     pub backend: String,
     /// Size of the disk.
     pub size_bytes: u64,
@@ -83,7 +83,7 @@ pub struct UblkStatus {
     pub queues: u16,
     /// Requests under way per queue at most.
     pub depth: u16,
-    /// How data gets to the backend and back.
+    /// How data gets to the storage and back.
     pub data: DataPath,
     /// What it has of what the driver offers, as the driver names it.
     pub features: Vec<String>,

@@ -36,7 +36,7 @@ pub trait Service: Send + Sync + 'static {
     ///
     /// Who uses it, unless that is no matter.
     fn stop(&self, force: bool) -> Result<()>;
-    /// Answers `leave`: returns when the export is another server's to go on with.
+    /// Answers `leave`: returns when another server may take the export over.
     ///
     /// # Errors
     ///
@@ -102,7 +102,7 @@ impl Drop for Client {
     }
 }
 
-/// An admin socket that listens. Dropping it waits until those who asked have their answers.
+/// An admin socket that listens. Dropping it waits until all clients have their answers.
 #[derive(Debug)]
 pub struct Listening {
     accepting: Option<Registration>,
