@@ -266,7 +266,7 @@ fn first_points() -> &'static [&'static str] {
 /// batch, of which there are three at least.
 fn passes(point: &str) -> [u32; 3] {
     match point {
-        "answers-shown" | "batch-noted" => [1, 2, 3],
+        "answers-published" | "batch-noted" => [1, 2, 3],
         _ => [1, 6, CHAINS.into()],
     }
 }
@@ -299,7 +299,7 @@ fn requests_survive_servers_that_are_killed_while_they_do_them_again() {
 #[test]
 fn requests_survive_servers_that_are_killed_while_they_repair_the_record() {
     let unnoted = [
-        "answers-shown:2",
+        "answers-published:2",
         "answer-off-record:1",
         "answer-off-record:5",
     ];
@@ -311,7 +311,7 @@ fn requests_survive_servers_that_are_killed_while_they_repair_the_record() {
         die(
             CHAINS,
             SLOW,
-            &["answers-shown:1", &at(point, 1), "answers-shown:1"],
+            &["answers-published:1", &at(point, 1), "answers-published:1"],
         );
     }
 }

@@ -231,7 +231,7 @@ fn details(status: &ExportStatus) -> String {
             status.block_bytes,
             status.serial,
         ),
-        format!("  backend   {}", status.backend),
+        format!("  storage   {}", status.backend),
         format!("  server    pid {}", status.pid),
         format!(
             "  threads   poll-us {}{}",

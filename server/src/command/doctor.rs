@@ -218,14 +218,14 @@ fn waiting_devices(dir: &RuntimeDir) -> Vec<Finding> {
 ///
 /// # Errors
 ///
-/// When it has one, or nobody confirms it.
+/// When it has one, or the removal is not confirmed.
 pub fn remove(id: u32, yes: bool) -> Result<ExitCode> {
     let state = ublk::device_state(id)?;
     ensure!(state != DeviceState::Gone, "there is no /dev/ublkc{id}");
     if !yes {
         ensure!(
             std::io::stdin().is_terminal(),
-            "standard input is no terminal, so nobody can be asked: say --yes to remove /dev/ublkb{id}"
+            "standard input is no terminal, so the question cannot be asked: say --yes to remove /dev/ublkb{id}"
         );
         let question = format!(
             "Requests to /dev/ublkb{id} that wait will fail, and a file system on it loses what it had not \

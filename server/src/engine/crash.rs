@@ -58,7 +58,7 @@ mod armed {
         "answer-linked",
         "answer-in-batch",
         "answer-written",
-        "answers-shown",
+        "answers-published",
         "answer-off-record",
         "batch-noted",
         "repair-begun",

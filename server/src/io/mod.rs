@@ -1,6 +1,6 @@
 //! io_uring and what goes with it. Knows nothing of disks.
 //!
-//! A [`Ring`] belongs to one thread. What is put on it carries a [`Token`] that says who gets the
+//! A [`Ring`] belongs to one thread. What is put on it carries a [`Token`] that says what gets the
 //! completion. A [`SlotTable`] holds what is in flight.
 
 mod anonymous;

@@ -10,7 +10,7 @@ pub type Buffer = libc::iovec;
 /// registered with its thread's ring.
 ///
 /// The door guarantees that the list and the memory it names stay valid and mapped until the
-/// request is finished. The backend may move them forward (short transfers).
+/// request is finished. The storage may move them forward (short transfers).
 #[derive(Debug)]
 pub struct Buffers(Place);
 
@@ -82,7 +82,7 @@ impl Buffers {
         })
     }
 
-    /// The first `len_bytes` of a buffer in the ring's table. Only for backends that take such
+    /// The first `len_bytes` of a buffer in the ring's table. Only for storages that take such
     /// (`Storage::ring_buffers`).
     #[must_use]
     pub fn in_ring(index: u16, len_bytes: usize) -> Self {
@@ -108,7 +108,7 @@ impl Buffers {
         match self.0 {
             Place::Memory { list, next, count } if count > next => {
                 // SAFETY: `from_list` requires the list to outlive the request, which owns `self`;
-                // nobody else writes to it meanwhile.
+                // nothing else writes to it meanwhile.
                 unsafe {
                     std::slice::from_raw_parts(list.add(next as usize), (count - next) as usize)
                 }

@@ -16,7 +16,7 @@ pub enum Op {
     Discard,
     /// The range reads as zeroes afterwards.
     WriteZeroes {
-        /// The backend may release the storage behind the range.
+        /// The storage may release the space behind the range.
         unmap: bool,
         /// Force unit access: durable at completion.
         fua: bool,

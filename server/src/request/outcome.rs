@@ -46,10 +46,10 @@ impl IoError {
     }
 }
 
-/// How a request ended. Success always means the whole request: backends resume short transfers.
+/// How a request ended. Success always means the whole request: storages resume short transfers.
 pub type Outcome = Result<(), IoError>;
 
-/// What a backend says after it was given a request or a completion.
+/// What a storage says after it was given a request or a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Progress {

@@ -89,15 +89,15 @@ fn recovery_flags(wanted: Recovery, features: Features) -> Result<u32, UblkError
     })
 }
 
-/// How data shall get to the backend of a new device and back.
+/// How data shall get to the storage of a new device and back.
 fn data_path(
     wanted: DataPath,
-    backend: RingBuffers,
+    storage: RingBuffers,
     features: Features,
 ) -> Result<DataPath, UblkError> {
     let driver = features.has(sys::UBLK_F_AUTO_BUF_REG);
     match wanted {
-        DataPath::Auto if driver && matches!(backend, RingBuffers::Better { .. }) => {
+        DataPath::Auto if driver && matches!(storage, RingBuffers::Better { .. }) => {
             Ok(DataPath::ZeroCopy)
         }
         DataPath::Auto | DataPath::Copy => Ok(DataPath::Copy),
@@ -109,14 +109,14 @@ fn data_path(
             "this kernel's driver cannot do without a copy (UBLK_F_AUTO_BUF_REG, Linux 6.16)"
                 .into(),
         )),
-        DataPath::ZeroCopy if backend == RingBuffers::No => Err(UblkError::Config(
+        DataPath::ZeroCopy if storage == RingBuffers::No => Err(UblkError::Config(
             "a disk in memory cannot do without a copy; leave --ublk-data away".into(),
         )),
         DataPath::ZeroCopy => Ok(DataPath::ZeroCopy),
     }
 }
 
-/// How data gets to the backend of an ordinary user's device: as the driver trusts nobody else.
+/// How data gets to the storage of an ordinary user's device: the driver lets only itself copy it.
 fn only_copied(wanted: DataPath) -> Result<DataPath, UblkError> {
     match wanted {
         DataPath::Auto | DataPath::Copy => Ok(DataPath::Copy),
@@ -137,7 +137,7 @@ fn no_recovery(wanted: Recovery) -> Result<u32, UblkError> {
     }
 }
 
-/// How data gets to the backend of a device and back.
+/// How data gets to the storage of a device and back.
 pub(super) fn data_path_of(info: &sys::ublksrv_ctrl_dev_info) -> DataPath {
     let features = Features(info.flags);
     if features.has(sys::UBLK_F_AUTO_BUF_REG) {

@@ -16,8 +16,8 @@ pub struct UblkConfig {
     pub depth: u16,
     /// How queue threads run.
     pub threads: ThreadOptions,
-    /// Whether the thread of a queue runs only where the requests of that queue come from. If nobody says,
-    /// it does where there are several queues and nobody chose processors for the threads or this process.
+    /// Whether the thread of a queue runs only where the requests of that queue come from. By default
+    /// it does with several queues, unless processors are chosen for the threads or for this process.
     pub affinity: Option<bool>,
     /// Whether the kernel looks for partitions when the disk appears.
     pub scan_partitions: bool,
@@ -104,10 +104,10 @@ pub struct Facts {
     pub affinity: Option<Vec<Cpus>>,
 }
 
-/// How a door ended that nobody stopped.
+/// How a door ended that was not stopped.
 #[derive(Debug)]
 pub enum DoorEnd {
-    /// Somebody stopped or deleted the device behind our back. It is removed.
+    /// Another program stopped or deleted the device. It is removed.
     Outside,
     /// A queue failed, or the device could not be removed.
     Failed(UblkError),

@@ -46,7 +46,7 @@ pub(super) struct Device {
     queues: QueueThreads,
     removed: bool,
     /// It was made by a server that died, and is not ours yet: if it cannot be taken over, it stays
-    /// for the next who tries.
+    /// for the next server.
     others: bool,
     facts: Facts,
 }
@@ -55,16 +55,16 @@ impl Device {
     /// Adds a device, starts its queue threads and makes the disk appear.
     pub(super) fn start<B: Storage>(
         config: &UblkConfig,
-        backend: &Arc<B>,
+        storage: &Arc<B>,
         counters: impl FnMut() -> Arc<Counters>,
     ) -> Result<Self, UblkError> {
         check_queues(config.queues, config.depth)?;
-        let limits = backend.limits();
+        let limits = storage.limits();
         let page = page_bytes();
         let params = params(limits, buffer_bytes(limits, page), page)?;
         let control = Control::open()?;
         let features = control.features()?;
-        let ring_buffers = backend.ring_buffers();
+        let ring_buffers = storage.ring_buffers();
         let chosen = choice::of(config, ring_buffers, features, is_administrator()?)?;
         let alignment_bytes = match ring_buffers {
             RingBuffers::Better { alignment_bytes } if chosen.data == DataPath::ZeroCopy => {
@@ -121,7 +121,7 @@ impl Device {
             _ => None,
         };
         let (queues, facts) = (&mut device.queues, &device.facts);
-        let started = queues.start(&info, config, facts, &char_device, backend, counters);
+        let started = queues.start(&info, config, facts, &char_device, storage, counters);
         drop(char_device);
         started.map_err(|error| device.failed_start(error))?;
         crash::point("before-start");
@@ -191,7 +191,7 @@ impl Device {
             .map_or_else(Weak::new, Arc::downgrade)
     }
 
-    /// Stops the device unless somebody has the disk open. Returns what the driver answered.
+    /// Stops the device unless its disk is open. Returns what the driver answered.
     pub(super) fn stop_unless_open(&self) -> Result<(), UblkError> {
         self.control.stop_unless_open(self.id)
     }

@@ -147,7 +147,7 @@ impl UblkDoor {
     ///
     /// When the driver cannot (Linux 6.16 can).
     pub fn resize(&self, capacity_bytes: u64) -> Result<(), UblkError> {
-        // While it is open nobody else's device has the number.
+        // While it is open no other device has the number.
         let Some(_open) = self.char_device() else {
             return Err(UblkError::Config(format!(
                 "ublk{} has just been removed",
@@ -182,11 +182,11 @@ impl UblkDoor {
         self.end(Device::take_down)
     }
 
-    /// As [`stop`](Self::stop), in two steps: if nobody has the disk open it goes away and stays away,
+    /// As [`stop`](Self::stop), in two steps: if the disk is not open it goes away and stays away,
     /// and `stop` does the rest. Otherwise nothing happens, and the answer is false.
     ///
-    /// A driver before Linux 7.0 cannot be asked; then this looks who has it open and takes nothing
-    /// away.
+    /// A driver before Linux 7.0 cannot be asked; then `/proc` tells which processes have it open, and nothing is
+    /// taken away.
     ///
     /// # Errors
     ///

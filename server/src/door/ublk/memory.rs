@@ -146,7 +146,7 @@ impl IoBuffers {
     ) -> Result<(), IoError> {
         assert!(len_bytes <= self.each_bytes, "longer than its buffer");
         // SAFETY: the buffer is mapped as long as `self` and belongs to the request of its tag,
-        // which is in nobody else's hands between its fetch and its start, and between its end and
+        // which no other code uses between its fetch and its start, and between its end and
         // its commit.
         let buffer = unsafe { std::slice::from_raw_parts_mut(self.start(tag), len_bytes) };
         let first = u64::from(sys::UBLKSRV_IO_BUF_OFFSET)

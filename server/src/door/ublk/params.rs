@@ -119,7 +119,7 @@ const _: () = {
 };
 
 impl Params {
-    /// Parameters; and if backends reach the data of requests themselves, how it must lie in memory.
+    /// Parameters; and if storages reach the data of requests themselves, how it must lie in memory.
     pub(super) fn new(known: sys::ublk_params, alignment_bytes: Option<u32>) -> Self {
         let mut params = Self {
             len: known.len,

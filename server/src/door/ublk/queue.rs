@@ -51,7 +51,7 @@ pub(super) struct QueueConfig {
     pub(super) fault: Arc<AtomicI32>,
     /// Begins without writes, until they are accepted.
     pub(super) refuse_writes: bool,
-    /// How data gets to the backend and back. With [`DataPath::ZeroCopy`] the driver registers it
+    /// How data gets to the storage and back. With [`DataPath::ZeroCopy`] the driver registers it
     /// with the ring, at the index of the tag.
     pub(super) data: DataPath,
     /// Whether the driver lets us copy, also with [`DataPath::ZeroCopy`].

@@ -212,7 +212,7 @@ fn delete(control: &Control, id: u32) -> Result<(), UblkError> {
     }
 }
 
-/// Whether we may have made a device. Anybody may give theirs a mark that they have read somewhere.
+/// Whether we may have made a device. Any user may give a device a mark that was read somewhere.
 fn may_be_ours(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     let ordinary_users = info.flags & u64::from(sys::UBLK_F_UNPRIVILEGED_DEV) != 0;
     !ordinary_users || info.owner_uid == rustix::process::geteuid().as_raw()

@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 /// The first processes named; more are only counted.
 const NAMED: usize = 3;
 
-/// Who has the disk with this number open, as far as this process can see; `None` if nobody.
+/// The processes that have the disk with this number open, as far as this process can see; `None` if there are none.
 pub(super) fn openers(disk: (u32, u32)) -> Option<String> {
     let processes = fs::read_dir("/proc").ok()?.flatten();
     let found: Vec<_> = processes
@@ -36,7 +36,7 @@ fn has_open(process: &Path, disk: (u32, u32)) -> bool {
         return false;
     };
     files.flatten().any(|file| {
-        // Asks nobody: somebody may have files open whose own server does not answer.
+        // Nothing that may block: a process may have files open whose own server does not answer.
         let known = statx(CWD, file.path(), AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE);
         known.is_ok_and(|known| {
             let kind = FileType::from_raw_mode(known.stx_mode.into());

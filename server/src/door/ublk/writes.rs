@@ -12,7 +12,7 @@ use crate::request::IoError;
 pub(super) struct Writes {
     refused: bool,
     running: u32,
-    /// Who waits for the last of them.
+    /// The senders for the threads that wait for the last of them.
     waiting: Vec<mpsc::Sender<()>>,
 }
 
@@ -57,7 +57,7 @@ impl Writes {
     fn tell(&mut self) {
         if self.running == 0 {
             for drained in self.waiting.drain(..) {
-                // Who waits no longer needs no answer.
+                // A receiver that no longer waits needs no answer.
                 let _ = drained.send(());
             }
         }

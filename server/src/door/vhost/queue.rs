@@ -124,7 +124,7 @@ impl VhostQueues {
         let Some(vring) = &mut self.vrings[local] else {
             return;
         };
-        // Not marked any more once it is given up.
+        // Not marked any more once it is broken.
         if let Some(logging) = &self.logging {
             vring.log_used(&logging.log);
         }
@@ -169,8 +169,8 @@ impl VhostQueues {
         false
     }
 
-    /// Starts the request of a chain in any layout, or answers it. The request's data are so many buffers of the
-    /// slot.
+    /// Starts the request of a chain in any layout, or answers it. Returns its operation, its range, and the number of
+    /// the slot's buffers that are its data.
     fn admit(&mut self, local: usize, head: u16, slot: Slot) -> Option<(Op, Range, usize)> {
         let vring = self.vrings[local].as_deref_mut()?;
         let chain = vring.queue.chain(head, &self.map);
@@ -291,8 +291,8 @@ impl DoorQueue for VhostQueues {
             return;
         };
         if completion.token.kind == Kind::Call as u16 {
-            // What became of it does not matter: a client that closed or filled its descriptor
-            // has itself to blame. What is due meanwhile goes out at the end of the round.
+            // The result does not matter: only a client that closed or filled its descriptor misses a
+            // notification. What is due meanwhile goes out at the end of the round.
             vring.call_armed = false;
             vring.call_cancelled = false;
             vring.calling = None;
@@ -371,7 +371,7 @@ impl DoorQueue for VhostQueues {
                 self.answers_left -= 1;
                 continue;
             };
-            // SAFETY: so many were filled. They belong to the slot, which is given back when the request
+            // SAFETY: that many were filled. They belong to the slot, which is given back when the request
             // is finished, and `in_flight` keeps the map.
             let buffers = unsafe { self.lists.lend(slot as usize, buffers) };
             return Some((slot, Request::new(op, range, buffers)));
@@ -430,7 +430,7 @@ impl DoorQueue for VhostQueues {
             }
             let called = vring.call(ring);
             let drained = called.and_then(|()| vring.drain(ring));
-            let looked = if vring.is_watched() {
+            let polled = if vring.is_watched() {
                 vring.queue.poll().map(|_| ())
             } else {
                 Ok(())
@@ -443,7 +443,7 @@ impl DoorQueue for VhostQueues {
             } else {
                 left = true;
                 self.expect_room(drained.map(|_| ()));
-                if let Err(error) = looked {
+                if let Err(error) = polled {
                     self.break_vring(ring, local, error);
                 }
             }

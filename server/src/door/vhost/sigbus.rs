@@ -85,7 +85,7 @@ impl Drop for Watch {
     }
 }
 
-/// How many mappings were poisoned so far: a cheap way to learn that one should look.
+/// How many mappings were poisoned so far: a cheap test whether a check of the maps is due.
 pub(super) fn poisonings() -> u64 {
     POISONINGS.load(Ordering::Relaxed)
 }

@@ -27,7 +27,7 @@ pub enum SocketError {
         .0.display(), .0.as_os_str().len()
     )]
     PathTooLong(PathBuf),
-    /// Somebody listens there.
+    /// A process listens there.
     #[error("{}: socket in use; stop the server that listens on it or choose another path", .0.display())]
     InUse(PathBuf),
     /// Something else is there.

@@ -350,7 +350,7 @@ impl Virtqueue {
         self.published_used = self.next_used;
         notify::publish(&self.memory, self.next_used);
         if let Some(inflight) = &mut self.inflight {
-            crash::request_point("answers-shown");
+            crash::request_point("answers-published");
             inflight.published(self.next_used);
         }
     }

@@ -65,7 +65,7 @@ pub(super) struct Vring {
     pub(super) count: Box<u64>,
     pub(super) kick_armed: bool,
     pub(super) call: Option<OwnedFd>,
-    /// How it is to be written, once that was found out.
+    /// The flags of its writes, once they were determined.
     call_flags: Option<squeue::Flags>,
     /// The descriptor of the write in flight.
     pub(super) calling: Option<OwnedFd>,
@@ -249,8 +249,8 @@ impl Vring {
     /// Notifies the driver if it is due and no notification is in flight.
     pub(super) fn call(&mut self, ring: &mut Ring) -> Result<(), Full> {
         // One that was cancelled, because the client does not take it and the vring is to go, is not begun again.
-        let given_up = (self.stopping.as_ref()).is_some_and(|stopping| stopping.cancelled);
-        if !self.call_due || self.call_armed || given_up {
+        let cancelled = (self.stopping.as_ref()).is_some_and(|stopping| stopping.cancelled);
+        if !self.call_due || self.call_armed || cancelled {
             return Ok(());
         }
         let Some(call) = self.call.as_ref() else {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, squeue, types};
 
-/// How often a command that may be given up is looked after.
+/// How often the cancellation of a command is polled.
 const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How an operation with a time limit ended.
@@ -17,8 +17,8 @@ pub(super) enum End {
     NoRing(io::Error),
     /// It may be under way still: the ring broke.
     Lost(io::Error),
-    /// It is under way still: whoever started it lost interest.
-    GivenUp,
+    /// It is under way still: the caller cancelled the wait.
+    Cancelled,
     /// It is under way still: the time is over.
     NoAnswer,
 }
@@ -32,7 +32,7 @@ pub(super) enum End {
 pub(super) unsafe fn run_bounded(
     sqe: &squeue::Entry128,
     limit: Duration,
-    give_up: Option<&dyn Fn() -> bool>,
+    cancel: Option<&dyn Fn() -> bool>,
 ) -> End {
     let mut ring = match IoUring::<squeue::Entry128>::builder().build(2) {
         Ok(ring) => ring,
@@ -48,9 +48,9 @@ pub(super) unsafe fn run_bounded(
         if left.is_zero() {
             return End::NoAnswer;
         }
-        if let Some(give_up) = give_up {
-            if give_up() {
-                return End::GivenUp;
+        if let Some(cancel) = cancel {
+            if cancel() {
+                return End::Cancelled;
             }
             left = left.min(GIVE_UP_INTERVAL);
         }
@@ -101,13 +101,13 @@ mod tests {
     fn a_command_can_be_given_up_before_its_time_limit() {
         let (sqe, _eventfd) = endless_read();
         let asked = Cell::new(0);
-        let give_up = || {
+        let cancel = || {
             asked.set(asked.get() + 1);
             asked.get() > 2
         };
         // SAFETY: the read points to leaked memory.
-        let end = unsafe { run_bounded(&sqe, Duration::from_secs(60), Some(&give_up)) };
-        assert!(matches!(end, End::GivenUp), "{end:?}");
+        let end = unsafe { run_bounded(&sqe, Duration::from_secs(60), Some(&cancel)) };
+        assert!(matches!(end, End::Cancelled), "{end:?}");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! A command runs on a ring of its own that is thrown away after it. That costs some tens of
 //! microseconds, a handful of times in the life of a device; in return a command that hangs
-//! (`DEL_DEV` after an oops, `STOP_DEV` while the storage does not answer) holds up nobody else.
+//! (`DEL_DEV` after an oops, `STOP_DEV` while the storage does not answer) holds up no other.
 
 mod bounded;
 mod commands;
@@ -57,7 +57,7 @@ pub(super) struct NewDevice {
 pub(super) enum Deleted {
     /// Nothing is left.
     IdIsFree,
-    /// Disk and character device are gone, but somebody still has the disk open, for instance a
+    /// Disk and character device are gone, but the disk is still open, for instance as a
     /// mounted file system. The id becomes free when that ends.
     DiskIsOpen,
 }
@@ -67,8 +67,8 @@ impl Deleted {
     pub(super) fn tell(self, id: u32) {
         if self == Self::DiskIsOpen {
             tracing::warn!(
-                "ublk{id} is removed, but somebody still has its disk open, perhaps as a mounted \
-                 file system: the id is taken until that ends"
+                "ublk{id} is removed, but its disk is still open, perhaps as a mounted file system: the \
+                 id is taken until that ends"
             );
         }
     }
@@ -206,19 +206,15 @@ impl Control {
     }
 
     /// Ends the taking over: the disk's requests go on. Waits as [`start`](Self::start) does.
-    pub(super) fn end_recovery(
-        &self,
-        id: u32,
-        give_up: &dyn Fn() -> bool,
-    ) -> Result<(), UblkError> {
-        self.run(END_USER_RECOVERY, Some(id), our_pid(), (), Some(give_up))
+    pub(super) fn end_recovery(&self, id: u32, cancel: &dyn Fn() -> bool) -> Result<(), UblkError> {
+        self.run(END_USER_RECOVERY, Some(id), our_pid(), (), Some(cancel))
             .map(drop)
     }
 
     /// Makes the disk appear. The driver waits until every tag of every queue was fetched; when
-    /// `give_up` says so, because a queue failed, we do not.
-    pub(super) fn start(&self, id: u32, give_up: &dyn Fn() -> bool) -> Result<(), UblkError> {
-        self.run(START_DEV, Some(id), our_pid(), (), Some(give_up))
+    /// `cancel` says so, because a queue failed, we do not.
+    pub(super) fn start(&self, id: u32, cancel: &dyn Fn() -> bool) -> Result<(), UblkError> {
+        self.run(START_DEV, Some(id), our_pid(), (), Some(cancel))
             .map(drop)
     }
 
@@ -227,7 +223,7 @@ impl Control {
         self.exchange(STOP_DEV, Some(id), ())
     }
 
-    /// As [`stop`](Self::stop), unless somebody has the disk open: then EBUSY.
+    /// As [`stop`](Self::stop), unless the disk is open: then EBUSY.
     pub(super) fn stop_unless_open(&self, id: u32) -> Result<(), UblkError> {
         self.exchange(TRY_STOP_DEV, Some(id), ())
     }
@@ -243,9 +239,9 @@ impl Control {
         self.run(QUIESCE_DEV, Some(id), words, (), None)
     }
 
-    /// Removes a device. Whoever has its character device open must close it.
+    /// Removes a device. The process that has its character device open must close it.
     ///
-    /// The driver ends the command when the id is free, which it is not while somebody has the disk
+    /// The driver ends the command when the id is free, which it is not while a process has the disk
     /// open, were it for days. The device has gone by then, so that is not waited for.
     pub(super) fn delete(&self, id: u32) -> Result<Deleted, UblkError> {
         let node = format!("/sys/class/ublk-char/ublkc{id}");
@@ -328,11 +324,11 @@ impl Control {
         id: Option<u32>,
         words: sys::ublksrv_ctrl_cmd,
         payload: T,
-        give_up: Option<&dyn Fn() -> bool>,
+        cancel: Option<&dyn Fn() -> bool>,
     ) -> Result<T, UblkError> {
         match id {
-            Some(id) if self.by_path.get() => self.run_named(command, id, words, payload, give_up),
-            _ => self.run_as_it_is(command, id, words, payload, give_up),
+            Some(id) if self.by_path.get() => self.run_named(command, id, words, payload, cancel),
+            _ => self.run_as_it_is(command, id, words, payload, cancel),
         }
     }
 
@@ -342,11 +338,11 @@ impl Control {
         id: u32,
         mut words: sys::ublksrv_ctrl_cmd,
         payload: T,
-        give_up: Option<&dyn Fn() -> bool>,
+        cancel: Option<&dyn Fn() -> bool>,
     ) -> Result<T, UblkError> {
         words.dev_path_len = PATH_BYTES;
         let named = Named::new(id, payload);
-        let answer = self.run_as_it_is(command, Some(id), words, named, give_up)?;
+        let answer = self.run_as_it_is(command, Some(id), words, named, cancel)?;
         Ok(answer.payload)
     }
 
@@ -356,7 +352,7 @@ impl Control {
         id: Option<u32>,
         mut words: sys::ublksrv_ctrl_cmd,
         payload: T,
-        give_up: Option<&dyn Fn() -> bool>,
+        cancel: Option<&dyn Fn() -> bool>,
     ) -> Result<T, UblkError> {
         // On the heap, because it is left to the driver if the command does not come back.
         let mut payload = Box::new(payload);
@@ -370,7 +366,7 @@ impl Control {
             .cmd(command_bytes(words))
             .build();
         // SAFETY: `payload` lives until the command completed, or for ever (below).
-        let end = unsafe { run_bounded(&sqe, LIMIT, give_up) };
+        let end = unsafe { run_bounded(&sqe, LIMIT, cancel) };
         let failed = |source| UblkError::Command {
             command: command.name,
             device: DeviceName(id),
@@ -381,7 +377,7 @@ impl Control {
             End::Result(result) => return Err(failed(io::Error::from_raw_os_error(-result))),
             End::NoRing(error) => return Err(Unavailable::NoUring(error).into()),
             End::Lost(error) => failed(error),
-            End::GivenUp => failed(io::Error::other("given up")),
+            End::Cancelled => failed(io::Error::other("cancelled")),
             End::NoAnswer => UblkError::NoAnswer {
                 command: command.name,
                 device: DeviceName(id),
