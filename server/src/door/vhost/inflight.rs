@@ -1,8 +1,8 @@
 //! The record of requests in flight, in memory that the client keeps and that outlives this process
 //! (vhost-user, "Inflight I/O tracking", split virtqueues).
 //!
-//! A server that comes after one that died finds in it which chains were taken and not returned,
-//! and in which order, and takes them again. The client could write to it; everything is checked.
+//! A server that comes after one that died finds in it which chains were in flight, and in which
+//! order, and resubmits them. The client could write to it; everything is checked.
 //!
 //! A server may die between any two stores, and what it stored is there for the next one in the order
 //! in which it was stored. Hence `Release` for all that has a place in the order: a compiler must not
@@ -155,9 +155,9 @@ pub(super) struct InflightQueue {
     entries: u16,
     /// Descriptors of the ring, no more than that.
     size: u16,
-    /// The number of the next chain that is taken.
+    /// The number of the next chain that is popped.
     counter: u64,
-    /// Chains returned and not yet shown to the driver.
+    /// Chains returned whose used entries are not yet published.
     batch: Vec<u16>,
 }
 
@@ -173,8 +173,8 @@ impl InflightQueue {
     ///
     /// When the record makes no sense.
     pub(super) fn recover(&mut self, used: u16) -> Result<Vec<u16>, BadRecord> {
-        let taken = |head: &u16| self.flag(*head).load(Ordering::Acquire) != 0;
-        if !(0..self.entries).any(|head| taken(&head)) {
+        let in_flight = |head: &u16| self.flag(*head).load(Ordering::Acquire) != 0;
+        if !(0..self.entries).any(|head| in_flight(&head)) {
             // New, or of a ring that was stopped in order: a guest that was reset begins again, and
             // its next driver may like another size.
             self.word(DESC_NUM_AT)
@@ -185,17 +185,17 @@ impl InflightQueue {
         }
         if self.word(VERSION_AT).load(Ordering::Relaxed) != VERSION
             || self.word(DESC_NUM_AT).load(Ordering::Relaxed) != self.entries
-            || (self.size..self.entries).any(|head| taken(&head))
+            || (self.size..self.entries).any(|head| in_flight(&head))
         {
             return Err(BadRecord);
         }
-        // The last server ended between showing a batch to the driver and noting that it had.
-        let shown = used.wrapping_sub(self.word(USED_AT).load(Ordering::Relaxed));
-        if shown > self.size {
+        // The last server ended between publishing a batch and noting that it had.
+        let published = used.wrapping_sub(self.word(USED_AT).load(Ordering::Relaxed));
+        if published > self.size {
             return Err(BadRecord);
         }
         let mut head = self.word(LAST_BATCH_AT).load(Ordering::Relaxed);
-        for _ in 0..shown {
+        for _ in 0..published {
             if head >= self.size {
                 return Err(BadRecord);
             }
@@ -205,18 +205,18 @@ impl InflightQueue {
         }
         self.word(USED_AT).store(used, Ordering::Release);
         crash::request_point("repair-done");
-        let mut taken: Vec<(u64, u16)> = (0..self.size)
-            .filter(taken)
+        let mut chains: Vec<(u64, u16)> = (0..self.size)
+            .filter(in_flight)
             .map(|head| (self.number(head).load(Ordering::Relaxed), head))
             .collect();
-        taken.sort_unstable();
-        self.counter = taken
+        chains.sort_unstable();
+        self.counter = chains
             .last()
             .map_or(0, |&(number, _)| number.wrapping_add(1));
-        Ok(taken.into_iter().map(|(_, head)| head).collect())
+        Ok(chains.into_iter().map(|(_, head)| head).collect())
     }
 
-    /// A chain was taken from the ring. The caller has checked its head.
+    /// A chain was popped from the ring. The caller has checked its head.
     #[inline(never)]
     pub(super) fn take(&mut self, head: u16) {
         self.number(head).store(self.counter, Ordering::Relaxed);
@@ -228,7 +228,7 @@ impl InflightQueue {
 
     /// A chain is being returned; the driver does not see it yet.
     #[inline(never)]
-    pub(super) fn put_back(&mut self, head: u16) {
+    pub(super) fn returned(&mut self, head: u16) {
         let last = self.word(LAST_BATCH_AT).load(Ordering::Relaxed);
         self.next(head).store(last, Ordering::Relaxed);
         crash::request_point("answer-linked");
@@ -327,7 +327,7 @@ mod tests {
         for head in [5, 2, 7, 0] {
             queue.take(head);
         }
-        queue.put_back(2);
+        queue.returned(2);
         queue.published(101);
         assert_eq!(fresh(&buffer).recover(101), Ok(vec![5, 7, 0]));
         // The next one numbers on from there.
@@ -347,8 +347,8 @@ mod tests {
         for head in [1, 2, 3, 4] {
             queue.take(head);
         }
-        queue.put_back(3);
-        queue.put_back(1);
+        queue.returned(3);
+        queue.returned(1);
         // It dies here: before the driver sees them all are done again, after that two are not.
         assert_eq!(fresh(&buffer).recover(0), Ok(vec![1, 2, 3, 4]));
         assert_eq!(fresh(&buffer).recover(2), Ok(vec![2, 4]));
@@ -390,7 +390,7 @@ mod tests {
         let mut queue = fresh(&buffer);
         queue.recover(0).unwrap();
         queue.take(7);
-        queue.put_back(7);
+        queue.returned(7);
         queue.published(1);
         let mut small = buffer.queue(1, SIZE / 2).unwrap();
         assert_eq!(small.recover(0), Ok(vec![]));

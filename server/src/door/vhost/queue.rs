@@ -44,7 +44,7 @@ const ANSWERS_PER_ROUND: u32 = 256;
 pub(super) enum Command {
     /// Serve a vring.
     Start(Box<Start>, mpsc::Sender<Result<(), RingError>>),
-    /// Finish what was taken from a vring, publish it, and let go of the vring.
+    /// Finish what is in flight of a vring, publish it, and let go of the vring.
     Stop(u16, mpsc::Sender<Stopped>),
     /// Take chains from a vring, or leave them there.
     Enable(u16, bool, mpsc::Sender<()>),

@@ -328,7 +328,7 @@ impl Virtqueue {
     #[inline(always)]
     pub(super) fn push_used(&mut self, head: u16, written_bytes: u32) {
         if let Some(inflight) = &mut self.inflight {
-            inflight.put_back(head);
+            inflight.returned(head);
         }
         self.memory.set_used(self.next_used, head, written_bytes);
         if self.inflight.is_some() {
