@@ -7,6 +7,7 @@ mod common;
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::time::Duration;
 
 use common::sandbox;
@@ -15,6 +16,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use testkit::proc::{Holdings, catches_hangups, sleeps};
 use testkit::sandbox::Sandbox;
+use testkit::seccomp::filter;
 
 /// What a command prints with `--json`.
 fn json(lab: &Sandbox, args: &[&str]) -> Value {
@@ -419,5 +421,25 @@ fn stopping_an_export_that_is_being_left_to_another_server_is_refused() {
     });
     assert_eq!(status.code(), Some(0), "{log}");
     lab.serve(&["--ublk", "no", &spec]).stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+fn without_io_uring_no_server_says_that_it_is_ready() {
+    let lab = sandbox();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ublkup"));
+    command
+        .args(["serve", "--ublk", "no", "null:1M"])
+        .env("UBLKUP_RUNTIME_DIR", lab.path("run"));
+    let number = u32::try_from(libc::SYS_io_uring_setup).unwrap();
+    let refused = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EPERM).unwrap();
+    let forbid = move || filter([number, number], refused, libc::SECCOMP_RET_ALLOW);
+    // SAFETY: the filter is installed without allocating.
+    unsafe { command.pre_exec(forbid) };
+    let output = command.output().unwrap();
+    let (out, errors) = (output.stdout, String::from_utf8(output.stderr).unwrap());
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(out.is_empty(), "{out:?}");
+    assert!(errors.contains("io_uring cannot be used"), "{errors}");
     lab.is_clean();
 }

@@ -13,6 +13,8 @@ mod common;
 mod data;
 #[path = "ublk/features.rs"]
 mod features;
+#[path = "ublk/memory.rs"]
+mod memory;
 #[path = "ublk/nobody.rs"]
 mod nobody;
 #[path = "ublk/recovery.rs"]

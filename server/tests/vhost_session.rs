@@ -187,6 +187,8 @@ fn writes_are_durable_exactly_when_the_cache_is_off() {
         (USUAL, Some(0), true),
         (USUAL & !CONFIG_WCE, None, false),
         (USUAL & !CONFIG_WCE & !FLUSH, None, true),
+        (USUAL & !FLUSH, None, true),
+        (USUAL & !FLUSH, Some(1), false),
     ];
     for (features, writeback, durable) in write_cache_cases {
         let seen = Arc::new(Mutex::new(Vec::new()));

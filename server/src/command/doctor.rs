@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::left;
 use super::output::{print, print_json};
 use crate::door::ublk::{self, DeviceState};
+use crate::engine::io_flusher;
 use crate::export::explain;
 use crate::export::runtime_dir::RuntimeDir;
 use crate::io::Ring;
@@ -46,6 +47,7 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
         ("kernel", kernel()),
         ("io_uring", io_uring()),
         ("ublk", ublk()),
+        ("memory pressure", memory_pressure()),
         ("runtime directory", runtime_directory(dir)),
     ];
     let exports = dead_exports(dir, clean).into_iter();
@@ -125,6 +127,19 @@ fn ublk() -> Finding {
         Err(why) => (
             Verdict::Warning,
             format!("{why} (vhost-user works without it)"),
+        ),
+    }
+}
+
+fn memory_pressure() -> Finding {
+    match io_flusher::declare() {
+        Ok(()) => (Verdict::Ok, "servers may be I/O flushers".into()),
+        Err(error) => (
+            Verdict::Warning,
+            format!(
+                "servers cannot be I/O flushers: {error}: with cache=buffered, writes may hang when memory is \
+                 short (CAP_SYS_RESOURCE)"
+            ),
         ),
     }
 }

@@ -13,9 +13,10 @@ use super::left;
 use super::output::count;
 use super::signals;
 use crate::config::{ExportConfig, check_name};
-use crate::engine::open_files;
+use crate::engine::{io_flusher, open_files};
 use crate::export::runtime_dir::RuntimeDir;
 use crate::export::{Event, Export, Predecessor, explain};
+use crate::io::Ring;
 
 /// How exports are started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,6 +48,15 @@ pub fn recover(dir: &RuntimeDir, name: &str, predecessor: Predecessor) -> Result
 /// When an export cannot be started (unless told to keep going, and another can).
 pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) -> Result<ExitCode> {
     open_files::raise_limit();
+    // Before any thread of a queue is started. Without the right it works well enough; `doctor` tells.
+    if let Err(error) = io_flusher::declare() {
+        tracing::debug!(%error, "not declared an I/O flusher");
+    }
+    // A client would be the first to notice otherwise.
+    drop(Ring::new(1).context(
+        "io_uring cannot be used, and nothing is served without it (sysctl kernel.io_uring_disabled, \
+         the seccomp profile of a container)",
+    )?);
     let (events, inbox) = mpsc::channel();
     forward_signals(events.clone())?;
     let mut code = ExitCode::SUCCESS;

@@ -25,6 +25,7 @@ pub mod crash;
 mod door;
 mod end;
 pub mod event_loop;
+pub mod io_flusher;
 mod listen;
 pub mod log;
 pub mod mailbox;

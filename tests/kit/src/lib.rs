@@ -4,8 +4,9 @@
 //! - [`server`]: a running `ublkup serve`, which is started, stopped or killed;
 //! - [`vhost`]: a vhost-user front-end with guest memory and split rings, and raw messages;
 //! - [`ublk_control`] and [`qmp`]: commands to the ublk driver and to QEMU;
-//! - [`random`], [`images`], [`shell`], [`process`], [`proc`], [`wait`]: reproducible random numbers, files with known content, commands with a
-//!   time limit, child processes that end, facts about them, waiting for a condition.
+//! - [`random`], [`images`], [`shell`], [`process`], [`proc`], [`seccomp`], [`wait`]: reproducible random numbers,
+//!   files with known content, commands with a time limit, child processes that end, facts about them, forbidden
+//!   system calls, waiting for a condition.
 
 pub mod images;
 pub mod proc;
@@ -15,6 +16,7 @@ pub mod process;
 pub mod qmp;
 pub mod random;
 pub mod sandbox;
+pub mod seccomp;
 pub mod server;
 pub mod shell;
 pub mod ublk_control;

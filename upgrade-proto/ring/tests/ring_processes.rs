@@ -2,8 +2,6 @@
 
 #[path = "common/random.rs"]
 mod random;
-#[path = "common/seccomp.rs"]
-mod seccomp;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use libc::{SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS};
 use random::Random;
-use seccomp::filter;
 use tempfile::TempDir;
+use testkit::seccomp::filter;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 

@@ -2,8 +2,6 @@
 //! system call but exit_group(2).
 
 mod common;
-#[path = "common/seccomp.rs"]
-mod seccomp;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -16,7 +14,7 @@ use fd_ring::{Consumer, Options, Producer, Transport};
 use libc::{SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
-use seccomp::filter;
+use testkit::seccomp::filter;
 use upgrade_proto::{Name, connect};
 
 struct Counting;

@@ -15,7 +15,7 @@ use vhost::vhost_user::message::{
     VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserU64,
     VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use vm_memory::ByteValued;
 
 use super::super::config::MAX_VRINGS;
@@ -325,6 +325,15 @@ impl Session {
             return refuse("features cannot change while vrings are running");
         }
         self.features = features;
+        let cache = mask(VIRTIO_BLK_F_FLUSH) | mask(VIRTIO_BLK_F_CONFIG_WCE);
+        if changed & cache != 0 {
+            // A driver that has no flush begins with write-through (virtio 1.3, 5.2.5.2).
+            let writeback = features & mask(VIRTIO_BLK_F_FLUSH) != 0;
+            let writeback = writeback && self.connection.limits().write_cache;
+            self.connection
+                .writeback
+                .store(writeback, Ordering::Release);
+        }
         if changed & LOG_ALL != 0 {
             self.tell_threads()?;
         }

@@ -1,4 +1,4 @@
-//! Filters for system calls: the kernel kills a process that makes one that is forbidden.
+//! Filters for system calls: a process that makes one that is forbidden gets an error, or is killed.
 
 use std::io;
 
@@ -13,8 +13,11 @@ fn op(code: u32, jt: u8, k: u32) -> sock_filter {
     }
 }
 
-/// Installs a filter for this process with these answers to two system calls, and to all others. Allocates nothing:
-/// it may be called between fork and exec.
+/// Installs a filter for this process with these answers to two system calls, and to all others
+/// (`SECCOMP_RET_*`). Allocates nothing: it may be called between fork and exec.
+///
+/// # Errors
+/// The kernel has no filters.
 pub fn filter([one, two]: [u32; 2], those: u32, others: u32) -> io::Result<()> {
     let mut filter = [
         // The number of the system call is the first word.
