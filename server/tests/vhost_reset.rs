@@ -7,7 +7,10 @@ mod common;
 mod disks;
 
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use common::*;
@@ -15,6 +18,7 @@ use disks::Gated;
 use ublkup::storage::Memory as MemoryDisk;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
 
 const SET_STATUS: u32 = 39;
 const GET_STATUS: u32 = 40;
@@ -173,4 +177,46 @@ fn a_client_that_does_not_read_its_answers_loses_its_session() {
     assert_eq!(fixture.door.sessions().len(), 2, "it is being waited for");
     eventually("its session ends", || fixture.door.sessions().len() == 1);
     assert_eq!(good.read(0, 4096).0, OK);
+}
+
+#[test]
+fn what_a_broken_ring_left_on_record_is_gone_after_a_reset() {
+    let (fixture, gate) = Gated::fixture(1 << 20, 1);
+    let mut driver = Driver::connect(fixture.connect(), USUAL);
+    let wanted = VhostUserInflight::new(0, 0, 1, 128);
+    let (told, record) = driver.frontend.get_inflight_fd(&wanted).unwrap();
+    let send = |driver: &mut Driver| {
+        let fd = record.as_raw_fd();
+        driver.frontend.set_inflight_fd(&told, fd).unwrap();
+        driver.add_vring(128);
+    };
+    send(&mut driver);
+    driver.prepare(T_IN, 0, &[(512, WRITE)]);
+    let is_taken = || {
+        // The flag of descriptor 0 (vhost-user, "Inflight I/O tracking").
+        let mut flag = [0];
+        record.read_exact_at(&mut flag, 16).unwrap();
+        flag[0] != 0
+    };
+    eventually("the chain is taken", is_taken);
+    // The chain ends, but cannot be returned.
+    let vring = &driver.vrings[0];
+    let index = driver.memory.word(vring.available + 2);
+    index.store(300, Ordering::Release);
+    vring.kick.write(1).unwrap();
+    assert!(readable(&vring.error, PATIENCE), "the ring is not broken");
+    gate.write(1).unwrap();
+    driver.frontend.reset_device().unwrap();
+    assert!(!is_taken());
+
+    driver
+        .memory
+        .word(driver.vrings[0].available + 2)
+        .store(0, Ordering::Release);
+    driver.vrings.clear();
+    driver.frontend.set_features(USUAL).unwrap();
+    send(&mut driver);
+    gate.write(1).unwrap();
+    assert_eq!(driver.read(0, 512).0, OK);
+    assert_eq!(driver.vrings[0].used_index(&driver.memory), 1);
 }

@@ -82,6 +82,21 @@ fn a_queue_that_leaves_begins_what_it_was_handed_first() {
 }
 
 #[test]
+fn a_queue_that_leaves_asks_the_kernel_in_each_quiet_round() {
+    let (mut ring, mut queue) = (Ring::new(8).unwrap(), queue());
+    queue.command(&mut ring, Command::Leave);
+    let mut rounds = 1;
+    let before = ring.enters();
+    while queue.end_batch(&mut ring) == Next::Again {
+        rounds += 1;
+    }
+    assert_eq!(
+        (rounds, ring.enters() - before),
+        (QUIET_ROUNDS, rounds.into())
+    );
+}
+
+#[test]
 fn a_queue_with_a_refused_command_leaves_the_others_to_the_kernel() {
     let (mut ring, mut queue) = (Ring::new(8).unwrap(), queue());
     queue.event(&mut ring, ended(-libc::EINVAL));

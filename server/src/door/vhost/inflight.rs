@@ -126,6 +126,15 @@ impl InflightBuffer {
         })
     }
 
+    /// Forgets all chains: a device that was reset has none in flight, also of a ring that was broken.
+    pub(super) fn clear(&self) {
+        for queue in (0..self.queues).filter_map(|index| self.queue(index, self.queue_size).ok()) {
+            for head in 0..self.queue_size {
+                queue.flag(head).store(0, Ordering::Release);
+            }
+        }
+    }
+
     /// The part of vring `index`.
     ///
     /// # Errors
@@ -398,6 +407,20 @@ mod tests {
         assert_eq!(buffer.queue(1, SIZE / 2).unwrap().recover(0), Ok(vec![3]));
         // A head that the ring does not have was not in flight on it.
         assert_eq!(buffer.queue(1, 2).unwrap().recover(0), Err(BadRecord));
+    }
+
+    #[test]
+    fn a_buffer_that_was_cleared_has_no_chain_of_any_queue() {
+        let buffer = buffer();
+        for index in 0..2 {
+            let mut queue = buffer.queue(index, SIZE).unwrap();
+            queue.recover(0).unwrap();
+            queue.take(SIZE - 1);
+        }
+        buffer.clear();
+        for index in 0..2 {
+            assert_eq!(buffer.queue(index, SIZE).unwrap().recover(9), Ok(vec![]));
+        }
     }
 
     #[test]

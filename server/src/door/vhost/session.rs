@@ -366,7 +366,9 @@ impl Session {
             }
         }
         self.vrings.clear();
-        self.inflight = None;
+        if let Some(inflight) = self.inflight.take() {
+            inflight.clear();
+        }
         self.features &= LOG_ALL | PROTOCOL_FEATURES;
         self.status = 0;
         let write_cache = self.connection.limits().write_cache;
