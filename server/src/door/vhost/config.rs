@@ -4,8 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::socket::SocketError;
 use crate::door::ownership::Ownership;
+use crate::engine::socket::SocketError;
 use crate::engine::threads::ThreadOptions;
 
 /// Vrings one session may have. A vring costs nothing before it is set up.

@@ -10,10 +10,10 @@ use super::config::{MAX_VRINGS, StartError, VhostConfig};
 use super::connection::Connection;
 use super::session::{Session, Sizes};
 use super::sessions::{SessionInfo, Shared, admit};
-use super::socket::Socket;
 use super::spawn::{QueueOptions, spawner};
 use crate::engine::counters::CounterSet;
 use crate::engine::event_loop::Registration;
+use crate::engine::socket::Socket;
 use crate::engine::{Storage, listen};
 
 /// How long dropping a door waits for its sessions.

@@ -9,8 +9,8 @@ use std::time::SystemTime;
 
 use super::connection::Connection;
 use super::session::Ending;
-use super::socket::peer_pid;
 use crate::door::ownership::Ownership;
+use crate::engine::socket::peer_pid;
 use crate::request::Limits;
 
 /// Clients that may be connected at once. Of a writable disk only one of them gets vrings.

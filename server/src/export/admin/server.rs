@@ -1,8 +1,7 @@
 //! The server's side of an admin socket.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,6 +12,7 @@ use serde::Serialize;
 use super::protocol::{Command, ExportStatus, Left, MAX_LINE_BYTES, Refused, Resized, Stopped};
 use crate::engine::event_loop::Registration;
 use crate::engine::listen;
+use crate::engine::socket::Socket;
 
 /// How long a client may take to say what it wants, and to read the answer.
 const CLIENT_LIMIT: Duration = Duration::from_secs(5);
@@ -51,10 +51,7 @@ pub trait Service: Send + Sync + 'static {
 ///
 /// When the socket cannot be made.
 pub fn serve(export: &str, path: &Path, service: Arc<impl Service>) -> Result<Listening> {
-    let listener =
-        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    listener.set_nonblocking(true)?;
+    let listener = Socket::bind(path)?;
     let clients = Arc::<Clients>::default();
     let accepting = {
         let clients = Arc::clone(&clients);

@@ -1,4 +1,4 @@
-//! The listening socket: where it may be, and which users may connect.
+//! Listening sockets: where they may be, and which users may connect.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, fchmod};
 use rustix::net::sockopt::socket_peercred;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen};
 
-use crate::engine::Accept;
+use super::Accept;
 
 /// Bytes a path may have in `sockaddr_un`, without the final NUL.
 const MAX_PATH_BYTES: usize = 107;
@@ -48,7 +48,7 @@ pub enum SocketError {
 
 /// A listening socket, whose file goes away with it.
 #[derive(Debug)]
-pub(super) struct Socket {
+pub struct Socket {
     listener: UnixListener,
     path: PathBuf,
     /// Device and inode of the file: another process may have put another in its place.
@@ -58,7 +58,11 @@ pub(super) struct Socket {
 impl Socket {
     /// Listens at `path`; only the user of this process may connect. A socket that no server listens
     /// on is replaced.
-    pub(super) fn bind(path: &Path) -> Result<Self, SocketError> {
+    ///
+    /// # Errors
+    ///
+    /// When a server listens there, or it cannot be made.
+    pub fn bind(path: &Path) -> Result<Self, SocketError> {
         let system = |what: &'static str| {
             move |error: io::Error| SocketError::System {
                 path: path.to_owned(),
@@ -86,7 +90,8 @@ impl Socket {
     }
 
     /// Where it is.
-    pub(super) fn path(&self) -> &Path {
+    #[must_use]
+    pub fn path(&self) -> &Path {
         &self.path
     }
 }
@@ -131,7 +136,12 @@ fn clear(path: &Path) -> Result<(), SocketError> {
     if !found.file_type().is_socket() {
         return Err(SocketError::NotASocket(path.to_owned()));
     }
-    match UnixStream::connect(path) {
+    // Without waiting: the queue of a socket that somebody has put there may be full.
+    let connected = new_socket().and_then(|socket| {
+        let address = SocketAddrUnix::new(path.as_os_str().as_bytes())?;
+        Ok(connect(&socket, &address)?)
+    });
+    match connected {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
         _ => return Err(SocketError::InUse(path.to_owned())),
     }
@@ -148,7 +158,52 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 /// The process at the other end, if the kernel knows it.
-pub(super) fn peer_pid(stream: &UnixStream) -> Option<i32> {
+#[must_use]
+pub fn peer_pid(stream: &UnixStream) -> Option<i32> {
     let credentials = socket_peercred(stream).ok()?;
     Some(credentials.pid.as_raw_nonzero().get())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_with_a_full_queue_is_in_use_and_holds_up_nobody() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("s");
+        let address = SocketAddrUnix::new(path.as_os_str().as_bytes()).unwrap();
+        let planted = new_socket().unwrap();
+        bind(&planted, &address).unwrap();
+        listen(&planted, 0).unwrap();
+        let mut clients = Vec::new();
+        loop {
+            let client = new_socket().unwrap();
+            match connect(&client, &address) {
+                Ok(()) => clients.push(client),
+                Err(rustix::io::Errno::AGAIN) => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || sender.send(Socket::bind(&path).map(drop)));
+        let bound = receiver.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(matches!(bound, Err(SocketError::InUse(_))), "{bound:?}");
+    }
+
+    #[test]
+    fn only_its_user_may_connect_and_a_stale_one_is_replaced() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        let socket = Socket::bind(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        drop(socket);
+        assert!(!path.exists());
+    }
 }
