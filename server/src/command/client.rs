@@ -239,6 +239,9 @@ fn details(status: &ExportStatus) -> String {
             cpus.unwrap_or_default()
         ),
     ];
+    if let Some(error) = &status.last_error {
+        lines.push(format!("  error     {error}"));
+    }
     if status.lost_log_lines > 0 {
         let lost = count(status.lost_log_lines, "line");
         lines.push(format!("  log       {lost} could not be written"));
@@ -315,6 +318,7 @@ mod tests {
             write_cache: false,
             serial: "a".into(),
             poll_us: "100".into(),
+            last_error: None,
             lost_log_lines: 0,
             cpus: Some("2,3".into()),
             ublk: None,

@@ -17,6 +17,11 @@ pub trait StorageControl: Send + Sync + 'static {
         None
     }
 
+    /// The last request that the storage failed: operation, place and cause.
+    fn last_error(&self) -> Option<String> {
+        None
+    }
+
     /// Whether requests may come with their data in the ring's table ([`Buffers::ring`]).
     ///
     /// [`Buffers::ring`]: crate::request::Buffers::ring

@@ -135,6 +135,10 @@ impl admin::Service for Shared {
             serial: limits.serial.as_str().to_owned(),
             poll_us: config.threads.polling.to_string(),
             cpus: config.threads.cpus.as_ref().map(ToString::to_string),
+            last_error: self
+                .storage()
+                .as_ref()
+                .and_then(|storage| storage.last_error()),
             lost_log_lines: log::lost_lines(),
             ublk: (doors.ublk.as_ref()).map(|(door, registry)| ublk_status(door, registry)),
             vhost: doors.vhost.as_ref().map(|(door, registry)| VhostStatus {

@@ -180,6 +180,10 @@ impl<B: Storage> StorageControl for Fault<B> {
         self.disk.identity()
     }
 
+    fn last_error(&self) -> Option<String> {
+        self.disk.last_error()
+    }
+
     fn ring_buffers(&self) -> RingBuffers {
         self.disk.ring_buffers()
     }

@@ -65,6 +65,9 @@ pub struct ExportStatus {
     pub poll_us: String,
     /// The processors of the queue threads, if they have some of their own.
     pub cpus: Option<String>,
+    /// The last request that the storage failed.
+    #[serde(default)]
+    pub last_error: Option<String>,
     /// Lines of the server's log that could not be written.
     #[serde(default)]
     pub lost_log_lines: usize,

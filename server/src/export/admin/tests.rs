@@ -28,6 +28,7 @@ impl Service for Fake {
             write_cache: false,
             serial: "a".into(),
             poll_us: "100".into(),
+            last_error: None,
             lost_log_lines: 0,
             cpus: Some("2,3".into()),
             ublk: None,

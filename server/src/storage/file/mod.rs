@@ -16,6 +16,7 @@ mod bounce;
 mod claim;
 mod device;
 mod error;
+mod failures;
 mod lock;
 mod open;
 mod operations;
@@ -71,6 +72,10 @@ impl StorageControl for File {
 
     fn identity(&self) -> Option<String> {
         identity(&self.shared.file)
+    }
+
+    fn last_error(&self) -> Option<String> {
+        self.shared.failures.last()
     }
 
     fn ring_buffers(&self) -> RingBuffers {

@@ -14,6 +14,7 @@ use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl, fstatfs};
 
 use super::device::{self, DeviceFacts};
 use super::error::OpenError;
+use super::failures::Failures;
 use super::lock::{self, Lock, is_taken, unless_taken};
 use super::shared::{Alignment, Lacks, Shared};
 use crate::io::AnonymousMemory;
@@ -163,6 +164,7 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
         is_in_memory,
         alignment,
         lacks: Lacks::default(),
+        failures: Failures::default(),
         has_lost_writes: AtomicBool::new(false),
     };
     Ok((limits, shared))

@@ -125,7 +125,8 @@ impl FileQueue {
     fn retry(&mut self, ring: &mut Ring, slot: Slot, request: &Request) -> Progress {
         let state = &mut self.slots[slot as usize];
         if state.retries == MAX_RETRIES {
-            return self.end(slot, Err(IoError::Io));
+            let error = self.failed(request, libc::EAGAIN);
+            return self.end(slot, Err(error));
         }
         state.pause = (FIRST_PAUSE * (1 << state.retries)).into();
         state.retries += 1;
@@ -266,9 +267,17 @@ impl FileQueue {
                 if step == Step::Sync || step.is_forced() && !no_room {
                     self.shared.flush_failed(errno);
                 }
-                Err(IoError::from_errno(errno))
+                Err(self.failed(request, errno))
             }
         }
+    }
+
+    /// The answer to a request that the storage failed.
+    #[cold]
+    fn failed(&self, request: &Request, errno: i32) -> IoError {
+        let shared = &self.shared;
+        shared.failures.note(&shared.path, request, errno);
+        IoError::from_errno(errno)
     }
 
     /// A transfer from or to memory, done at once: `io_uring` would hand each to a worker of the
@@ -308,7 +317,7 @@ impl FileQueue {
                     let error = io::Error::last_os_error();
                     if error.kind() != io::ErrorKind::Interrupted {
                         let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                        return Progress::Done(Err(IoError::from_errno(errno)));
+                        return Progress::Done(Err(self.failed(request, errno)));
                     }
                 }
             }

@@ -129,6 +129,20 @@ fn a_step_that_moves_on_has_all_its_retries_again() {
     request.finish();
 }
 
+#[test]
+fn what_the_storage_failed_is_told_with_its_place_and_cause() {
+    let mut bench = Bench::new(None, Op::Read);
+    assert_eq!(bench.queue.shared.failures.last(), None);
+    bench.lead(&[(PLAIN, -libc::EIO, Err(IoError::Io))]);
+    let shared = &bench.queue.shared;
+    let cause = io::Error::from_raw_os_error(libc::EIO);
+    let told = format!(
+        "{}: read of 4096 bytes at 4096 failed: {cause}",
+        shared.path.display()
+    );
+    assert_eq!(shared.failures.last(), Some(told));
+}
+
 /// A flush of a disk through the page cache after `step` failed with `errno`.
 fn flush_after(
     alignment: Option<Alignment>,

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::failures::Failures;
+
 /// What all queues of a file disk use.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -21,6 +23,8 @@ pub(super) struct Shared {
     pub(super) claim: Mutex<Option<Claim>>,
     /// Operations that the storage turned out not to support.
     pub(super) lacks: Lacks,
+    /// Requests that failed.
+    pub(super) failures: Failures,
     /// A flush of the page cache failed: see [`Shared::flush_failed`].
     pub(super) has_lost_writes: AtomicBool,
 }
