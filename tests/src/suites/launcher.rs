@@ -157,7 +157,7 @@ fn the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing(cx: &Context
     let served = serve_loop(cx, &image, &disk)?;
     let path = disk.0.to_string_lossy().into_owned();
     let said = cx.ublkup(&["probe", &path]).finish()?;
-    expect(&said, 0, "by the registry's way")?;
+    expect(&said, 0, "by the registry route")?;
     let asked = [&format!("{path},bootindex=0"), "--require-upgrade"];
     let guest = boot(cx, &mut launcher(cx, &asked))?;
     ensure!(cx.stat("disk")?["access"] == "upgraded");

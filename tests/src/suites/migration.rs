@@ -38,6 +38,7 @@ impl Host {
         let run = cx.scratch().join(format!("{name}.run"));
         let server = cx
             .serve()
+            .env("UBLKUP_RUNTIME_DIR", &run)
             .ublk("no")
             .name("disk")
             .vhost_socket(&socket)

@@ -25,7 +25,7 @@ fn probe_tells_what_can_be_upgraded_and_why_not(cx: &Context) -> Result<()> {
     let path = device.to_string_lossy().into_owned();
     let probe = |path: &str| cx.ublkup(&["probe", path]).finish();
 
-    expect(&probe(&path)?, 0, "by the kernel's way")?;
+    expect(&probe(&path)?, 0, "by the kernel route")?;
     let json: Value = serde_json::from_str(&cx.ublkup(&["probe", &path, "--json"]).run()?)?;
     ensure!(
         json["way"] == "kernel"
