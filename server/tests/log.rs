@@ -1,4 +1,4 @@
-//! A log that cannot be written, or that nobody reads, changes nothing for those who are served.
+//! A log that cannot be written, or that is not read, changes nothing for clients.
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
@@ -69,7 +69,7 @@ fn a_log_whose_reader_has_died_changes_nothing() {
 }
 
 #[test]
-fn a_log_that_nobody_reads_holds_up_nobody() {
+fn a_log_that_is_not_read_holds_up_no_thread() {
     let lab = sandbox();
     let (mut reader, writer) = std::io::pipe().unwrap();
     rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();

@@ -136,7 +136,7 @@ fn clear(path: &Path) -> Result<(), SocketError> {
     if !found.file_type().is_socket() {
         return Err(SocketError::NotASocket(path.to_owned()));
     }
-    // Without waiting: the queue of a socket that somebody has put there may be full.
+    // Without waiting: the queue of the socket at the path may be full.
     let connected = new_socket().and_then(|socket| {
         let address = SocketAddrUnix::new(path.as_os_str().as_bytes())?;
         Ok(connect(&socket, &address)?)
@@ -173,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_with_a_full_queue_is_in_use_and_holds_up_nobody() {
+    fn a_socket_with_a_full_queue_is_in_use_and_is_not_waited_for() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("s");
         let address = SocketAddrUnix::new(path.as_os_str().as_bytes()).unwrap();

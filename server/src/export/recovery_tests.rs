@@ -1,295 +1,14 @@
-use std::cell::RefCell;
+//! Each state of a dead server's block device, notes and image, and each command that meets it.
+
 use std::fmt::Write as _;
 use std::fs;
-use std::path::PathBuf;
 
 use super::*;
-use crate::engine::StorageControl as _;
-use crate::export::runtime_dir::RuntimeDir;
-use crate::request::Serial;
-use crate::storage::{CacheMode, File, FileOptions, OpenError};
+use crate::storage::OpenError;
+use world::*;
 
-const NAME: &str = "disk";
-const MARK: u64 = 77;
-const SIZE: u64 = 1 << 20;
-
-/// What is there of a block device with the number that was noted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Device {
-    Gone,
-    Waiting,
-    Dead,
-    Served,
-    /// Another program's, which waits.
-    Foreign,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Notes {
-    There,
-    /// By a version that noted neither a mark nor the file.
-    Old,
-    Lost,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Image {
-    Same,
-    Larger,
-    Gone,
-    Shorter,
-    Replaced,
-    Claimed,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Options {
-    Same,
-    ReadOnly,
-    BlockSize,
-    NoUblk,
-    OtherId,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Command {
-    /// `serve`, `serve --take-over`, `recover`, with or without `--take-over`, when no server lives.
-    Serve,
-    /// `serve --replace`, `recover --replace`.
-    Replace,
-    /// `stop --force`, `doctor --clean`.
-    Clean,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
-    Recovers,
-    New,
-    Removes,
-    Refuses,
-    Nothing,
-}
-
-const DEVICES: [Device; 5] = [
-    Device::Waiting,
-    Device::Dead,
-    Device::Gone,
-    Device::Served,
-    Device::Foreign,
-];
-const IMAGES: [Image; 6] = [
-    Image::Same,
-    Image::Larger,
-    Image::Gone,
-    Image::Shorter,
-    Image::Replaced,
-    Image::Claimed,
-];
-const OPTIONS: [Options; 5] = [
-    Options::Same,
-    Options::ReadOnly,
-    Options::BlockSize,
-    Options::NoUblk,
-    Options::OtherId,
-];
-const COMMANDS: [Command; 3] = [Command::Serve, Command::Replace, Command::Clean];
-
-#[derive(Clone, Copy, Debug)]
-struct Case {
-    device: Device,
-    notes: Notes,
-    image: Image,
-    options: Options,
-}
-
-const USUAL: Case = Case {
-    device: Device::Waiting,
-    notes: Notes::There,
-    image: Image::Same,
-    options: Options::Same,
-};
-
-const USUAL_LEFT: (Device, Notes, Options) = (USUAL.device, USUAL.notes, USUAL.options);
-
-/// A driver with one device, number 3.
-struct Fake {
-    device: RefCell<Option<(u64, Device)>>,
-    limits: Limits,
-}
-
-impl Driver for Fake {
-    fn marked(&self, mark: u64) -> Result<Option<u32>, UblkError> {
-        let device = *self.device.borrow();
-        Ok(device.filter(|(its, _)| *its == mark).map(|_| 3))
-    }
-
-    fn disk_sequence(&self, id: u32) -> Option<u64> {
-        let (mark, _) = (*self.device.borrow()).filter(|_| id == 3)?;
-        Some(mark + 1)
-    }
-
-    fn state(&self, id: u32) -> Result<DeviceState, UblkError> {
-        Ok(match *self.device.borrow() {
-            None => DeviceState::Gone,
-            Some((_, Device::Dead)) => DeviceState::Dead,
-            Some((_, Device::Served)) => {
-                return Err(UblkError::Alive {
-                    id,
-                    why: "process 1 still serves it".into(),
-                });
-            }
-            Some(_) => DeviceState::Waiting(self.limits.clone()),
-        })
-    }
-
-    fn remove(&self, id: u32) -> Result<(), UblkError> {
-        self.state(id)?;
-        *self.device.borrow_mut() = None;
-        Ok(())
-    }
-}
-
-struct World {
-    temp: tempfile::TempDir,
-    dir: RuntimeDir,
-    driver: Fake,
-    case: Case,
-    /// Keeps the image claimed.
-    _other: Option<File>,
-}
-
-impl World {
-    fn new(case: Case) -> Self {
-        let temp = tempfile::tempdir().unwrap();
-        let dir = RuntimeDir::find(Some(temp.path().join("run"))).unwrap();
-        let image = temp.path().join("image");
-        let make = |path: &PathBuf, size| fs::File::create(path).unwrap().set_len(size).unwrap();
-        make(&image, SIZE);
-        let mut world = Self {
-            temp,
-            dir,
-            driver: Fake {
-                device: RefCell::default(),
-                limits: File::open(options(image.clone(), Options::Same))
-                    .unwrap()
-                    .limits()
-                    .clone(),
-            },
-            case,
-            _other: None,
-        };
-        // The capacity is shared by all copies of the limits.
-        world.driver.limits.capacity = SIZE.into();
-        world.before();
-        match case.image {
-            Image::Same => {}
-            Image::Larger => make(&image, 2 * SIZE),
-            Image::Shorter => make(&image, SIZE / 2),
-            Image::Gone => fs::remove_file(&image).unwrap(),
-            Image::Replaced => {
-                let new = image.with_extension("new");
-                make(&new, SIZE);
-                fs::rename(new, &image).unwrap();
-            }
-            Image::Claimed => {
-                world._other = Some(File::open(options(image, Options::Same)).unwrap());
-            }
-        }
-        world
-    }
-
-    fn image(&self) -> PathBuf {
-        self.temp.path().join("image")
-    }
-
-    /// What the dead server did.
-    fn before(&self) {
-        let name = self.dir.claim(NAME).unwrap();
-        let storage = File::open(options(self.image(), Options::Same)).unwrap();
-        let note = DeviceNote {
-            id: Some(3),
-            disk_sequence: Some(MARK + 1),
-            mark: (self.case.notes == Notes::There).then_some(MARK),
-            storage: (self.case.notes == Notes::There)
-                .then(|| storage.identity())
-                .flatten(),
-        };
-        if self.case.notes != Notes::Lost {
-            name.note_device(&note).unwrap();
-        }
-        name.leave();
-        *self.driver.device.borrow_mut() = match self.case.device {
-            Device::Gone => None,
-            Device::Foreign => Some((MARK + 5, Device::Foreign)),
-            other => Some((MARK, other)),
-        };
-    }
-
-    fn run(&self, command: Command) -> (Outcome, String) {
-        let before = *self.driver.device.borrow();
-        let refused = |error: anyhow::Error| (Outcome::Refuses, format!("{error:#}"));
-        let (outcome, why) = match command {
-            Command::Clean => match self
-                .dir
-                .claim(NAME)
-                .and_then(|name| clean(&self.driver, &name))
-            {
-                Ok(Some(_)) => (Outcome::Removes, String::new()),
-                Ok(None) => (Outcome::Nothing, String::new()),
-                Err(error) => refused(error),
-            },
-            Command::Serve => self.serve(false).map_or_else(refused, |begun| match begun {
-                Beginning::New => (Outcome::New, String::new()),
-                Beginning::Recover { id, limits } => {
-                    assert_eq!((id, limits.block_bytes), (3, 512), "{:?}", self.case);
-                    (Outcome::Recovers, String::new())
-                }
-            }),
-            Command::Replace => self
-                .serve(true)
-                .map_or_else(refused, |_| (Outcome::New, String::new())),
-        };
-        let is_gone = before.is_some() && self.driver.device.borrow().is_none();
-        match outcome {
-            Outcome::New if is_gone => (Outcome::Removes, why),
-            _ => {
-                let removed = is_gone && outcome != Outcome::Removes;
-                assert!(
-                    !removed,
-                    "{:?} {command:?}: {outcome:?} and removed",
-                    self.case
-                );
-                (outcome, why)
-            }
-        }
-    }
-
-    fn serve(&self, replace: bool) -> Result<Beginning> {
-        let name = self.dir.claim(NAME)?;
-        let disk = File::open(options(self.image(), self.case.options))?;
-        let identity = disk.identity();
-        let wanted = Wanted {
-            limits: disk.limits(),
-            storage: identity.as_deref(),
-            opens_ublk: self.case.options != Options::NoUblk,
-            ublk_id: (self.case.options == Options::OtherId).then_some(9),
-            block_bytes: (self.case.options == Options::BlockSize).then_some(4096),
-            replace,
-        };
-        begin(&self.driver, &name, &wanted)
-    }
-}
-
-fn options(path: PathBuf, options: Options) -> FileOptions {
-    FileOptions {
-        path,
-        cache: CacheMode::Buffered,
-        read_only: options == Options::ReadOnly,
-        block_bytes: (options == Options::BlockSize).then_some(4096),
-        serial: Serial::default(),
-        claim_later: false,
-    }
-}
+#[path = "recovery_world.rs"]
+mod world;
 
 /// What is right, said another way than in the code.
 fn expected(case: Case, command: Command) -> Outcome {
@@ -360,48 +79,18 @@ fn a_waiting_device_is_gone_on_with_or_left_unless_a_person_says_remove() {
 #[test]
 fn a_refusal_names_what_differs_and_both_ways_on() {
     for (case, words) in [
+        (Case::of_image(Image::Shorter), ["has 512K", "device 1M"]),
         (
-            Case {
-                image: Image::Shorter,
-                ..USUAL
-            },
-            ["has 512K", "device 1M"],
-        ),
-        (
-            Case {
-                image: Image::Replaced,
-                ..USUAL
-            },
+            Case::of_image(Image::Replaced),
             ["not the one that was served", "put"],
         ),
         (
-            Case {
-                options: Options::ReadOnly,
-                ..USUAL
-            },
+            Case::of_options(Options::ReadOnly),
             ["read-only", "writable"],
         ),
-        (
-            Case {
-                options: Options::BlockSize,
-                ..USUAL
-            },
-            ["4096", "block-size"],
-        ),
-        (
-            Case {
-                options: Options::NoUblk,
-                ..USUAL
-            },
-            ["option ublk", "closed"],
-        ),
-        (
-            Case {
-                options: Options::OtherId,
-                ..USUAL
-            },
-            ["ublk-id", "9"],
-        ),
+        (Case::of_options(Options::BlockSize), ["4096", "block-size"]),
+        (Case::of_options(Options::NoUblk), ["option ublk", "closed"]),
+        (Case::of_options(Options::OtherId), ["ublk-id", "9"]),
     ] {
         let (outcome, why) = World::new(case).run(Command::Serve);
         assert_eq!(outcome, Outcome::Refuses, "{case:?}");
@@ -467,68 +156,32 @@ fn a_device_keeps_its_limits_where_the_storage_can_have_them() {
 fn rows() -> Vec<(&'static str, Case)> {
     vec![
         ("waits; all is as it was", USUAL),
-        (
-            "waits; the file has grown",
-            Case {
-                image: Image::Larger,
-                ..USUAL
-            },
-        ),
-        (
-            "waits; the file is shorter",
-            Case {
-                image: Image::Shorter,
-                ..USUAL
-            },
-        ),
+        ("waits; the file has grown", Case::of_image(Image::Larger)),
+        ("waits; the file is shorter", Case::of_image(Image::Shorter)),
         (
             "waits; another file is at the path",
-            Case {
-                image: Image::Replaced,
-                ..USUAL
-            },
+            Case::of_image(Image::Replaced),
         ),
-        (
-            "waits; the file is gone",
-            Case {
-                image: Image::Gone,
-                ..USUAL
-            },
-        ),
+        ("waits; the file is gone", Case::of_image(Image::Gone)),
         (
             "waits; another program has the file",
-            Case {
-                image: Image::Claimed,
-                ..USUAL
-            },
+            Case::of_image(Image::Claimed),
         ),
         (
             "waits; `read-only` was changed",
-            Case {
-                options: Options::ReadOnly,
-                ..USUAL
-            },
+            Case::of_options(Options::ReadOnly),
         ),
         (
             "waits; `block-size` was changed",
-            Case {
-                options: Options::BlockSize,
-                ..USUAL
-            },
+            Case::of_options(Options::BlockSize),
         ),
         (
             "waits; `ublk=no` now, or no usable driver",
-            Case {
-                options: Options::NoUblk,
-                ..USUAL
-            },
+            Case::of_options(Options::NoUblk),
         ),
         (
             "waits; another `ublk-id`",
-            Case {
-                options: Options::OtherId,
-                ..USUAL
-            },
+            Case::of_options(Options::OtherId),
         ),
         (
             "waits; the notes are lost",
@@ -537,13 +190,7 @@ fn rows() -> Vec<(&'static str, Case)> {
                 ..USUAL
             },
         ),
-        (
-            "dead",
-            Case {
-                device: Device::Dead,
-                ..USUAL
-            },
-        ),
+        ("dead", Case::of_device(Device::Dead)),
         (
             "dead; the file is gone",
             Case {
@@ -552,27 +199,12 @@ fn rows() -> Vec<(&'static str, Case)> {
                 ..USUAL
             },
         ),
-        (
-            "has a server that lives",
-            Case {
-                device: Device::Served,
-                ..USUAL
-            },
-        ),
+        ("has a server that lives", Case::of_device(Device::Served)),
         (
             "another program's has the number",
-            Case {
-                device: Device::Foreign,
-                ..USUAL
-            },
+            Case::of_device(Device::Foreign),
         ),
-        (
-            "none",
-            Case {
-                device: Device::Gone,
-                ..USUAL
-            },
-        ),
+        ("none", Case::of_device(Device::Gone)),
     ]
 }
 
@@ -613,10 +245,7 @@ fn the_table_in_the_docs_is_what_happens() {
 
 #[test]
 fn an_image_that_cannot_be_opened_is_refused_before_anything_is_looked_at() {
-    let world = World::new(Case {
-        image: Image::Gone,
-        ..USUAL
-    });
+    let world = World::new(Case::of_image(Image::Gone));
     let error = world.serve(true).unwrap_err();
     assert!(error.downcast_ref::<OpenError>().is_some(), "{error:#}");
     assert!(world.driver.device.borrow().is_some());

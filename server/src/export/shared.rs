@@ -114,7 +114,9 @@ impl Shared {
         if let Some((door, _)) = vhost {
             Closing::Vhost(door).close(name, claim);
         }
-        drop(self.storage().take());
+        // Not under the lock: to close a file may take time, and `stat` must not wait for it.
+        let storage = self.storage().take();
+        drop(storage);
     }
 
     pub(super) fn storage(&self) -> MutexGuard<'_, Option<Arc<dyn StorageControl>>> {

@@ -63,7 +63,7 @@ fn a_device_that_is_claimed_later_is_had_by_one_server_or_mount_at_a_time() {
     let mounts = || mount().unwrap().status.success();
     let unmount = || run("umount", &[dir.path().to_str().unwrap()]);
     let disk = claimed_later(&device.device);
-    assert!(mounts(), "it is nobody's yet");
+    assert!(mounts(), "it is not claimed yet");
     let refused = disk.claim(Duration::ZERO).unwrap_err();
     assert!(
         refused.contains(name) && refused.contains("in use"),
@@ -73,7 +73,7 @@ fn a_device_that_is_claimed_later_is_had_by_one_server_or_mount_at_a_time() {
     assert_eq!(disk.claim(Duration::ZERO), Ok(()));
     assert!(!mounts(), "it is the disk's");
     disk.release();
-    assert!(mounts(), "it is nobody's again");
+    assert!(mounts(), "it is no longer claimed");
     unmount();
 }
 

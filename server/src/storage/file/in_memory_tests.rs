@@ -37,7 +37,7 @@ fn a_file_in_memory_is_read_and_written_at_once() {
     let mut back = Memory::new(3 * 512);
     assert_eq!(run(&mut back, Op::Read), Progress::Done(Ok(())));
     assert_eq!(back.bytes, written.bytes);
-    // Cut short by somebody: zeroes from there on.
+    // Truncated by another program: zeroes from there on.
     file.set_len(4096 + 700).unwrap();
     back.bytes.fill(0xaa);
     assert_eq!(run(&mut back, Op::Read), Progress::Done(Ok(())));
