@@ -13,10 +13,10 @@ mod common;
 mod data;
 #[path = "ublk/features.rs"]
 mod features;
+#[path = "ublk/intruders.rs"]
+mod intruders;
 #[path = "ublk/memory.rs"]
 mod memory;
-#[path = "ublk/nobody.rs"]
-mod nobody;
 #[path = "ublk/recovery.rs"]
 mod recovery;
 #[path = "ublk/replace.rs"]

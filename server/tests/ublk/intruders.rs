@@ -1,5 +1,5 @@
-//! Nobody gets in. Each way to a disk that is not one's own is tried, and refused with its errno;
-//! afterwards the disk is as usable as before, by the rightful client and at the block device.
+//! Ways to a disk that is not one's own: each is tried, and refused with its errno. Afterwards the disk is as usable
+//! as before, by the rightful client and at the block device.
 
 use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
