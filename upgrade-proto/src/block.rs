@@ -11,8 +11,8 @@ use rustix::ioctl::{self, opcode};
 
 use crate::address::Name;
 use crate::claim;
-use crate::connect::{Answer, Connection, Lookup, connect, is_trusted_peer};
-use crate::error::{NoService, OrCannot};
+use crate::connect::{Answer, Connection, Lookup, connect};
+use crate::error::OrCannot;
 use crate::object::is_read_only_disk;
 use crate::{Error, socket};
 
@@ -51,9 +51,9 @@ impl DiskClaim {
         drop_cache(self.fd.as_fd(), &self.device)
     }
 
-    /// [`connect_to_disk`] with the claimed descriptor.
+    /// [`connect`] with the claimed descriptor.
     pub fn connect(&self, name: &Name, lookup: &Lookup) -> Result<Answer<Connection>, Error> {
-        connect_to_disk(&self.fd, name, lookup)
+        connect(&self.fd, name, lookup)
     }
 
     /// Ends the claim and keeps the device open, for a caller that only checks whether it can be claimed.
@@ -76,25 +76,6 @@ impl DiskClaim {
     pub fn release(self) -> Result<(), Error> {
         drop_cache(self.fd.as_fd(), &self.device)
     }
-}
-
-/// Connects to a service of the block device behind `fd`, and checks on both routes that its server is root
-/// or the owner of the device.
-pub fn connect_to_disk(
-    fd: impl AsFd,
-    name: &Name,
-    lookup: &Lookup,
-) -> Result<Answer<Connection>, Error> {
-    let connection = match connect(&fd, name, lookup)? {
-        Answer::Found(connection) => connection,
-        Answer::NoService(why) => return Ok(Answer::NoService(why)),
-    };
-    if !is_trusted_peer(fd.as_fd(), connection.peer())? {
-        return Ok(Answer::NoService(NoService::ForeignPeer {
-            uid: connection.peer().uid,
-        }));
-    }
-    Ok(Answer::Found(connection))
 }
 
 impl AsFd for DiskClaim {
@@ -202,7 +183,10 @@ fn expect_block_device(fd: BorrowedFd<'_>, device: &str) -> Result<(u32, u32), E
 /// Opens the device: (descriptor, read-only).
 fn open_claimed(path: &Path, device: &str) -> Result<(OwnedFd, bool), Error> {
     let flags = OFlags::DIRECT | OFlags::CLOEXEC;
-    let failed = |errno| Error::system("open", device, errno);
+    let failed = |errno| match errno {
+        Errno::NOENT if !socket::has_proc() => Error::NoProc,
+        errno => Error::system("open", device, errno),
+    };
     // O_PATH first: to open another kind of file can block, or have an effect.
     let seen = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
     let (major, minor) = expect_block_device(seen.as_fd(), device)?;

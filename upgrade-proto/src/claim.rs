@@ -3,6 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, major, minor, open, openat2};
+
+use crate::text::printable;
+
 /// What uses a disk exclusively, as text: a mount, a holder (dm, md, …) or a swap area, of the disk or of one of its
 /// partitions. `None` if nothing is known; a mount in another mount namespace and a program that claimed the disk
 /// (O_EXCL) are not found.
@@ -21,38 +25,70 @@ fn known_user(proc: &Path, sysfs: &Path, major: u32, minor: u32) -> Option<Strin
     let device = sysfs.join(format!("dev/block/{major}:{minor}"));
     let mut numbers = vec![format!("{major}:{minor}")];
     numbers.extend(partitions(&device));
-    let mounts = fs::read_to_string(proc.join("self/mountinfo")).unwrap_or_default();
-    let is_ours = |path: &str| numbers.contains(&number_of(path));
-    if let Some(place) = mounted_at(&mounts, &numbers, is_ours) {
-        return Some(format!("mounted at {place}"));
+    if let Some(place) = mounted_at(&text_of(&proc.join("self/mountinfo")), &numbers) {
+        return Some(format!("mounted at {}", printable(&place)));
+    }
+    if let Some(pool) = mounted_pool(sysfs, &numbers) {
+        return Some(format!(
+            "mounted as part of the file system {}",
+            printable(&pool)
+        ));
     }
     let holders: Vec<_> = numbers
         .iter()
         .flat_map(|number| names_in(&sysfs.join("dev/block").join(number).join("holders")))
         .collect();
     if !holders.is_empty() {
-        return Some(format!("held by {}", holders.join(", ")));
+        return Some(format!("held by {}", printable(&holders.join(", "))));
     }
-    let swaps = fs::read_to_string(proc.join("swaps")).unwrap_or_default();
-    swap_on(&swaps, is_ours).map(|swap| format!("swap on {swap}"))
+    let is_ours = |path: &str| number_of(path).is_some_and(|number| numbers.contains(&number));
+    swap_on(&text_of(&proc.join("swaps")), is_ours)
+        .map(|swap| format!("swap on {}", printable(&swap)))
 }
 
-/// The first mount point of one of the devices, from the text of mountinfo. A file system over several disks (btrfs) has
-/// a number of its own there, and is found by its source, for which `is_ours` is true.
-fn mounted_at(
-    mountinfo: &str,
-    numbers: &[String],
-    is_ours: impl Fn(&str) -> bool,
-) -> Option<String> {
+/// A file that the kernel writes. It has names in it that users have chosen, and that need not be UTF-8.
+fn text_of(path: &Path) -> String {
+    let bytes = fs::read(path).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// The first mount point of one of the devices, from the text of mountinfo. By its number: what a file system calls its
+/// source is the choice of who mounts it, which for FUSE is any user.
+fn mounted_at(mountinfo: &str, numbers: &[String]) -> Option<String> {
     mountinfo.lines().find_map(|line| {
         let mut fields = line.split(' ').skip(2);
         let number = fields.next()?;
         let place = fields.nth(1)?;
-        let source = fields.skip_while(|field| *field != "-").nth(2)?;
-        let used = numbers.iter().any(|wanted| wanted == number)
-            || source.starts_with('/') && is_ours(&unescape(source));
-        used.then(|| unescape(place))
+        numbers
+            .iter()
+            .any(|wanted| wanted == number)
+            .then(|| unescape(place))
     })
+}
+
+/// The file system over several disks that one of the devices is part of. Such a file system has a number of its own in
+/// mountinfo; sysfs has its disks, as long as it is mounted anywhere.
+fn mounted_pool(sysfs: &Path, numbers: &[String]) -> Option<String> {
+    let pools = |kind: &'static str| {
+        let dir = sysfs.join("fs").join(kind);
+        let ids = names_in(&dir).into_iter();
+        ids.map(move |id| (format!("{kind} {id}"), dir.join(id)))
+    };
+    let btrfs = pools("btrfs").map(|(pool, dir)| (pool, disks_in(&dir.join("devices"), "")));
+    let bcachefs = pools("bcachefs").map(|(pool, dir)| (pool, disks_in(&dir, "block")));
+    btrfs
+        .chain(bcachefs)
+        .find(|(_, disks)| disks.iter().any(|disk| numbers.contains(disk)))
+        .map(|(pool, _)| pool)
+}
+
+/// The numbers of the disks that the entries of a directory of sysfs link to, or the files `link` in the entries.
+fn disks_in(dir: &Path, link: &str) -> Vec<String> {
+    let entries = names_in(dir).into_iter().map(|name| dir.join(name));
+    entries
+        .filter_map(|entry| fs::read_to_string(entry.join(link).join("dev")).ok())
+        .map(|number| number.trim().to_owned())
+        .collect()
 }
 
 /// The first swap area for which `is_ours` is true, from the text of /proc/swaps.
@@ -79,15 +115,24 @@ fn unescape(text: &str) -> String {
         })
 }
 
-/// `major:minor` of the block device at a path; empty if there is none.
-fn number_of(path: &str) -> String {
-    use rustix::fs::{FileType, major, minor, stat};
-    match stat(path) {
-        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice => {
-            format!("{}:{}", major(stat.st_rdev), minor(stat.st_rdev))
-        }
-        _ => String::new(),
-    }
+/// `major:minor` of the block device at a path below /dev. Nothing is resolved that could lead to another file system: its
+/// server, if it has one, need not answer.
+fn number_of(path: &str) -> Option<String> {
+    let dir = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dev = open("/dev", dir, Mode::empty()).ok()?;
+    let stay = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let node = openat2(
+        &dev,
+        path.strip_prefix("/dev/")?,
+        flags,
+        Mode::empty(),
+        stay,
+    )
+    .ok()?;
+    let stat = fstat(&node).ok()?;
+    let is_disk = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+    is_disk.then(|| format!("{}:{}", major(stat.st_rdev), minor(stat.st_rdev)))
 }
 
 /// The device numbers of a disk's partitions: while one is mounted the disk cannot be claimed.
@@ -136,14 +181,85 @@ mod tests {
         assert_eq!(cause(&proc, &sysfs, 259, 9), "held by dm-3");
     }
 
+    /// `/proc` and `/sys` with this mountinfo and these links to the sysfs directories of disks with these numbers.
+    fn machine(mountinfo: &[u8], links: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (proc, sysfs) = (dir.path().join("proc/self"), dir.path().join("sys"));
+        fs::create_dir_all(&proc).expect("made");
+        fs::write(proc.join("mountinfo"), mountinfo).expect("written");
+        for (link, number) in links {
+            let disk = sysfs.join("dev/block").join(number);
+            fs::create_dir_all(&disk).expect("made");
+            fs::write(disk.join("dev"), format!("{number}\n")).expect("written");
+            let link = sysfs.join(link);
+            fs::create_dir_all(link.parent().expect("a parent")).expect("made");
+            std::os::unix::fs::symlink(disk, link).expect("linked");
+        }
+        dir
+    }
+
+    fn user_of(machine: &tempfile::TempDir, major: u32, minor: u32) -> Option<String> {
+        let [proc, sysfs] = ["proc", "sys"].map(|name| machine.path().join(name));
+        known_user(&proc, &sysfs, major, minor)
+    }
+
     #[test]
-    fn a_file_system_over_several_disks_is_found_by_its_source() {
-        let mounts =
-            "40 22 0:77 / /data rw - btrfs /dev/ublkb7 rw\n41 22 0:78 / /x rw - tmpfs tmpfs rw\n";
-        let found =
-            |disk: &'static str| mounted_at(mounts, &["259:7".into()], move |path| path == disk);
-        assert_eq!(found("/dev/ublkb7").as_deref(), Some("/data"));
-        assert_eq!(found("tmpfs"), None);
+    fn a_file_system_over_several_disks_is_found_in_sysfs() {
+        let pools = machine(
+            b"40 22 0:77 / /data rw - btrfs /dev/ublkb7 rw\n",
+            &[
+                ("fs/btrfs/1f-2a/devices/ublkb7", "259:7"),
+                ("fs/btrfs/1f-2a/devices/ublkb8", "259:8"),
+                ("fs/bcachefs/3c/dev-0/block", "259:9"),
+            ],
+        );
+        for (minor, pool) in [(7, "btrfs 1f-2a"), (8, "btrfs 1f-2a"), (9, "bcachefs 3c")] {
+            let user = user_of(&pools, 259, minor).expect("found");
+            assert_eq!(user, format!("mounted as part of the file system {pool}"));
+        }
+        assert_eq!(user_of(&pools, 259, 6), None);
+    }
+
+    #[test]
+    fn what_a_user_calls_the_source_of_a_mount_uses_no_disk_and_is_not_looked_at() {
+        // Any block device of this machine, so that a look at the path would find its number.
+        let disk = fs::read_dir("/dev")
+            .expect("read")
+            .flatten()
+            .find_map(|entry| {
+                let path = entry.path().to_str()?.to_owned();
+                number_of(&path).map(|number| (path, number))
+            });
+        let (path, number) = disk.unwrap_or(("/dev/vda".into(), "254:0".into()));
+        let (major, minor) = number.split_once(':').expect("a number");
+        let [major, minor] = [major, minor].map(|part| part.parse().expect("a number"));
+        let mounts = format!("40 22 0:77 / /x rw - fuse.sshfs {path} rw\n");
+        assert_eq!(
+            user_of(&machine(mounts.as_bytes(), &[]), major, minor),
+            None
+        );
+    }
+
+    #[test]
+    fn names_that_are_not_text_hide_no_mount_and_forge_no_line() {
+        let mounts = b"40 22 0:77 / /home/u/\xff rw - fuse x rw\n\
+                       41 22 259:7 / /mnt/a\\012ERROR\x1b[2J rw - ext4 /dev/ublkb7 rw\n";
+        let user = user_of(&machine(mounts, &[]), 259, 7);
+        assert_eq!(user.as_deref(), Some(r"mounted at /mnt/a\nERROR\u{1b}[2J"));
+    }
+
+    #[test]
+    fn only_a_node_in_dev_itself_is_asked_for_its_number() {
+        assert_eq!(number_of("/dev/null"), None, "no disk");
+        for path in [
+            "/dev/../dev/null",
+            "/dev/shm/x",
+            "/dev/fd/0",
+            "/proc/self/fd/0",
+            "x",
+        ] {
+            assert_eq!(number_of(path), None, "{path}");
+        }
     }
 
     #[test]

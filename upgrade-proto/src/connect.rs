@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::fstat;
+use rustix::fs::{FileType, Stat, fstat};
 use rustix::io::Errno;
 
 use crate::Error;
@@ -14,6 +14,7 @@ use crate::error::{NoService, OrCannot};
 use crate::object::{self, Key};
 use crate::registry::{self, Entry};
 use crate::socket::{self, Peer};
+use crate::trusted;
 
 /// How a client finds a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,7 +41,8 @@ pub struct Connection {
     stream: UnixStream,
     route: Route,
     peer: Peer,
-    entry: Option<PathBuf>,
+    /// By the registry's route: the runtime directory, and the socket's path in it.
+    entry: Option<(PathBuf, PathBuf)>,
 }
 
 impl Connection {
@@ -64,10 +66,18 @@ impl Connection {
         self.peer
     }
 
-    /// The path of the registry's socket, on the client's side, for a program that takes a path only. It was trusted when
-    /// this connection was made.
-    pub fn entry(&self) -> Option<&Path> {
-        self.entry.as_deref()
+    /// The path of the registry's socket, on the client's side, for a program that takes a path only, and resolves it
+    /// again whenever it connects again. `None` by the kernel's route.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Untrusted`] if another user could lead that path elsewhere: it owns, or may write to, a directory above
+    /// the runtime directory. This connection is none the worse for it.
+    pub fn lasting_path(&self) -> Result<Option<PathBuf>, Error> {
+        let Some((runtime_dir, entry)) = &self.entry else {
+            return Ok(None);
+        };
+        Ok(Some(trusted::lasting_path(runtime_dir)?.join(entry)))
     }
 
     /// The socket.
@@ -129,19 +139,26 @@ impl Default for Lookup {
 
 /// Connects to the service `name` of the object behind `fd`, by the kernel's route or else the registry's.
 ///
-/// A refusal by a kernel that knows the service (EACCES, EPERM, EPROTOTYPE) is final: the registry is not tried then.
+/// A refusal by a kernel that knows the service (EACCES, EPERM, EPROTOTYPE) is final: the registry is not tried then. The
+/// server of a block device is root or the owner of its node, whatever the route.
+///
+/// This claims no disk and leaves its page cache as it is: see [`BlockUpgrade`](crate::BlockUpgrade).
 pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Connection>, Error> {
     let fd = fd.as_fd();
     let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
     let connected = match lookup.kernel {
-        true => socket::connect(&address.to_string(), lookup.timeout),
+        true => socket::connect(address.to_string(), lookup.timeout),
         false => Err(Errno::NOENT),
     };
     match connected {
-        Ok(stream) => Connection::new(stream, Route::Kernel, "the server").map(Answer::Found),
-        Err(Errno::CONNREFUSED | Errno::NOENT | Errno::NOTDIR) => {
-            connect_by_registry(fd, name, lookup, &mut || Key::of(fd))
+        Ok(stream) => {
+            let connection = Connection::new(stream, Route::Kernel, "the server")?;
+            let object = fstat(fd).or_cannot("examine descriptor", fd.as_raw_fd())?;
+            Ok(check_server_of_disk(&object, connection))
         }
+        Err(
+            Errno::CONNREFUSED | Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG,
+        ) => connect_by_registry(fd, name, lookup, &mut || Key::of(fd)),
         Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::PROTOTYPE)) => {
             Ok(Answer::NoService(NoService::Refused(errno)))
         }
@@ -178,8 +195,9 @@ fn connect_by_registry(
                 }
             };
             let mut connection = Connection::new(stream, Route::Registry, "the server")?;
-            connection.entry = Some(registry::entry_path(dir, &candidate, name));
-            if !is_trusted_peer(fd, connection.peer())? {
+            connection.entry = Some((dir.clone(), registry::entry_path(&candidate, name)));
+            let object = fstat(fd).or_cannot("examine descriptor", fd.as_raw_fd())?;
+            if !is_trusted_peer(&object, connection.peer()) {
                 refusal = NoService::ForeignPeer {
                     uid: connection.peer().uid,
                 };
@@ -203,13 +221,18 @@ fn try_entry(
     let entry = match Entry::find(dir, key, name) {
         Ok(Some(entry)) => entry,
         Ok(None) => return Ok(Answer::NoService(NoService::NotOffered)),
-        Err(error @ Error::Untrusted { .. }) => {
-            return Ok(Answer::NoService(NoService::Untrusted(error.to_string())));
-        }
+        Err(
+            error @ (Error::Untrusted { .. }
+            | Error::System {
+                errno: Errno::LOOP | Errno::NAMETOOLONG,
+                ..
+            }),
+        ) => return Ok(Answer::NoService(NoService::Untrusted(error.to_string()))),
         Err(error) => return Err(error),
     };
     match entry.connect(timeout) {
         Ok(stream) => Ok(Answer::Found(stream)),
+        Err(Errno::NOENT) if !socket::has_proc() => Ok(Answer::NoService(NoService::NoProc)),
         // A server that died left its entry; one that ends may remove it between the two steps.
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(Answer::NoService(NoService::NotOffered)),
         Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::PROTOTYPE)) => {
@@ -223,10 +246,20 @@ fn try_entry(
     }
 }
 
+/// A connection to a disk's server by the kernel's route, if the server may be one: who has the disk open could offer a
+/// service on it. The two ends of a pipe have no such owner.
+fn check_server_of_disk(object: &Stat, connection: Connection) -> Answer<Connection> {
+    let is_disk = FileType::from_raw_mode(object.st_mode) == FileType::BlockDevice;
+    let peer = connection.peer();
+    match is_disk && !is_trusted_peer(object, peer) {
+        true => Answer::NoService(NoService::ForeignPeer { uid: peer.uid }),
+        false => Answer::Found(connection),
+    }
+}
+
 /// Whether the server is root or the owner of the device node, or of the pipe.
-pub(crate) fn is_trusted_peer(fd: BorrowedFd<'_>, peer: Peer) -> Result<bool, Error> {
-    let stat = fstat(fd).or_cannot("examine descriptor", fd.as_raw_fd())?;
-    Ok(peer.uid == 0 || peer.uid == stat.st_uid)
+fn is_trusted_peer(object: &Stat, peer: Peer) -> bool {
+    peer.uid == 0 || peer.uid == object.st_uid
 }
 
 #[cfg(test)]
@@ -264,21 +297,39 @@ mod tests {
         let answer =
             connect_by_registry(read.as_fd(), &name, &lookup, &mut same).expect("an answer");
         let connection = answer.found().expect("a connection");
-        let path = connection.entry().expect("a path");
+        let path = connection.lasting_path().expect("trusted").expect("a path");
         UnixStream::connect(path).expect("the path leads to the same server");
     }
 
     #[test]
-    fn a_server_is_trusted_if_it_is_root_or_owns_the_object() {
+    fn the_server_of_a_disk_is_root_or_the_owner_of_the_node_and_that_of_a_pipe_anybody() {
         let file = tempfile::tempfile().expect("a file");
-        let owner = fstat(&file).expect("examined").st_uid;
-        let peer = |uid| Peer {
-            pid: 1,
-            uid,
-            gid: 0,
+        let (ours, _theirs) = UnixStream::pair().expect("a pair");
+        let mut object = fstat(&file).expect("examined");
+        object.st_uid = 1000;
+        let mut answer = |kind: FileType, uid| {
+            object.st_mode = kind.as_raw_mode() | 0o600;
+            let peer = Peer {
+                pid: 1,
+                uid,
+                gid: 0,
+            };
+            let stream = ours.try_clone().expect("cloned");
+            let connection = Connection {
+                stream,
+                route: Route::Kernel,
+                peer,
+                entry: None,
+            };
+            match check_server_of_disk(&object, connection) {
+                Answer::Found(_) => None,
+                Answer::NoService(why) => Some(why),
+            }
         };
-        assert!(is_trusted_peer(file.as_fd(), peer(0)).expect("examined"));
-        assert!(is_trusted_peer(file.as_fd(), peer(owner)).expect("examined"));
-        assert!(!is_trusted_peer(file.as_fd(), peer(owner + 1)).expect("examined"));
+        assert_eq!(answer(FileType::BlockDevice, 0), None);
+        assert_eq!(answer(FileType::BlockDevice, 1000), None);
+        let stranger = Some(NoService::ForeignPeer { uid: 1001 });
+        assert_eq!(answer(FileType::BlockDevice, 1001), stranger);
+        assert_eq!(answer(FileType::Fifo, 1001), None);
     }
 }

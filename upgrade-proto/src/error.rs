@@ -58,6 +58,9 @@ pub enum Error {
         /// What uses it, as far as is known.
         cause: String,
     },
+    /// The names of descriptors, by which a file that was checked is used, are missing.
+    #[error("/proc is not mounted here, and without it no file that was checked can be used")]
+    NoProc,
     /// A system call failed.
     #[error("cannot {what} {on}: {errno}")]
     System {
@@ -87,6 +90,7 @@ impl Error {
             Self::Unsupported { .. } => Errno::OPNOTSUPP,
             Self::Untrusted { .. } => Errno::PERM,
             Self::Claimed { .. } => Errno::BUSY,
+            Self::NoProc => Errno::NOENT,
             Self::System { errno, .. } => *errno,
         }
     }
@@ -122,8 +126,10 @@ pub enum NoService {
     ReadOnlyDescriptor,
     /// The descriptor of a block device is open for writing only.
     WriteOnlyDescriptor,
-    /// The registry has an entry that breaks a rule of trust; the text says which.
+    /// The registry has an entry that breaks a rule of trust, or a path that cannot be followed; the text says which.
     Untrusted(String),
+    /// The registry has an entry, and cannot be used: `/proc` is not mounted here.
+    NoProc,
     /// The server is neither root nor the owner of the object.
     ForeignPeer {
         /// The server's user.
@@ -141,6 +147,7 @@ impl NoService {
             Self::Refused(errno) => *errno,
             Self::ReadOnlyDescriptor | Self::WriteOnlyDescriptor => Errno::ACCESS,
             Self::Untrusted(_) | Self::ForeignPeer { .. } => Errno::PERM,
+            Self::NoProc => Errno::NOENT,
         }
     }
 }
@@ -157,6 +164,7 @@ impl fmt::Display for NoService {
                 f.write_str("the descriptor is write-only, and the service reads too")
             }
             Self::Untrusted(why) => write!(f, "the registry entry is not trusted: {why}"),
+            Self::NoProc => write!(f, "{}", Error::NoProc),
             Self::ForeignPeer { uid } => {
                 write!(
                     f,

@@ -1,14 +1,18 @@
 //! The C interface, described in `include/upgrade_proto.h`. Results are descriptors or negative errno
 //! values; a panic aborts (`extern "C"`).
 
-use std::ffi::{CStr, OsStr, c_char, c_int, c_uint};
+use std::cell::RefCell;
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_uint};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use crate::{Answer, BlockUpgrade, Key, Listener, Lookup, Name, Options, Route, connect};
+use crate::{
+    Answer, BlockUpgrade, Error, Key, Listener, Lookup, Name, NoService, Options, Route, connect,
+    printable,
+};
 
 const ROUTE_KERNEL: c_uint = 1;
 const ROUTE_REGISTRY: c_uint = 2;
@@ -20,9 +24,59 @@ fn code(route: Route) -> c_uint {
     }
 }
 
+/// Why a call failed: the errno value and the text.
+struct Failure(Errno, String);
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self(error.errno(), error.to_string())
+    }
+}
+
+impl From<NoService> for Failure {
+    fn from(why: NoService) -> Self {
+        Self(why.errno(), why.to_string())
+    }
+}
+
+impl From<Errno> for Failure {
+    fn from(errno: Errno) -> Self {
+        Self(errno, errno.to_string())
+    }
+}
+
+/// The caller broke a rule of the header.
+fn misuse(why: &str) -> Failure {
+    Failure(Errno::INVAL, why.to_owned())
+}
+
+thread_local! {
+    /// The text of the last failure of this thread.
+    static LAST_ERROR: RefCell<CString> = RefCell::default();
+}
+
 /// A result as a C return value.
-fn answer(result: Result<c_int, Errno>) -> c_int {
-    result.unwrap_or_else(|errno| -errno.raw_os_error())
+fn answer(result: Result<c_int, Failure>) -> c_int {
+    result.unwrap_or_else(|Failure(errno, text)| {
+        // Without control characters there is no NUL in it.
+        let text = CString::new(printable(&text)).unwrap_or_default();
+        LAST_ERROR.set(text);
+        -errno.raw_os_error()
+    })
+}
+
+/// The version of the library; see the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn upgrade_version() -> *const c_char {
+    const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
+    VERSION.as_ptr().cast()
+}
+
+/// The text of the last failure; see the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn upgrade_error() -> *const c_char {
+    // The text stays where it is until the next failure replaces it.
+    LAST_ERROR.with_borrow(|text| text.as_ptr())
 }
 
 /// # Safety
@@ -34,10 +88,10 @@ unsafe fn text<'a>(text: *const c_char) -> Option<&'a CStr> {
 
 /// # Safety
 /// As for [`text`].
-unsafe fn name(name: *const c_char) -> Result<Name, Errno> {
+unsafe fn name(name: *const c_char) -> Result<Name, Failure> {
     // SAFETY: passed on.
-    let name = unsafe { text(name) }.ok_or(Errno::INVAL)?;
-    Ok(Name::new(name.to_str().map_err(|_| Errno::INVAL)?)?)
+    let name = unsafe { text(name) }.ok_or_else(|| misuse("the name of the service is NULL"))?;
+    Ok(Name::new(&name.to_string_lossy())?)
 }
 
 /// # Safety
@@ -49,9 +103,9 @@ unsafe fn path<'a>(path: *const c_char) -> Option<&'a Path> {
 
 /// # Safety
 /// `fd` is not closed before the result is gone.
-unsafe fn descriptor<'a>(fd: c_int) -> Result<BorrowedFd<'a>, Errno> {
+unsafe fn descriptor<'a>(fd: c_int) -> Result<BorrowedFd<'a>, Failure> {
     if fd < 0 {
-        return Err(Errno::BADF);
+        return Err(Errno::BADF.into());
     }
     // SAFETY: not -1, and open by the caller's promise; if it is not, system calls answer EBADF.
     Ok(unsafe { BorrowedFd::borrow_raw(fd) })
@@ -92,7 +146,7 @@ pub unsafe extern "C" fn upgrade_listen(
 ) -> c_int {
     let bind = || {
         if out.is_null() {
-            return Err(Errno::INVAL);
+            return Err(misuse("the pointer for the result is NULL"));
         }
         // SAFETY: by the caller's promise; all are used during this call only.
         let (fd, name, dir) = unsafe { (descriptor(fd)?, name(service)?, path(runtime_dir)) };
@@ -129,7 +183,7 @@ pub unsafe extern "C" fn upgrade_listen(
 pub unsafe extern "C" fn upgrade_accept(listener: *const Listener, route: *mut c_uint) -> c_int {
     // SAFETY: NULL or alive by the caller's promise.
     let Some(listener) = (unsafe { listener.as_ref() }) else {
-        return answer(Err(Errno::INVAL));
+        return answer(Err(misuse("the listener is NULL")));
     };
     answer(match listener.accept() {
         Ok(Some(connection)) => {
@@ -137,8 +191,8 @@ pub unsafe extern "C" fn upgrade_accept(listener: *const Listener, route: *mut c
             unsafe { put(route, code(connection.route())) };
             Ok(connection.into_stream().into_raw_fd())
         }
-        Ok(None) => Err(Errno::AGAIN),
-        Err(error) => Err(error.errno()),
+        Ok(None) => Err(Errno::AGAIN.into()),
+        Err(error) => Err(error.into()),
     })
 }
 
@@ -174,7 +228,7 @@ pub unsafe extern "C" fn upgrade_connect(
                 unsafe { put(route, code(connection.route())) };
                 Ok(connection.into_stream().into_raw_fd())
             }
-            Answer::NoService(why) => Err(why.errno()),
+            Answer::NoService(why) => Err(why.into()),
         }
     };
     answer(find())
@@ -194,7 +248,7 @@ pub unsafe extern "C" fn upgrade_block(
 ) -> c_int {
     let upgrade = || {
         if out.is_null() {
-            return Err(Errno::INVAL);
+            return Err(misuse("the pointer for the result is NULL"));
         }
         // SAFETY: by the caller's promise; all are used during this call only.
         let (fd, name, lookup) = unsafe { (descriptor(fd)?, name(service)?, lookup(runtime_dir)) };
@@ -210,7 +264,7 @@ pub unsafe extern "C" fn upgrade_block(
                 }
                 Ok(socket)
             }
-            Answer::NoService(why) => Err(why.errno()),
+            Answer::NoService(why) => Err(why.into()),
         }
     };
     answer(upgrade())
@@ -223,9 +277,9 @@ pub unsafe extern "C" fn upgrade_block(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn upgrade_block_release(upgrade: *mut BlockUpgrade) -> c_int {
     if upgrade.is_null() {
-        return answer(Err(Errno::INVAL));
+        return answer(Err(misuse("the upgrade is NULL")));
     }
     // SAFETY: made by Box::into_raw in upgrade_block, and given back once.
     let upgrade = unsafe { Box::from_raw(upgrade) };
-    answer(upgrade.release().map(|()| 0).map_err(Errno::from))
+    answer(upgrade.release().map(|()| 0).map_err(Failure::from))
 }

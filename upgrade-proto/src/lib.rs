@@ -26,7 +26,7 @@
 //!   changed meanwhile is [`NoService::ObjectChanged`].
 //! - A client follows no symlink in the registry, uses nothing there that another user (except root) owns
 //!   or may write to, and connects to the very inode that it checked.
-//! - The server behind a registry entry is root or the owner of the object.
+//! - The server behind a registry entry, and of a disk by either route, is root or the owner of the object.
 //! - On a pipe only complementary ends meet.
 //! - One service of one object has one server; of two that bind at once, one gets [`Error::InUse`].
 //! - Neither side keeps the object's descriptor: a listener keeps no pipe open and no disk busy.
@@ -53,13 +53,19 @@ mod listener;
 mod object;
 mod registry;
 mod socket;
+mod text;
+mod trusted;
 
 pub use address::{FdAddress, Name};
-pub use block::{BlockUpgrade, DiskClaim, connect_to_disk};
+pub use block::{BlockUpgrade, DiskClaim};
 pub use claim::disk_user;
 pub use connect::{Answer, Connection, Lookup, Route, connect};
 pub use error::{Error, NoService};
 pub use listener::{Listener, Options};
 pub use object::{Key, Side};
-pub use registry::{SYSTEM_RUNTIME_DIR, client_runtime_dirs, own_runtime_dir};
-pub use socket::Peer;
+pub use registry::{
+    SYSTEM_RUNTIME_DIR, client_runtime_dirs, own_runtime_dir, remove_stale_entries, stale_entries,
+};
+pub use socket::{Peer, connect_within};
+pub use text::printable;
+pub use trusted::TrustedDir;

@@ -69,11 +69,9 @@ impl Listener {
                     object: format!("descriptor {}", fd.as_raw_fd()),
                 });
             }
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::OPNOTSUPP)
-                if options.runtime_dir.is_some() =>
-            {
-                None
-            }
+            Err(
+                Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG | Errno::OPNOTSUPP,
+            ) if options.runtime_dir.is_some() => None,
             other => Some(other.or_cannot("bind", &address)?),
         };
         let publish = |dir| {

@@ -4,18 +4,15 @@
 //! <runtime directory>/fd-upgrade/<object>/<name>     a listening socket, mode 0600
 //! ```
 //!
-//! Every component is opened relative to the one before, without following symlinks, and checked by descriptor. A socket
-//! is bound and connected through `/proc/self/fd`, so that the file that was checked is the one that is used.
+//! Every component is a [`TrustedDir`]. A socket is bound and connected through `/proc/self/fd`, so that the file that was
+//! checked is the one that is used.
 
-use std::ffi::OsStr;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat, flock, fstat, mkdirat, openat,
-    statat, unlinkat,
-};
+use rustix::fs::{AtFlags, FlockOperation, OFlags, flock, statat, unlinkat};
 use rustix::io::Errno;
 use rustix::net::{self, SocketAddrUnix, SocketType};
 use rustix::process::geteuid;
@@ -23,6 +20,7 @@ use rustix::process::geteuid;
 use crate::address::Name;
 use crate::error::OrCannot;
 use crate::object::Key;
+use crate::trusted::TrustedDir;
 use crate::{Error, socket};
 
 /// The system's runtime directory, where root's servers publish.
@@ -30,6 +28,9 @@ pub const SYSTEM_RUNTIME_DIR: &str = "/run/ublkup";
 
 /// The registry's folder inside a runtime directory.
 const FOLDER: &str = "fd-upgrade";
+
+/// The registry's lock, beside the folders of the objects.
+const LOCK: &str = "lock";
 
 /// How long a server waits for the lock of the registry.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -50,75 +51,9 @@ pub fn client_runtime_dirs() -> Vec<PathBuf> {
     dirs
 }
 
-/// Where the service's socket is, or would be.
-pub(crate) fn entry_path(runtime_dir: &Path, key: &Key, name: &Name) -> PathBuf {
-    let folder = runtime_dir.join(FOLDER).join(key.folder());
-    folder.join(name.as_str())
-}
-
-/// Checks a file of the registry: of the right kind, owned by this user or root, and writable by its owner only.
-fn check(stat: &Stat, kind: FileType, path: &Path) -> Result<(), Error> {
-    let refuse = |why: String| {
-        Err(Error::Untrusted {
-            path: path.display().to_string(),
-            why,
-        })
-    };
-    let is = FileType::from_raw_mode(stat.st_mode);
-    if is != kind {
-        return refuse(match is {
-            FileType::Symlink => "it is a symbolic link".to_owned(),
-            _ => format!(
-                "it is not a {}",
-                if kind == FileType::Socket {
-                    "socket"
-                } else {
-                    "directory"
-                }
-            ),
-        });
-    }
-    if stat.st_uid != 0 && stat.st_uid != geteuid().as_raw() {
-        return refuse(format!(
-            "it belongs to user {}, which is neither root nor this user",
-            stat.st_uid
-        ));
-    }
-    if stat.st_mode & 0o022 != 0 {
-        return refuse("its group or others may write to it".to_owned());
-    }
-    Ok(())
-}
-
-/// Opens `name` below `at` as a trusted directory; `path` is for messages.
-fn open_dir(at: impl AsFd, name: &OsStr, path: &Path, access: OFlags) -> Result<OwnedFd, Error> {
-    let at = at.as_fd();
-    let flags = access | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let opened = openat(at, name, flags, Mode::empty());
-    let dir =
-        opened.map_err(
-            |errno| match (errno, statat(at, name, AtFlags::SYMLINK_NOFOLLOW)) {
-                // Not a directory: the error says what it is.
-                (Errno::LOOP | Errno::NOTDIR, Ok(stat)) => {
-                    match check(&stat, FileType::Directory, path) {
-                        Err(error) => error,
-                        Ok(()) => Error::system("open", path.display(), errno),
-                    }
-                }
-                _ => Error::system("open", path.display(), errno),
-            },
-        )?;
-    let stat = fstat(&dir).or_cannot("examine", path.display())?;
-    check(&stat, FileType::Directory, path)?;
-    Ok(dir)
-}
-
-/// [`open_dir`] for a server: the directory is made if it is missing.
-fn make_dir(at: impl AsFd, name: &OsStr, path: &Path, mode: u32) -> Result<OwnedFd, Error> {
-    match mkdirat(&at, name, mode.into()) {
-        Ok(()) | Err(Errno::EXIST) => open_dir(at, name, path, OFlags::RDONLY),
-        Err(errno) => Err(Error::system("create", path.display(), errno)),
-    }
+/// Where the service's socket is, or would be, in a runtime directory.
+pub(crate) fn entry_path(key: &Key, name: &Name) -> PathBuf {
+    [FOLDER, &key.folder(), name.as_str()].iter().collect()
 }
 
 /// A socket in the registry that passed the checks of a client.
@@ -129,7 +64,8 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// Looks for the service; `None` if there is no entry, an error if there is one that breaks a rule.
+    /// Looks for the service; `None` if there is no entry, an error if there is one that breaks a rule, or if the path
+    /// cannot be followed.
     pub(crate) fn find(runtime_dir: &Path, key: &Key, name: &Name) -> Result<Option<Self>, Error> {
         match Self::open(runtime_dir, key, name) {
             Ok(entry) => Ok(Some(entry)),
@@ -142,28 +78,14 @@ impl Entry {
     }
 
     fn open(runtime_dir: &Path, key: &Key, name: &Name) -> Result<Self, Error> {
-        let mut dir = open_dir(CWD, runtime_dir.as_os_str(), runtime_dir, OFlags::PATH)?;
-        let mut path = runtime_dir.to_owned();
-        for part in [FOLDER, &key.folder()] {
-            path.push(part);
-            dir = open_dir(dir, part.as_ref(), &path, OFlags::PATH)?;
-        }
-        path.push(name.as_str());
-        let socket = openat(
-            &dir,
-            name.as_str(),
-            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .or_cannot("open", path.display())?;
-        let stat = fstat(&socket).or_cannot("examine", path.display())?;
-        check(&stat, FileType::Socket, &path)?;
+        let registry = TrustedDir::open(runtime_dir)?.dir(FOLDER)?;
+        let socket = registry.dir(&key.folder())?.socket(name.as_str())?;
         Ok(Self { socket })
     }
 
     /// Connects to exactly the socket that was checked.
     pub(crate) fn connect(&self, timeout: Duration) -> Result<OwnedFd, Errno> {
-        socket::connect(&socket::proc_path(self.socket.as_fd()), timeout)
+        socket::connect(socket::proc_path(self.socket.as_fd()), timeout)
     }
 }
 
@@ -171,7 +93,7 @@ impl Entry {
 #[derive(Debug)]
 pub(crate) struct Published {
     socket: OwnedFd,
-    root: OwnedFd,
+    root: TrustedDir,
     folder: String,
     name: Name,
     identity: (u64, u64),
@@ -187,24 +109,22 @@ impl Published {
         name: &Name,
         backlog: i32,
     ) -> Result<Self, Error> {
-        let path = runtime_dir.join(FOLDER);
-        let runtime = make_dir(CWD, runtime_dir.as_os_str(), runtime_dir, 0o755)?;
-        // Others may pass, but not open: the lock below is on this directory and theirs would block us.
-        let root = make_dir(runtime, FOLDER.as_ref(), &path, 0o711)?;
-        let _lock = lock(&root, &path)?;
+        // Others may pass, but not list.
+        let root = TrustedDir::make(runtime_dir, 0o755)?.make_dir(FOLDER, 0o711)?;
+        let _lock = lock(&root)?;
         for rival in key.rivals() {
-            clear_stale(&root, &path, &rival, key, name)?;
+            clear_stale(&root, &rival, key, name)?;
         }
         let folder = key.folder();
-        let path = path.join(&folder);
-        let dir = make_dir(&root, folder.as_ref(), &path, 0o711)?;
-        let path = path.join(name.as_str());
+        let dir = root.make_dir(&folder, 0o711)?;
+        let path = dir.path().join(name.as_str());
         let address = format!("{}/{name}", socket::proc_path(dir.as_fd()));
         let listening = socket::listen(&address, backlog).map_err(|errno| match errno {
             Errno::ADDRINUSE => Error::InUse {
                 name: name.to_string(),
                 object: key.to_string(),
             },
+            Errno::NOENT if !socket::has_proc() => Error::NoProc,
             errno => Error::system("listen on", path.display(), errno),
         })?;
         let stat = statat(&dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW)
@@ -227,15 +147,13 @@ impl Published {
 
     /// Removes the entry, unless another server has replaced it.
     fn remove(&self) -> Result<(), Error> {
-        let path = Path::new(FOLDER).join(&self.folder);
-        let _lock = lock(&self.root, &path)?;
-        let dir = open_dir(&self.root, self.folder.as_ref(), &path, OFlags::PATH)?;
+        let _lock = lock(&self.root)?;
+        let dir = self.root.dir(&self.folder)?;
         let stat = statat(&dir, self.name.as_str(), AtFlags::SYMLINK_NOFOLLOW)
-            .or_cannot("examine", path.display())?;
+            .or_cannot("examine", dir.path().display())?;
         if (stat.st_dev, stat.st_ino) == self.identity {
-            unlinkat(&dir, self.name.as_str(), AtFlags::empty())
-                .or_cannot("remove", path.display())?;
-            remove_if_empty(&self.root, &self.folder, &path)?;
+            unlink(&dir, self.name.as_str())?;
+            remove_if_empty(&self.root, &self.folder)?;
         }
         Ok(())
     }
@@ -251,11 +169,11 @@ impl Drop for Published {
     }
 }
 
-/// The registry's lock; closing it unlocks.
-fn lock(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Error> {
-    // A new open file description: locks of the same one do not exclude each other.
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let file = openat(root, ".", flags, Mode::empty()).or_cannot("open", path.display())?;
+/// The registry's lock; closing it unlocks. It is a file that other users cannot open: the directory, which a program may
+/// have made with another mode, could be locked by every user who may read it.
+fn lock(root: &TrustedDir) -> Result<File, Error> {
+    let path = root.path().join(LOCK);
+    let file = root.file(LOCK, OFlags::RDWR | OFlags::CREATE)?;
     let deadline = Instant::now() + LOCK_TIMEOUT;
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -269,38 +187,77 @@ fn lock(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Error> {
 }
 
 /// Under the lock: removes `name` from the folder of `rival` if it has no server.
-fn clear_stale(
-    root: &OwnedFd,
-    path: &Path,
-    rival: &Key,
-    key: &Key,
-    name: &Name,
-) -> Result<(), Error> {
+fn clear_stale(root: &TrustedDir, rival: &Key, key: &Key, name: &Name) -> Result<(), Error> {
     let folder = rival.folder();
-    let path = path.join(&folder);
-    let dir = match open_dir(root, folder.as_ref(), &path, OFlags::PATH) {
-        Err(Error::System {
-            errno: Errno::NOENT,
-            ..
-        }) => return Ok(()),
+    let dir = match root.dir(&folder) {
+        Err(error) if error.errno() == Errno::NOENT => return Ok(()),
         other => other?,
     };
-    let entry = path.join(name.as_str());
-    let stat = match statat(&dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
-        Err(Errno::NOENT) => return Ok(()),
-        other => other.or_cannot("examine", entry.display())?,
-    };
-    check(&stat, FileType::Socket, &entry)?;
-    if is_served(&format!("{}/{name}", socket::proc_path(dir.as_fd())))
-        .or_cannot("examine", entry.display())?
-    {
-        return Err(Error::InUse {
+    match is_stale(&dir, name.as_str())? {
+        None => Ok(()),
+        Some(false) => Err(Error::InUse {
             name: name.to_string(),
             object: key.to_string(),
-        });
+        }),
+        Some(true) => {
+            unlink(&dir, name.as_str())?;
+            remove_if_empty(root, &folder)
+        }
     }
-    unlinkat(&dir, name.as_str(), AtFlags::empty()).or_cannot("remove", entry.display())?;
-    remove_if_empty(root, &folder, &path)
+}
+
+/// The entries in the registry of `runtime_dir` whose servers are gone: killed, so that they could not remove them.
+///
+/// # Errors
+///
+/// When the registry is another user's, or cannot be read.
+pub fn stale_entries(runtime_dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    find_stale(runtime_dir, |_, _| Ok(()))
+}
+
+/// Removes the [`stale_entries`], and returns them.
+///
+/// # Errors
+///
+/// As for [`stale_entries`], and when one cannot be removed.
+pub fn remove_stale_entries(runtime_dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    find_stale(runtime_dir, unlink)
+}
+
+fn find_stale(
+    runtime_dir: &Path,
+    found: impl Fn(&TrustedDir, &str) -> Result<(), Error>,
+) -> Result<Vec<PathBuf>, Error> {
+    let root = match TrustedDir::open(runtime_dir).and_then(|dir| dir.dir(FOLDER)) {
+        Err(error) if error.errno() == Errno::NOENT => return Ok(Vec::new()),
+        other => other?,
+    };
+    // A server that publishes holds it from the making of an entry until it listens.
+    let _lock = lock(&root)?;
+    let mut stale = Vec::new();
+    for folder in root.names()?.into_iter().filter(|name| name != LOCK) {
+        let dir = root.dir(&folder)?;
+        for name in dir.names()? {
+            if is_stale(&dir, &name)? == Some(true) {
+                found(&dir, &name)?;
+                stale.push(dir.path().join(name));
+            }
+        }
+        remove_if_empty(&root, &folder)?;
+    }
+    Ok(stale)
+}
+
+/// Whether an entry has no server; `None` if there is no entry.
+fn is_stale(dir: &TrustedDir, name: &str) -> Result<Option<bool>, Error> {
+    match dir.socket(name) {
+        Err(error) if error.errno() == Errno::NOENT => Ok(None),
+        other => {
+            let served = is_served(&socket::proc_path(other?.as_fd()));
+            let served = served.or_cannot("examine", dir.path().join(name).display())?;
+            Ok(Some(!served))
+        }
+    }
 }
 
 /// Whether a socket file has a server. Asked by a datagram socket: with a server the answer is EPROTOTYPE, and the server
@@ -308,15 +265,23 @@ fn clear_stale(
 fn is_served(address: &str) -> Result<bool, Errno> {
     let probe = socket::new(SocketType::DGRAM)?;
     match net::connect(&probe, &SocketAddrUnix::new(address)?) {
-        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        Err(Errno::CONNREFUSED) => Ok(false),
         Ok(()) | Err(Errno::PROTOTYPE) => Ok(true),
         Err(errno) => Err(errno),
     }
 }
 
-fn remove_if_empty(root: &OwnedFd, folder: &str, path: &Path) -> Result<(), Error> {
+fn unlink(dir: &TrustedDir, name: &str) -> Result<(), Error> {
+    unlinkat(dir, name, AtFlags::empty()).or_cannot("remove", dir.path().join(name).display())
+}
+
+fn remove_if_empty(root: &TrustedDir, folder: &str) -> Result<(), Error> {
     match unlinkat(root, folder, AtFlags::REMOVEDIR) {
         Ok(()) | Err(Errno::NOTEMPTY | Errno::NOENT | Errno::EXIST) => Ok(()),
-        Err(errno) => Err(Error::system("remove", path.display(), errno)),
+        Err(errno) => Err(Error::system(
+            "remove",
+            root.path().join(folder).display(),
+            errno,
+        )),
     }
 }

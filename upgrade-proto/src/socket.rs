@@ -2,8 +2,11 @@
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
+use rustix::fs::{Access, access};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
@@ -13,7 +16,10 @@ pub(crate) fn new(kind: SocketType) -> Result<OwnedFd, Errno> {
 }
 
 /// A stream socket connected to `address`; a full backlog is waited for, up to `timeout`, then EAGAIN.
-pub(crate) fn connect(address: &str, timeout: Duration) -> Result<OwnedFd, Errno> {
+pub(crate) fn connect(
+    address: impl rustix::path::Arg,
+    timeout: Duration,
+) -> Result<OwnedFd, Errno> {
     let socket = new(SocketType::STREAM)?;
     // Zero would mean "for ever".
     let limit = timeout.max(Duration::from_millis(1));
@@ -27,6 +33,21 @@ pub(crate) fn connect(address: &str, timeout: Duration) -> Result<OwnedFd, Errno
     }
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, None)?;
     Ok(socket)
+}
+
+/// A stream socket connected to the socket at `path`. A server with a full backlog is waited for, up to `timeout`; a plain
+/// connect(2) would wait without limit.
+///
+/// # Errors
+///
+/// What connect(2) answered; [`std::io::ErrorKind::WouldBlock`] when the time is over.
+pub fn connect_within(path: &Path, timeout: Duration) -> std::io::Result<UnixStream> {
+    Ok(connect(path, timeout)?.into())
+}
+
+/// Whether descriptors have names here, [`proc_path`].
+pub(crate) fn has_proc() -> bool {
+    access("/proc/self/fd", Access::EXISTS).is_ok()
 }
 
 /// A stream socket bound to `address` with mode 0600, listening.

@@ -19,7 +19,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use tempfile::TempDir;
 use upgrade_proto::{
     Answer, BlockUpgrade, DiskClaim, Error, Key, Listener, Lookup, Name, NoService, Options, Route,
-    connect_to_disk,
+    connect,
 };
 
 /// One device, so one test at a time.
@@ -189,7 +189,7 @@ fn a_claim_that_is_given_up_leaves_a_descriptor_that_leads_to_the_service() {
     assert!(DiskClaim::open(&disk.path).is_err(), "claimed twice");
     let kept = kept.give_up().expect("given up");
     let _other = DiskClaim::open(&disk.path).expect("free");
-    let answer = connect_to_disk(&kept, &disk.name, &disk.lookup()).expect("an answer");
+    let answer = connect(&kept, &disk.name, &disk.lookup()).expect("an answer");
     assert_eq!(answer.found().expect("connected").route(), disk.route);
 }
 

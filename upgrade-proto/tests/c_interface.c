@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT */
-#include "upgrade_proto.h"
+#include <upgrade_proto.h>
 
 #include <errno.h>
 #include <poll.h>
@@ -25,9 +25,13 @@ int main(int argc, char **argv)
 	char heard[6] = "";
 
 	EXPECT(argc == 2 && pipe(ends) == 0);
+	EXPECT(!strcmp(upgrade_version(), UPGRADE_PROTO_VERSION));
+	EXPECT(!strcmp(upgrade_error(), ""));
 	EXPECT(upgrade_connect(ends[0], "svc", dir, NULL) == -ECONNREFUSED);
+	EXPECT(!strcmp(upgrade_error(), "no server offers this service on this object"));
 	EXPECT(upgrade_connect(-1, "svc", dir, NULL) == -EBADF);
 	EXPECT(upgrade_connect(ends[0], "a/b", dir, NULL) == -EINVAL);
+	EXPECT(strstr(upgrade_error(), "'a/b'"));
 	EXPECT(upgrade_connect(ends[0], NULL, dir, NULL) == -EINVAL);
 
 	watch = upgrade_listen(ends[1], "svc", dir, NULL, &listener, &routes);

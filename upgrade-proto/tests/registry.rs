@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 use upgrade_proto::{
     Answer, Connection, Error, Listener, Lookup, Name, NoService, Options, Route, connect,
+    remove_stale_entries, stale_entries,
 };
 
 const STRANGER: u32 = 12345;
@@ -91,8 +92,14 @@ impl Place {
 
     /// The one object's folder.
     fn folder(&self) -> PathBuf {
-        let mut folders = fs::read_dir(self.registry()).expect("the registry");
-        folders.next().expect("a folder").expect("read").path()
+        self.folders().pop().expect("a folder")
+    }
+
+    /// What is in the registry beside its lock.
+    fn folders(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.registry()).expect("the registry");
+        let paths = entries.map(|entry| entry.expect("read").path());
+        paths.filter(|path| path.is_dir()).collect()
     }
 
     fn entry(&self) -> PathBuf {
@@ -205,8 +212,7 @@ fn dropping_the_listener_removes_its_entry_and_keeps_connections() {
     let client = place.connect(&place.read);
     let server = listener.accept().expect("accepted").expect("a client");
     drop(listener);
-    let mut folders = fs::read_dir(place.registry()).expect("the registry");
-    assert!(folders.next().is_none());
+    assert!(place.folders().is_empty());
     assert_eq!(place.refusal(), NoService::NotOffered);
     server.stream().write_all(b"!").expect("sent");
     let mut heard = [0];
@@ -411,4 +417,115 @@ fn both_routes_together_work_on_this_kernel_whatever_it_is() {
     let server = listener.accept().expect("accepted").expect("a client");
     assert_eq!(client.route(), listener.routes()[0]);
     assert_eq!(server.route(), client.route());
+}
+
+#[test]
+fn a_lock_that_others_hold_on_a_directory_they_may_read_keeps_no_server_waiting() {
+    let place = Place::new();
+    fs::create_dir(place.registry()).expect("made");
+    fs::set_permissions(place.registry(), fs::Permissions::from_mode(0o755)).expect("changed");
+    let others = fs::File::open(place.registry()).expect("opened");
+    others.lock().expect("locked");
+    let listener = place.serve();
+    place.connect(&place.read);
+    drop(listener);
+    assert!(place.folders().is_empty());
+    let lock = fs::metadata(place.registry().join("lock")).expect("examined");
+    assert_eq!(lock.permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn entries_of_killed_servers_are_named_and_removed_and_no_others() {
+    let (place, dead) = (Place::new(), Place::new());
+    let dir = place.dir.path();
+    assert_eq!(stale_entries(dir).expect("no registry"), [] as [PathBuf; 0]);
+    let _listener = place.serve();
+    // Of another pipe, in the same registry.
+    let options = place.options();
+    let gone = Listener::bind(&dead.write, &place.name, &options).expect("bound");
+    let entry = place.folders().into_iter().find(|path| {
+        let number = dead.write.as_fd();
+        let inode = rustix::fs::fstat(number).expect("examined").st_ino;
+        path.to_string_lossy().contains(&inode.to_string())
+    });
+    let entry = entry.expect("a folder").join("service");
+    drop(gone);
+    fs::create_dir(entry.parent().expect("a folder")).expect("made");
+    drop(UnixListener::bind(&entry).expect("bound"));
+    fs::set_permissions(&entry, fs::Permissions::from_mode(0o600)).expect("changed");
+    assert_eq!(stale_entries(dir).expect("read"), [entry.as_path()]);
+    assert!(entry.exists());
+    assert_eq!(
+        remove_stale_entries(dir).expect("removed"),
+        [entry.as_path()]
+    );
+    assert_eq!(place.folders().len(), 1, "only that of the living server");
+    assert_eq!(stale_entries(dir).expect("read"), [] as [PathBuf; 0]);
+    place.connect(&place.read);
+}
+
+#[test]
+fn a_registry_whose_path_cannot_be_followed_is_no_service_and_not_the_end_of_the_search() {
+    let place = Place::new();
+    let loops = place.dir.path().join("loops");
+    symlink(&loops, &loops).expect("linked");
+    let too_long = place.dir.path().join("x".repeat(300));
+    for (dir, cause) in [
+        (loops.join("run"), "symbolic links"),
+        (too_long, "too long"),
+    ] {
+        let mut lookup = place.lookup();
+        lookup.runtime_dirs.insert(0, dir);
+        let answer = connect(&place.read, &place.name, &lookup).expect("an answer");
+        let Answer::NoService(NoService::Untrusted(why)) = answer else {
+            panic!("{answer:?}")
+        };
+        assert!(why.contains(cause), "{why}");
+        let _listener = place.serve();
+        let answer = connect(&place.read, &place.name, &lookup).expect("an answer");
+        assert!(answer.found().is_some(), "{cause}");
+    }
+}
+
+/// The program of this test again, with `/proc` replaced by an empty folder.
+#[test]
+fn without_proc_client_and_server_hear_the_cause() {
+    const INSIDE: &str = "UPGRADE_TEST_RUNTIME_DIR";
+    if let Some(dir) = std::env::var_os(INSIDE) {
+        let place = Place::new();
+        let error = place.bind(&place.write).expect_err("no /proc");
+        assert!(matches!(error, Error::NoProc), "{error}");
+        // Standard input is a pipe that a server outside offers a service on.
+        let lookup = Lookup {
+            kernel: false,
+            runtime_dirs: vec![dir.into()],
+            ..Lookup::default()
+        };
+        let answer = connect(std::io::stdin(), &place.name, &lookup).expect("an answer");
+        assert!(
+            matches!(answer, Answer::NoService(NoService::NoProc)),
+            "{answer:?}"
+        );
+        return;
+    }
+    let place = Place::new();
+    let _listener = place.serve();
+    let script = "mount -t tmpfs none /proc && exec \"$0\" --exact without_proc_client_and_server_hear_the_cause";
+    let unshare: &[_] = match rustix::process::geteuid().is_root() {
+        true => &["--mount"],
+        false => &["--mount", "--map-root-user"],
+    };
+    let output = std::process::Command::new("unshare")
+        .args(unshare)
+        .args(["sh", "-c", script])
+        .arg(std::env::current_exe().expect("this program's path"))
+        .env(INSIDE, place.dir.path())
+        .stdin(place.read.try_clone().expect("cloned"))
+        .output()
+        .expect("unshare runs (package util-linux)");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{said}"
+    );
 }

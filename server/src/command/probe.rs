@@ -12,11 +12,11 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use serde::Serialize;
 use upgrade_proto::{
-    Answer, Connection, DiskClaim, Error, Lookup, Name, client_runtime_dirs, connect_to_disk,
+    Answer, Connection, DiskClaim, Error, Lookup, Name, client_runtime_dirs, connect,
 };
 
 use super::cli::NOT_UPGRADABLE;
-use super::output::{print, print_json};
+use super::output::{print_json, print_line};
 use crate::export::upgrade::SERVICE;
 use crate::request::format_size;
 
@@ -77,7 +77,7 @@ pub fn run(device: &Path, runtime_dir: Option<&Path>, json: bool) -> Result<Exit
     let finding = Finding::of(device, examine(device, &lookup(runtime_dir))?);
     match json {
         true => print_json(&finding)?,
-        false => print(&format!("{}\n", finding.sentence()))?,
+        false => print_line(&finding.sentence())?,
     }
     Ok(match finding.upgradable {
         true => ExitCode::SUCCESS,
@@ -126,7 +126,7 @@ fn not_openable(error: Error) -> Result<String> {
 ///
 /// When the kernel or the registry cannot be asked.
 pub fn service(disk: impl AsFd, lookup: &Lookup) -> Result<Found> {
-    let connection = match connect_to_disk(disk, &Name::new(SERVICE)?, lookup)? {
+    let connection = match connect(disk, &Name::new(SERVICE)?, lookup)? {
         Answer::Found(connection) => connection,
         Answer::NoService(why) => return Ok(Found::Nothing(why.to_string())),
     };

@@ -67,14 +67,16 @@ pub const RECONNECT_MS: u32 = 1000;
 ///
 /// # Errors
 ///
-/// When a path is not UTF-8, which QEMU's options are.
+/// When another user could lead QEMU elsewhere by the path, or it is not UTF-8, which QEMU's options are.
 pub fn service_address(connection: &Connection, fd: i32) -> Result<String> {
     match connection.route() {
         Route::Kernel => Ok(fd_address(fd)),
         Route::Registry => {
-            let entry = connection.entry().and_then(Path::to_str);
-            let entry = entry.context("the registry's path is not UTF-8")?;
-            Ok(entry.to_owned())
+            let entry = connection.lasting_path()?;
+            let entry = entry.as_deref().and_then(Path::to_str);
+            Ok(entry
+                .context("the registry's path is not UTF-8")?
+                .to_owned())
         }
     }
 }

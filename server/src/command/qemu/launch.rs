@@ -22,6 +22,7 @@ use crate::command::complain;
 use crate::command::output::print;
 use crate::command::probe::{Found, lookup, service};
 use crate::command::signals;
+use crate::export::explain;
 
 /// What `ublkup qemu` is asked for.
 #[derive(Debug)]
@@ -117,23 +118,24 @@ fn find_target(
     lookup: &Lookup,
 ) -> Result<(Target, Option<String>)> {
     let path = disk.path.display();
-    match service(claim, lookup).with_context(|| path.to_string())? {
-        Found::Service(connection) => {
-            let address = service_address(&connection, fd)?;
-            let route = connection.route().name();
-            let pid = connection.peer().pid;
-            tracing::info!("{path}: upgraded by the {route} route, to server process {pid}");
-            Ok((Target::Service { address }, None))
-        }
-        Found::Nothing(why) => {
-            let target = Target::Block {
-                filename: format!("/proc/self/fd/{fd}"),
-                read_only: claim.is_read_only(),
-            };
-            Ok((target, Some(why)))
-        }
+    let why_not = match service(claim, lookup).with_context(|| path.to_string())? {
+        Found::Service(connection) => match service_address(&connection, fd) {
+            Ok(address) => {
+                let route = connection.route().name();
+                let pid = connection.peer().pid;
+                tracing::info!("{path}: upgraded by the {route} route, to server process {pid}");
+                return Ok((Target::Service { address }, None));
+            }
+            Err(error) => explain(&error),
+        },
+        Found::Nothing(why) => why,
         Found::Taken => bail!("{path}: another client has the disk: stop that one first"),
-    }
+    };
+    let target = Target::Block {
+        filename: format!("/proc/self/fd/{fd}"),
+        read_only: claim.is_read_only(),
+    };
+    Ok((target, Some(why_not)))
 }
 
 fn options(board: &Board, attached: &[Attached]) -> Vec<String> {
