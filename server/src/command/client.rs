@@ -5,9 +5,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
+use upgrade_proto::printable;
 
 use super::left;
-use super::output::{complain, count, print, print_json};
+use super::output::{complain, count, print, print_json, print_json_text, print_line};
 use crate::config::check_name;
 use crate::door::ublk::DataPath;
 use crate::engine::counters::Totals;
@@ -61,7 +63,7 @@ pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
                 );
                 dead.push(name);
             }
-            Err(error) => fail(&name, &format!("{}: {error}", not_ours(&folder))),
+            Err(error) => fail(&name, &explain(&unknown(error, &folder))),
         }
     }
     if json {
@@ -89,13 +91,12 @@ pub fn stat(dir: &RuntimeDir, name: &str, json: bool, watch: bool) -> Result<Exi
     loop {
         let status = admin::stat(&served(dir, name)?, STAT_LIMIT)
             .with_context(|| format!("{name} does not answer"))?;
-        let text = match json {
+        match json {
             // One line each: a program reads them as they come.
-            true if watch => serde_json::to_string(&status)?,
-            true => serde_json::to_string_pretty(&status)?,
-            false => details(&status),
-        };
-        print(&format!("{text}\n"))?;
+            true if watch => print_json_text(&serde_json::to_string(&status)?)?,
+            true => print_json(&status)?,
+            false => print(&details(&status))?,
+        }
         if !watch {
             return Ok(ExitCode::SUCCESS);
         }
@@ -110,8 +111,8 @@ pub fn stat(dir: &RuntimeDir, name: &str, json: bool, watch: bool) -> Result<Exi
 /// When the export is not served, or in use, or does not end.
 pub fn stop(dir: &RuntimeDir, name: &str, force: bool) -> Result<ExitCode> {
     check_name(name)?;
-    if force && dir.folder(name).exists() && matches!(dir.is_alive(name), Ok(false)) {
-        print(&format!("{name}: {}\n", left::remove(dir, name)?))?;
+    if force && matches!(dir.is_alive(name), Ok(false)) && dir.folder(name).exists() {
+        print_line(&format!("{name}: {}", left::remove(dir, name)?))?;
         return Ok(ExitCode::SUCCESS);
     }
     admin::stop(&served(dir, name)?, force, STOP_LIMIT)
@@ -139,9 +140,9 @@ pub fn resize(
         return Ok(ExitCode::SUCCESS);
     }
     let [old, new] = [resized.old_size_bytes, resized.size_bytes].map(format_size);
-    print(&match old == new {
-        true => format!("{name}: {new} as before\n"),
-        false => format!("{name}: {new}, was {old}\n"),
+    print_line(&match old == new {
+        true => format!("{name}: {new} as before"),
+        false => format!("{name}: {new}, was {old}"),
     })?;
     if resized.untold_clients > 0 {
         complain(&format!(
@@ -156,7 +157,7 @@ pub fn resize(
 fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
     check_name(name)?;
     let folder = dir.folder(name);
-    let alive = (dir.is_alive(name)).with_context(|| not_ours(&folder))?;
+    let alive = (dir.is_alive(name)).map_err(|error| unknown(error, &folder))?;
     if !alive && folder.exists() {
         bail!(
             "the server of '{name}' has died; {}",
@@ -172,11 +173,14 @@ fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
     Ok(folder.join(CONTROL))
 }
 
-fn not_ours(folder: &Path) -> String {
-    format!(
-        "cannot know whether {} has a server: it is another user's",
-        folder.display()
-    )
+/// Why it is not known whether a folder has a server.
+fn unknown(error: upgrade_proto::Error, folder: &Path) -> anyhow::Error {
+    let whose = match error.errno() {
+        Errno::ACCESS => ": it is another user's",
+        _ => "",
+    };
+    let folder = folder.display();
+    anyhow::Error::from(error).context(format!("cannot know whether {folder} has a server{whose}"))
 }
 
 fn table(exports: &[ExportStatus]) -> String {
@@ -193,7 +197,9 @@ fn table(exports: &[ExportStatus]) -> String {
         ]
     };
     let mut rows = vec![HEAD.map(str::to_owned)];
-    rows.extend(exports.iter().map(row));
+    // Another program may have answered as the server.
+    let rows_of_exports = exports.iter().map(row);
+    rows.extend(rows_of_exports.map(|row| row.map(|cell| printable(&cell))));
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let widths: [usize; HEAD.len()] = std::array::from_fn(width);
     let line = |row: &[String; HEAD.len()]| {
@@ -282,7 +288,9 @@ fn details(status: &ExportStatus) -> String {
             ));
         }
     }
-    lines.join("\n")
+    // Another program may have answered as the server.
+    let lines = lines.iter().map(|line| printable(line) + "\n");
+    lines.collect()
 }
 
 fn totals(t: &Totals) -> String {
@@ -346,5 +354,36 @@ mod tests {
         );
         assert!(details(&one).contains("vhost     /run/x"));
         assert!(details(&one).contains("block device by: kernel"));
+    }
+
+    #[test]
+    fn what_a_server_answers_has_no_effect_on_the_terminal() {
+        let status = ExportStatus {
+            name: "a\u{1b}[2J".into(),
+            state: "serving\nb: serving".into(),
+            access: crate::door::ownership::OwnershipState::Free,
+            pid: 1,
+            backend: "mem:1M\r".into(),
+            size_bytes: 1 << 20,
+            block_bytes: 512,
+            read_only: false,
+            write_cache: false,
+            serial: "\u{9b}2J".into(),
+            poll_us: "100".into(),
+            last_error: Some("none\nas you see".into()),
+            lost_log_lines: 0,
+            cpus: None,
+            ublk: None,
+            vhost: None,
+        };
+        for (text, lines) in [(table(&[status.clone()]), 2), (details(&status), 5)] {
+            assert_eq!(text.lines().count(), lines, "{text}");
+            assert!(
+                !text
+                    .chars()
+                    .any(|letter| letter.is_control() && letter != '\n'),
+                "{text}"
+            );
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use serde::Serialize;
+use upgrade_proto::printable;
 
 /// Writes to standard output. A reader that went away ends the program quietly, as for any filter.
 pub(super) fn print(text: &str) -> Result<()> {
@@ -13,14 +14,37 @@ pub(super) fn print(text: &str) -> Result<()> {
     }
 }
 
-/// Tells the user what went wrong, or what to know. Where standard error cannot be written to, nothing can be told.
+/// Writes one line to standard output, whatever is in the text.
+pub(super) fn print_line(text: &str) -> Result<()> {
+    print(&format!("{}\n", printable(text)))
+}
+
+/// Tells the user what went wrong, or what to know, on one line. Where standard error cannot be written to, nothing can
+/// be told.
 pub fn complain(what: &str) {
-    let _lost = writeln!(io::stderr(), "ublkup: {what}");
+    let _lost = writeln!(io::stderr(), "ublkup: {}", printable(what));
 }
 
 /// Prints JSON for people and programs.
 pub(super) fn print_json(value: &impl Serialize) -> Result<()> {
-    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+    print_json_text(&serde_json::to_string_pretty(value)?)
+}
+
+/// Prints the text of a JSON value.
+pub(super) fn print_json_text(text: &str) -> Result<()> {
+    print(&format!("{}\n", escape_json(text)))
+}
+
+/// JSON needs no escapes for the control characters above ASCII, which terminals obey all the same.
+fn escape_json(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter {
+            '\u{7f}'..='\u{9f}' => escaped.push_str(&format!("\\u{:04x}", u32::from(letter))),
+            other => escaped.push(other),
+        }
+    }
+    escaped
 }
 
 /// `1 queue`, `2 queues`.
@@ -28,5 +52,19 @@ pub(super) fn count(number: usize, noun: &str) -> String {
     match number {
         1 => format!("1 {noun}"),
         number => format!("{number} {noun}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_on_a_terminal_is_the_same_value_without_control_characters() {
+        let value = "\u{1b}[2J \u{9b}2J \u{7f} größe\n";
+        let text = escape_json(&serde_json::to_string(value).unwrap());
+        assert!(!text.chars().any(char::is_control), "{text}");
+        assert!(text.contains("größe"));
+        assert_eq!(serde_json::from_str::<String>(&text).unwrap(), value);
     }
 }

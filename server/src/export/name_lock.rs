@@ -1,12 +1,16 @@
 //! The name of an export, held by one server, and the notes below it.
 
-use std::fs::{self, File};
-use std::io::{self, ErrorKind, Write};
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use rustix::fs::{
+    AtFlags, FlockOperation, Mode, OFlags, flock, openat, renameat, statat, unlinkat,
+};
+use rustix::io::Errno;
+use upgrade_proto::TrustedDir;
 
 use crate::engine::crash;
 use crate::engine::wait::repeat_while;
@@ -28,11 +32,6 @@ const CHECK_LIMIT: Duration = Duration::from_secs(1);
 /// How often the lock is tried meanwhile.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-pub(super) fn open_lock(folder: &Path, more: OFlags) -> io::Result<File> {
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | more;
-    Ok(open(folder.join(LOCK), flags, Mode::from(0o600))?.into())
-}
-
 /// Locks a name exclusively. Returns false if a server has it.
 pub(super) fn lock_exclusively(lock: &File) -> bool {
     // A check takes a shared lock for a moment; a server holds an exclusive one.
@@ -52,7 +51,8 @@ pub(super) fn lock_exclusively(lock: &File) -> bool {
 /// noted there: the device waits for a server, which needs all the notes.
 #[derive(Debug)]
 pub struct NameLock {
-    pub(super) folder: PathBuf,
+    pub(super) exports: TrustedDir,
+    pub(super) dir: TrustedDir,
     pub(super) name: String,
     /// The notes are kept for another server.
     pub(super) left: bool,
@@ -70,13 +70,13 @@ impl NameLock {
     /// The folder.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        &self.folder
+        self.dir.path()
     }
 
     /// The block device that an earlier server of this name left, if it is noted.
     #[must_use]
     pub fn left_device(&self) -> Option<DeviceNote> {
-        DeviceNote::read(&self.folder)
+        DeviceNote::parse(&self.dir.read(UBLK_ID).ok()?)
     }
 
     /// Notes the block device, so that it can be found after a crash.
@@ -84,7 +84,7 @@ impl NameLock {
     /// # Errors
     ///
     /// When the folder cannot be written.
-    pub fn note_device(&self, note: &DeviceNote) -> io::Result<()> {
+    pub fn note_device(&self, note: &DeviceNote) -> Result<()> {
         self.note(UBLK_ID, &note.text())
     }
 
@@ -93,24 +93,27 @@ impl NameLock {
     /// # Errors
     ///
     /// When the folder cannot be written.
-    pub fn note_served(&self, text: &str) -> io::Result<()> {
+    pub fn note_served(&self, text: &str) -> Result<()> {
         self.note(SERVED, text)
     }
 
     /// Writes a note beside the old one and puts it in its place.
-    fn note(&self, name: &str, text: &str) -> io::Result<()> {
-        let new = self.folder.join(unfinished(name));
+    fn note(&self, name: &str, text: &str) -> Result<()> {
+        let new = unfinished(name);
         // Never through a link, and never into a file of others.
-        remove(&new);
-        let mut file = File::options().write(true).create_new(true).open(&new)?;
+        self.remove(&new);
+        let create = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+        let mut file = self.dir.file(&new, create)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
         crash::point(match name {
             SERVED => "export-written",
             _ => "id-written",
         });
-        fs::rename(&new, self.folder.join(name))?;
-        File::open(&self.folder)?.sync_all()
+        renameat(&self.dir, &new, &self.dir, name)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        File::from(openat(&self.dir, ".", flags, Mode::empty())?).sync_all()?;
+        Ok(())
     }
 
     /// Releases the name and keeps the notes for the next server.
@@ -121,18 +124,18 @@ impl NameLock {
     /// Whether a vhost client had the disk when the last server of this name died.
     #[must_use]
     pub fn was_upgraded(&self) -> bool {
-        self.folder.join(UPGRADED).exists()
+        statat(&self.dir, UPGRADED, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
     /// The file that exists while a vhost client has the disk.
     #[must_use]
     pub fn upgraded_note(&self) -> PathBuf {
-        self.folder.join(UPGRADED)
+        self.folder().join(UPGRADED)
     }
 
     /// Removes the note of the block device, which is gone.
     pub fn forget_device(&self) {
-        remove(&self.folder.join(UBLK_ID));
+        self.remove(UBLK_ID);
     }
 
     /// Removes the sockets of a dead server, and notes that it had not finished. What else there is stays: the
@@ -143,21 +146,31 @@ impl NameLock {
             .into_iter()
             .chain(unfinished.iter().map(String::as_str))
         {
-            let path = self.folder.join(name);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != ErrorKind::NotFound => {
-                    return Err(error).with_context(|| {
+            match unlinkat(&self.dir, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => {
+                    return Err(io::Error::from(errno)).with_context(|| {
                         format!(
                             "cannot remove {}, which is in the way of '{}'",
-                            path.display(),
+                            self.folder().join(name).display(),
                             self.name
                         )
                     });
                 }
-                _ => {}
             }
         }
         Ok(())
+    }
+
+    /// Removes a file of the folder, if it is there.
+    fn remove(&self, name: &str) {
+        match unlinkat(&self.dir, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => {
+                let path = self.folder().join(name);
+                tracing::warn!(path = %path.display(), %error, "cannot remove");
+            }
+        }
     }
 }
 
@@ -177,10 +190,10 @@ impl Drop for NameLock {
         };
         // The lock last: after it another server may use the folder.
         for file in [&[CONTROL, VHOST_SOCKET][..], notes, &[LOCK]].concat() {
-            remove(&self.folder.join(file));
+            self.remove(file);
         }
         // Not empty when there are notes left: then the folder stays.
-        let _ = fs::remove_dir(&self.folder);
+        let _ = unlinkat(&self.exports, &self.name, AtFlags::REMOVEDIR);
     }
 }
 
@@ -199,11 +212,6 @@ pub struct DeviceNote {
 }
 
 impl DeviceNote {
-    /// The note in an export's folder.
-    pub(super) fn read(folder: &Path) -> Option<Self> {
-        Self::parse(&fs::read_to_string(folder.join(UBLK_ID)).ok()?)
-    }
-
     pub(super) fn parse(text: &str) -> Option<Self> {
         let mut words = text.split_whitespace();
         let mut next = || words.next()?.parse::<u64>().ok();
@@ -223,13 +231,5 @@ impl DeviceNote {
         let mut words = [id, self.disk_sequence, self.mark].map(word).to_vec();
         words.extend(self.storage.clone());
         words.join(" ") + "\n"
-    }
-}
-
-fn remove(path: &Path) {
-    if let Err(error) = fs::remove_file(path)
-        && error.kind() != ErrorKind::NotFound
-    {
-        tracing::warn!(path = %path.display(), %error, "cannot remove");
     }
 }

@@ -10,21 +10,31 @@
 //!                          upgraded         there while a vhost client has the disk
 //! ```
 //!
+//! Each of these directories, and each note in them, belongs to this user or root, is no link, and can be written to by
+//! its owner only: commands of root act on the word of no other user.
+//!
 //! A folder whose lock is free is of a dead server: the next one that takes the lock may remove the
 //! folder, or recover what is noted there. Each note is written beside the old one and then put in
 //! its place, so that a server that dies at any moment leaves the old one or the new one.
 
-use std::fs::{self, DirBuilder};
-use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::fs::{DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{AtFlags, FlockOperation, OFlags, flock, fstat, statat};
+use rustix::io::Errno;
+use upgrade_proto::{Error, TrustedDir};
 
-use super::name_lock::{DeviceNote, LOCK, NameLock, SERVED, lock_exclusively, open_lock};
+use super::name_lock::{DeviceNote, LOCK, NameLock, SERVED, UBLK_ID, lock_exclusively};
 use crate::engine::wait::repeat_while;
+
+/// The folder of all exports in a runtime directory.
+const EXPORTS: &str = "exports";
+
+/// The mode of directories.
+const DIR_MODE: u32 = 0o755;
 
 /// How long a server that has answered `leave` may take to release the name.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
@@ -56,46 +66,40 @@ impl RuntimeDir {
         &self.0
     }
 
-    fn exports(&self) -> PathBuf {
-        self.0.join("exports")
-    }
-
-    /// The folder of an export, whether it exists or not.
+    /// The folder of an export, whether it exists or not, for messages and sockets.
     #[must_use]
     pub fn folder(&self, name: &str) -> PathBuf {
-        self.exports().join(name)
+        self.0.join(EXPORTS).join(name)
+    }
+
+    fn exports(&self) -> Result<TrustedDir, Error> {
+        TrustedDir::open(&self.0)?.dir(EXPORTS)
     }
 
     /// The names of all folders, sorted: those of living servers and those that dead ones left.
     ///
     /// # Errors
     ///
-    /// When the directory exists and cannot be read.
-    pub fn names(&self) -> io::Result<Vec<String>> {
-        let entries = match fs::read_dir(self.exports()) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(error),
-        };
-        let mut names = Vec::new();
-        for entry in entries {
-            if let Ok(name) = entry?.file_name().into_string() {
-                names.push(name);
-            }
+    /// When the directory exists and is not trusted, or cannot be read.
+    pub fn names(&self) -> Result<Vec<String>, Error> {
+        match self.exports() {
+            Err(error) if error.errno() == Errno::NOENT => Ok(Vec::new()),
+            other => other?.names(),
         }
-        names.sort();
-        Ok(names)
     }
 
     /// Whether a server holds this name. A folder whose name is free was left by a dead server.
     ///
     /// # Errors
     ///
-    /// When this user cannot know.
-    pub fn is_alive(&self, name: &str) -> io::Result<bool> {
-        match open_lock(&self.folder(name), OFlags::empty()) {
+    /// When this user cannot know, or the folder is not trusted.
+    pub fn is_alive(&self, name: &str) -> Result<bool, Error> {
+        match self
+            .exports()
+            .and_then(|dir| dir.dir(name)?.file(LOCK, OFlags::RDWR))
+        {
             Ok(lock) => Ok(flock(&lock, FlockOperation::NonBlockingLockShared).is_err()),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) if error.errno() == Errno::NOENT => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -104,15 +108,15 @@ impl RuntimeDir {
     ///
     /// # Errors
     ///
-    /// When nothing is noted.
-    pub fn served(&self, name: &str) -> io::Result<String> {
-        fs::read_to_string(self.folder(name).join(SERVED))
+    /// When nothing is noted, or the note is not trusted.
+    pub fn served(&self, name: &str) -> Result<String, Error> {
+        self.exports()?.dir(name)?.read(SERVED)
     }
 
     /// The block device noted under a name.
     #[must_use]
     pub fn device(&self, name: &str) -> Option<DeviceNote> {
-        DeviceNote::read(&self.folder(name))
+        DeviceNote::parse(&self.exports().ok()?.dir(name).ok()?.read(UBLK_ID).ok()?)
     }
 
     /// As [`claim`](Self::claim), for a name that its server is about to release.
@@ -134,17 +138,19 @@ impl RuntimeDir {
         let folder = self.folder(name);
         DirBuilder::new()
             .recursive(true)
-            .mode(0o755)
-            .create(&folder)
-            .with_context(|| format!("cannot make {} (give --runtime-dir)", folder.display()))?;
+            .mode(DIR_MODE)
+            .create(&self.0)
+            .with_context(|| format!("cannot make {} (give --runtime-dir)", self.0.display()))?;
+        let exports = TrustedDir::open(&self.0)?.make_dir(EXPORTS, DIR_MODE)?;
         // Another server may have removed the file between open and lock: try again until the locked
         // file is the one in the folder. In each round another process made progress.
         for _ in 0..16 {
-            let lock = match open_lock(&folder, OFlags::CREATE) {
-                Err(error) if error.kind() == ErrorKind::NotFound => {
-                    DirBuilder::new().recursive(true).create(&folder)?;
-                    continue;
-                }
+            let dir = match exports.make_dir(name, DIR_MODE) {
+                Err(error) if error.errno() == Errno::NOENT => continue,
+                other => other?,
+            };
+            let lock = match dir.file(LOCK, OFlags::RDWR | OFlags::CREATE) {
+                Err(error) if error.errno() == Errno::NOENT => continue,
                 other => other.with_context(|| format!("cannot lock {}", folder.display()))?,
             };
             if !lock_exclusively(&lock) {
@@ -153,12 +159,10 @@ impl RuntimeDir {
                      or take it over (serve --take-over), or choose another name"
                 );
             }
-            let same = fs::metadata(folder.join(LOCK))
-                .and_then(|there| Ok((there.ino(), lock.metadata()?.ino())))
-                .is_ok_and(|(there, ours)| there == ours);
-            if same {
+            if is_in(&dir, &lock) {
                 let claim = NameLock {
-                    folder,
+                    exports,
+                    dir,
                     name: name.to_owned(),
                     left: false,
                     _lock: lock,
@@ -169,6 +173,13 @@ impl RuntimeDir {
         }
         bail!("'{name}' is being started and stopped by other servers all the time: try again")
     }
+}
+
+/// Whether a lock is the one in the folder.
+fn is_in(dir: &TrustedDir, lock: &File) -> bool {
+    let there = statat(dir, LOCK, AtFlags::SYMLINK_NOFOLLOW);
+    let same = there.and_then(|there| Ok(there.st_ino == fstat(lock)?.st_ino));
+    same.is_ok_and(|same| same)
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-use std::fs::File;
+use std::fs::{self, File};
+use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::*;
 use crate::export::name_lock::{CONTROL, DeviceNote, UBLK_ID};
@@ -139,7 +140,10 @@ fn a_check_for_life_does_not_keep_a_server_from_the_name() {
     let (_temp, dir) = dir();
     dir.claim("a").unwrap().leave();
     // A check that is interrupted for a moment.
-    let check = open_lock(&dir.folder("a"), OFlags::empty()).unwrap();
+    let check = File::options()
+        .write(true)
+        .open(dir.folder("a").join(LOCK))
+        .unwrap();
     flock(&check, FlockOperation::NonBlockingLockShared).unwrap();
     let ending = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(50));
@@ -170,4 +174,65 @@ fn a_contended_name_has_one_holder_at_a_time() {
             });
         }
     });
+}
+
+/// A runtime directory in which a server of the name `a` left all its notes.
+fn dir_with_notes() -> (tempfile::TempDir, RuntimeDir) {
+    let (temp, dir) = dir();
+    let claim = dir.claim("a").unwrap();
+    claim.note_served("this").unwrap();
+    claim
+        .note_device(&DeviceNote {
+            mark: Some(9),
+            ..DeviceNote::default()
+        })
+        .unwrap();
+    claim.leave();
+    (temp, dir)
+}
+
+/// No command acts on the notes of `a`, and each says why.
+fn is_not_trusted(dir: &RuntimeDir, why: &str) {
+    let errors = [
+        dir.is_alive("a").map(drop).unwrap_err().to_string(),
+        dir.served("a").map(drop).unwrap_err().to_string(),
+        dir.claim("a").map(drop).unwrap_err().to_string(),
+    ];
+    for error in errors {
+        assert!(error.contains(why), "{error}");
+    }
+    assert_eq!(dir.device("a"), None);
+}
+
+#[test]
+fn a_link_in_place_of_a_folder_or_a_note_is_not_followed() {
+    for part in ["run", "run/exports", "run/exports/a"] {
+        let (temp, dir) = dir_with_notes();
+        let (path, moved) = (temp.path().join(part), temp.path().join("moved"));
+        fs::rename(&path, &moved).unwrap();
+        symlink(&moved, &path).unwrap();
+        is_not_trusted(&dir, "symbolic link");
+        let kept: Vec<_> = fs::read_dir(&moved).unwrap().collect();
+        assert!(!kept.is_empty(), "nothing was removed through {part}");
+    }
+    let (temp, dir) = dir_with_notes();
+    for note in [SERVED, UBLK_ID] {
+        let (path, moved) = (dir.folder("a").join(note), temp.path().join(note));
+        fs::rename(&path, &moved).unwrap();
+        symlink(&moved, &path).unwrap();
+    }
+    let error = dir.served("a").unwrap_err().to_string();
+    assert!(error.contains("symbolic link"), "{error}");
+    assert_eq!(dir.device("a"), None);
+}
+
+#[test]
+fn what_others_may_write_to_is_not_acted_upon() {
+    for part in ["run", "run/exports", "run/exports/a"] {
+        let (temp, dir) = dir_with_notes();
+        fs::set_permissions(temp.path().join(part), fs::Permissions::from_mode(0o777)).unwrap();
+        is_not_trusted(&dir, "may write to it");
+        fs::set_permissions(temp.path().join(part), fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(dir.served("a").unwrap(), "this");
+    }
 }

@@ -98,8 +98,10 @@ impl Export {
 
     /// The disk's folder in the registry.
     fn folder(&self) -> PathBuf {
-        let mut folders = fs::read_dir(self.registry()).unwrap();
-        let folder = folders.next().expect("a folder").unwrap().path();
+        let entries = fs::read_dir(self.registry()).unwrap();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        let mut folders = paths.filter(|path| path.is_dir());
+        let folder = folders.next().expect("a folder");
         assert!(folders.next().is_none(), "there is one disk");
         folder
     }
