@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
+use upgrade_proto::connect_within;
 
 /// How long QEMU may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -41,7 +42,7 @@ impl Qmp {
     ///
     /// When there is no answer, or none of QEMU.
     pub fn connect(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket)
+        let stream = connect_within(socket, ANSWER_LIMIT)
             .with_context(|| format!("cannot connect to QEMU at {}", socket.display()))?;
         stream.set_write_timeout(Some(ANSWER_LIMIT))?;
         let mut qmp = Self {

@@ -1,13 +1,14 @@
 //! The client's side of an admin socket.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{self, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
+use upgrade_proto::connect_within;
 
+use super::line::read_line;
 use super::protocol::{Command, ExportStatus, Left, MAX_ANSWER_BYTES, Refused, Resized, Stopped};
 
 /// Asks the export whose admin socket is `path` how it is.
@@ -55,18 +56,23 @@ pub fn resize(
 }
 
 fn ask<A: for<'a> Deserialize<'a>>(path: &Path, command: Command, limit: Duration) -> Result<A> {
-    let stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(limit))?;
-    stream.set_write_timeout(Some(limit))?;
-    (&stream).write_all(format!("{}\n", serde_json::to_string(&command)?).as_bytes())?;
-    let mut line = String::new();
-    match BufReader::new((&stream).take(MAX_ANSWER_BYTES)).read_line(&mut line) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            bail!("no answer within {} s", limit.as_secs())
-        }
-        Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-        other => other?,
+    let deadline = Instant::now() + limit;
+    let in_time = |error: io::Error| match error.kind() {
+        io::ErrorKind::WouldBlock => anyhow!("no answer within {} s", limit.as_secs_f32()),
+        _ => error.into(),
     };
+    let stream = connect_within(path, limit).map_err(in_time)?;
+    stream.set_write_timeout(Some(limit))?;
+    let line = format!("{}\n", serde_json::to_string(&command)?);
+    match (&stream).write_all(line.as_bytes()) {
+        // A server that is busy has answered already.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        other => other.map_err(in_time)?,
+    }
+    let line = read_line(&stream, MAX_ANSWER_BYTES, deadline).map_err(in_time)?;
+    if line.is_empty() {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    }
     if let Ok(Refused { error }) = serde_json::from_str(&line) {
         bail!("{error}");
     }

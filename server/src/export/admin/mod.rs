@@ -5,6 +5,7 @@
 //! Anything else → `{"error":"…"}`.
 
 mod client;
+mod line;
 mod protocol;
 mod server;
 

@@ -10,10 +10,10 @@ use crate::door::vhost::SessionState;
 use crate::engine::counters::Totals;
 
 /// A request may be this long.
-pub(super) const MAX_LINE_BYTES: u64 = 4096;
+pub(super) const MAX_LINE_BYTES: usize = 4096;
 
 /// An answer may be this long.
-pub(super) const MAX_ANSWER_BYTES: u64 = 1 << 20;
+pub(super) const MAX_ANSWER_BYTES: usize = 1 << 20;
 
 /// What a client asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

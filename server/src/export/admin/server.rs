@@ -1,14 +1,17 @@
 //! The server's side of an admin socket.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use super::line::read_line;
 use super::protocol::{Command, ExportStatus, Left, MAX_LINE_BYTES, Refused, Resized, Stopped};
 use crate::engine::event_loop::Registration;
 use crate::engine::listen;
@@ -64,38 +67,70 @@ pub fn serve(export: &str, path: &Path, service: Arc<impl Service>) -> Result<Li
     })
 }
 
-/// How many clients are being answered, and a bell for when one has its answer.
+/// The clients that are connected, and a bell for when one has its answer.
 #[derive(Debug, Default)]
 struct Clients {
-    count: Mutex<usize>,
+    connected: Mutex<Connected>,
     one_left: Condvar,
 }
 
+#[derive(Debug, Default)]
+struct Connected {
+    last_number: u64,
+    /// In the order in which they came, each with its connection as long as it has not said what it wants.
+    clients: BTreeMap<u64, Option<Arc<UnixStream>>>,
+}
+
 impl Clients {
-    fn count(&self) -> MutexGuard<'_, usize> {
-        // A number is whole after any panic.
-        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    fn connected(&self) -> MutexGuard<'_, Connected> {
+        // No code that can panic runs under the lock.
+        self.connected
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A client that is being answered; counts until it is dropped.
-struct Client(Arc<Clients>);
+/// A client that is connected, until it is dropped.
+struct Client {
+    clients: Arc<Clients>,
+    number: u64,
+    stream: Arc<UnixStream>,
+}
 
 impl Client {
-    fn new(clients: &Arc<Clients>) -> Option<Self> {
-        let mut count = clients.count();
-        if *count >= MAX_CLIENTS {
-            return None;
+    /// Makes room for the client by hanging up on the one that has been silent for longest. `None` if all others wait for
+    /// their answers.
+    fn new(clients: &Arc<Clients>, stream: &Arc<UnixStream>) -> Option<Self> {
+        let mut connected = clients.connected();
+        if connected.clients.len() >= MAX_CLIENTS {
+            let silent = |(number, stream): (&u64, &Option<_>)| Some((*number, stream.clone()?));
+            let (number, stream) = connected.clients.iter().find_map(silent)?;
+            connected.clients.remove(&number);
+            // Its thread reads an end of file. It fails only when the client was faster.
+            let _ = stream.shutdown(Shutdown::Both);
         }
-        *count += 1;
-        Some(Self(Arc::clone(clients)))
+        connected.last_number += 1;
+        let number = connected.last_number;
+        connected.clients.insert(number, Some(Arc::clone(stream)));
+        Some(Self {
+            clients: Arc::clone(clients),
+            number,
+            stream: Arc::clone(stream),
+        })
+    }
+
+    /// The client has said what it wants, and is no longer hung up on. Returns false if it was before.
+    fn has_asked(&self) -> bool {
+        let mut connected = self.clients.connected();
+        let client = connected.clients.get_mut(&self.number);
+        client.is_some_and(|silent| silent.take().is_some())
     }
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
-        *self.0.count() -= 1;
-        self.0.one_left.notify_all();
+        self.clients.connected().clients.remove(&self.number);
+        self.clients.one_left.notify_all();
     }
 }
 
@@ -111,23 +146,25 @@ impl Drop for Listening {
         drop(self.accepting.take());
         // Every exchange is bounded by CLIENT_LIMIT on both sides.
         let _ = self.clients.one_left.wait_timeout_while(
-            self.clients.count(),
+            self.clients.connected(),
             3 * CLIENT_LIMIT,
-            |count| *count > 0,
+            |connected| !connected.clients.is_empty(),
         );
     }
 }
 
 fn answer_apart(stream: UnixStream, service: &Arc<impl Service>, clients: &Arc<Clients>) {
-    let Some(client) = Client::new(clients) else {
+    let stream = Arc::new(stream);
+    let Some(client) = Client::new(clients, &stream) else {
         tracing::warn!("too many admin clients at once; one was turned away");
+        turn_away(&stream);
         return;
     };
     let service = Arc::clone(service);
     let spawned = std::thread::Builder::new()
         .name("admin-client".into())
         .spawn(move || {
-            if let Err(error) = answer(&stream, &*service) {
+            if let Err(error) = answer(&client, &*service) {
                 tracing::debug!(%error, "admin client");
             }
             // After the answer, and only then: `Listening` waits for this.
@@ -138,11 +175,24 @@ fn answer_apart(stream: UnixStream, service: &Arc<impl Service>, clients: &Arc<C
     }
 }
 
-fn answer(mut stream: &UnixStream, service: &impl Service) -> io::Result<()> {
-    stream.set_read_timeout(Some(CLIENT_LIMIT))?;
+/// Tells a client that the server is busy. The thread of all listeners waits for no client.
+fn turn_away(mut stream: &UnixStream) {
+    let busy = anyhow::anyhow!("busy: {MAX_CLIENTS} commands are being answered; try again");
+    if let Ok(answer) = answer_with::<()>(Err(busy))
+        && stream.set_nonblocking(true).is_ok()
+    {
+        // A client that has gone does not hear it.
+        let _ = stream.write_all(format!("{answer}\n").as_bytes());
+    }
+}
+
+fn answer(client: &Client, service: &impl Service) -> io::Result<()> {
+    let mut stream = &*client.stream;
     stream.set_write_timeout(Some(CLIENT_LIMIT))?;
-    let mut line = String::new();
-    BufReader::new(stream.take(MAX_LINE_BYTES)).read_line(&mut line)?;
+    let line = read_line(stream, MAX_LINE_BYTES, Instant::now() + CLIENT_LIMIT)?;
+    if !client.has_asked() {
+        return Ok(());
+    }
     let answer = match serde_json::from_str(&line) {
         Ok(Command::Stat) => serde_json::to_string(&service.status()),
         Ok(Command::Stop { force }) => {

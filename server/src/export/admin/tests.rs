@@ -1,18 +1,39 @@
 //! An admin socket from both sides.
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use super::*;
 use crate::door::ownership::OwnershipState;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 #[derive(Default)]
 struct Fake(AtomicBool);
+
+/// A server whose `stop` takes as long as the test wants.
+#[derive(Default)]
+struct Slow(Fake, Mutex<()>, AtomicUsize);
+
+impl Service for Slow {
+    fn status(&self) -> ExportStatus {
+        self.0.status()
+    }
+    fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized> {
+        self.0.resize(size_bytes, shrink)
+    }
+    fn stop(&self, _: bool) -> Result<()> {
+        self.2.fetch_add(1, Ordering::SeqCst);
+        drop(self.1.lock());
+        Ok(())
+    }
+    fn leave(&self) -> Result<()> {
+        self.0.leave()
+    }
+}
 
 impl Service for Fake {
     fn status(&self) -> ExportStatus {
@@ -90,4 +111,80 @@ fn nobody_listens_after_the_handle_is_dropped() {
     let path = temp.path().join("control");
     drop(serve("a", &path, Arc::new(Fake::default())).unwrap());
     assert!(stat(&path, LIMIT).is_err());
+}
+
+#[test]
+fn silent_clients_keep_no_other_from_its_answer_and_the_oldest_goes() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("control");
+    let fake = Arc::new(Fake::default());
+    let listening = serve("a", &path, Arc::clone(&fake)).unwrap();
+    let mut silent: Vec<_> = (0..16)
+        .map(|_| UnixStream::connect(&path).unwrap())
+        .collect();
+    assert_eq!(stat(&path, LIMIT).unwrap(), fake.status());
+    let mut end = [0];
+    assert_eq!(
+        silent[0].read(&mut end).unwrap(),
+        0,
+        "the oldest was hung up on"
+    );
+    // The others can still ask.
+    silent[15].write_all(b"{\"command\":\"stat\"}\n").unwrap();
+    let mut answer = String::new();
+    silent[15].read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("serving"), "{answer}");
+    drop(silent);
+    drop(listening);
+}
+
+#[test]
+fn a_server_whose_clients_all_wait_for_answers_says_that_it_is_busy() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("control");
+    let slow = Arc::new(Slow::default());
+    let listening = serve("a", &path, Arc::clone(&slow)).unwrap();
+    let turn = slow.1.lock().unwrap();
+    std::thread::scope(|scope| {
+        let waiting = [(); 16].map(|()| scope.spawn(|| stop(&path, true, 6 * LIMIT)));
+        while slow.2.load(Ordering::SeqCst) < waiting.len() {
+            std::thread::yield_now();
+        }
+        let busy = stat(&path, LIMIT).unwrap_err().to_string();
+        drop(turn);
+        for stopped in waiting {
+            stopped.join().unwrap().unwrap();
+        }
+        assert!(busy.starts_with("busy: 16 commands"), "{busy}");
+    });
+    assert!(stat(&path, LIMIT).is_ok());
+    drop(listening);
+}
+
+#[test]
+fn a_socket_that_no_server_accepts_from_or_that_never_ends_its_answer_is_left_in_time() {
+    let temp = tempfile::tempdir().unwrap();
+    let (full, slow) = (temp.path().join("full"), temp.path().join("slow"));
+    let limit = Duration::from_millis(300);
+    let _planted = UnixListener::bind(&full).unwrap();
+    let mut waiting = Vec::new();
+    // Until the backlog is full, whatever this system makes of it.
+    while let Ok(client) = upgrade_proto::connect_within(&full, Duration::from_millis(1)) {
+        waiting.push(client);
+    }
+    let error = stat(&full, limit).unwrap_err().to_string();
+    assert_eq!(error, "no answer within 0.3 s");
+    let planted = UnixListener::bind(&slow).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut client, _) = planted.accept().unwrap();
+            // Ends when the client has gone, or after some seconds.
+            (0..400).all(|_| {
+                std::thread::sleep(Duration::from_millis(20));
+                client.write_all(b"x").is_ok()
+            });
+        });
+        let error = stat(&slow, limit).unwrap_err().to_string();
+        assert_eq!(error, "no answer within 0.3 s");
+    });
 }
