@@ -4,7 +4,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::builder::Resettable;
+use clap::{CommandFactory, FromArgMatches};
 use ublkup::command::cli::{Cli, Command, Qemu, USAGE};
 use ublkup::command::{client, complain, doctor, probe, qemu, serve, shell};
 use ublkup::engine::log;
@@ -12,7 +13,7 @@ use ublkup::export::explain;
 use ublkup::export::runtime_dir::RuntimeDir;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = command_line();
     let result = log::start(&cli.log)
         .context("cannot start a thread for the log")
         .and_then(|log| {
@@ -25,6 +26,20 @@ fn main() -> ExitCode {
         complain(&explain(&error));
         ExitCode::FAILURE
     })
+}
+
+/// The command line. A program that udev runs has udev's environment: a wrong log filter there is no reason to leave a
+/// device to root.
+fn command_line() -> Cli {
+    let command = Cli::command();
+    let command = match std::env::args_os().nth(1) {
+        Some(word) if word == "device-owner" => {
+            command.mut_arg("log", |log| log.env(Resettable::Reset))
+        }
+        _ => command,
+    };
+    let parsed = Cli::from_arg_matches(&command.get_matches());
+    parsed.unwrap_or_else(|error| error.exit())
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {

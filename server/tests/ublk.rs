@@ -292,7 +292,7 @@ fn a_taken_id_is_refused_and_its_device_lives_on() {
     let door = serve(Null::new(limits()));
     let same = with_id(door.id());
     let second = UblkDoor::start(&same, &Arc::new(Null::new(limits())), Arc::default, no_end);
-    assert!(matches!(second, Err(UblkError::IdInUse { id }) if id == door.id()));
+    assert!(matches!(second, Err(UblkError::IdInUse { id, .. }) if id == door.id()));
     let error = ublk::remove(door.id(), false).unwrap_err();
     assert!(matches!(error, UblkError::Alive { .. }), "{error}");
     assert!(error.to_string().contains(&std::process::id().to_string()));

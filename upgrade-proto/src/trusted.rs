@@ -30,7 +30,7 @@ pub struct TrustedDir {
 
 impl TrustedDir {
     /// Opens the directory at `path`, which itself may not be a link. What lies above it is not checked: see
-    /// [`lasting_path`].
+    /// [`Connection::lasting_path`](crate::Connection::lasting_path).
     ///
     /// # Errors
     ///

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Barrier;
 
+use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tempfile::TempDir;
 use upgrade_proto::{
@@ -425,7 +426,7 @@ fn a_lock_that_others_hold_on_a_directory_they_may_read_keeps_no_server_waiting(
     fs::create_dir(place.registry()).expect("made");
     fs::set_permissions(place.registry(), fs::Permissions::from_mode(0o755)).expect("changed");
     let others = fs::File::open(place.registry()).expect("opened");
-    others.lock().expect("locked");
+    flock(&others, FlockOperation::LockExclusive).expect("locked");
     let listener = place.serve();
     place.connect(&place.read);
     drop(listener);

@@ -376,7 +376,10 @@ mod tests {
             ublk: None,
             vhost: None,
         };
-        for (text, lines) in [(table(&[status.clone()]), 2), (details(&status), 5)] {
+        for (text, lines) in [
+            (table(std::slice::from_ref(&status)), 2),
+            (details(&status), 5),
+        ] {
             assert_eq!(text.lines().count(), lines, "{text}");
             assert!(
                 !text

@@ -1,11 +1,13 @@
 //! `ublkup doctor`: what this machine can and cannot do, and what servers that died left behind.
 
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use rustix::fs::{Access, access};
 use serde::Serialize;
+use upgrade_proto::{printable, remove_stale_entries, stale_entries};
 
 use super::left;
 use super::output::{print, print_json};
@@ -51,11 +53,13 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
         ("runtime directory", runtime_directory(dir)),
     ];
     let exports = dead_exports(dir, clean).into_iter();
+    let entries = stale_services(dir, clean).into_iter();
     let dead = dead_devices(clean).into_iter();
     let waiting = waiting_devices(dir).into_iter();
     let checks: Vec<_> = machine
         .into_iter()
         .chain(exports.map(|finding| ("left by dead servers", finding)))
+        .chain(entries.map(|finding| ("registry of services", finding)))
         .chain(dead.map(|finding| ("dead block devices", finding)))
         .chain(waiting.map(|finding| ("waiting block devices", finding)))
         .map(|(what, (verdict, finding))| Check {
@@ -78,7 +82,11 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
                 true => format!("\x1b[{code}m{word:8}\x1b[0m"),
                 false => format!("{word:8}"),
             };
-            print(&format!("{word} {}: {}\n", check.what, check.finding))?;
+            print(&format!(
+                "{word} {}: {}\n",
+                check.what,
+                printable(&check.finding)
+            ))?;
         }
     }
     Ok(
@@ -192,6 +200,25 @@ fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Finding> {
         findings.push((Verdict::Ok, "nothing".into()));
     }
     findings
+}
+
+/// Entries of the registry that killed servers could not remove. No client is led astray by them.
+fn stale_services(dir: &RuntimeDir, clean: bool) -> Vec<Finding> {
+    let found = match clean {
+        true => remove_stale_entries(dir.path()),
+        false => stale_entries(dir.path()),
+    };
+    let tell = |entry: PathBuf| match (entry.display(), clean) {
+        (entry, true) => (Verdict::Ok, format!("{entry}: removed")),
+        (entry, false) => (
+            Verdict::Warning,
+            format!("{entry}: its server was killed; 'ublkup doctor --clean' removes it"),
+        ),
+    };
+    match found {
+        Ok(entries) => entries.into_iter().map(tell).collect(),
+        Err(error) => vec![(Verdict::Warning, error.to_string())],
+    }
 }
 
 /// Dead devices that no export has a note of.

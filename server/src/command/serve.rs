@@ -8,6 +8,7 @@ use std::thread::Scope;
 
 use anyhow::{Context, Result, anyhow};
 use signal_hook::iterator::Signals;
+use upgrade_proto::printable;
 
 use super::left;
 use super::output::count;
@@ -226,7 +227,8 @@ fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
     let mut out = std::io::stdout().lock();
     for (name, export) in exports {
         for (door, path) in export.doors() {
-            writeln!(out, "{name} {door} {}", path.display())?;
+            let path = printable(&path.display().to_string());
+            writeln!(out, "{name} {door} {path}")?;
         }
     }
     writeln!(out, "ready")?;

@@ -3,13 +3,19 @@
 //! What is at the other end of standard error is not ours: a file system that is full, a pipe whose reader has
 //! died or does not read. Lines that cannot be written are dropped and counted, and nothing else changes.
 
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use tracing::field::Field;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::FormatFields;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
+use upgrade_proto::printable;
 
 use super::wait::repeat_while;
 
@@ -43,6 +49,7 @@ pub fn start(filter: &str) -> io::Result<Log> {
     let log = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(move || lines.clone())
+        .fmt_fields(fields())
         .with_ansi(io::stderr().is_terminal())
         .with_target(false);
     // The journal has a clock of its own.
@@ -69,6 +76,20 @@ impl Drop for Log {
     }
 }
 
+/// How the fields of a line are written.
+fn fields() -> impl for<'writer> FormatFields<'writer> + Send + Sync + 'static {
+    debug_fn(write_field).delimited(" ")
+}
+
+/// A field of a line, the message among them. What clients, files and processes are called is the choice of others.
+fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    let text = printable(&format!("{value:?}"));
+    match field.name() {
+        "message" => writer.write_str(&text),
+        name => write!(writer, "{name}={text}"),
+    }
+}
+
 /// Writes lines until there is `None`.
 fn write_lines(lines: &Receiver<Option<Vec<u8>>>) {
     while let Ok(Some(line)) = lines.recv() {
@@ -92,5 +113,35 @@ impl Write for Lines {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_have_named_forges_no_line() {
+        let (sender, lines) = sync_channel(10);
+        let writer = Lines(sender);
+        let log = tracing_subscriber::fmt()
+            .with_writer(move || writer.clone())
+            .with_ansi(false)
+            .with_target(false)
+            .without_time()
+            .fmt_fields(fields())
+            .finish();
+        let name = "x\n ERROR a forged line\u{1b}[2J\u{9b}2J";
+        tracing::subscriber::with_default(log, || {
+            tracing::info!("{name}: said");
+            tracing::warn!(path = %name, export = name, count = 2, "cannot remove");
+        });
+        let line = || String::from_utf8(lines.recv().unwrap().unwrap()).unwrap();
+        let shown = r"x\n ERROR a forged line\u{1b}[2J\u{9b}2J";
+        assert_eq!(line(), format!(" INFO {shown}: said\n"));
+        assert_eq!(
+            line(),
+            format!(" WARN cannot remove path={shown} export=\"{shown}\" count=2\n")
+        );
     }
 }

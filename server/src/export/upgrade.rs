@@ -7,9 +7,10 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Once;
 
 use anyhow::{Context, Result};
-use upgrade_proto::{Connection, Key, Listener, Name, Options, Route};
+use upgrade_proto::{Connection, Key, Listener, Name, Options, Route, remove_stale_entries};
 
 use crate::door::ublk::UblkDoor;
 use crate::engine::event_loop::Registration;
@@ -46,6 +47,7 @@ impl UpgradeListener {
             key: Some(Key::of_disk(major, minor)?),
             ..Options::default()
         };
+        SWEPT.call_once(|| sweep(runtime_dir));
         let listener = Listener::bind(&char_device, &Name::new(SERVICE)?, &options)?;
         // The device cannot be removed while this is open.
         drop(char_device);
@@ -72,6 +74,21 @@ impl UpgradeListener {
     #[must_use]
     pub fn ways(&self) -> Vec<&'static str> {
         self.routes.iter().map(|route| route.name()).collect()
+    }
+}
+
+/// The registry is swept once by each process.
+static SWEPT: Once = Once::new();
+
+/// Removes the entries of servers that were killed. Clients and servers do without it.
+fn sweep(runtime_dir: &Path) {
+    match remove_stale_entries(runtime_dir) {
+        Ok(entries) => {
+            for entry in entries {
+                tracing::info!("{}: removed, its server was killed", entry.display());
+            }
+        }
+        Err(error) => tracing::debug!("the registry is not swept: {error}"),
     }
 }
 

@@ -176,6 +176,31 @@ fn a_user_serves_a_disk_that_is_theirs_alone() {
         }
         assert!(read_block(&held, 1).0.iter().all(|&b| b == b'1'));
     });
+    // Root's commands do not act on a user's word.
+    for args in [
+        &["list"][..],
+        &["stat", "d"],
+        &["stop", "d"],
+        &["recover", "d"],
+    ] {
+        let words = ["run is not trusted", "belongs to user 65534"];
+        user.lab.fails(args, 1, &words);
+    }
+    // A number belongs to who took it first, and root hears who that is.
+    let id = device.to_str().unwrap().trim_start_matches("/dev/ublkb");
+    let elsewhere = user.lab.path("root").display().to_string();
+    let args = [
+        "serve",
+        "--runtime-dir",
+        &elsewhere,
+        "--ublk",
+        "yes",
+        "--ublk-id",
+        id,
+        "null:1M",
+    ];
+    user.lab
+        .fails(&args, 1, &["in use by a device of user 65534"]);
     // Others do not, whatever the node's mode says.
     set_mode(&device, 0o666);
     let open = ["--reuid=1", "--regid=1", "--clear-groups", "head", "-c1"];

@@ -1,5 +1,7 @@
 //! The syntax of QEMU's options, and of the shell.
 
+use upgrade_proto::printable;
+
 use crate::config::commas;
 
 /// `key=value,…` as QEMU reads it: a bare first word is the value of `first`, any other bare word is switched on.
@@ -13,9 +15,22 @@ pub fn pairs(text: &str, first: &str) -> Vec<(String, String)> {
     parts.map(pair).collect()
 }
 
-/// A word as a shell reads it.
+/// A word as a shell reads it; with control characters, as a shell with `$'…'` (POSIX 2024, bash) does, so that a name of
+/// a file has no effect on the terminal.
 #[must_use]
 pub fn quote(word: &str) -> String {
+    if printable(word) != word {
+        let mut quoted = String::from("$'");
+        for letter in word.chars() {
+            let text = letter.to_string();
+            match letter {
+                '\'' | '\\' => quoted.extend(['\\', letter]),
+                _ if printable(&text) == text => quoted.push(letter),
+                _ => quoted.extend(text.bytes().map(|byte| format!("\\{byte:03o}"))),
+            }
+        }
+        return quoted + "'";
+    }
     let plain = |letter: char| letter.is_ascii_alphanumeric() || "@%+=:,./_-".contains(letter);
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();
@@ -44,5 +59,20 @@ mod tests {
             assert_eq!(String::from_utf8_lossy(&out.stdout), word);
         }
         assert_eq!(quote("id=a,b"), "id=a,b");
+    }
+
+    #[test]
+    fn a_word_that_a_terminal_would_obey_is_quoted_without_its_control_characters() {
+        let word = "/dev/it's\u{1b}[2J\n\\1\u{202e}\u{9b}ö";
+        let quoted = quote(word);
+        assert_eq!(quoted, r"$'/dev/it\'s\033[2J\012\\1\342\200\256\302\233ö'");
+        let script = format!("printf %s {quoted}");
+        match std::process::Command::new("bash")
+            .args(["-c", &script])
+            .output()
+        {
+            Ok(output) => assert_eq!(String::from_utf8_lossy(&output.stdout), word),
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound),
+        }
     }
 }

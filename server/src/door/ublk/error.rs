@@ -42,11 +42,13 @@ pub enum UblkError {
     Config(String),
     /// Another device has the id.
     #[error(
-        "ublk id {id} is in use: choose another one, leave it out, or stop the server that has it; `ublkup doctor` lists devices whose server is dead"
+        "ublk id {id} is in use{whose}: choose another one, leave it out, or stop the server that has it; `ublkup doctor` lists devices whose server is dead"
     )]
     IdInUse {
         /// The id asked for.
         id: u32,
+        /// ` by …`, if it is an ordinary user's: any of them may take a number first.
+        whose: String,
     },
     /// The driver has no device left to give.
     #[error(
@@ -176,7 +178,13 @@ mod tests {
                 &["/dev/ublk-control", "root"],
             ),
             (Unavailable::TooOld.into(), &["too old", "6.5"]),
-            (UblkError::IdInUse { id: 7 }, &["id 7", "choose another"]),
+            (
+                UblkError::IdInUse {
+                    id: 7,
+                    whose: " by a device of user 1000 (process 42)".into(),
+                },
+                &["id 7 is in use by a device of user 1000", "choose another"],
+            ),
             (
                 UblkError::NoAnswer {
                     command: "STOP_DEV",

@@ -163,7 +163,10 @@ impl Control {
             .inspect(|info| self.speak_to(info))
             .map_err(|error| match (&error, new.id) {
                 (UblkError::Command { source, .. }, id) => match (source.raw_os_error(), id) {
-                    (Some(libc::EEXIST), Some(id)) => UblkError::IdInUse { id },
+                    (Some(libc::EEXIST), Some(id)) => UblkError::IdInUse {
+                        id,
+                        whose: self.ordinary_owner(id).unwrap_or_default(),
+                    },
                     (Some(libc::ENOSPC | libc::EACCES | libc::EEXIST), None) => {
                         UblkError::TooManyDevices
                     }
@@ -176,6 +179,14 @@ impl Control {
                 },
                 _ => error,
             })
+    }
+
+    /// The ordinary user who has a device, for a message.
+    fn ordinary_owner(&self, id: u32) -> Option<String> {
+        let info = self.info(id).ok()?;
+        let (user, process) = (info.owner_uid, info.ublksrv_pid);
+        let theirs = info.flags & u64::from(sys::UBLK_F_UNPRIVILEGED_DEV) != 0;
+        theirs.then(|| format!(" by a device of user {user} (process {process})"))
     }
 
     /// Says what the disk of a device is like.

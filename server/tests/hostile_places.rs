@@ -1,0 +1,153 @@
+//! What another user has put where commands of `ublkup` look: links, sockets, text for the terminal.
+
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::symlink;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use common::sandbox;
+use rustix::fs::{FlockOperation, flock};
+use testkit::sandbox::Sandbox;
+
+/// The files of a folder, with their text.
+fn contents(folder: &Path) -> Vec<(PathBuf, String)> {
+    let entries = fs::read_dir(folder).unwrap();
+    let mut files: Vec<_> = entries
+        .map(|entry| entry.unwrap().path())
+        .map(|path| (path.clone(), fs::read_to_string(&path).unwrap()))
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn every_command_refuses_a_link_in_place_of_an_exports_folder() {
+    let lab = sandbox();
+    let precious = lab.path("precious");
+    fs::create_dir(&precious).unwrap();
+    for (name, text) in [
+        ("control", "text"),
+        ("vhost-user-blk", "text"),
+        ("lock", ""),
+        ("served", r#"{"spec":"a=null:1G"}"#),
+        ("ublk-id", "7 7 7\n"),
+        (".served.new", "text"),
+    ] {
+        fs::write(precious.join(name), text).unwrap();
+    }
+    let before = contents(&precious);
+    fs::create_dir_all(lab.path("run/exports")).unwrap();
+    symlink(&precious, lab.path("run/exports/a")).unwrap();
+    for args in [
+        &["serve", "a=null:1G", "--ublk", "no"][..],
+        &["serve", "--take-over", "a=null:1G", "--ublk", "no"],
+        &["serve", "--replace", "a=null:1G", "--ublk", "no"],
+        &["recover", "a"],
+        &["list"],
+        &["stat", "a"],
+        &["stop", "a"],
+        &["stop", "--force", "a"],
+        &["resize", "a", "2G"],
+    ] {
+        lab.fails(args, 1, &["run/exports/a is not trusted", "symbolic link"]);
+    }
+    for args in [&["doctor"][..], &["doctor", "--clean"]] {
+        let found = lab.finish(args, &[]).stdout;
+        assert!(found.contains("run/exports/a is not trusted"), "{found}");
+    }
+    assert_eq!(contents(&precious), before);
+}
+
+/// A socket at `path` that no server accepts from, with a full backlog.
+fn planted(path: &Path) -> (UnixListener, Vec<UnixStream>) {
+    let listener = UnixListener::bind(path).unwrap();
+    let mut waiting = Vec::new();
+    while let Ok(client) = upgrade_proto::connect_within(path, Duration::from_millis(1)) {
+        waiting.push(client);
+    }
+    (listener, waiting)
+}
+
+#[test]
+fn a_planted_socket_with_a_full_backlog_holds_up_no_start() {
+    let lab = sandbox();
+    let path = lab.path("socket");
+    let _planted = planted(&path);
+    let socket = path.display().to_string();
+    let args = ["null:1G", "--ublk", "no", "--vhost-socket", &socket];
+    lab.serve_fails(&args, 1, &["socket in use"]);
+    lab.is_clean();
+}
+
+/// An export `a` whose server is this process, which sends `answer` to one client.
+fn answer_once(lab: &Sandbox, answer: &'static str) -> std::thread::JoinHandle<()> {
+    let folder = lab.path("run/exports/a");
+    fs::create_dir_all(&folder).unwrap();
+    let lock = File::create(folder.join("lock")).unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let control = folder.join("control");
+    let _stale = fs::remove_file(&control);
+    let socket = UnixListener::bind(control).unwrap();
+    std::thread::spawn(move || {
+        let (mut client, _) = socket.accept().unwrap();
+        let _command = client.read(&mut [0; 4096]).unwrap();
+        client.write_all(answer.as_bytes()).unwrap();
+        drop(lock);
+    })
+}
+
+#[test]
+fn what_a_control_socket_answers_reaches_the_terminal_as_one_line_of_plain_text() {
+    let lab = sandbox();
+    let server = answer_once(&lab, "{\"error\":\"\\u001b[2J\\nublkup: all is well\"}\n");
+    lab.fails(&["stat", "a"], 1, &[r"\u{1b}[2J\nublkup: all is well"]);
+    server.join().unwrap();
+    // Not JSON: what the parser says of it is the server's text, too.
+    let server = answer_once(&lab, "\u{1b}[2J\u{9b}2J\n");
+    let told = lab.finish(&["list"], &[]);
+    server.join().unwrap();
+    let text = told.stdout + &told.stderr;
+    assert!(text.contains("makes no sense"), "{text}");
+    assert!(
+        !text
+            .chars()
+            .any(|letter| letter.is_control() && letter != '\n'),
+        "{text:?}"
+    );
+}
+
+#[test]
+fn names_of_files_and_exports_forge_no_line() {
+    let lab = sandbox();
+    let path = lab.path("gone\n\u{1b}[2Jublkup: all is well");
+    let spec = format!("a=file:{}", path.display());
+    lab.serve_fails(&[&spec], 1, &[r"gone\n\u{1b}[2Jublkup: all is well"]);
+    fs::create_dir_all(lab.path("run/exports/x\n\u{1b}[2Jy")).unwrap();
+    for args in [&["list"][..], &["doctor"], &["doctor", "--clean"]] {
+        let told = lab.finish(args, &[]);
+        let text = told.stdout + &told.stderr;
+        assert!(text.contains(r"x\n\u{1b}[2Jy"), "{text}");
+        assert!(!text.contains('\u{1b}'), "{text}");
+    }
+}
+
+#[test]
+fn a_wrong_filter_of_the_log_does_not_keep_udev_from_the_owner_of_a_device() {
+    let lab = sandbox();
+    let env = [("UBLKUP_LOG", "nonsense=everything")];
+    let asked = lab.finish(&["device-owner", "ublkc4095"], &env);
+    assert_eq!(asked.status.code(), Some(1), "{}", asked.stderr);
+    assert!(
+        !asked.stderr.contains("error, warn, info"),
+        "{}",
+        asked.stderr
+    );
+    let served = lab.finish(&["list"], &env);
+    assert_eq!(served.status.code(), Some(2), "{}", served.stderr);
+}
