@@ -15,6 +15,8 @@ mod data;
 mod features;
 #[path = "ublk/intruders.rs"]
 mod intruders;
+#[path = "ublk/many.rs"]
+mod many;
 #[path = "ublk/memory.rs"]
 mod memory;
 #[path = "ublk/recovery.rs"]

@@ -10,7 +10,7 @@ use upgrade_proto::{Answer, Lookup, connect};
 
 use super::common::{Driver, OK, eventually};
 use super::common::{Sandbox, sandbox};
-use super::nobody::{NOBODY, as_nobody};
+use super::intruders::{NOBODY, as_nobody};
 use super::run;
 use super::upgrade::{BLOCK, PLAIN, direct, leave, read_block, service, write_block};
 use testkit::server::Server;
