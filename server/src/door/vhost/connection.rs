@@ -1,5 +1,6 @@
 //! A client's connection: what all threads of its session share.
 
+use std::fmt;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -30,6 +31,8 @@ pub(super) struct Connection {
     /// Where the client takes messages, if it does.
     channel: Mutex<Option<OwnedFd>>,
     reason: Mutex<Option<&'static str>>,
+    /// Whether the log has a line about memory that is not shared.
+    told_unshared: AtomicBool,
 }
 
 impl Connection {
@@ -52,6 +55,7 @@ impl Connection {
             stream,
             channel: Mutex::new(None),
             reason: Mutex::new(None),
+            told_unshared: AtomicBool::new(false),
         }
     }
 
@@ -104,6 +108,20 @@ impl Connection {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         (channel.as_ref())
             .is_some_and(|channel| send(channel, &message::config_change(), flags).is_ok())
+    }
+
+    /// Logs, once, why the client's guest waits: something that it uses is in memory that it did not share. QEMU says
+    /// nothing then, and the guest has no way to.
+    #[cold]
+    pub(super) fn tell_unshared(&self, what: fmt::Arguments<'_>) {
+        if !self.told_unshared.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                export = self.export,
+                session = self.id,
+                "{what}: all of a guest's memory must be shared (QEMU: -object memory-backend-memfd,…,share=on -machine \
+                 memory-backend=…)"
+            );
+        }
     }
 
     /// Ends the session: its protocol thread reads an end of file. The first reason counts.

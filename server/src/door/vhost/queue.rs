@@ -201,6 +201,12 @@ impl VhostQueues {
             } => {
                 if outcome.is_err() {
                     self.counters.count_rejected();
+                    if let Some(address) = segments.unmapped {
+                        self.connection.tell_unshared(format_args!(
+                            "a request was failed, because guest address {address:#x} is not in the memory that the \
+                             client shared"
+                        ));
+                    }
                 }
                 put_status(segments.status, request::status(outcome));
                 if let Some(logging) = &self.logging {
@@ -314,8 +320,14 @@ impl DoorQueue for VhostQueues {
         if std::mem::take(&mut vring.listening) && !vring.is_broken() {
             vring.queue.disable_kicks();
         }
+        let is_empty = vring.is_first_kick_empty();
         let pushed = vring.arm_kick(ring);
         self.expect_room(pushed);
+        if is_empty {
+            self.connection.tell_unshared(format_args!(
+                "vring {index} was kicked and is empty: if the guest hangs, the ring is not in shared memory"
+            ));
+        }
     }
 
     #[inline(always)]

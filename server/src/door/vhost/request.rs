@@ -62,6 +62,8 @@ pub(super) struct Segments<'a> {
     in_bytes: u64,
     /// Where the status goes, if there is room for one.
     pub status: Option<NonNull<u8>>,
+    /// Where a buffer is that is not in the map, as a whole or in part.
+    pub unmapped: Option<u64>,
     broken: bool,
 }
 
@@ -101,6 +103,7 @@ impl<'a> Segments<'a> {
             in_count: 0,
             in_bytes: 0,
             status: None,
+            unmapped: None,
             broken: false,
         };
         let mut writing = false;
@@ -144,7 +147,13 @@ impl<'a> Segments<'a> {
                         .parts(address, len_bytes, |part| segments.send(part)),
                 }
             };
-            segments.broken |= added.is_none();
+            if added.is_none() {
+                segments.broken = true;
+                let is_mapped = || map.map().parts(address, len_bytes, |_| Some(())).is_some();
+                if !is_mapped() {
+                    segments.unmapped.get_or_insert(address);
+                }
+            }
         }
         segments.broken |= segments.header_bytes < HEADER_BYTES || segments.status.is_none();
         if !segments.broken {

@@ -219,7 +219,13 @@ impl Session {
         // Without protocol features there is no message that enables a vring.
         let enabled = vring.enabled || !negotiated;
         let described = vring.size > 0 && vring.addresses.is_some() && vring.kick.is_some();
-        if vring.started || !enabled || !described || map.regions().is_empty() {
+        if vring.started || !enabled || !described {
+            return Ok(());
+        }
+        if map.regions().is_empty() {
+            self.connection.tell_unshared(format_args!(
+                "vring {index} is set up and cannot be served, because the client has shared no memory"
+            ));
             return Ok(());
         }
         // It may have stopped for a migration that failed, or succeeded.

@@ -64,6 +64,8 @@ pub(super) struct Vring {
     /// Where the kernel puts the kick's counter. On the heap: its address must not change.
     pub(super) count: Box<u64>,
     pub(super) kick_armed: bool,
+    /// It was never kicked. Says where it began.
+    fresh: Option<u16>,
     pub(super) call: Option<OwnedFd>,
     /// The flags of its writes, once they were determined.
     call_flags: Option<squeue::Flags>,
@@ -106,6 +108,7 @@ impl Vring {
             kick: start.kick,
             count: Box::new(0),
             kick_armed: false,
+            fresh: Some(start.base),
             call: start.call,
             call_flags: None,
             calling: None,
@@ -140,6 +143,16 @@ impl Vring {
     pub(super) fn enable(&mut self, on: bool) {
         self.enabled = on;
         self.served = on && !self.broken && self.stopping.is_none();
+    }
+
+    /// Takes note of a kick. True for the first one, if there is nothing in the ring and never was.
+    #[inline]
+    pub(super) fn is_first_kick_empty(&mut self) -> bool {
+        let Some(base) = self.fresh.take() else {
+            return false;
+        };
+        let is_untouched = self.queue.next_available() == base && !self.queue.has_chains();
+        is_untouched && !self.broken && !self.queue.has_unseen()
     }
 
     /// Never touches the ring again. Returns whether it was usable until now.
