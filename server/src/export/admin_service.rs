@@ -1,6 +1,7 @@
 //! What an export answers at its admin socket.
 
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -14,8 +15,13 @@ use crate::door::ublk::UblkDoor;
 use crate::door::vhost::SessionInfo;
 use crate::engine::counters::CounterSet;
 use crate::engine::log;
+use crate::engine::wait::repeat_while;
 use crate::request::MAX_DISK_BYTES;
 use crate::request::format_size;
+
+/// How long `stop` waits for a program that has the block device open, and how often it tries. As libdevmapper does.
+const OPEN_LIMIT: Duration = Duration::from_secs(5);
+const OPEN_INTERVAL: Duration = Duration::from_millis(200);
 
 impl Shared {
     /// Whether another server could take this export over.
@@ -35,12 +41,29 @@ impl Shared {
         Ok(())
     }
 
-    /// Takes the disk away from programs that might begin to use it.
+    /// Takes the disk away from programs that might begin to use it. One that only has the block device open is
+    /// waited for: udev opens each new disk for a moment, and again when a program that wrote closes it.
     ///
     /// # Errors
     ///
     /// Names the program that uses it already.
     fn close_if_unused(&self) -> Result<()> {
+        let is_open = |closed: &Result<Option<String>>| matches!(closed, Ok(Some(_)));
+        let closed = repeat_while(
+            OPEN_LIMIT,
+            OPEN_INTERVAL,
+            || self.close_unless_open(),
+            is_open,
+        );
+        match closed? {
+            Some(user) => bail!("{user}"),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`close_if_unused`](Self::close_if_unused), without waiting. Returns who has the block device open, if that
+    /// is all that is in the way.
+    fn close_unless_open(&self) -> Result<Option<String>> {
         const FORCE: &str = "stop --force stops it all the same";
         match self.access.state() {
             OwnershipState::Waiting => {
@@ -63,15 +86,17 @@ impl Shared {
         if let Some((door, _)) = &doors.ublk
             && !door.close_unless_open()?
         {
+            let device = door.block_path();
+            let device = device.display();
+            if let Some(user) = door.writes().in_use() {
+                bail!("in use: {device} is open: {user} ({FORCE})");
+            }
             let user = door
                 .user()
                 .unwrap_or("a process that this server cannot see".into());
-            bail!(
-                "in use: {} is open: {user} ({FORCE})",
-                door.block_path().display()
-            );
+            return Ok(Some(format!("in use: {device} is open: {user} ({FORCE})")));
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Gives the disk its size back: the storage keeps what was to be cut off.

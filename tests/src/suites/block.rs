@@ -60,6 +60,7 @@ pub const TESTS: &[Test] = &[
     test!(life::a_killed_server_is_followed_by_one_of_the_same_name),
     test!(life::a_device_removed_behind_our_back_leaves_the_other_door_open),
     test!(life::several_exports_come_and_go_without_each_other).limit_s(120),
+    test!(life::a_disk_that_is_only_open_is_stopped_when_it_is_closed),
 ];
 
 /// For guests with several processors.

@@ -7,9 +7,11 @@ use crate::test::Context;
 use anyhow::{Result, bail, ensure};
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 use testkit::images;
+use testkit::process;
 use testkit::shell::{Shell, sh};
 use testkit::wait::until;
 
@@ -167,5 +169,22 @@ pub(super) fn several_exports_come_and_go_without_each_other(cx: &Context) -> Re
         },
     )?;
     server.stop()?;
+    nothing_left(cx)
+}
+
+/// udev opens each new disk for a moment: a stop that comes then is not refused.
+pub(super) fn a_disk_that_is_only_open_is_stopped_when_it_is_closed(cx: &Context) -> Result<()> {
+    let server = serve(cx, "mem:16M").start()?;
+    let open = fs::File::open(server.block_device()?)?;
+    let mut stop = Command::new(&cx.paths.server);
+    stop.args(["stop", "disk"])
+        .env("UBLKUP_RUNTIME_DIR", cx.run_dir());
+    let mut stop = process::spawn_bound(&mut stop)?;
+    let early = process::wait_limited(&mut stop, Duration::from_secs(1))?;
+    ensure!(early.is_none(), "it did not wait: {early:?}");
+    drop(open);
+    let ended = process::wait_limited(&mut stop, cx.patience(30))?;
+    ensure!(ended.is_some_and(|status| status.success()), "{ended:?}");
+    ensure!(server.wait()?.0.success());
     nothing_left(cx)
 }
