@@ -5,5 +5,5 @@
 #   DEVICE=/dev/ublkb0 MEMORY=4G qemu-config/launcher-q35.sh [more of QEMU's options]
 set -eu
 : "${DEVICE:=/dev/ublkb0}" "${MEMORY:=1G}"
-exec ublkup qemu "$DEVICE,id=disk,bootindex=0" -- \
+exec ublkup qemu "$DEVICE,id=disk,bootindex=1" -- \
     qemu-system-x86_64 -machine q35 -m "$MEMORY" "$@"

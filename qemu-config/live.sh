@@ -1,8 +1,9 @@
 #!/bin/sh
 # Moves the disk of a running guest (block-device.sh) from the block device to the server behind it.
-# The guest must have unmounted it; it sees the disk go and come back.
+# The guest sees it go and come back, and must have unmounted it: that is what --unmounted says.
 #
-#   QMP=/run/guest.qmp DISK=disk qemu-config/live.sh
+#   QMP=/run/guest.qmp DISK=disk qemu-config/live.sh --unmounted
+#   QMP=/run/guest.qmp DISK=disk qemu-config/live.sh --unmounted --back     # to the block device again
 set -eu
 : "${QMP:=/run/guest.qmp}" "${DISK:=disk}"
-exec ublkup qemu --live "$QMP" "$DISK"
+exec ublkup qemu --live "$QMP" "$DISK" "$@"

@@ -5,7 +5,8 @@
 #       qemu-config/migration-target.sh [the same options as the source's]
 #
 # SOCKET is the source's, to move to another QEMU of the same server; or one of another server of the same
-# file. On another machine: FROM=tcp:0:4444, and `migrate` to tcp:MACHINE:4444.
+# file. On another machine: FROM=tcp:0:4444, and `migrate` to tcp:MACHINE:4444. With multifd: FROM=defer, then
+# migrate-set-capabilities on both sides, and migrate-incoming here.
 set -eu
 : "${SOCKET:=/run/ublkup/exports/disk/vhost-user-blk}" "${QMP:=/run/target.qmp}" "${MEMORY:=1G}"
 exec qemu-system-x86_64 \

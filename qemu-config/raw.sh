@@ -16,5 +16,5 @@ exec qemu-system-x86_64 \
     -object memory-backend-memfd,id=guest-memory,size="$MEMORY",share=on \
     -machine q35,memory-backend=guest-memory \
     -chardev socket,id=disk,path=/dev/self/fd/9/vhost-user-blk"$RECONNECT" \
-    -device vhost-user-blk-pci,chardev=disk,bootindex=0 \
+    -device vhost-user-blk-pci,chardev=disk,bootindex=1 \
     "$@" 9<>"$DEVICE"

@@ -5,7 +5,7 @@
 #   SYSTEM=/dev/ublkb1 DATA=/dev/ublkb0 MEMORY=4G qemu-config/several-disks.sh [more options]
 set -eu
 : "${SYSTEM:=/dev/ublkb1}" "${DATA:=/dev/ublkb0}" "${MEMORY:=1G}" "${SHARED:=/dev/shm}"
-exec ublkup qemu "$DATA,id=data" "$SYSTEM,id=system,bootindex=0,num-queues=1" -- \
+exec ublkup qemu "$DATA,id=data" "$SYSTEM,id=system,bootindex=1,num-queues=1" -- \
     qemu-system-x86_64 -m "$MEMORY" \
     -object memory-backend-file,id=ram,size="$MEMORY",mem-path="$SHARED",share=on \
     -machine q35,memory-backend=ram "$@"

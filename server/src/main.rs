@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::builder::Resettable;
@@ -94,11 +95,22 @@ fn run_qemu(asked: &Qemu, runtime_dir: Option<&Path>) -> anyhow::Result<ExitCode
             runtime_dir,
         });
     };
-    match &asked.devices[..] {
-        [device] => qemu::move_disk(monitor, device, runtime_dir),
-        _ => {
-            complain("--live moves one DEVICE at a time");
-            Ok(USAGE.into())
+    let usage = match &asked.devices[..] {
+        [_] if !asked.unmounted => {
+            "--live takes the disk from the guest, and a file system that is mounted there is lost with it: say \
+             --unmounted when the guest has unmounted it and uses it no more; that cannot be seen from outside"
         }
-    }
+        [disk] => {
+            return qemu::move_disk(&qemu::Move {
+                monitor,
+                disk,
+                back: asked.back,
+                quiet: Duration::from_secs(asked.quiet.into()),
+                runtime_dir,
+            });
+        }
+        _ => "--live moves one DEVICE at a time",
+    };
+    complain(usage);
+    Ok(USAGE.into())
 }

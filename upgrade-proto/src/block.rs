@@ -44,6 +44,19 @@ impl DiskClaim {
         })
     }
 
+    /// The claim that another process made as [`DiskClaim::open`] does, through a copy of its descriptor: both have
+    /// the same open file, and the claim ends with the last copy.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, Error> {
+        let device = socket::proc_path(fd.as_fd());
+        expect_block_device(fd.as_fd(), &device)?;
+        let read_only = is_read_only_disk(fd.as_fd())?;
+        Ok(Self {
+            fd,
+            device,
+            read_only,
+        })
+    }
+
     /// Writes the page cache of the device out and drops it: earlier writes have reached the server then, and later
     /// reads come from the server.
     pub fn settle(&self) -> Result<(), Error> {

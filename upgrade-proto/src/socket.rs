@@ -78,6 +78,13 @@ pub struct Peer {
     pub gid: u32,
 }
 
+impl Peer {
+    /// The peer of a connected AF_UNIX socket (SO_PEERCRED).
+    pub fn of(socket: impl AsFd) -> Result<Self, Errno> {
+        peer(socket)
+    }
+}
+
 /// SO_PEERCRED. Not rustix's: its type cannot hold process id 0, which peers from other namespaces have.
 pub(crate) fn peer(socket: impl AsFd) -> Result<Peer, Errno> {
     let mut credentials = MaybeUninit::<libc::ucred>::zeroed();

@@ -124,7 +124,7 @@ pub enum Command {
     /// Run QEMU with disks that go straight to the servers behind their block devices
     #[command(
         override_usage = "ublkup qemu [OPTIONS] DEVICE[,key=value…]... -- QEMU [ARGUMENT]...\n       \
-                          ublkup qemu --live QMP-SOCKET DEVICE"
+                          ublkup qemu --live QMP-SOCKET DEVICE --unmounted [--back]"
     )]
     Qemu(Qemu),
     /// Tell what this machine can and cannot do, and find what servers that died left behind
@@ -232,9 +232,23 @@ pub struct Qemu {
     #[arg(long, conflicts_with = "live")]
     pub require_upgrade: bool,
 
-    /// Move a disk of the running guest with this monitor; the guest must have unmounted it
+    /// Move a disk of the running guest with this monitor
     #[arg(long, value_name = "QMP-SOCKET", conflicts_with = "command")]
     pub live: Option<PathBuf>,
+
+    /// The guest has unmounted the disk and does not use it. --live needs your word for that: from outside it cannot
+    /// be seen, and a file system that is mounted is lost with the old device
+    #[arg(long, requires = "live")]
+    pub unmounted: bool,
+
+    /// With --live: move a disk that was moved by --live back to the block device
+    #[arg(long, requires = "live")]
+    pub back: bool,
+
+    /// With --live: how long the disk must have been without a request. The default is longer than Linux keeps a
+    /// dirty page (30 s and 5 s, vm.dirty_expire_centisecs and vm.dirty_writeback_centisecs)
+    #[arg(long, value_name = "SECONDS", default_value_t = 40, requires = "live")]
+    pub quiet: u16,
 
     /// QEMU and its arguments; the launcher adds the disks, and shared memory if there is none
     #[arg(last = true, value_name = "QEMU", required_unless_present = "live")]

@@ -3,12 +3,14 @@
 
 mod common;
 mod live;
+mod monitor;
+mod moves;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use rustix::fs::OFlags;
 use rustix::process::Signal;
 
@@ -17,6 +19,7 @@ pub(super) use self::common::{
     write_sector,
 };
 use self::common::{command, expect_refusal, second_sector};
+use crate::kernel::Kernel;
 use crate::kit::boot_sector::{self, OPTIONS, SECTOR_BYTES};
 use crate::test::{Context, Place, Test};
 use crate::{skip, test};
@@ -24,6 +27,7 @@ use testkit::images;
 use testkit::process;
 use testkit::server::Server;
 use testkit::shell::sh;
+use testkit::wait::until;
 
 /// The table.
 pub const TESTS: &[Test] = &[
@@ -36,12 +40,15 @@ pub const TESTS: &[Test] = &[
     test!(a_mounted_disk_is_refused_by_name_of_the_mount),
     test!(two_disks_are_upgraded_and_the_second_boots),
     test!(the_printed_command_runs_in_a_shell),
+    test!(the_recipes_of_a_pc_take_a_kernel_too),
     test!(signals_reach_qemu_and_its_end_is_told),
     test!(a_second_launcher_is_refused),
     test!(live::microvms_upgrade_through_recipe_and_launcher).limit_s(240),
     test!(live::a_running_guest_moves_to_the_service_and_back_to_the_host_without_losing_a_byte)
         .limit_s(240),
     test!(live::a_disk_is_plugged_into_a_running_guest).limit_s(240),
+    test!(moves::a_monitor_gets_no_disk_that_its_process_does_not_have),
+    test!(moves::a_move_that_is_cut_off_is_undone),
 ];
 
 /// On a host whose kernel knows nothing of all this. There the block devices are loop devices.
@@ -49,6 +56,8 @@ pub const STOCK_KERNEL_TESTS: &[Test] = &[
     test!(the_launcher_goes_by_the_registry_where_the_kernel_knows_nothing),
     test!(qemu_comes_back_to_a_server_that_was_started_again),
     test!(without_a_service_the_raw_recipe_ends_and_the_launcher_goes_on),
+    test!(moves::a_monitor_gets_no_disk_that_its_process_does_not_have),
+    test!(moves::a_move_that_is_cut_off_is_undone),
 ];
 
 fn number_of(device: &Path) -> Result<(u32, u32, u64)> {
@@ -264,6 +273,35 @@ fn the_printed_command_runs_in_a_shell(cx: &Context) -> Result<()> {
     served.stop().map(drop)
 }
 
+/// QEMU's `-kernel` has a boot index of its own.
+fn the_recipes_of_a_pc_take_a_kernel_too(cx: &Context) -> Result<()> {
+    let served = serve(cx, &["disk"], &[])?;
+    let kernel = cx.paths.kernel(Kernel::X86)?;
+    for name in ["raw.sh", "launcher-q35.sh"] {
+        let socket = cx.scratch().join(format!("{name}.qmp"));
+        let mut recipe = recipe(cx, name);
+        recipe
+            .env("DEVICE", served.block_device()?)
+            .args(["-nodefaults", "-display", "none", "-S", "-kernel"])
+            .arg(kernel)
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", socket.display()));
+        let mut qemu = process::spawn_bound(&mut recipe)?;
+        until("QEMU listens", cx.patience(30), || {
+            ensure!(qemu.try_wait()?.is_none(), "{name}: QEMU ended");
+            Ok(socket.exists())
+        })?;
+        let quit = "{\"execute\": \"qmp_capabilities\"}\n{\"execute\": \"quit\"}";
+        live::monitor_says(cx, &socket, quit).context(name)?;
+        let status = process::wait_limited(&mut qemu, cx.patience(30))?;
+        ensure!(
+            status.is_some_and(|status| status.success()),
+            "{name}: {status:?}"
+        );
+    }
+    served.stop().map(drop)
+}
+
 fn signals_reach_qemu_and_its_end_is_told(cx: &Context) -> Result<()> {
     let served = serve(cx, &["disk"], &[])?;
     let disk = format!("{},bootindex=0", served.block_device()?.display());
@@ -289,6 +327,8 @@ fn a_second_launcher_is_refused(cx: &Context) -> Result<()> {
     let guest = boot(cx, &mut launcher(cx, &[&disk]))?;
     expect_refusal(&mut launcher(cx, &[&disk]), 1, "claimed exclusively")?;
     drop(guest);
+    let path = device.to_string_lossy();
+    expect_refusal(&mut launcher(cx, &[&path, &path]), 2, "given twice")?;
     served.stop()?;
 
     // The raw recipe takes no claim; there the server turns the second client away.

@@ -134,6 +134,7 @@ fn a_disk_that_moved_while_the_guest_ran_outlives_its_server(cx: &Context) -> Re
     let moved = launcher::recipe(cx, "live.sh")
         .env("QMP", &monitor)
         .env("DISK", "disk")
+        .args(["--unmounted", "--quiet", "2"])
         .output()?;
     ensure!(moved.status.success(), "{moved:?}");
     let name =

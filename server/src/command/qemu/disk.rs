@@ -62,23 +62,29 @@ pub enum Target {
 /// QEMU's pause between attempts to connect again to a server that went away.
 pub const RECONNECT_MS: u32 = 1000;
 
-/// What QEMU's chardev connects to, now and whenever the server comes back. `fd` is the descriptor of the block
-/// device in QEMU's process.
+/// The socket's path in the registry, where the service was found there; `None` where the kernel knows it.
 ///
 /// # Errors
 ///
 /// When another user could lead QEMU elsewhere by the path, or it is not UTF-8, which QEMU's options are.
-pub fn service_address(connection: &Connection, fd: i32) -> Result<String> {
+pub fn registry_entry(connection: &Connection) -> Result<Option<String>> {
     match connection.route() {
-        Route::Kernel => Ok(fd_address(fd)),
+        Route::Kernel => Ok(None),
         Route::Registry => {
             let entry = connection.lasting_path()?;
             let entry = entry.as_deref().and_then(Path::to_str);
-            Ok(entry
-                .context("the registry's path is not UTF-8")?
-                .to_owned())
+            let entry = entry.context("the registry's path is not UTF-8")?;
+            Ok(Some(entry.to_owned()))
         }
     }
+}
+
+/// What QEMU's chardev connects to, now and whenever the server comes back: the [registry's
+/// entry](registry_entry), or else the address of the service behind `fd`, the descriptor of the block device in
+/// QEMU's process.
+#[must_use]
+pub fn service_address(entry: Option<&str>, fd: i32) -> String {
+    entry.map_or_else(|| fd_address(fd), str::to_owned)
 }
 
 fn fd_address(fd: i32) -> String {

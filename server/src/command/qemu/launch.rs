@@ -2,8 +2,11 @@
 //! claimed descriptors. It stays QEMU's parent: what other programs read of the devices meanwhile has to be dropped
 //! from the page cache before the claims end. If the launcher is killed, QEMU still holds the claims.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus};
@@ -14,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use signal_hook::iterator::Signals;
 use upgrade_proto::{DiskClaim, Lookup};
 
-use super::disk::{Disk, Target, service_address};
+use super::disk::{Disk, Target, registry_entry, service_address};
 use super::memory::{Board, parse_command_line};
 use super::words::quote;
 use crate::command::cli::{NOT_UPGRADABLE, USAGE};
@@ -59,6 +62,10 @@ pub fn launch(launch: &Launch<'_>) -> Result<ExitCode> {
             return Ok(USAGE.into());
         }
     };
+    if let Some(twice) = given_twice(&disks, device_number) {
+        complain(&format!("{}: given twice", twice.display()));
+        return Ok(USAGE.into());
+    }
     let lookup = lookup(launch.runtime_dir);
     let mut attached = Vec::new();
     for (index, disk) in disks.into_iter().enumerate() {
@@ -88,6 +95,12 @@ pub fn launch(launch: &Launch<'_>) -> Result<ExitCode> {
             target,
         });
     }
+    let is_upgraded = |one: &Attached| matches!(one.target, Target::Service { .. });
+    if board.boots_by_mmio_firmware && attached.iter().any(is_upgraded) {
+        complain(
+            "the firmware of microvm cannot read an upgraded disk and hangs: give QEMU -kernel, or use a board with PCI",
+        );
+    }
     let options = options(&board, &attached);
     if launch.print {
         return print_command(launch.command, &options, &attached);
@@ -101,6 +114,18 @@ fn parse(texts: &[String]) -> Result<Vec<Disk>, String> {
             .map_err(|why| format!("DEVICE '{text}': {why}"))
     };
     texts.iter().map(one).collect()
+}
+
+/// A device that is named a second time, whatever its name. Its claim would be refused because of the first.
+fn given_twice(disks: &[Disk], number: impl Fn(&Path) -> Option<u64>) -> Option<&Path> {
+    let mut numbers = BTreeSet::new();
+    let is_second = |disk: &&Disk| number(&disk.path).is_some_and(|it| !numbers.insert(it));
+    disks.iter().find(is_second).map(|disk| &*disk.path)
+}
+
+fn device_number(path: &Path) -> Option<u64> {
+    let metadata = fs::metadata(path).ok()?;
+    (metadata.file_type().is_block_device()).then(|| metadata.rdev())
 }
 
 fn read_board(command: &[OsString]) -> Result<Board, String> {
@@ -119,8 +144,9 @@ fn find_target(
 ) -> Result<(Target, Option<String>)> {
     let path = disk.path.display();
     let why_not = match service(claim, lookup).with_context(|| path.to_string())? {
-        Found::Service(connection) => match service_address(&connection, fd) {
-            Ok(address) => {
+        Found::Service(connection) => match registry_entry(&connection) {
+            Ok(entry) => {
+                let address = service_address(entry.as_deref(), fd);
                 let route = connection.route().name();
                 let pid = connection.peer().pid;
                 tracing::info!("{path}: upgraded by the {route} route, to server process {pid}");
@@ -281,6 +307,30 @@ mod tests {
         let signals = Signals::new([SIGUSR1]).unwrap();
         signal_hook::low_level::raise(SIGUSR1).unwrap();
         assert_eq!(wait(&mut child, signals).unwrap().code(), Some(7));
+    }
+
+    #[test]
+    fn a_device_that_is_given_twice_is_found_under_two_names() {
+        let number = |path: &Path| match path.to_str() {
+            Some("/dev/ublkb0" | "/dev/disk/by-id/a") => Some(7),
+            Some("/dev/ublkb1") => Some(8),
+            _ => None,
+        };
+        for (given, twice) in [
+            (vec!["/dev/ublkb0", "/dev/ublkb1"], None),
+            (vec!["/dev/none", "/dev/none"], None),
+            (
+                vec!["/dev/ublkb0,id=a", "/dev/ublkb1", "/dev/disk/by-id/a"],
+                Some("/dev/disk/by-id/a"),
+            ),
+        ] {
+            let disks: Vec<Disk> = given.iter().map(|text| text.parse().unwrap()).collect();
+            assert_eq!(
+                given_twice(&disks, number),
+                twice.map(Path::new),
+                "{given:?}"
+            );
+        }
     }
 
     #[test]

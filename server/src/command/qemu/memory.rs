@@ -21,6 +21,9 @@ pub struct Board {
     pub bus: Bus,
     /// What has to be added so that a vhost-user server can map the guest's memory.
     pub shared_memory: Vec<String>,
+    /// Whether QEMU's firmware for microvm is to find something to boot. It has its stack and buffers in the
+    /// memory of the firmware itself, which no server can map, so it finds no vhost-user disk readable and hangs.
+    pub boots_by_mmio_firmware: bool,
 }
 
 /// The name of the memory backend that is added.
@@ -72,6 +75,7 @@ pub fn parse_command_line(words: &[String]) -> Result<Board, String> {
             "numa" => seen.numa(value()?)?,
             "device" => seen.device(value()?),
             "global" => seen.globals.push(value()?.clone()),
+            "kernel" | "bios" => seen.boots_otherwise = true,
             option if VERBATIM.contains(&option) => {
                 value()?;
             }
@@ -92,7 +96,11 @@ pub fn parse_command_line(words: &[String]) -> Result<Board, String> {
         shared_memory.extend(["-global", "virtio-mmio.force-legacy=false"].map(str::to_owned));
     }
     shared_memory.extend(seen.missing_memory()?);
-    Ok(Board { bus, shared_memory })
+    Ok(Board {
+        bus,
+        shared_memory,
+        boots_by_mmio_firmware: bus == Bus::Mmio && !seen.boots_otherwise,
+    })
 }
 
 /// `-m` and `--m` are the same option.
@@ -117,6 +125,8 @@ struct Seen {
     used: Vec<(String, &'static str)>,
     nodes_without_memory: bool,
     globals: Vec<String>,
+    /// There is a kernel, or other firmware.
+    boots_otherwise: bool,
 }
 
 impl Seen {
@@ -313,6 +323,16 @@ mod tests {
             ("-M microvm -machine pcie=on", Bus::Pci),
         ] {
             assert_eq!(parse_command_line(&words(line)).unwrap().bus, bus, "{line}");
+        }
+        for (line, hangs) in [
+            ("-M microvm", true),
+            ("-M microvm -kernel vmlinux -append x", false),
+            ("-M microvm --bios other.bin", false),
+            ("-M microvm,pcie=on", false),
+            ("-M q35", false),
+        ] {
+            let board = parse_command_line(&words(line)).unwrap();
+            assert_eq!(board.boots_by_mmio_firmware, hangs, "{line}");
         }
         let own = "-M microvm -global virtio-mmio.force-legacy=false";
         assert!(!added(own).unwrap().contains("-global"));

@@ -3,7 +3,7 @@
 //! | file        | tells                                                                      |
 //! |-------------|----------------------------------------------------------------------------|
 //! | `launch.rs` | a new guest: claims the block devices and runs QEMU with vhost-user disks  |
-//! | `live.rs`   | a running guest: exchanges a disk through QEMU's monitor                   |
+//! | `live/`     | a running guest: exchanges a disk through QEMU's monitor                   |
 //! | `disk.rs`   | QEMU's options for a disk                                                  |
 //! | `memory.rs` | what a command line says of the guest's memory, which must be shared       |
 //! | `words.rs`  | the syntax of QEMU's options and of the shell                              |
@@ -17,4 +17,4 @@ mod qmp;
 mod words;
 
 pub use launch::{Launch, launch};
-pub use live::move_disk;
+pub use live::{Move, move_disk};

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
@@ -71,6 +72,7 @@ pub(super) fn a_running_guest_moves_to_the_service_and_back_to_the_host_without_
     let live = |disk: &str| {
         let mut live = recipe(cx, "live.sh");
         live.env("QMP", &monitor).env("DISK", disk);
+        live.args(["--unmounted", "--quiet", "2"]);
         live
     };
     let new: KnownFiles =
@@ -92,29 +94,61 @@ pub(super) fn a_running_guest_moves_to_the_service_and_back_to_the_host_without_
         )
     })?;
 
-    let moved = live("disk").output()?;
-    ensure!(moved.status.success(), "{moved:?}");
-    let stat = cx.stat("disk")?;
-    ensure!(stat["vhost"]["sessions"].as_array().map(Vec::len) == Some(1));
-    let name = machine
-        .sh("for i in $(seq 100); do ls -d /sys/block/vd* 2>/dev/null && break; sleep 0.1; done")?;
-    let name = name.trim().rsplit('/').next().unwrap_or_default();
-    let new: KnownFiles = machine.run_step(
-        "add_files_to_disk",
-        &files(known.clone(), 3, &format!("/dev/{name}")),
+    let say = |commands: &str| {
+        let lines = format!("{{\"execute\": \"qmp_capabilities\"}}\n{commands}");
+        monitor_says(cx, &monitor, &lines)
+    };
+    say("{\"execute\": \"stop\"}")?;
+    expect_refusal(
+        &mut live("disk"),
+        3,
+        "the guest does not run (status 'paused')",
     )?;
-    let known = known.and(new);
+    say("{\"execute\": \"cont\"}")?;
+    let mut unsaid = recipe(cx, "live.sh");
+    unsaid.env("QMP", &monitor).env("DISK", "disk");
+    expect_refusal(&mut unsaid, 2, "--unmounted")?;
+
+    let known = move_and_add_files(&mut machine, &mut live("disk"), known, 3)?;
     let stat = cx.stat("disk")?;
     ensure!(
         stat["access"] == "upgraded" && stat["vhost"]["counters"]["writes"].as_u64() > Some(0),
         "{stat}"
     );
-    expect_refusal(&mut live("disk"), 3, "")?;
+    expect_refusal(&mut live("disk"), 3, "upgraded already")?;
+
+    let mut back = live(&device.to_string_lossy());
+    let known = move_and_add_files(&mut machine, back.arg("--back"), known, 4)?;
+    let stat = cx.stat("disk")?;
+    ensure!(
+        stat["access"] == "block" && stat["ublk"]["counters"]["writes"].as_u64() > Some(0),
+        "{stat}"
+    );
+    // Nothing is left in QEMU that would be in the way.
+    let known = move_and_add_files(&mut machine, &mut live("disk"), known, 5)?;
+    ensure!(cx.stat("disk")?["access"] == "upgraded");
     machine.power_off();
 
     sh(&format!("blockdev --flushbufs {}", device.display())).run()?;
     check_on_host(cx, &device, &known)?;
     served.stop().map(drop)
+}
+
+/// Moves the disk and uses it where the guest finds it then.
+fn move_and_add_files(
+    machine: &mut Machine,
+    live: &mut Command,
+    known: KnownFiles,
+    seed: u64,
+) -> Result<KnownFiles> {
+    let moved = live.output()?;
+    ensure!(moved.status.success(), "{moved:?}");
+    let name = machine
+        .sh("for i in $(seq 100); do ls -d /sys/block/vd* 2>/dev/null && break; sleep 0.1; done")?;
+    let name = name.trim().rsplit('/').next().unwrap_or_default();
+    let added = files(known.clone(), seed, &format!("/dev/{name}"));
+    let new: KnownFiles = machine.run_step("add_files_to_disk", &added)?;
+    Ok(known.and(new))
 }
 
 /// `hotplug.qmp` as it stands: the export has the name and the place that it says.
@@ -152,7 +186,7 @@ pub(super) fn a_disk_is_plugged_into_a_running_guest(cx: &Context) -> Result<()>
 }
 
 /// Sends lines to a QMP monitor, one answer each, and returns all it said.
-fn monitor_says(cx: &Context, monitor: &Path, lines: &str) -> Result<String> {
+pub(super) fn monitor_says(cx: &Context, monitor: &Path, lines: &str) -> Result<String> {
     let stream = UnixStream::connect(monitor)?;
     stream.set_read_timeout(Some(cx.patience(20)))?;
     let mut reader = BufReader::new(stream.try_clone()?);
