@@ -443,3 +443,24 @@ fn without_io_uring_no_server_says_that_it_is_ready() {
     assert!(errors.contains("io_uring cannot be used"), "{errors}");
     lab.is_clean();
 }
+
+#[test]
+fn doctor_names_and_removes_what_a_killed_server_left_in_the_registry() {
+    let lab = sandbox();
+    let folder = lab.path("run/fd-upgrade/blk-259-7-1");
+    std::fs::create_dir_all(&folder).unwrap();
+    let entry = folder.join("vhost-user-blk");
+    drop(UnixListener::bind(&entry).unwrap());
+    std::fs::set_permissions(&entry, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let told = lab.ok(&["doctor"]);
+    assert!(
+        told.contains("blk-259-7-1/vhost-user-blk: its server was killed"),
+        "{told}"
+    );
+    assert!(
+        lab.ok(&["doctor", "--clean"])
+            .contains("vhost-user-blk: removed")
+    );
+    assert!(!folder.exists());
+    assert!(!lab.ok(&["doctor"]).contains("registry of services"));
+}

@@ -321,8 +321,14 @@ fn what_a_killed_server_left_in_the_registry_leads_nowhere() {
             "{route:?}: {answer:?}"
         );
     }
-    // The next server takes its place.
+    // The next server takes its place, and clears away what is left of other disks.
+    let other = lab.path("run/fd-upgrade/blk-1-2-3");
+    fs::create_dir(&other).unwrap();
+    let stale = other.join("vhost-user-blk");
+    drop(UnixListener::bind(&stale).unwrap());
+    set_mode(&stale, 0o600);
     let export = serve_in(lab, &spec, &[]);
+    assert!(!other.exists());
     assert_eq!(export.entry(), entry);
     drop(held);
     export.is_intact();

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -172,7 +172,10 @@ fn a_socket_that_no_server_accepts_from_or_that_never_ends_its_answer_is_left_in
     while let Ok(client) = upgrade_proto::connect_within(&full, Duration::from_millis(1)) {
         waiting.push(client);
     }
-    let error = stat(&full, limit).unwrap_err().to_string();
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || sender.send(stat(&full, limit).map(drop)));
+    let answer = receiver.recv_timeout(6 * LIMIT);
+    let error = answer.expect("an end").unwrap_err().to_string();
     assert_eq!(error, "no answer within 0.3 s");
     let planted = UnixListener::bind(&slow).unwrap();
     std::thread::scope(|scope| {
