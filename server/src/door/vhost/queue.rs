@@ -320,10 +320,10 @@ impl DoorQueue for VhostQueues {
         if std::mem::take(&mut vring.listening) && !vring.is_broken() {
             vring.queue.disable_kicks();
         }
-        let is_empty = vring.is_first_kick_empty();
+        let in_vain = vring.was_kicked_in_vain();
         let pushed = vring.arm_kick(ring);
         self.expect_room(pushed);
-        if is_empty {
+        if in_vain {
             self.connection.tell_unshared(format_args!(
                 "vring {index} was kicked and is empty: if the guest hangs, the ring is not in shared memory"
             ));

@@ -64,8 +64,8 @@ pub(super) struct Vring {
     /// Where the kernel puts the kick's counter. On the heap: its address must not change.
     pub(super) count: Box<u64>,
     pub(super) kick_armed: bool,
-    /// It was never kicked. Says where it began.
-    fresh: Option<u16>,
+    /// Until something is in it.
+    untouched: Option<Untouched>,
     pub(super) call: Option<OwnedFd>,
     /// The flags of its writes, once they were determined.
     call_flags: Option<squeue::Flags>,
@@ -92,6 +92,13 @@ pub(super) struct Vring {
     pub(super) in_flight: u32,
 }
 
+/// A ring in which nothing was seen yet.
+struct Untouched {
+    /// Where it began.
+    base: u16,
+    kicks: u64,
+}
+
 struct Stopping {
     reply: Option<mpsc::Sender<Stopped>>,
     cancelled: bool,
@@ -108,7 +115,10 @@ impl Vring {
             kick: start.kick,
             count: Box::new(0),
             kick_armed: false,
-            fresh: Some(start.base),
+            untouched: Some(Untouched {
+                base: start.base,
+                kicks: 0,
+            }),
             call: start.call,
             call_flags: None,
             calling: None,
@@ -145,14 +155,25 @@ impl Vring {
         self.served = on && !self.broken && self.stopping.is_none();
     }
 
-    /// Takes note of a kick. True for the first one, if there is nothing in the ring and never was.
+    /// Takes note of the kicks that were read. True once, when there were several and nothing was ever in the ring.
+    /// QEMU kicks each ring by itself when it starts it.
     #[inline]
-    pub(super) fn is_first_kick_empty(&mut self) -> bool {
-        let Some(base) = self.fresh.take() else {
+    pub(super) fn was_kicked_in_vain(&mut self) -> bool {
+        self.untouched.is_some() && self.count_kicks_in_vain()
+    }
+
+    #[cold]
+    fn count_kicks_in_vain(&mut self) -> bool {
+        let Some(untouched) = &mut self.untouched else {
             return false;
         };
-        let is_untouched = self.queue.next_available() == base && !self.queue.has_chains();
-        is_untouched && !self.broken && !self.queue.has_unseen()
+        let is_taken = self.queue.next_available() != untouched.base || self.queue.has_chains();
+        if self.broken || is_taken || self.queue.has_unseen() {
+            self.untouched = None;
+            return false;
+        }
+        untouched.kicks = untouched.kicks.saturating_add(*self.count);
+        untouched.kicks > 1 && self.untouched.take().is_some()
     }
 
     /// Never touches the ring again. Returns whether it was usable until now.
