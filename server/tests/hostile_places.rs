@@ -6,7 +6,7 @@ mod common;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -135,6 +135,28 @@ fn names_of_files_and_exports_forge_no_line() {
         assert!(text.contains(r"x\n\u{1b}[2Jy"), "{text}");
         assert!(!text.contains('\u{1b}'), "{text}");
     }
+}
+
+#[test]
+fn doctor_says_that_nothing_is_served_where_others_may_write() {
+    let lab = sandbox();
+    let run = lab.path("run");
+    fs::create_dir(&run).unwrap();
+    lab.ok(&["doctor"]);
+    fs::set_permissions(&run, fs::Permissions::from_mode(0o777)).unwrap();
+    let told = lab.finish(&["doctor"], &[]);
+    assert_eq!(told.status.code(), Some(1), "{told:?}");
+    let why = "run is not trusted: its group or others may write to it";
+    let line = told
+        .stdout
+        .lines()
+        .find(|line| line.contains("runtime directory"));
+    assert!(
+        line.is_some_and(|line| line.contains(why)),
+        "{}",
+        told.stdout
+    );
+    lab.serve_fails(&["null:1G", "--ublk", "no"], 1, &[why]);
 }
 
 #[test]

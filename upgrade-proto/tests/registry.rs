@@ -355,6 +355,29 @@ fn an_unprivileged_client_cannot_use_roots_entry() {
 }
 
 #[test]
+#[ignore = "needs root, to give files to another user"]
+fn a_path_below_a_directory_of_another_user_is_given_to_no_program() {
+    let mut place = Place::new();
+    let above = place.dir;
+    place.dir = TempDir::new_in(above.path()).expect("a directory");
+    let _listener = place.serve();
+    let connection = place.connect(&place.read);
+    let path = connection.lasting_path().expect("trusted").expect("a path");
+    assert_eq!(path.canonicalize().expect("there"), path);
+    chown(above.path(), Some(STRANGER), None).expect("given away");
+    // The connection is as good as before: what was checked is what is used.
+    let error = place
+        .connect(&place.read)
+        .lasting_path()
+        .expect_err("refused");
+    assert!(
+        error.to_string().contains("belongs to user 12345"),
+        "{error}"
+    );
+    chown(above.path(), Some(0), None).expect("taken");
+}
+
+#[test]
 fn an_entry_is_for_its_owner_alone() {
     let place = Place::new();
     let _listener = place.serve();

@@ -153,6 +153,9 @@ fn memory_pressure() -> Finding {
 }
 
 fn runtime_directory(dir: &RuntimeDir) -> Finding {
+    if let Err(error @ upgrade_proto::Error::Untrusted { .. }) = dir.names() {
+        return (Verdict::Problem, format!("{error}, or give --runtime-dir"));
+    }
     let path = dir.path();
     // The directory may not exist yet; then its nearest ancestor decides.
     let there = path.ancestors().find(|path| path.exists()).unwrap_or(path);

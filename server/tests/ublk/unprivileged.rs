@@ -244,7 +244,12 @@ fn a_user_without_rules_hears_of_them_and_root_tidies_up() {
     set_mode(control, 0o600);
     let devices = || fs::read_dir("/sys/class/ublk-char").unwrap().count();
     assert_eq!(devices(), 1, "who may not open it may not remove it");
-    user.lab.ok(&["doctor", "--clean"]);
+    // Of the user's runtime directory root's command says that it is not trusted.
+    let told = user.lab.finish(&["doctor", "--clean"], &[]).stdout;
+    assert!(
+        told.contains("run is not trusted: it belongs to user 65534"),
+        "{told}"
+    );
     assert_eq!(devices(), 0);
     user.lab.is_clean();
 }
