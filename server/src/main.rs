@@ -15,7 +15,7 @@ use ublkup::export::runtime_dir::RuntimeDir;
 
 fn main() -> ExitCode {
     let cli = command_line();
-    let result = log::start(&cli.log)
+    let result = log::start(&cli.log, cli.log_format)
         .context("cannot start a thread for the log")
         .and_then(|log| {
             let result = run(cli);

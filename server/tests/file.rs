@@ -42,6 +42,7 @@ fn options(path: &Path, cache: CacheMode) -> FileOptions {
     FileOptions {
         path: path.to_owned(),
         cache,
+        format: None,
         read_only: false,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),

@@ -7,6 +7,8 @@ mod common;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
 use common::*;
@@ -82,8 +84,8 @@ fn a_log_that_is_not_read_holds_up_no_thread() {
     };
     eventually("lines are lost", || {
         for _ in 0..200 {
-            // A message of no meaning, which is worth a line.
-            lab.connect("d").write_all(&[0; 12]).unwrap();
+            // A client that does not wait for its answer is worth a line.
+            drop(UnixStream::connect(lab.path("run/exports/d/control")).unwrap());
         }
         lost()
     });
@@ -91,4 +93,88 @@ fn a_log_that_is_not_read_holds_up_no_thread() {
     let mut lines = String::new();
     reader.read_to_string(&mut lines).unwrap();
     assert!(!lines.is_empty());
+}
+
+/// Standard error of a server in a file, after `body`, and after the server has ended.
+fn logged(env: impl Fn(&File) -> Vec<(&'static str, String)>, body: impl Fn(&Sandbox)) -> String {
+    let lab = sandbox();
+    let path = lab.path("log");
+    let file = File::create(&path).unwrap();
+    let env = env(&file);
+    let mut server = Command::new(env!("CARGO_BIN_EXE_ublkup"))
+        .args(["serve", "--ublk", "no", "d=mem:1M"])
+        .env("UBLKUP_RUNTIME_DIR", lab.path("run"))
+        .envs(env)
+        .stdout(Stdio::piped())
+        .stderr(file)
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(server.stdout.take().unwrap()).lines();
+    assert!(lines.map_while(Result::ok).any(|line| line == "ready"));
+    body(&lab);
+    kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
+    assert_eq!(server.wait().unwrap().code(), Some(0));
+    std::fs::read_to_string(path).unwrap()
+}
+
+/// A client with a message of no meaning, seen off.
+fn garbage(lab: &Sandbox) {
+    let mut stream = lab.connect("d");
+    stream.write_all(&[0; 12]).unwrap();
+    assert_eq!(stream.read(&mut [0; 12]).unwrap(), 0);
+}
+
+#[test]
+fn clients_cannot_fill_the_log() {
+    const CLIENTS: usize = 3000;
+    let begun = std::time::Instant::now();
+    let log = logged(
+        |_| Vec::new(),
+        |lab| (0..CLIENTS).for_each(|_| garbage(lab)),
+    );
+    let intervals = 2 + begun.elapsed().as_secs() / 10;
+    let lines = log.lines().count() as u64;
+    assert!(lines <= 12 * intervals + 4, "{lines} lines:\n{log}");
+    assert!(log.contains("session ended: a message with the unknown number 0"));
+}
+
+#[test]
+fn in_the_journal_each_line_has_its_priority_and_no_time() {
+    let stream = |file: &File, more: u64| {
+        let stat = file.metadata().unwrap();
+        let name = format!("{}:{}", stat.dev(), stat.ino() + more);
+        vec![("JOURNAL_STREAM", name)]
+    };
+    let log = logged(|file| stream(file, 0), garbage);
+    let has = |begins: &str, what: &str| {
+        log.lines()
+            .any(|line| line.starts_with(begins) && line.contains(what))
+    };
+    assert!(log.lines().all(|line| line.starts_with('<')), "{log}");
+    assert!(has("<6>client connected", ""), "{log}");
+    assert!(has("<4>session ended", ""), "{log}");
+    // Standard error is another file than the one that is the journal's.
+    let log = logged(|file| stream(file, 1), garbage);
+    assert!(!log.contains("<4>"), "{log}");
+    assert!(log.contains(" WARN session ended"), "{log}");
+}
+
+#[test]
+fn the_log_can_be_objects() {
+    let log = logged(|_| vec![("UBLKUP_LOG_FORMAT", "json".into())], garbage);
+    let objects: Vec<serde_json::Value> = log
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let warning = objects
+        .iter()
+        .find(|object| object["level"] == "WARN")
+        .unwrap();
+    assert_eq!(
+        (&warning["export"], &warning["session"]),
+        (&"d".into(), &1.into())
+    );
+    let message = warning["message"].as_str().unwrap();
+    assert!(message.starts_with("session ended: "), "{message}");
+    assert!(warning["timestamp"].is_string());
 }

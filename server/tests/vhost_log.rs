@@ -116,6 +116,7 @@ fn what_the_kernel_read_and_what_was_zero_filled_is_marked() {
     let options = FileOptions {
         path,
         cache: Default::default(),
+        format: None,
         read_only: false,
         block_bytes: None,
         serial: Serial::new("x").unwrap(),

@@ -139,6 +139,7 @@ fn file(dir: &Path, cache: CacheMode) -> File {
     File::open(FileOptions {
         path,
         cache,
+        format: None,
         read_only: false,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{ConfigError, ExportConfig, ExportOptions, check_together, read_file};
+use crate::engine::log::LogFormat;
 use crate::export::Predecessor;
 
 /// Exit code for wrong usage; clap's own.
@@ -49,6 +50,17 @@ pub struct Cli {
         value_parser = log_filter
     )]
     pub log: String,
+
+    /// Write the log in this format
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        value_name = "FORMAT",
+        env = "UBLKUP_LOG_FORMAT",
+        default_value = "text"
+    )]
+    pub log_format: LogFormat,
 }
 
 /// The commands.
@@ -166,7 +178,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct Serve {
     /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE or file:PATH; keys are the export options
-    /// below, and for files cache=auto|direct|buffered
+    /// below, and for files cache=auto|direct|buffered and format=raw
     #[arg(value_name = "SPEC", required_unless_present = "config")]
     pub specs: Vec<String>,
 

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
-use upgrade_proto::printable;
+use upgrade_proto::{connect_within, printable};
 
 use super::left;
 use super::output::{complain, count, print, print_json, print_json_text, print_line};
 use crate::config::check_name;
 use crate::door::ublk::DataPath;
 use crate::engine::counters::Totals;
+use crate::engine::socket::peer_pid;
 use crate::export::admin::{self, ExportStatus};
 use crate::export::explain;
 use crate::export::name_lock::CONTROL;
@@ -115,7 +116,18 @@ pub fn stop(dir: &RuntimeDir, name: &str, force: bool) -> Result<ExitCode> {
         print_line(&format!("{name}: {}", left::remove(dir, name)?))?;
         return Ok(ExitCode::SUCCESS);
     }
-    admin::stop(&served(dir, name)?, force, STOP_LIMIT)
+    let control = served(dir, name)?;
+    // One that does not answer at all is not worth the long wait.
+    let status = admin::stat(&control, STAT_LIMIT).with_context(|| does_not_answer(&control))?;
+    let tell = || {
+        complain(&format!(
+            "{name} still waits for requests, its server's log says for which; waiting up to {} s (two SIGTERM to \
+             process {} end it at once, as a crash would)",
+            STOP_LIMIT.as_secs(),
+            status.pid
+        ));
+    };
+    admin::stop(&control, force, STOP_LIMIT, tell)
         .with_context(|| format!("{name} does not stop"))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -171,6 +183,15 @@ fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
         );
     }
     Ok(folder.join(CONTROL))
+}
+
+fn does_not_answer(control: &Path) -> String {
+    let pid = connect_within(control, STAT_LIMIT).map(|stream| peer_pid(&stream));
+    let process = match pid {
+        Ok(Some(pid)) => format!("its server, process {pid},"),
+        _ => "its server".to_owned(),
+    };
+    format!("{process} does not answer: end it with SIGTERM, twice if it does not end, or SIGKILL")
 }
 
 /// Why it is not known whether a folder has a server.
@@ -279,6 +300,11 @@ fn details(status: &ExportStatus) -> String {
                 "            upgrade from the block device by: {routes}"
             ));
         }
+        if let Some(refused) = &door.refused {
+            let pid = refused.pid.map_or("?".into(), |pid| pid.to_string());
+            let (why, age) = (&refused.why, refused.age_seconds);
+            lines.push(format!("            refused pid {pid} {age} s ago: {why}"));
+        }
         for session in &door.sessions {
             let pid = session.pid.map_or("?".into(), |pid| pid.to_string());
             let queues = count(session.vrings, "queue");
@@ -339,6 +365,7 @@ mod tests {
             queues: 4,
             threads: 2,
             upgrade: vec!["kernel".into()],
+            refused: None,
             sessions: Vec::new(),
             counters: Totals::default(),
         });

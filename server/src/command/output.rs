@@ -6,6 +6,8 @@ use anyhow::Result;
 use serde::Serialize;
 use upgrade_proto::printable;
 
+use crate::engine::log;
+
 /// Writes to standard output. A reader that went away ends the program quietly, as for any filter.
 pub(super) fn print(text: &str) -> Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
@@ -22,7 +24,11 @@ pub(super) fn print_line(text: &str) -> Result<()> {
 /// Tells the user what went wrong, or what to know, on one line. Where standard error cannot be written to, nothing can
 /// be told.
 pub fn complain(what: &str) {
-    let _lost = writeln!(io::stderr(), "ublkup: {}", printable(what));
+    let priority = match log::is_journal() {
+        true => log::priority(tracing::Level::ERROR),
+        false => "",
+    };
+    let _lost = writeln!(io::stderr(), "{priority}ublkup: {}", printable(what));
 }
 
 /// Prints JSON for people and programs.

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use signal_hook::iterator::Signals;
@@ -14,9 +16,9 @@ use super::left;
 use super::output::count;
 use super::signals;
 use crate::config::{ExportConfig, check_name};
-use crate::engine::{io_flusher, open_files};
+use crate::engine::{io_flusher, log, open_files};
 use crate::export::runtime_dir::RuntimeDir;
-use crate::export::{Event, Export, Predecessor, explain};
+use crate::export::{Event, Export, Predecessor, Watch, explain};
 use crate::io::Ring;
 
 /// How exports are started.
@@ -85,7 +87,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         end_all(exports, Export::tear_down);
         return Err(error.context("cannot write to standard output"));
     }
-    if !await_the_end(exports, &inbox)? {
+    if !await_the_end(exports, &events, &inbox)? {
         code = ExitCode::FAILURE;
     }
     Ok(code)
@@ -135,52 +137,97 @@ fn lock<T>(table: &Mutex<T>) -> MutexGuard<'_, T> {
     table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Serves until the last export has ended; returns whether none lost a door before that. Each export drains in a
-/// thread of its own, so that the others are served meanwhile.
+/// How long an export may take to end before the log says what it waits for, and how often it says so again.
+const PATIENCE: Duration = Duration::from_secs(3);
+const REMINDER: Duration = Duration::from_secs(30);
+
+/// Serves until the last export has ended; returns whether none lost a door before that, and all requests ended. Each
+/// export drains in a thread of its own, so that the others are served meanwhile.
 fn await_the_end(
     mut exports: BTreeMap<String, Export>,
+    events: &mpsc::Sender<Event>,
     inbox: &mpsc::Receiver<Event>,
 ) -> Result<bool> {
-    let mut all_doors_stayed = true;
+    let mut in_order = true;
+    let mut ending = BTreeMap::new();
     std::thread::scope(|scope| {
-        while !exports.is_empty() {
-            match inbox.recv().context("the signal thread has ended")? {
+        while !exports.is_empty() || !ending.is_empty() {
+            let (names, how): (Vec<String>, fn(Export) -> bool) = match next_event(inbox, &ending)?
+            {
+                Event::Ended {
+                    name,
+                    in_order: ended_in_order,
+                } => {
+                    ending.remove(&name);
+                    in_order &= ended_in_order;
+                    continue;
+                }
                 Event::Signal(signal) => {
                     tracing::info!(exports = exports.len(), signal, "draining");
                     tell_manager(&[sd_notify::NotifyState::Stopping]);
                     let leaves = signal == signals::LEAVE;
-                    let end = if leaves { Export::leave } else { Export::stop };
-                    for export in std::mem::take(&mut exports).into_values() {
-                        end_in(scope, export, end);
-                    }
+                    let how = if leaves { Export::leave } else { Export::stop };
+                    (exports.keys().cloned().collect(), how)
                 }
-                Event::Leave { name } => {
-                    if let Some(export) = exports.remove(&name) {
-                        end_in(scope, export, Export::leave);
-                    }
-                }
-                Event::Stop { name } => {
-                    if let Some(export) = exports.remove(&name) {
-                        end_in(scope, export, Export::stop);
-                    }
-                }
+                Event::Leave { name } => (vec![name], Export::leave),
+                Event::Stop { name } => (vec![name], Export::stop),
                 Event::Closed { name, door, why } => {
                     let Some(export) = exports.get_mut(&name) else {
                         continue;
                     };
                     tracing::error!("{name}: the {door} door closed: {why}");
-                    all_doors_stayed = false;
-                    if !export.close(door)
-                        && let Some(export) = exports.remove(&name)
-                    {
-                        tracing::error!("{name}: the last door closed; stopping the export");
-                        end_in(scope, export, Export::stop);
+                    in_order = false;
+                    if export.close(door) {
+                        continue;
                     }
+                    tracing::error!("{name}: the last door closed; stopping the export");
+                    (vec![name], Export::stop)
                 }
+            };
+            for name in names {
+                let Some(export) = exports.remove(&name) else {
+                    continue;
+                };
+                ending.insert(name.clone(), export.watch());
+                let ended = events.clone();
+                end_in(scope, export, move |export| {
+                    let (name, in_order) = (name.clone(), how(export));
+                    // The receiver waits for all of these.
+                    let _ = ended.send(Event::Ended { name, in_order });
+                });
             }
         }
-        Ok(all_doors_stayed)
+        Ok(in_order)
     })
+}
+
+/// Waits for an event; while exports end, also says what they wait for.
+fn next_event(inbox: &mpsc::Receiver<Event>, ending: &BTreeMap<String, Watch>) -> Result<Event> {
+    let mut patience = PATIENCE;
+    loop {
+        let event = match ending.is_empty() {
+            true => inbox.recv().map_err(RecvTimeoutError::from),
+            false => inbox.recv_timeout(patience),
+        };
+        match event {
+            Err(RecvTimeoutError::Timeout) => {
+                for (name, watch) in ending {
+                    say_what_it_waits_for(name, watch);
+                }
+                patience = REMINDER;
+            }
+            event => return event.context("no more events can arrive"),
+        }
+    }
+}
+
+fn say_what_it_waits_for(name: &str, watch: &Watch) {
+    let what = watch.waits_for();
+    tracing::warn!(
+        "{name}: still waiting for {}, which the storage has not completed; a second signal ends the server at once, \
+         as a crash would",
+        what.as_deref().unwrap_or("its doors")
+    );
 }
 
 /// Turns signals into events; from here on they no longer end the process by themselves.
@@ -189,7 +236,14 @@ fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
+            let mut was_told = false;
             for signal in signals.forever() {
+                if was_told && signals::insists(signal) {
+                    tracing::error!(signal, "a second signal: ending at once, requests are lost");
+                    log::wait_until_written();
+                    std::process::exit(1);
+                }
+                was_told = true;
                 if events.send(Event::Signal(signal)).is_err() {
                     return;
                 }
@@ -200,19 +254,27 @@ fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
 }
 
 /// Ends all exports in parallel.
-fn end_all(exports: BTreeMap<String, Export>, end: fn(Export)) {
+fn end_all(exports: BTreeMap<String, Export>, end: fn(Export) -> bool) {
     std::thread::scope(|scope| {
         for export in exports.into_values() {
-            end_in(scope, export, end);
+            // Something else has failed already.
+            end_in(scope, export, move |export| _ = end(export));
         }
     });
 }
 
 /// Ends an export in a thread of its own, or in this one if none can be started.
-fn end_in<'scope>(scope: &'scope Scope<'scope, '_>, export: Export, end: fn(Export)) {
+fn end_in<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    export: Export,
+    end: impl Fn(Export) + Clone + Send + 'scope,
+) {
     let (hand, given) = mpsc::channel();
     let thread = std::thread::Builder::new().name("end".into());
-    let spawned = thread.spawn_scoped(scope, move || given.into_iter().for_each(end));
+    let spawned = thread.spawn_scoped(scope, {
+        let end = end.clone();
+        move || given.into_iter().for_each(end)
+    });
     if let Err(error) = spawned {
         tracing::warn!(%error, "cannot start a thread: the other exports wait while this one drains");
     }

@@ -18,6 +18,13 @@ pub fn that_end() -> Vec<i32> {
     signals
 }
 
+/// Whether the signal, after another one, asks for an end that waits for nothing. SIGHUP may come with the first one:
+/// from a terminal, or from a service manager (`SendSIGHUP=`).
+#[must_use]
+pub fn insists(signal: i32) -> bool {
+    matches!(signal, SIGTERM | SIGINT)
+}
+
 fn is_ignored(signal: i32) -> bool {
     // SAFETY: all zeroes is a `sigaction` (plain numbers and a null handler).
     let mut now: libc::sigaction = unsafe { std::mem::zeroed() };

@@ -41,6 +41,7 @@ pub struct ExportConfig {
     pub serial: Serial,
     /// Logical block size asked for; the storage's own when none was.
     pub block_bytes: Option<u32>,
+    pub discard: bool,
     pub ublk: DoorMode,
     pub ublk_id: Option<u32>,
     pub ublk_data: DataPath,
@@ -113,6 +114,7 @@ impl ExportConfig {
             read_only: given.read_only.unwrap_or(false),
             serial,
             block_bytes: given.block_size,
+            discard: given.discard.unwrap_or(true),
             ublk: given.ublk.unwrap_or_default(),
             ublk_id: given.ublk_id,
             ublk_data: given.ublk_data.unwrap_or_default(),

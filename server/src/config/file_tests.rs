@@ -65,8 +65,8 @@ fn a_bad_file_gets_one_line_with_line_key_and_what_is_allowed() {
         ),
         (
             "[[export]]\nspec = 'mem:1G'\n[[export]]\nspec = 'mem:1X'",
-            "f.toml:4: export 2: spec: 'mem:1X': '1X' is not a size: give a number of bytes, or one with K, M, G \
-             or T (powers of 1024)",
+            "f.toml:4: export 2: spec: 'mem:1X': '1X' is not a size: give a number of bytes, or one with K, M, G, \
+             T, P or E (powers of 1024)",
         ),
         (
             "[[export]]\nspec = 'a=mem:1G'\n\nqeues = 1",

@@ -67,6 +67,12 @@ pub struct ExportOptions {
     #[arg(long, value_name = "BYTES", value_parser = block_size)]
     pub block_size: Option<u32>,
 
+    /// Take discards, and let write-zeroes release space; off: the storage keeps all its space allocated
+    /// [default: on]
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true,
+        default_missing_value = "on", value_parser = switch)]
+    pub discard: Option<bool>,
+
     /// Serve the disk as a block device, /dev/ublkbN [default: auto]
     #[arg(long, value_enum, value_name = "MODE")]
     pub ublk: Option<DoorMode>,

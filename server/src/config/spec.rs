@@ -11,9 +11,9 @@ use super::error::ConfigError;
 use super::name::check_name;
 use super::options::{ExportOptions, read_keys};
 use crate::request::{MAX_DISK_BYTES, SECTOR_BYTES, format_size, parse_size};
-use crate::storage::CacheMode;
 #[cfg(feature = "testing")]
 use crate::storage::Rule;
+use crate::storage::{CacheMode, ImageFormat};
 
 /// Where the data of an export lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +34,8 @@ pub enum StorageSpec {
         path: PathBuf,
         /// How the page cache is used.
         cache: CacheMode,
+        /// What the file holds, if that is said.
+        format: Option<ImageFormat>,
     },
 }
 
@@ -56,9 +58,14 @@ impl StorageSpec {
     #[must_use]
     pub fn resolved(self, folder: &Path) -> Self {
         match self {
-            Self::File { path, cache } => Self::File {
+            Self::File {
+                path,
+                cache,
+                format,
+            } => Self::File {
                 path: folder.join(path),
                 cache,
+                format,
             },
             other => other,
         }
@@ -100,6 +107,8 @@ struct FileKeys {
     _export: ExportOptions,
     #[arg(long, value_enum)]
     cache: Option<CacheMode>,
+    #[arg(long, value_enum)]
+    format: Option<ImageFormat>,
 }
 
 impl FromStr for Spec {
@@ -158,6 +167,7 @@ fn parse(text: &str) -> Result<Spec, String> {
         _ => StorageSpec::File {
             path: arg.into(),
             cache: options.remove_one("cache").unwrap_or_default(),
+            format: options.remove_one("format"),
         },
     };
     Ok(Spec {
@@ -198,7 +208,9 @@ fn disk_size(text: &str) -> Result<u64, String> {
         ));
     }
     if bytes > MAX_DISK_BYTES {
-        return Err(format!("a disk of {bytes} bytes is larger than 16T"));
+        return Err(format!(
+            "a disk of {bytes} bytes is larger than {MAX_DISK_BYTES} bytes"
+        ));
     }
     Ok(bytes)
 }

@@ -16,7 +16,8 @@ fn specs_are_parsed() {
         spec.storage,
         StorageSpec::File {
             path: "/srv/a,b:c=d.img".into(),
-            cache: CacheMode::Buffered
+            cache: CacheMode::Buffered,
+            format: None,
         }
     );
     assert_eq!(options(&spec).serial.as_deref(), Some("X1"));
@@ -84,7 +85,8 @@ fn a_malformed_spec_gets_one_line_that_quotes_it() {
         ("mem:1X", "not a size"),
         ("mem:0", "smaller than a sector"),
         ("null:511", "smaller than a sector"),
-        ("mem:17T", "larger than 16T"),
+        ("mem:8E", "larger than 9223372036854771712 bytes"),
+        ("file:x,format=qcow2", "give one of raw"),
         ("mem:1G,block-size=3", "block-size: invalid value '3'"),
         ("mem:1G,cache=direct", "cache: unknown key"),
         ("mem:1G,readonly", "did you mean 'read-only'"),

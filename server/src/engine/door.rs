@@ -60,6 +60,14 @@ pub trait DoorQueue {
         false
     }
 
+    /// Whether the client of the requests under way is gone: see [`StorageQueue::abandon`]. Asked after each
+    /// [`command`](Self::command).
+    ///
+    /// [`StorageQueue::abandon`]: crate::engine::StorageQueue::abandon
+    fn abandons_requests(&self) -> bool {
+        false
+    }
+
     /// The thread failed or panicked and will call nothing else of this but
     /// [`abandons_operations`](Self::abandons_operations): operations that no cancellation reaches
     /// are to be left to the kernel.

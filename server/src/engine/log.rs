@@ -2,6 +2,9 @@
 //!
 //! What is at the other end of standard error is not ours: a file system that is full, a pipe whose reader has
 //! died or does not read. Lines that cannot be written are dropped and counted, and nothing else changes.
+//!
+//! The journal gets each line with its priority in front, `<4>` for a warning (sd-daemon(3)), and without a time, as it
+//! has a clock of its own.
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
@@ -10,11 +13,14 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::fs::fstat;
 use tracing::field::Field;
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::field::MakeExt;
-use tracing_subscriber::fmt::FormatFields;
-use tracing_subscriber::fmt::format::{Writer, debug_fn};
+use tracing_subscriber::fmt::FmtContext;
+use tracing_subscriber::fmt::format::{self, FormatEvent, FormatFields, Writer, debug_fn};
+use tracing_subscriber::registry::LookupSpan;
 use upgrade_proto::printable;
 
 use super::wait::repeat_while;
@@ -27,7 +33,19 @@ const END_LIMIT: Duration = Duration::from_secs(1);
 
 const END_INTERVAL: Duration = Duration::from_millis(1);
 
+/// How lines are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// An object for each line
+    Json,
+}
+
 static LOST: AtomicUsize = AtomicUsize::new(0);
+
+/// Lines on their way to the thread that writes them.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
 
 /// Lines that could not be written.
 #[must_use]
@@ -35,12 +53,18 @@ pub fn lost_lines() -> usize {
     LOST.load(Ordering::Relaxed)
 }
 
+/// Waits until all lines are written, for a second at most.
+pub fn wait_until_written() {
+    let waiting = || WAITING.load(Ordering::Relaxed);
+    repeat_while(END_LIMIT, END_INTERVAL, waiting, |waiting| *waiting > 0);
+}
+
 /// Starts the log. Its last lines are written when the result is dropped, for a second at most.
 ///
 /// # Errors
 ///
 /// When no thread can be started.
-pub fn start(filter: &str) -> io::Result<Log> {
+pub fn start(filter: &str, log_format: LogFormat) -> io::Result<Log> {
     let (sender, receiver) = sync_channel(WAITING_LINES);
     let thread = std::thread::Builder::new()
         .name("log".into())
@@ -49,15 +73,62 @@ pub fn start(filter: &str) -> io::Result<Log> {
     let log = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(move || lines.clone())
-        .fmt_fields(fields())
-        .with_ansi(io::stderr().is_terminal())
-        .with_target(false);
-    // The journal has a clock of its own.
-    match std::env::var_os("JOURNAL_STREAM") {
-        Some(_) => log.without_time().init(),
-        None => log.init(),
+        .with_ansi(io::stderr().is_terminal());
+    let text = format::format().with_target(false);
+    let json = format::json().flatten_event(true).with_target(false);
+    match (log_format, is_journal()) {
+        (LogFormat::Text, false) => log.fmt_fields(fields()).event_format(text).init(),
+        (LogFormat::Text, true) => {
+            let text = text.without_time().with_level(false);
+            log.fmt_fields(fields())
+                .event_format(Prioritized(text))
+                .init();
+        }
+        (LogFormat::Json, false) => log.json().event_format(json).init(),
+        (LogFormat::Json, true) => {
+            let json = Prioritized(json.without_time());
+            log.json().event_format(json).init();
+        }
     }
     Ok(Log { sender, thread })
+}
+
+/// Whether standard error is a stream to the journal (systemd.exec(5), `JOURNAL_STREAM`).
+#[must_use]
+pub fn is_journal() -> bool {
+    let told = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    fstat(io::stderr()).is_ok_and(|stream| told == format!("{}:{}", stream.st_dev, stream.st_ino))
+}
+
+/// The priority of a line, as the journal reads it at its beginning.
+#[must_use]
+pub fn priority(level: Level) -> &'static str {
+    match level {
+        Level::ERROR => "<3>",
+        Level::WARN => "<4>",
+        Level::INFO => "<6>",
+        _ => "<7>",
+    }
+}
+
+/// Lines of another format behind their priority.
+struct Prioritized<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for Prioritized<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut line: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        line.write_str(priority(*event.metadata().level()))?;
+        self.0.format_event(context, line, event)
+    }
 }
 
 /// The log of this process.
@@ -96,6 +167,7 @@ fn write_lines(lines: &Receiver<Option<Vec<u8>>>) {
         if io::stderr().write_all(&line).is_err() {
             LOST.fetch_add(1, Ordering::Relaxed);
         }
+        WAITING.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -105,7 +177,9 @@ struct Lines(SyncSender<Option<Vec<u8>>>);
 
 impl Write for Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        WAITING.fetch_add(1, Ordering::Relaxed);
         if self.0.try_send(Some(line.to_vec())).is_err() {
+            WAITING.fetch_sub(1, Ordering::Relaxed);
             LOST.fetch_add(1, Ordering::Relaxed);
         }
         Ok(line.len())

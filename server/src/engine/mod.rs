@@ -32,6 +32,7 @@ pub mod mailbox;
 pub mod open_files;
 pub mod polling;
 pub mod queue_thread;
+pub mod repeats;
 pub mod socket;
 mod spawn;
 mod storage;

@@ -239,6 +239,9 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         while let Some(command) = self.mailbox.take() {
             self.door.command(&mut self.ring, command);
         }
+        if self.door.abandons_requests() {
+            self.storage.abandon();
+        }
         if result >= 0 && self.mailbox.arm(&mut self.ring).is_err() {
             // One operation just completed, so there is room for one.
             unreachable!("no room on the ring for the mailbox");

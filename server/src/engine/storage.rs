@@ -116,4 +116,8 @@ pub trait StorageQueue {
         kind: u16,
         result: i32,
     ) -> Progress;
+
+    /// Nobody waits for the requests under way any more. Those that are done in pieces end, as failed, with the
+    /// piece that is being done.
+    fn abandon(&mut self) {}
 }

@@ -5,14 +5,16 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::admin::{self, ExportStatus, Resized, SessionStatus, UblkStatus, VhostStatus};
+use super::admin::{
+    self, ExportStatus, RefusalStatus, Resized, SessionStatus, UblkStatus, VhostStatus,
+};
 use super::event::Event;
 use super::shared::{Shared, State};
 use super::upgrade::UpgradeListener;
 use crate::config::StorageSpec;
 use crate::door::ownership::OwnershipState;
 use crate::door::ublk::UblkDoor;
-use crate::door::vhost::SessionInfo;
+use crate::door::vhost::{Refusal, SessionInfo};
 use crate::engine::counters::CounterSet;
 use crate::engine::log;
 use crate::engine::wait::repeat_while;
@@ -75,15 +77,14 @@ impl Shared {
                 }
             }
         }
-        let doors = self.doors();
-        if let Some((door, _)) = &doors.vhost {
+        if let Some((door, _)) = &self.doors().vhost {
             let running = door.sessions().into_iter().find(|client| client.vrings > 0);
             if let Some(client) = running {
                 let pid = client.peer_pid.map_or("?".into(), |pid| pid.to_string());
                 bail!("in use: the vhost-user client of process {pid} has the disk ({FORCE})");
             }
         }
-        if let Some((door, _)) = &doors.ublk
+        if let Some(door) = self.ublk()
             && !door.close_unless_open()?
         {
             let device = door.block_path();
@@ -102,13 +103,12 @@ impl Shared {
     /// Gives the disk its size back: the storage keeps what was to be cut off.
     fn undo_shrinking(&self, old_size_bytes: u64) {
         self.limits.capacity.set(old_size_bytes);
-        let doors = self.doors();
-        if let Some((door, _)) = &doors.ublk
+        if let Some(door) = self.ublk()
             && let Err(error) = door.resize(old_size_bytes)
         {
             tracing::error!("{}: {error}", self.config.name);
         }
-        if let Some((door, _)) = &doors.vhost {
+        if let Some((door, _)) = &self.doors().vhost {
             // A client that cannot be told sees it when it connects anew.
             let _ = door.tell_new_size();
         }
@@ -122,15 +122,12 @@ impl Shared {
                 format_size(less_bytes)
             );
         }
-        let doors = self.doors();
-        if doors
-            .vhost
-            .as_ref()
-            .is_some_and(|(door, _)| !door.sessions().is_empty())
-        {
+        let has_clients =
+            (self.doors().vhost.as_ref()).is_some_and(|(door, _)| !door.sessions().is_empty());
+        if has_clients {
             bail!("a vhost-user client has the disk, which can only grow then");
         }
-        if let Some((door, _)) = &doors.ublk
+        if let Some(door) = self.ublk()
             && let Some(user) = door.writes().in_use()
         {
             bail!("the block device is in use ({user}), and can only grow then");
@@ -176,6 +173,7 @@ impl admin::Service for Shared {
                     .flat_map(UpgradeListener::ways)
                     .map(str::to_owned)
                     .collect(),
+                refused: door.last_refusal().map(refusal_status),
                 sessions: door.sessions().iter().map(session_status).collect(),
                 counters: registry.totals(),
             }),
@@ -207,20 +205,18 @@ impl admin::Service for Shared {
             // What the clients are about to be told is true already.
             capacity.set(size_bytes);
         }
-        let doors = self.doors();
         if size_bytes != old_size_bytes
-            && let Some((door, _)) = &doors.ublk
+            && let Some(door) = self.ublk()
             && let Err(error) = door.resize(size_bytes)
         {
             capacity.set(old_size_bytes);
             return Err(error.into());
         }
         capacity.set(size_bytes);
-        let untold_clients = match &doors.vhost {
+        let untold_clients = match &self.doors().vhost {
             Some((door, _)) if size_bytes != old_size_bytes => door.tell_new_size(),
             _ => 0,
         };
-        drop(doors);
         if size_bytes < old_size_bytes
             && let Err(error) = storage.cut(size_bytes)
         {
@@ -277,6 +273,14 @@ fn ublk_status(door: &UblkDoor, registry: &CounterSet) -> UblkStatus {
         features: facts.features.names(),
         affinity: affinity.map(|queues| queues.iter().map(ToString::to_string).collect()),
         counters: registry.totals(),
+    }
+}
+
+fn refusal_status(refusal: Refusal) -> RefusalStatus {
+    RefusalStatus {
+        pid: refusal.peer_pid,
+        why: refusal.why,
+        age_seconds: refusal.at.elapsed().unwrap_or_default().as_secs(),
     }
 }
 

@@ -23,6 +23,13 @@ impl fmt::Display for Door {
 /// What happens to a running server.
 #[derive(Debug)]
 pub enum Event {
+    /// An export has ended.
+    Ended {
+        /// Its name.
+        name: String,
+        /// Whether all its requests had ended before.
+        in_order: bool,
+    },
     /// A signal that asks the server to end.
     Signal(i32),
     /// A command asked to stop this export.

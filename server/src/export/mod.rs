@@ -165,40 +165,63 @@ impl Export {
     /// Ends serving, and leaves block device and clients to another server: what is under way is
     /// finished, clients are hung up on as if this server had died, the notes stay.
     ///
-    /// An export that no server could take over is stopped.
-    pub fn leave(self) {
+    /// An export that no server could take over is stopped. Returns whether all requests had ended.
+    pub fn leave(self) -> bool {
         if let Err(error) = self.shared.may_leave() {
             tracing::warn!("{}: {error:#}: it is stopped", self.shared.config.name);
             return self.stop();
         }
         crash::point("asked-to-leave");
-        self.shared.close_doors(&self.claim, true);
+        let all_ended = self.shared.close_doors(&self.claim, true);
         crash::point("doors-left");
         let name = &self.shared.config.name;
         tracing::info!("{name}: left to another server");
         self.claim.leave();
         self.shared.set_ended(State::Left);
         drop(self.admin);
+        all_ended
     }
 
     /// Ends serving because something else failed: a block device that was another server's before is
-    /// left to the next server, all else goes.
-    pub fn tear_down(self) {
+    /// left to the next server, all else goes. Returns whether all requests had ended.
+    pub fn tear_down(self) -> bool {
         if self.shared.doors().is_inherited {
-            self.leave();
+            self.leave()
         } else {
-            self.stop();
+            self.stop()
         }
     }
 
-    /// Drains both doors, closes them and gives the name back.
-    pub fn stop(self) {
-        self.shared.close_doors(&self.claim, false);
-        tracing::info!("{}: stopped", self.shared.config.name);
+    /// Drains both doors, closes them and gives the name back. Returns whether all requests had ended.
+    pub fn stop(self) -> bool {
+        let all_ended = self.shared.close_doors(&self.claim, false);
+        let name = &self.shared.config.name;
+        match all_ended {
+            true => tracing::info!("{name}: stopped"),
+            false => tracing::error!("{name}: stopped, but not all of its requests had ended"),
+        }
         drop(self.claim);
         self.shared.set_ended(State::Stopped);
         // Waits until the clients that asked for the stop have their answer.
         drop(self.admin);
+        all_ended
+    }
+
+    /// For what the export waits for while another thread ends it.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        Watch(Arc::clone(&self.shared))
+    }
+}
+
+/// An export that is being ended by another thread.
+pub struct Watch(Arc<Shared>);
+
+impl Watch {
+    /// What it waits for, if it is known.
+    #[must_use]
+    pub fn waits_for(&self) -> Option<String> {
+        self.0.doors().waits_for.clone()
     }
 }
 

@@ -25,11 +25,8 @@ use crate::request::format_size;
 use crate::storage::Fault;
 use crate::storage::{File, FileOptions, Memory, Null};
 
-/// Largest discard of null and memory disks.
-const MAX_DISCARD_BYTES: u64 = 1 << 30;
-
-/// Largest write-zeroes of a disk in memory: bounds how long one request keeps a thread busy.
-const MAX_WRITE_ZEROES_BYTES: u64 = 16 << 20;
+/// Largest discard and write-zeroes that clients of null and memory disks are told of.
+const MAX_RANGE_BYTES: u64 = 1 << 30;
 
 /// Largest read or write that the doors offer.
 const MAX_IO_BYTES: u32 = 1 << 20;
@@ -64,10 +61,15 @@ impl Opening<'_> {
                     .with_context(|| format!("cannot reserve {}", format_size(*size_bytes)))?;
                 self.open(disk)
             }
-            StorageSpec::File { path, cache } => {
+            StorageSpec::File {
+                path,
+                cache,
+                format,
+            } => {
                 let disk = File::open(FileOptions {
                     path: path.clone(),
                     cache: *cache,
+                    format: *format,
                     read_only: config.read_only,
                     block_bytes: config.block_bytes,
                     serial: config.serial,
@@ -79,7 +81,10 @@ impl Opening<'_> {
     }
 
     /// Opens the doors, with fault injection if that is configured.
-    fn open<B: Storage>(&self, disk: B) -> Result<Opened> {
+    fn open<B: Storage>(&self, mut disk: B) -> Result<Opened> {
+        if !self.config.discard {
+            disk.limits_mut().max_discard_bytes = 0;
+        }
         #[cfg(feature = "testing")]
         if !self.config.faults.is_empty() {
             tracing::warn!("{}: fault injection is on", self.config.name);
@@ -114,7 +119,7 @@ impl Opening<'_> {
         // Clients that have connected already wait until ownership is opened.
         let ublk = (self.open_ublk(&disk, recoverable, returns)).inspect_err(|_| access.close())?;
         let mut doors = Doors {
-            ublk,
+            ublk: ublk.map(|(door, counters)| (Arc::new(door), counters)),
             vhost,
             is_inherited: recoverable.is_some(),
             ..Doors::default()
@@ -320,8 +325,8 @@ fn plain_limits(config: &ExportConfig, size_bytes: u64) -> Limits {
         optimal_io_bytes: 0,
         max_io_bytes: MAX_IO_BYTES,
         discard_granularity_bytes: 4096,
-        max_discard_bytes: MAX_DISCARD_BYTES,
-        max_write_zeroes_bytes: MAX_WRITE_ZEROES_BYTES,
+        max_discard_bytes: MAX_RANGE_BYTES,
+        max_write_zeroes_bytes: MAX_RANGE_BYTES,
         read_only: config.read_only,
         // There is nothing to flush to.
         write_cache: false,

@@ -299,6 +299,7 @@ pub(super) fn options(path: PathBuf, options: Options) -> FileOptions {
     FileOptions {
         path,
         cache: CacheMode::Buffered,
+        format: None,
         read_only: options == Options::ReadOnly,
         block_bytes: (options == Options::BlockSize).then_some(4096),
         serial: Serial::default(),

@@ -35,11 +35,14 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct Doors {
     pub(super) state: State,
+    /// What the export waits for while it ends.
+    pub(super) waits_for: Option<String>,
     /// Whether the block device was taken over from another server.
     pub(super) is_inherited: bool,
     /// Declared before the doors that it leads to.
     pub(super) upgrade: Option<UpgradeListener>,
-    pub(super) ublk: Option<Counted<UblkDoor>>,
+    /// Shared, so that what takes time is done without the lock of the doors.
+    pub(super) ublk: Option<Counted<Arc<UblkDoor>>>,
     pub(super) vhost: Option<Counted<VhostDoor>>,
 }
 
@@ -58,23 +61,37 @@ pub(super) enum State {
 
 /// A door that is being closed.
 pub(super) enum Closing {
-    Ublk(UblkDoor),
+    Ublk(Arc<UblkDoor>),
     Vhost(VhostDoor),
 }
 
 impl Closing {
-    pub(super) fn close(self, name: &str, claim: &NameLock) {
+    /// Whether all requests had ended and nothing is left of the door.
+    pub(super) fn close(self, name: &str, claim: &NameLock) -> bool {
         match self {
             Self::Ublk(door) => match door.stop() {
                 Ok(()) => claim.forget_device(),
-                Err(error) => tracing::error!("{name}: {error:#}"),
+                Err(error) => {
+                    tracing::error!("{name}: {error:#}");
+                    return false;
+                }
             },
             Self::Vhost(door) => {
                 let left = door.stop(DRAIN_LIMIT);
                 if left > 0 {
                     tracing::error!("{name}: {left} vhost sessions are stuck in the storage");
+                    return false;
                 }
             }
+        }
+        true
+    }
+
+    /// What closing waits for, for messages.
+    fn waits_for(&self) -> String {
+        match self {
+            Self::Ublk(door) => format!("the requests of {}", door.block_path().display()),
+            Self::Vhost(_) => "the requests of its vhost-user clients".into(),
         }
     }
 }
@@ -85,10 +102,22 @@ impl Shared {
         self.doors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The ublk door, if it is open. `stat` must not wait for what the driver is asked by it, so that is done without
+    /// the lock.
+    pub(super) fn ublk(&self) -> Option<Arc<UblkDoor>> {
+        let doors = self.doors();
+        doors.ublk.as_ref().map(|(door, _)| Arc::clone(door))
+    }
+
     /// Closes both doors and drops the storage. If the export is left to another server, the block
-    /// device stays.
-    pub(super) fn close_doors(&self, claim: &NameLock, is_left: bool) {
+    /// device stays. Returns whether all requests had ended.
+    pub(super) fn close_doors(&self, claim: &NameLock, is_left: bool) -> bool {
         let name = &self.config.name;
+        let mut all_ended = true;
+        let close = |closing: Closing| {
+            self.doors().waits_for = Some(closing.waits_for());
+            closing.close(name, claim)
+        };
         let (upgrade, ublk, vhost) = {
             let mut doors = self.doors();
             doors.state = State::Stopping;
@@ -105,18 +134,19 @@ impl Shared {
                     tracing::error!("{name}: {error:#}");
                 }
             }
-            Some((door, _)) => Closing::Ublk(door).close(name, claim),
+            Some((door, _)) => all_ended &= close(Closing::Ublk(door)),
             None => {}
         }
         if is_left {
             crash::point("block-door-left");
         }
         if let Some((door, _)) = vhost {
-            Closing::Vhost(door).close(name, claim);
+            all_ended &= close(Closing::Vhost(door));
         }
         // Not under the lock: to close a file may take time, and `stat` must not wait for it.
         let storage = self.storage().take();
         drop(storage);
+        all_ended
     }
 
     pub(super) fn storage(&self) -> MutexGuard<'_, Option<Arc<dyn StorageControl>>> {

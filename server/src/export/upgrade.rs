@@ -14,6 +14,7 @@ use upgrade_proto::{Connection, Key, Listener, Name, Options, Route, remove_stal
 
 use crate::door::ublk::UblkDoor;
 use crate::engine::event_loop::Registration;
+use crate::engine::repeats::Repeats;
 use crate::engine::{Accept, listen};
 
 /// The name of the service.
@@ -57,12 +58,18 @@ impl UpgradeListener {
         let routes = listener.routes();
         let what = format!("{export}: upgrade listener");
         let export = export.to_owned();
+        let clients = Repeats::new(10);
         let listening = listen(what, listener, move |client: Connection| {
             let (route, pid) = (client.route().name(), client.peer().pid);
-            tracing::info!(export, pid, "a client connected by the {route} route");
-            if let Err(error) = adopt(client.into_stream()) {
-                tracing::warn!(export, "a client was refused: {error}");
+            if let Some(omitted) = clients.due(route) {
+                tracing::info!(
+                    export,
+                    pid,
+                    "a client connected by the {route} route{omitted}"
+                );
             }
+            // A refusal is logged by the door.
+            let _ = adopt(client.into_stream());
         })?;
         Ok(Self {
             routes,

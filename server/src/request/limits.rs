@@ -13,8 +13,8 @@ pub const SECTOR_BYTES: u64 = 512;
 /// log2 of [`SECTOR_BYTES`].
 pub const SECTOR_SHIFT: u32 = 9;
 
-/// The largest disk: what ext4 files and 32-bit page indexes of older tools still reach.
-pub const MAX_DISK_BYTES: u64 = 16 << 40;
+/// The largest disk: a position in a file has 63 bits, and a disk ends with a whole block of any size.
+pub const MAX_DISK_BYTES: u64 = (1 << 63) - 4096;
 
 /// A range of the disk that [`Limits::check`] has checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,9 +105,10 @@ pub struct Limits {
     pub max_io_bytes: u32,
     /// Granularity of discards.
     pub discard_granularity_bytes: u32,
-    /// Largest discard; 0 when discard is not offered.
+    /// Largest discard that clients are told of; 0 when discard is not offered. Longer ones are done all the same:
+    /// clients are known that do not heed the limit.
     pub max_discard_bytes: u64,
-    /// Largest write-zeroes; 0 when it is not offered.
+    /// The same for write-zeroes.
     pub max_write_zeroes_bytes: u64,
     /// Writes are refused.
     pub read_only: bool,
@@ -118,24 +119,30 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// The operation of a write-zeroes. A disk that takes no discards keeps its space allocated.
+    #[must_use]
+    pub fn write_zeroes(&self, unmap: bool, fua: bool) -> Op {
+        let unmap = unmap && self.max_discard_bytes != 0;
+        Op::WriteZeroes { unmap, fua }
+    }
+
     /// Checks a range of `sectors` 512-byte sectors from `first_sector` against the disk.
     ///
     /// # Errors
     ///
     /// `ReadOnly` for a write to a read-only disk, `Unsupported` for an operation that is not
-    /// offered, `Io` for a range outside the disk, off the block size, or longer than allowed.
+    /// offered, `Io` for a range outside the disk or off the block size.
     pub fn check(&self, op: Op, first_sector: u64, sectors: u64) -> Result<Range, IoError> {
         if op.is_write() && self.read_only {
             return Err(IoError::ReadOnly);
         }
-        let max_bytes = match op {
+        let is_offered = match op {
             Op::Flush => return Ok(Range::EMPTY),
-            // Doors that carry data in buffers bound a transfer by their own segment limits.
-            Op::Read | Op::Write { .. } => u64::MAX,
-            Op::Discard => self.max_discard_bytes,
-            Op::WriteZeroes { .. } => self.max_write_zeroes_bytes,
+            Op::Read | Op::Write { .. } => true,
+            Op::Discard => self.max_discard_bytes != 0,
+            Op::WriteZeroes { .. } => self.max_write_zeroes_bytes != 0,
         };
-        if max_bytes == 0 {
+        if !is_offered {
             return Err(IoError::Unsupported);
         }
         let total = self.capacity.bytes() >> SECTOR_SHIFT;
@@ -148,7 +155,7 @@ impl Limits {
             len_bytes: sectors << SECTOR_SHIFT,
         };
         let block_mask = u64::from(self.block_bytes) - 1;
-        if (range.offset_bytes | range.len_bytes) & block_mask != 0 || range.len_bytes > max_bytes {
+        if (range.offset_bytes | range.len_bytes) & block_mask != 0 {
             return Err(IoError::Io);
         }
         Ok(range)
@@ -248,6 +255,42 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn ranges_of_the_largest_disk_are_checked_to_its_end() {
+        let disk = small_disk(MAX_DISK_BYTES);
+        let total = MAX_DISK_BYTES / SECTOR_BYTES;
+        let last = disk.check(Op::Read, total - 8, 8).unwrap();
+        assert_eq!(last.offset_bytes() + last.len_bytes(), MAX_DISK_BYTES);
+        assert_eq!(disk.check(Op::Read, total - 8, 9), Err(IoError::Io));
+        assert_eq!(
+            disk.check(Op::Discard, 0, total).unwrap().len_bytes(),
+            MAX_DISK_BYTES
+        );
+        // What the kernel takes as a position and as a position behind the last byte.
+        assert!(i64::try_from(MAX_DISK_BYTES).is_ok());
+    }
+
+    #[test]
+    fn without_discards_zeroes_keep_their_space() {
+        let mut disk = small_disk(1 << 20);
+        let unmaps = |disk: &Limits| disk.write_zeroes(true, true);
+        assert_eq!(
+            unmaps(&disk),
+            Op::WriteZeroes {
+                unmap: true,
+                fua: true
+            }
+        );
+        disk.max_discard_bytes = 0;
+        assert_eq!(
+            unmaps(&disk),
+            Op::WriteZeroes {
+                unmap: false,
+                fua: true
+            }
+        );
+    }
+
+    #[test]
     fn requests_off_the_block_size_are_refused() {
         let mut disk = small_disk(1 << 20);
         disk.block_bytes = 4096;
@@ -268,11 +311,18 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn discards_longer_than_advertised_are_refused() {
+    fn ranges_longer_than_advertised_are_granted_as_far_as_the_disk_reaches() {
         let mut disk = small_disk(1 << 20);
-        disk.max_discard_bytes = 4096;
-        assert!(disk.check(Op::Discard, 0, 8).is_ok());
-        assert_eq!(disk.check(Op::Discard, 0, 16), Err(IoError::Io));
+        (disk.max_discard_bytes, disk.max_write_zeroes_bytes) = (4096, 4096);
+        let zeroes = Op::WriteZeroes {
+            unmap: true,
+            fua: false,
+        };
+        for op in [Op::Discard, zeroes] {
+            let whole = disk.check(op, 0, 2048).map(Range::len_bytes);
+            assert_eq!(whole, Ok(1 << 20));
+            assert_eq!(disk.check(op, 0, 2049), Err(IoError::Io));
+        }
     }
 
     #[test]

@@ -2,12 +2,21 @@
 
 /// A string that is no size.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is not a size: give a number of bytes, or one with K, M, G or T (powers of 1024)")]
+#[error(
+    "'{0}' is not a size: give a number of bytes, or one with K, M, G, T, P or E (powers of 1024)"
+)]
 pub struct BadSize(String);
 
-const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+const UNITS: [(char, u32); 6] = [
+    ('K', 10),
+    ('M', 20),
+    ('G', 30),
+    ('T', 40),
+    ('P', 50),
+    ('E', 60),
+];
 
-/// Bytes from a number with an optional binary unit: `K`, `M`, `G`, `T`, also as `Ki` or `KiB`.
+/// Bytes from a number with an optional binary unit: `K`, `M`, `G`, `T`, `P`, `E`, also as `Ki` or `KiB`.
 ///
 /// # Errors
 ///
@@ -58,6 +67,7 @@ mod tests {
             ("1MiB", 1 << 20),
             ("3Gi", 3 << 30),
             ("16T", 16 << 40),
+            ("7E", 7 << 60),
         ] {
             assert_eq!(parse_size(text).unwrap(), bytes, "{text}");
         }
@@ -76,6 +86,7 @@ mod tests {
             "1 G",
             "iB",
             "1iB",
+            "16E",
             "99999999999T",
             "0x10",
         ] {

@@ -314,4 +314,8 @@ impl<Q: StorageQueue> StorageQueue for FaultQueue<Q> {
         let progress = self.disk.advance(ring, slot, request, kind, result);
         self.note(slot, progress)
     }
+
+    fn abandon(&mut self) {
+        self.disk.abandon();
+    }
 }

@@ -3,12 +3,17 @@
 use std::io;
 use std::sync::Arc;
 
+use io_uring::opcode;
 use rustix::mm::{Advice, madvise};
 use vm_memory::VolatileSlice;
 
 use crate::engine::{Storage, StorageControl, StorageQueue};
-use crate::io::{AnonymousMemory, Ring, Slot};
+use crate::io::{AnonymousMemory, Full, Owner, Ring, Slot, Token};
 use crate::request::{IoError, Limits, Op, Outcome, Progress, Request, zero};
+
+/// Released, and zeroed, at once: less than a millisecond's work. Other requests have their turn before the rest.
+const RELEASE_BYTES: u64 = 8 << 20;
+const ZERO_BYTES: u64 = 256 << 10;
 
 /// A disk in memory. Pages that were never written, or were discarded, take no room.
 #[derive(Debug)]
@@ -45,58 +50,84 @@ impl Storage for Memory {
     fn queue(&self, _ring: &mut Ring, _slots: u32) -> io::Result<MemoryQueue> {
         Ok(MemoryQueue {
             mapping: Arc::clone(&self.mapping),
+            abandoned: false,
         })
     }
 }
 
-/// One thread's access to a disk in memory: everything is copied at once.
+/// One thread's access to a disk in memory. Data is copied at once; long ranges are released or zeroed in pieces, with
+/// an empty operation on the ring between two of them.
 #[derive(Debug)]
 pub struct MemoryQueue {
     mapping: Arc<Mapping>,
+    /// Requests end with the piece that is being done.
+    abandoned: bool,
 }
 
 impl StorageQueue for MemoryQueue {
-    fn start(&mut self, _ring: &mut Ring, _slot: Slot, request: &mut Request) -> Progress {
-        Progress::Done(self.serve(request))
+    fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
+        let most_bytes = match request.op() {
+            Op::Read | Op::Write { .. } => return Progress::Done(self.copy(request)),
+            Op::Flush => return Progress::Done(Ok(())),
+            Op::Discard | Op::WriteZeroes { unmap: true, .. } => RELEASE_BYTES,
+            Op::WriteZeroes { unmap: false, .. } => ZERO_BYTES,
+        };
+        let position = request.position_bytes();
+        let to_multiple = most_bytes - position % most_bytes;
+        let piece_bytes = request.remaining_bytes().min(to_multiple);
+        let done = match most_bytes {
+            RELEASE_BYTES => self.mapping.release(position, piece_bytes),
+            _ => self.mapping.zero(position, piece_bytes),
+        };
+        request.advance(piece_bytes);
+        if done.is_err() || request.remaining_bytes() == 0 {
+            return Progress::Done(done);
+        }
+        if self.abandoned {
+            return Progress::Done(Err(IoError::Io));
+        }
+        let token = Token {
+            owner: Owner::Storage,
+            kind: 0,
+            index: slot,
+        };
+        // SAFETY: the operation refers to no memory.
+        match unsafe { ring.push(opcode::Nop::new().build(), token) } {
+            Ok(()) => Progress::Pending,
+            Err(Full) => Progress::Full,
+        }
     }
 
     fn advance(
         &mut self,
-        _ring: &mut Ring,
+        ring: &mut Ring,
         slot: Slot,
-        _request: &mut Request,
+        request: &mut Request,
         _kind: u16,
         _result: i32,
     ) -> Progress {
-        unreachable!("a memory disk puts nothing on the ring, slot {slot}")
+        self.start(ring, slot, request)
+    }
+
+    fn abandon(&mut self) {
+        self.abandoned = true;
     }
 }
 
 impl MemoryQueue {
-    fn serve(&self, request: &Request) -> Outcome {
+    fn copy(&self, request: &Request) -> Outcome {
         let mut disk = self
             .mapping
             .range(request.offset_bytes(), request.len_bytes())?;
-        match request.op() {
-            Op::Read | Op::Write { .. } => {
-                for part in request.buffers().memory() {
-                    if request.op() == Op::Read {
-                        disk.copy_to_volatile_slice(part);
-                    } else {
-                        part.copy_to_volatile_slice(disk);
-                    }
-                    disk = disk.offset(part.len()).map_err(|_| IoError::Io)?;
-                }
-                Ok(())
+        for part in request.buffers().memory() {
+            if request.op() == Op::Read {
+                disk.copy_to_volatile_slice(part);
+            } else {
+                part.copy_to_volatile_slice(disk);
             }
-            Op::Flush => Ok(()),
-            Op::Discard | Op::WriteZeroes { unmap: true, .. } => self
-                .mapping
-                .release(request.offset_bytes(), request.len_bytes()),
-            Op::WriteZeroes { unmap: false, .. } => self
-                .mapping
-                .zero(request.offset_bytes(), request.len_bytes()),
+            disk = disk.offset(part.len()).map_err(|_| IoError::Io)?;
         }
+        Ok(())
     }
 }
 
@@ -159,6 +190,8 @@ impl Mapping {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::request::small_disk;
     use crate::request::{Buffer, Buffers, Range};
@@ -174,9 +207,29 @@ mod tests {
         // SAFETY: `list` and `bytes` outlive the request, which is finished below.
         let buffers = unsafe { Buffers::from_list(&mut list) };
         let request = Request::new(op, range, buffers);
-        let outcome = queue.serve(&request);
+        let outcome = queue.copy(&request);
         request.finish();
         outcome
+    }
+
+    /// Releases or zeroes a range. Returns the outcome and in how many steps it was reached.
+    fn clear(queue: &mut MemoryQueue, op: Op, range: Range) -> (Outcome, u64) {
+        let mut ring = Ring::new(2).unwrap();
+        let mut request = Request::new(op, range, Buffers::NONE);
+        let mut steps = 1;
+        let mut progress = queue.start(&mut ring, 0, &mut request);
+        let outcome = loop {
+            match progress {
+                Progress::Done(outcome) => break outcome,
+                Progress::Pending => {}
+                Progress::Full => panic!("the ring is empty"),
+            }
+            assert!(ring.drain(Duration::from_secs(10), None));
+            steps += 1;
+            progress = queue.advance(&mut ring, 0, &mut request, 0, 0);
+        };
+        request.finish();
+        (outcome, steps)
     }
 
     fn disk(len_bytes: u64) -> MemoryQueue {
@@ -218,19 +271,40 @@ mod tests {
                 9216,
             ),
         ] {
-            let disk = disk(1 << 20);
+            let mut disk = disk(1 << 20);
             let mut ones = vec![1; 1 << 20];
             run(&disk, Op::Write { fua: false }, 0, &mut ones).unwrap();
-            let range = Range::new(from, len);
-            let request = Request::new(op, range, Buffers::NONE);
-            disk.serve(&request).unwrap();
-            request.finish();
+            let (outcome, steps) = clear(&mut disk, op, Range::new(from, len));
+            assert_eq!((outcome, steps), (Ok(()), 1));
             let mut back = vec![0xaa; 1 << 20];
             run(&disk, Op::Read, 0, &mut back).unwrap();
             for (at, byte) in (0u64..).zip(&back) {
                 let inside = (from..from + len).contains(&at);
                 assert_eq!(*byte, u8::from(!inside), "{op:?} at {at}");
             }
+        }
+    }
+
+    #[test]
+    fn long_ranges_are_cleared_in_pieces() {
+        let zeroes = |unmap| Op::WriteZeroes { unmap, fua: false };
+        for (op, piece_bytes) in [
+            (Op::Discard, RELEASE_BYTES),
+            (zeroes(true), RELEASE_BYTES),
+            (zeroes(false), ZERO_BYTES),
+        ] {
+            let mut disk = disk(5 * piece_bytes);
+            let mut ones = [1; 1024];
+            let middle = 2 * piece_bytes - 512;
+            run(&disk, Op::Write { fua: false }, middle, &mut ones).unwrap();
+            // From the middle of the first piece to that of the fourth.
+            let range = Range::new(piece_bytes / 2, 3 * piece_bytes);
+            assert_eq!(clear(&mut disk, op, range), (Ok(()), 4), "{op:?}");
+            run(&disk, Op::Read, middle, &mut ones).unwrap();
+            assert_eq!(ones, [0; 1024]);
+            disk.abandon();
+            let (outcome, steps) = clear(&mut disk, op, range);
+            assert_eq!((outcome, steps), (Err(IoError::Io), 1), "ended early");
         }
     }
 

@@ -12,6 +12,6 @@ mod null;
 
 #[cfg(feature = "testing")]
 pub use fault::{BadRule, Fault, Rule};
-pub use file::{CacheMode, File, FileOptions, OpenError, identity};
+pub use file::{CacheMode, File, FileOptions, ImageFormat, OpenError, identity};
 pub use memory::Memory;
 pub use null::Null;

@@ -152,6 +152,7 @@ fn what_the_driver_cannot_register_is_copied() {
     let backend = File::open(FileOptions {
         path: storage.clone(),
         cache: CacheMode::Auto,
+        format: None,
         read_only: false,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),

@@ -178,7 +178,7 @@ impl UblkDoor {
     /// # Errors
     ///
     /// What did not go as it should. A device that ended by itself reported to `on_end` instead.
-    pub fn stop(self) -> Result<(), UblkError> {
+    pub fn stop(&self) -> Result<(), UblkError> {
         self.end(Device::take_down)
     }
 
@@ -241,7 +241,7 @@ impl UblkDoor {
     /// # Errors
     ///
     /// What did not go as it should; the device stays all the same.
-    pub fn leave(self) -> Result<(), UblkError> {
+    pub fn leave(&self) -> Result<(), UblkError> {
         self.end(Device::leave)
     }
 

@@ -377,10 +377,7 @@ fn parse(
         sys::UBLK_IO_OP_WRITE => Op::Write { fua },
         sys::UBLK_IO_OP_FLUSH => Op::Flush,
         sys::UBLK_IO_OP_DISCARD => Op::Discard,
-        sys::UBLK_IO_OP_WRITE_ZEROES => Op::WriteZeroes {
-            unmap: !flag(sys::UBLK_IO_F_NOUNMAP),
-            fua,
-        },
+        sys::UBLK_IO_OP_WRITE_ZEROES => limits.write_zeroes(!flag(sys::UBLK_IO_F_NOUNMAP), fua),
         _ => return Err(IoError::Unsupported),
     };
     let sectors = u64::from(descriptor.nr_sectors);

@@ -1,5 +1,6 @@
 //! What the device says about itself: features and configuration space (virtio 1.3, 5.2.3 and 5.2.4).
 
+use vhost::vhost_user::message::VHOST_USER_CONFIG_OFFSET;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
@@ -11,7 +12,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use crate::request::{Limits, SECTOR_SHIFT};
 
 /// Data segments of one request, as advertised.
-pub(super) const SEG_MAX: usize = 126;
+pub(super) const SEG_MAX: u32 = 126;
 
 /// Where `writeback` is in the configuration space.
 pub(super) const WRITEBACK_OFFSET: u32 = 32;
@@ -50,10 +51,19 @@ pub(super) fn features(limits: &Limits) -> u64 {
     features
 }
 
+/// The place in the configuration space that a message means by `offset`. Old front-ends of
+/// rust-vmm (the crate still has the constant) count from the beginning of the registers of virtio-mmio, whose configuration space begins at 0x100.
+pub(super) fn position(offset: u32) -> u32 {
+    offset
+        .checked_sub(VHOST_USER_CONFIG_OFFSET)
+        .unwrap_or(offset)
+}
+
 /// `len` bytes of the configuration space from `offset`; zeroes beyond what is in use.
 pub(super) fn config(
     limits: &Limits,
     queues: u16,
+    seg_max: u32,
     writeback: bool,
     offset: u32,
     len: u32,
@@ -64,7 +74,6 @@ pub(super) fn config(
         u32::try_from(bytes >> SECTOR_SHIFT)
             .unwrap_or(u32::MAX - (u32::MAX % (block >> SECTOR_SHIFT)))
     };
-    let seg_max = u32::try_from(SEG_MAX).unwrap_or(u32::MAX);
     let physical = limits.physical_block_bytes.max(block);
     let physical_exponent = u8::try_from((physical / block).ilog2()).unwrap_or(0);
     let min_io = u16::try_from(physical / block).unwrap_or(1);
@@ -87,9 +96,9 @@ pub(super) fn config(
     if limits.max_write_zeroes_bytes != 0 {
         put(48, &sectors(limits.max_write_zeroes_bytes).to_le_bytes());
         put(52, &1u32.to_le_bytes());
-        put(56, &[1]);
+        put(56, &[u8::from(limits.max_discard_bytes != 0)]);
     }
-    let (offset, len) = (offset as usize, len as usize);
+    let (offset, len) = (position(offset) as usize, len as usize);
     (offset..offset.saturating_add(len))
         .map(|at| space.get(at).copied().unwrap_or(0))
         .collect()

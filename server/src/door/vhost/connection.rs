@@ -26,6 +26,8 @@ pub(super) struct Connection {
     pub writeback: AtomicBool,
     /// Vrings that are being served.
     pub vrings: AtomicUsize,
+    /// Requests that the client had no answer to when it hung up.
+    pub unanswered: AtomicUsize,
     ending: AtomicBool,
     stream: UnixStream,
     /// Where the client takes messages, if it does.
@@ -51,6 +53,7 @@ impl Connection {
             writeback: AtomicBool::new(limits.write_cache),
             limits,
             vrings: AtomicUsize::new(0),
+            unanswered: AtomicUsize::new(0),
             ending: AtomicBool::new(false),
             stream,
             channel: Mutex::new(None),

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use super::config::{MAX_VRINGS, StartError, VhostConfig};
 use super::connection::Connection;
+use super::refusals::{Refusal, Refusals};
 use super::session::{Session, Sizes};
-use super::sessions::{SessionInfo, Shared, admit};
+use super::sessions::{Log, SessionInfo, Shared, admit};
 use super::spawn::{QueueOptions, spawner};
 use crate::engine::counters::CounterSet;
 use crate::engine::event_loop::Registration;
@@ -73,15 +74,16 @@ impl VhostDoor {
             serve: Box::new(serve),
             ownership,
             sessions: Mutex::default(),
+            refusals: Refusals::default(),
+            log: Log::default(),
             changed: Condvar::new(),
         });
         let path = socket.path().to_owned();
         let listening = listen(format!("{}: vhost socket", shared.name), socket, {
             let shared = Arc::clone(&shared);
             move |stream| {
-                if let Err(error) = admit(&shared, stream) {
-                    tracing::warn!(export = shared.name, "a client was refused: {error}");
-                }
+                // A refusal is logged there.
+                let _ = admit(&shared, stream);
             }
         })?;
         Ok(Self {
@@ -121,6 +123,12 @@ impl VhostDoor {
             .iter()
             .map(|one| SessionInfo::of(one))
             .collect()
+    }
+
+    /// The last client that was turned away.
+    #[must_use]
+    pub fn last_refusal(&self) -> Option<Refusal> {
+        self.shared.refusals.last()
     }
 
     /// Tells all clients that the size of the disk has changed. Returns how many cannot be told: they

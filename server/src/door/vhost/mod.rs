@@ -14,6 +14,7 @@ mod inflight;
 mod memory;
 mod message;
 mod queue;
+mod refusals;
 mod request;
 mod ring_layout;
 mod session;
@@ -26,4 +27,5 @@ mod vring;
 
 pub use config::{MAX_VRINGS, StartError, VhostConfig};
 pub use door::VhostDoor;
+pub use refusals::Refusal;
 pub use sessions::{SessionInfo, SessionState};

@@ -238,16 +238,18 @@ fn context<'a>(connection: &'a Connection, vring: &Vring) -> RequestContext<'a> 
     }
 }
 
-/// Finishes a request of a vring that is logged or broken. Whatever became of a read, the storage may have
-/// written all of its buffers. Returns whether the chain can be returned.
+/// Finishes a request of a vring that is logged, broken or abandoned. Whatever became of a read, the storage may have
+/// written all of its buffers. Returns whether the chain can be returned: not if it failed after the client was gone,
+/// because then it may have been ended early. A client that comes back submits again what was not returned.
 ///
 /// The request is passed by value, so that the hot path can keep it in registers.
 #[cold]
-fn finish_logged(
+fn finish_unusual(
     logging: &Option<Logging>,
     vring: &Vring,
     chain: &InFlight,
     mut request: Request,
+    outcome: Outcome,
 ) -> bool {
     if let Some(logging) = logging {
         let written = match request.op() {
@@ -257,7 +259,8 @@ fn finish_logged(
         logging.mark_request(chain.map.map(), written, chain.status);
     }
     request.finish();
-    !vring.is_broken()
+    let ended_early = vring.is_abandoned() && outcome.is_err();
+    !vring.is_broken() && !ended_early
 }
 
 /// Writes a status byte to where the driver wants it.
@@ -402,7 +405,7 @@ impl DoorQueue for VhostQueues {
         vring.in_flight -= 1;
         if vring.is_plain() {
             request.finish();
-        } else if !finish_logged(&self.logging, vring, &chain, request) {
+        } else if !finish_unusual(&self.logging, vring, &chain, request, outcome) {
             return;
         }
         let written_bytes = if outcome.is_ok() {
@@ -467,6 +470,10 @@ impl DoorQueue for VhostQueues {
         } else {
             Next::Idle
         }
+    }
+
+    fn abandons_requests(&self) -> bool {
+        self.exiting
     }
 
     fn has_work(&self) -> bool {

@@ -6,8 +6,8 @@ use std::ptr::NonNull;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_BARRIER, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use vm_memory::VolatileSlice;
@@ -207,7 +207,8 @@ impl<'a> Segments<'a> {
         if self.broken {
             return Err(IoError::Io);
         }
-        let kind = u32_at(&self.header, 0);
+        // Legacy drivers may set it, also where barriers are not offered; QEMU and SPDK ignore it.
+        let kind = u32_at(&self.header, 0) & !VIRTIO_BLK_T_BARRIER;
         let first_sector = u64_at(&self.header, 8);
         let fua = context.write_through;
         match kind {
@@ -215,14 +216,26 @@ impl<'a> Segments<'a> {
                 if self.out_bytes != 0 {
                     return Err(IoError::Io);
                 }
-                self.transfer(Op::Read, first_sector, self.in_bytes, context.limits)
+                // The used entry has 32 bits for what was written.
+                let in_bytes = u32::try_from(self.in_bytes).ok();
+                let written_bytes = in_bytes.and_then(|bytes| bytes.checked_add(1));
+                let buffers = (self.in_count, written_bytes.ok_or(IoError::Io)?);
+                Self::transfer(
+                    Op::Read,
+                    first_sector,
+                    self.in_bytes,
+                    buffers,
+                    context.limits,
+                )
             }
             VIRTIO_BLK_T_OUT => {
-                if self.in_bytes != 0 {
+                if self.out_bytes == 0 && self.in_bytes != 0 {
                     return Err(IoError::Io);
                 }
                 let op = Op::Write { fua };
-                self.transfer(op, first_sector, self.out_bytes, context.limits)
+                // The status is the last of the writable bytes, however many there are.
+                let buffers = (self.out_count, 1);
+                Self::transfer(op, first_sector, self.out_bytes, buffers, context.limits)
             }
             VIRTIO_BLK_T_FLUSH => Ok(ParsedRequest::Start {
                 op: Op::Flush,
@@ -246,35 +259,32 @@ impl<'a> Segments<'a> {
                     return Err(IoError::Unsupported);
                 }
                 let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
-                let op = Op::WriteZeroes { unmap, fua };
+                let op = context.limits.write_zeroes(unmap, fua);
                 ranged(op, first_sector, sectors, context.limits)
             }
             _ => Err(IoError::Unsupported),
         }
     }
 
+    /// A read or write of the first `buffers` of the list, of which a success writes `written_bytes`.
     fn transfer(
-        &self,
         op: Op,
         first_sector: u64,
         len_bytes: u64,
+        (buffers, written_bytes): (usize, u32),
         limits: &Limits,
     ) -> Result<ParsedRequest, IoError> {
         if !len_bytes.is_multiple_of(1 << SECTOR_SHIFT) {
             return Err(IoError::Io);
         }
-        // The used entry has 32 bits for what was written.
-        let in_bytes = u32::try_from(self.in_bytes).map_err(|_| IoError::Io)?;
-        let written_bytes = in_bytes.checked_add(1).ok_or(IoError::Io)?;
         let range = limits.check(op, first_sector, len_bytes >> SECTOR_SHIFT)?;
         if range.len_bytes() == 0 {
             return Ok(done(1));
         }
-        // The other direction has no data, so all buffers of the list belong to this one.
         Ok(ParsedRequest::Start {
             op,
             range,
-            buffers: self.out_count + self.in_count,
+            buffers,
             written_bytes,
         })
     }

@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 use super::config::MAX_VRINGS;
 use super::config_space;
@@ -53,7 +54,10 @@ pub(super) enum Ending {
     /// The client stopped all its vrings and hung up.
     Left,
     /// The client hung up with vrings running.
-    Died,
+    Died {
+        /// Requests that it had no answer to.
+        unanswered: usize,
+    },
     /// The client broke the protocol, or the server could not do what it asked.
     Failed(io::Error),
 }
@@ -150,7 +154,9 @@ impl Session {
                 }
                 Ending::Left
             }
-            Error::Disconnected => Ending::Died,
+            Error::Disconnected => Ending::Died {
+                unanswered: connection.unanswered.load(Ordering::Relaxed),
+            },
             Error::Refused(error) => Ending::Failed(error),
         }
     }
@@ -273,6 +279,17 @@ impl Session {
         if let Err(error) = self.ask(index, |reply| Command::Start(start, reply))? {
             return refuse(format!("vring {index} cannot be started: {error}"));
         }
+        if !self.has_room_for_segments(size) && !self.is_running() {
+            tracing::warn!(
+                export = self.connection.export(),
+                session = self.connection.id(),
+                "vring {index} has {size} entries, and its driver uses no indirect descriptors: a request of more \
+                 than {} segments finds no room there and may hang in the driver; give the device queues of {} \
+                 entries",
+                u32::from(size).saturating_sub(2),
+                config_space::SEG_MAX + 2
+            );
+        }
         self.vring(index).started = true;
         self.connection.vrings.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -348,6 +365,29 @@ impl Session {
         {
             lease.rest();
         }
+    }
+
+    /// Data segments of one request, at most. A driver without indirect descriptors has no place in a short ring for
+    /// as many as usual, and those known wait for it for ever. Rings are described after the configuration was read,
+    /// but for clients that read it again.
+    fn seg_max(&self) -> u32 {
+        let described = self
+            .vrings
+            .iter()
+            .map(|vring| vring.size)
+            .filter(|size| *size > 0);
+        match described.min() {
+            Some(size) if !self.has_room_for_segments(size) => {
+                u32::from(size).saturating_sub(2).max(1)
+            }
+            _ => config_space::SEG_MAX,
+        }
+    }
+
+    /// Whether a vring of this size has room for a request with as many segments as are advertised.
+    fn has_room_for_segments(&self, size: u16) -> bool {
+        let indirect = self.features & config_space::mask(VIRTIO_RING_F_INDIRECT_DESC) != 0;
+        indirect || u32::from(size) >= config_space::SEG_MAX + 2
     }
 
     /// Stops a vring when its requests in flight have ended.

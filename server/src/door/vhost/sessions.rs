@@ -8,8 +8,10 @@ use std::thread::Builder;
 use std::time::SystemTime;
 
 use super::connection::Connection;
+use super::refusals::Refusals;
 use super::session::Ending;
 use crate::door::ownership::Ownership;
+use crate::engine::repeats::Repeats;
 use crate::engine::socket::peer_pid;
 use crate::request::Limits;
 
@@ -73,8 +75,27 @@ pub(super) struct Shared {
     pub(super) serve: Box<Serve>,
     pub(super) ownership: Arc<Ownership>,
     pub(super) sessions: Mutex<Sessions>,
+    pub(super) refusals: Refusals,
+    pub(super) log: Log,
     /// A session has gone.
     pub(super) changed: Condvar,
+}
+
+/// What the log says of clients. None can fill it by coming again and again.
+pub(super) struct Log {
+    /// Clients that come and go.
+    orderly: Repeats,
+    /// Clients that are turned away or break the protocol.
+    failed: Repeats,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            orderly: Repeats::new(10),
+            failed: Repeats::new(1),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -91,38 +112,48 @@ impl Shared {
     }
 }
 
-/// Starts a session on a thread of its own, if there is room for one. Does not wait.
+/// Starts a session on a thread of its own, if there is room for one; otherwise the client is turned away. Does not
+/// wait.
 ///
 /// # Errors
 ///
-/// Why the client is refused.
+/// Why the client is refused. It is logged.
 pub(super) fn admit(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
     let peer_pid = peer_pid(&stream);
-    let peer = peer_pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
     stream.set_nonblocking(false)?;
-    let connection = {
-        let mut sessions = shared.sessions();
-        if sessions.closing {
-            return Err(io::Error::other("the door is closing"));
-        }
-        if is_full(&sessions) {
-            return Err(io::Error::other(format!(
-                "too many clients (limit {MAX_CLIENTS}), refused pid {peer}"
-            )));
-        }
-        // Better now than when its guest has booted that far.
-        if let Some(owner) = shared.ownership.obstacle() {
-            return Err(io::Error::other(format!(
-                "disk is in use by {owner}, refused pid {peer}"
-            )));
-        }
-        sessions.last_id += 1;
-        let limits = shared.limits.clone();
-        let connection = Connection::new(&shared.name, sessions.last_id, peer_pid, limits, stream);
-        let connection = Arc::new(connection);
-        sessions.list.push(Arc::clone(&connection));
-        connection
-    };
+    let mut sessions = shared.sessions();
+    if let Some(why) = obstacle(shared, &sessions) {
+        drop(sessions);
+        let why = io::Error::other(why);
+        refuse(shared, peer_pid, &why);
+        let shared = Arc::clone(shared);
+        let thread = Builder::new().name("vhost-refused".into());
+        // Without a thread the client is cut off.
+        let _ = thread.spawn(move || shared.refusals.see_off(&stream));
+        return Err(why);
+    }
+    sessions.last_id += 1;
+    let (id, limits) = (sessions.last_id, shared.limits.clone());
+    let connection = Arc::new(Connection::new(&shared.name, id, peer_pid, limits, stream));
+    sessions.list.push(Arc::clone(&connection));
+    drop(sessions);
+    start(shared, connection).inspect_err(|why| refuse(shared, peer_pid, why))
+}
+
+/// Why no other client can be admitted, if that is so.
+fn obstacle(shared: &Shared, sessions: &Sessions) -> Option<String> {
+    if sessions.closing {
+        return Some("the door is closing".into());
+    }
+    if is_full(sessions) {
+        return Some(format!("too many clients (limit {MAX_CLIENTS})"));
+    }
+    // Better now than when its guest has booted that far.
+    let owner = shared.ownership.obstacle()?;
+    Some(format!("disk is in use by {owner}"))
+}
+
+fn start(shared: &Arc<Shared>, connection: Arc<Connection>) -> io::Result<()> {
     let guard = Membership {
         shared: Arc::clone(shared),
         connection,
@@ -130,17 +161,40 @@ pub(super) fn admit(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> 
     Builder::new()
         .name(format!("vhost-{}", guard.connection.id()))
         .spawn(move || {
-            let connection = &guard.connection;
-            tracing::info!(
-                export = connection.export(),
-                session = connection.id(),
-                peer,
-                "client connected"
-            );
-            let ending = (guard.shared.serve)(connection);
-            report(connection, ending);
+            let (shared, connection) = (Arc::clone(&guard.shared), Arc::clone(&guard.connection));
+            if let Some(omitted) = shared.log.orderly.due("connected") {
+                tracing::info!(
+                    export = connection.export(),
+                    session = connection.id(),
+                    peer = shown(connection.peer_pid()),
+                    "client connected{omitted}"
+                );
+            }
+            let ending = (shared.serve)(&connection);
+            report(&shared, &connection, &ending);
+            drop(guard);
+            if let Ending::Failed(_) = ending {
+                shared.refusals.see_off(connection.stream());
+            }
         })?;
     Ok(())
+}
+
+/// A client's process, for messages.
+fn shown(peer_pid: Option<i32>) -> String {
+    peer_pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string())
+}
+
+/// Logs and notes why a client is not admitted.
+fn refuse(shared: &Shared, peer_pid: Option<i32>, why: &io::Error) {
+    shared.refusals.note(peer_pid, why);
+    if let Some(omitted) = shared.log.failed.due_whatever_numbers(&why.to_string()) {
+        let (export, pid) = (&shared.name, shown(peer_pid));
+        tracing::warn!(
+            export,
+            "a client was refused: {why}, refused pid {pid}{omitted}"
+        );
+    }
 }
 
 /// Whether there is no room for another client. One that reconnects at once must not be refused
@@ -152,16 +206,37 @@ fn is_full(sessions: &Sessions) -> bool {
             && all.iter().filter(|one| !one.hung_up()).count() >= MAX_CLIENTS
 }
 
-fn report(connection: &Connection, ending: Ending) {
+/// Logs how a session ended.
+fn report(shared: &Shared, connection: &Connection, ending: &Ending) {
     let (export, session) = (connection.export(), connection.id());
-    match (connection.reason(), ending) {
-        (Some(reason), _) => tracing::info!(export, session, "session ended: {reason}"),
-        (None, Ending::Left) => tracing::info!(export, session, "client left"),
-        (None, Ending::Died) => {
-            tracing::warn!(export, session, "client hung up with vrings running");
+    let orderly = |text: &str| {
+        if let Some(omitted) = shared.log.orderly.due(text) {
+            tracing::info!(export, session, "{text}{omitted}");
         }
-        (None, Ending::Failed(error)) => {
-            tracing::warn!(export, session, "session ended: {error}");
+    };
+    match (connection.reason(), ending) {
+        (Some(reason), _) => orderly(&format!("session ended: {reason}")),
+        (None, Ending::Left) => orderly("client left"),
+        // Clients are known that never stop their vrings: libblkio and what is built on it.
+        (None, Ending::Died { unanswered: 0 }) => {
+            orderly("client hung up without stopping its vrings; no request was under way");
+        }
+        (None, Ending::Died { unanswered }) => {
+            if let Some(omitted) = shared.log.failed.due("died") {
+                tracing::warn!(
+                    export,
+                    session,
+                    unanswered,
+                    "client hung up with requests under way{omitted}"
+                );
+            }
+        }
+        (None, Ending::Failed(why)) => {
+            shared.refusals.note(connection.peer_pid(), why);
+            let text = why.to_string();
+            if let Some(omitted) = shared.log.failed.due_whatever_numbers(&text) {
+                tracing::warn!(export, session, "session ended: {text}{omitted}");
+            }
         }
     }
 }

@@ -259,6 +259,11 @@ impl Virtqueue {
         self.next_available != self.seen_available || !self.resubmit.is_empty()
     }
 
+    /// How many chains there are to take.
+    pub(super) fn waiting(&self) -> usize {
+        usize::from(self.seen_available.wrapping_sub(self.next_available)) + self.resubmit.len()
+    }
+
     /// The next chain of those that the last [`poll`](Self::poll) saw.
     ///
     /// # Errors

@@ -83,7 +83,7 @@ pub(super) struct Vring {
     broken: bool,
     /// Whether requests are to be marked in the log of dirty pages.
     logged: bool,
-    /// Neither broken nor logged: a request that has ended is returned and that is all.
+    /// Neither broken nor logged nor abandoned: a request that has ended is returned and that is all.
     plain: bool,
     used_guest: Option<u64>,
     stopping: Option<Stopping>,
@@ -142,6 +142,7 @@ impl Vring {
     /// Takes no more chains. The vring is to go when its last operation completed; `reply` gets
     /// what is left of it.
     pub(super) fn stop(&mut self, reply: Option<mpsc::Sender<Stopped>>) {
+        self.plain &= reply.is_some();
         self.stopping = Some(Stopping {
             reply,
             cancelled: false,
@@ -189,7 +190,7 @@ impl Vring {
             self.queue.start_logging();
         }
         self.logged = logged;
-        self.plain = !logged && !self.broken;
+        self.plain = !logged && !self.broken && !self.is_abandoned();
     }
 
     /// Where its used ring is for the log of dirty pages; `None`: not to be marked.
@@ -221,6 +222,19 @@ impl Vring {
     /// Whether the driver broke the ring.
     pub(super) fn is_broken(&self) -> bool {
         self.broken
+    }
+
+    /// Whether its client is gone.
+    pub(super) fn is_abandoned(&self) -> bool {
+        (self.stopping.as_ref()).is_some_and(|stopping| stopping.reply.is_none())
+    }
+
+    /// Requests that the driver has no answer to.
+    pub(super) fn unanswered(&mut self) -> usize {
+        // A ring that the driver broke has none.
+        let polled = !self.broken && self.queue.poll().is_ok();
+        let waiting = if polled { self.queue.waiting() } else { 0 };
+        self.in_flight as usize + waiting
     }
 
     /// Whether it is to go.

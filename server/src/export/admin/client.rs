@@ -5,11 +5,15 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Deserialize;
 use upgrade_proto::connect_within;
 
 use super::line::read_line;
 use super::protocol::{Command, ExportStatus, Left, MAX_ANSWER_BYTES, Refused, Resized, Stopped};
+
+/// What takes longer than this is a delay.
+const DELAY: Duration = Duration::from_secs(5);
 
 /// Asks the export whose admin socket is `path` how it is.
 ///
@@ -20,13 +24,15 @@ pub fn stat(path: &Path, limit: Duration) -> Result<ExportStatus> {
     ask(path, Command::Stat, limit)
 }
 
-/// Tells the export whose admin socket is `path` to stop, and waits until it has.
+/// Tells the export whose admin socket is `path` to stop, and waits until it has. `on_delay` is called once if that
+/// takes long.
 ///
 /// # Errors
 ///
 /// When the export is in use, unless `force` is true; when there is no answer within `limit`.
-pub fn stop(path: &Path, force: bool, limit: Duration) -> Result<()> {
-    let Stopped { stopped: _ } = ask(path, Command::Stop { force }, limit)?;
+pub fn stop(path: &Path, force: bool, limit: Duration, on_delay: impl FnOnce()) -> Result<()> {
+    let command = Command::Stop { force };
+    let Stopped { stopped: _ } = ask_patiently(path, command, limit, on_delay)?;
     Ok(())
 }
 
@@ -56,6 +62,15 @@ pub fn resize(
 }
 
 fn ask<A: for<'a> Deserialize<'a>>(path: &Path, command: Command, limit: Duration) -> Result<A> {
+    ask_patiently(path, command, limit, || {})
+}
+
+fn ask_patiently<A: for<'a> Deserialize<'a>>(
+    path: &Path,
+    command: Command,
+    limit: Duration,
+    on_delay: impl FnOnce(),
+) -> Result<A> {
     let deadline = Instant::now() + limit;
     let in_time = |error: io::Error| match error.kind() {
         io::ErrorKind::WouldBlock => anyhow!("no answer within {} s", limit.as_secs_f32()),
@@ -68,6 +83,10 @@ fn ask<A: for<'a> Deserialize<'a>>(path: &Path, command: Command, limit: Duratio
         // A server that is busy has answered already.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
         other => other.map_err(in_time)?,
+    }
+    let delay = Timespec::try_from(DELAY.min(limit))?;
+    if poll(&mut [PollFd::new(&stream, PollFlags::IN)], Some(&delay)) == Ok(0) {
+        on_delay();
     }
     let line = read_line(&stream, MAX_ANSWER_BYTES, deadline).map_err(in_time)?;
     if line.is_empty() {

@@ -10,7 +10,9 @@ mod protocol;
 mod server;
 
 pub use client::{leave, resize, stat, stop};
-pub use protocol::{Command, ExportStatus, Resized, SessionStatus, UblkStatus, VhostStatus};
+pub use protocol::{
+    Command, ExportStatus, RefusalStatus, Resized, SessionStatus, UblkStatus, VhostStatus,
+};
 pub use server::{Listening, Service, serve};
 
 #[cfg(test)]

@@ -107,6 +107,9 @@ pub struct VhostStatus {
     pub threads: u16,
     /// How clients come from the block device: `kernel`, `registry`; empty if they cannot.
     pub upgrade: Vec<String>,
+    /// The last client that was turned away.
+    #[serde(default)]
+    pub refused: Option<RefusalStatus>,
     /// Who is connected.
     pub sessions: Vec<SessionStatus>,
     /// What it did, ended sessions included.
@@ -123,6 +126,17 @@ pub struct SessionStatus {
     /// Virtqueues being served.
     pub vrings: usize,
     /// Seconds since it connected.
+    pub age_seconds: u64,
+}
+
+/// A front-end that was not admitted, or whose session ended with an error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusalStatus {
+    /// Its process.
+    pub pid: Option<i32>,
+    /// Why.
+    pub why: String,
+    /// Seconds since then.
     pub age_seconds: u64,
 }
 

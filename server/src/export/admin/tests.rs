@@ -88,8 +88,11 @@ fn commands_are_answered_and_nonsense_is_refused() {
     let refused = resize(&path, None, false, LIMIT).unwrap_err();
     assert_eq!(refused.to_string(), "no size");
     assert_eq!(leave(&path, LIMIT).unwrap_err().to_string(), "not yet");
-    assert_eq!(stop(&path, false, LIMIT).unwrap_err().to_string(), "in use");
-    stop(&path, true, LIMIT).unwrap();
+    assert_eq!(
+        stop(&path, false, LIMIT, || {}).unwrap_err().to_string(),
+        "in use"
+    );
+    stop(&path, true, LIMIT, || {}).unwrap();
     leave(&path, LIMIT).unwrap();
     assert!(fake.0.load(Ordering::SeqCst));
     for nonsense in ["\n", "{}\n", "{\"command\":\"format\"}\n", "\u{0}\n"] {
@@ -146,7 +149,7 @@ fn a_server_whose_clients_all_wait_for_answers_says_that_it_is_busy() {
     let listening = serve("a", &path, Arc::clone(&slow)).unwrap();
     let turn = slow.1.lock().unwrap();
     std::thread::scope(|scope| {
-        let waiting = [(); 16].map(|()| scope.spawn(|| stop(&path, true, 6 * LIMIT)));
+        let waiting = [(); 16].map(|()| scope.spawn(|| stop(&path, true, 6 * LIMIT, || {})));
         while slow.2.load(Ordering::SeqCst) < waiting.len() {
             std::thread::yield_now();
         }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::request::MAX_DISK_BYTES;
+
 /// Why a file cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -38,7 +40,7 @@ pub enum OpenError {
         block_bytes: u32,
     },
     /// Too large.
-    #[error("{} is larger than 16T, the largest disk served", .0.display())]
+    #[error("{} is larger than {MAX_DISK_BYTES} bytes, the largest disk there can be", .0.display())]
     TooLarge(PathBuf),
     /// `cache=direct` where the file system has no `O_DIRECT`.
     #[error("{}: its file system cannot go around the page cache (O_DIRECT): use cache=auto or cache=buffered", .0.display())]

@@ -3,6 +3,7 @@
 //! | file        | tells                                                            |
 //! |-------------|------------------------------------------------------------------|
 //! | `open.rs`   | what the storage is, what it takes, and the claim on it          |
+//! | `image_format.rs` | the warning that the file is an image of a format       |
 //! | `device.rs` | what a block device says about itself                            |
 //! | `queue.rs`  | one request from start to end, step by step                      |
 //! | `operations.rs` | the steps, and the io_uring operation of each                |
@@ -17,6 +18,7 @@ mod claim;
 mod device;
 mod error;
 mod failures;
+mod image_format;
 mod lock;
 mod open;
 mod operations;
@@ -29,6 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::OpenError;
+pub use image_format::ImageFormat;
 pub use open::{CacheMode, FileOptions, identity};
 pub use queue::FileQueue;
 use shared::Shared;

@@ -15,7 +15,9 @@ use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl, fstatfs};
 use super::device::{self, DeviceFacts};
 use super::error::OpenError;
 use super::failures::Failures;
+use super::image_format::{self, ImageFormat};
 use super::lock::{self, Lock, is_taken, unless_taken};
+use super::operations::{RELEASE_BYTES, ZERO_RANGE_BYTES};
 use super::shared::{Alignment, Lacks, Shared};
 use crate::io::AnonymousMemory;
 use crate::request::{Limits, MAX_DISK_BYTES, Serial};
@@ -39,6 +41,8 @@ pub struct FileOptions {
     pub path: PathBuf,
     /// How the page cache is used.
     pub cache: CacheMode,
+    /// What the file holds, if the operator says so; otherwise another format is warned of.
+    pub format: Option<ImageFormat>,
     /// Open it for reading only; writes are refused.
     pub read_only: bool,
     /// Logical block size to advertise; by default the smallest that the storage takes.
@@ -55,12 +59,6 @@ const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=4096;
 /// Largest read or write that the doors offer.
 const MAX_IO_BYTES: u32 = 1 << 20;
 
-/// Largest discard: releasing storage takes file systems some time per gigabyte.
-const MAX_DISCARD_BYTES: u64 = 1 << 30;
-
-/// Largest write-zeroes: where the storage has no operation for it, this much is written.
-const MAX_WRITE_ZEROES_BYTES: u64 = 64 << 20;
-
 /// How long a file may stay taken by a server that was just killed: its last operations in the
 /// kernel end a little after its process.
 const TAKEN_LIMIT: Duration = Duration::from_secs(2);
@@ -69,6 +67,7 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
     let FileOptions {
         path,
         cache,
+        format,
         read_only,
         block_bytes: asked_bytes,
         serial,
@@ -88,6 +87,10 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
         }
     } else if !claim_later {
         lock(&file, &path, read_only)?;
+    }
+    if format.is_none() {
+        // Before O_DIRECT, which a short buffer anywhere does not satisfy.
+        image_format::warn_unless_raw(&file, &path);
     }
     let alignment = choose_cache(&file, &path, cache).map_err(|error| match error {
         Some(error) => failed(error),
@@ -148,8 +151,8 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
             .as_ref()
             .map_or(4096, |device| device.discard_granularity_bytes)
             .max(block_bytes),
-        max_discard_bytes: if discards { MAX_DISCARD_BYTES } else { 0 },
-        max_write_zeroes_bytes: if read_only { 0 } else { MAX_WRITE_ZEROES_BYTES },
+        max_discard_bytes: if discards { RELEASE_BYTES } else { 0 },
+        max_write_zeroes_bytes: if read_only { 0 } else { ZERO_RANGE_BYTES },
         read_only,
         write_cache: true,
         serial,
@@ -357,9 +360,9 @@ fn punches_holes(file: &fs::File, len_bytes: u64) -> bool {
     let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     let behind = len_bytes.next_multiple_of(4096);
     match fallocate(file, mode, behind, 4096) {
-        // The file is as long as the file system allows, so there is nothing behind it to try.
+        // The file is as long as the file system allows, or as 63 bits do: there is nothing behind it to try.
         Ok(()) | Err(rustix::io::Errno::FBIG) => true,
-        Err(_) => false,
+        Err(_) => behind > MAX_DISK_BYTES - 4096,
     }
 }
 

@@ -8,6 +8,7 @@ fn options(path: &Path, cache: CacheMode, read_only: bool) -> FileOptions {
     FileOptions {
         path: path.to_owned(),
         cache,
+        format: None,
         read_only,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),

@@ -19,6 +19,12 @@ const DISCARD_COMMAND: u32 = 0x12 << 8;
 const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
+/// Released at once: file systems take some time per gigabyte, in which other requests may wait for them.
+pub(super) const RELEASE_BYTES: u64 = 1 << 30;
+
+/// Zeroed at once: devices without an operation for it have this much written by the kernel.
+pub(super) const ZERO_RANGE_BYTES: u64 = 64 << 20;
+
 /// Zeroes written at once where the storage has no operation for it.
 const ZERO_BYTES: usize = 1 << 20;
 
@@ -162,6 +168,7 @@ impl Operations {
                 }
             }
             Step::DiscardCommand => {
+                let len = range_bytes(RELEASE_BYTES, request);
                 // The kernel takes the length from where `addr3` is, the first half of the command.
                 let mut command = [0; 16];
                 command[..8].copy_from_slice(&len.to_ne_bytes());
@@ -170,11 +177,11 @@ impl Operations {
                     .cmd(command)
                     .build()
             }
-            Step::PunchHole => opcode::Fallocate::new(fd, len)
+            Step::PunchHole => opcode::Fallocate::new(fd, range_bytes(RELEASE_BYTES, request))
                 .offset(offset)
                 .mode(PUNCH_HOLE)
                 .build(),
-            Step::ZeroRange => opcode::Fallocate::new(fd, len)
+            Step::ZeroRange => opcode::Fallocate::new(fd, range_bytes(ZERO_RANGE_BYTES, request))
                 .offset(offset)
                 .mode(ZERO_RANGE)
                 .build(),
@@ -209,6 +216,13 @@ fn in_ring(request: &Request) -> (*const u8, u32, u16) {
     };
     let at = std::ptr::without_provenance(buffer.offset_bytes);
     (at, clamp(buffer.len_bytes), buffer.index)
+}
+
+/// How much of the rest of a range one operation works on that works on `most_bytes`, a power of two: as far as a
+/// multiple of it, so that no block of the storage lies in two pieces.
+pub(super) fn range_bytes(most_bytes: u64, request: &Request) -> u64 {
+    let to_multiple = most_bytes - request.position_bytes() % most_bytes;
+    request.remaining_bytes().min(to_multiple)
 }
 
 fn piece_bytes(len_bytes: u64, most: usize) -> usize {

@@ -13,7 +13,9 @@ use std::time::Duration;
 use io_uring::{opcode, types};
 
 use super::bounce::scatter;
-use super::operations::{MAX_BUFFERS, Operations, Step};
+use super::operations::{
+    MAX_BUFFERS, Operations, RELEASE_BYTES, Step, ZERO_RANGE_BYTES, range_bytes,
+};
 use super::shared::{Alignment, Lacks, Shared};
 use crate::engine::StorageQueue;
 use crate::io::{Full, Owner, Ring, Slot, Token};
@@ -44,6 +46,8 @@ pub struct FileQueue {
     shared: Arc<Shared>,
     operations: Operations,
     slots: Box<[SlotState]>,
+    /// Ranges that are zeroed or released in pieces end with the piece under way.
+    abandoned: bool,
 }
 
 impl FileQueue {
@@ -52,6 +56,7 @@ impl FileQueue {
             operations: Operations::new(&shared.file, ring),
             shared,
             slots: vec![SlotState::default(); slots as usize].into(),
+            abandoned: false,
         })
     }
 
@@ -159,18 +164,35 @@ impl FileQueue {
                 if resumable == 0 {
                     return Err(IoError::Io);
                 }
-                request.advance(resumable);
-                Ok(if request.remaining_bytes() > 0 {
-                    Some(Step::WriteZeroes)
-                } else {
-                    after_zeroing(request)
-                })
+                self.after_piece(step, request, resumable)
             }
-            Step::PunchHole | Step::ZeroRange => Ok(after_zeroing(request)),
-            Step::DiscardCommand => Ok(None),
+            Step::PunchHole | Step::DiscardCommand => {
+                let piece_bytes = range_bytes(RELEASE_BYTES, request);
+                self.after_piece(step, request, piece_bytes)
+            }
+            Step::ZeroRange => {
+                let piece_bytes = range_bytes(ZERO_RANGE_BYTES, request);
+                self.after_piece(step, request, piece_bytes)
+            }
             // The kernel reports a failed write-back to one of the flushes in flight only.
             Step::Sync if self.shared.has_lost_writes.load(Ordering::Relaxed) => Err(IoError::Io),
             Step::Sync => Ok(None),
+        }
+    }
+
+    /// The step after `step` has zeroed or released `piece_bytes` of a range.
+    fn after_piece(
+        &self,
+        step: Step,
+        request: &mut Request,
+        piece_bytes: u64,
+    ) -> Result<Option<Step>, IoError> {
+        request.advance(piece_bytes);
+        match (request.remaining_bytes(), request.op()) {
+            (0, Op::WriteZeroes { fua: true, .. }) => Ok(Some(Step::Sync)),
+            (0, _) => Ok(None),
+            _ if self.abandoned => Err(IoError::Io),
+            _ => Ok(Some(step)),
         }
     }
 
@@ -387,10 +409,10 @@ impl StorageQueue for FileQueue {
             Err(error) => self.end(slot, Err(error)),
         }
     }
-}
 
-fn after_zeroing(request: &Request) -> Option<Step> {
-    matches!(request.op(), Op::WriteZeroes { fua: true, .. }).then_some(Step::Sync)
+    fn abandon(&mut self) {
+        self.abandoned = true;
+    }
 }
 
 /// Whether the buffers lie as `O_DIRECT` wants it.

@@ -15,6 +15,7 @@ pub(super) fn opened(path: &Path, cache: CacheMode) -> Shared {
     let options = FileOptions {
         path: path.into(),
         cache,
+        format: None,
         read_only: false,
         block_bytes: Some(512),
         serial: Serial::new("test").unwrap(),

@@ -417,3 +417,65 @@ fn a_request_that_the_ring_had_no_room_for_keeps_its_step() {
     assert_eq!(queue.start(&mut ring, 0, &mut request), Progress::Pending);
     request.finish();
 }
+
+#[test]
+fn long_ranges_are_released_and_zeroed_in_pieces_that_end_at_a_multiple() {
+    const GIB: u64 = 1 << 30;
+    let unmap = Op::WriteZeroes {
+        unmap: true,
+        fua: true,
+    };
+    for (op, step, piece_bytes) in [
+        (Op::Discard, Step::PunchHole, GIB),
+        (Op::Discard, Step::DiscardCommand, GIB),
+        (unmap, Step::PunchHole, GIB),
+        (unmap, Step::ZeroRange, GIB / 16),
+    ] {
+        let mut queue = queue(None);
+        let range = Range::new(piece_bytes - 4096, piece_bytes + 8192);
+        let mut request = Request::new(op, range, Buffers::NONE);
+        let mut pieces = Vec::new();
+        let mut next = Some(step);
+        while next == Some(step) {
+            let bytes = sqe(&operation(&mut queue, step, &request).unwrap());
+            let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
+            pieces.push(match step {
+                // Position and length.
+                Step::DiscardCommand => (word(16), word(48)),
+                _ => (word(8), word(16)),
+            });
+            next = queue.next_step(step, &mut request, 0).unwrap();
+        }
+        let expected = [
+            (piece_bytes - 4096, 4096),
+            (piece_bytes, piece_bytes),
+            (2 * piece_bytes, 4096),
+        ];
+        assert_eq!(pieces, expected, "{op:?} {step:?}");
+        let flushed = matches!(op, Op::WriteZeroes { .. });
+        assert_eq!(next, flushed.then_some(Step::Sync), "{op:?} {step:?}");
+        request.finish();
+    }
+}
+
+#[test]
+fn pieces_that_the_storage_does_not_know_are_continued_in_another_way() {
+    let mut bench = Bench::ranged(ZEROES);
+    let (queue, request) = bench.parts();
+    let first = queue.next_step(Step::WriteZeroes, request, 4096);
+    assert_eq!(first, Ok(Some(Step::WriteZeroes)));
+    // The rest of it, not all.
+    let bytes = sqe(&operation(queue, Step::ZeroRange, request).unwrap());
+    assert_eq!(bytes[8..16], 4096u64.to_ne_bytes());
+    assert_eq!(bytes[16..24], 4096u64.to_ne_bytes());
+}
+
+#[test]
+fn a_range_whose_client_is_gone_ends_with_the_piece_under_way() {
+    let mut bench = Bench::ranged(ZEROES);
+    bench.queue.abandon();
+    bench.lead(&[
+        (Step::WriteZeroes, 4096, Err(IoError::Io)),
+        (Step::WriteZeroes, 4096, Ok(None)),
+    ]);
+}

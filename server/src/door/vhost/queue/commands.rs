@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -61,9 +62,12 @@ impl VhostQueues {
             }
             Command::Exit => {
                 self.exiting = true;
+                let mut unanswered = 0;
                 for vring in self.vrings.iter_mut().flatten() {
+                    unanswered += vring.unanswered();
                     vring.stop(None);
                 }
+                (self.connection.unanswered).fetch_add(unanswered, Ordering::Relaxed);
             }
         }
     }

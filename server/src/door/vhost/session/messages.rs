@@ -127,7 +127,8 @@ impl Session {
                 let writeback = self.connection.writeback.load(Ordering::Acquire);
                 let (limits, queues) = (self.connection.limits(), self.sizes.queues);
                 let (offset, size) = (wanted.offset, wanted.size);
-                let config = config_space::config(limits, queues, writeback, offset, size);
+                let seg_max = self.seg_max();
+                let config = config_space::config(limits, queues, seg_max, writeback, offset, size);
                 self.answer(&message, &[wanted.as_slice(), &config].concat(), None)
             }
             Req::GET_INFLIGHT_FD => {
@@ -409,7 +410,9 @@ impl Session {
     fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
         let offered = self.offered() & mask(VIRTIO_BLK_F_CONFIG_WCE) != 0;
         match bytes {
-            [writeback @ 0..=1] if offered && offset == config_space::WRITEBACK_OFFSET => {
+            [writeback @ 0..=1]
+                if offered && config_space::position(offset) == config_space::WRITEBACK_OFFSET =>
+            {
                 let writeback = *writeback == 1;
                 self.connection
                     .writeback
