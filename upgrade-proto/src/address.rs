@@ -8,6 +8,7 @@ use std::os::fd::RawFd;
 use std::str::FromStr;
 
 use crate::Error;
+use crate::text::printable;
 
 /// What every address starts with.
 pub const PREFIX: &str = "/dev/self/fd/";
@@ -23,7 +24,7 @@ impl Name {
     /// Checks a name.
     pub fn new(name: &str) -> Result<Self, Error> {
         let refuse = |why| Error::Name {
-            name: name.escape_debug().to_string(),
+            name: printable(name),
             why,
         };
         if name.is_empty() {
@@ -108,7 +109,7 @@ impl FromStr for FdAddress {
     /// Parses an address as the kernel does; one trailing NUL, as in `sun_path`, is allowed.
     fn from_str(text: &str) -> Result<Self, Error> {
         let refuse = |why| Error::Address {
-            address: text.escape_debug().to_string(),
+            address: printable(text),
             why,
         };
         let address = text.strip_suffix('\0').unwrap_or(text);
