@@ -49,6 +49,7 @@ fn every_command_refuses_a_link_in_place_of_an_exports_folder() {
         &["serve", "--take-over", "a=null:1G", "--ublk", "no"],
         &["serve", "--replace", "a=null:1G", "--ublk", "no"],
         &["recover", "a"],
+        &["recover", "--take-over", "a"],
         &["list"],
         &["stat", "a"],
         &["stop", "a"],

@@ -1,6 +1,7 @@
 //! Exports whose servers died: how they were served, what to do about them, and how they are removed.
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::io::Errno;
 
 use crate::config::{ExportConfig, SavedExport, StorageSpec};
 use crate::export::remove_left_device;
@@ -12,14 +13,15 @@ use crate::export::runtime_dir::RuntimeDir;
 ///
 /// When there is no note of it, or it was lost with its server.
 pub(super) fn saved(dir: &RuntimeDir, name: &str) -> Result<ExportConfig> {
-    let text = dir.served(name).with_context(|| {
-        format!(
+    let unreadable = || format!("{name}: cannot read the note of how it was served");
+    let text = match dir.served(name) {
+        Err(error) if error.errno() == Errno::NOENT => bail!(
             "there is no note of an export called '{name}' under {}",
             dir.path().display()
-        )
-    })?;
-    let saved: SavedExport = serde_json::from_str(&text)
-        .with_context(|| format!("{name}: cannot read the note of how it was served"))?;
+        ),
+        other => other.with_context(unreadable)?,
+    };
+    let saved: SavedExport = serde_json::from_str(&text).with_context(unreadable)?;
     let config = saved.export()?;
     if let StorageSpec::Memory { .. } = config.storage {
         bail!(
