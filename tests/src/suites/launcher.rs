@@ -58,6 +58,7 @@ pub const STOCK_KERNEL_TESTS: &[Test] = &[
     test!(without_a_service_the_raw_recipe_ends_and_the_launcher_goes_on),
     test!(moves::a_monitor_gets_no_disk_that_its_process_does_not_have),
     test!(moves::a_move_that_is_cut_off_is_undone),
+    test!(live::a_disk_moves_by_the_registry_and_back).limit_s(480),
 ];
 
 fn number_of(device: &Path) -> Result<(u32, u32, u64)> {

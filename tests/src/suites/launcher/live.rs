@@ -15,6 +15,7 @@ use testkit::shell::sh;
 
 use super::super::guest::FilesOnDisk;
 use super::common::{expect_refusal, linux, recipe, serve_file};
+use super::{LoopDevice, serve_loop};
 use crate::kit::beside::beside;
 use crate::machine::{Board, Machine};
 use crate::test::Context;
@@ -132,6 +133,29 @@ pub(super) fn a_running_guest_moves_to_the_service_and_back_to_the_host_without_
     sh(&format!("blockdev --flushbufs {}", device.display())).run()?;
     check_on_host(cx, &device, &known)?;
     served.stop().map(drop)
+}
+
+/// Where the kernel has no part in it: a loop device in the place of the block device, and the registry.
+pub(super) fn a_disk_moves_by_the_registry_and_back(cx: &Context) -> Result<()> {
+    let image = cx.scratch().join("disk.ext4");
+    let known = images::ext4_with_known_files(&image, 64 << 20, 1)?;
+    let disk = LoopDevice::new(cx, &image)?;
+    let served = serve_loop(cx, &image, &disk)?;
+    let monitor = cx.scratch().join("qmp");
+    let guest = linux(cx, "block-device.sh", &disk.0)?.env("QMP", &monitor);
+    let mut machine = Machine::boot(&guest, &cx.paths, "live-registry")?;
+    let mut known = known;
+    let path = disk.0.to_string_lossy();
+    for (seed, access, args) in [(2, "upgraded", vec![]), (3, "free", vec!["--back"])] {
+        let mut live = recipe(cx, "live.sh");
+        live.env("QMP", &monitor).env("DISK", &*path);
+        live.args(["--unmounted", "--quiet", "1"]).args(args);
+        known = move_and_add_files(&mut machine, &mut live, known, seed)?;
+        cx.expect_access(access)?;
+    }
+    machine.power_off();
+    served.stop()?;
+    images::fsck(&image)
 }
 
 /// Moves the disk and uses it where the guest finds it then.
