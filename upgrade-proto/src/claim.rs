@@ -1,5 +1,6 @@
 //! What uses a block device: the cause of an EBUSY, as text.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -8,8 +9,8 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, major, minor, open
 use crate::text::printable;
 
 /// What uses a disk exclusively, as text: a mount, a holder (dm, md, …) or a swap area, of the disk or of one of its
-/// partitions. `None` if nothing is known; a mount in another mount namespace and a program that claimed the disk
-/// (O_EXCL) are not found.
+/// partitions. `None` if nothing is known; a mount in a mount namespace without a process that this one may look into,
+/// and a program that claimed the disk (O_EXCL), are not found.
 pub fn disk_user(major: u32, minor: u32) -> Option<String> {
     known_user(Path::new("/proc"), Path::new("/sys"), major, minor)
 }
@@ -25,7 +26,7 @@ fn known_user(proc: &Path, sysfs: &Path, major: u32, minor: u32) -> Option<Strin
     let device = sysfs.join(format!("dev/block/{major}:{minor}"));
     let mut numbers = vec![format!("{major}:{minor}")];
     numbers.extend(partitions(&device));
-    if let Some(place) = mounted_at(&text_of(&proc.join("self/mountinfo")), &numbers) {
+    if let Some(place) = mounted_at(&mounts(proc), &numbers) {
         return Some(format!("mounted at {}", printable(&place)));
     }
     if let Some(pool) = mounted_pool(sysfs, &numbers) {
@@ -50,6 +51,27 @@ fn known_user(proc: &Path, sysfs: &Path, major: u32, minor: u32) -> Option<Strin
 fn text_of(path: &Path) -> String {
     let bytes = fs::read(path).unwrap_or_default();
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// The text of mountinfo of all mount namespaces with a process that this one may look into. A process shows what is
+/// below its root.
+fn mounts(proc: &Path) -> String {
+    let mut seen = BTreeSet::new();
+    let processes = names_in(proc).into_iter().filter(|name| {
+        // The first process can be asked without further rights.
+        name == "self" || name.bytes().all(|byte| byte.is_ascii_digit())
+    });
+    let mut text = String::new();
+    for process in processes {
+        let folder = proc.join(&process);
+        let [namespace, root] =
+            ["ns/mnt", "root"].map(|link| fs::read_link(folder.join(link)).ok());
+        let is_new = namespace.is_some() && seen.insert((namespace, root));
+        if is_new || process == "self" || process == "1" {
+            text += &text_of(&folder.join("mountinfo"));
+        }
+    }
+    text
 }
 
 /// The first mount point of one of the devices, from the text of mountinfo. By its number: what a file system calls its
@@ -203,6 +225,24 @@ mod tests {
     fn user_of(machine: &tempfile::TempDir, major: u32, minor: u32) -> Option<String> {
         let [proc, sysfs] = ["proc", "sys"].map(|name| machine.path().join(name));
         known_user(&proc, &sysfs, major, minor)
+    }
+
+    #[test]
+    fn a_mount_in_another_namespace_is_found() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (proc, sysfs) = (dir.path().join("proc"), dir.path().join("sys"));
+        let process = |pid: &str, namespace: &str, mounts: &str| {
+            fs::create_dir_all(proc.join(pid).join("ns")).expect("made");
+            let link = proc.join(pid).join("ns/mnt");
+            std::os::unix::fs::symlink(format!("mnt:[{namespace}]"), link).expect("made");
+            fs::write(proc.join(pid).join("mountinfo"), mounts).expect("written");
+        };
+        process("self", "1", "");
+        process("7", "1", "");
+        assert_eq!(known_user(&proc, &sysfs, 259, 5), None);
+        process("8", "2", MOUNTS);
+        let found = known_user(&proc, &sysfs, 259, 5);
+        assert_eq!(found.as_deref(), Some("mounted at /mnt/two words"));
     }
 
     #[test]

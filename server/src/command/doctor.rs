@@ -50,6 +50,7 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
         ("io_uring", io_uring()),
         ("ublk", ublk()),
         ("memory pressure", memory_pressure()),
+        ("swap", swap()),
         ("runtime directory", runtime_directory(dir)),
     ];
     let exports = dead_exports(dir, clean).into_iter();
@@ -150,6 +151,31 @@ fn memory_pressure() -> Finding {
             ),
         ),
     }
+}
+
+/// Whether the machine swaps to a disk of a ublk server.
+fn swap() -> Finding {
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    match ublk_swaps(&swaps).as_slice() {
+        [] => (Verdict::Ok, "none on a disk of a ublk server".into()),
+        disks => (
+            Verdict::Warning,
+            format!(
+                "on {}: when memory is short its server may need memory to write it out, and the machine may stop: \
+                 use a disk of the kernel's",
+                disks.join(", ")
+            ),
+        ),
+    }
+}
+
+/// The disks of ublk servers, and their partitions, in the text of /proc/swaps.
+fn ublk_swaps(swaps: &str) -> Vec<String> {
+    let paths = swaps
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
+    let disks = paths.filter(|path| path.starts_with("/dev/ublkb"));
+    disks.map(str::to_owned).collect()
 }
 
 fn runtime_directory(dir: &RuntimeDir) -> Finding {
@@ -286,4 +312,15 @@ pub fn remove(id: u32, yes: bool) -> Result<ExitCode> {
     }
     ublk::remove(id, true)?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn swap_on_disks_of_ublk_servers_is_found() {
+        let swaps = "Filename Type Size Used Priority\n/dev/vda2 partition 1 0 -2\n/dev/ublkb3p1 partition 1 0 -3\n";
+        assert_eq!(ublk_swaps(swaps), ["/dev/ublkb3p1"]);
+    }
 }
