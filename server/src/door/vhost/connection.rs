@@ -116,7 +116,7 @@ impl Connection {
     /// Logs, once, why the client's guest waits: something that it uses is in memory that it did not share. QEMU says
     /// nothing then, and the guest has no way to.
     #[cold]
-    pub(super) fn tell_unshared(&self, what: fmt::Arguments<'_>) {
+    fn tell_unshared(&self, what: fmt::Arguments<'_>) {
         if !self.told_unshared.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 export = self.export,
@@ -124,6 +124,29 @@ impl Connection {
                 "{what}: all of a guest's memory must be shared (QEMU: -object memory-backend-memfd,…,share=on -machine \
                  memory-backend=…)"
             );
+        }
+    }
+
+    /// A vring is complete, and there is no memory for it.
+    pub(super) fn tell_no_memory(&self, vring: u16) {
+        self.tell_unshared(format_args!(
+            "vring {vring} is set up and cannot be served, because the client has shared no memory"
+        ));
+    }
+
+    /// A vring was [kicked](super::vring::Vring::was_kicked_in_vain) and never had anything in it.
+    pub(super) fn tell_kicked_in_vain(&self, vring: u16) {
+        self.tell_unshared(format_args!(
+            "vring {vring} was kicked and is empty: if the guest hangs, the ring is not in shared memory"
+        ));
+    }
+
+    /// A request was failed, because of this guest address or another reason.
+    pub(super) fn tell_unmapped(&self, address: Option<u64>) {
+        if let Some(address) = address {
+            self.tell_unshared(format_args!(
+                "a request was failed, because guest address {address:#x} is not in the memory that the client shared"
+            ));
         }
     }
 

@@ -229,9 +229,7 @@ impl Session {
             return Ok(());
         }
         if map.regions().is_empty() {
-            self.connection.tell_unshared(format_args!(
-                "vring {index} is set up and cannot be served, because the client has shared no memory"
-            ));
+            self.connection.tell_no_memory(index);
             return Ok(());
         }
         // It may have stopped for a migration that failed, or succeeded.
