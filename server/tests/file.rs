@@ -54,12 +54,15 @@ fn open(path: &Path) -> File {
     File::open(options(path, CacheMode::Auto)).unwrap()
 }
 
-fn claimed_later(path: &Path) -> File {
-    File::open(FileOptions {
+fn claims_later(path: &Path) -> FileOptions {
+    FileOptions {
         claim_later: true,
         ..options(path, CacheMode::Auto)
-    })
-    .unwrap()
+    }
+}
+
+fn claimed_later(path: &Path) -> File {
+    File::open(claims_later(path)).unwrap()
 }
 
 fn is_in_use(path: &Path) -> bool {

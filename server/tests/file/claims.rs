@@ -7,10 +7,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use ublkup::engine::StorageControl;
-use ublkup::storage::File;
+use ublkup::storage::{CacheMode, File};
 
 use crate::devices::Loop;
-use crate::{claimed_later, is_in_use, open, read_only, refusal, run, scratch, sparse};
+use crate::{claimed_later, claims_later, is_in_use, open, options, read_only};
+use crate::{refusal, run, scratch, sparse};
 
 /// Storage that is claimed when a guest wants it: two servers open it, one at a time has it.
 fn one_at_a_time(path: &Path) {
@@ -34,7 +35,13 @@ fn one_at_a_time(path: &Path) {
     assert_eq!(source.claim(soon), Ok(()));
     source.release();
     source.release();
-    open(path);
+    // One that does not let go would have it for good, and so it sees when it starts that it cannot.
+    assert!(refusal(options(path, CacheMode::Auto)).contains("--migration"));
+    drop(source);
+    let stays = open(path);
+    assert!(refusal(claims_later(path)).contains("without --migration"));
+    drop(stays);
+    drop(claimed_later(path));
 }
 
 #[test]
@@ -48,7 +55,8 @@ fn a_file_that_is_claimed_later_is_had_by_one_server_at_a_time() {
     file.set_len(1 << 19).unwrap();
     let refused = disk.claim(Duration::ZERO).unwrap_err();
     assert!(refused.contains("shorter"), "{refused}");
-    open(&path);
+    // And it has not kept the claim.
+    assert_eq!(claimed_later(&path).claim(Duration::ZERO), Ok(()));
 }
 
 #[test]

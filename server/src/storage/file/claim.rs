@@ -9,19 +9,14 @@ use std::time::Duration;
 
 use rustix::fs::{Advice, OFlags, fadvise};
 
-use super::lock::{Lock, is_taken, lock, unless_taken};
+use super::lock::{Lock, Part, is_taken, lock, unless_taken};
 use super::shared::{Claim, Shared};
 use crate::request::Limits;
 
 impl Shared {
     pub(super) fn claim(&self, limits: &Limits, limit: Duration) -> Result<(), String> {
         let path = self.path.display();
-        let taken = || {
-            format!(
-                "{path} is in use by another process: its guest still runs, or its server does not \
-                 let guests move (--migration)"
-            )
-        };
+        let taken = || format!("{path} is in use by another process, whose guest still runs");
         let mut claim = self.claimed();
         if claim.is_some() {
             return Ok(());
@@ -43,7 +38,7 @@ impl Shared {
                 })?,
             }
         } else {
-            match lock(&self.file, Lock::Write, limit) {
+            match lock(&self.file, Lock::Write, Part::Data, limit) {
                 Ok(()) => Claim::Lock,
                 Err(error) if is_taken(&error) => return Err(taken()),
                 Err(error) => return Err(format!("cannot lock {path}: {error}")),
@@ -78,7 +73,7 @@ impl Shared {
             return;
         }
         if let Some(Claim::Lock) = claim.take()
-            && let Err(error) = lock(&self.file, Lock::None, Duration::ZERO)
+            && let Err(error) = lock(&self.file, Lock::None, Part::Data, Duration::ZERO)
         {
             tracing::warn!("{path}: cannot be unlocked: {error}");
         }
@@ -91,15 +86,17 @@ impl Shared {
         if !self.claims_later || claim.is_some() {
             return change();
         }
-        lock(&self.file, Lock::Write, Duration::ZERO).map_err(|error| match is_taken(&error) {
-            true => io::Error::other(format!(
-                "{} is in use by another process: give it another size there",
-                self.path.display()
-            )),
-            false => error,
-        })?;
+        lock(&self.file, Lock::Write, Part::Data, Duration::ZERO).map_err(
+            |error| match is_taken(&error) {
+                true => io::Error::other(format!(
+                    "{} is in use by another process: give it another size there",
+                    self.path.display()
+                )),
+                false => error,
+            },
+        )?;
         let changed = change().and_then(|changed| self.file.sync_all().map(|()| changed));
-        lock(&self.file, Lock::None, Duration::ZERO)?;
+        lock(&self.file, Lock::None, Part::Data, Duration::ZERO)?;
         changed
     }
 

@@ -29,6 +29,20 @@ pub enum OpenError {
     /// Another process has it.
     #[error("{} is in use by another process (a server, a mount, a virtual machine): stop that first", .0.display())]
     InUse(PathBuf),
+    /// Another writer has it and does not let go of it.
+    #[error(
+        "{} is in use by another process that would not let go of it for a guest that moves here: a server, for \
+         instance, that was started without --migration",
+        .0.display()
+    )]
+    Kept(PathBuf),
+    /// Servers that let their guests move serve it.
+    #[error(
+        "{} is in use by a server with --migration, whose guests may come back to it: start this one with \
+         --migration and --ublk no as well, or stop that one",
+        .0.display()
+    )]
+    TakesTurns(PathBuf),
     /// Too small to be a disk.
     #[error("{} has {len_bytes} bytes, less than one block of {block_bytes}: enlarge it (truncate -s)", .path.display())]
     TooSmall {

@@ -1,4 +1,4 @@
-//! Locks on regular files that keep out other servers and QEMU.
+//! Locks on files that keep out other servers and QEMU.
 
 use std::fs;
 use std::io;
@@ -10,12 +10,11 @@ use crate::engine::wait::repeat_while;
 /// How often a lock is tried again while another process has the file.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// A lock on a regular file.
+/// A lock on a part of a file.
 ///
-/// A writer locks every byte, so that programs which lock some bytes of their images (QEMU locks
+/// A writer locks all [data](Part::Data), so that programs which lock some bytes of their images (QEMU locks
 /// bytes 100 to 203) and this server keep each other out. Readers lock the first byte and keep out
-/// our writers only. Block devices are not locked: writers claim them with `O_EXCL`, and a
-/// `flock(2)` would collide with udev, which takes one whenever it looks at a device.
+/// our writers only. The data of block devices is not locked: writers claim them with `O_EXCL`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lock {
     Read,
@@ -23,24 +22,49 @@ pub(super) enum Lock {
     None,
 }
 
-/// Replaces the lock of this open file.
+/// What is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// The first byte.
+    First,
+    /// All data that a disk can have.
+    Data,
+    /// A byte behind that. A server whose guests may move to other servers has it locked for reading as long as
+    /// it runs, any other writer for writing: so each sees when it starts whether the other would let go of
+    /// the data.
+    Turns,
+}
+
+impl Part {
+    /// Where it begins, and its length.
+    fn range(self) -> (i64, i64) {
+        const TURNS: i64 = 1 << 62;
+        match self {
+            Self::First => (0, 1),
+            Self::Data => (0, TURNS),
+            Self::Turns => (TURNS, 1),
+        }
+    }
+}
+
+/// Replaces the lock of this open file on `part`.
 ///
 /// # Errors
 ///
 /// When another open file has a conflicting lock for longer than `limit` ([`is_taken`]), or the file
 /// system has no locks.
-pub(super) fn lock(file: &fs::File, lock: Lock, limit: Duration) -> io::Result<()> {
+pub(super) fn lock(file: &fs::File, lock: Lock, part: Part, limit: Duration) -> io::Result<()> {
     // Lock types are small constants; the field is narrower than they are.
     #[expect(clippy::cast_possible_truncation, reason = "0 to 2")]
-    let (kind, len) = match lock {
-        Lock::Read => (libc::F_RDLCK as libc::c_short, 1),
-        Lock::Write => (libc::F_WRLCK as libc::c_short, 0),
-        Lock::None => (libc::F_UNLCK as libc::c_short, 0),
+    let kind = match lock {
+        Lock::Read => libc::F_RDLCK as libc::c_short,
+        Lock::Write => libc::F_WRLCK as libc::c_short,
+        Lock::None => libc::F_UNLCK as libc::c_short,
     };
     // SAFETY: all zeroes is a valid `flock`: from the start of the file.
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
     range.l_type = kind;
-    range.l_len = len;
+    (range.l_start, range.l_len) = part.range();
     let try_lock = || {
         // SAFETY: `range` is a whole `struct flock` that lives through the call.
         match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {

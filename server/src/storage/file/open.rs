@@ -16,7 +16,7 @@ use super::device::{self, DeviceFacts};
 use super::error::OpenError;
 use super::failures::Failures;
 use super::image_format::{self, ImageFormat};
-use super::lock::{self, Lock, is_taken, unless_taken};
+use super::lock::{self, Lock, Part, is_taken, unless_taken};
 use super::operations::{RELEASE_BYTES, ZERO_RANGE_BYTES};
 use super::shared::{Alignment, Lacks, Shared};
 use crate::io::AnonymousMemory;
@@ -81,12 +81,30 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
     let mut file = open_file(&path, read_only, claim_later)?;
     let metadata = file.metadata().map_err(failed)?;
     let is_device = metadata.file_type().is_block_device();
-    if is_device {
-        if !read_only && device::is_read_only(&file) {
-            return Err(failed(io::Error::from_raw_os_error(libc::EROFS)));
+    if is_device && !read_only && device::is_read_only(&file) {
+        return Err(failed(io::Error::from_raw_os_error(libc::EROFS)));
+    }
+    // The data of a device is not locked.
+    let has_locks = match (is_device || claim_later, read_only) {
+        (true, _) => true,
+        (false, true) => lock(&file, &path, Lock::Read, Part::First, OpenError::InUse)?,
+        (false, false) => lock(&file, &path, Lock::Write, Part::Data, OpenError::InUse)?,
+    };
+    // On a device too: flock(2), which udev uses, is another kind of lock.
+    match (claim_later, read_only) {
+        (true, _) => {
+            lock(&file, &path, Lock::Read, Part::Turns, OpenError::Kept)?;
         }
-    } else if !claim_later {
-        lock(&file, &path, read_only)?;
+        (false, false) if has_locks => {
+            lock(
+                &file,
+                &path,
+                Lock::Write,
+                Part::Turns,
+                OpenError::TakesTurns,
+            )?;
+        }
+        _ => {}
     }
     if format.is_none() {
         // Before O_DIRECT, which a short buffer anywhere does not satisfy.
@@ -254,18 +272,24 @@ fn check_kind(path: &Path, metadata: &fs::Metadata) -> Result<(), OpenError> {
     })
 }
 
-/// One writer, or any number of readers, of a regular file.
-fn lock(file: &fs::File, path: &Path, read_only: bool) -> Result<(), OpenError> {
-    let kind = if read_only { Lock::Read } else { Lock::Write };
-    match lock::lock(file, kind, TAKEN_LIMIT) {
-        Ok(()) => Ok(()),
-        Err(error) if is_taken(&error) => Err(OpenError::InUse(path.to_owned())),
+/// Locks a part of a file, if its file system has locks; whether it has. `taken` is the error if another
+/// process has it.
+fn lock(
+    file: &fs::File,
+    path: &Path,
+    kind: Lock,
+    part: Part,
+    taken: fn(PathBuf) -> OpenError,
+) -> Result<bool, OpenError> {
+    match lock::lock(file, kind, part, TAKEN_LIMIT) {
+        Ok(()) => Ok(true),
+        Err(error) if is_taken(&error) => Err(taken(path.to_owned())),
         Err(error) => {
             tracing::warn!(
                 "{}: cannot be locked: {error}; make sure that no other program writes to it",
                 path.display()
             );
-            Ok(())
+            Ok(false)
         }
     }
 }
