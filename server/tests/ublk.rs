@@ -19,6 +19,10 @@ mod intruders;
 mod many;
 #[path = "ublk/memory.rs"]
 mod memory;
+#[path = "ublk/owner.rs"]
+mod owner;
+#[path = "common/recorded.rs"]
+mod recorded;
 #[path = "ublk/recovery.rs"]
 mod recovery;
 #[path = "ublk/replace.rs"]

@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use ublkup::storage::Memory as MemoryDisk;
+use vhost::VhostBackend;
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
 
 /// Waits for one completion on a queue.
@@ -119,6 +120,7 @@ fn the_firmware_of_a_qemu_machine_reads_the_boot_sector() {
     sector[510..].copy_from_slice(&[0x55, 0xaa]);
     let mut driver = Driver::running(fixture.connect(), USUAL);
     assert_eq!(driver.write(0, &sector), OK);
+    driver.frontend.get_vring_base(0).unwrap();
     drop(driver);
     let before = fixture.counters.totals();
     let log = fixture.scratch.path().join("qemu.log");

@@ -68,6 +68,7 @@ fn the_disk_goes_to_the_client_that_waits_when_the_first_has_stopped_all_vrings(
     eventually("the source goes", || fixture.door.sessions().len() == 1);
     assert_eq!(fixture.ownership.state(), OwnershipState::Upgraded);
     assert_eq!(target.write(1, &[8; 512]), OK);
+    target.frontend.get_vring_base(0).unwrap();
     drop(target);
     fixture.wait_empty();
     assert_eq!(fixture.ownership.state(), OwnershipState::Free);

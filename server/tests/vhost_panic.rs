@@ -79,8 +79,8 @@ fn a_client_whose_queue_thread_panics_is_hung_up_on_and_the_next_one_is_served()
     wait_hung_up(&watched);
     fixture.wait_empty();
     drop(driver);
-    // The disk has been given back.
-    assert_eq!(fixture.ownership.state(), OwnershipState::Free);
+    // It did not stop, so the disk is kept for it.
+    assert_eq!(fixture.ownership.state(), OwnershipState::Waiting);
     let mut next = Driver::running(fixture.connect(), USUAL);
     assert_eq!(next.write(0, &[1; 512]), OK);
 }

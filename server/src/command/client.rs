@@ -11,6 +11,7 @@ use upgrade_proto::{connect_within, printable};
 use super::left;
 use super::output::{complain, count, print, print_json, print_json_text, print_line};
 use crate::config::check_name;
+use crate::door::ownership::KeptFor;
 use crate::door::ublk::DataPath;
 use crate::engine::counters::Totals;
 use crate::engine::socket::peer_pid;
@@ -266,6 +267,10 @@ fn details(status: &ExportStatus) -> String {
             cpus.unwrap_or_default()
         ),
     ];
+    if let Some(kept) = &status.kept_for {
+        let KeptFor { client, seconds } = kept;
+        lines.push(format!("  kept      for {client}, {seconds} s more"));
+    }
     if let Some(error) = &status.last_error {
         lines.push(format!("  error     {error}"));
     }
@@ -344,6 +349,7 @@ mod tests {
             name: "a".into(),
             state: "serving".into(),
             access: crate::door::ownership::OwnershipState::Free,
+            kept_for: None,
             pid: 1,
             backend: "mem:1M".into(),
             size_bytes: 1 << 20,
@@ -389,6 +395,10 @@ mod tests {
             name: "a\u{1b}[2J".into(),
             state: "serving\nb: serving".into(),
             access: crate::door::ownership::OwnershipState::Free,
+            kept_for: Some(KeptFor {
+                client: "one\nof many".into(),
+                seconds: 1,
+            }),
             pid: 1,
             backend: "mem:1M\r".into(),
             size_bytes: 1 << 20,
@@ -405,7 +415,7 @@ mod tests {
         };
         for (text, lines) in [
             (table(std::slice::from_ref(&status)), 2),
-            (details(&status), 5),
+            (details(&status), 6),
         ] {
             assert_eq!(text.lines().count(), lines, "{text}");
             assert!(

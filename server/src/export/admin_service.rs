@@ -12,7 +12,7 @@ use super::event::Event;
 use super::shared::{Shared, State};
 use super::upgrade::UpgradeListener;
 use crate::config::StorageSpec;
-use crate::door::ownership::OwnershipState;
+use crate::door::ownership::KeptFor;
 use crate::door::ublk::UblkDoor;
 use crate::door::vhost::{Refusal, SessionInfo};
 use crate::engine::counters::CounterSet;
@@ -67,15 +67,11 @@ impl Shared {
     /// is all that is in the way.
     fn close_unless_open(&self) -> Result<Option<String>> {
         const FORCE: &str = "stop --force stops it all the same";
-        match self.access.state() {
-            OwnershipState::Waiting => {
-                bail!("in use: the disk is kept for a client that died ({FORCE})")
-            }
-            _ => {
-                if let Some(holder) = self.access.holder() {
-                    bail!("in use: {holder} has the disk ({FORCE})");
-                }
-            }
+        if let Some(KeptFor { client, seconds }) = self.access.kept_for() {
+            bail!("in use: the disk is kept for {client} for {seconds} s more ({FORCE})");
+        }
+        if let Some(holder) = self.access.holder() {
+            bail!("in use: {holder} has the disk ({FORCE})");
         }
         if let Some((door, _)) = &self.doors().vhost {
             let running = door.sessions().into_iter().find(|client| client.vrings > 0);
@@ -148,6 +144,7 @@ impl admin::Service for Shared {
             }
             .into(),
             access: self.access.state(),
+            kept_for: self.access.kept_for(),
             pid: std::process::id(),
             backend: config.storage_text(),
             size_bytes: limits.capacity.bytes(),

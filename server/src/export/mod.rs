@@ -89,13 +89,19 @@ impl Export {
                 claim,
                 admin,
             }),
-            Err(error) if take_over && claim.left_device().is_some() => {
-                let name = claim.name();
-                Err(error.context(format!(
-                    "no server has it now, and its block device waits (ublkup recover {name})"
-                )))
+            Err(mut error) => {
+                if take_over && claim.left_device().is_some() {
+                    let name = claim.name();
+                    error = error.context(format!(
+                        "no server has it now, and its block device waits (ublkup recover {name})"
+                    ));
+                }
+                if claim.was_upgraded() {
+                    // The next server keeps the disk for the client that had it.
+                    claim.leave();
+                }
+                Err(error)
             }
-            Err(error) => Err(error),
         }
     }
 

@@ -1,18 +1,15 @@
 //! The name of an export, held by one server, and the notes below it.
 
 use std::fs::File;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::fs::{
-    AtFlags, FlockOperation, Mode, OFlags, flock, openat, renameat, statat, unlinkat,
-};
-use rustix::io::Errno;
+use rustix::fs::{AtFlags, FlockOperation, flock, statat, unlinkat};
 use upgrade_proto::TrustedDir;
 
 use crate::engine::crash;
+use crate::engine::durable::{NoteFile, unfinished, unlink};
 use crate::engine::wait::repeat_while;
 
 /// The admin socket in an export's folder.
@@ -98,22 +95,19 @@ impl NameLock {
     }
 
     /// Writes a note beside the old one and puts it in its place.
-    fn note(&self, name: &str, text: &str) -> Result<()> {
-        let new = unfinished(name);
-        // Never through a link, and never into a file of others.
-        self.remove(&new);
-        let create = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-        let mut file = self.dir.file(&new, create)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        crash::point(match name {
-            SERVED => "export-written",
-            _ => "id-written",
-        });
-        renameat(&self.dir, &new, &self.dir, name)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        File::from(openat(&self.dir, ".", flags, Mode::empty())?).sync_all()?;
+    fn note(&self, name: &'static str, text: &str) -> Result<()> {
+        self.file(name)?.replace(text, || {
+            crash::point(match name {
+                SERVED => "export-written",
+                _ => "id-written",
+            });
+        })?;
         Ok(())
+    }
+
+    /// A note of this export.
+    fn file(&self, name: &'static str) -> Result<NoteFile> {
+        Ok(NoteFile::new(self.dir.dir(".")?, name))
     }
 
     /// Releases the name and keeps the notes for the next server.
@@ -121,16 +115,24 @@ impl NameLock {
         self.left = true;
     }
 
-    /// Whether a vhost client had the disk when the last server of this name died.
+    /// Whether it is noted that a vhost client has the disk, or had it.
     #[must_use]
     pub fn was_upgraded(&self) -> bool {
         statat(&self.dir, UPGRADED, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
-    /// The file that exists while a vhost client has the disk.
-    #[must_use]
-    pub fn upgraded_note(&self) -> PathBuf {
-        self.folder().join(UPGRADED)
+    /// The note of which vhost client has the disk.
+    ///
+    /// # Errors
+    ///
+    /// When the folder is not trusted any more.
+    pub fn upgraded_note(&self) -> Result<NoteFile> {
+        self.file(UPGRADED)
+    }
+
+    /// Removes the note of which vhost client had the disk, whose contents are lost.
+    pub(super) fn forget_client(&self) {
+        self.remove(UPGRADED);
     }
 
     /// Removes the note of the block device, which is gone.
@@ -141,42 +143,29 @@ impl NameLock {
     /// Removes the sockets of a dead server, and notes that it had not finished. What else there is stays: the
     /// notes, and what no server has put there.
     pub(super) fn clear_stale(&self) -> Result<()> {
-        let unfinished = [UBLK_ID, SERVED].map(unfinished);
+        let unfinished = [UBLK_ID, SERVED, UPGRADED].map(unfinished);
         for name in [CONTROL, VHOST_SOCKET]
             .into_iter()
             .chain(unfinished.iter().map(String::as_str))
         {
-            match unlinkat(&self.dir, name, AtFlags::empty()) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(errno) => {
-                    return Err(io::Error::from(errno)).with_context(|| {
-                        format!(
-                            "cannot remove {}, which is in the way of '{}'",
-                            self.folder().join(name).display(),
-                            self.name
-                        )
-                    });
-                }
-            }
+            unlink(&self.dir, name).with_context(|| {
+                format!(
+                    "cannot remove {}, which is in the way of '{}'",
+                    self.folder().join(name).display(),
+                    self.name
+                )
+            })?;
         }
         Ok(())
     }
 
     /// Removes a file of the folder, if it is there.
     fn remove(&self, name: &str) {
-        match unlinkat(&self.dir, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(error) => {
-                let path = self.folder().join(name);
-                tracing::warn!(path = %path.display(), %error, "cannot remove");
-            }
+        if let Err(error) = unlink(&self.dir, name) {
+            let path = self.folder().join(name);
+            tracing::warn!(path = %path.display(), %error, "cannot remove");
         }
     }
-}
-
-/// The name of a note that is being written.
-fn unfinished(name: &str) -> String {
-    format!(".{name}.new")
 }
 
 impl Drop for NameLock {

@@ -104,20 +104,23 @@ impl Opening<'_> {
         let disk = Arc::new(disk);
         let limits = disk.limits().clone();
         let config = self.config;
+        if !outlives_server(config) {
+            self.claim.forget_client();
+        }
         let access = Ownership::new(
             &config.name,
             limits.read_only,
             config.reconnect_grace,
-            Some(self.claim.upgraded_note()),
+            Some(self.claim.upgraded_note()?),
         );
         if config.migration {
             let claimed = || Arc::clone(&disk) as Arc<dyn StorageControl>;
             access.allow_moves(claims_later(config).then(claimed));
         }
         let vhost = self.open_vhost(&disk, &access)?;
-        let returns = recoverable.is_some() && self.claim.was_upgraded();
         // Clients that have connected already wait until ownership is opened.
-        let ublk = (self.open_ublk(&disk, recoverable, returns)).inspect_err(|_| access.close())?;
+        let ublk = (self.open_ublk(&disk, recoverable, access.is_kept()))
+            .inspect_err(|_| access.close())?;
         let mut doors = Doors {
             ublk: ublk.map(|(door, counters)| (Arc::new(door), counters)),
             vhost,
@@ -127,10 +130,7 @@ impl Opening<'_> {
         if doors.ublk.is_none() && doors.vhost.is_none() {
             bail!("no door can be opened: there is no ublk here, and --vhost is no");
         }
-        match doors.ublk.as_ref().map(|(door, _)| door.writes()) {
-            Some(writes) if returns => access.open_for_return(writes),
-            writes => access.open(writes),
-        }
+        access.open(doors.ublk.as_ref().map(|(door, _)| door.writes()));
         doors.upgrade = self.listen_for_upgrades(&doors);
         Ok((doors, disk, access))
     }
@@ -289,13 +289,17 @@ fn vhost_socket(config: &ExportConfig, claim: &NameLock) -> Option<PathBuf> {
     Some(config.vhost_socket.clone().unwrap_or_else(default))
 }
 
+/// Whether the contents are there after the death of this server.
+fn outlives_server(config: &ExportConfig) -> bool {
+    matches!(config.storage, StorageSpec::File { .. })
+}
+
 /// What happens to the block device when this server dies.
 fn recovery(config: &ExportConfig) -> Recovery {
-    match (config.recovery, &config.storage) {
-        (asked_for, StorageSpec::File { .. }) => asked_for,
+    match config.recovery {
         // The contents are lost with the server, so requests must fail.
-        (Recovery::Auto, _) => Recovery::Off,
-        (asked_for, _) => asked_for,
+        Recovery::Auto if !outlives_server(config) => Recovery::Off,
+        asked_for => asked_for,
     }
 }
 

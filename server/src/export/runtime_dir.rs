@@ -7,7 +7,7 @@
 //!                          ublk-id          number of the block device and of its disk, its mark, and which file
 //!                                           is behind it, while there is one
 //!                          served           what is served and how, for `ublkup recover`
-//!                          upgraded         there while a vhost client has the disk
+//!                          upgraded         which vhost client has the disk, or had it when its server died
 //! ```
 //!
 //! Each of these directories, and each note in them, belongs to this user or root, is no link, and can be written to by

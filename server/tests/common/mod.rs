@@ -44,6 +44,30 @@ pub fn limits(capacity_bytes: u64) -> Limits {
     }
 }
 
+/// Asserts that a process which this one starts inherits none of its descriptors but the standard ones: a
+/// listening socket that outlives its server would go on answering clients.
+pub fn expect_all_close_on_exec(pid: u32) {
+    let folder = format!("/proc/{pid}/fdinfo");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let Ok(info) = std::fs::read_to_string(format!("{folder}/{name}")) else {
+            // It was closed meanwhile.
+            continue;
+        };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = u32::from_str_radix(flags.unwrap().trim(), 8).unwrap();
+        let target = |pid: &str| std::fs::read_link(format!("/proc/{pid}/fd/{name}")).ok();
+        let target = (target(&pid.to_string()), target("self"));
+        // What this program was started with is the server's too.
+        if name.parse::<u32>().unwrap() > 2 && target.0 != target.1 {
+            seen += 1;
+            assert_ne!(flags & 0o2_000_000, 0, "{name} is inherited: {target:?}");
+        }
+    }
+    assert!(seen > 5, "only {seen} descriptors");
+}
+
 /// The right to a disk without a ublk door.
 pub fn open_ownership(read_only: bool) -> Arc<Ownership> {
     let ownership = Ownership::new("test", read_only, Duration::from_secs(1), None);

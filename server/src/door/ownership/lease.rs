@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
+use super::identity::Identity;
 use super::state::{DRAIN_LIMIT, Inner, Ownership, SUCCESSION_LIMIT, State};
+use super::taking::Taking;
 use super::types::{Client, Refused};
 
 /// A client's lease of the disk. Dropping it without [`leave`](Self::leave) is treated as a client crash.
@@ -25,25 +27,48 @@ impl Lease {
         }
     }
 
-    /// The client has stopped for a live migration, and nothing of it is under way. Where clients may
-    /// move, another one may take the disk over from now on, also one of another server.
-    pub fn rest(&self) {
+    /// The client has stopped all its vrings, and nothing of it is under way. If it stopped for a live migration
+    /// and clients may move, another one may take the disk over from now on, also one of another server.
+    pub fn rest(&self, is_migrating: bool) {
         let Some(ownership) = &self.ownership else {
             return;
         };
-        let Some(mut inner) = self.owned(ownership) else {
+        let Some(inner) = self.owned(ownership) else {
             return;
         };
         let State::Upgraded(client) = &inner.state else {
             return;
         };
-        if !inner.moves {
-            return;
-        }
         let client = client.clone();
+        if is_migrating && inner.moves {
+            return self.move_on(ownership, inner, client);
+        }
+        drop(inner);
+        match self.note(ownership, client.identity.at_rest()) {
+            Ok(()) | Err(Refused::NotOpen) => {}
+            Err(error) => tracing::warn!(export = ownership.export, "{error}"),
+        }
+    }
+
+    fn move_on(&self, ownership: &Ownership, mut inner: MutexGuard<'_, Inner>, client: Client) {
         inner.state = State::Draining;
         let storage = inner.storage.clone();
         drop(inner);
+        // First, since another server may have the disk as soon as the storage is released.
+        let closed = ownership.notes();
+        if !*closed {
+            let mut note = ownership.inner().note.clone();
+            if let Some(holder) = &mut note.holder {
+                holder.moving = true;
+            }
+            if let Err(error) = ownership.write_note(note) {
+                tracing::warn!(
+                    export = ownership.export,
+                    "after a crash the disk would be kept for the source of the migration: {error}"
+                );
+            }
+        }
+        drop(closed);
         if let Some(storage) = storage {
             storage.release();
         }
@@ -60,27 +85,58 @@ impl Lease {
         ownership.changed.notify_all();
     }
 
-    /// The client is about to go on. False when another one has taken the disk over, and this lease is
-    /// void.
+    /// The client, which presents `identity`, is about to start a vring. False when another one has taken the disk
+    /// over, and this lease is void.
     ///
     /// # Errors
     ///
-    /// When another server has the storage.
-    pub fn resume(&self) -> Result<bool, Refused> {
+    /// When another server has the storage, or the identity cannot be noted.
+    pub fn resume(&self, identity: Identity) -> Result<bool, Refused> {
         let Some(ownership) = &self.ownership else {
             return Ok(true);
         };
         let Some(inner) = self.owned(ownership) else {
             return Ok(false);
         };
-        let State::Moving(client) = &inner.state else {
-            return Ok(true);
-        };
-        let client = client.clone();
-        ownership.pass_on(inner, self.number)?;
-        tracing::info!(export = ownership.export, "{} goes on here", client.name);
-        ownership.give_to(client)?;
+        match &inner.state {
+            State::Moving(client) => {
+                let client = Client {
+                    identity,
+                    ..client.clone()
+                };
+                let name = client.name.clone();
+                let mut taking = Taking::begin(ownership, inner, self.number);
+                taking.prepare()?;
+                taking.finish(client)?;
+                tracing::info!(export = ownership.export, "{name} goes on here");
+            }
+            State::Upgraded(client) if client.identity != identity => {
+                drop(inner);
+                self.note(ownership, identity)?;
+            }
+            _ => {}
+        }
         Ok(true)
+    }
+
+    /// Notes that the client that has the disk is recognised by `identity` from now on.
+    fn note(&self, ownership: &Ownership, identity: Identity) -> Result<(), Refused> {
+        let closed = ownership.notes();
+        if *closed {
+            return Err(Refused::NotOpen);
+        }
+        let mut note = ownership.inner().note.clone();
+        if let Some(holder) = &mut note.holder {
+            holder.identity = identity;
+        }
+        ownership
+            .write_note(note)
+            .map_err(|error| Refused::Note(error.to_string()))?;
+        let mut inner = ownership.inner();
+        if let State::Upgraded(client) = &mut inner.state {
+            client.identity = identity;
+        }
+        Ok(())
     }
 
     /// The state, if the disk is leased to this client. Waits while it is being passed on.
@@ -115,9 +171,17 @@ impl Drop for Lease {
         let Some(ownership) = self.ownership.take() else {
             return;
         };
-        let owned = self.owned(&ownership).is_some();
-        if owned {
-            ownership.await_return("the client that had the disk disconnected without stopping");
+        let Some(inner) = self.owned(&ownership) else {
+            return;
+        };
+        let holder = inner.note.holder.clone();
+        drop(inner);
+        match holder {
+            Some(holder) => ownership.keep(
+                holder,
+                "the client that had the disk disconnected without stopping",
+            ),
+            None => ownership.give_back(ownership.inner()),
         }
     }
 }
@@ -135,56 +199,26 @@ impl Ownership {
                 number: 0,
             });
         }
-        let mut inner = self.wait_for_turn()?;
+        let mut inner = self.wait_for_turn(&client.identity)?;
         inner.leases += 1;
         let number = inner.leases;
-        let lease = || Lease {
+        let again = matches!(inner.state, State::Waiting(_) | State::Moving(_));
+        let has_block_door = inner.block.is_some();
+        let name = client.name.clone();
+        let mut taking = Taking::begin(self, inner, number);
+        taking.prepare()?;
+        taking.finish(client)?;
+        match (again, has_block_door) {
+            (true, _) => tracing::info!(export = self.export, "upgraded again: {name}"),
+            (false, true) => tracing::info!(
+                export = self.export,
+                "upgraded: {name}; the block device is read-only meanwhile"
+            ),
+            (false, false) => {}
+        }
+        Ok(Lease {
             ownership: Some(Arc::clone(self)),
             number,
-        };
-        if let State::Waiting(_) | State::Moving(_) = inner.state {
-            self.pass_on(inner, number)?;
-            tracing::info!(export = self.export, "upgraded again: {}", client.name);
-            self.give_to(client)?;
-            return Ok(lease());
-        }
-        let Some(block) = inner.block.clone() else {
-            self.pass_on(inner, number)?;
-            self.give_to(client)?;
-            return Ok(lease());
-        };
-        inner.owner = number;
-        inner.state = State::Draining;
-        drop(inner);
-        // Whatever goes wrong from here on, a panic included, the ublk door gets the disk back.
-        let undo = BackToBlock(self);
-        if let Some(who) = block.in_use() {
-            return Err(Refused::InUse(who));
-        }
-        block.close(DRAIN_LIMIT).map_err(Refused::Drain)?;
-        // Before the client's first write: the next server must know after a crash.
-        self.note()
-            .map_err(|error| Refused::Note(error.to_string()))?;
-        std::mem::forget(undo);
-        let name = client.name.clone();
-        self.give_to(client).inspect_err(|_| {
-            // The export has been closed meanwhile. Its next server is not to wait for this client.
-            self.unnote();
-            block.open();
-        })?;
-        tracing::info!(
-            export = self.export,
-            "upgraded: {name}; the block device is read-only meanwhile"
-        );
-        Ok(lease())
-    }
-}
-
-/// Undoes a take that failed half way.
-struct BackToBlock<'a>(&'a Ownership);
-
-impl Drop for BackToBlock<'_> {
-    fn drop(&mut self) {
-        self.0.give_back(self.0.inner());
+        })
     }
 }

@@ -1,14 +1,14 @@
 //! The states of ownership and the ways between them.
 
 use std::fmt;
-use std::fs::File;
-use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::types::{BlockDoor, Client, OwnershipState, Refused};
+use super::identity::Identity;
+use super::note::{Folder, Holder, Machine, Note};
+use super::types::{BlockDoor, Client, KeptFor, OwnershipState, Refused};
 use crate::engine::StorageControl;
-use crate::engine::event_loop::EventLoop;
+use crate::engine::durable::NoteFile;
 
 /// How long a client waits for another one that is already gone, and for the doors to open.
 pub(super) const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
@@ -23,9 +23,55 @@ pub(super) enum State {
     Upgraded(Client),
     /// Stopped for migration: either this client resumes or its successor takes over.
     Moving(Client),
-    /// For a client to reconnect; the number tells one wait from another.
-    Waiting(u64),
+    Waiting(Wait),
     Closed,
+}
+
+/// A disk that is kept for a client that may come back.
+#[derive(Clone)]
+pub(super) struct Wait {
+    /// Tells one wait from another.
+    number: u64,
+    until: Instant,
+    pub(super) holder: Holder,
+}
+
+impl Wait {
+    /// Whether a client that presents `identity` may have the disk.
+    ///
+    /// # Errors
+    ///
+    /// For which client it is kept, and how long.
+    fn admits(&self, identity: &Identity, machine: &dyn Machine) -> Result<(), Refused> {
+        let kept = &self.holder.identity;
+        let admits = match kept {
+            _ if kept.is_unknown() => true,
+            // The source starts its vrings whenever it reconnects, whether the guest is still there or not.
+            // Without memory it cannot be told from a target in the same process.
+            _ if self.holder.moving => kept.memory.is_none() || !kept.is(identity),
+            _ if kept.is(identity) => true,
+            // Only in-flight memory could be with another process.
+            Identity {
+                memory: None,
+                process: Some(process),
+            } => !machine.is_running(*process),
+            _ => false,
+        };
+        let seconds = self.seconds_left();
+        match self.holder.moving {
+            _ if admits => Ok(()),
+            true => Err(Refused::Moving { seconds }),
+            false => Err(Refused::Kept {
+                client: self.holder.to_string(),
+                seconds,
+            }),
+        }
+    }
+
+    fn seconds_left(&self) -> u64 {
+        let left = self.until.saturating_duration_since(Instant::now());
+        left.as_secs() + u64::from(left.subsec_nanos() > 0)
+    }
 }
 
 pub(super) struct Inner {
@@ -38,31 +84,54 @@ pub(super) struct Inner {
     pub(super) moves: bool,
     /// What is claimed while a client has the disk.
     pub(super) storage: Option<Arc<dyn StorageControl>>,
-    pub(super) waits: u64,
+    waits: u64,
+    /// The last wait whose time is over.
+    expired: u64,
+    /// As it is on disk.
+    pub(super) note: Note,
 }
 
 /// The right to write to one export. No door has it before [`Ownership::open`].
 pub struct Ownership {
     pub(super) export: String,
-    pub(super) grace: Duration,
+    grace: Duration,
     pub(super) shared: bool,
-    /// A file that is there while a client has the disk, or is waited for.
-    pub(super) note: Option<PathBuf>,
-    pub(super) inner: Mutex<Inner>,
+    machine: Box<dyn Machine>,
+    /// Whether the note stays as it is. Locked before `inner`, and by whoever changes the note: it takes
+    /// time to make one durable, and nothing may wait for `inner`.
+    notes: Mutex<Closed>,
+    inner: Mutex<Inner>,
     pub(super) changed: Condvar,
 }
 
+/// Whether the export is closed.
+pub(super) type Closed = bool;
+
 impl Ownership {
     /// For a disk that is `read_only` or not; `grace` is how long it is kept for a client that
-    /// crashed. The file `note` is there while a client has the disk: a server that comes after a crash reads
+    /// crashed. The file `note` tells which client has the disk: a server that comes after a crash reads
     /// it.
     #[must_use]
-    pub fn new(export: &str, read_only: bool, grace: Duration, note: Option<PathBuf>) -> Arc<Self> {
+    pub fn new(
+        export: &str,
+        read_only: bool,
+        grace: Duration,
+        note: Option<NoteFile>,
+    ) -> Arc<Self> {
+        Self::on(Box::new(Folder(note)), export, read_only, grace)
+    }
+
+    pub(super) fn on(
+        machine: Box<dyn Machine>,
+        export: &str,
+        read_only: bool,
+        grace: Duration,
+    ) -> Arc<Self> {
         Arc::new(Self {
             export: export.to_owned(),
             grace,
             shared: read_only,
-            note,
+            notes: Mutex::default(),
             inner: Mutex::new(Inner {
                 state: State::Opening,
                 owner: 0,
@@ -71,7 +140,10 @@ impl Ownership {
                 moves: false,
                 storage: None,
                 waits: 0,
+                expired: 0,
+                note: machine.read_note(),
             }),
+            machine,
             changed: Condvar::new(),
         })
     }
@@ -81,9 +153,9 @@ impl Ownership {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn set(&self, state: State) {
-        self.inner().state = state;
-        self.changed.notify_all();
+    pub(super) fn notes(&self) -> MutexGuard<'_, Closed> {
+        // A flag is whole after any panic.
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From now on a client that stops while its memory is being migrated may be succeeded by another.
@@ -95,43 +167,54 @@ impl Ownership {
         inner.storage = storage;
     }
 
+    /// Whether an earlier server ended while a client had the disk, which is to be kept for it: the
+    /// ublk door must be opened refusing writes.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        !self.shared && !self.grace.is_zero() && self.inner().note.holder.is_some()
+    }
+
     /// Opens the export for clients, with the ublk door if there is one.
-    pub fn open(&self, block: Option<Arc<dyn BlockDoor>>) {
+    pub fn open(self: &Arc<Self>, block: Option<Arc<dyn BlockDoor>>) {
         let mut inner = self.inner();
         inner.block = block;
-        // Before a client may take the disk, which is noted again then.
-        self.unnote();
-        inner.state = State::Block;
+        let (mut note, storage) = (inner.note.clone(), inner.storage.clone());
         drop(inner);
-        self.changed.notify_all();
-    }
-
-    /// Opens the export of a server that died while a client had the disk: the client may come
-    /// back. The ublk door is refusing writes already.
-    pub fn open_for_return(self: &Arc<Self>, block: Arc<dyn BlockDoor>) {
-        self.inner().block = Some(block);
-        Arc::clone(self).await_return("the last server died while a client had the disk");
-    }
-
-    pub(super) fn note(&self) -> std::io::Result<()> {
-        match &self.note {
-            Some(path) => {
-                File::create(path)?.sync_all()?;
-                // The file is empty: that it is there is all it says.
-                path.parent()
-                    .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
-            }
-            None => Ok(()),
-        }
-    }
-
-    pub(super) fn unnote(&self) {
-        if let Some(path) = &self.note
-            && let Err(error) = std::fs::remove_file(path)
-            && error.kind() != std::io::ErrorKind::NotFound
+        let Some(holder) = note.holder.take().filter(|_| self.is_kept()) else {
+            let closed = self.notes();
+            self.note_or_warn(note);
+            self.inner().state = State::Block;
+            drop(closed);
+            return self.changed.notify_all();
+        };
+        if let Some(storage) = storage
+            && let Err(why) = storage.claim(Duration::ZERO)
         {
-            let path = path.display();
-            tracing::warn!(export = self.export, "cannot remove {path}: {error}");
+            tracing::warn!(
+                export = self.export,
+                "another server may get the disk: {why}"
+            );
+        }
+        self.keep(holder, "the last server ended while a client had the disk");
+    }
+
+    /// Makes `note` the note of this export. The caller holds the lock of [`Self::notes`].
+    pub(super) fn write_note(&self, note: Note) -> std::io::Result<()> {
+        if self.inner().note == note {
+            return Ok(());
+        }
+        self.machine.write_note(&note)?;
+        self.inner().note = note;
+        Ok(())
+    }
+
+    /// As [`Self::write_note`], where it is enough to warn.
+    fn note_or_warn(&self, note: Note) {
+        if let Err(error) = self.write_note(note) {
+            tracing::warn!(
+                export = self.export,
+                "cannot note in the runtime directory that no client has the disk: {error}"
+            );
         }
     }
 
@@ -140,9 +223,13 @@ impl Ownership {
         self.inner().block = None;
     }
 
-    /// No client gets the disk any more.
+    /// No client gets the disk any more, and what is noted of it stays.
     pub fn close(&self) {
-        self.set(State::Closed);
+        let mut closed = self.notes();
+        *closed = true;
+        self.inner().state = State::Closed;
+        drop(closed);
+        self.changed.notify_all();
     }
 
     /// What `stat` shows.
@@ -171,6 +258,21 @@ impl Ownership {
         }
     }
 
+    /// The client that the disk is kept for, if it is.
+    #[must_use]
+    pub fn kept_for(&self) -> Option<KeptFor> {
+        match &self.inner().state {
+            State::Waiting(wait) => Some(KeptFor {
+                client: match wait.holder.moving {
+                    true => format!("the target of the migration of {}", wait.holder.name),
+                    false => wait.holder.to_string(),
+                },
+                seconds: wait.seconds_left(),
+            }),
+            _ => None,
+        }
+    }
+
     /// The client because of which another one is refused as soon as it connects.
     #[must_use]
     pub fn obstacle(&self) -> Option<String> {
@@ -178,51 +280,24 @@ impl Ownership {
         self.holder().filter(|_| !moves)
     }
 
-    /// Claims the storage for the lease of this number. If that fails everything is as before.
-    pub(super) fn pass_on(
+    /// Waits while the disk is being passed on, and returns when it can be taken by a client that presents
+    /// `identity`.
+    pub(super) fn wait_for_turn(
         &self,
-        mut inner: MutexGuard<'_, Inner>,
-        number: u64,
-    ) -> Result<(), Refused> {
-        let Some(storage) = inner.storage.clone() else {
-            inner.owner = number;
-            inner.state = State::Draining;
-            return Ok(());
-        };
-        let owner = std::mem::replace(&mut inner.owner, number);
-        let state = std::mem::replace(&mut inner.state, State::Draining);
-        drop(inner);
-        let claimed = storage.claim(SUCCESSION_LIMIT);
-        if claimed.is_err() {
-            let mut inner = self.inner();
-            if let State::Draining = inner.state {
-                (inner.owner, inner.state) = (owner, state);
-            }
-            drop(inner);
-            self.changed.notify_all();
-        }
-        claimed.map_err(Refused::Storage)
-    }
-
-    /// The end of a take.
-    pub(super) fn give_to(&self, client: Client) -> Result<(), Refused> {
-        let mut inner = self.inner();
-        if let State::Closed = inner.state {
-            return Err(Refused::NotOpen);
-        }
-        inner.state = State::Upgraded(client);
-        drop(inner);
-        self.changed.notify_all();
-        Ok(())
-    }
-
-    /// Waits while the disk is being passed on, and returns when it can be taken.
-    pub(super) fn wait_for_turn(&self) -> Result<MutexGuard<'_, Inner>, Refused> {
+        identity: &Identity,
+    ) -> Result<MutexGuard<'_, Inner>, Refused> {
         let deadline = Instant::now() + SUCCESSION_LIMIT + DRAIN_LIMIT;
         let mut inner = self.inner();
         loop {
+            if inner.note.is_succeeded(identity) {
+                return Err(Refused::Succeeded);
+            }
             let refused = match &inner.state {
-                State::Block | State::Waiting(_) | State::Moving(_) => return Ok(inner),
+                State::Waiting(wait) => match wait.admits(identity, &*self.machine) {
+                    Ok(()) => return Ok(inner),
+                    Err(refused) => return Err(refused),
+                },
+                State::Block | State::Moving(_) => return Ok(inner),
                 State::Closed => return Err(Refused::NotOpen),
                 State::Upgraded(client) if !(client.gone)() => {
                     return Err(Refused::Taken(client.name.clone()));
@@ -247,67 +322,98 @@ impl Ownership {
         if let State::Closed = inner.state {
             return;
         }
-        if let Some(storage) = inner.storage.clone() {
-            inner.state = State::Draining;
-            drop(inner);
+        inner.state = State::Draining;
+        let storage = inner.storage.clone();
+        drop(inner);
+        if let Some(storage) = storage {
             storage.release();
-            inner = self.inner();
-            if let State::Closed = inner.state {
-                return;
-            }
         }
-        self.unnote();
+        let closed = self.notes();
+        if *closed {
+            return;
+        }
+        let mut note = self.inner().note.clone();
+        note.holder = None;
+        self.note_or_warn(note);
+        let mut inner = self.inner();
         if let Some(block) = &inner.block {
             block.open();
         }
         inner.state = State::Block;
         drop(inner);
+        drop(closed);
         self.changed.notify_all();
     }
 
-    /// Keeps the disk for a client that may reconnect, and gives it back if none did in time.
-    pub(super) fn await_return(self: Arc<Self>, why: &str) {
+    /// Keeps the disk for a client that may come back, and gives it back if that does not in time.
+    pub(super) fn keep(self: &Arc<Self>, holder: Holder, why: &str) {
         let mut inner = self.inner();
         if let State::Closed = inner.state {
             return;
         }
-        // No block device to return to, or no grace period configured.
-        if inner.block.is_none() || self.grace.is_zero() {
+        if self.grace.is_zero() {
             return self.give_back(inner);
         }
         inner.waits += 1;
-        let wait = inner.waits;
-        inner.state = State::Waiting(wait);
+        let number = inner.waits;
+        let seconds = self.grace.as_secs_f32();
+        match holder.moving {
+            true => tracing::warn!(
+                export = self.export,
+                "{why}: it had stopped for a migration, and the disk is kept for the target for {seconds} s"
+            ),
+            false => tracing::warn!(
+                export = self.export,
+                "{why}: it is kept for {holder} for {seconds} s"
+            ),
+        }
+        inner.state = State::Waiting(Wait {
+            number,
+            until: Instant::now() + self.grace,
+            holder,
+        });
         drop(inner);
         self.changed.notify_all();
-        let seconds = self.grace.as_secs_f32();
-        tracing::warn!(export = self.export, "{why}: it is kept for {seconds} s");
         // An export that is gone needs no end of its wait.
-        let waiting = Arc::downgrade(&self);
-        let end = move || {
+        let waiting = Arc::downgrade(self);
+        let end = Box::new(move || {
             if let Some(ownership) = waiting.upgrade() {
-                ownership.end_wait(wait);
+                ownership.end_wait(number);
             }
-        };
-        match EventLoop::get() {
-            Ok(events) => events.call_after(self.grace, end),
-            Err(error) => {
-                tracing::error!(export = self.export, %error, "cannot wait for the client");
-                self.give_back(self.inner());
-            }
+        });
+        if let Err(error) = self.machine.call_after(self.grace, end) {
+            tracing::error!(export = self.export, %error, "cannot wait for the client");
+            self.give_back(self.inner());
         }
     }
 
     /// Gives the disk back when the time of this wait is over, if it still lasts.
-    fn end_wait(&self, wait: u64) {
-        let inner = self.inner();
-        if matches!(inner.state, State::Waiting(current) if current == wait) {
-            tracing::info!(
-                export = self.export,
-                "the client did not come back: the block device is writable again"
-            );
+    fn end_wait(&self, number: u64) {
+        let mut inner = self.inner();
+        inner.expired = inner.expired.max(number);
+        if matches!(&inner.state, State::Waiting(wait) if wait.number == number) {
+            let now = match inner.block {
+                Some(_) => "the block device is writable again",
+                None => "other clients may have the disk",
+            };
+            tracing::info!(export = self.export, "the client did not come back: {now}");
             self.give_back(inner);
         }
+    }
+
+    /// Puts back the state and the owner of before a client was given the disk, which failed.
+    pub(super) fn restore(&self, state: State, owner: u64) {
+        let mut inner = self.inner();
+        if !matches!(inner.state, State::Draining) {
+            return;
+        }
+        inner.owner = owner;
+        if matches!(&state, State::Waiting(wait) if wait.number <= inner.expired) {
+            return self.give_back(inner);
+        }
+        inner.state = state;
+        drop(inner);
+        self.changed.notify_all();
     }
 }
 

@@ -1,9 +1,13 @@
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
+use upgrade_proto::TrustedDir;
+
 use super::*;
 use crate::engine::StorageControl;
+use crate::engine::durable::NoteFile;
 use crate::request::Limits;
 
 /// A ublk door that keeps a diary, and a lock to hold up its draining.
@@ -46,6 +50,7 @@ fn client(name: &str) -> Client {
     Client {
         name: name.into(),
         gone: Arc::new(|| false),
+        identity: Identity::default(),
     }
 }
 
@@ -54,6 +59,10 @@ fn export(grace: Duration) -> (Arc<Ownership>, Arc<Door>) {
     let door = Arc::new(Door::default());
     access.open(Some(Arc::<Door>::clone(&door)));
     (access, door)
+}
+
+fn noted_in(folder: &Path) -> NoteFile {
+    NoteFile::new(TrustedDir::open(folder).unwrap(), "note")
 }
 
 const LONG: Duration = Duration::from_secs(3600);
@@ -165,6 +174,7 @@ fn who_comes_before_its_own_past_has_ended_waits_for_it() {
                 let gone = Arc::clone(&gone);
                 move || gone.load(Ordering::Relaxed)
             }),
+            ..client("a")
         })
         .unwrap();
     gone.store(true, Ordering::Relaxed);
@@ -207,7 +217,7 @@ fn a_closed_export_has_no_clients() {
 fn an_export_that_is_closed_while_a_client_comes_does_not_note_that_client() {
     let folder = tempfile::tempdir().unwrap();
     let note = folder.path().join("note");
-    let access = Ownership::new("e", false, LONG, Some(note.clone()));
+    let access = Ownership::new("e", false, LONG, Some(noted_in(folder.path())));
     let door = Arc::new(Door::default());
     access.open(Some(Arc::<Door>::clone(&door)));
     let draining = door.draining.lock().unwrap();
@@ -222,7 +232,7 @@ fn an_export_that_is_closed_while_a_client_comes_does_not_note_that_client() {
     assert!(!note.exists(), "the next server would wait for it");
     assert_eq!(door.diary(), ["closing", "closed", "open"]);
     // Who had the disk before is noted as ever.
-    let access = Ownership::new("e", false, LONG, Some(note.clone()));
+    let access = Ownership::new("e", false, LONG, Some(noted_in(folder.path())));
     access.open(Some(door));
     let hold = access.take(client("a")).unwrap();
     access.close();
@@ -231,12 +241,13 @@ fn an_export_that_is_closed_while_a_client_comes_does_not_note_that_client() {
 }
 
 #[test]
-fn without_a_block_door_nobody_is_waited_for() {
-    let access = Ownership::new("e", false, LONG, None);
+fn without_a_block_door_the_disk_is_kept_all_the_same() {
+    let access = Ownership::new("e", false, Duration::from_millis(50), None);
     access.open(None);
     assert_eq!(access.state(), OwnershipState::Free);
     drop(access.take(client("a")).unwrap());
-    assert_eq!(access.state(), OwnershipState::Free);
+    assert_eq!(access.state(), OwnershipState::Waiting);
+    eventually("the wait ends", || access.state() == OwnershipState::Free);
 }
 
 #[test]
@@ -252,8 +263,8 @@ fn a_read_only_disk_is_shared() {
 #[test]
 fn a_note_is_there_while_a_client_has_the_disk_or_is_waited_for() {
     let temp = tempfile::tempdir().unwrap();
-    let note = temp.path().join("upgraded");
-    let access = Ownership::new("e", false, LONG, Some(note.clone()));
+    let note = temp.path().join("note");
+    let access = Ownership::new("e", false, LONG, Some(noted_in(temp.path())));
     access.open(Some(Arc::new(Door::default())));
     assert!(!note.exists());
     let hold = access.take(client("a")).unwrap();
@@ -266,10 +277,13 @@ fn a_note_is_there_while_a_client_has_the_disk_or_is_waited_for() {
 }
 
 #[test]
-fn after_a_crash_the_disk_is_kept_for_the_client_that_had_it() {
-    let access = Ownership::new("e", false, LONG, None);
+fn a_note_of_an_unknown_client_keeps_the_disk_for_the_first_that_comes() {
+    let temp = tempfile::tempdir().unwrap();
+    std::fs::write(temp.path().join("note"), "").unwrap();
+    let access = Ownership::new("e", false, LONG, Some(noted_in(temp.path())));
     let door = Arc::new(Door::default());
-    access.open_for_return(Arc::<Door>::clone(&door));
+    assert!(access.is_kept());
+    access.open(Some(Arc::<Door>::clone(&door)));
     assert_eq!(access.state(), OwnershipState::Waiting);
     access.take(client("a")).unwrap().leave();
     assert_eq!(door.diary(), ["open"], "it was closed from the beginning");
@@ -321,14 +335,14 @@ fn a_client_that_stopped_for_a_migration_is_succeeded_by_another() {
         Refused::Taken("source".into()),
         "not while it runs"
     );
-    source.rest();
+    source.rest(true);
     assert_eq!(access.state(), OwnershipState::Moving);
     let target = access.take(client("target")).unwrap();
     assert_eq!(access.state(), OwnershipState::Upgraded);
     assert_eq!(access.holder().as_deref(), Some("target"));
     // Whatever the source does now, it does to nobody.
-    assert_eq!(source.resume(), Ok(false));
-    source.rest();
+    assert_eq!(source.resume(Identity::default()), Ok(false));
+    source.rest(true);
     source.drain();
     assert_eq!(access.state(), OwnershipState::Upgraded);
     source.leave();
@@ -347,12 +361,12 @@ fn a_client_that_stopped_for_a_migration_is_succeeded_by_another() {
 fn a_migration_that_failed_goes_on_where_it_was() {
     let (access, store) = movable();
     let source = access.take(client("source")).unwrap();
-    source.rest();
-    assert_eq!(source.resume(), Ok(true));
+    source.rest(true);
+    assert_eq!(source.resume(Identity::default()), Ok(true));
     assert_eq!(access.state(), OwnershipState::Upgraded);
-    assert_eq!(source.resume(), Ok(true), "it has it");
-    source.rest();
-    drop(source);
+    assert_eq!(source.resume(Identity::default()), Ok(true), "it has it");
+    source.rest(true);
+    source.leave();
     assert_eq!(access.state(), OwnershipState::Free);
     let diary = store.diary.lock().unwrap().clone();
     let times = |what| diary.iter().filter(|entry| **entry == what).count();
@@ -365,7 +379,7 @@ fn where_clients_do_not_move_nobody_takes_anything_over() {
     let (access, _door) = export(LONG);
     let source = access.take(client("source")).unwrap();
     assert_eq!(access.obstacle().as_deref(), Some("source"));
-    source.rest();
+    source.rest(true);
     assert_eq!(access.state(), OwnershipState::Upgraded);
     assert!(access.take(client("target")).is_err());
     source.leave();
@@ -384,15 +398,18 @@ fn storage_is_claimed_while_somebody_has_the_disk_and_by_one_server() {
     assert_eq!(access.state(), OwnershipState::Free);
     store.taken.store(false, Ordering::Relaxed);
     let hold = access.take(client("a")).unwrap();
-    hold.rest();
+    hold.rest(true);
     assert_eq!(*store.diary.lock().unwrap(), ["claimed", "released"]);
     // The guest went to another server; should it come back, that must let go first.
     store.taken.store(true, Ordering::Relaxed);
-    assert!(matches!(hold.resume(), Err(Refused::Storage(_))));
+    assert!(matches!(
+        hold.resume(Identity::default()),
+        Err(Refused::Storage(_))
+    ));
     assert!(access.take(client("b")).is_err());
     assert_eq!(access.state(), OwnershipState::Moving, "as before");
     store.taken.store(false, Ordering::Relaxed);
-    assert_eq!(hold.resume(), Ok(true));
+    assert_eq!(hold.resume(Identity::default()), Ok(true));
     hold.leave();
     assert_eq!(access.state(), OwnershipState::Free);
     assert_eq!(store.diary.lock().unwrap().last(), Some(&"released"));
@@ -421,7 +438,7 @@ fn a_source_that_leaves_while_its_disk_is_being_taken_over_takes_nothing_along()
         access.allow_moves(Some(Arc::<Slow>::clone(&slow)));
         access.open(None);
         let source = access.take(client("source")).unwrap();
-        source.rest();
+        source.rest(true);
         slow.1.store(fails, Ordering::Relaxed);
         let held_up = slow.0.lock().unwrap();
         let taking = std::thread::spawn({

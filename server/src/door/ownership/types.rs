@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::identity::Identity;
+
 /// The ublk door, as far as the right to write goes.
 pub trait BlockDoor: Send + Sync {
     /// Refuses writes from now on. Returns when those that were accepted are complete.
@@ -33,7 +35,7 @@ pub enum OwnershipState {
     Draining,
     /// A vhost client has the disk.
     Upgraded,
-    /// A client crashed; the disk is kept until it reconnects.
+    /// The disk is kept for a client that disconnected without stopping.
     Waiting,
     /// A client has stopped for a live migration; another may take the disk over.
     Moving,
@@ -61,6 +63,31 @@ pub enum Refused {
     /// Another client has it.
     #[error("{0} has the disk")]
     Taken(String),
+    /// It is kept for another client.
+    #[error(
+        "the disk is kept for {client} for {seconds} s more (--reconnect-grace): other clients get it after that"
+    )]
+    Kept {
+        /// The client that may come back.
+        client: String,
+        /// How long it is kept yet.
+        seconds: u64,
+    },
+    /// It is kept for the client to which this one was moving.
+    #[error(
+        "this client had stopped for a migration, and the disk is kept for the target for {seconds} s more \
+         (--reconnect-grace)"
+    )]
+    Moving {
+        /// How long it is kept yet.
+        seconds: u64,
+    },
+    /// This client gave the disk away.
+    #[error(
+        "another client took the disk over from this one in a migration; it does not get the disk again while the \
+         export is served (ublkup stop, then serve, forgets that)"
+    )]
+    Succeeded,
     /// The block device is in use.
     #[error("the block device is in use ({0}): the writes of a client would go behind its back")]
     InUse(String),
@@ -85,4 +112,15 @@ pub struct Client {
     pub name: String,
     /// Whether it is gone already, and only its session has not noticed.
     pub gone: Arc<dyn Fn() -> bool + Send + Sync>,
+    /// How it is recognised when it comes back.
+    pub identity: Identity,
+}
+
+/// For which client a disk is kept that no client has.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct KeptFor {
+    /// The client.
+    pub client: String,
+    /// How long it is kept yet.
+    pub seconds: u64,
 }

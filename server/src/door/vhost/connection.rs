@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, send};
 
 use super::message;
+use crate::engine::process::Process;
 use crate::request::Limits;
 
 /// A client's connection and the state of its session.
@@ -20,6 +21,7 @@ pub(super) struct Connection {
     export: String,
     id: u64,
     peer_pid: Option<i32>,
+    process: Option<Process>,
     since: SystemTime,
     limits: Limits,
     /// The writeback byte of the configuration space: whether a completed write may be volatile.
@@ -49,6 +51,7 @@ impl Connection {
             export: export.to_owned(),
             id,
             peer_pid,
+            process: peer_pid.and_then(Process::of),
             since: SystemTime::now(),
             writeback: AtomicBool::new(limits.write_cache),
             limits,
@@ -75,6 +78,11 @@ impl Connection {
     /// The client's process, if the kernel told.
     pub(super) fn peer_pid(&self) -> Option<i32> {
         self.peer_pid
+    }
+
+    /// That process, told from others that get its number later, if this user may see it.
+    pub(super) fn process(&self) -> Option<Process> {
+        self.process
     }
 
     /// The client, for messages.
@@ -116,7 +124,7 @@ impl Connection {
     /// Logs, once, why the client's guest waits: something that it uses is in memory that it did not share. QEMU says
     /// nothing then, and the guest has no way to.
     #[cold]
-    fn tell_unshared(&self, what: fmt::Arguments<'_>) {
+    pub(super) fn tell_unshared(&self, what: fmt::Arguments<'_>) {
         if !self.told_unshared.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 export = self.export,
@@ -124,29 +132,6 @@ impl Connection {
                 "{what}: all of a guest's memory must be shared (QEMU: -object memory-backend-memfd,…,share=on -machine \
                  memory-backend=…)"
             );
-        }
-    }
-
-    /// A vring is complete, and there is no memory for it.
-    pub(super) fn tell_no_memory(&self, vring: u16) {
-        self.tell_unshared(format_args!(
-            "vring {vring} is set up and cannot be served, because the client has shared no memory"
-        ));
-    }
-
-    /// A vring was [kicked](super::vring::Vring::was_kicked_in_vain) and never had anything in it.
-    pub(super) fn tell_kicked_in_vain(&self, vring: u16) {
-        self.tell_unshared(format_args!(
-            "vring {vring} was kicked and is empty: if the guest hangs, the ring is not in shared memory"
-        ));
-    }
-
-    /// A request was failed, because of this guest address or another reason.
-    pub(super) fn tell_unmapped(&self, address: Option<u64>) {
-        if let Some(address) = address {
-            self.tell_unshared(format_args!(
-                "a request was failed, because guest address {address:#x} is not in the memory that the client shared"
-            ));
         }
     }
 

@@ -26,6 +26,7 @@ use super::config::MAX_VRINGS;
 use super::memory::{Region, RegionAddress};
 use super::ring_layout::MAX_QUEUE_SIZE;
 use super::shared::Shared;
+use crate::door::ownership::MemoryId;
 use crate::engine::crash;
 
 const HEADER_BYTES: usize = 16;
@@ -46,6 +47,7 @@ const COUNTER_AT: usize = 8;
 #[derive(Clone, Debug)]
 pub(super) struct InflightBuffer {
     memory: Shared,
+    id: MemoryId,
     queues: u16,
     queue_size: u16,
 }
@@ -121,9 +123,15 @@ impl InflightBuffer {
         let region = Region::map(address, file, told.mmap_offset)?;
         Ok(Self {
             memory: region.memory().clone(),
+            id: MemoryId::of(file)?,
             queues: told.num_queues,
             queue_size,
         })
+    }
+
+    /// What tells its memory from that of other clients.
+    pub(super) fn id(&self) -> MemoryId {
+        self.id
     }
 
     /// Forgets all chains: a device that was reset has none in flight, also of a ring that was broken.

@@ -201,7 +201,12 @@ impl VhostQueues {
             } => {
                 if outcome.is_err() {
                     self.counters.count_rejected();
-                    self.connection.tell_unmapped(segments.unmapped);
+                    if let Some(address) = segments.unmapped {
+                        self.connection.tell_unshared(format_args!(
+                            "a request was failed, because guest address {address:#x} is not in the memory that the \
+                             client shared"
+                        ));
+                    }
                 }
                 put_status(segments.status, request::status(outcome));
                 if let Some(logging) = &self.logging {
@@ -322,7 +327,9 @@ impl DoorQueue for VhostQueues {
         let pushed = vring.arm_kick(ring);
         self.expect_room(pushed);
         if in_vain {
-            self.connection.tell_kicked_in_vain(index);
+            self.connection.tell_unshared(format_args!(
+                "vring {index} was kicked and is empty: if the guest hangs, the ring is not in shared memory"
+            ));
         }
     }
 

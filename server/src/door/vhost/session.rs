@@ -27,7 +27,7 @@ use super::message::{Error, Message, Result, refuse};
 use super::queue::Command;
 use super::ring_layout::{RingAddresses, used_ring_bytes};
 use super::vring::Start;
-use crate::door::ownership::{Client, Lease, Ownership};
+use crate::door::ownership::{Client, Identity, Lease, Ownership};
 use crate::engine::mailbox::Sender;
 
 /// `VHOST_F_LOG_ALL`: what requests write is marked in the log of dirty pages.
@@ -215,6 +215,14 @@ impl Session {
         }
     }
 
+    /// What the client is recognised by if it comes back.
+    fn identity(&self) -> Identity {
+        Identity {
+            memory: self.inflight.as_ref().map(InflightBuffer::id),
+            process: self.connection.process(),
+        }
+    }
+
     /// Starts a vring as soon as it is described in full and enabled.
     fn start_if_ready(&mut self, index: u16) -> Result<()> {
         let negotiated = self.features & PROTOCOL_FEATURES != 0;
@@ -229,11 +237,15 @@ impl Session {
             return Ok(());
         }
         if map.regions().is_empty() {
-            self.connection.tell_no_memory(index);
+            self.connection.tell_unshared(format_args!(
+                "vring {index} is set up and cannot be served, because the client has shared no memory"
+            ));
             return Ok(());
         }
         // It may have stopped for a migration that failed, or succeeded.
-        let kept = self.lease.as_ref().map(Lease::resume).transpose();
+        let identity = self.identity();
+        let resume = |lease: &Lease| lease.resume(identity);
+        let kept = self.lease.as_ref().map(resume).transpose();
         if kept.map_err(io::Error::other)? == Some(false) {
             self.lease = None;
         }
@@ -244,6 +256,7 @@ impl Session {
                     let connection = Arc::clone(&self.connection);
                     move || connection.hung_up()
                 }),
+                identity,
             };
             let lease = self.ownership.take(client);
             self.lease = Some(lease.map_err(io::Error::other)?);
@@ -354,14 +367,14 @@ impl Session {
         Ok(Some(Logging { log, requests }))
     }
 
-    /// A client that has stopped its last vring while its dirty pages are logged is being migrated.
-    fn rest_if_moving(&self) {
+    /// A client that has stopped its last vring has nothing in flight. If its dirty pages are logged it is being
+    /// migrated.
+    fn rest_if_stopped(&self) {
         let logged = self.features & LOG_ALL != 0 && self.log.is_some();
-        if logged
-            && !self.is_running()
+        if !self.is_running()
             && let Some(lease) = &self.lease
         {
-            lease.rest();
+            lease.rest(logged);
         }
     }
 
@@ -397,7 +410,7 @@ impl Session {
         vring.error = stopped.error;
         vring.started = false;
         self.connection.vrings.fetch_sub(1, Ordering::Relaxed);
-        self.rest_if_moving();
+        self.rest_if_stopped();
         Ok(())
     }
 

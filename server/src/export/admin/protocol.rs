@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::door::ownership::OwnershipState;
+use crate::door::ownership::{KeptFor, OwnershipState};
 use crate::door::ublk::DataPath;
 use crate::door::vhost::SessionState;
 use crate::engine::counters::Totals;
@@ -47,6 +47,9 @@ pub struct ExportStatus {
     pub state: String,
     /// Who may write.
     pub access: OwnershipState,
+    /// For which client the disk is kept, while its access is `waiting`.
+    #[serde(default)]
+    pub kept_for: Option<KeptFor>,
     /// The server's process.
     pub pid: u32,
     /// The storage, as a SPEC.

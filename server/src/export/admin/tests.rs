@@ -41,6 +41,7 @@ impl Service for Fake {
             name: "a".into(),
             state: "serving".into(),
             access: OwnershipState::Free,
+            kept_for: None,
             pid: 1,
             backend: "mem:1M".into(),
             size_bytes: 1 << 20,

@@ -44,6 +44,7 @@ fn a_handler_that_panics_leaves_no_thread_and_the_disk_to_nobody_before() {
         let client = Client {
             name: "a client".into(),
             gone: Arc::new(|| false),
+            identity: Identity::default(),
         };
         session.lease = Some(ownership.take(client).unwrap());
         session.threads.insert(0, (session.spawn)(0).unwrap());
