@@ -17,6 +17,7 @@ use crate::wait::until;
 #[derive(Debug)]
 pub struct Serve {
     binary: PathBuf,
+    command: &'static str,
     args: Vec<OsString>,
     env: Vec<(String, OsString)>,
     wrapper: Vec<OsString>,
@@ -29,11 +30,19 @@ impl Serve {
     pub fn new(binary: &Path, limit: Duration) -> Self {
         Serve {
             binary: binary.to_owned(),
+            command: "serve",
             args: Vec::new(),
             env: Vec::new(),
             wrapper: Vec::new(),
             limit,
         }
+    }
+
+    /// Another command that serves: `recover`.
+    #[must_use]
+    pub fn command(mut self, command: &'static str) -> Self {
+        self.command = command;
+        self
     }
 
     /// Adds any argument.
@@ -112,7 +121,7 @@ impl Serve {
     pub fn launch(self) -> Result<Server> {
         let mut words = self.wrapper;
         words.push(self.binary.into_os_string());
-        words.push("serve".into());
+        words.push(self.command.into());
         words.extend(self.args);
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).envs(self.env);
