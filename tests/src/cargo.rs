@@ -16,7 +16,7 @@ use crate::report::{Outcome, TestResult, Totals, line, show};
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// cargo as it was called, or from the search path.
-fn cargo(repo: &Path) -> Command {
+pub fn cargo(repo: &Path) -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(repo);
     for (name, _) in std::env::vars_os() {

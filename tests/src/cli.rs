@@ -11,7 +11,7 @@ use crate::machine::{Hypervisor, Qemu, Uml, shell};
 use crate::packages::{self, Purpose};
 use crate::report::line;
 use crate::runner::{self, Request};
-use crate::{agent, bench, demo, doctor, guest, job, kublk};
+use crate::{agent, bench, demo, doctor, fuzz, guest, job, kublk};
 
 /// Kernels, machines and tests for ublkup.
 #[derive(Parser)]
@@ -34,6 +34,8 @@ enum Action {
     Test(Request),
     /// Measures against others in the same run; writes JSON and tables
     Bench(bench::Arguments),
+    /// Runs fuzz targets: hostile guests, clients, users and files
+    Fuzz(fuzz::Arguments),
     /// Breaks the server's code in one place at a time; its tests must notice (hours)
     Mutants {
         /// Only these files (globs); the vhost-user door, ownership and the file storage if none is named
@@ -139,6 +141,7 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Demo { yes } => demo::run(&runner::repo()?, yes),
         Action::Test(request) => runner::run(&runner::repo()?, &request),
         Action::Bench(arguments) => bench::run(&runner::repo()?, &arguments),
+        Action::Fuzz(arguments) => fuzz::run(&runner::repo()?, &arguments),
         Action::Mutants { files, list } => crate::mutants::run(&runner::repo()?, &files, list),
         Action::Kernel { action } => run_kernel(action),
         Action::Doctor { json } => Ok(if doctor::run(json)? {

@@ -13,6 +13,7 @@ mod channel;
 pub mod cli;
 mod demo;
 mod doctor;
+mod fuzz;
 mod guest;
 mod job;
 mod kernel;

@@ -10,6 +10,7 @@ use regex::Regex;
 use serde::Serialize;
 
 use crate::cargo::{self, Build};
+use crate::fuzz;
 use crate::job::{self, Job};
 use crate::kernel::build::{self, Product};
 use crate::machine::{Hypervisor, Machine, Qemu, Uml};
@@ -164,6 +165,9 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
     if needs(Need::Server) || needs(Need::DriverTests) {
         purposes.push(Purpose::ServerBuild);
     }
+    if needs(Need::Fuzzers) {
+        purposes.extend([Purpose::ServerBuild, Purpose::Fuzz]);
+    }
     packages::ensure(&purposes, yes)?;
 
     let mut paths = Paths {
@@ -176,6 +180,9 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
     }
     if needs(Need::DriverTests) {
         paths.driver_tests = cargo::build_driver_tests(repo)?;
+    }
+    if needs(Need::Fuzzers) {
+        paths.fuzzers = Some(fuzz::build(repo)?);
     }
     if needs(Need::Fsx) {
         paths.fsx = Some(FSX.program()?);
@@ -192,7 +199,12 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
         let product = match need {
             Need::Kernel(kernel) => Product::Kernel(*kernel),
             Need::Selftests => Product::Selftests,
-            Need::Server | Need::DriverTests | Need::Tools | Need::Fsx | Need::Herd7 => continue,
+            Need::Server
+            | Need::DriverTests
+            | Need::Tools
+            | Need::Fsx
+            | Need::Herd7
+            | Need::Fuzzers => continue,
         };
         if !products.contains(&product) {
             products.push(product);

@@ -24,18 +24,20 @@ pub enum Purpose {
     Tests,
     /// Measuring, beyond what tests need.
     Bench,
+    /// Building fuzz targets, beyond what the server needs.
+    Fuzz,
 }
 
 impl Purpose {
     /// All of them.
-    pub const ALL: [Purpose; 4] = [KernelBuild, ServerBuild, Tests, Bench];
+    pub const ALL: [Purpose; 5] = [KernelBuild, ServerBuild, Tests, Bench, Fuzz];
 }
 
-use Purpose::{Bench, KernelBuild, ServerBuild, Tests};
+use Purpose::{Bench, Fuzz, KernelBuild, ServerBuild, Tests};
 
 /// Each Debian package, and a shell command that succeeds where its content is there. A bare word is
 /// a program to be found.
-const NEEDED: [(Purpose, &str, &str); 32] = [
+const NEEDED: [(Purpose, &str, &str); 33] = [
     (KernelBuild, "make", "make"),
     (KernelBuild, "gcc", "gcc"),
     (KernelBuild, "flex", "flex"),
@@ -87,6 +89,7 @@ const NEEDED: [(Purpose, &str, &str); 32] = [
     (Tests, "libxml2-utils", "xmllint"),
     (Bench, "linux-perf", "perf"),
     (Bench, "strace", "strace"),
+    (Fuzz, "g++", "c++"),
 ];
 
 /// The library as bindgen looks for it, and the compiler's own headers (`stddef.h` and the like), which

@@ -14,6 +14,7 @@ mod debug;
 mod docs;
 mod fd_address;
 mod fsx;
+mod fuzzing;
 mod guest;
 mod hammer;
 mod hand_over;
@@ -42,7 +43,7 @@ mod vhost;
 
 use crate::kernel::Kernel::{self, Uml, UmlBase, UmlDebug, X86, X86Debug, X86Kcsan};
 use crate::test::{Place, Test};
-use Need::{DriverTests, Fsx, Herd7, Selftests, Server, Tools};
+use Need::{DriverTests, Fsx, Fuzzers, Herd7, Selftests, Server, Tools};
 
 /// A named table of tests and what it takes to run them.
 #[derive(Debug)]
@@ -91,6 +92,8 @@ pub enum Need {
     Fsx,
     /// herd7, if this system can have it.
     Herd7,
+    /// The fuzz targets.
+    Fuzzers,
 }
 
 /// What most suites have in common.
@@ -225,6 +228,15 @@ pub const SUITES: &[Suite] = &[
             blockdev::TESTS,
             agree::TESTS,
         ],
+        ..SUITE
+    },
+    Suite {
+        name: "fuzz",
+        about: "each fuzz target for a minute",
+        place: Place::Host,
+        needs: &[Fuzzers],
+        tests: &[fuzzing::TESTS],
+        full: true,
         ..SUITE
     },
     Suite {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, fstat, fstatfs};
 use vm_memory::VolatileSlice;
 
+use super::access;
 use super::shared::Shared;
 
 /// `f_type` of hugetlbfs (`HUGETLBFS_MAGIC` in linux/magic.h).
@@ -309,6 +310,7 @@ impl Found {
         if len_bytes > self.len_bytes - offset {
             return None;
         }
+        access::point();
         // The region is mapped, so that every offset in it fits an address.
         #[expect(clippy::cast_possible_truncation)]
         let (offset, len_bytes) = (offset as usize, len_bytes as usize);

@@ -4,6 +4,7 @@
 //! a protocol thread, and queue threads that are started with the first vring they serve. All of them
 //! end with the session, and nothing of it stays.
 
+mod access;
 mod config;
 mod config_space;
 mod connection;
@@ -22,6 +23,8 @@ mod sessions;
 mod shared;
 mod sigbus;
 mod spawn;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod virtqueue;
 mod vring;
 

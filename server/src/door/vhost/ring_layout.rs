@@ -2,6 +2,8 @@
 
 use vm_memory::{VolatileMemory, VolatileSlice};
 
+use super::access;
+
 /// Largest queue (virtio 1.3, 2.7).
 pub(super) const MAX_QUEUE_SIZE: u32 = 32768;
 
@@ -62,6 +64,7 @@ pub(super) fn used_ring_bytes(size: u16) -> u64 {
 /// In words: a volatile load of the structure would be one of each of its bytes.
 #[inline(always)]
 pub(super) fn descriptor(table: VolatileSlice<'_>, index: u16) -> Option<Descriptor> {
+    access::point();
     let at = DESCRIPTOR_BYTES * usize::from(index);
     let entry = table.subslice(at, DESCRIPTOR_BYTES).ok()?;
     let word = |at| Some(u64::from_le(entry.get_ref(at).ok()?.load()));

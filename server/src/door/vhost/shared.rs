@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vm_memory::{AtomicAccess, ByteValued, Bytes, VolatileMemory, VolatileRef, VolatileSlice};
 
+use super::access;
 use super::sigbus;
 
 /// Why an access inside a checked part cannot fail.
@@ -103,6 +104,7 @@ impl Shared {
     /// The memory itself.
     #[inline(always)]
     pub(super) fn slice(&self) -> VolatileSlice<'_> {
+        access::point();
         // SAFETY: the range lies in the mapping, which `self` keeps; this process accesses it only by
         // volatile and atomic operations.
         unsafe { VolatileSlice::new(self.start.as_ptr(), self.len_bytes) }
@@ -168,6 +170,7 @@ impl Shared {
     #[inline(always)]
     pub(super) unsafe fn read<T: ByteValued>(&self, offset: usize) -> T {
         debug_assert!(offset + size_of::<T>() <= self.len_bytes);
+        access::point();
         // SAFETY: inside of the mapping, which `self` keeps, as the caller promises.
         unsafe { VolatileRef::new(self.start.add(offset).as_ptr()) }.load()
     }

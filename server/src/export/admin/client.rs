@@ -1,6 +1,7 @@
 //! The client's side of an admin socket.
 
 use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -72,28 +73,46 @@ fn ask_patiently<A: for<'a> Deserialize<'a>>(
     on_delay: impl FnOnce(),
 ) -> Result<A> {
     let deadline = Instant::now() + limit;
-    let in_time = |error: io::Error| match error.kind() {
+    let line = connect_within(path, limit).and_then(|stream| {
+        stream.set_write_timeout(Some(limit))?;
+        exchange(&stream, command, deadline, on_delay)
+    });
+    let line = line.map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => anyhow!("no answer within {} s", limit.as_secs_f32()),
         _ => error.into(),
-    };
-    let stream = connect_within(path, limit).map_err(in_time)?;
-    stream.set_write_timeout(Some(limit))?;
+    })?;
+    understand(&line)
+}
+
+/// The answer to a command on a connection. Calls `on_delay` if it does not come soon.
+pub(super) fn exchange(
+    mut stream: &UnixStream,
+    command: Command,
+    deadline: Instant,
+    on_delay: impl FnOnce(),
+) -> io::Result<String> {
     let line = format!("{}\n", serde_json::to_string(&command)?);
-    match (&stream).write_all(line.as_bytes()) {
+    match stream.write_all(line.as_bytes()) {
         // A server that is busy has answered already.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-        other => other.map_err(in_time)?,
+        other => other?,
     }
-    let delay = Timespec::try_from(DELAY.min(limit))?;
-    if poll(&mut [PollFd::new(&stream, PollFlags::IN)], Some(&delay)) == Ok(0) {
+    let delay = DELAY.min(deadline.saturating_duration_since(Instant::now()));
+    let delay = Timespec::try_from(delay).map_err(io::Error::other)?;
+    if poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&delay)) == Ok(0) {
         on_delay();
     }
-    let line = read_line(&stream, MAX_ANSWER_BYTES, deadline).map_err(in_time)?;
-    if line.is_empty() {
-        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    let line = read_line(stream, MAX_ANSWER_BYTES, deadline)?;
+    match line.is_empty() {
+        true => Err(io::ErrorKind::UnexpectedEof.into()),
+        false => Ok(line),
     }
-    if let Ok(Refused { error }) = serde_json::from_str(&line) {
+}
+
+/// What an answer says, if it is not a refusal.
+pub(super) fn understand<A: for<'a> Deserialize<'a>>(line: &str) -> Result<A> {
+    if let Ok(Refused { error }) = serde_json::from_str(line) {
         bail!("{error}");
     }
-    serde_json::from_str(&line).context("the answer makes no sense (another version?)")
+    serde_json::from_str(line).context("the answer makes no sense (another version?)")
 }

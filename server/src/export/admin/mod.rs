@@ -8,6 +8,8 @@ mod client;
 mod line;
 mod protocol;
 mod server;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use client::{leave, resize, stat, stop};
 pub use protocol::{

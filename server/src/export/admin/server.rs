@@ -207,6 +207,13 @@ fn answer(client: &Client, service: &impl Service) -> io::Result<()> {
     stream.write_all(format!("{answer}\n").as_bytes())
 }
 
+/// Answers one client, on the calling thread.
+#[cfg(feature = "testing")]
+pub(super) fn answer_one(stream: UnixStream, service: &impl Service) -> io::Result<()> {
+    let client = Client::new(&Arc::default(), &Arc::new(stream));
+    answer(&client.expect("there is room for one"), service)
+}
+
 fn answer_with<A: Serialize>(result: Result<A>) -> serde_json::Result<String> {
     match result {
         Ok(answer) => serde_json::to_string(&answer),
