@@ -5,11 +5,15 @@
 
 mod anonymous;
 mod enter;
+mod restrictions;
 mod ring;
 mod slots;
 mod token;
 
 pub use anonymous::AnonymousMemory;
+pub use restrictions::{
+    ThreadRestrictions, are_rings_restricted, build_restricted, leave_rings_unrestricted,
+};
 pub use ring::{Completion, Full, Ring};
 pub use slots::{FreeSlots, Slot, SlotTable};
 pub use token::{Owner, Token};

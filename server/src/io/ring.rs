@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::enter::Entrance;
+use super::restrictions::build_restricted;
 use super::{Owner, Token};
 
 /// The ring has as much under way as it can take completions for; try again after the next reap.
@@ -52,7 +53,7 @@ impl Ring {
     /// A ring for at most `in_flight` operations at once.
     ///
     /// Asks for `SINGLE_ISSUER` and `DEFER_TASKRUN` (Linux 6.1), then `COOP_TASKRUN` (5.19), then
-    /// for nothing special. Must be called by the thread that will use the ring.
+    /// for nothing special, and [restricts](build_restricted) it. Must be called by the thread that will use the ring.
     ///
     /// # Errors
     ///
@@ -64,21 +65,24 @@ impl Ring {
             builder.setup_clamp().setup_cqsize(in_flight.max(2));
             builder
         };
-        let deferred = base()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .build(submissions)
-            .map(|uring| (uring, "single-issuer, deferred-taskrun"));
+        let deferred = build_restricted(
+            base()
+                .setup_single_issuer()
+                .setup_defer_taskrun()
+                .setup_taskrun_flag(),
+            submissions,
+        )
+        .map(|uring| (uring, "single-issuer, deferred-taskrun"));
         let (uring, flavour) = deferred
             .or_else(|_| {
-                base()
-                    .setup_coop_taskrun()
-                    .setup_taskrun_flag()
-                    .build(submissions)
+                let mut builder = base();
+                builder.setup_coop_taskrun().setup_taskrun_flag();
+                build_restricted(&mut builder, submissions)
                     .map(|uring| (uring, "cooperative-taskrun"))
             })
-            .or_else(|_| base().build(submissions).map(|uring| (uring, "plain")))?;
+            .or_else(|_| {
+                build_restricted(&mut base(), submissions).map(|uring| (uring, "plain"))
+            })?;
         Ok(Self {
             entrance: Entrance::new(uring.as_raw_fd()),
             uring,

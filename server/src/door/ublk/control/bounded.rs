@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, squeue, types};
 
+use crate::io::build_restricted;
+
 /// How often the cancellation of a command is polled.
 const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -34,7 +36,7 @@ pub(super) unsafe fn run_bounded(
     limit: Duration,
     cancel: Option<&dyn Fn() -> bool>,
 ) -> End {
-    let mut ring = match IoUring::<squeue::Entry128>::builder().build(2) {
+    let mut ring = match build_restricted(&mut IoUring::<squeue::Entry128>::builder(), 2) {
         Ok(ring) => ring,
         Err(error) => return End::NoRing(error),
     };
@@ -112,8 +114,8 @@ mod tests {
 
     #[test]
     fn the_result_of_a_command_comes_back() {
-        let sqe = opcode::Close::new(types::Fd(-1)).build().into();
-        // SAFETY: closing an invalid descriptor points to nothing.
+        let sqe = opcode::Fsync::new(types::Fd(-1)).build().into();
+        // SAFETY: a flush of an invalid descriptor points to nothing.
         let end = unsafe { run_bounded(&sqe, Duration::from_secs(10), None) };
         let End::Result(result) = end else {
             panic!("{end:?}");
