@@ -51,6 +51,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
                 let start = serve::StartOptions {
                     keep_going: options.keep_going,
                     predecessor: options.predecessor.into(),
+                    sandbox: options.sandbox.is_on(),
                 };
                 serve::run(&dir()?, exports, start)
             }
@@ -68,9 +69,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             json,
         } => client::resize(&dir()?, &name, size, shrink, json),
         Command::Stop { name, force } => client::stop(&dir()?, &name, force),
-        Command::Recover { name, predecessor } => {
-            serve::recover(&dir()?, &name, predecessor.into())
-        }
+        Command::Recover {
+            name,
+            predecessor,
+            sandbox,
+        } => serve::recover(&dir()?, &name, predecessor.into(), sandbox.is_on()),
         Command::Probe { device, json } => probe::run(&device, cli.runtime_dir.as_deref(), json),
         Command::Qemu(asked) => run_qemu(&asked, cli.runtime_dir.as_deref()),
         Command::Doctor {

@@ -133,7 +133,13 @@ pub fn build_server_of(repo: &Path, target: &Path, features: &[&str]) -> Result<
 pub const DRIVER_TESTS: [&str; 4] = ["ublk", "block", "registry", "file"];
 
 /// Test programs that guests run once more, with what only their kernels have.
-const RING_TESTS: [&str; 4] = ["ring", "ring_hostile", "ring_processes", "ring_steady"];
+const REPEATED_TESTS: [&str; 5] = [
+    "ring",
+    "ring_hostile",
+    "ring_processes",
+    "ring_steady",
+    "sandbox",
+];
 
 /// Programs that guests run beside those.
 const DRIVER_EXAMPLES: [&str; 1] = ["ublkup-pipe"];
@@ -145,7 +151,7 @@ pub fn build_driver_tests(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let mut build = cargo(repo);
     build.args(["test", "--release", "--locked", "--no-run"]);
     build.args(["-p", "ublkup", "-p", "upgrade-proto", "-p", "fd-ring"]);
-    let names = || DRIVER_TESTS.iter().chain(&RING_TESTS);
+    let names = || DRIVER_TESTS.iter().chain(&REPEATED_TESTS);
     for name in names() {
         build.args(["--test", name]);
     }

@@ -9,7 +9,7 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, major, minor, open
 use crate::text::printable;
 
 /// What uses a disk exclusively, as text: a mount, a holder (dm, md, …) or a swap area, of the disk or of one of its
-/// partitions. `None` if nothing is known; a mount in a mount namespace without a process that this one may look into,
+/// partitions. `None` if nothing is known; a mount in a mount namespace without a process that this one sees,
 /// and a program that claimed the disk (O_EXCL), are not found.
 pub fn disk_user(major: u32, minor: u32) -> Option<String> {
     known_user(Path::new("/proc"), Path::new("/sys"), major, minor)
@@ -53,21 +53,20 @@ fn text_of(path: &Path) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The text of mountinfo of all mount namespaces with a process that this one may look into. A process shows what is
-/// below its root.
+/// The text of mountinfo of all mount namespaces with a process that this one sees, once or, where it may not look
+/// which namespace a process is in, once for each process. A process shows what is below its root.
 fn mounts(proc: &Path) -> String {
     let mut seen = BTreeSet::new();
-    let processes = names_in(proc).into_iter().filter(|name| {
-        // The first process can be asked without further rights.
-        name == "self" || name.bytes().all(|byte| byte.is_ascii_digit())
-    });
+    let processes = names_in(proc)
+        .into_iter()
+        .filter(|name| name == "self" || name.bytes().all(|byte| byte.is_ascii_digit()));
     let mut text = String::new();
     for process in processes {
         let folder = proc.join(&process);
         let [namespace, root] =
             ["ns/mnt", "root"].map(|link| fs::read_link(folder.join(link)).ok());
-        let is_new = namespace.is_some() && seen.insert((namespace, root));
-        if is_new || process == "self" || process == "1" {
+        // In its sandbox a server sees no links of other processes, but their mounts.
+        if namespace.is_none() || seen.insert((namespace, root)) {
             text += &text_of(&folder.join("mountinfo"));
         }
     }
@@ -241,6 +240,10 @@ mod tests {
         process("7", "1", "");
         assert_eq!(known_user(&proc, &sysfs, 259, 5), None);
         process("8", "2", MOUNTS);
+        let found = known_user(&proc, &sysfs, 259, 5);
+        assert_eq!(found.as_deref(), Some("mounted at /mnt/two words"));
+        // The link may not be read: of another user's process, or in a sandbox.
+        fs::remove_file(proc.join("8/ns/mnt")).expect("removed");
         let found = known_user(&proc, &sysfs, 259, 5);
         assert_eq!(found.as_deref(), Some("mounted at /mnt/two words"));
     }

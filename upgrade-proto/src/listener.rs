@@ -1,7 +1,7 @@
 //! The server's side.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::event::epoll;
 use rustix::io::Errno;
@@ -45,6 +45,7 @@ pub struct Listener {
     epoll: OwnedFd,
     kernel: Option<OwnedFd>,
     registry: Option<Published>,
+    entry: Option<PathBuf>,
     registry_error: Option<Error>,
 }
 
@@ -76,9 +77,10 @@ impl Listener {
         };
         let publish = |dir| {
             let key = options.key.map_or_else(|| Key::of(fd), Ok)?;
-            Published::publish(dir, &key, name, options.backlog)
+            let published = Published::publish(dir, &key, name, options.backlog)?;
+            Ok((published, dir.join(registry::entry_path(&key, name))))
         };
-        let (registry, registry_error) = match options.runtime_dir.as_deref().map(publish) {
+        let (published, registry_error) = match options.runtime_dir.as_deref().map(publish) {
             None => (None, None),
             Some(Ok(published)) => (Some(published), None),
             Some(Err(error)) if kernel.is_none() || matches!(error, Error::InUse { .. }) => {
@@ -86,12 +88,14 @@ impl Listener {
             }
             Some(Err(error)) => (None, Some(error)),
         };
+        let (registry, entry) = published.unzip();
         let epoll = poll_both(kernel.as_ref(), registry.as_ref().map(Published::socket))
             .or_cannot("watch", address)?;
         Ok(Self {
             epoll,
             kernel,
             registry,
+            entry,
             registry_error,
         })
     }
@@ -101,6 +105,11 @@ impl Listener {
         let kernel = self.kernel.as_ref().map(|_| Route::Kernel);
         let registry = self.registry.as_ref().map(|_| Route::Registry);
         kernel.into_iter().chain(registry).collect()
+    }
+
+    /// The socket of the registry's entry, if there is one.
+    pub fn entry(&self) -> Option<&Path> {
+        self.entry.as_deref()
     }
 
     /// Why the registry has no entry, if one was wanted and only the kernel's route is open.

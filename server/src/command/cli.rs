@@ -120,6 +120,9 @@ pub enum Command {
         /// What is done about its server
         #[command(flatten)]
         predecessor: PredecessorOptions,
+        /// Whether the server confines itself.
+        #[command(flatten)]
+        sandbox: SandboxOption,
     },
     /// Tell whether a block device can be upgraded to vhost-user, and how
     ///
@@ -186,6 +189,10 @@ pub struct Serve {
     #[command(flatten)]
     pub predecessor: PredecessorOptions,
 
+    /// Whether the server confines itself.
+    #[command(flatten)]
+    pub sandbox: SandboxOption,
+
     /// If some of several exports cannot start, serve the others [default: serve none]
     #[arg(long)]
     pub keep_going: bool,
@@ -200,6 +207,24 @@ pub struct Serve {
         next_help_heading = "Export options, also keys of a SPEC and of a configuration file"
     )]
     pub options: ExportOptions,
+}
+
+/// Whether a server confines itself.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct SandboxOption {
+    /// Give up what the server does not need once its exports are open, so that a guest that takes it over reaches
+    /// their images, sockets and notes and little else [default: yes]
+    #[arg(long, value_name = "yes|no", num_args = 0..=1, require_equals = true,
+        default_missing_value = "yes", value_parser = crate::config::switch)]
+    sandbox: Option<bool>,
+}
+
+impl SandboxOption {
+    /// Whether it does.
+    #[must_use]
+    pub fn is_on(self) -> bool {
+        self.sandbox.unwrap_or(true)
+    }
 }
 
 /// What a new server does about an earlier one of the same name.

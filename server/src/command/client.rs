@@ -267,6 +267,7 @@ fn details(status: &ExportStatus) -> String {
             cpus.unwrap_or_default()
         ),
     ];
+    lines.push(format!("  sandbox   {}", status.sandbox));
     if let Some(kept) = &status.kept_for {
         let KeptFor { client, seconds } = kept;
         lines.push(format!("  kept      for {client}, {seconds} s more"));
@@ -358,6 +359,7 @@ mod tests {
             write_cache: false,
             serial: "a".into(),
             poll_us: "100".into(),
+            sandbox: crate::engine::sandbox::Status::default(),
             last_error: None,
             lost_log_lines: 0,
             cpus: Some("2,3".into()),
@@ -407,6 +409,10 @@ mod tests {
             write_cache: false,
             serial: "\u{9b}2J".into(),
             poll_us: "100".into(),
+            sandbox: crate::engine::sandbox::Status {
+                on: true,
+                missing: vec!["nothing\nbut \u{1b}[2J".into()],
+            },
             last_error: Some("none\nas you see".into()),
             lost_log_lines: 0,
             cpus: None,

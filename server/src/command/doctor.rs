@@ -12,7 +12,7 @@ use upgrade_proto::{printable, remove_stale_entries, stale_entries};
 use super::left;
 use super::output::{print, print_json};
 use crate::door::ublk::{self, DeviceState};
-use crate::engine::io_flusher;
+use crate::engine::{io_flusher, sandbox};
 use crate::export::explain;
 use crate::export::runtime_dir::RuntimeDir;
 use crate::io::Ring;
@@ -51,6 +51,7 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
         ("ublk", ublk()),
         ("memory pressure", memory_pressure()),
         ("swap", swap()),
+        ("sandbox", sandbox()),
         ("runtime directory", runtime_directory(dir)),
     ];
     let exports = dead_exports(dir, clean).into_iter();
@@ -176,6 +177,15 @@ fn ublk_swaps(swaps: &str) -> Vec<String> {
         .filter_map(|line| line.split_whitespace().next());
     let disks = paths.filter(|path| path.starts_with("/dev/ublkb"));
     disks.map(str::to_owned).collect()
+}
+
+fn sandbox() -> Finding {
+    let status = sandbox::probe();
+    let verdict = match status.missing.is_empty() {
+        true => Verdict::Ok,
+        false => Verdict::Warning,
+    };
+    (verdict, status.to_string())
 }
 
 fn runtime_directory(dir: &RuntimeDir) -> Finding {

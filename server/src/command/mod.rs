@@ -4,6 +4,7 @@ pub mod cli;
 pub mod client;
 pub mod doctor;
 mod left;
+mod manager;
 mod output;
 pub mod probe;
 pub mod qemu;

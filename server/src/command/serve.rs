@@ -9,25 +9,30 @@ use std::thread::Scope;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use sd_notify::NotifyState;
 use signal_hook::iterator::Signals;
 use upgrade_proto::printable;
 
 use super::left;
+use super::manager::Manager;
 use super::output::count;
 use super::signals;
 use crate::config::{ExportConfig, check_name};
+use crate::engine::sandbox::{self, Access, Reach};
 use crate::engine::{io_flusher, log, open_files};
 use crate::export::runtime_dir::RuntimeDir;
 use crate::export::{Event, Export, Predecessor, Watch, explain};
 use crate::io::Ring;
 
 /// How exports are started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StartOptions {
     /// If some of several exports cannot start, serve the others.
     pub keep_going: bool,
     /// What is done about earlier servers of the same names.
     pub predecessor: Predecessor,
+    /// Whether this process gives up what it does not need once the exports are open.
+    pub sandbox: bool,
 }
 
 /// `ublkup recover`: serves an export as it was last served.
@@ -35,11 +40,17 @@ pub struct StartOptions {
 /// # Errors
 ///
 /// When there is no note of it, or it cannot be served.
-pub fn recover(dir: &RuntimeDir, name: &str, predecessor: Predecessor) -> Result<ExitCode> {
+pub fn recover(
+    dir: &RuntimeDir,
+    name: &str,
+    predecessor: Predecessor,
+    sandbox: bool,
+) -> Result<ExitCode> {
     check_name(name)?;
     let start = StartOptions {
+        keep_going: false,
         predecessor,
-        ..StartOptions::default()
+        sandbox,
     };
     run(dir, vec![left::saved(dir, name)?], start)
 }
@@ -55,6 +66,9 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     if let Err(error) = io_flusher::declare() {
         tracing::debug!(%error, "not declared an I/O flusher");
     }
+    if !start.sandbox {
+        sandbox::stay_outside();
+    }
     // A client would be the first to notice otherwise.
     drop(Ring::new(1).context(
         "io_uring cannot be used, and nothing is served without it (sysctl kernel.io_uring_disabled, \
@@ -66,6 +80,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     let StartOptions {
         keep_going,
         predecessor,
+        sandbox,
     } = start;
     let start = |config| Export::start(dir, config, predecessor, events.clone());
     let named = |config: ExportConfig| (config.name.clone(), config);
@@ -83,11 +98,15 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     if exports.is_empty() {
         return Err(anyhow!("none of the exports could be started"));
     }
-    if let Err(error) = announce(&exports) {
+    let manager = Manager::connect();
+    if sandbox {
+        enter_sandbox(exports.values());
+    }
+    if let Err(error) = announce(&exports, &manager) {
         end_all(exports, Export::tear_down);
         return Err(error.context("cannot write to standard output"));
     }
-    if !await_the_end(exports, &events, &inbox)? {
+    if !await_the_end(exports, &events, &inbox, &manager)? {
         code = ExitCode::FAILURE;
     }
     Ok(code)
@@ -147,6 +166,7 @@ fn await_the_end(
     mut exports: BTreeMap<String, Export>,
     events: &mpsc::Sender<Event>,
     inbox: &mpsc::Receiver<Event>,
+    manager: &Manager,
 ) -> Result<bool> {
     let mut in_order = true;
     let mut ending = BTreeMap::new();
@@ -164,7 +184,7 @@ fn await_the_end(
                 }
                 Event::Signal(signal) => {
                     tracing::info!(exports = exports.len(), signal, "draining");
-                    tell_manager(&[sd_notify::NotifyState::Stopping]);
+                    manager.tell(&[NotifyState::Stopping]);
                     let leaves = signal == signals::LEAVE;
                     let how = if leaves { Export::leave } else { Export::stop };
                     (exports.keys().cloned().collect(), how)
@@ -285,7 +305,7 @@ fn end_in<'scope>(
 }
 
 /// Prints where each door is, then `ready`, and tells the service manager.
-fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
+fn announce(exports: &BTreeMap<String, Export>, manager: &Manager) -> Result<()> {
     let mut out = std::io::stdout().lock();
     for (name, export) in exports {
         for (door, path) in export.doors() {
@@ -296,18 +316,23 @@ fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
     writeln!(out, "ready")?;
     out.flush()?;
     let status = format!("serving {}", count(exports.len(), "export"));
-    tell_manager(&[
-        sd_notify::NotifyState::Ready,
-        sd_notify::NotifyState::Status(&status),
-    ]);
+    manager.tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
     Ok(())
 }
 
-fn tell_manager(state: &[sd_notify::NotifyState]) {
-    // Does nothing if there is no service manager.
-    if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(%error, "cannot tell the service manager");
+/// Gives up what the exports do not need now that they are open, and says in the log how far that went.
+fn enter_sandbox<'a>(exports: impl Iterator<Item = &'a Export>) {
+    // What a client is, what uses a disk, how many processors there are.
+    let system = ["/proc", "/sys"].map(|path| (path.into(), Access::Read));
+    let mut reach = Reach {
+        paths: system.into(),
+        ..Reach::default()
+    };
+    for export in exports {
+        export.add_reach(&mut reach);
     }
+    let status = sandbox::enter(&reach);
+    tracing::info!("sandbox: {status}");
 }
 
 #[cfg(test)]

@@ -25,5 +25,5 @@ pub use error::ConfigError;
 pub use export::{ExportConfig, SavedExport, check_together};
 pub use file::read_file;
 pub use name::check_name;
-pub use options::{DoorMode, ExportOptions};
+pub use options::{DoorMode, ExportOptions, switch};
 pub use spec::{Spec, StorageSpec};

@@ -234,7 +234,12 @@ fn refusal(error: &clap::Error) -> BadOption {
     }
 }
 
-fn switch(text: &str) -> Result<bool, &'static str> {
+/// A value that is on or off.
+///
+/// # Errors
+///
+/// What may be given.
+pub fn switch(text: &str) -> Result<bool, &'static str> {
     match text {
         "on" | "yes" | "true" => Ok(true),
         "off" | "no" | "false" => Ok(false),

@@ -35,6 +35,7 @@ pub mod polling;
 pub mod process;
 pub mod queue_thread;
 pub mod repeats;
+pub mod sandbox;
 pub mod socket;
 mod spawn;
 mod storage;

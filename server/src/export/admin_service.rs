@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use super::admin::{
-    self, ExportStatus, RefusalStatus, Resized, SessionStatus, UblkStatus, VhostStatus,
+    self, ExportStatus, OPEN_INTERVAL, OPEN_LIMIT, RefusalStatus, Resized, SessionStatus,
+    UblkStatus, VhostStatus,
 };
 use super::event::Event;
 use super::shared::{Shared, State};
@@ -16,14 +17,10 @@ use crate::door::ownership::KeptFor;
 use crate::door::ublk::UblkDoor;
 use crate::door::vhost::{Refusal, SessionInfo};
 use crate::engine::counters::CounterSet;
-use crate::engine::log;
 use crate::engine::wait::repeat_while;
+use crate::engine::{log, sandbox};
 use crate::request::MAX_DISK_BYTES;
 use crate::request::format_size;
-
-/// How long `stop` waits for a program that has the block device open, and how often it tries. As libdevmapper does.
-const OPEN_LIMIT: Duration = Duration::from_secs(5);
-const OPEN_INTERVAL: Duration = Duration::from_millis(200);
 
 impl Shared {
     /// Whether another server could take this export over.
@@ -49,15 +46,15 @@ impl Shared {
     /// # Errors
     ///
     /// Names the program that uses it already.
-    fn close_if_unused(&self) -> Result<()> {
+    fn close_if_unused(&self, openers: Option<&str>) -> Result<()> {
         let is_open = |closed: &Result<Option<String>>| matches!(closed, Ok(Some(_)));
-        let closed = repeat_while(
-            OPEN_LIMIT,
-            OPEN_INTERVAL,
-            || self.close_unless_open(),
-            is_open,
-        );
-        match closed? {
+        // Where the client sees a process it has waited already.
+        let limit = match openers {
+            Some(seen) if !seen.is_empty() => Duration::ZERO,
+            _ => OPEN_LIMIT,
+        };
+        let close = || self.close_unless_open(openers);
+        match repeat_while(limit, OPEN_INTERVAL, close, is_open)? {
             Some(user) => bail!("{user}"),
             None => Ok(()),
         }
@@ -65,7 +62,7 @@ impl Shared {
 
     /// As [`close_if_unused`](Self::close_if_unused), without waiting. Returns who has the block device open, if that
     /// is all that is in the way.
-    fn close_unless_open(&self) -> Result<Option<String>> {
+    fn close_unless_open(&self, openers: Option<&str>) -> Result<Option<String>> {
         const FORCE: &str = "stop --force stops it all the same";
         if let Some(KeptFor { client, seconds }) = self.access.kept_for() {
             bail!("in use: the disk is kept for {client} for {seconds} s more ({FORCE})");
@@ -80,8 +77,9 @@ impl Shared {
                 bail!("in use: the vhost-user client of process {pid} has the disk ({FORCE})");
             }
         }
+        let may_be_open = openers != Some("");
         if let Some(door) = self.ublk()
-            && !door.close_unless_open()?
+            && !door.close_unless_open(may_be_open)?
         {
             let device = door.block_path();
             let device = device.display();
@@ -90,6 +88,7 @@ impl Shared {
             }
             let user = door
                 .user()
+                .or(openers.filter(|seen| !seen.is_empty()).map(str::to_owned))
                 .unwrap_or("a process that this server cannot see".into());
             return Ok(Some(format!("in use: {device} is open: {user} ({FORCE})")));
         }
@@ -154,6 +153,7 @@ impl admin::Service for Shared {
             serial: limits.serial.as_str().to_owned(),
             poll_us: config.threads.polling.to_string(),
             cpus: config.threads.cpus.as_ref().map(ToString::to_string),
+            sandbox: sandbox::status(),
             last_error: self
                 .storage()
                 .as_ref()
@@ -232,9 +232,9 @@ impl admin::Service for Shared {
         })
     }
 
-    fn stop(&self, force: bool) -> Result<()> {
+    fn stop(&self, force: bool, openers: Option<String>) -> Result<()> {
         if !force {
-            self.close_if_unused()?;
+            self.close_if_unused(openers.as_deref())?;
         }
         let name = self.config.name.clone();
         // The receiver is gone when the server is ending, and then the export stops anyway.

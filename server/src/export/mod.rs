@@ -25,7 +25,7 @@ mod shared;
 mod succession;
 pub mod upgrade;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 
 use anyhow::{Context, Result};
@@ -34,13 +34,16 @@ pub use event::{Door, Event};
 pub use explain::explain;
 pub use succession::Predecessor;
 
-use crate::config::ExportConfig;
+use crate::config::{ExportConfig, StorageSpec};
+use crate::door::ublk::UblkDoor;
 use crate::engine::crash;
+use crate::engine::sandbox::{Access, Reach};
 use admin::Listening;
 use name_lock::{CONTROL, NameLock};
 use open::{Opened, Opening};
 use runtime_dir::RuntimeDir;
 use shared::{Closing, Shared, State};
+use upgrade::UpgradeListener;
 
 /// A served export. Dropping it without [`Export::stop`] closes the doors all the same.
 pub struct Export {
@@ -144,6 +147,44 @@ impl Export {
             .as_ref()
             .map(|(door, _)| (Door::Vhost, door.path().to_owned()));
         ublk.into_iter().chain(vhost).collect()
+    }
+
+    /// Adds what the export goes on needing.
+    pub fn add_reach(&self, reach: &mut Reach) {
+        let mut add = |path: &Path, access| reach.paths.push((path.to_owned(), access));
+        let config = &self.shared.config;
+        if let StorageSpec::File { path, .. } = &config.storage {
+            // Its descriptor is open; a device that is claimed later is opened once more.
+            add(
+                path,
+                match config.read_only {
+                    true => Access::Read,
+                    false => Access::Data,
+                },
+            );
+        }
+        let folder = self.claim.folder();
+        add(folder, Access::Folder);
+        if let Some(exports) = folder.parent() {
+            add(exports, Access::RemoveFolders);
+        }
+        let doors = self.shared.doors();
+        if let Some((door, _)) = &doors.vhost
+            && let Some(outside) = door.path().parent().filter(|parent| *parent != folder)
+        {
+            add(outside, Access::RemoveFiles);
+        }
+        if let Some(entry) = doors.upgrade.as_ref().and_then(UpgradeListener::entry) {
+            // Its folder, and that of all entries.
+            let folders = entry.ancestors().skip(1);
+            for (folder, access) in folders.zip([Access::RemoveFiles, Access::RemoveFolders]) {
+                add(folder, access);
+            }
+        }
+        if let Some((door, _)) = &doors.ublk {
+            add(UblkDoor::CONTROL.as_ref(), Access::Data);
+            reach.administers_devices |= door.is_administrators();
+        }
     }
 
     /// Closes a door that closed by itself; whether another is still open.

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use anyhow::{Context, Result};
@@ -24,6 +24,7 @@ pub const SERVICE: &str = "vhost-user-blk";
 #[derive(Debug)]
 pub struct UpgradeListener {
     routes: Vec<Route>,
+    entry: Option<PathBuf>,
     _listening: Registration,
 }
 
@@ -56,6 +57,7 @@ impl UpgradeListener {
             tracing::warn!(export, "no entry in the registry: {error}");
         }
         let routes = listener.routes();
+        let entry = listener.entry().map(Path::to_owned);
         let what = format!("{export}: upgrade listener");
         let export = export.to_owned();
         let clients = Repeats::new(10);
@@ -73,8 +75,14 @@ impl UpgradeListener {
         })?;
         Ok(Self {
             routes,
+            entry,
             _listening: listening,
         })
+    }
+
+    /// The socket of the entry in the registry, if there is one.
+    pub(super) fn entry(&self) -> Option<&Path> {
+        self.entry.as_deref()
     }
 
     /// How clients can come, the kernel's route first.

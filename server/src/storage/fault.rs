@@ -9,12 +9,17 @@ use std::time::Duration;
 
 use io_uring::{opcode, types};
 
+use super::escape::Escape;
+
 use crate::engine::{RingBuffers, Storage, StorageControl, StorageQueue};
 use crate::io::{Owner, Ring, Slot, Token};
 use crate::request::{IoError, Limits, Op, Progress, Request};
 
 /// The kind of the tokens of delays; storages use smaller ones.
 const WAIT: u16 = 0x8000;
+
+/// The kind of the tokens of attempts to escape.
+const ESCAPE: u16 = 0x8001;
 
 /// A stall ends only after the longest time limit of any test.
 const STALL: Duration = Duration::from_secs(3600);
@@ -48,6 +53,7 @@ impl Kind {
 enum Action {
     Fail(IoError),
     Wait(Duration),
+    Escape,
 }
 
 /// `OP=ACTION[@FROM-END][/EVERY][*TIMES]`: what is done to which requests.
@@ -103,6 +109,7 @@ fn rule(text: &str) -> Option<Rule> {
             "eio" => Action::Fail(IoError::Io),
             "enospc" => Action::Fail(IoError::NoSpace),
             "eopnotsupp" => Action::Fail(IoError::Unsupported),
+            "escape" => Action::Escape,
             "stall" => Action::Wait(STALL),
             _ => Action::Wait(Duration::from_millis(
                 action.strip_prefix("delay")?.parse().ok()?,
@@ -218,6 +225,7 @@ impl<B: Storage> Storage for Fault<B> {
             disk: self.disk.queue(ring, slots)?,
             rules: Arc::clone(&self.rules),
             waits,
+            escape: None,
         })
     }
 }
@@ -246,6 +254,7 @@ pub struct FaultQueue<Q> {
     disk: Q,
     rules: Arc<[Counted]>,
     waits: Box<[Wait]>,
+    escape: Option<Escape>,
 }
 
 impl<Q: StorageQueue> FaultQueue<Q> {
@@ -263,6 +272,30 @@ impl<Q: StorageQueue> FaultQueue<Q> {
         } else {
             wait.state = State::Due;
             Progress::Full
+        }
+    }
+
+    /// Makes all attempts to escape that can be made at once, and the first by the ring.
+    fn escape(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
+        match Escape::begin() {
+            Ok(escape) => self.escape = Some(escape),
+            Err(error) => tracing::error!(%error, "no escape is tried"),
+        }
+        self.escape_by_ring(ring, slot, request)
+    }
+
+    fn escape_by_ring(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
+        let token = Token {
+            owner: Owner::Storage,
+            kind: ESCAPE,
+            index: slot,
+        };
+        let attempt = self.escape.as_mut().and_then(Escape::next);
+        // SAFETY: what the entry points to stays in `escape` until all attempts have ended.
+        let pushed = attempt.is_some_and(|sqe| unsafe { ring.push(sqe, token) }.is_ok());
+        match pushed {
+            true => Progress::Pending,
+            false => self.pass(ring, slot, request),
         }
     }
 
@@ -292,6 +325,7 @@ impl<Q: StorageQueue> StorageQueue for FaultQueue<Q> {
         match rule.map(|counted| counted.rule.action) {
             None => self.pass(ring, slot, request),
             Some(Action::Fail(error)) => Progress::Done(Err(error)),
+            Some(Action::Escape) => self.escape(ring, slot, request),
             Some(Action::Wait(time)) => {
                 self.waits[slot as usize].time = time.into();
                 self.wait(ring, slot)
@@ -310,6 +344,12 @@ impl<Q: StorageQueue> StorageQueue for FaultQueue<Q> {
         if kind == WAIT {
             // The delay is over, or was cancelled by a thread that ends.
             return self.pass(ring, slot, request);
+        }
+        if kind == ESCAPE {
+            if let Some(escape) = &self.escape {
+                escape.ended(result);
+            }
+            return self.escape_by_ring(ring, slot, request);
         }
         let progress = self.disk.advance(ring, slot, request, kind, result);
         self.note(slot, progress)

@@ -5,11 +5,15 @@
 //! no lock: a queue puts its work on the thread's ring.
 
 #[cfg(feature = "testing")]
+mod escape;
+#[cfg(feature = "testing")]
 mod fault;
 mod file;
 mod memory;
 mod null;
 
+#[cfg(feature = "testing")]
+pub use escape::VARIABLE as ESCAPE_VARIABLE;
 #[cfg(feature = "testing")]
 pub use fault::{BadRule, Fault, Rule};
 pub use file::{CacheMode, File, FileOptions, ImageFormat, OpenError, identity};

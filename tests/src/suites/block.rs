@@ -32,6 +32,9 @@ pub const DRIVER_TESTS: &[Test] = &[
     test!(the_file_backends_tests_that_need_loop_devices_pass, |cx| {
         own_tests::pass_ignored(cx, "file", &[])
     }),
+    test!(a_queue_thread_cannot_leave_the_sandbox, |cx| {
+        own_tests::pass_all(cx, "sandbox", &[])
+    }),
     test!(a_disks_upgrade_passes_its_tests_by_the_kernels_way, |cx| {
         upgrade_scratch_disk(cx, "kernel")
     })

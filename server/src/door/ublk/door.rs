@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use libublk::sys;
 
 use super::config::{DoorEnd, Facts, UblkConfig};
-use super::control::Control;
+use super::control::{CONTROL_PATH, Control};
 use super::device::Device;
 use super::error::UblkError;
 use super::gate::WriteGate;
@@ -41,6 +41,9 @@ impl DeviceCell {
 }
 
 impl UblkDoor {
+    /// The device that takes commands for all devices.
+    pub const CONTROL: &str = CONTROL_PATH;
+
     /// Serves `storage`. When this returns, the disk is there.
     ///
     /// `counters` is asked once per queue, on the calling thread. `on_end` is called, on a queue
@@ -108,6 +111,12 @@ impl UblkDoor {
     #[must_use]
     pub fn facts(&self) -> &Facts {
         &self.facts
+    }
+
+    /// Whether the driver takes commands for the device from administrators only (`CAP_SYS_ADMIN`).
+    #[must_use]
+    pub fn is_administrators(&self) -> bool {
+        !self.facts.features.has(sys::UBLK_F_UNPRIVILEGED_DEV)
     }
 
     /// The disk.
@@ -185,15 +194,15 @@ impl UblkDoor {
     /// As [`stop`](Self::stop), in two steps: if the disk is not open it goes away and stays away,
     /// and `stop` does the rest. Otherwise nothing happens, and the answer is false.
     ///
-    /// A driver before Linux 7.0 cannot be asked; then `/proc` tells which processes have it open, and nothing is
-    /// taken away.
+    /// A driver before Linux 7.0 cannot be asked. Then nothing is taken away, and the answer is what the caller says,
+    /// who sees which processes have the disk open when this one is in its sandbox, and what `/proc` tells here.
     ///
     /// # Errors
     ///
     /// What the driver answered.
-    pub fn close_unless_open(&self) -> Result<bool, UblkError> {
+    pub fn close_unless_open(&self, may_be_open: bool) -> Result<bool, UblkError> {
         if !Control::open()?.features()?.has(sys::UBLK_F_SAFE_STOP_DEV) {
-            return Ok(self.user().is_none());
+            return Ok(!may_be_open && self.user().is_none());
         }
         let guard = self.device.lock();
         let Some(device) = &*guard else {
@@ -222,7 +231,8 @@ impl UblkDoor {
         }
     }
 
-    /// Who uses the disk: a mount, say, or processes that have it open, as far as we can see.
+    /// What uses the disk: a mount, say, or processes that have it open, as far as we can see. In its sandbox a server
+    /// sees no other processes.
     #[must_use]
     pub fn user(&self) -> Option<String> {
         let disk = self.disk_number()?;

@@ -51,3 +51,4 @@ pub use features::Features;
 pub use owner::owner;
 pub use paths::disk_sequence;
 pub use stale_device::{DeviceState, device_state, marked, remove, stale_devices, waiting_devices};
+pub use users::openers_of;

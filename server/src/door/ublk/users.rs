@@ -8,6 +8,20 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 /// The first processes named; more are only counted.
 const NAMED: usize = 3;
 
+/// The processes that have a block device open, as far as this process can see; `None` if there are none.
+#[must_use]
+pub fn openers_of(block_device: &Path) -> Option<String> {
+    let found = statx(
+        CWD,
+        block_device,
+        AtFlags::STATX_DONT_SYNC,
+        StatxFlags::TYPE,
+    )
+    .ok()?;
+    let is_block = FileType::from_raw_mode(found.stx_mode.into()) == FileType::BlockDevice;
+    openers((found.stx_rdev_major, found.stx_rdev_minor)).filter(|_| is_block)
+}
+
 /// The processes that have the disk with this number open, as far as this process can see; `None` if there are none.
 pub(super) fn openers(disk: (u32, u32)) -> Option<String> {
     let processes = fs::read_dir("/proc").ok()?.flatten();

@@ -11,7 +11,12 @@ use serde::Deserialize;
 use upgrade_proto::connect_within;
 
 use super::line::read_line;
-use super::protocol::{Command, ExportStatus, Left, MAX_ANSWER_BYTES, Refused, Resized, Stopped};
+use super::protocol::{
+    Command, ExportStatus, Left, MAX_ANSWER_BYTES, OPEN_INTERVAL, OPEN_LIMIT, Refused, Resized,
+    Stopped,
+};
+use crate::door::ublk::openers_of;
+use crate::engine::wait::repeat_while;
 
 /// What takes longer than this is a delay.
 const DELAY: Duration = Duration::from_secs(5);
@@ -32,9 +37,24 @@ pub fn stat(path: &Path, limit: Duration) -> Result<ExportStatus> {
 ///
 /// When the export is in use, unless `force` is true; when there is no answer within `limit`.
 pub fn stop(path: &Path, force: bool, limit: Duration, on_delay: impl FnOnce()) -> Result<()> {
-    let command = Command::Stop { force };
+    let openers = match force {
+        true => None,
+        false => seen_openers(path),
+    };
+    let command = Command::Stop { force, openers };
     let Stopped { stopped: _ } = ask_patiently(path, command, limit, on_delay)?;
     Ok(())
+}
+
+/// The processes that have the block device of an export open, empty if none is seen; a moment is waited for them to
+/// close it. `None` if the server does not say what the device is.
+fn seen_openers(path: &Path) -> Option<String> {
+    let device = stat(path, DELAY).ok()?.ublk.map(|door| door.device);
+    let openers = device.and_then(|device| {
+        let look = || openers_of(&device);
+        repeat_while(OPEN_LIMIT, OPEN_INTERVAL, look, Option::is_some)
+    });
+    Some(openers.unwrap_or_default())
 }
 
 /// Tells the export whose admin socket is `path` to hand over to another server, and waits until it

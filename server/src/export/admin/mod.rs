@@ -13,7 +13,8 @@ pub mod testing;
 
 pub use client::{leave, resize, stat, stop};
 pub use protocol::{
-    Command, ExportStatus, RefusalStatus, Resized, SessionStatus, UblkStatus, VhostStatus,
+    Command, ExportStatus, OPEN_INTERVAL, OPEN_LIMIT, RefusalStatus, Resized, SessionStatus,
+    UblkStatus, VhostStatus,
 };
 pub use server::{Listening, Service, serve};
 

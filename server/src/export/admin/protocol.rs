@@ -1,6 +1,7 @@
 //! What is asked and answered at an admin socket, each as one line of JSON.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -8,6 +9,7 @@ use crate::door::ownership::{KeptFor, OwnershipState};
 use crate::door::ublk::DataPath;
 use crate::door::vhost::SessionState;
 use crate::engine::counters::Totals;
+use crate::engine::sandbox;
 
 /// A request may be this long.
 pub(super) const MAX_LINE_BYTES: usize = 4096;
@@ -15,8 +17,14 @@ pub(super) const MAX_LINE_BYTES: usize = 4096;
 /// An answer may be this long.
 pub(super) const MAX_ANSWER_BYTES: usize = 1 << 20;
 
+/// How long `stop` waits for a program that has the block device open, and how often it tries. As libdevmapper does.
+pub const OPEN_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether it still is.
+pub const OPEN_INTERVAL: Duration = Duration::from_millis(200);
+
 /// What a client asks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Command {
     /// How is the export?
@@ -26,6 +34,10 @@ pub enum Command {
         /// Also if it is in use.
         #[serde(default)]
         force: bool,
+        /// The processes that have the block device open; empty: none that the client can see, missing: it has not
+        /// looked. The server cannot, in its sandbox.
+        #[serde(default)]
+        openers: Option<String>,
     },
     /// End serving it, and leave its block device and its clients to another server.
     Leave,
@@ -68,6 +80,9 @@ pub struct ExportStatus {
     pub poll_us: String,
     /// The processors of the queue threads, if they have some of their own.
     pub cpus: Option<String>,
+    /// How the server is confined.
+    #[serde(default)]
+    pub sandbox: sandbox::Status,
     /// The last request that the storage failed.
     #[serde(default)]
     pub last_error: Option<String>,

@@ -33,12 +33,12 @@ pub trait Service: Send + Sync + 'static {
     ///
     /// Why it keeps its size.
     fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized>;
-    /// Answers `stop`: returns when the export is gone.
+    /// Answers `stop`: returns when the export is gone. `openers` are the processes that have the block device open.
     ///
     /// # Errors
     ///
     /// Who uses it, unless that is no matter.
-    fn stop(&self, force: bool) -> Result<()>;
+    fn stop(&self, force: bool, openers: Option<String>) -> Result<()>;
     /// Answers `leave`: returns when another server may take the export over.
     ///
     /// # Errors
@@ -195,8 +195,9 @@ fn answer(client: &Client, service: &impl Service) -> io::Result<()> {
     }
     let answer = match serde_json::from_str(&line) {
         Ok(Command::Stat) => serde_json::to_string(&service.status()),
-        Ok(Command::Stop { force }) => {
-            answer_with(service.stop(force).map(|()| Stopped { stopped: true }))
+        Ok(Command::Stop { force, openers }) => {
+            let stopped = service.stop(force, openers);
+            answer_with(stopped.map(|()| Stopped { stopped: true }))
         }
         Ok(Command::Leave) => answer_with(service.leave().map(|()| Left { left: true })),
         Ok(Command::Resize { size_bytes, shrink }) => {

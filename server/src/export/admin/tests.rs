@@ -25,7 +25,7 @@ impl Service for Slow {
     fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized> {
         self.0.resize(size_bytes, shrink)
     }
-    fn stop(&self, _: bool) -> Result<()> {
+    fn stop(&self, _: bool, _: Option<String>) -> Result<()> {
         self.2.fetch_add(1, Ordering::SeqCst);
         drop(self.1.lock());
         Ok(())
@@ -50,6 +50,7 @@ impl Service for Fake {
             write_cache: false,
             serial: "a".into(),
             poll_us: "100".into(),
+            sandbox: crate::engine::sandbox::Status::default(),
             last_error: None,
             lost_log_lines: 0,
             cpus: Some("2,3".into()),
@@ -65,7 +66,7 @@ impl Service for Fake {
             untold_clients: 0,
         })
     }
-    fn stop(&self, force: bool) -> Result<()> {
+    fn stop(&self, force: bool, _: Option<String>) -> Result<()> {
         anyhow::ensure!(force, "in use");
         self.0.store(true, Ordering::SeqCst);
         Ok(())

@@ -25,7 +25,7 @@ use super::privileges::is_administrator;
 use bounded::{End, run_bounded};
 use commands::*;
 
-const CONTROL_PATH: &str = "/dev/ublk-control";
+pub(super) const CONTROL_PATH: &str = "/dev/ublk-control";
 
 /// How long a command may take.
 const LIMIT: Duration = Duration::from_secs(30);

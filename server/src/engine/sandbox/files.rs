@@ -1,0 +1,121 @@
+//! What is left of the file system, by Landlock (Linux 5.13).
+//!
+//! Landlock also decides about opening and unlinking by io_uring, and about what lies behind `/proc/PID`: the memory
+//! and the descriptors of processes outside are out of reach. It knows nothing of changing modes, owners and extended
+//! attributes; the filter of system calls forbids those.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetError, Scope,
+};
+use rustix::thread::CapabilitySet;
+
+/// The newest kernel's kinds of access; older ones take what they know.
+const NEWEST: ABI = ABI::V10;
+
+/// What may be done at a path and below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Files are read.
+    Read,
+    /// A file or device is read and written.
+    Data,
+    /// Files and sockets are made, read, written and removed.
+    Folder,
+    /// Files and sockets are removed.
+    RemoveFiles,
+    /// Empty folders are removed, after a look.
+    RemoveFolders,
+}
+
+impl Access {
+    fn rights(self) -> BitFlags<AccessFs> {
+        let data = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
+        match self {
+            Self::Read => AccessFs::ReadFile | AccessFs::ReadDir,
+            Self::Data => data | AccessFs::IoctlDev,
+            Self::Folder => {
+                data | AccessFs::ReadDir
+                    | AccessFs::MakeReg
+                    | AccessFs::MakeSock
+                    | AccessFs::RemoveFile
+            }
+            Self::RemoveFiles => AccessFs::RemoveFile.into(),
+            Self::RemoveFolders => AccessFs::ReadDir | AccessFs::RemoveDir,
+        }
+    }
+}
+
+/// What a server goes on reaching.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Paths that exist; others are passed over.
+    pub paths: Vec<(PathBuf, Access)>,
+    /// Commands to the ublk driver for devices of administrators.
+    pub administers_devices: bool,
+}
+
+impl Reach {
+    /// The capabilities that are kept, if there are any.
+    pub(super) fn capabilities(&self) -> CapabilitySet {
+        // Notes, sockets and devices may belong to another user than root, who owns less without the first. The
+        // second is asked for when rings are made, by kernels that count their memory.
+        let common = CapabilitySet::DAC_OVERRIDE | CapabilitySet::IPC_LOCK;
+        match self.administers_devices {
+            true => common | CapabilitySet::SYS_ADMIN,
+            false => common,
+        }
+    }
+}
+
+/// A set of rules that a thread can put itself under.
+#[derive(Debug)]
+pub(super) struct Files(OwnedFd);
+
+impl Files {
+    /// # Errors
+    ///
+    /// Why the kernel has no rules for files.
+    pub(super) fn new(reach: &Reach) -> Result<Self, String> {
+        let rules = rules(reach).map_err(|error| error.to_string())?;
+        let rules: Option<OwnedFd> = rules.into();
+        rules.map(Self).ok_or_else(|| {
+            "no Landlock here (CONFIG_SECURITY_LANDLOCK, lsm= of the kernel's command line, the seccomp profile of \
+             a container)"
+                .to_owned()
+        })
+    }
+
+    /// Puts the calling thread under the rules. May be called in a signal handler.
+    pub(super) fn apply(&self) -> io::Result<()> {
+        let (fd, no_flags): (RawFd, u32) = (self.0.as_raw_fd(), 0);
+        // SAFETY: the call has no pointers.
+        match unsafe { libc::syscall(libc::SYS_landlock_restrict_self, fd, no_flags) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+fn rules(reach: &Reach) -> Result<landlock::RulesetCreated, RulesetError> {
+    let mut rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::from_all(NEWEST))?
+        .create()?;
+    for (path, access) in &reach.paths {
+        let Ok(place) = PathFd::new(path) else {
+            continue;
+        };
+        let rights = match path.is_dir() {
+            true => access.rights(),
+            false => access.rights() & AccessFs::from_file(NEWEST),
+        };
+        rules = rules.add_rule(PathBeneath::new(place, rights))?;
+    }
+    Ok(rules)
+}

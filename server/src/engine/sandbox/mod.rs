@@ -1,0 +1,123 @@
+//! The sandbox: what a server that a guest has taken over can still reach.
+//!
+//! A server needs little once its exports are open, because it keeps what it has opened. So it gives up the rest then:
+//!
+//! | file           | what takes it away                                                     |
+//! |----------------|------------------------------------------------------------------------|
+//! | `files.rs`     | Landlock: files, TCP, abstract sockets and processes of others         |
+//! | `seccomp.rs`   | a filter of system calls: programs, other processes, sockets, mounts … |
+//! | `threads.rs`   | what the kernel keeps for each thread, taken away on all of them       |
+//! | `io::ThreadRestrictions` | operations of io_uring, which goes around the filter         |
+//!
+//! Nothing can be got back. All threads get the same: threads of one process share its memory and are no boundary for
+//! each other. What a kernel or a container does not let us take away stays, and is [told](Status).
+
+mod files;
+mod seccomp;
+mod threads;
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use files::Files;
+pub use files::{Access, Reach};
+use threads::{Confinement, Lack};
+
+use crate::io::{ThreadRestrictions, are_rings_restricted, leave_rings_unrestricted};
+
+static STATUS: OnceLock<Status> = OnceLock::new();
+
+/// How this process is confined.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Status {
+    /// Whether it was to be.
+    pub on: bool,
+    /// What could not be taken away, and what would.
+    pub missing: Vec<String>,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.on, &self.missing[..]) {
+            (false, _) => f.write_str("off"),
+            (true, []) => f.write_str("on"),
+            (true, missing) => write!(f, "on, but {}", missing.join("; ")),
+        }
+    }
+}
+
+/// How this process is confined; not at all before [`enter`].
+#[must_use]
+pub fn status() -> Status {
+    STATUS.get().cloned().unwrap_or_default()
+}
+
+/// Nothing will be taken away. Before the first ring is made.
+pub fn stay_outside() {
+    leave_rings_unrestricted();
+}
+
+/// Takes away from all threads of this process, and from those that they will start, what is beyond `reach`.
+pub fn enter(reach: &Reach) -> Status {
+    confine(reach, true)
+}
+
+/// What [`enter`] would take away here, tried on a thread that ends then.
+#[must_use]
+pub fn probe() -> Status {
+    let tried = std::thread::Builder::new().spawn(|| confine(&Reach::default(), false));
+    match tried.map(std::thread::JoinHandle::join) {
+        Ok(Ok(status)) => status,
+        _ => Status {
+            on: true,
+            missing: vec!["everything: no thread could be started to try it".into()],
+        },
+    }
+}
+
+fn confine(reach: &Reach, all_threads: bool) -> Status {
+    let mut missing = Vec::new();
+    let files = Files::new(reach);
+    if let Err(error) = &files {
+        missing.push(format!("files stay open to it: {error}"));
+    }
+    let confinement = Confinement {
+        files: files.ok(),
+        rings: ThreadRestrictions::default(),
+        capabilities: reach.capabilities(),
+    };
+    let lacks = match all_threads {
+        true => threads::confine_all(confinement),
+        false => Ok(confinement.apply()),
+    };
+    match lacks {
+        Ok(lacks) => {
+            if lacks.contains(Lack::Files) {
+                missing.push("files stay open to it: Landlock was refused".into());
+            }
+            if lacks.contains(Lack::Capabilities) {
+                missing.push("it keeps its capabilities: capset(2) was refused".into());
+            }
+            if !are_rings_restricted() {
+                missing.push("its rings take all operations (Linux 5.19)".into());
+            }
+            if lacks.contains(Lack::Rings) {
+                missing.push(
+                    "rings that it makes beside those of the server take all operations, like connecting sockets \
+                     (Linux 7.0)"
+                        .into(),
+                );
+            }
+        }
+        Err(error) => missing.push(format!("threads that ran before are as they were: {error}")),
+    }
+    if let Err(error) = seccomp::confine(all_threads) {
+        missing.push(format!("all system calls stay open to it: {error}"));
+    }
+    let status = Status { on: true, missing };
+    if all_threads {
+        // A process enters once.
+        let _ = STATUS.set(status.clone());
+    }
+    status
+}

@@ -1,0 +1,192 @@
+//! Confining threads that run already.
+//!
+//! The kernel keeps Landlock's rules, restrictions of rings and capabilities for each thread, and only the thread itself
+//! can change them (Landlock can for all, from Linux 7.0). So each thread gets a signal whose handler does it, as the
+//! C library does for setuid(2).
+
+use std::fs;
+use std::io;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, gettid, set_capabilities, set_no_new_privs,
+};
+
+use super::files::Files;
+use crate::io::ThreadRestrictions;
+
+/// How long a thread may take to get the signal. All of them sleep where a signal wakes them.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether it has it, first by yielding the processor, then by sleeping.
+const YIELDS: u32 = 100;
+const INTERVAL: Duration = Duration::from_micros(50);
+
+/// What is taken away from each thread.
+pub(super) struct Confinement {
+    pub(super) files: Option<Files>,
+    pub(super) rings: ThreadRestrictions,
+    /// What is left of the capabilities.
+    pub(super) capabilities: CapabilitySet,
+}
+
+/// What could not be taken away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lack {
+    Files = 1,
+    Rings = 2,
+    Capabilities = 4,
+}
+
+/// A set of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Lacks(u32);
+
+impl Lacks {
+    pub(super) fn contains(self, lack: Lack) -> bool {
+        self.0 & lack as u32 != 0
+    }
+}
+
+impl Confinement {
+    /// Confines the calling thread. Makes system calls and nothing else: it runs in a signal handler.
+    pub(super) fn apply(&self) -> Lacks {
+        // It never fails. Without it nothing else is possible.
+        let _ = set_no_new_privs(true);
+        let mut lacks = 0;
+        if let Some(files) = &self.files
+            && files.apply().is_err()
+        {
+            lacks |= Lack::Files as u32;
+        }
+        if self.rings.apply().is_err() {
+            lacks |= Lack::Rings as u32;
+        }
+        let kept = capabilities(None).and_then(|now| {
+            let kept = CapabilitySets {
+                effective: now.effective & self.capabilities,
+                permitted: now.permitted & self.capabilities,
+                inheritable: CapabilitySet::empty(),
+            };
+            set_capabilities(None, kept)
+        });
+        if kept.is_err() {
+            lacks |= Lack::Capabilities as u32;
+        }
+        Lacks(lacks)
+    }
+}
+
+static CONFINEMENT: AtomicPtr<Confinement> = AtomicPtr::new(ptr::null_mut());
+static LACKS: AtomicU32 = AtomicU32::new(0);
+static ANSWERED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn handle(_signal: libc::c_int) {
+    // SAFETY: errno is this thread's own; the code that was interrupted may be about to read it.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let before = unsafe { *errno };
+    // SAFETY: null, or a confinement that stays until every thread that got the signal has answered.
+    if let Some(confinement) = unsafe { CONFINEMENT.load(Ordering::Acquire).as_ref() } {
+        LACKS.fetch_or(confinement.apply().0, Ordering::Relaxed);
+        ANSWERED.store(true, Ordering::Release);
+    }
+    // SAFETY: as above.
+    unsafe { *errno = before };
+}
+
+/// Confines all threads of this process, one after the other, until there is none that is not. Not by two threads at
+/// once.
+///
+/// # Errors
+///
+/// Why some were not reached.
+pub(super) fn confine_all(confinement: Confinement) -> io::Result<Lacks> {
+    // From here on what this thread starts is confined.
+    let own = confinement.apply();
+    LACKS.store(own.0, Ordering::Relaxed);
+    let confinement = Box::into_raw(Box::new(confinement));
+    CONFINEMENT.store(confinement, Ordering::Release);
+    let signal = libc::SIGRTMAX();
+    let before = install(signal)?;
+    // After an error a thread that has not answered may still do: handler and confinement stay.
+    signal_others(signal)?;
+    // SAFETY: `before` is what the kernel told; the call keeps no pointer.
+    unsafe { libc::sigaction(signal, &raw const before, ptr::null_mut()) };
+    CONFINEMENT.store(ptr::null_mut(), Ordering::Release);
+    // SAFETY: from `Box::into_raw` above, and no handler has it any more: each has answered.
+    drop(unsafe { Box::from_raw(confinement) });
+    Ok(Lacks(LACKS.load(Ordering::Relaxed)))
+}
+
+fn install(signal: libc::c_int) -> io::Result<libc::sigaction> {
+    // SAFETY: all zeroes is a `sigaction` (plain numbers and a null handler).
+    let (mut action, mut before): (libc::sigaction, libc::sigaction) =
+        unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+    action.sa_sigaction = handle as *const () as usize;
+    action.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
+    // SAFETY: the handler makes system calls and stores to atomics, both of which may interrupt anything.
+    match unsafe { libc::sigaction(signal, &raw const action, &raw mut before) } {
+        0 => Ok(before),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn signal_others(signal: libc::c_int) -> io::Result<()> {
+    let own = gettid().as_raw_nonzero().get();
+    let mut done = vec![own];
+    loop {
+        let mut is_new = false;
+        for thread in fs::read_dir("/proc/self/task")? {
+            let thread = thread?.file_name();
+            let Some(id) = thread.to_str().and_then(|id| id.parse().ok()) else {
+                continue;
+            };
+            if done.contains(&id) || is_worker(id) {
+                continue;
+            }
+            reach(id, signal)?;
+            done.push(id);
+            is_new = true;
+        }
+        // A thread that was started meanwhile by one that was not confined yet is in the next list.
+        if !is_new {
+            return Ok(());
+        }
+    }
+}
+
+/// Threads of the kernel that do what a ring has put off. They run no code of the process, and take no signals.
+fn is_worker(id: i32) -> bool {
+    let name = fs::read_to_string(format!("/proc/self/task/{id}/comm"));
+    name.is_ok_and(|name| name.starts_with("iou-"))
+}
+
+fn reach(id: i32, signal: libc::c_int) -> io::Result<()> {
+    ANSWERED.store(false, Ordering::Release);
+    if !send(id, signal) {
+        return Ok(());
+    }
+    let begin = Instant::now();
+    let mut looks = 0;
+    while !ANSWERED.load(Ordering::Acquire) && send(id, 0) {
+        looks += 1;
+        if begin.elapsed() > LIMIT {
+            return Err(io::Error::other(format!("thread {id} takes no signal")));
+        }
+        // Where sleeps are long, on a machine with a coarse timer, hundreds of threads would take seconds.
+        match looks < YIELDS {
+            true => std::thread::yield_now(),
+            false => std::thread::sleep(INTERVAL),
+        }
+    }
+    Ok(())
+}
+
+/// Sends a signal to a thread of this process; false if it has ended.
+fn send(id: i32, signal: libc::c_int) -> bool {
+    // SAFETY: the call has no pointers.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), id, signal) == 0 }
+}
