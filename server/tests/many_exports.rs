@@ -12,8 +12,8 @@ use testkit::proc::{Holdings, sleeps};
 
 const EXPORTS: usize = 1000;
 
-/// Of these: name lock, admin socket, vhost socket.
-const DESCRIPTORS_PER_EXPORT: usize = 3;
+/// Of these: folder, name lock, admin socket, vhost socket.
+const DESCRIPTORS_PER_EXPORT: usize = 4;
 
 /// Descriptors and threads of a process whatever it serves.
 const DESCRIPTORS: usize = 20;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 use rustix::io::Errno;
@@ -16,14 +17,14 @@ pub fn unfinished(name: &str) -> String {
 /// A note in a directory to which no other user can write.
 #[derive(Debug)]
 pub struct NoteFile {
-    dir: TrustedDir,
+    dir: Arc<TrustedDir>,
     name: &'static str,
 }
 
 impl NoteFile {
     /// The note `name` in `dir`, whether it exists or not.
     #[must_use]
-    pub fn new(dir: TrustedDir, name: &'static str) -> Self {
+    pub fn new(dir: Arc<TrustedDir>, name: &'static str) -> Self {
         Self { dir, name }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -48,8 +49,7 @@ pub(super) fn lock_exclusively(lock: &File) -> bool {
 /// noted there: the device waits for a server, which needs all the notes.
 #[derive(Debug)]
 pub struct NameLock {
-    pub(super) exports: TrustedDir,
-    pub(super) dir: TrustedDir,
+    pub(super) dir: Arc<TrustedDir>,
     pub(super) name: String,
     /// The notes are kept for another server.
     pub(super) left: bool,
@@ -96,7 +96,7 @@ impl NameLock {
 
     /// Writes a note beside the old one and puts it in its place.
     fn note(&self, name: &'static str, text: &str) -> Result<()> {
-        self.file(name)?.replace(text, || {
+        self.file(name).replace(text, || {
             crash::point(match name {
                 SERVED => "export-written",
                 _ => "id-written",
@@ -106,8 +106,8 @@ impl NameLock {
     }
 
     /// A note of this export.
-    fn file(&self, name: &'static str) -> Result<NoteFile> {
-        Ok(NoteFile::new(self.dir.dir(".")?, name))
+    fn file(&self, name: &'static str) -> NoteFile {
+        NoteFile::new(Arc::clone(&self.dir), name)
     }
 
     /// Releases the name and keeps the notes for the next server.
@@ -122,11 +122,8 @@ impl NameLock {
     }
 
     /// The note of which vhost client has the disk.
-    ///
-    /// # Errors
-    ///
-    /// When the folder is not trusted any more.
-    pub fn upgraded_note(&self) -> Result<NoteFile> {
+    #[must_use]
+    pub fn upgraded_note(&self) -> NoteFile {
         self.file(UPGRADED)
     }
 
@@ -182,7 +179,8 @@ impl Drop for NameLock {
             self.remove(file);
         }
         // Not empty when there are notes left: then the folder stays.
-        let _ = unlinkat(&self.exports, &self.name, AtFlags::REMOVEDIR);
+        // By its parent, without a descriptor of that one for each export.
+        let _ = unlinkat(&self.dir, format!("../{}", self.name), AtFlags::REMOVEDIR);
     }
 }
 

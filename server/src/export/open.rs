@@ -111,7 +111,7 @@ impl Opening<'_> {
             &config.name,
             limits.read_only,
             config.reconnect_grace,
-            Some(self.claim.upgraded_note()?),
+            Some(self.claim.upgraded_note()),
         );
         if config.migration {
             let claimed = || Arc::clone(&disk) as Arc<dyn StorageControl>;

@@ -20,6 +20,7 @@
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -161,8 +162,7 @@ impl RuntimeDir {
             }
             if is_in(&dir, &lock) {
                 let claim = NameLock {
-                    exports,
-                    dir,
+                    dir: Arc::new(dir),
                     name: name.to_owned(),
                     left: false,
                     _lock: lock,

@@ -62,7 +62,7 @@ fn export(grace: Duration) -> (Arc<Ownership>, Arc<Door>) {
 }
 
 fn noted_in(folder: &Path) -> NoteFile {
-    NoteFile::new(TrustedDir::open(folder).unwrap(), "note")
+    NoteFile::new(Arc::new(TrustedDir::open(folder).unwrap()), "note")
 }
 
 const LONG: Duration = Duration::from_secs(3600);
