@@ -6,12 +6,10 @@
 
 mod commands;
 
-use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
@@ -20,15 +18,16 @@ use super::config_space::mask;
 use super::connection::Connection;
 use super::dirty::Logging;
 use super::fast_path::Transfer;
-use super::memory::{HeldMap, MemoryMap};
+use super::memory::HeldMap;
 use super::request::{self, MAX_BUFFERS, ParsedRequest, RequestContext, Segments};
 use super::ring_layout::RingError;
 use super::sigbus;
-use super::vring::{Kind, OPERATIONS, Start, Stopped, Vring, write_one};
+use super::vring::{Kind, OPERATIONS, Vring, write_one};
 use crate::engine::counters::Counters;
 use crate::engine::{DoorQueue, Next};
 use crate::io::{Completion, FreeSlots, Full, Ring, Slot, SlotTable};
 use crate::request::{BufferLists, Op, Outcome, Range, Request};
+pub(super) use commands::Command;
 
 /// Requests that can be in flight on one thread.
 const SLOTS: u32 = 256;
@@ -38,28 +37,6 @@ const TURN: u32 = 16;
 
 /// Chains the door may answer by itself in one round.
 const ANSWERS_PER_ROUND: u32 = 256;
-
-/// What the protocol thread asks of a queue thread. It waits for the reply before it acknowledges
-/// the client's message: what a client was told is done, is done.
-pub(super) enum Command {
-    /// Serve a vring.
-    Start(Box<Start>, mpsc::Sender<Result<(), RingError>>),
-    /// Finish what is in flight of a vring, publish it, and let go of the vring.
-    Stop(u16, mpsc::Sender<Stopped>),
-    /// Take chains from a vring, or leave them there.
-    Enable(u16, bool, mpsc::Sender<()>),
-    /// Notify through another descriptor from now on.
-    Call(u16, Option<OwnedFd>, mpsc::Sender<()>),
-    /// Report a broken vring through this descriptor.
-    Error(u16, Option<OwnedFd>, mpsc::Sender<()>),
-    /// Use another memory map for everything that begins from now on, and this log of dirty pages for
-    /// everything that ends from now on.
-    Memory(Arc<MemoryMap>, Option<Logging>, mpsc::Sender<()>),
-    /// Mark what is written to the used ring of a vring, which is there for the log; or do not.
-    LogUsed(u16, Option<u64>, mpsc::Sender<()>),
-    /// Finish everything and end.
-    Exit,
-}
 
 /// A chain in flight.
 struct InFlight {
