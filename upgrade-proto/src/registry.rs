@@ -94,6 +94,8 @@ impl Entry {
 pub(crate) struct Published {
     socket: OwnedFd,
     root: TrustedDir,
+    /// Open, so that a server that can open nothing any more can still remove its entry.
+    lock: Lock,
     folder: String,
     name: Name,
     identity: (u64, u64),
@@ -111,7 +113,8 @@ impl Published {
     ) -> Result<Self, Error> {
         // Others may pass, but not list.
         let root = TrustedDir::make(runtime_dir, 0o755)?.make_dir(FOLDER, 0o711)?;
-        let _lock = lock(&root)?;
+        let lock = Lock::open(&root)?;
+        let held = lock.hold(&root)?;
         for rival in key.rivals() {
             clear_stale(&root, &rival, key, name)?;
         }
@@ -130,9 +133,11 @@ impl Published {
         let stat = statat(&dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW)
             .or_cannot("examine", path.display())?;
         let identity = (stat.st_dev, stat.st_ino);
+        drop(held);
         Ok(Self {
             socket: listening,
             root,
+            lock,
             folder,
             name: name.clone(),
             identity,
@@ -147,7 +152,7 @@ impl Published {
 
     /// Removes the entry, unless another server has replaced it.
     fn remove(&self) -> Result<(), Error> {
-        let _lock = lock(&self.root)?;
+        let _held = self.lock.hold(&self.root)?;
         let dir = self.root.dir(&self.folder)?;
         let stat = statat(&dir, self.name.as_str(), AtFlags::SYMLINK_NOFOLLOW)
             .or_cannot("examine", dir.path().display())?;
@@ -169,20 +174,41 @@ impl Drop for Published {
     }
 }
 
-/// The registry's lock; closing it unlocks. It is a file that other users cannot open: the directory, which a program may
-/// have made with another mode, could be locked by every user who may read it.
-fn lock(root: &TrustedDir) -> Result<File, Error> {
-    let path = root.path().join(LOCK);
-    let file = root.file(LOCK, OFlags::RDWR | OFlags::CREATE)?;
-    let deadline = Instant::now() + LOCK_TIMEOUT;
-    loop {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file),
-            Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
+/// The registry's lock, open. It is a file that other users cannot open: the directory, which a program may have made
+/// with another mode, could be locked by every user who may read it.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Lock {
+    fn open(root: &TrustedDir) -> Result<Self, Error> {
+        root.file(LOCK, OFlags::RDWR | OFlags::CREATE).map(Self)
+    }
+
+    /// Locks the registry until the result is dropped.
+    fn hold(&self, root: &TrustedDir) -> Result<Held<'_>, Error> {
+        let deadline = Instant::now() + LOCK_TIMEOUT;
+        loop {
+            match flock(&self.0, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Held(&self.0)),
+                Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(errno) => {
+                    let path = root.path().join(LOCK);
+                    return Err(Error::system("lock", path.display(), errno));
+                }
             }
-            Err(errno) => return Err(Error::system("lock", path.display(), errno)),
         }
+    }
+}
+
+/// The registry is locked.
+struct Held<'a>(&'a File);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        // It cannot fail on a lock that is held.
+        let _ = flock(self.0, FlockOperation::Unlock);
     }
 }
 
@@ -233,7 +259,8 @@ fn find_stale(
         other => other?,
     };
     // A server that publishes holds it from the making of an entry until it listens.
-    let _lock = lock(&root)?;
+    let lock = Lock::open(&root)?;
+    let _held = lock.hold(&root)?;
     let mut stale = Vec::new();
     for folder in root.names()?.into_iter().filter(|name| name != LOCK) {
         let dir = root.dir(&folder)?;

@@ -40,8 +40,8 @@ impl Service for Export {
         anyhow::bail!("the size stays")
     }
 
-    fn stop(&self, force: bool) -> anyhow::Result<()> {
-        self.note(Command::Stop { force });
+    fn stop(&self, force: bool, openers: Option<String>) -> anyhow::Result<()> {
+        self.note(Command::Stop { force, openers });
         Ok(())
     }
 
@@ -78,7 +78,7 @@ fn serve(peer: &mut UnixStream, stream: UnixStream, request: &[u8]) {
     let request = &request[..request.len().min(4096)];
     let line = request.split_inclusive(|&byte| byte == b'\n').next();
     let command = line.and_then(|line| serde_json::from_slice(line).ok());
-    let done = *export.0.lock().expect("no panic");
+    let done = export.0.lock().expect("no panic").take();
     assert_eq!(done, command, "done, and asked for");
     if answered.is_err() {
         assert_eq!(command, None);

@@ -36,7 +36,7 @@ pub enum Command {
         force: bool,
         /// The processes that have the block device open; empty: none that the client can see, missing: it has not
         /// looked. The server cannot, in its sandbox.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         openers: Option<String>,
     },
     /// End serving it, and leave its block device and its clients to another server.
