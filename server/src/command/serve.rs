@@ -322,9 +322,18 @@ fn announce(exports: &BTreeMap<String, Export>, manager: &Manager) -> Result<()>
 
 /// Gives up what the exports do not need now that they are open, and says in the log how far that went.
 fn enter_sandbox<'a>(exports: impl Iterator<Item = &'a Export>) {
-    // What a client is, what uses a disk, how many processors there are; what is read beyond the end of a file that was
-    // cut short.
-    let system = ["/proc", "/sys", "/dev/zero"].map(|path| (path.into(), Access::Read));
+    // What a client is; what uses a disk; what is read beyond the end of a file that was cut short. Not all of /sys: below
+    // it are the file systems of debugging and tracing.
+    let system = [
+        "/proc",
+        "/sys/block",
+        "/sys/class/ublk-char",
+        "/sys/dev",
+        "/sys/devices",
+        "/sys/fs",
+        "/dev/zero",
+    ]
+    .map(|path| (path.into(), Access::Read));
     let mut reach = Reach {
         paths: system.into(),
         ..Reach::default()

@@ -25,6 +25,8 @@ mod shared;
 mod succession;
 pub mod upgrade;
 
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 
@@ -153,8 +155,10 @@ impl Export {
     pub fn add_reach(&self, reach: &mut Reach) {
         let mut add = |path: &Path, access| reach.paths.push((path.to_owned(), access));
         let config = &self.shared.config;
-        if let StorageSpec::File { path, .. } = &config.storage {
-            // Its descriptor is open; a device that is claimed later is opened once more.
+        // A file stays open, and is not opened again. A device is, when a guest that may move claims it.
+        if let StorageSpec::File { path, .. } = &config.storage
+            && fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
+        {
             add(
                 path,
                 match config.read_only {

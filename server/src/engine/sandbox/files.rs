@@ -72,6 +72,33 @@ impl Reach {
     }
 }
 
+/// What rules of this kernel leave open that those of newer ones do not.
+pub(super) fn lacks() -> Vec<String> {
+    // LANDLOCK_CREATE_RULESET_VERSION (include/uapi/linux/landlock.h) asks for the version.
+    let (nothing, no_bytes, ask_version) = (std::ptr::null::<u8>(), 0usize, 1u32);
+    // SAFETY: with this flag the call takes no memory.
+    let version = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            nothing,
+            no_bytes,
+            ask_version,
+        )
+    };
+    // Without Landlock all of it is missing, and told. What else older rules do not know is TCP and signals, which the
+    // filter of system calls forbids.
+    let lacks = [
+        (6, "abstract sockets of others (Linux 6.12)"),
+        (9, "sockets of others with a path (Linux 7.1)"),
+    ];
+    let lacks = lacks
+        .into_iter()
+        .filter(|(since, _)| (1..*since).contains(&version));
+    lacks
+        .map(|(_, what)| format!("it can send datagrams to {what}"))
+        .collect()
+}
+
 /// A set of rules that a thread can put itself under.
 #[derive(Debug)]
 pub(super) struct Files(OwnedFd);

@@ -81,6 +81,7 @@ fn confine(reach: &Reach, all_threads: bool) -> Status {
     if let Err(error) = &files {
         missing.push(format!("files stay open to it: {error}"));
     }
+    missing.extend(files::lacks());
     let confinement = Confinement {
         files: files.ok(),
         rings: ThreadRestrictions::default(),

@@ -104,15 +104,19 @@ extern "C" fn handle(_signal: libc::c_int) {
 ///
 /// Why some were not reached.
 pub(super) fn confine_all(confinement: Confinement) -> io::Result<Lacks> {
-    // From here on what this thread starts is confined.
-    let own = confinement.apply();
-    LACKS.store(own.0, Ordering::Relaxed);
+    LACKS.store(0, Ordering::Relaxed);
     let confinement = Box::into_raw(Box::new(confinement));
     CONFINEMENT.store(confinement, Ordering::Release);
     let signal = libc::SIGRTMAX();
     let before = install(signal)?;
+    let reached = signal_others(signal);
+    // This thread last: under the rules of Linux 6.12 to 6.14 a thread cannot signal the others of its process. It starts
+    // none meanwhile.
+    // SAFETY: from `Box::into_raw` above, and nothing frees it before the end of this function.
+    let own = unsafe { &*confinement }.apply();
+    LACKS.fetch_or(own.0, Ordering::Relaxed);
     // After an error a thread that has not answered may still do: handler and confinement stay.
-    signal_others(signal)?;
+    reached?;
     // SAFETY: `before` is what the kernel told; the call keeps no pointer.
     unsafe { libc::sigaction(signal, &raw const before, ptr::null_mut()) };
     CONFINEMENT.store(ptr::null_mut(), Ordering::Release);
@@ -134,9 +138,11 @@ fn install(signal: libc::c_int) -> io::Result<libc::sigaction> {
     }
 }
 
+/// Goes on after an error, which is then returned: as many threads are confined as can be.
 fn signal_others(signal: libc::c_int) -> io::Result<()> {
     let own = gettid().as_raw_nonzero().get();
     let mut done = vec![own];
+    let mut all_reached = Ok(());
     loop {
         let mut is_new = false;
         for thread in fs::read_dir("/proc/self/task")? {
@@ -147,13 +153,15 @@ fn signal_others(signal: libc::c_int) -> io::Result<()> {
             if done.contains(&id) || is_worker(id) {
                 continue;
             }
-            reach(id, signal)?;
+            if let Err(error) = reach(id, signal) {
+                all_reached = Err(error);
+            }
             done.push(id);
             is_new = true;
         }
         // A thread that was started meanwhile by one that was not confined yet is in the next list.
         if !is_new {
-            return Ok(());
+            return all_reached;
         }
     }
 }
@@ -165,16 +173,25 @@ fn is_worker(id: i32) -> bool {
 }
 
 fn reach(id: i32, signal: libc::c_int) -> io::Result<()> {
+    let failed =
+        |error: io::Error| io::Error::other(format!("thread {id} gets no signal: {error}"));
     ANSWERED.store(false, Ordering::Release);
-    if !send(id, signal) {
-        return Ok(());
-    }
     let begin = Instant::now();
     let mut looks = 0;
-    while !ANSWERED.load(Ordering::Acquire) && send(id, 0) {
+    let mut sent = signal;
+    while !ANSWERED.load(Ordering::Acquire) {
+        match send(id, sent) {
+            // From then on it is only looked whether the thread still exists.
+            Ok(()) => sent = 0,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+            // The signals that wait for processes of this user are limited in number (RLIMIT_SIGPENDING).
+            Err(error)
+                if error.raw_os_error() == Some(libc::EAGAIN) && begin.elapsed() <= LIMIT => {}
+            Err(error) => return Err(failed(error)),
+        }
         looks += 1;
         if begin.elapsed() > LIMIT {
-            return Err(io::Error::other(format!("thread {id} takes no signal")));
+            return Err(failed(io::ErrorKind::TimedOut.into()));
         }
         // Where sleeps are long, on a machine with a coarse timer, hundreds of threads would take seconds.
         match looks < YIELDS {
@@ -185,8 +202,11 @@ fn reach(id: i32, signal: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// Sends a signal to a thread of this process; false if it has ended.
-fn send(id: i32, signal: libc::c_int) -> bool {
+/// Sends a signal to a thread of this process, or only asks whether there is such a thread.
+fn send(id: i32, signal: libc::c_int) -> io::Result<()> {
     // SAFETY: the call has no pointers.
-    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), id, signal) == 0 }
+    match unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), id, signal) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
