@@ -45,19 +45,32 @@ impl NoteFile {
     ///
     /// # Errors
     ///
-    /// When the directory cannot be written; the old note is there as before.
+    /// When the directory cannot be written: the old note is there as before. If only the replacement cannot be
+    /// made durable, the new one is there.
     pub fn replace(&self, text: &str, written: impl FnOnce()) -> io::Result<()> {
-        let new = unfinished(self.name);
-        // Never through a link, and never into a file of others.
-        unlink(&self.dir, &new)?;
-        let create = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-        let mut file = (self.dir.file(&new, create)).map_err(io::Error::other)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        written();
-        renameat(&self.dir, &new, &self.dir, self.name)?;
+        // While nothing has changed: there may be no descriptor left.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        File::from(openat(&self.dir, ".", flags, Mode::empty())?).sync_all()
+        let dir = File::from(openat(&self.dir, ".", flags, Mode::empty())?);
+        let new = unfinished(self.name);
+        let replaced = self.write(&new, text).and_then(|()| {
+            written();
+            Ok(renameat(&self.dir, &new, &self.dir, self.name)?)
+        });
+        if replaced.is_err() {
+            // It would keep the directory from being removed. The first error says more than one of this.
+            let _ = unlink(&self.dir, &new);
+        }
+        replaced?;
+        dir.sync_all()
+    }
+
+    fn write(&self, name: &str, text: &str) -> io::Result<()> {
+        // Never through a link, and never into a file of others.
+        unlink(&self.dir, name)?;
+        let create = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+        let mut file = (self.dir.file(name, create)).map_err(io::Error::other)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
     }
 
     /// Removes it, if it exists.

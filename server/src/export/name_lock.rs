@@ -23,6 +23,7 @@ pub(super) const LOCK: &str = "lock";
 pub(super) const UBLK_ID: &str = "ublk-id";
 const UPGRADED: &str = "upgraded";
 pub(super) const SERVED: &str = "served";
+pub(super) const NOTES: [&str; 3] = [UBLK_ID, SERVED, UPGRADED];
 
 /// How long other processes may hold the shared lock with which they check whether a name has a server.
 const CHECK_LIMIT: Duration = Duration::from_secs(1);
@@ -140,7 +141,7 @@ impl NameLock {
     /// Removes the sockets of a dead server, and notes that it had not finished. What else there is stays: the
     /// notes, and what no server has put there.
     pub(super) fn clear_stale(&self) -> Result<()> {
-        let unfinished = [UBLK_ID, SERVED, UPGRADED].map(unfinished);
+        let unfinished = NOTES.map(unfinished);
         for name in [CONTROL, VHOST_SOCKET]
             .into_iter()
             .chain(unfinished.iter().map(String::as_str))
@@ -174,8 +175,10 @@ impl Drop for NameLock {
             Some(_) => &[],
             None => &[SERVED, UPGRADED],
         };
+        let unfinished = NOTES.map(unfinished);
+        let unfinished = unfinished.each_ref().map(String::as_str);
         // The lock last: after it another server may use the folder.
-        for file in [&[CONTROL, VHOST_SOCKET][..], notes, &[LOCK]].concat() {
+        for file in [&[CONTROL, VHOST_SOCKET][..], &unfinished, notes, &[LOCK]].concat() {
             self.remove(file);
         }
         // Not empty when there are notes left: then the folder stays.

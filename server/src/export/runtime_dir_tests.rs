@@ -2,7 +2,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::*;
-use crate::export::name_lock::{CONTROL, DeviceNote, UBLK_ID};
+use crate::engine::durable::unfinished;
+use crate::export::name_lock::{CONTROL, DeviceNote, NOTES, UBLK_ID};
 
 fn dir() -> (tempfile::TempDir, RuntimeDir) {
     let temp = tempfile::tempdir().unwrap();
@@ -42,6 +43,25 @@ fn what_a_dead_server_left_is_cleared_but_its_device_is_remembered() {
     };
     assert_eq!(claim.left_device(), Some(noted));
     claim.forget_device();
+    drop(claim);
+    assert!(!folder.exists());
+}
+
+#[test]
+fn a_note_that_cannot_be_written_does_not_keep_the_folder() {
+    let (_temp, dir) = dir();
+    let claim = dir.claim("a").unwrap();
+    let folder = dir.folder("a");
+    // No file can take its place.
+    fs::create_dir(folder.join(UBLK_ID)).unwrap();
+    claim.note_device(&DeviceNote::default()).unwrap_err();
+    let left: Vec<_> = fs::read_dir(&folder).unwrap().collect();
+    assert_eq!(left.len(), 2, "the lock and what is in the way: {left:?}");
+    fs::remove_dir(folder.join(UBLK_ID)).unwrap();
+    // Where even that could not be removed.
+    for note in NOTES {
+        fs::write(folder.join(unfinished(note)), "").unwrap();
+    }
     drop(claim);
     assert!(!folder.exists());
 }
