@@ -9,6 +9,7 @@ mod disks;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::*;
@@ -230,4 +231,35 @@ fn closing_the_door_finishes_what_is_under_way() {
     assert!(!path.exists());
     opener.join().unwrap();
     drop(scratch);
+}
+
+/// Whether a closed door let go of the disk while two clients that it turned away were still connected.
+fn closes_before_those_that_it_turned_away_hang_up() -> bool {
+    let fixture = fixture();
+    let mut broken = fixture.connect();
+    eventually("it is admitted", || fixture.door.sessions().len() == 1);
+    let owner = Driver::running(fixture.connect(), USUAL);
+    let mut refused = fixture.connect();
+    broken.write_all(&[0xff; 12]).unwrap();
+    for stream in [&mut refused, &mut broken] {
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "it is turned away");
+    }
+    let Fixture {
+        door, ownership, ..
+    } = fixture;
+    assert_eq!(door.stop(PATIENCE), 0);
+    eventually("the disk is let go of", || {
+        Arc::strong_count(&ownership) == 1
+    });
+    drop(owner);
+    // Nobody reads what is written to a client's past.
+    let is_connected = |mut stream: UnixStream| stream.write(&[0]).is_ok();
+    is_connected(refused) && is_connected(broken)
+}
+
+#[test]
+fn clients_that_are_turned_away_do_not_hold_the_disk() {
+    // They are waited for as long as a machine may take that has much to do.
+    let in_time = (0..5).any(|_| closes_before_those_that_it_turned_away_hang_up());
+    assert!(in_time, "the disk is held until they hang up");
 }

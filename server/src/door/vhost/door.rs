@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::config::{MAX_VRINGS, StartError, VhostConfig};
 use super::connection::Connection;
-use super::refusals::{Refusal, Refusals};
+use super::refusals::Refusal;
 use super::session::{Session, Sizes};
 use super::sessions::{Log, SessionInfo, Shared, admit};
 use super::spawn::{QueueOptions, spawner};
@@ -74,7 +74,7 @@ impl VhostDoor {
             serve: Box::new(serve),
             ownership,
             sessions: Mutex::default(),
-            refusals: Refusals::default(),
+            refusals: Arc::default(),
             log: Log::default(),
             changed: Condvar::new(),
         });

@@ -75,7 +75,8 @@ pub(super) struct Shared {
     pub(super) serve: Box<Serve>,
     pub(super) ownership: Arc<Ownership>,
     pub(super) sessions: Mutex<Sessions>,
-    pub(super) refusals: Refusals,
+    /// Apart from the rest, and with it the storage, for threads that see off a client after the door has closed.
+    pub(super) refusals: Arc<Refusals>,
     pub(super) log: Log,
     /// A session has gone.
     pub(super) changed: Condvar,
@@ -126,10 +127,10 @@ pub(super) fn admit(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> 
         drop(sessions);
         let why = io::Error::other(why);
         refuse(shared, peer_pid, &why);
-        let shared = Arc::clone(shared);
+        let refusals = Arc::clone(&shared.refusals);
         let thread = Builder::new().name("vhost-refused".into());
         // Without a thread the client is cut off.
-        let _ = thread.spawn(move || shared.refusals.see_off(&stream));
+        let _ = thread.spawn(move || refusals.see_off(&stream));
         return Err(why);
     }
     sessions.last_id += 1;
@@ -172,9 +173,10 @@ fn start(shared: &Arc<Shared>, connection: Arc<Connection>) -> io::Result<()> {
             }
             let ending = (shared.serve)(&connection);
             report(&shared, &connection, &ending);
-            drop(guard);
+            let refusals = Arc::clone(&shared.refusals);
+            drop((shared, guard));
             if let Ending::Failed(_) = ending {
-                shared.refusals.see_off(connection.stream());
+                refusals.see_off(connection.stream());
             }
         })?;
     Ok(())
