@@ -64,7 +64,7 @@ pub(super) trait Machine: Send + Sync {
     /// What an earlier server noted.
     fn read_note(&self) -> Note;
 
-    /// Replaces the note. When this returns it is durable.
+    /// Replaces the note. When this returns it is durable; if it fails the old one may be there, or the new one.
     fn write_note(&self, note: &Note) -> io::Result<()>;
 
     /// Calls `callback` after `delay`.

@@ -87,8 +87,10 @@ pub(super) struct Inner {
     waits: u64,
     /// The last wait whose time is over.
     expired: u64,
-    /// As it is on disk.
+    /// As it is on disk, unless the last attempt to change it failed.
     pub(super) note: Note,
+    /// That one failed: what is on disk is not known.
+    note_failed: bool,
 }
 
 /// The right to write to one export. No door has it before [`Ownership::open`].
@@ -142,6 +144,7 @@ impl Ownership {
                 waits: 0,
                 expired: 0,
                 note: machine.read_note(),
+                note_failed: false,
             }),
             machine,
             changed: Condvar::new(),
@@ -200,12 +203,18 @@ impl Ownership {
 
     /// Makes `note` the note of this export. The caller holds the lock of [`Self::notes`].
     pub(super) fn write_note(&self, note: Note) -> std::io::Result<()> {
-        if self.inner().note == note {
+        let inner = self.inner();
+        if inner.note == note && !inner.note_failed {
             return Ok(());
         }
-        self.machine.write_note(&note)?;
-        self.inner().note = note;
-        Ok(())
+        drop(inner);
+        let written = self.machine.write_note(&note);
+        let mut inner = self.inner();
+        inner.note_failed = written.is_err();
+        if written.is_ok() {
+            inner.note = note;
+        }
+        written
     }
 
     /// As [`Self::write_note`], where it is enough to warn.
