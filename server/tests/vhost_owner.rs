@@ -302,9 +302,9 @@ impl StorageControl for Slow {
         unreachable!("ownership does not ask for limits")
     }
 
-    fn claim(&self, _: Duration) -> Result<(), String> {
+    fn claim(&self, _: Duration) -> Result<bool, String> {
         drop(self.claims.lock().unwrap());
-        Ok(())
+        Ok(true)
     }
 
     fn release(&self) {

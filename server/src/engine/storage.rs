@@ -54,14 +54,15 @@ pub trait StorageControl: Send + Sync + 'static {
         Err(io::Error::other("this disk cannot shrink"))
     }
 
-    /// Claims storage that was opened without a claim: no other process may write to it.
+    /// Claims storage that was opened without a claim: no other process may write to it. Returns whether it was
+    /// not claimed before.
     ///
     /// # Errors
     ///
     /// When another process has it for longer than `limit`, or it has changed in a way that this
     /// disk cannot continue with.
-    fn claim(&self, _limit: Duration) -> Result<(), String> {
-        Ok(())
+    fn claim(&self, _limit: Duration) -> Result<bool, String> {
+        Ok(false)
     }
 
     /// Flushes, then gives up a [claim](Self::claim), so that another server may take it.

@@ -203,7 +203,7 @@ impl<B: Storage> StorageControl for Fault<B> {
         self.disk.cut(capacity_bytes)
     }
 
-    fn claim(&self, limit: Duration) -> Result<(), String> {
+    fn claim(&self, limit: Duration) -> Result<bool, String> {
         self.disk.claim(limit)
     }
 

@@ -17,8 +17,8 @@ use crate::{refusal, run, scratch, sparse};
 fn one_at_a_time(path: &Path) {
     let (source, target) = (claimed_later(path), claimed_later(path));
     let soon = Duration::from_millis(100);
-    assert_eq!(source.claim(soon), Ok(()));
-    assert_eq!(source.claim(soon), Ok(()), "it has it");
+    assert_eq!(source.claim(soon), Ok(true));
+    assert_eq!(source.claim(soon), Ok(false), "it has it");
     assert!(target.claim(soon).unwrap_err().contains("in use"));
     // Nor does it go with servers whose guests do not move.
     assert!(is_in_use(path));
@@ -29,10 +29,10 @@ fn one_at_a_time(path: &Path) {
         source.release();
         waiting.join().unwrap()
     });
-    assert_eq!(waiting, Ok(()));
+    assert_eq!(waiting, Ok(true));
     assert!(source.claim(soon).is_err());
     drop(target);
-    assert_eq!(source.claim(soon), Ok(()));
+    assert_eq!(source.claim(soon), Ok(true));
     source.release();
     source.release();
     // One that does not let go would have it for good, and so it sees when it starts that it cannot.
@@ -56,7 +56,7 @@ fn a_file_that_is_claimed_later_is_had_by_one_server_at_a_time() {
     let refused = disk.claim(Duration::ZERO).unwrap_err();
     assert!(refused.contains("shorter"), "{refused}");
     // And it has not kept the claim.
-    assert_eq!(claimed_later(&path).claim(Duration::ZERO), Ok(()));
+    assert_eq!(claimed_later(&path).claim(Duration::ZERO), Ok(true));
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn a_device_that_is_claimed_later_is_had_by_one_server_or_mount_at_a_time() {
         "{refused}"
     );
     unmount();
-    assert_eq!(disk.claim(Duration::ZERO), Ok(()));
+    assert_eq!(disk.claim(Duration::ZERO), Ok(true));
     assert!(!mounts(), "it is the disk's");
     disk.release();
     assert!(mounts(), "it is no longer claimed");

@@ -190,7 +190,9 @@ impl Ownership {
             drop(closed);
             return self.changed.notify_all();
         };
-        if let Some(storage) = storage
+        // In a move it may be the server of the target that is to have it.
+        if !holder.moving
+            && let Some(storage) = storage
             && let Err(why) = storage.claim(Duration::ZERO)
         {
             tracing::warn!(

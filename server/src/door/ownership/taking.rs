@@ -50,9 +50,8 @@ impl<'a> Taking<'a> {
             block.close(DRAIN_LIMIT).map_err(Refused::Drain)?;
         }
         if let Some(storage) = storage {
-            storage.claim(SUCCESSION_LIMIT).map_err(Refused::Storage)?;
-            // One that waits has it claimed already, and keeps it.
-            self.claimed = !matches!(self.before, Some((State::Waiting(_), _)));
+            // Where it is kept for a client it may be claimed already, and stays so.
+            self.claimed = storage.claim(SUCCESSION_LIMIT).map_err(Refused::Storage)?;
         }
         Ok(())
     }

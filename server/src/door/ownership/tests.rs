@@ -297,6 +297,7 @@ fn a_note_of_an_unknown_client_keeps_the_disk_for_the_first_that_comes() {
 struct Store {
     diary: Mutex<Vec<&'static str>>,
     taken: AtomicBool,
+    claimed: AtomicBool,
 }
 
 impl StorageControl for Store {
@@ -304,15 +305,16 @@ impl StorageControl for Store {
         unreachable!("ownership does not ask for limits")
     }
 
-    fn claim(&self, _limit: Duration) -> Result<(), String> {
+    fn claim(&self, _limit: Duration) -> Result<bool, String> {
         if self.taken.load(Ordering::Relaxed) {
             return Err("another server has it".into());
         }
         self.diary.lock().unwrap().push("claimed");
-        Ok(())
+        Ok(!self.claimed.swap(true, Ordering::Relaxed))
     }
 
     fn release(&self) {
+        self.claimed.store(false, Ordering::Relaxed);
         self.diary.lock().unwrap().push("released");
     }
 }
@@ -418,6 +420,31 @@ fn storage_is_claimed_while_somebody_has_the_disk_and_by_one_server() {
 }
 
 #[test]
+fn a_server_that_starts_in_the_middle_of_a_move_leaves_the_storage_to_the_targets_server() {
+    let folder = tempfile::tempdir().unwrap();
+    for moves in [false, true] {
+        let store = Arc::new(Store::default());
+        let serve = || {
+            let access = Ownership::new("e", false, LONG, Some(noted_in(folder.path())));
+            access.allow_moves(Some(Arc::<Store>::clone(&store)));
+            access.open(None);
+            access
+        };
+        let old = serve();
+        let client = old.take(client("source")).unwrap();
+        if moves {
+            client.rest(true);
+        }
+        old.close();
+        drop(client);
+        store.release();
+        let new = serve();
+        assert_eq!(new.state(), OwnershipState::Waiting);
+        assert_eq!(store.claimed.load(Ordering::Relaxed), !moves);
+    }
+}
+
+#[test]
 fn a_source_that_leaves_while_its_disk_is_being_taken_over_takes_nothing_along() {
     /// Takes its time.
     struct Slow(Mutex<()>, AtomicBool);
@@ -425,11 +452,11 @@ fn a_source_that_leaves_while_its_disk_is_being_taken_over_takes_nothing_along()
         fn limits(&self) -> &Limits {
             unreachable!("ownership does not ask for limits")
         }
-        fn claim(&self, _limit: Duration) -> Result<(), String> {
+        fn claim(&self, _limit: Duration) -> Result<bool, String> {
             drop(self.0.lock().unwrap());
             match self.1.load(Ordering::Relaxed) {
                 true => Err("no".into()),
-                false => Ok(()),
+                false => Ok(true),
             }
         }
         fn release(&self) {}

@@ -14,12 +14,12 @@ use super::shared::{Claim, Shared};
 use crate::request::Limits;
 
 impl Shared {
-    pub(super) fn claim(&self, limits: &Limits, limit: Duration) -> Result<(), String> {
+    pub(super) fn claim(&self, limits: &Limits, limit: Duration) -> Result<bool, String> {
         let path = self.path.display();
         let taken = || format!("{path} is in use by another process, whose guest still runs");
         let mut claim = self.claimed();
         if claim.is_some() {
-            return Ok(());
+            return Ok(false);
         }
         *claim = Some(if self.is_device {
             let mut how = OpenOptions::new();
@@ -49,7 +49,7 @@ impl Shared {
             tracing::warn!("{path}: old pages may stay in the cache: {error}");
         }
         let fits = match (&self.file).seek(SeekFrom::End(0)) {
-            Ok(len_bytes) if len_bytes >= limits.capacity.bytes() => Ok(()),
+            Ok(len_bytes) if len_bytes >= limits.capacity.bytes() => Ok(true),
             Ok(_) => Err(format!("{path} has become shorter than the disk")),
             Err(error) => Err(format!("{path}: {error}")),
         };

@@ -99,7 +99,7 @@ impl StorageControl for File {
         resize::cut(&self.shared, capacity_bytes)
     }
 
-    fn claim(&self, limit: Duration) -> Result<(), String> {
+    fn claim(&self, limit: Duration) -> Result<bool, String> {
         self.shared.claim(&self.limits, limit)
     }
 

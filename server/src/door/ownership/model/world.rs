@@ -275,14 +275,11 @@ impl StorageControl for Fake {
         unreachable!("ownership does not ask for limits")
     }
 
-    fn claim(&self, _: Duration) -> Result<(), String> {
+    fn claim(&self, _: Duration) -> Result<bool, String> {
         let mut facts = self.effect(Effect::Claim).ok_or("cannot lock")?;
         match facts.claimed {
             Some(server) if server != self.server => Err("another server has it".into()),
-            _ => {
-                facts.claimed = Some(self.server);
-                Ok(())
-            }
+            _ => Ok(facts.claimed.replace(self.server).is_none()),
         }
     }
 

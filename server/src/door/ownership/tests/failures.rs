@@ -57,3 +57,19 @@ fn a_note_of_which_nothing_is_known_is_written_again() {
     let _hold = access.take(client("a")).unwrap();
     assert_eq!(machine.noted().as_deref(), Some("a"));
 }
+
+#[test]
+fn a_target_that_does_not_get_the_disk_does_not_keep_it_from_other_servers() {
+    let machine = Failing::default();
+    let access = Ownership::on(Box::new(machine.clone()), "e", false, LONG);
+    let store = Arc::new(Store::default());
+    access.allow_moves(Some(Arc::<Store>::clone(&store)));
+    access.open(None);
+    let source = access.take(client("source")).unwrap();
+    source.rest(true);
+    drop(source);
+    assert_eq!(access.state(), OwnershipState::Waiting);
+    machine.fails.store(true, Ordering::Relaxed);
+    assert!(access.take(client("target")).is_err());
+    assert!(!store.claimed.load(Ordering::Relaxed));
+}

@@ -30,10 +30,19 @@ impl Run {
                 format!("{read:?} is read, and {last:?} wrote last")
             })?;
         }
-        for server in self.servers.iter().flatten() {
+        for (number, server) in self.servers.iter().enumerate() {
+            let Some(server) = server else { continue };
             let state = &server.inner().state;
             ensure(!matches!(state, State::Opening | State::Draining), || {
                 "the disk is on its way, and nobody is at it".into()
+            })?;
+            let needs_storage = match state {
+                State::Upgraded(_) => true,
+                State::Waiting(wait) => !wait.holder.moving,
+                _ => false,
+            };
+            ensure(needs_storage || facts.claimed != Some(number), || {
+                format!("server {number} has the storage, and nobody needs it there")
             })?;
         }
         Ok(())
