@@ -83,6 +83,11 @@ pub struct Registration {
     number: u64,
 }
 
+/// A call that is to come. Dropping it ends that, unless it has begun.
+#[derive(Debug)]
+#[must_use = "nothing is called when it is dropped"]
+pub struct Alarm(Option<(Instant, u64)>);
+
 static LOOP: Mutex<Option<&'static EventLoop>> = Mutex::new(None);
 
 impl EventLoop {
@@ -140,25 +145,24 @@ impl EventLoop {
     }
 
     /// Calls `callback` on the loop's thread after `delay`.
-    pub fn call_after(&self, delay: Duration, callback: impl FnOnce() + Send + 'static) {
-        self.set_timer(delay, Timer::Call(Box::new(callback)));
+    pub fn call_after(&self, delay: Duration, callback: impl FnOnce() + Send + 'static) -> Alarm {
+        Alarm(self.set_timer(delay, Timer::Call(Box::new(callback))))
     }
 
-    fn set_timer(&self, delay: Duration, timer: Timer) {
-        // A time beyond the clock's range never comes.
-        let Some(at) = Instant::now().checked_add(delay) else {
-            return;
-        };
+    /// `None` for a time beyond the clock's range, which never comes.
+    fn set_timer(&self, delay: Duration, timer: Timer) -> Option<(Instant, u64)> {
+        let at = Instant::now().checked_add(delay)?;
         let mut state = self.state();
         state.last_number += 1;
-        let number = state.last_number;
-        state.timers.insert((at, number), timer);
-        let is_next = state.timers.keys().next() == Some(&(at, number));
+        let key = (at, state.last_number);
+        state.timers.insert(key, timer);
+        let is_next = state.timers.keys().next() == Some(&key);
         drop(state);
         if is_next {
             // It fails only if the counter is at its end, and then the eventfd is readable already.
             let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
         }
+        Some(key)
     }
 
     fn unwatch(&self, number: u64) {
@@ -281,6 +285,16 @@ impl Drop for Registration {
         // There is a loop, or there would be no registration.
         if let Ok(event_loop) = EventLoop::get() {
             event_loop.unwatch(self.number);
+        }
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if let (Some(key), Ok(event_loop)) = (self.0, EventLoop::get()) {
+            let timer = event_loop.state().timers.remove(&key);
+            // Not under the lock: it drops what the callback has.
+            drop(timer);
         }
     }
 }

@@ -113,12 +113,22 @@ fn a_callback_that_pauses_or_panics_is_called_again_later() {
 #[test]
 fn timers_are_called_in_their_order() {
     let (report, reports) = mpsc::channel();
-    for delay in [60, 20, 40] {
+    let alarms = [60, 20, 40].map(|delay| {
         let report = report.clone();
         let call = move || report.send(delay).unwrap();
-        events().call_after(Duration::from_millis(delay), call);
-    }
+        events().call_after(Duration::from_millis(delay), call)
+    });
     for delay in [20, 40, 60] {
         assert_eq!(reports.recv_timeout(LONG), Ok(delay));
     }
+    drop(alarms);
+}
+
+#[test]
+fn a_timer_that_is_dropped_is_forgotten_at_once() {
+    let (report, reports) = mpsc::channel::<()>();
+    let alarm = events().call_after(LONG, move || drop(report));
+    assert_eq!(reports.try_recv(), Err(mpsc::TryRecvError::Empty));
+    drop(alarm);
+    assert_eq!(reports.try_recv(), Err(mpsc::TryRecvError::Disconnected));
 }

@@ -67,8 +67,12 @@ pub(super) trait Machine: Send + Sync {
     /// Replaces the note. When this returns it is durable; if it fails the old one may be there, or the new one.
     fn write_note(&self, note: &Note) -> io::Result<()>;
 
-    /// Calls `callback` after `delay`.
-    fn call_after(&self, delay: Duration, callback: Box<dyn FnOnce() + Send>) -> io::Result<()>;
+    /// Calls `callback` after `delay`, unless what is returned is dropped before.
+    fn call_after(
+        &self,
+        delay: Duration,
+        callback: Box<dyn FnOnce() + Send>,
+    ) -> io::Result<Box<dyn Send>>;
 
     /// Whether a process is there that could come back.
     fn is_running(&self, process: Process) -> bool;
@@ -125,8 +129,12 @@ impl Machine for Folder {
         file.replace(&serde_json::to_string(&noted)?, || {})
     }
 
-    fn call_after(&self, delay: Duration, callback: Box<dyn FnOnce() + Send>) -> io::Result<()> {
-        EventLoop::get()?.call_after(delay, move || {
+    fn call_after(
+        &self,
+        delay: Duration,
+        callback: Box<dyn FnOnce() + Send>,
+    ) -> io::Result<Box<dyn Send>> {
+        let alarm = EventLoop::get()?.call_after(delay, move || {
             // On a thread of its own: the storage may be flushed, and no other export is to wait for that.
             let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
             let thread = std::thread::Builder::new().name("grace".into());
@@ -137,7 +145,7 @@ impl Machine for Folder {
                 Err(_) => callback(),
             }
         });
-        Ok(())
+        Ok(Box::new(alarm))
     }
 
     fn is_running(&self, process: Process) -> bool {

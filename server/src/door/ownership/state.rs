@@ -28,12 +28,13 @@ pub(super) enum State {
 }
 
 /// A disk that is kept for a client that may come back.
-#[derive(Clone)]
 pub(super) struct Wait {
     /// Tells one wait from another.
     number: u64,
     until: Instant,
     pub(super) holder: Holder,
+    /// Ends it when its time is over.
+    _alarm: Box<dyn Send>,
 }
 
 impl Wait {
@@ -367,6 +368,20 @@ impl Ownership {
         }
         inner.waits += 1;
         let number = inner.waits;
+        // An export that is gone needs no end of its wait.
+        let waiting = Arc::downgrade(self);
+        let end = Box::new(move || {
+            if let Some(ownership) = waiting.upgrade() {
+                ownership.end_wait(number);
+            }
+        });
+        let alarm = match self.machine.call_after(self.grace, end) {
+            Ok(alarm) => alarm,
+            Err(error) => {
+                tracing::error!(export = self.export, %error, "cannot wait for the client");
+                return self.give_back(inner);
+            }
+        };
         let seconds = self.grace.as_secs_f32();
         match holder.moving {
             true => tracing::warn!(
@@ -382,20 +397,10 @@ impl Ownership {
             number,
             until: Instant::now() + self.grace,
             holder,
+            _alarm: alarm,
         });
         drop(inner);
         self.changed.notify_all();
-        // An export that is gone needs no end of its wait.
-        let waiting = Arc::downgrade(self);
-        let end = Box::new(move || {
-            if let Some(ownership) = waiting.upgrade() {
-                ownership.end_wait(number);
-            }
-        });
-        if let Err(error) = self.machine.call_after(self.grace, end) {
-            tracing::error!(export = self.export, %error, "cannot wait for the client");
-            self.give_back(self.inner());
-        }
     }
 
     /// Gives the disk back when the time of this wait is over, if it still lasts.

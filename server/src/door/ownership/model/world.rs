@@ -236,12 +236,17 @@ impl Machine for Fake {
         }
     }
 
-    fn call_after(&self, _: Duration, callback: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+    /// The end of the wait does not keep it from being called: it may have begun before.
+    fn call_after(
+        &self,
+        _: Duration,
+        callback: Box<dyn FnOnce() + Send>,
+    ) -> io::Result<Box<dyn Send>> {
         let mut facts = self.world.facts();
         if facts.lives[self.server] == Some(self.life) {
             facts.timers.push((self.server, callback));
         }
-        Ok(())
+        Ok(Box::new(()))
     }
 
     fn is_running(&self, process: Process) -> bool {

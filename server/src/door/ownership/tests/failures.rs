@@ -1,4 +1,4 @@
-//! Notes that cannot be written, and timers that cannot be had.
+//! Notes that cannot be written, and timers: those that cannot be had, and those that are over.
 
 use std::io;
 
@@ -6,17 +6,23 @@ use super::super::note::{Machine, Note};
 use super::*;
 use crate::engine::process::Process;
 
-/// A machine that says of a note that was written that it was not.
+/// A machine that says of a note that was written that it was not, and has no timers then.
 #[derive(Clone, Default)]
 struct Failing {
     note: Arc<Mutex<Note>>,
     fails: Arc<AtomicBool>,
+    /// Each timer has it.
+    timers: Arc<()>,
 }
 
 impl Failing {
     /// The client that has the disk, as it is noted.
     fn noted(&self) -> Option<String> {
         Some(self.read_note().holder?.name)
+    }
+
+    fn timers(&self) -> usize {
+        Arc::strong_count(&self.timers)
     }
 }
 
@@ -33,8 +39,11 @@ impl Machine for Failing {
         }
     }
 
-    fn call_after(&self, _: Duration, _: Box<dyn FnOnce() + Send>) -> io::Result<()> {
-        Ok(())
+    fn call_after(&self, _: Duration, _: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Send>> {
+        match self.fails.load(Ordering::Relaxed) {
+            true => Err(io::Error::other("no thread")),
+            false => Ok(Box::new(Arc::clone(&self.timers))),
+        }
     }
 
     fn is_running(&self, _: Process) -> bool {
@@ -72,4 +81,32 @@ fn a_target_that_does_not_get_the_disk_does_not_keep_it_from_other_servers() {
     machine.fails.store(true, Ordering::Relaxed);
     assert!(access.take(client("target")).is_err());
     assert!(!store.claimed.load(Ordering::Relaxed));
+}
+
+#[test]
+fn a_wait_that_has_ended_leaves_no_timer() {
+    let machine = Failing::default();
+    let access = Ownership::on(Box::new(machine.clone()), "e", false, LONG);
+    access.open(None);
+    let idle = machine.timers();
+    for _ in 0..3 {
+        drop(access.take(client("a")).unwrap());
+        assert_eq!(machine.timers(), idle + 1);
+        drop(access.take(client("a")).unwrap());
+    }
+    access.take(client("a")).unwrap().leave();
+    assert_eq!(machine.timers(), idle);
+}
+
+#[test]
+fn the_disk_is_not_kept_where_no_timer_can_be_had() {
+    let machine = Failing::default();
+    let access = Ownership::on(Box::new(machine.clone()), "e", false, LONG);
+    let door = Arc::new(Door::default());
+    access.open(Some(Arc::<Door>::clone(&door)));
+    let hold = access.take(client("a")).unwrap();
+    machine.fails.store(true, Ordering::Relaxed);
+    drop(hold);
+    assert_eq!(access.state(), OwnershipState::Block);
+    assert_eq!(door.diary().last(), Some(&"open"));
 }
