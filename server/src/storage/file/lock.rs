@@ -12,7 +12,7 @@ const INTERVAL: Duration = Duration::from_millis(20);
 
 /// A lock on a part of a file.
 ///
-/// A writer locks all [data](Part::Data), so that programs which lock some bytes of their images (QEMU locks
+/// A writer locks the [data](Part::Data), so that programs which lock some bytes of their images (QEMU locks
 /// bytes 100 to 203) and this server keep each other out. Readers lock the first byte and keep out
 /// our writers only. The data of block devices is not locked: writers claim them with `O_EXCL`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,9 +27,11 @@ pub(super) enum Lock {
 pub(super) enum Part {
     /// The first byte.
     First,
-    /// All data that a disk can have.
+    /// The first 2^62 bytes. A disk may be longer: every writer locks this range, whatever it writes to, and the
+    /// bytes that other programs lock are near the beginning.
     Data,
-    /// A byte behind that. A server whose guests may move to other servers has it locked for reading as long as
+    /// The byte behind that. A disk may have data there, which a lock does not concern: no program locks this byte
+    /// for its data. A server whose guests may move to other servers has it locked for reading as long as
     /// it runs, any other writer for writing: so each sees when it starts whether the other would let go of
     /// the data.
     Turns,
