@@ -8,8 +8,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, fchmod};
-use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen};
+use upgrade_proto::Peer;
 
 use super::Accept;
 
@@ -157,11 +157,11 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     Some((found.dev(), found.ino()))
 }
 
-/// The process at the other end, if the kernel knows it.
+/// The process at the other end, if it has a number here.
 #[must_use]
 pub fn peer_pid(stream: &UnixStream) -> Option<i32> {
-    let credentials = socket_peercred(stream).ok()?;
-    Some(credentials.pid.as_raw_nonzero().get())
+    let pid = Peer::of(stream).ok()?.pid;
+    (pid > 0).then_some(pid)
 }
 
 #[cfg(test)]
