@@ -4,6 +4,7 @@
 //! the call descriptor there: a client that lets them block does not block the thread. All vrings of a thread
 //! share one pool of slots and take turns.
 
+mod command;
 mod commands;
 
 use std::ptr::NonNull;
@@ -27,7 +28,7 @@ use crate::engine::counters::Counters;
 use crate::engine::{DoorQueue, Next};
 use crate::io::{Completion, FreeSlots, Full, Ring, Slot, SlotTable};
 use crate::request::{BufferLists, Op, Outcome, Range, Request};
-pub(super) use commands::Command;
+pub(super) use command::Command;
 
 /// Requests that can be in flight on one thread.
 const SLOTS: u32 = 256;
