@@ -421,7 +421,7 @@ mod tests {
         };
         for (text, lines) in [
             (table(std::slice::from_ref(&status)), 2),
-            (details(&status), 6),
+            (details(&status), 7),
         ] {
             assert_eq!(text.lines().count(), lines, "{text}");
             assert!(
