@@ -148,9 +148,9 @@ impl Guest {
         let _ = attempt(|| driver.start(0, base));
     }
 
-    fn reconnect(self, stream: UnixStream) -> Self {
+    fn reconnect(self, connect: impl FnOnce() -> UnixStream) -> Self {
         let mut guest = Self {
-            driver: self.driver.reconnect(stream),
+            driver: self.driver.reconnect(connect),
             ..self
         };
         guest.start_vring();
@@ -229,7 +229,7 @@ fn die(chains: u16, how: &str, points: &[&str]) {
         let (server, stream) = place.serve(if died == 0 { how } else { FAST }, Some(point));
         let mut new = match guest.take() {
             None => Guest::start(stream, chains),
-            Some(old) => old.reconnect(stream),
+            Some(old) => old.reconnect(|| stream),
         };
         assert_eq!(server.exit_code().unwrap(), None, "killed at {point}");
         new.look_if_notified(Duration::ZERO);
@@ -241,7 +241,7 @@ fn die(chains: u16, how: &str, points: &[&str]) {
     let mut guest = guest.unwrap();
     let done = guest.on_the_ring()[..returned].to_vec();
     let (server, stream) = place.serve(FAST, None);
-    guest = guest.reconnect(stream);
+    guest = guest.reconnect(|| stream);
     guest.wait_for_all();
     // Those that the first one had not returned, as they were taken.
     let left: Vec<u32> = (order.iter().copied())

@@ -121,7 +121,7 @@ fn a_client_with_memory_gets_its_disk_back_from_the_next_server_and_no_other_doe
         assert_eq!(owner.driver.write(0, &[1; 512]), OK);
         let server = disk.next(way, server, &[]);
         disk.refuses_impostors(&server);
-        let mut owner = owner.reconnect(disk.connect());
+        let mut owner = owner.reconnect(|| disk.connect());
         assert!(owner.start(), "after {way}");
         assert_eq!(owner.driver.read(0, 512), (OK, vec![1; 512]));
         drop(owner);
@@ -138,7 +138,7 @@ fn a_client_without_memory_is_known_by_its_process() {
         let owner = Driver::running(disk.connect(), USUAL);
         let server = disk.next(way, server, &[]);
         disk.refuses_another_process();
-        let mut owner = owner.reconnect(disk.connect());
+        let mut owner = owner.reconnect(|| disk.connect());
         owner.start(0, 0);
         assert_eq!(owner.read(0, 512).0, OK, "after {way}");
         drop(owner);
@@ -171,7 +171,7 @@ fn a_server_that_fails_to_start_forgets_no_client() {
     std::fs::rename(&away, &image).unwrap();
     let server = disk.serve(&[]);
     disk.refuses_impostors(&server);
-    let mut owner = owner.reconnect(disk.connect());
+    let mut owner = owner.reconnect(|| disk.connect());
     assert!(owner.start());
     drop(owner);
     server.stop().unwrap();
@@ -183,7 +183,7 @@ fn the_disk_of_a_client_that_died_is_kept_for_it() {
     let server = disk.serve(&[]);
     let mut owner = Client::connect(disk.connect(), USUAL);
     assert!(owner.start());
-    let mut owner = owner.reconnect(disk.connect());
+    let mut owner = owner.reconnect(|| disk.connect());
     eventually("its death is noticed", || {
         disk.stat()["access"] == "waiting"
     });
@@ -212,14 +212,14 @@ fn a_guest_that_boots_while_its_server_is_replaced_gets_its_disk_with_new_memory
     server.kill().unwrap();
     let server = disk.serve(&[]);
     disk.refuses_another_process();
-    let mut owner = owner.reconnect(disk.connect());
+    let mut owner = owner.reconnect(|| disk.connect());
     (owner.told, owner.memory) = new_memory(&mut owner.driver);
     assert!(owner.start());
     // From now on it is known by that.
     server.kill().unwrap();
     let server = disk.serve(&[]);
     disk.refuses_impostors(&server);
-    let mut owner = owner.reconnect(disk.connect());
+    let mut owner = owner.reconnect(|| disk.connect());
     assert!(owner.start());
     drop(owner);
     server.stop().unwrap();
@@ -239,18 +239,18 @@ fn the_source_of_a_migration_does_not_get_the_disk_back() {
         assert_eq!(target.driver.write(0, &[2; 512]), OK);
         let server = disk.next(way, server, &["--migration"]);
         // It is the first that comes.
-        let mut source = source.reconnect(disk.connect());
+        let mut source = source.reconnect(|| disk.connect());
         assert!(!source.start(), "after {way}");
         let said = "another client took the disk over from this one in a migration";
         eventually("the log says why", || server.log().contains(said));
-        let mut target = target.reconnect(disk.connect());
+        let mut target = target.reconnect(|| disk.connect());
         assert!(target.start(), "after {way}");
         assert_eq!(target.driver.read(0, 512), (OK, vec![2; 512]));
         // Not even when the target has left.
         target.driver.frontend.get_vring_base(0).unwrap();
         drop(target);
         eventually("it leaves", || disk.stat()["access"] == "free");
-        let mut source = source.reconnect(disk.connect());
+        let mut source = source.reconnect(|| disk.connect());
         assert!(!source.start(), "after {way}");
         assert!(Client::connect(disk.connect(), USUAL).start());
         server.stop().unwrap();
@@ -272,11 +272,11 @@ fn a_server_that_dies_in_the_middle_of_a_migration_leaves_the_disk_to_the_target
         kept_for.contains("the target of the migration of"),
         "{kept_for}"
     );
-    let mut source = source.reconnect(disk.connect());
+    let mut source = source.reconnect(|| disk.connect());
     assert!(!source.start());
     let said = "the disk is kept for the target for ";
     eventually("the log says why", || server.log().contains(said));
-    let mut target = target.reconnect(disk.connect());
+    let mut target = target.reconnect(|| disk.connect());
     assert!(target.start());
     drop((source, target));
     server.stop().unwrap();

@@ -36,9 +36,9 @@ impl Client {
     }
 
     #[must_use]
-    pub fn reconnect(self, stream: UnixStream) -> Self {
+    pub fn reconnect(self, connect: impl FnOnce() -> UnixStream) -> Self {
         Self {
-            driver: self.driver.reconnect(stream),
+            driver: self.driver.reconnect(connect),
             ..self
         }
     }

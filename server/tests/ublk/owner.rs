@@ -52,7 +52,7 @@ fn an_impostor_does_not_get_the_disk_by_its_descriptor() {
                 }
                 _ => {}
             }
-            let mut owner = owner.reconnect(come(&disk, &held, route));
+            let mut owner = owner.reconnect(|| come(&disk, &held, route));
             eventually("the disk is kept", || disk.access() == "waiting");
             let mut impostor = Client::connect(come(&disk, &held, route), FEATURES);
             assert!(!impostor.start(), "by {route:?} after {way}");

@@ -308,7 +308,7 @@ fn whatever_a_server_fails_at_that_took_over_the_device_waits() {
     // A runtime directory that can be full.
     let run_dir = disk.lab.path("run");
     fs::create_dir(&run_dir).unwrap();
-    let mount = ["-t", "tmpfs", "-o", "size=256k", "none"];
+    let mount = ["-t", "tmpfs", "-o", "mode=755,size=256k", "none"];
     run(
         "mount",
         &[&mount[..], &[run_dir.to_str().unwrap()]].concat(),

@@ -31,9 +31,10 @@ impl Driver {
     /// Disconnects and negotiates again on another connection, with its memory as it is. Its vrings have
     /// to be started anew.
     #[must_use]
-    pub fn reconnect(self, stream: UnixStream) -> Self {
+    pub fn reconnect(self, connect: impl FnOnce() -> UnixStream) -> Self {
+        // A disk that can be written takes no second client.
         drop(self.frontend);
-        let mut driver = Self::with_memory(stream, self.features, self.memory);
+        let mut driver = Self::with_memory(connect(), self.features, self.memory);
         driver.vrings = self.vrings;
         driver
     }
