@@ -167,6 +167,7 @@ pub fn peer_pid(stream: &UnixStream) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
     use std::sync::mpsc;
     use std::time::Duration;
 
@@ -193,6 +194,38 @@ mod tests {
         std::thread::spawn(move || sender.send(Socket::bind(&path).map(drop)));
         let bound = receiver.recv_timeout(Duration::from_secs(60)).unwrap();
         assert!(matches!(bound, Err(SocketError::InUse(_))), "{bound:?}");
+    }
+
+    #[test]
+    fn a_peer_in_another_pid_namespace_is_unknown() {
+        const INSIDE: &str = "UBLKUP_TEST_INSIDE";
+        if std::env::var_os(INSIDE).is_some() {
+            let ours = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+            assert_eq!(peer_pid(&ours.into()), None);
+            return;
+        }
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert_eq!(peer_pid(&ours), Some(std::process::id().cast_signed()));
+        let unshare: &[_] = match rustix::process::geteuid().is_root() {
+            true => &["--pid", "--fork"],
+            false => &["--pid", "--fork", "--map-root-user"],
+        };
+        let output = Command::new("unshare")
+            .args(unshare)
+            .arg(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "engine::socket::tests::a_peer_in_another_pid_namespace_is_unknown",
+            ])
+            .env(INSIDE, "")
+            .stdin(OwnedFd::from(ours))
+            .output()
+            .expect("unshare runs (package util-linux)");
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(
+            output.status.success() && said.contains("1 passed"),
+            "{said}"
+        );
     }
 
     #[test]
