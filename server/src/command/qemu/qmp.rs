@@ -1,6 +1,5 @@
-//! A client of QEMU's machine protocol: commands, answers, events, descriptors.
+//! A client of QEMU's machine protocol: commands, answers, descriptors, and the one event that is waited for.
 
-use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -24,8 +23,28 @@ const MAX_ANSWER_BYTES: usize = 16 << 20;
 pub struct Qmp {
     stream: UnixStream,
     unread: Vec<u8>,
-    events: VecDeque<Value>,
+    /// How long an answer is waited for.
+    pub(super) answer_limit: Duration,
+    /// The `id` of the last command.
+    last_id: u64,
+    /// The device that was asked to leave last. No other event than its end is kept: the peer may send any number.
+    leaving: Option<String>,
+    left: Option<Unplugged>,
 }
+
+/// What became of a device that was asked to leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unplugged {
+    /// The guest has released it.
+    Gone,
+    /// The guest keeps it.
+    Refused,
+}
+
+/// No answer to a command: nobody knows whether QEMU did what it says, or still will.
+#[derive(Debug, thiserror::Error)]
+#[error("QEMU does not answer {0}")]
+pub struct Unanswered(pub &'static str);
 
 /// QEMU said no to a command.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +67,10 @@ impl Qmp {
         let mut qmp = Self {
             stream,
             unread: Vec::new(),
-            events: VecDeque::new(),
+            answer_limit: ANSWER_LIMIT,
+            last_id: 0,
+            leaving: None,
+            left: None,
         };
         let greeting = qmp
             .message(Instant::now() + ANSWER_LIMIT)?
@@ -65,12 +87,12 @@ impl Qmp {
         &self.stream
     }
 
-    /// Runs a command; what it returns. A [`Refusal`] is among the errors.
+    /// Runs a command; what it returns.
     ///
     /// # Errors
     ///
-    /// When QEMU refuses, does not answer, or has gone.
-    pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
+    /// A [`Refusal`]; [`Unanswered`] when QEMU does not answer or has gone.
+    pub fn command(&mut self, name: &'static str, arguments: Value) -> Result<Value> {
         self.command_with(name, arguments, &[])
     }
 
@@ -81,56 +103,78 @@ impl Qmp {
     /// As [`Qmp::command`].
     pub fn command_with(
         &mut self,
-        name: &str,
+        name: &'static str,
         arguments: Value,
         fds: &[BorrowedFd<'_>],
     ) -> Result<Value> {
-        let mut line = json!({ "execute": name, "arguments": arguments }).to_string();
-        line.push('\n');
-        self.send(line.as_bytes(), fds)
-            .with_context(|| format!("cannot send {name}"))?;
-        let deadline = Instant::now() + ANSWER_LIMIT;
-        loop {
-            let Some(mut message) = self.message(deadline)? else {
-                bail!("QEMU does not answer {name}");
-            };
-            if message.get("event").is_some() {
-                self.events.push_back(message);
-            } else if let Some(error) = message.get("error") {
-                let description = error["desc"].as_str().unwrap_or("no reason given");
-                return Err(anyhow!(Refusal {
-                    command: name.to_owned(),
-                    description: description.to_owned(),
-                }));
-            } else if let Some(answer) = message.get_mut("return") {
-                return Ok(answer.take());
-            }
+        let mut answer = (self.ask(name, arguments, fds)).context(Unanswered(name))?;
+        if let Some(error) = answer.get("error") {
+            let description = error["desc"].as_str().unwrap_or("no reason given");
+            return Err(anyhow!(Refusal {
+                command: name.to_owned(),
+                description: description.to_owned(),
+            }));
         }
+        Ok(answer["return"].take())
     }
 
-    /// The next event that `wanted` picks, out of those that came or will come within `limit`.
-    /// Others are dropped.
+    /// Asks the guest to release a device. [`Qmp::unplugged`] tells what became of it.
     ///
     /// # Errors
     ///
-    /// When QEMU has gone.
-    pub fn event(
-        &mut self,
-        limit: Duration,
-        wanted: impl Fn(&Value) -> bool,
-    ) -> Result<Option<Value>> {
+    /// As [`Qmp::command`].
+    pub fn unplug(&mut self, device: &str) -> Result<()> {
+        self.leaving = Some(device.to_owned());
+        self.left = None;
+        self.command("device_del", json!({ "id": device }))?;
+        Ok(())
+    }
+
+    /// What became of the device that was asked to leave; `None` when that is not known within `limit`.
+    ///
+    /// # Errors
+    ///
+    /// [`Unanswered`] when QEMU has gone.
+    pub fn unplugged(&mut self, limit: Duration) -> Result<Option<Unplugged>> {
         let deadline = Instant::now() + limit;
-        loop {
-            let next = match self.events.pop_front() {
-                Some(event) => event,
-                None => match self.message(deadline)? {
-                    Some(message) => message,
-                    None => return Ok(None),
-                },
-            };
-            if wanted(&next) {
-                return Ok(Some(next));
+        while self.left.is_none() {
+            match self.message(deadline).context(Unanswered("device_del"))? {
+                Some(message) => self.note(&message),
+                None => break,
             }
+        }
+        Ok(self.left)
+    }
+
+    /// Sends a command; the answer to it and to no other. An earlier command's may come after it was given up.
+    fn ask(&mut self, name: &str, arguments: Value, fds: &[BorrowedFd<'_>]) -> Result<Value> {
+        self.last_id += 1;
+        let id = self.last_id;
+        let command = json!({ "execute": name, "arguments": arguments, "id": id });
+        self.send(format!("{command}\n").as_bytes(), fds)
+            .context("cannot send it")?;
+        let deadline = Instant::now() + self.answer_limit;
+        loop {
+            let Some(message) = self.message(deadline)? else {
+                bail!("nothing came within {} s", self.answer_limit.as_secs());
+            };
+            let is_answer = message.get("return").is_some() || message.get("error").is_some();
+            if is_answer && message["id"] == id {
+                return Ok(message);
+            }
+            self.note(&message);
+        }
+    }
+
+    fn note(&mut self, event: &Value) {
+        let what = match event["event"].as_str() {
+            Some("DEVICE_DELETED") => Unplugged::Gone,
+            Some("DEVICE_UNPLUG_GUEST_ERROR") => Unplugged::Refused,
+            _ => return,
+        };
+        let data = &event["data"];
+        if (self.leaving.as_deref()).is_some_and(|id| data["device"] == id || data["path"] == id) {
+            self.left.get_or_insert(what);
         }
     }
 

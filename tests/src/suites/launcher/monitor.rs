@@ -149,7 +149,8 @@ fn serve(stream: &UnixStream, machine: &Mutex<Machine>, heard: &Sender<String>) 
             let asked: Value = serde_json::from_slice(&line)?;
             let command = asked["execute"].as_str().unwrap_or_default().to_owned();
             let mut machine = lock();
-            let answer = machine.answer(&command, &asked["arguments"], &mut fds);
+            let mut answer = machine.answer(&command, &asked["arguments"], &mut fds);
+            answer["id"] = asked["id"].clone();
             writeln!(out, "{answer}")?;
             if command == "device_del" && machine.lets_go {
                 machine.device = None;

@@ -65,7 +65,7 @@ pub enum Wanted<'a> {
 }
 
 /// Runs a command that returns a list.
-pub fn list(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<Vec<Value>> {
+pub fn list(qmp: &mut Qmp, command: &'static str, arguments: Value) -> Result<Vec<Value>> {
     match qmp.command(command, arguments)? {
         Value::Array(list) => Ok(list),
         other => bail!("{command}: no list, but {other}"),

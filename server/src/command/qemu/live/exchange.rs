@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use serde_json::{Value, json};
+use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
@@ -13,7 +13,7 @@ use super::disk::{Disk, list};
 use super::refusal::{NotUpgradable, refuse};
 use crate::command::complain;
 use crate::command::qemu::disk::RECONNECT_MS;
-use crate::command::qemu::qmp::{Qmp, Refusal};
+use crate::command::qemu::qmp::{Qmp, Refusal, Unanswered, Unplugged};
 
 /// How long a guest may take to release a disk.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(60);
@@ -53,7 +53,7 @@ pub enum Attached<'a> {
 }
 
 impl<'a> Attached<'a> {
-    fn disk(self) -> &'a Disk {
+    pub fn disk(self) -> &'a Disk {
         match self {
             Self::Block(disk) | Self::Service(disk, _) => disk,
         }
@@ -100,8 +100,30 @@ impl<'a> Attached<'a> {
 ///
 /// # Errors
 ///
-/// [`NotUpgradable`] when nothing has changed; otherwise the text says what the guest has.
+/// [`NotUpgradable`] when nothing has changed; otherwise the text says what the guest has. After [`Unanswered`] that is
+/// not known, and nothing was undone: what QEMU did not answer it may have done, or do later.
 pub fn exchange(
+    qmp: &mut Qmp,
+    interrupted: &Interrupted,
+    from: Attached<'_>,
+    to: Attached<'_>,
+    settle: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    or_unknown(exchange_or_undo(qmp, interrupted, from, to, settle))
+}
+
+/// Says what to do, if something was not answered after the exchange had begun.
+pub fn or_unknown<T>(result: Result<T>) -> Result<T> {
+    result.map_err(|error| match error.is::<Unanswered>() {
+        true => error.context(
+            "it is unknown how the guest has the disk now, and nothing was undone: QEMU keeps the claim on the block \
+             device; once QEMU answers, the same command with --back gives the guest the block device",
+        ),
+        false => error,
+    })
+}
+
+fn exchange_or_undo(
     qmp: &mut Qmp,
     interrupted: &Interrupted,
     from: Attached<'_>,
@@ -115,8 +137,15 @@ pub fn exchange(
             .and_then(|()| settle())
             .and_then(|()| to.plug(qmp)),
     };
-    exchanged.map_err(|error| match from.plug(qmp) {
+    let Err(error) = exchanged else {
+        return Ok(());
+    };
+    if error.is::<Unanswered>() {
+        return Err(error);
+    }
+    Err(match from.plug(qmp) {
         Ok(()) => error.context(format!("not moved; the guest has {} back", from.name())),
+        Err(also) if also.is::<Unanswered>() => also.context(format!("not moved ({error:#})")),
         Err(also) => error.context(format!(
             "not moved, and {} cannot be given back ({also:#}): the guest is without the disk",
             from.name()
@@ -129,23 +158,17 @@ fn unplug(qmp: &mut Qmp, interrupted: &Interrupted, from: Attached<'_>) -> Resul
     if interrupted.is_asked() {
         return refuse("interrupted");
     }
-    qmp.command("device_del", json!({ "id": device }))
+    qmp.unplug(device)
         .map_err(|error| match error.downcast::<Refusal>() {
             Ok(refusal) => NotUpgradable(refusal.to_string()).into(),
             Err(error) => error,
         })?;
-    let is_answer = |event: &Value| {
-        let name = event["event"].as_str().unwrap_or_default();
-        let data = &event["data"];
-        matches!(name, "DEVICE_DELETED" | "DEVICE_UNPLUG_GUEST_ERROR")
-            && (data["device"] == device || data["path"] == device)
-    };
     let deadline = Instant::now() + UNPLUG_LIMIT;
     let mut is_told = false;
     while Instant::now() < deadline {
-        match qmp.event(SIGNAL_INTERVAL, is_answer)? {
-            Some(event) if event["event"] == "DEVICE_DELETED" => return Ok(()),
-            Some(_) => return refuse("the guest refuses to release the disk"),
+        match qmp.unplugged(SIGNAL_INTERVAL)? {
+            Some(Unplugged::Gone) => return Ok(()),
+            Some(Unplugged::Refused) => return refuse("the guest refuses to release the disk"),
             None if interrupted.is_asked() && !is_told => {
                 is_told = true;
                 complain(&format!(
@@ -196,10 +219,13 @@ fn plug_service(qmp: &mut Qmp, disk: &Disk, address: &str) -> Result<()> {
     }
     let device = disk.in_place(json!({ "driver": "vhost-user-blk-pci", "chardev": chardev }));
     if let Err(error) = qmp.command("device_add", device) {
+        if error.is::<Unanswered>() {
+            return Err(error);
+        }
         let removed = qmp.command("chardev-remove", json!({ "id": chardev }));
         return Err(match removed {
             Ok(_) => error,
-            Err(also) => error.context(format!("and {also:#}")),
+            Err(also) => also.context(format!("{error:#}; and")),
         });
     }
     Ok(())

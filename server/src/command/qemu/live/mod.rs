@@ -21,6 +21,7 @@ mod peer;
 mod refusal;
 mod watch;
 
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -30,13 +31,13 @@ use rustix::fs::{Mode, OFlags, open};
 use upgrade_proto::{DiskClaim, Key};
 
 use self::claims::{Given, Note, give, given, take_back};
-use self::disk::{Plugged, Wanted, check_memory, expect_running, find, plugged};
-use self::exchange::{Attached, Interrupted, exchange, has_chardev};
+use self::disk::{Disk, Plugged, Wanted, check_memory, expect_running, find, plugged};
+use self::exchange::{Attached, Interrupted, exchange, has_chardev, or_unknown};
 use self::peer::{Access, Named, Peer, block_number};
 use self::refusal::{NotUpgradable, refuse};
 use self::watch::expect_quiet;
 use super::disk::registry_entry;
-use super::qmp::{Qmp, Refusal};
+use super::qmp::{Qmp, Refusal, Unanswered};
 use crate::command::cli::NOT_UPGRADABLE;
 use crate::command::complain;
 use crate::command::probe::{Found, lookup, service};
@@ -91,13 +92,19 @@ fn upgrade(qmp: &mut Qmp, asked: &Move<'_>) -> Result<String> {
     tidy_up(qmp, &peer, wanted)?;
     let old = find(qmp, &peer, wanted)?;
     check_memory(qmp)?;
-    let Named { path, number } = match device {
+    let Named { path, number, copy } = match device {
         Some(device) => device,
         None => peer.block_device(&old.filename)?,
     };
     // Before it is opened: what a stranger names is not opened at all.
     peer.expect_open(&path, Access::Read, |fd| block_number(fd) == Some(number))?;
-    let claim = DiskClaim::open(&path).map_err(|error| NotUpgradable(error.to_string()))?;
+    let place = copy
+        .as_ref()
+        .map(|copy| format!("/proc/self/fd/{}", copy.as_raw_fd()));
+    let claim = DiskClaim::open(place.as_ref().map_or(&path, Path::new))
+        .map_err(|error| NotUpgradable(error.to_string()))?;
+    // QEMU's locks on the device end with the last copy of its descriptor.
+    drop(copy);
     let access = match claim.is_read_only() {
         true => Access::Read,
         false => Access::ReadWrite,
@@ -125,20 +132,28 @@ fn upgrade(qmp: &mut Qmp, asked: &Move<'_>) -> Result<String> {
     let (old, address) = (&given.note.disk, given.address());
     let (from, to) = (Attached::Block(old), Attached::Service(old, &address));
     if let Err(error) = exchange(qmp, &interrupted, from, to, || Ok(claim.settle()?)) {
-        return Err(match take_back(qmp, &given) {
-            Ok(()) => error,
-            // Whatever it was: something has changed.
-            Err(also) => anyhow!(
-                "{error:#}; and QEMU keeps the claimed descriptor of {} ({also:#})",
-                path.display()
-            ),
-        });
+        return Err(give_up(qmp, &given, &path, error));
     }
     Ok(format!(
         "{}: upgraded by the {route} route: the guest has its disk back, as vhost-user-blk-pci '{}'",
         path.display(),
         old.id()
     ))
+}
+
+/// Ends the claim after a move that failed, if it is known that the guest does not have the service.
+fn give_up(qmp: &mut Qmp, given: &Given, path: &Path, error: anyhow::Error) -> anyhow::Error {
+    if error.is::<Unanswered>() {
+        return error;
+    }
+    match take_back(qmp, given) {
+        Ok(()) => error,
+        // Whatever it was: something has changed.
+        Err(also) => anyhow!(
+            "{error:#}; and QEMU may have kept the claimed descriptor of {} ({also:#})",
+            path.display()
+        ),
+    }
 }
 
 fn move_back(qmp: &mut Qmp, asked: &Move<'_>) -> Result<String> {
@@ -160,20 +175,15 @@ fn move_back(qmp: &mut Qmp, asked: &Move<'_>) -> Result<String> {
         None => Ok(()),
     };
     let interrupted = Interrupted::listen()?;
-    match plugged(qmp, disk.id())? {
+    match plugged_now(qmp, disk)? {
         Plugged::Service => exchange(qmp, &interrupted, from, to, settle)?,
         // The move was cut off.
-        Plugged::No => {
-            if has_chardev(qmp, disk)? {
-                from.close(qmp)?;
-            }
-            settle()?;
-            to.plug(qmp).context("the guest is without the disk")?;
-        }
+        Plugged::No => or_unknown(plug_back(qmp, from, to, settle))?,
         Plugged::Block => {}
     }
-    take_back(qmp, given)
-        .context("the guest has the block device, but QEMU keeps the claim on it")?;
+    take_back(qmp, given).context(
+        "the guest has the block device, but QEMU may have kept the claim on it: the same command again ends it",
+    )?;
     if claim.is_none() {
         complain("the page cache of the block device may hold old data: run blockdev --flushbufs");
     }
@@ -182,6 +192,31 @@ fn move_back(qmp: &mut Qmp, asked: &Move<'_>) -> Result<String> {
         asked.disk,
         disk.id()
     ))
+}
+
+/// How the guest has a disk during a move: under the id of what was plugged in, or as it was before.
+fn plugged_now(qmp: &mut Qmp, disk: &Disk) -> Result<Plugged> {
+    match plugged(qmp, disk.id())? {
+        Plugged::No if disk.id() != disk.device => plugged(qmp, &disk.device),
+        known => Ok(known),
+    }
+}
+
+/// Gives a guest that has neither device the one to go back to.
+fn plug_back(
+    qmp: &mut Qmp,
+    from: Attached<'_>,
+    to: Attached<'_>,
+    settle: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let plugged = (|| {
+        if has_chardev(qmp, from.disk())? {
+            from.close(qmp)?;
+        }
+        settle()?;
+        to.plug(qmp)
+    })();
+    plugged.context("the guest is without the disk")
 }
 
 /// The block device, if the user named one by its path. The path is the user's own: it is looked up as it is.
@@ -194,7 +229,11 @@ fn device_named(disk: &str) -> Result<Option<Named>> {
     let seen = open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| NotUpgradable(format!("cannot look it up: {errno}")))?;
     match block_number(&seen) {
-        Some(number) => Ok(Some(Named { path, number })),
+        Some(number) => Ok(Some(Named {
+            path,
+            number,
+            copy: None,
+        })),
         None => refuse("it is not a block device"),
     }
 }

@@ -4,9 +4,13 @@
 //! disk only if it has that disk open as the descriptor would be. The answer comes from copies of the process's own
 //! descriptors (pidfd_getfd(2)): a copy stays what it is, while `/proc/PID/fd/N` can be another file at each look, and
 //! an `O_PATH` descriptor, which anybody can have, looks like the device there.
+//!
+//! Nor is every descriptor copied. A file of FUSE or NFS is asked about by fstat(2), and told of by close(2), and if its
+//! server does not answer, the caller cannot even be killed. Copied are descriptors of which the kernel alone tells: of
+//! sockets, and of files on the file systems that device nodes are on, which are in memory ([`Kind`]).
 
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -35,11 +39,21 @@ pub struct Peer {
     is_same_user: bool,
 }
 
+/// What kind of descriptor is copied.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Socket,
+    /// A file on devtmpfs, or on tmpfs: containers and libvirt's QEMU have a `/dev` of their own there.
+    Device,
+}
+
 /// A device that was named, and its number when it was looked up.
 #[derive(Debug)]
 pub struct Named {
     pub path: PathBuf,
     pub number: u64,
+    /// What is to be opened instead, if the path is QEMU's name for a descriptor: the device itself.
+    pub copy: Option<OwnedFd>,
 }
 
 impl Peer {
@@ -63,7 +77,7 @@ impl Peer {
         };
         let own = getpid().as_raw_nonzero().get();
         let is_ours = |fd: &OwnedFd| upgrade_proto::Peer::of(fd).is_ok_and(|it| it.pid == own);
-        match peer.find("socket:[", is_ours) {
+        match peer.find(Kind::Socket, is_ours) {
             Ok(Some(_connection)) => {}
             Ok(None) => refuse(format!(
                 "process {pid} listens at this monitor, but another one has taken the connection"
@@ -92,7 +106,7 @@ impl Peer {
         if self.is_same_user {
             return Ok(());
         }
-        match self.find("/dev/", |fd| allows(fd, access) && is_it(fd)) {
+        match self.find(Kind::Device, |fd| allows(fd, access) && is_it(fd)) {
             Ok(Some(_)) => Ok(()),
             Ok(None) => refuse(format!(
                 "QEMU's process {} does not have {} open for {} itself, and is not given it",
@@ -107,9 +121,9 @@ impl Peer {
         }
     }
 
-    /// A copy of a descriptor of the process. `None` if it cannot be had.
+    /// A copy of a descriptor of the process. `None` if it cannot be had, or is not of a file in a `/dev`.
     pub fn copy(&self, fd: RawFd) -> Option<OwnedFd> {
-        pidfd_getfd(&self.process, fd, PidfdGetfdFlags::empty()).ok()
+        self.copy_of(Kind::Device, fd).ok().flatten()
     }
 
     /// The block device that the process calls `filename`. Only paths below `/dev` are looked up, without leaving the
@@ -120,51 +134,110 @@ impl Peer {
     /// When it is none.
     pub fn block_device(&self, filename: &str) -> Result<Named> {
         let own = (filename.strip_prefix("/proc/self/fd/")).and_then(|fd| fd.parse().ok());
-        let (fd, path) = match own {
-            Some(number) => {
-                let path = format!("/proc/{}/fd/{number}", self.pid);
-                (self.copy(number), path.into())
-            }
-            None => (below_dev(filename), PathBuf::from(filename)),
+        let fd = match own {
+            Some(number) => self.copy(number),
+            None => below_dev(filename),
         };
         match fd.as_ref().and_then(block_number) {
-            Some(number) => Ok(Named { path, number }),
+            Some(number) => Ok(Named {
+                path: filename.into(),
+                number,
+                copy: fd.filter(|_| own.is_some()),
+            }),
             None => refuse(format!("'{}' is not a block device in /dev here", filename)),
         }
     }
 
-    /// The first descriptor of the process whose file has a name with this beginning and that `wanted` picks.
+    /// The first descriptor of the process that is of this kind and that `wanted` picks.
     fn find(
         &self,
-        beginning: &str,
+        kind: Kind,
         wanted: impl Fn(&OwnedFd) -> bool,
     ) -> Result<Option<OwnedFd>, Errno> {
         let folder = format!("/proc/{}/fd", self.pid);
         let entries = fs::read_dir(folder).map_err(|error| errno(&error))?;
         for entry in entries {
             let entry = entry.map_err(|error| errno(&error))?;
-            // The link is the kernel's own text: to read it asks no file system.
-            let is_candidate = fs::read_link(entry.path()).is_ok_and(|link| {
-                link.as_os_str()
-                    .as_encoded_bytes()
-                    .starts_with(beginning.as_bytes())
-            });
             let number = entry
                 .file_name()
                 .to_str()
                 .and_then(|name| name.parse().ok());
-            let (true, Some(number)) = (is_candidate, number) else {
+            let Some(number) = number else {
                 continue;
             };
-            match pidfd_getfd(&self.process, number, PidfdGetfdFlags::empty()) {
-                Ok(fd) if wanted(&fd) => return Ok(Some(fd)),
-                // It was closed meanwhile.
-                Ok(_) | Err(Errno::BADF) => {}
-                Err(errno) => return Err(errno),
+            if let Some(fd) = self.copy_of(kind, number)?
+                && wanted(&fd)
+            {
+                return Ok(Some(fd));
             }
         }
         Ok(None)
     }
+
+    /// A copy of a descriptor of the process; `None` if it is not of this kind, or was closed.
+    fn copy_of(&self, kind: Kind, number: RawFd) -> Result<Option<OwnedFd>, Errno> {
+        if !self.is(kind, &self.pid.to_string(), number) {
+            return Ok(None);
+        }
+        let copy = match pidfd_getfd(&self.process, number, PidfdGetfdFlags::empty()) {
+            Ok(copy) => copy,
+            Err(Errno::BADF) => return Ok(None),
+            Err(errno) => return Err(errno),
+        };
+        // The process can have put another file there since the look, and can have given the number of a mount to another
+        // one. The copy keeps its file and that file's mount: what is found out about it stays true.
+        if self.is(kind, "self", copy.as_raw_fd()) {
+            return Ok(Some(copy));
+        }
+        // To close it might be to wait for a server that does not answer. It stays open until this program ends, which
+        // by then has said why.
+        let _left_open = copy.into_raw_fd();
+        Ok(None)
+    }
+
+    /// Whether a descriptor of a process is of this kind. No file system is asked: links, mount ids and the types of
+    /// mounts are the kernel's own text.
+    fn is(&self, kind: Kind, process: &str, number: RawFd) -> bool {
+        let link = fs::read_link(format!("/proc/{process}/fd/{number}"));
+        let has_name = |beginning| {
+            (link.as_ref())
+                .is_ok_and(|link| (link.as_os_str().as_encoded_bytes()).starts_with(beginning))
+        };
+        match kind {
+            Kind::Socket => has_name(b"socket:["),
+            // The name is to save work: what is called `/dev/…` there need not be on a file system for that.
+            Kind::Device => {
+                has_name(b"/")
+                    && mount_id(process, number).is_some_and(|mount| {
+                        // Ids are of the machine, and a process sees the mounts of its namespace. What was opened here
+                        // and handed to QEMU is on one of ours.
+                        ["self", &self.pid.to_string()].into_iter().any(|viewer| {
+                            let mounts = fs::read(format!("/proc/{viewer}/mountinfo"));
+                            let mounts = mounts.unwrap_or_default();
+                            let mounts = String::from_utf8_lossy(&mounts);
+                            matches!(file_system(&mounts, &mount), Some("devtmpfs" | "tmpfs"))
+                        })
+                    })
+            }
+        }
+    }
+}
+
+/// The mount that the file of a descriptor is on, from its fdinfo.
+fn mount_id(process: &str, number: RawFd) -> Option<String> {
+    let text = fs::read(format!("/proc/{process}/fdinfo/{number}")).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let id = text.lines().find_map(|line| line.strip_prefix("mnt_id:"))?;
+    Some(id.trim().to_owned())
+}
+
+/// The type of the file system of a mount, from the text of mountinfo. Users' names in it have no spaces: the kernel
+/// escapes them.
+pub(super) fn file_system<'a>(mountinfo: &'a str, id: &str) -> Option<&'a str> {
+    let mut lines = mountinfo.lines().map(|line| line.split(' '));
+    let mount = lines.find_map(|mut fields| (fields.next() == Some(id)).then_some(fields))?;
+    // Behind the mount point and the options there may be more fields, up to this one.
+    mount.skip(5).skip_while(|&field| field != "-").nth(1)
 }
 
 /// Whether reads, and writes if asked for, are possible through a descriptor. `O_PATH` has no access mode.

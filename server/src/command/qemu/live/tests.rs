@@ -1,10 +1,11 @@
 //! The exchange of a disk against a scripted monitor: which commands, in which order, and what
 //! happens when one of them fails.
 
-use std::fs::OpenOptions;
+mod answers;
+mod peer;
+
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::net::Shutdown;
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 use super::disk::{Disk, device_of, filename_of};
 use super::*;
 
-/// What the monitor answers to a command; all commands in order, or it hangs up.
+/// What the monitor answers to a command, all commands in order. [`Value::Null`] is no answer: it says nothing any more.
 type Script = Vec<(&'static str, Vec<Value>)>;
 
 struct Monitor {
@@ -44,7 +45,14 @@ impl Monitor {
                 let command: Value = serde_json::from_str(&line).unwrap();
                 assert_eq!(command["execute"], name);
                 heard.push(command["arguments"].clone());
-                for answer in answers {
+                for mut answer in answers {
+                    if answer.is_null() {
+                        stream.shutdown(Shutdown::Write).unwrap();
+                        break;
+                    }
+                    if answer.get("id").is_none() {
+                        answer["id"] = command["id"].clone();
+                    }
                     if answer.get("event").is_some() {
                         before_event();
                     }
@@ -177,7 +185,7 @@ fn a_disk_that_cannot_be_unplugged_is_left_alone() {
 fn a_monitor_that_goes_away_is_not_said_to_have_changed_nothing() {
     let monitor = Monitor::start(vec![]);
     let mut qmp = monitor.connect();
-    qmp.stream().shutdown(std::net::Shutdown::Both).unwrap();
+    qmp.stream().shutdown(Shutdown::Both).unwrap();
     let error = exchange_old(&mut qmp, &Interrupted::default(), || unreachable!()).unwrap_err();
     assert!(!error.is::<NotUpgradable>(), "{error:#}");
 }
@@ -451,63 +459,6 @@ fn a_disk_is_quiet_when_its_last_request_is_long_ago() {
         assert_eq!(result.is_ok(), good, "{result:?}");
         monitor.heard(qmp);
     }
-}
-
-/// A file with a name in /dev, opened with these flags beside the access.
-fn open_shm(file: &Path, write: bool, flags: OFlags) -> OwnedFd {
-    let flags = flags.bits().cast_signed();
-    let mut options = OpenOptions::new();
-    options.read(true).write(write).custom_flags(flags);
-    options.open(file).unwrap().into()
-}
-
-#[test]
-fn a_process_gets_only_what_it_has_open_itself() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let file = dir.path().join("disk");
-    std::fs::write(&file, "").unwrap();
-    let monitor = Monitor::start(vec![]);
-    let qmp = monitor.connect();
-    let peer = Peer::of(qmp.stream()).unwrap();
-    let inode = rustix::fs::stat(&file).unwrap().st_ino;
-    let is_it = |fd: &OwnedFd| rustix::fs::fstat(fd).is_ok_and(|stat| stat.st_ino == inode);
-    let may = |access| peer.expect_open(&file, access, is_it).is_ok();
-    assert!(!may(Access::Read));
-    for (write, flags, reads, writes) in [
-        (false, OFlags::PATH, false, false),
-        (false, OFlags::empty(), true, false),
-        (true, OFlags::empty(), true, true),
-    ] {
-        let opened = open_shm(&file, write, flags);
-        assert_eq!(
-            (may(Access::Read), may(Access::ReadWrite)),
-            (reads, writes),
-            "{flags:?}"
-        );
-        drop(opened);
-    }
-    let error = peer
-        .expect_open(&file, Access::ReadWrite, is_it)
-        .unwrap_err();
-    assert!(error.is::<NotUpgradable>(), "{error:#}");
-    monitor.heard(qmp);
-}
-
-#[test]
-fn what_is_named_outside_dev_is_not_looked_up() {
-    let monitor = Monitor::start(vec![]);
-    let qmp = monitor.connect();
-    let peer = Peer::of(qmp.stream()).unwrap();
-    for name in [
-        "/proc/1/root/dev/loop0",
-        "/tmp/../dev/loop0",
-        "loop0",
-        "/dev/../proc",
-        "/dev/stdin",
-    ] {
-        assert!(peer.block_device(name).is_err(), "{name}");
-    }
-    monitor.heard(qmp);
 }
 
 #[test]
