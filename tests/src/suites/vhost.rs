@@ -220,8 +220,7 @@ fn a_guest_sees_a_read_only_disk(cx: &Context) -> Result<()> {
 }
 
 fn guests_come_and_go_and_a_second_one_is_turned_away(cx: &Context) -> Result<()> {
-    // The next guest is another client than the one that dies, which the disk is kept for otherwise.
-    let host = Host::start(cx, "mem:64M", &["--reconnect-grace", "0"])?;
+    let host = Host::start(cx, "mem:64M", &[])?;
     for round in 0..2 {
         let guest = guest(cx, &host)?;
         let mut machine = Machine::boot(&guest, &cx.paths, &format!("come-and-go-{round}"))?;

@@ -10,7 +10,7 @@ use super::types::{BlockDoor, Client, KeptFor, OwnershipState, Refused};
 use crate::engine::StorageControl;
 use crate::engine::durable::NoteFile;
 
-/// How long a client waits for another one that is already gone, and for the doors to open.
+/// How long a client waits for another one that is already gone, for the end of a grace, and for the doors to open.
 pub(super) const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the writes under way at the ublk door may take to end.
@@ -67,6 +67,14 @@ impl Wait {
                 seconds,
             }),
         }
+    }
+
+    /// Whether another client waits for the end of this instead of being refused: a virtual machine that was killed and
+    /// is started again is another client, and a driver that is refused at its first vring hangs.
+    fn ends_soon(&self, machine: &dyn Machine) -> bool {
+        let process = self.holder.identity.process;
+        let has_ended = process.is_some_and(|process| !machine.is_running(process));
+        has_ended && !self.holder.moving && self.until <= Instant::now() + SUCCESSION_LIMIT
     }
 
     fn seconds_left(&self) -> u64 {
@@ -307,6 +315,7 @@ impl Ownership {
             let refused = match &inner.state {
                 State::Waiting(wait) => match wait.admits(identity, &*self.machine) {
                     Ok(()) => return Ok(inner),
+                    Err(refused) if wait.ends_soon(&*self.machine) => refused,
                     Err(refused) => return Err(refused),
                 },
                 State::Block | State::Moving(_) => return Ok(inner),

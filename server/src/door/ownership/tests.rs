@@ -1,3 +1,4 @@
+mod ended;
 mod failures;
 
 use std::path::Path;
