@@ -6,8 +6,8 @@ mod common;
 
 use common::*;
 use ublkup::engine::{Storage, StorageControl};
-use ublkup::request::{MAX_DISK_BYTES, Serial};
-use ublkup::storage::{CacheMode, File, FileOptions, Null};
+use ublkup::request::MAX_DISK_BYTES;
+use ublkup::storage::{CacheMode, File, Null};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 
@@ -68,16 +68,7 @@ fn files_are_served_up_to_their_largest_size() {
             let possible = sizes.into_iter().find(|size| file.set_len(*size).is_ok());
             let len_bytes = possible.unwrap();
             assert!(len_bytes >= least_bytes, "{folder}: {len_bytes}");
-            let disk = File::open(FileOptions {
-                path,
-                cache,
-                format: None,
-                read_only: false,
-                block_bytes: None,
-                serial: Serial::new("test").unwrap(),
-                claim_later: false,
-            })
-            .unwrap();
+            let disk = File::open(file_options(path, cache)).unwrap();
             assert_eq!(disk.limits().capacity.bytes(), len_bytes);
             use_the_end(disk, true);
         }

@@ -20,8 +20,7 @@ use disks::{Gated, Halves};
 use log::*;
 use rustix::fs::ftruncate;
 use ublkup::engine::StorageControl;
-use ublkup::request::Serial;
-use ublkup::storage::{File as FileDisk, FileOptions, Memory as MemoryDisk};
+use ublkup::storage::{CacheMode, File as FileDisk, Memory as MemoryDisk};
 use vhost::VhostUserDirtyLogRegion;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VringConfigData};
@@ -113,16 +112,7 @@ fn what_the_kernel_read_and_what_was_zero_filled_is_marked() {
     let file = File::create(&path).unwrap();
     file.set_len(1 << 20).unwrap();
     file.write_all_at(&[7; 0x1_0000], 0).unwrap();
-    let options = FileOptions {
-        path,
-        cache: Default::default(),
-        format: None,
-        read_only: false,
-        block_bytes: None,
-        serial: Serial::new("x").unwrap(),
-        claim_later: false,
-    };
-    let disk = FileDisk::open(options).unwrap();
+    let disk = FileDisk::open(file_options(path, CacheMode::default())).unwrap();
     assert_eq!(disk.limits().capacity.bytes(), 1 << 20);
     let fixture = Fixture::new(disk, 1);
     let (mut driver, log) = logging(&fixture);

@@ -4,40 +4,18 @@
 
 mod common;
 
-use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use common::*;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use ublkup::door::ownership::OwnershipState;
 use ublkup::storage::Memory as MemoryDisk;
 use vhost::VhostBackend;
-use vhost::VhostUserDirtyLogRegion;
-
-const LOG_ALL: u64 = 1 << 26;
 
 fn movable() -> Fixture {
     let fixture = Fixture::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 2);
     fixture.ownership.allow_moves(None);
     fixture
-}
-
-/// Switches the log of dirty pages on, as a client does whose migration begins.
-fn begin_migration(driver: &Driver) {
-    let log = File::from(memfd_create("log", MemfdFlags::CLOEXEC).unwrap());
-    ftruncate(&log, 4096).unwrap();
-    let region = VhostUserDirtyLogRegion {
-        mmap_size: 4096,
-        mmap_offset: 0,
-        mmap_handle: log.as_raw_fd(),
-    };
-    driver.frontend.set_log_base(0, Some(region)).unwrap();
-    driver
-        .frontend
-        .set_features(driver.features | LOG_ALL)
-        .unwrap();
 }
 
 #[test]
@@ -49,7 +27,7 @@ fn the_disk_goes_to_the_client_that_waits_when_the_first_has_stopped_all_vrings(
     // It connects, and looks, and has no part in the disk yet.
     let mut target = Driver::connect(fixture.connect(), USUAL);
     assert_eq!(fixture.door.sessions().len(), 2);
-    begin_migration(&source);
+    source.begin_migration();
     assert_eq!(source.frontend.get_vring_base(0).unwrap(), 1);
     assert_eq!(
         fixture.ownership.state(),
@@ -80,7 +58,7 @@ fn a_source_goes_on_when_nobody_took_the_disk_over() {
     let mut source = Driver::running(fixture.connect(), USUAL);
     assert_eq!(source.write(0, &[7; 512]), OK);
     let target = Driver::connect(fixture.connect(), USUAL);
-    begin_migration(&source);
+    source.begin_migration();
     let base = source.frontend.get_vring_base(0).unwrap();
     drop(target);
     source.start(0, u16::try_from(base).unwrap());
@@ -105,7 +83,7 @@ fn a_client_that_stops_without_a_migration_keeps_the_disk() {
 fn where_clients_do_not_move_the_second_is_refused_when_it_connects() {
     let fixture = Fixture::new(MemoryDisk::new(limits(1 << 20)).unwrap(), 1);
     let source = Driver::running(fixture.connect(), USUAL);
-    begin_migration(&source);
+    source.begin_migration();
     source.frontend.get_vring_base(0).unwrap();
     assert_eq!(fixture.ownership.state(), OwnershipState::Upgraded);
     let mut refused = fixture.connect();

@@ -11,8 +11,7 @@ use common::*;
 use testkit::vhost::raw::{self, FrontendReq};
 use ublkup::engine::Storage;
 use ublkup::engine::polling::Polling;
-use ublkup::request::Serial;
-use ublkup::storage::{CacheMode, File, FileOptions, Memory as MemoryDisk};
+use ublkup::storage::{CacheMode, File, Memory as MemoryDisk};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 
@@ -67,15 +66,7 @@ fn ranges_of_any_length_are_zeroed_and_discarded_in_files() {
                 let path = dir.path().join("disk.img");
                 let file = std::fs::File::create(&path).unwrap();
                 file.set_len(160 << 20).unwrap();
-                let file = FileOptions {
-                    path,
-                    cache,
-                    format: None,
-                    read_only: false,
-                    block_bytes: None,
-                    serial: Serial::new("test").unwrap(),
-                    claim_later: false,
-                };
+                let file = file_options(path, cache);
                 one_long_range(File::open(file).unwrap(), kind, flags);
             }
         }

@@ -9,13 +9,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{
-    DATA, Driver, EVENT_IDX, Fixture, OK, PATIENCE, T_IN, T_OUT, UNTOUCHED, USUAL, WRITE, limits,
+    DATA, Driver, EVENT_IDX, Fixture, OK, PATIENCE, T_IN, T_OUT, UNTOUCHED, USUAL, WRITE,
+    file_options, limits,
 };
 use testkit::random::Random;
 use ublkup::engine::Storage;
 use ublkup::engine::polling::Polling;
-use ublkup::request::Serial;
-use ublkup::storage::{CacheMode, File, FileOptions, Memory as MemoryDisk};
+use ublkup::storage::{CacheMode, File, Memory as MemoryDisk};
 
 const SLOTS: u16 = 32;
 const REQUESTS: u32 = 6000;
@@ -136,16 +136,7 @@ fn file(dir: &Path, cache: CacheMode) -> File {
     let path = dir.join("disk.img");
     let file = std::fs::File::create(&path).unwrap();
     file.set_len(DISK_BYTES).unwrap();
-    File::open(FileOptions {
-        path,
-        cache,
-        format: None,
-        read_only: false,
-        block_bytes: None,
-        serial: Serial::new("test").unwrap(),
-        claim_later: false,
-    })
-    .unwrap()
+    File::open(file_options(path, cache)).unwrap()
 }
 
 /// Every way of waiting, each with a client that sleeps and one that polls.

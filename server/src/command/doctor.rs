@@ -241,7 +241,7 @@ fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Finding> {
     findings
 }
 
-/// Entries of the registry that killed servers could not remove. No client is led astray by them.
+/// Entries of the registry that killed servers could not remove. Clients ignore them.
 fn stale_services(dir: &RuntimeDir, clean: bool) -> Vec<Finding> {
     let found = match clean {
         true => remove_stale_entries(dir.path()),

@@ -167,9 +167,10 @@ pub fn peer_pid(stream: &UnixStream) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::process::Command;
     use std::sync::mpsc;
     use std::time::Duration;
+
+    use testkit::namespaces::{is_inside, run_inside};
 
     use super::*;
 
@@ -198,34 +199,15 @@ mod tests {
 
     #[test]
     fn a_peer_in_another_pid_namespace_is_unknown() {
-        const INSIDE: &str = "UBLKUP_TEST_INSIDE";
-        if std::env::var_os(INSIDE).is_some() {
+        if is_inside() {
             let ours = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
             assert_eq!(peer_pid(&ours.into()), None);
             return;
         }
         let (ours, _theirs) = UnixStream::pair().unwrap();
         assert_eq!(peer_pid(&ours), Some(std::process::id().cast_signed()));
-        let unshare: &[_] = match rustix::process::geteuid().is_root() {
-            true => &["--pid", "--fork"],
-            false => &["--pid", "--fork", "--map-root-user"],
-        };
-        let output = Command::new("unshare")
-            .args(unshare)
-            .arg(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "engine::socket::tests::a_peer_in_another_pid_namespace_is_unknown",
-            ])
-            .env(INSIDE, "")
-            .stdin(OwnedFd::from(ours))
-            .output()
-            .expect("unshare runs (package util-linux)");
-        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-        assert!(
-            output.status.success() && said.contains("1 passed"),
-            "{said}"
-        );
+        let test = "engine::socket::tests::a_peer_in_another_pid_namespace_is_unknown";
+        run_inside(["--pid", "--fork"], test, OwnedFd::from(ours));
     }
 
     #[test]

@@ -118,7 +118,7 @@ pub trait StorageQueue {
         result: i32,
     ) -> Progress;
 
-    /// Nobody waits for the requests under way any more. Those that are done in pieces end, as failed, with the
-    /// piece that is being done.
+    /// The client of the requests under way is gone. Those that are done in pieces end, as failed, with the piece
+    /// that is being done.
     fn abandon(&mut self) {}
 }

@@ -8,6 +8,7 @@
 )]
 
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use ublkup::engine::counters::CounterSet;
 use ublkup::engine::polling::Polling;
 use ublkup::engine::threads::ThreadOptions;
 use ublkup::request::{Limits, Serial};
+use ublkup::storage::{CacheMode, FileOptions};
 
 /// A directory for servers of the program that is tested.
 pub fn sandbox() -> Sandbox {
@@ -66,6 +68,19 @@ pub fn expect_all_close_on_exec(pid: u32) {
         }
     }
     assert!(seen > 5, "only {seen} descriptors");
+}
+
+/// A file as it is served without options.
+pub fn file_options(path: impl Into<PathBuf>, cache: CacheMode) -> FileOptions {
+    FileOptions {
+        path: path.into(),
+        cache,
+        format: None,
+        read_only: false,
+        block_bytes: None,
+        serial: Serial::new("test").unwrap(),
+        claim_later: false,
+    }
 }
 
 /// The right to a disk without a ublk door.

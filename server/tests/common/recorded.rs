@@ -7,9 +7,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost::VhostBackend;
-use vhost::VhostUserDirtyLogRegion;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 
@@ -54,19 +52,8 @@ impl Client {
 
     /// Switches the log of dirty pages on and stops, as QEMU does when it has moved its guest.
     pub fn stop_to_migrate(&mut self) {
-        let log = File::from(memfd_create("log", MemfdFlags::CLOEXEC).unwrap());
-        ftruncate(&log, 4096).unwrap();
-        let region = VhostUserDirtyLogRegion {
-            mmap_size: 4096,
-            mmap_offset: 0,
-            mmap_handle: log.as_raw_fd(),
-        };
-        let frontend = &self.driver.frontend;
-        frontend.set_log_base(0, Some(region)).unwrap();
-        frontend
-            .set_features(self.driver.features | 1 << 26)
-            .unwrap();
-        frontend.get_vring_base(0).unwrap();
+        self.driver.begin_migration();
+        self.driver.frontend.get_vring_base(0).unwrap();
     }
 }
 

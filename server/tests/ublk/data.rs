@@ -2,15 +2,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-
 use std::sync::Arc;
 
 use ublkup::door::ublk::{DataPath, UblkConfig, UblkDoor};
 use ublkup::engine::counters::{Counters, Totals};
-use ublkup::request::Serial;
-use ublkup::storage::{CacheMode, File, FileOptions};
+use ublkup::storage::{CacheMode, File};
 
-use crate::common::{Sandbox, sandbox};
+use crate::common::{Sandbox, file_options, sandbox};
 use crate::{MIB, config, dd, no_end, noise, run};
 use testkit::server::Server;
 
@@ -149,15 +147,7 @@ fn a_device_without_copies_outlives_its_server() {
 fn what_the_driver_cannot_register_is_copied() {
     let lab = sandbox();
     let (lower, storage) = storage(&lab, "lower");
-    let backend = File::open(FileOptions {
-        path: storage.clone(),
-        cache: CacheMode::Auto,
-        format: None,
-        read_only: false,
-        block_bytes: None,
-        serial: Serial::new("test").unwrap(),
-        claim_later: false,
-    });
+    let backend = File::open(file_options(storage.clone(), CacheMode::Auto));
     let counters = Arc::<Counters>::default();
     // The tags take turns: some have a place, some have none.
     let config = UblkConfig {

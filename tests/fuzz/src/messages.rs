@@ -17,7 +17,6 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use testkit::vhost::raw::{self, FrontendReq as Req, NEED_REPLY, pair};
 use ublkup::door::ownership::{Ownership, OwnershipState};
 use ublkup::door::vhost::testing::serve_session;
-use ublkup::request::{Limits, Serial};
 use ublkup::storage::Memory;
 
 use crate::Script;
@@ -65,19 +64,7 @@ thread_local! {
 
 impl World {
     fn new() -> Self {
-        let limits = Limits {
-            capacity: (1 << 20).into(),
-            block_bytes: 512,
-            physical_block_bytes: 4096,
-            optimal_io_bytes: 0,
-            max_io_bytes: 1 << 20,
-            discard_granularity_bytes: 4096,
-            max_discard_bytes: 64 << 10,
-            max_write_zeroes_bytes: 64 << 10,
-            read_only: false,
-            write_cache: true,
-            serial: Serial::new("fuzz").expect("a serial"),
-        };
+        let limits = crate::limits(1 << 20);
         let memory = memfd_create("guest", MemfdFlags::CLOEXEC).expect("memory");
         ftruncate(&memory, MEMORY_BYTES).expect("memory");
         Self {

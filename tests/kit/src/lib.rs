@@ -4,11 +4,12 @@
 //! - [`server`]: a running `ublkup serve`, which is started, stopped or killed;
 //! - [`vhost`]: a vhost-user front-end with guest memory and split rings, and raw messages;
 //! - [`ublk_control`] and [`qmp`]: commands to the ublk driver and to QEMU;
-//! - [`random`], [`images`], [`shell`], [`process`], [`proc`], [`seccomp`], [`wait`]: reproducible random numbers,
+//! - [`namespaces`], [`random`], [`images`], [`shell`], [`process`], [`proc`], [`seccomp`], [`wait`]: reproducible random numbers,
 //!   files with known content, commands with a time limit, child processes that end, facts about them, forbidden
 //!   system calls, waiting for a condition.
 
 pub mod images;
+pub mod namespaces;
 pub mod proc;
 pub mod process;
 /// The launcher's client of QEMU's monitor.

@@ -41,7 +41,7 @@ pub enum Unplugged {
     Refused,
 }
 
-/// No answer to a command: nobody knows whether QEMU did what it says, or still will.
+/// A command was not answered: QEMU may have done it, or may still do it.
 #[derive(Debug, thiserror::Error)]
 #[error("QEMU does not answer {0}")]
 pub struct Unanswered(pub &'static str);

@@ -6,7 +6,7 @@
 //! effects. What must hold:
 //!
 //! - At most one party may write, and the writes of the ublk door are complete when a client may.
-//! - Whoever may write reads the last write that was acknowledged.
+//! - A door that may write reads the last write that was acknowledged.
 //! - A server has the storage only while its client has the disk, or the disk is kept for that client.
 //! - Within the grace only the client that had the disk gets it, or, in a move, its target; and that
 //!   client does get it. A client that was succeeded gets it no more.

@@ -108,7 +108,7 @@ pub struct Ownership {
     grace: Duration,
     pub(super) shared: bool,
     machine: Box<dyn Machine>,
-    /// Whether the note stays as it is. Locked before `inner`, and by whoever changes the note: it takes
+    /// Whether the note stays as it is. Locked before `inner`, and for every change of the note: it takes
     /// time to make one durable, and nothing may wait for `inner`.
     notes: Mutex<Closed>,
     inner: Mutex<Inner>,

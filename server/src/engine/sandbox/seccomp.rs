@@ -1,7 +1,7 @@
 //! A filter of system calls, for all threads.
 //!
-//! It lists what is forbidden. A list of what is allowed would be shorter to reason about, but what it forgets ends in
-//! a server that fails at three in the morning: what the C library and the allocator call changes with their versions,
+//! It lists what is forbidden. A list of what is allowed would be shorter to reason about, but a call that it
+//! lacks makes a server fail while it serves: what the C library and the allocator call changes with their versions,
 //! and a storage in a library (librbd) brings its own. The usual weakness of the other way, system calls that did not
 //! exist when the list was written, is closed by number: they answer ENOSYS, as on an older kernel.
 //!

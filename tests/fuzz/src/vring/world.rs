@@ -8,7 +8,7 @@ use std::rc::Rc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use ublkup::door::vhost::testing::{GuestMemory, GuestRegion, PageLog, Queues, Record};
 use ublkup::io::Ring;
-use ublkup::request::{Limits, Serial};
+use ublkup::request::Limits;
 
 use super::DISK_BYTES;
 use super::driver::MAX_QUEUE;
@@ -107,19 +107,7 @@ impl World {
         let log = memory_file("log", LOG_BYTES);
         let logs = [true, false].map(|all| PageLog::map(&log, LOG_BYTES, all).expect("mapped"));
         let (record, record_file) = Record::create(1, MAX_QUEUE).expect("a record");
-        let limits = Limits {
-            capacity: DISK_BYTES.into(),
-            block_bytes: 512,
-            physical_block_bytes: 4096,
-            optimal_io_bytes: 0,
-            max_io_bytes: 1 << 20,
-            discard_granularity_bytes: 4096,
-            max_discard_bytes: 64 << 10,
-            max_write_zeroes_bytes: 64 << 10,
-            read_only: false,
-            write_cache: true,
-            serial: Serial::new("fuzz").expect("a serial"),
-        };
+        let limits = crate::limits(DISK_BYTES);
         Self {
             file: Rc::new(file),
             maps,

@@ -2,13 +2,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-use vhost::VhostBackend;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 
 use super::{DATA, EVENT_IDX, Memory, NEXT, T_IN, T_OUT, UNTOUCHED, Vring, WRITE};
+
+/// Feature bit of the log of dirty pages (linux/vhost.h).
+const VHOST_F_LOG_ALL: u32 = 26;
 
 /// A driver with one connection.
 pub struct Driver {
@@ -37,6 +43,20 @@ impl Driver {
         let mut driver = Self::with_memory(connect(), self.features, self.memory);
         driver.vrings = self.vrings;
         driver
+    }
+
+    /// Switches the log of dirty pages on, as a client does whose migration begins.
+    pub fn begin_migration(&self) {
+        let log = File::from(memfd_create("log", MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&log, 4096).unwrap();
+        let region = VhostUserDirtyLogRegion {
+            mmap_size: 4096,
+            mmap_offset: 0,
+            mmap_handle: log.as_raw_fd(),
+        };
+        self.frontend.set_log_base(0, Some(region)).unwrap();
+        let log_all = 1 << VHOST_F_LOG_ALL;
+        (self.frontend.set_features(self.features | log_all)).unwrap();
     }
 
     fn with_memory(stream: UnixStream, features: u64, memory: Memory) -> Self {

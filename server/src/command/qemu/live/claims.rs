@@ -1,5 +1,5 @@
 //! The claimed descriptors in QEMU's hands. Each is an fd set of its own, and the text beside it (`opaque`) describes
-//! the disk as it was, so that whoever comes next can finish or undo a move that was cut off.
+//! the disk as it was, so that the next command can finish or undo a move that was cut off.
 
 use std::os::fd::{AsFd, RawFd};
 

@@ -109,27 +109,6 @@ pub fn exchange(
     to: Attached<'_>,
     settle: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    or_unknown(exchange_or_undo(qmp, interrupted, from, to, settle))
-}
-
-/// Says what to do, if something was not answered after the exchange had begun.
-pub fn or_unknown<T>(result: Result<T>) -> Result<T> {
-    result.map_err(|error| match error.is::<Unanswered>() {
-        true => error.context(
-            "it is unknown how the guest has the disk now, and nothing was undone: QEMU keeps the claim on the block \
-             device; once QEMU answers, the same command with --back gives the guest the block device",
-        ),
-        false => error,
-    })
-}
-
-fn exchange_or_undo(
-    qmp: &mut Qmp,
-    interrupted: &Interrupted,
-    from: Attached<'_>,
-    to: Attached<'_>,
-    settle: impl FnOnce() -> Result<()>,
-) -> Result<()> {
     unplug(qmp, interrupted, from)?;
     let exchanged = match interrupted.is_asked() {
         true => Err(anyhow!("interrupted")),
@@ -150,6 +129,17 @@ fn exchange_or_undo(
             "not moved, and {} cannot be given back ({also:#}): the guest is without the disk",
             from.name()
         )),
+    })
+}
+
+/// Says what to do, if something was not answered after the exchange had begun.
+pub fn or_unknown<T>(result: Result<T>) -> Result<T> {
+    result.map_err(|error| match error.is::<Unanswered>() {
+        true => error.context(
+            "it is unknown how the guest has the disk now, and nothing was undone: QEMU keeps the claim on the block \
+             device; once QEMU answers, the same command with --back gives the guest the block device",
+        ),
+        false => error,
     })
 }
 

@@ -131,7 +131,8 @@ fn upgrade(qmp: &mut Qmp, asked: &Move<'_>) -> Result<String> {
     drop(connection);
     let (old, address) = (&given.note.disk, given.address());
     let (from, to) = (Attached::Block(old), Attached::Service(old, &address));
-    if let Err(error) = exchange(qmp, &interrupted, from, to, || Ok(claim.settle()?)) {
+    let settle = || Ok(claim.settle()?);
+    if let Err(error) = or_unknown(exchange(qmp, &interrupted, from, to, settle)) {
         return Err(give_up(qmp, &given, &path, error));
     }
     Ok(format!(
@@ -176,7 +177,7 @@ fn move_back(qmp: &mut Qmp, asked: &Move<'_>) -> Result<String> {
     };
     let interrupted = Interrupted::listen()?;
     match plugged_now(qmp, disk)? {
-        Plugged::Service => exchange(qmp, &interrupted, from, to, settle)?,
+        Plugged::Service => or_unknown(exchange(qmp, &interrupted, from, to, settle))?,
         // The move was cut off.
         Plugged::No => or_unknown(plug_back(qmp, from, to, settle))?,
         Plugged::Block => {}

@@ -119,7 +119,13 @@ fn exchange_old(
 ) -> Result<()> {
     let old = old();
     let to = Attached::Service(&old, "/dev/self/fd/7/vhost-user-blk");
-    exchange(qmp, interrupted, Attached::Block(&old), to, settle)
+    or_unknown(exchange(
+        qmp,
+        interrupted,
+        Attached::Block(&old),
+        to,
+        settle,
+    ))
 }
 
 /// `Interrupted` as if a signal had come.

@@ -8,6 +8,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
+use testkit::namespaces::{is_inside, run_inside};
+
 use super::super::peer::file_system;
 use super::*;
 
@@ -137,30 +139,12 @@ fn mount_fuse(place: &Path) -> Receiver<u32> {
 /// The server of such a file system may never answer, and who waits for it cannot be killed.
 #[test]
 fn a_file_system_of_the_process_is_asked_nothing() {
-    const INSIDE: &str = "UBLKUP_TEST_INSIDE";
-    if std::env::var_os(INSIDE).is_none() {
-        if !Path::new("/dev/fuse").exists() {
-            return;
+    if !is_inside() {
+        if Path::new("/dev/fuse").exists() {
+            let test =
+                "command::qemu::live::tests::peer::a_file_system_of_the_process_is_asked_nothing";
+            run_inside(["--mount"], test, Stdio::null());
         }
-        let unshare: &[_] = match rustix::process::geteuid().is_root() {
-            true => &["--mount"],
-            false => &["--mount", "--map-root-user"],
-        };
-        let output = Command::new("unshare")
-            .args(unshare)
-            .arg(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "command::qemu::live::tests::peer::a_file_system_of_the_process_is_asked_nothing",
-            ])
-            .env(INSIDE, "")
-            .output()
-            .expect("unshare runs (package util-linux)");
-        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-        assert!(
-            output.status.success() && said.contains("1 passed"),
-            "{said}"
-        );
         return;
     }
     // A name in /dev, which any process can have for it in a mount namespace of its own.
