@@ -8,7 +8,7 @@ use anyhow::Context;
 use clap::builder::Resettable;
 use clap::{CommandFactory, FromArgMatches};
 use ublkup::command::cli::{Cli, Command, Qemu, USAGE};
-use ublkup::command::{client, complain, doctor, probe, qemu, serve, shell};
+use ublkup::command::{client, complain, doctor, probe, qemu, serve, shell, watch};
 use ublkup::engine::log;
 use ublkup::export::explain;
 use ublkup::export::runtime_dir::RuntimeDir;
@@ -52,6 +52,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
                     keep_going: options.keep_going,
                     predecessor: options.predecessor.into(),
                     sandbox: options.sandbox.is_on(),
+                    server_name: options.server_name,
                 };
                 serve::run(&dir()?, exports, start)
             }
@@ -62,6 +63,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         },
         Command::List { json } => client::list(&dir()?, json),
         Command::Stat { name, json, watch } => client::stat(&dir()?, &name, json, watch),
+        Command::Events {
+            export,
+            server,
+            json,
+        } => watch::events(&dir()?, export.as_deref(), server.as_deref(), json),
         Command::Resize {
             name,
             size,

@@ -40,6 +40,7 @@ const ZERO: Op = Op::WriteZeroes {
 
 fn options(path: &Path, cache: CacheMode) -> FileOptions {
     FileOptions {
+        export: "test".into(),
         path: path.to_owned(),
         cache,
         format: None,

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{ConfigError, ExportConfig, ExportOptions, check_together, read_file};
+use crate::config::{
+    ConfigError, ExportConfig, ExportOptions, check_name, check_together, read_file,
+};
 use crate::engine::log::LogFormat;
 use crate::export::Predecessor;
 
@@ -84,6 +86,20 @@ pub enum Command {
         /// Print again every second, until interrupted
         #[arg(long)]
         watch: bool,
+    },
+    /// Tell what happens to exports, as it happens, until interrupted
+    ///
+    /// Clients that come, leave or are refused, disks that are upgraded or get another size, requests that the
+    /// storage failed, exports that start, are recovered or end.
+    Events {
+        /// The export [default: all]
+        export: Option<String>,
+        /// The server, by name [default: all that run]
+        #[arg(long, value_name = "NAME")]
+        server: Option<String>,
+        /// Print JSON, an object for each line (ublkup-admin(7))
+        #[arg(long)]
+        json: bool,
     },
     /// Give an export another size while it is served; both doors tell their clients
     ///
@@ -197,6 +213,10 @@ pub struct Serve {
     #[arg(long)]
     pub keep_going: bool,
 
+    /// Call the server this in commands that concern all of its exports [default: its process number]
+    #[arg(long, value_name = "NAME", value_parser = server_name)]
+    pub server_name: Option<String>,
+
     /// Serve the `[[export]]` tables of a TOML file, beside the SPECs
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -290,6 +310,11 @@ pub struct Qemu {
     /// QEMU and its arguments; the launcher adds the disks, and shared memory if there is none
     #[arg(last = true, value_name = "QEMU", required_unless_present = "live")]
     pub command: Vec<OsString>,
+}
+
+fn server_name(text: &str) -> Result<String, String> {
+    check_name(text).map_err(|error| error.to_string())?;
+    Ok(text.to_owned())
 }
 
 /// The number in the name of a ublk device.

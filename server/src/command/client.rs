@@ -260,7 +260,7 @@ fn details(status: &ExportStatus) -> String {
             status.serial,
         ),
         format!("  storage   {}", status.backend),
-        format!("  server    pid {}", status.pid),
+        format!("  server    {}pid {}", server_name(status), status.pid),
         format!(
             "  threads   poll-us {}{}",
             status.poll_us,
@@ -325,6 +325,14 @@ fn details(status: &ExportStatus) -> String {
     lines.collect()
 }
 
+/// The name of the server, if it was given one.
+fn server_name(status: &ExportStatus) -> String {
+    match &status.server {
+        name if name.is_empty() || *name == status.pid.to_string() => String::new(),
+        name => format!("{name}, "),
+    }
+}
+
 fn totals(t: &Totals) -> String {
     format!(
         "            {} reads ({} B), {} writes ({} B), {} flushes, {} discards, {} write-zeroes, \
@@ -347,6 +355,10 @@ mod tests {
     #[test]
     fn tables_line_up_and_show_closed_doors() {
         let mut one = ExportStatus {
+            schema: admin::SCHEMA,
+            version: "1".into(),
+            server: "s".into(),
+            started_unix_seconds: 7,
             name: "a".into(),
             state: "serving".into(),
             access: crate::door::ownership::OwnershipState::Free,
@@ -394,6 +406,10 @@ mod tests {
     #[test]
     fn what_a_server_answers_has_no_effect_on_the_terminal() {
         let status = ExportStatus {
+            schema: admin::SCHEMA,
+            version: "1".into(),
+            server: "s".into(),
+            started_unix_seconds: 7,
             name: "a\u{1b}[2J".into(),
             state: "serving\nb: serving".into(),
             access: crate::door::ownership::OwnershipState::Free,

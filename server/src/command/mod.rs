@@ -12,5 +12,6 @@ mod reference;
 pub mod serve;
 pub mod shell;
 mod signals;
+pub mod watch;
 
 pub use output::complain;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
 use std::time::Duration;
 
@@ -18,14 +18,15 @@ use super::manager::Manager;
 use super::output::count;
 use super::signals;
 use crate::config::{ExportConfig, check_name};
+use crate::engine::events::{self, What};
 use crate::engine::sandbox::{self, Access, Reach};
 use crate::engine::{io_flusher, log, open_files};
 use crate::export::runtime_dir::RuntimeDir;
-use crate::export::{Event, Export, Predecessor, Watch, explain};
+use crate::export::{Event, Export, Predecessor, Server, ServerSocket, Watch, explain};
 use crate::io::Ring;
 
 /// How exports are started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StartOptions {
     /// If some of several exports cannot start, serve the others.
     pub keep_going: bool,
@@ -33,6 +34,8 @@ pub struct StartOptions {
     pub predecessor: Predecessor,
     /// Whether this process gives up what it does not need once the exports are open.
     pub sandbox: bool,
+    /// What the server is called, if it was given a name.
+    pub server_name: Option<String>,
 }
 
 /// `ublkup recover`: serves an export as it was last served.
@@ -51,6 +54,7 @@ pub fn recover(
         keep_going: false,
         predecessor,
         sandbox,
+        server_name: None,
     };
     run(dir, vec![left::saved(dir, name)?], start)
 }
@@ -81,8 +85,12 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         keep_going,
         predecessor,
         sandbox,
+        server_name,
     } = start;
-    let start = |config| Export::start(dir, config, predecessor, events.clone());
+    let server = Server::new(server_name.as_deref(), events.clone());
+    // First, so that who watches it sees the exports start.
+    let socket = listen(&server, dir, server_name.is_some())?;
+    let start = |config| Export::start(dir, config, predecessor, &server);
     let named = |config: ExportConfig| (config.name.clone(), config);
     let configs = configs.into_iter().map(named).collect();
     let (exports, failures) = start_all(configs, keep_going, start);
@@ -100,7 +108,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     }
     let manager = Manager::connect();
     if sandbox {
-        enter_sandbox(exports.values());
+        enter_sandbox(exports.values(), socket.as_ref());
     }
     if let Err(error) = announce(&exports, &manager) {
         end_all(exports, Export::tear_down);
@@ -110,6 +118,22 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         code = ExitCode::FAILURE;
     }
     Ok(code)
+}
+
+/// Opens the admin socket of the server. One that was given no name does without, if need be: each export has one.
+fn listen(
+    server: &Arc<Server>,
+    dir: &RuntimeDir,
+    must_be_there: bool,
+) -> Result<Option<ServerSocket>> {
+    match server.listen(dir) {
+        Ok(socket) => Ok(Some(socket)),
+        Err(error) if must_be_there => Err(error),
+        Err(error) => {
+            tracing::warn!("no admin socket of the server: {}", explain(&error));
+            Ok(None)
+        }
+    }
 }
 
 /// Exports that are started at once. Most of that time is spent in the driver and the storage.
@@ -196,6 +220,14 @@ fn await_the_end(
                         continue;
                     };
                     tracing::error!("{name}: the {door} door closed: {why}");
+                    let door_text = door.to_string();
+                    events::tell(
+                        &name,
+                        What::DoorClosed {
+                            door: door_text,
+                            why,
+                        },
+                    );
                     in_order = false;
                     if export.close(door) {
                         continue;
@@ -321,7 +353,7 @@ fn announce(exports: &BTreeMap<String, Export>, manager: &Manager) -> Result<()>
 }
 
 /// Gives up what the exports do not need now that they are open, and says in the log how far that went.
-fn enter_sandbox<'a>(exports: impl Iterator<Item = &'a Export>) {
+fn enter_sandbox<'a>(exports: impl Iterator<Item = &'a Export>, socket: Option<&ServerSocket>) {
     // What a client is; what uses a disk; what is read beyond the end of a file that was cut short. Not all of /sys: below
     // it are the file systems of debugging and tracing.
     let system = [
@@ -340,6 +372,9 @@ fn enter_sandbox<'a>(exports: impl Iterator<Item = &'a Export>) {
     };
     for export in exports {
         export.add_reach(&mut reach);
+    }
+    if let Some(socket) = socket {
+        socket.add_reach(&mut reach);
     }
     let status = sandbox::enter(&reach);
     tracing::info!("sandbox: {status}");

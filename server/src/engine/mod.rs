@@ -26,6 +26,7 @@ mod door;
 pub mod durable;
 mod end;
 pub mod event_loop;
+pub mod events;
 pub mod io_flusher;
 mod listen;
 pub mod log;

@@ -17,6 +17,7 @@ use crate::door::ownership::KeptFor;
 use crate::door::ublk::UblkDoor;
 use crate::door::vhost::{Refusal, SessionInfo};
 use crate::engine::counters::CounterSet;
+use crate::engine::events::{self, What};
 use crate::engine::wait::repeat_while;
 use crate::engine::{log, sandbox};
 use crate::request::MAX_DISK_BYTES;
@@ -132,10 +133,18 @@ impl Shared {
 }
 
 impl admin::Service for Shared {
+    fn name(&self) -> &str {
+        &self.config.name
+    }
+
     fn status(&self) -> ExportStatus {
         let doors = self.doors();
         let (config, limits) = (&self.config, &self.limits);
         ExportStatus {
+            schema: admin::SCHEMA,
+            version: env!("CARGO_PKG_VERSION").into(),
+            server: self.server.clone(),
+            started_unix_seconds: self.started_unix_seconds,
             name: config.name.clone(),
             state: match doors.state {
                 State::Serving => "serving",
@@ -225,6 +234,13 @@ impl admin::Service for Shared {
             format_size(size_bytes),
             format_size(old_size_bytes)
         );
+        if size_bytes != old_size_bytes {
+            let what = What::Resized {
+                size_bytes,
+                old_size_bytes,
+            };
+            events::tell(name, what);
+        }
         Ok(Resized {
             size_bytes,
             old_size_bytes,

@@ -4,8 +4,9 @@
 //! |--------------------|----------------------------------------------------------|
 //! | `open.rs`          | how it is opened: storage, doors, what an earlier server left |
 //! | `shared.rs`        | what its threads share, and how its doors are closed     |
-//! | `admin/`           | the admin socket: protocol, server and client            |
+//! | `admin/`           | the admin sockets: protocol, server and client           |
 //! | `admin_service.rs` | what an export answers there                             |
+//! | `server.rs`        | what a server answers, and what its exports share        |
 //! | `succession.rs`    | how a server gets an export from another one             |
 //! | `recovery.rs`      | what becomes of the block device that a dead server left |
 //! | `upgrade.rs`       | clients that come by the block device's descriptor       |
@@ -21,6 +22,7 @@ pub mod name_lock;
 mod open;
 mod recovery;
 pub mod runtime_dir;
+mod server;
 mod shared;
 mod succession;
 pub mod upgrade;
@@ -28,17 +30,19 @@ pub mod upgrade;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::sync::{Arc, Condvar, Mutex};
 
 use anyhow::{Context, Result};
 
 pub use event::{Door, Event};
 pub use explain::explain;
+pub use server::{Server, ServerSocket};
 pub use succession::Predecessor;
 
 use crate::config::{ExportConfig, StorageSpec};
 use crate::door::ublk::UblkDoor;
 use crate::engine::crash;
+use crate::engine::events::{self, What};
 use crate::engine::sandbox::{Access, Reach};
 use admin::Listening;
 use name_lock::{CONTROL, NameLock};
@@ -50,6 +54,7 @@ use upgrade::UpgradeListener;
 /// A served export. Dropping it without [`Export::stop`] closes the doors all the same.
 pub struct Export {
     shared: Arc<Shared>,
+    server: Arc<Server>,
     claim: NameLock,
     /// Declared after what its service uses; dropped last in [`Export::stop`].
     admin: Listening,
@@ -69,7 +74,7 @@ impl Export {
         dir: &RuntimeDir,
         config: ExportConfig,
         predecessor: Predecessor,
-        events: mpsc::Sender<Event>,
+        server: &Arc<Server>,
     ) -> Result<Self> {
         let take_over = predecessor == Predecessor::TakeOver;
         let claim = match take_over {
@@ -81,16 +86,17 @@ impl Export {
             config: &config,
             dir,
             claim: &claim,
-            events: &events,
+            events: server.events(),
             replace: predecessor == Predecessor::Replace,
         };
         let finished = match opening.open_storage() {
-            Ok(opened) => Self::finish(opened, config, &claim, events),
+            Ok(opened) => Self::finish(opened, config, &claim, server),
             Err(error) => Err(error),
         };
         match finished {
             Ok((shared, admin)) => Ok(Self {
                 shared,
+                server: Arc::clone(server),
                 claim,
                 admin,
             }),
@@ -114,21 +120,27 @@ impl Export {
         (doors, storage, access): Opened,
         config: ExportConfig,
         claim: &NameLock,
-        events: mpsc::Sender<Event>,
+        server: &Arc<Server>,
     ) -> Result<(Arc<Shared>, Listening)> {
         let is_inherited = doors.is_inherited;
         let shared = Arc::new(Shared {
             config,
+            server: server.name().to_owned(),
+            started_unix_seconds: server::unix_seconds(),
             limits: storage.limits().clone(),
             storage: Mutex::new(Some(storage)),
             access,
             resizing: Mutex::default(),
             doors: Mutex::new(doors),
             ended: Condvar::new(),
-            events,
+            events: server.events().clone(),
         });
         match publish(&shared, claim) {
-            Ok(admin) => Ok((shared, admin)),
+            Ok(admin) => {
+                server.add(&shared);
+                shared.tell_begin();
+                Ok((shared, admin))
+            }
             Err(error) => {
                 shared.close_doors(claim, is_inherited);
                 Err(error)
@@ -228,6 +240,8 @@ impl Export {
         let name = &self.shared.config.name;
         tracing::info!("{name}: left to another server");
         self.claim.leave();
+        self.server.remove(&self.shared);
+        events::tell(name, What::HandedOver);
         self.shared.set_ended(State::Left);
         drop(self.admin);
         all_ended
@@ -252,6 +266,9 @@ impl Export {
             false => tracing::error!("{name}: stopped, but not all of its requests had ended"),
         }
         drop(self.claim);
+        self.server.remove(&self.shared);
+        let in_order = all_ended;
+        events::tell(name, What::Stopped { in_order });
         self.shared.set_ended(State::Stopped);
         // Waits until the clients that asked for the stop have their answer.
         drop(self.admin);

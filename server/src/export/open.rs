@@ -67,6 +67,7 @@ impl Opening<'_> {
                 format,
             } => {
                 let disk = File::open(FileOptions {
+                    export: config.name.clone(),
                     path: path.clone(),
                     cache: *cache,
                     format: *format,

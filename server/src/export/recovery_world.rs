@@ -297,6 +297,7 @@ impl World {
 
 pub(super) fn options(path: PathBuf, options: Options) -> FileOptions {
     FileOptions {
+        export: "test".into(),
         path,
         cache: CacheMode::Buffered,
         format: None,

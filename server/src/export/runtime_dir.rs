@@ -8,6 +8,8 @@
 //!                                           is behind it, while there is one
 //!                          served           what is served and how, for `ublkup recover`
 //!                          upgraded         which vhost client has the disk, or had it when its server died
+//!             servers/NAME/lock              held by the server as long as it lives
+//!                          control           admin socket of the server (docs/admin.md)
 //! ```
 //!
 //! Each of these directories, and each note in them, belongs to this user or root, is no link, and can be written to by
@@ -28,17 +30,23 @@ use rustix::fs::{AtFlags, FlockOperation, OFlags, flock, fstat, statat};
 use rustix::io::Errno;
 use upgrade_proto::{Error, TrustedDir};
 
-use super::name_lock::{DeviceNote, LOCK, NameLock, SERVED, UBLK_ID, lock_exclusively};
+use super::name_lock::{CONTROL, DeviceNote, LOCK, NameLock, SERVED, UBLK_ID, lock_exclusively};
 use crate::engine::wait::repeat_while;
 
 /// The folder of all exports in a runtime directory.
 const EXPORTS: &str = "exports";
+
+/// The folder of all servers.
+const SERVERS: &str = "servers";
 
 /// The mode of directories.
 const DIR_MODE: u32 = 0o755;
 
 /// How long a server that has answered `leave` may take to release the name.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long another server may hold the name of one that was killed.
+const SWEEP_LIMIT: Duration = Duration::from_millis(500);
 
 /// How often that is tried.
 const LEAVE_INTERVAL: Duration = Duration::from_millis(10);
@@ -83,10 +91,47 @@ impl RuntimeDir {
     ///
     /// When the directory exists and is not trusted, or cannot be read.
     pub fn names(&self) -> Result<Vec<String>, Error> {
-        match self.exports() {
-            Err(error) if error.errno() == Errno::NOENT => Ok(Vec::new()),
-            other => other?.names(),
+        names(self.exports())
+    }
+
+    fn servers(&self) -> Result<TrustedDir, Error> {
+        TrustedDir::open(&self.0)?.dir(SERVERS)
+    }
+
+    /// The names of the servers that run, sorted.
+    ///
+    /// # Errors
+    ///
+    /// As for [`names`](Self::names).
+    pub fn server_names(&self) -> Result<Vec<String>, Error> {
+        let mut names = names(self.servers())?;
+        // One that cannot be examined is left to the command that asks it.
+        names.retain(|name| is_alive(self.servers(), name).unwrap_or(true));
+        Ok(names)
+    }
+
+    /// The admin socket of a server, whether it exists or not.
+    #[must_use]
+    pub fn server_socket(&self, name: &str) -> PathBuf {
+        self.0.join(SERVERS).join(name).join(CONTROL)
+    }
+
+    /// Takes a name for this server, and removes what servers that were killed left.
+    ///
+    /// # Errors
+    ///
+    /// When a living server has the name, or the directory cannot be used.
+    pub fn claim_server(&self, name: &str) -> Result<NameLock> {
+        let taken = || format!("a server called '{name}' runs already: give another --server-name");
+        for left in names(self.servers())? {
+            if left != name && is_alive(self.servers(), &left).is_ok_and(|alive| !alive) {
+                // Dropping it removes the folder.
+                drop(self.claim_in(SERVERS, &left, &taken));
+            }
         }
+        // Another server may be about to remove what is left of an earlier one of this name.
+        let claim = || self.claim_in(SERVERS, name, &taken);
+        repeat_while(SWEEP_LIMIT, LEAVE_INTERVAL, claim, Result::is_err)
     }
 
     /// Whether a server holds this name. A folder whose name is free was left by a dead server.
@@ -95,14 +140,7 @@ impl RuntimeDir {
     ///
     /// When this user cannot know, or the folder is not trusted.
     pub fn is_alive(&self, name: &str) -> Result<bool, Error> {
-        match self
-            .exports()
-            .and_then(|dir| dir.dir(name)?.file(LOCK, OFlags::RDWR))
-        {
-            Ok(lock) => Ok(flock(&lock, FlockOperation::NonBlockingLockShared).is_err()),
-            Err(error) if error.errno() == Errno::NOENT => Ok(false),
-            Err(error) => Err(error),
-        }
+        is_alive(self.exports(), name)
     }
 
     /// What was last served under a name, as its server noted it.
@@ -136,29 +174,36 @@ impl RuntimeDir {
     ///
     /// When a living server holds the name, or the directory cannot be used.
     pub fn claim(&self, name: &str) -> Result<NameLock> {
-        let folder = self.folder(name);
+        let taken = || {
+            format!(
+                "an export called '{name}' is already served: stop it (ublkup stop {name}) or take it over \
+                 (serve --take-over), or choose another name"
+            )
+        };
+        self.claim_in(EXPORTS, name, &taken)
+    }
+
+    /// Takes a name in one of the folders.
+    fn claim_in(&self, parent: &str, name: &str, taken: &dyn Fn() -> String) -> Result<NameLock> {
         DirBuilder::new()
             .recursive(true)
             .mode(DIR_MODE)
             .create(&self.0)
             .with_context(|| format!("cannot make {} (give --runtime-dir)", self.0.display()))?;
-        let exports = TrustedDir::open(&self.0)?.make_dir(EXPORTS, DIR_MODE)?;
+        let parent = TrustedDir::open(&self.0)?.make_dir(parent, DIR_MODE)?;
         // Another server may have removed the file between open and lock: try again until the locked
         // file is the one in the folder. In each round another process made progress.
         for _ in 0..16 {
-            let dir = match exports.make_dir(name, DIR_MODE) {
+            let dir = match parent.make_dir(name, DIR_MODE) {
                 Err(error) if error.errno() == Errno::NOENT => continue,
                 other => other?,
             };
             let lock = match dir.file(LOCK, OFlags::RDWR | OFlags::CREATE) {
                 Err(error) if error.errno() == Errno::NOENT => continue,
-                other => other.with_context(|| format!("cannot lock {}", folder.display()))?,
+                other => other.with_context(|| format!("cannot lock {}", dir.path().display()))?,
             };
             if !lock_exclusively(&lock) {
-                bail!(
-                    "an export called '{name}' is already served: stop it (ublkup stop {name}) \
-                     or take it over (serve --take-over), or choose another name"
-                );
+                bail!(taken());
             }
             if is_in(&dir, &lock) {
                 let claim = NameLock {
@@ -172,6 +217,23 @@ impl RuntimeDir {
             }
         }
         bail!("'{name}' is being started and stopped by other servers all the time: try again")
+    }
+}
+
+/// The names in a folder, if there is one.
+fn names(folder: Result<TrustedDir, Error>) -> Result<Vec<String>, Error> {
+    match folder {
+        Err(error) if error.errno() == Errno::NOENT => Ok(Vec::new()),
+        other => other?.names(),
+    }
+}
+
+/// Whether a server holds a name in a folder.
+fn is_alive(folder: Result<TrustedDir, Error>, name: &str) -> Result<bool, Error> {
+    match folder.and_then(|dir| dir.dir(name)?.file(LOCK, OFlags::RDWR)) {
+        Ok(lock) => Ok(flock(&lock, FlockOperation::NonBlockingLockShared).is_err()),
+        Err(error) if error.errno() == Errno::NOENT => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -13,6 +13,7 @@ use crate::door::vhost::VhostDoor;
 use crate::engine::StorageControl;
 use crate::engine::counters::CounterSet;
 use crate::engine::crash;
+use crate::engine::events::{self, What};
 use crate::request::Limits;
 
 /// How long a client's requests may take to end when the door closes.
@@ -21,6 +22,9 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 /// What the admin socket's thread sees.
 pub(super) struct Shared {
     pub(super) config: ExportConfig,
+    /// Name of the server.
+    pub(super) server: String,
+    pub(super) started_unix_seconds: u64,
     pub(super) limits: Limits,
     /// Dropped as soon as the doors are closed: an admin client must not keep the next server from it.
     pub(super) storage: Mutex<Option<Arc<dyn StorageControl>>>,
@@ -147,6 +151,19 @@ impl Shared {
         let storage = self.storage().take();
         drop(storage);
         all_ended
+    }
+
+    /// Tells those who watch that the export is served.
+    pub(super) fn tell_begin(&self) {
+        let doors = self.doors();
+        let recovered = doors.ublk.as_ref().filter(|_| doors.is_inherited);
+        let what = match recovered {
+            Some((door, _)) => What::Recovered {
+                device: door.block_path(),
+            },
+            None => What::Started,
+        };
+        events::tell(&self.config.name, what);
     }
 
     pub(super) fn storage(&self) -> MutexGuard<'_, Option<Arc<dyn StorageControl>>> {

@@ -73,6 +73,7 @@ pub fn expect_all_close_on_exec(pid: u32) {
 /// A file as it is served without options.
 pub fn file_options(path: impl Into<PathBuf>, cache: CacheMode) -> FileOptions {
     FileOptions {
+        export: "test".into(),
         path: path.into(),
         cache,
         format: None,

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use ublkup::export::admin::testing::{answer, resize, stat};
-use ublkup::export::admin::{Command, ExportStatus, Resized, Service};
+use ublkup::export::admin::{Command, ExportStatus, Request, Resized, Service};
 
 /// Nothing here waits: all is sent before it is read.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -30,8 +30,12 @@ impl Export {
 }
 
 impl Service for Export {
+    fn name(&self) -> &str {
+        "disk"
+    }
+
     fn status(&self) -> ExportStatus {
-        self.note(Command::Stat);
+        self.note(Command::Stat {});
         serde_json::from_str(STATUS).expect("a status")
     }
 
@@ -46,7 +50,7 @@ impl Service for Export {
     }
 
     fn leave(&self) -> anyhow::Result<()> {
-        self.note(Command::Leave);
+        self.note(Command::Leave {});
         Ok(())
     }
 }
@@ -77,7 +81,12 @@ fn serve(peer: &mut UnixStream, stream: UnixStream, request: &[u8]) {
     // What is longer than a request may be is cut off.
     let request = &request[..request.len().min(4096)];
     let line = request.split_inclusive(|&byte| byte == b'\n').next();
-    let command = line.and_then(|line| serde_json::from_slice(line).ok());
+    let line = line.and_then(|line| std::str::from_utf8(line).ok());
+    let request = line.and_then(|line| Request::parse(line).ok());
+    let is_for_us = |asked: &Request| asked.export.as_deref().is_none_or(|name| name == "disk");
+    let request = request.filter(is_for_us).map(|asked| asked.command);
+    let is_noted = |command: &Command| !matches!(command, Command::Server {} | Command::Events {});
+    let command = request.clone().filter(is_noted);
     let done = export.0.lock().expect("no panic").take();
     assert_eq!(done, command, "done, and asked for");
     if answered.is_err() {
@@ -90,8 +99,11 @@ fn serve(peer: &mut UnixStream, stream: UnixStream, request: &[u8]) {
     assert!(said.ends_with('\n') && said.lines().count() == 1, "{said}");
     let said: serde_json::Value = serde_json::from_str(&said).expect("JSON");
     let refused = said.get("error").is_some();
-    let refuses = matches!(command, None | Some(Command::Resize { .. }));
-    assert_eq!(refused, refuses, "{command:?}: {said}");
+    let refuses = matches!(
+        request,
+        None | Some(Command::Resize { .. } | Command::Server {})
+    );
+    assert_eq!(refused, refuses, "{request:?}: {said}");
 }
 
 fn ask(stream: &UnixStream, answer: &[u8]) {

@@ -121,7 +121,9 @@ impl Sandbox {
         start(command)
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    /// A command that is yet to be run.
+    #[must_use]
+    pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command
             .args(args)

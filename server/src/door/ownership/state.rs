@@ -9,6 +9,7 @@ use super::note::{Folder, Holder, Machine, Note};
 use super::types::{BlockDoor, Client, KeptFor, OwnershipState, Refused};
 use crate::engine::StorageControl;
 use crate::engine::durable::NoteFile;
+use crate::engine::events::{self, What};
 
 /// How long a client waits for another one that is already gone, for the end of a grace, and for the doors to open.
 pub(super) const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
@@ -363,6 +364,7 @@ impl Ownership {
         inner.state = State::Block;
         drop(inner);
         drop(closed);
+        events::tell(&self.export, What::Returned);
         self.changed.notify_all();
     }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, MutexGuard};
 use super::note::Holder;
 use super::state::{DRAIN_LIMIT, Inner, Ownership, SUCCESSION_LIMIT, State};
 use super::types::{BlockDoor, Client, Refused};
+use crate::engine::events::{self, What};
 
 /// A disk that is being given to a client. Unless that is [finished](Self::finish), everything is as
 /// before when this is dropped, after a panic too.
@@ -85,9 +86,13 @@ impl<'a> Taking<'a> {
             drop(closed);
             return Err(Refused::Note(error.to_string()));
         }
+        let upgraded = What::Upgraded {
+            client: client.name.clone(),
+        };
         ownership.inner().state = State::Upgraded(client);
         self.before = None;
         drop(closed);
+        events::tell(&ownership.export, upgraded);
         ownership.changed.notify_all();
         Ok(())
     }

@@ -11,6 +11,7 @@ use super::connection::Connection;
 use super::refusals::Refusals;
 use super::session::Ending;
 use crate::door::ownership::Ownership;
+use crate::engine::events::{self, What};
 use crate::engine::repeats::Repeats;
 use crate::engine::socket::peer_pid;
 use crate::request::Limits;
@@ -171,6 +172,8 @@ fn start(shared: &Arc<Shared>, connection: Arc<Connection>) -> io::Result<()> {
                     "client connected{omitted}"
                 );
             }
+            let pid = connection.peer_pid();
+            events::tell(connection.export(), What::ClientCame { pid });
             let ending = (shared.serve)(&connection);
             report(&shared, &connection, &ending);
             let refusals = Arc::clone(&shared.refusals);
@@ -190,6 +193,11 @@ fn shown(peer_pid: Option<i32>) -> String {
 /// Logs and notes why a client is not admitted.
 fn refuse(shared: &Shared, peer_pid: Option<i32>, why: &io::Error) {
     shared.refusals.note(peer_pid, why);
+    let refused = What::ClientRefused {
+        pid: peer_pid,
+        why: why.to_string(),
+    };
+    events::tell(&shared.name, refused);
     if let Some(omitted) = shared.log.failed.due_whatever_numbers(&why.to_string()) {
         let (export, pid) = (&shared.name, shown(peer_pid));
         tracing::warn!(
@@ -208,8 +216,28 @@ fn is_full(sessions: &Sessions) -> bool {
             && all.iter().filter(|one| !one.hung_up()).count() >= MAX_CLIENTS
 }
 
+/// Tells those who watch how a session ended.
+fn tell_end(connection: &Connection, ending: &Ending) {
+    let (how, why) = match (connection.reason(), ending) {
+        (Some(reason), _) => ("disconnected", reason.to_owned()),
+        (None, Ending::Left) => ("left", "it had stopped its vrings".to_owned()),
+        (None, Ending::Died { unanswered }) => {
+            let why = format!("it had not stopped its vrings; {unanswered} requests under way");
+            ("died", why)
+        }
+        (None, Ending::Failed(why)) => ("failed", why.to_string()),
+    };
+    let left = What::ClientLeft {
+        pid: connection.peer_pid(),
+        how: how.into(),
+        why,
+    };
+    events::tell(connection.export(), left);
+}
+
 /// Logs how a session ended.
 fn report(shared: &Shared, connection: &Connection, ending: &Ending) {
+    tell_end(connection, ending);
     let (export, session) = (connection.export(), connection.id());
     let orderly = |text: &str| {
         if let Some(omitted) = shared.log.orderly.due(text) {

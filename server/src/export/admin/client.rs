@@ -1,6 +1,6 @@
 //! The client's side of an admin socket.
 
-use std::io::{self, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,8 +12,8 @@ use upgrade_proto::connect_within;
 
 use super::line::read_line;
 use super::protocol::{
-    Command, ExportStatus, Left, MAX_ANSWER_BYTES, OPEN_INTERVAL, OPEN_LIMIT, Refused, Resized,
-    Stopped,
+    Command, ExportStatus, Left, MAX_ANSWER_BYTES, OPEN_INTERVAL, OPEN_LIMIT, Refused, Request,
+    Resized, ServerStatus, Stopped, StreamLine,
 };
 use crate::door::ublk::openers_of;
 use crate::engine::wait::repeat_while;
@@ -27,7 +27,7 @@ const DELAY: Duration = Duration::from_secs(5);
 ///
 /// When there is no answer within `limit`.
 pub fn stat(path: &Path, limit: Duration) -> Result<ExportStatus> {
-    ask(path, Command::Stat, limit)
+    ask(path, Command::Stat {}, limit)
 }
 
 /// Tells the export whose admin socket is `path` to stop, and waits until it has. `on_delay` is called once if that
@@ -64,7 +64,7 @@ fn seen_openers(path: &Path) -> Option<String> {
 ///
 /// When no other server could take the export over, or there is no answer within `limit`.
 pub fn leave(path: &Path, limit: Duration) -> Result<()> {
-    let Left { left: _ } = ask(path, Command::Leave, limit)?;
+    let Left { left: _ } = ask(path, Command::Leave {}, limit)?;
     Ok(())
 }
 
@@ -80,6 +80,66 @@ pub fn resize(
     limit: Duration,
 ) -> Result<Resized> {
     ask(path, Command::Resize { size_bytes, shrink }, limit)
+}
+
+/// Asks the server whose admin socket is `path` what it is.
+///
+/// # Errors
+///
+/// When there is no answer within `limit`.
+pub fn server(path: &Path, limit: Duration) -> Result<ServerStatus> {
+    ask(path, Command::Server {}, limit)
+}
+
+/// The lines of an event stream.
+#[derive(Debug)]
+pub struct Watch {
+    /// The first line, until it is taken.
+    begin: Option<String>,
+    lines: BufReader<UnixStream>,
+}
+
+/// Watches the events of the server or export whose admin socket is `path`. The lines are as they come; the first
+/// tells that the stream begins.
+///
+/// # Errors
+///
+/// When it does not begin within `limit`.
+pub fn watch(path: &Path, export: Option<&str>, limit: Duration) -> Result<Watch> {
+    let mut stream = connect_within(path, limit)?;
+    stream.set_write_timeout(Some(limit))?;
+    let request = Request {
+        export: export.map(str::to_owned),
+        command: Command::Events {},
+    };
+    stream.write_all(format!("{}\n", request.line()?).as_bytes())?;
+    stream.set_read_timeout(Some(limit))?;
+    let mut watch = Watch {
+        begin: None,
+        lines: BufReader::new(stream),
+    };
+    let begin = watch.next().context("it hung up")??;
+    let _: StreamLine = understand(&begin)?;
+    watch.begin = Some(begin);
+    watch.lines.get_ref().set_read_timeout(None)?;
+    Ok(watch)
+}
+
+impl Iterator for Watch {
+    type Item = io::Result<String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Some(begin) = self.begin.take() {
+            return Some(Ok(begin));
+        }
+        let mut line = String::new();
+        let limit = u64::try_from(MAX_ANSWER_BYTES).unwrap_or(u64::MAX);
+        match (&mut self.lines).take(limit).read_line(&mut line) {
+            Ok(0) => None,
+            Ok(_) => Some(Ok(line.trim_end_matches('\n').to_owned())),
+            Err(error) => Some(Err(error)),
+        }
+    }
 }
 
 fn ask<A: for<'a> Deserialize<'a>>(path: &Path, command: Command, limit: Duration) -> Result<A> {
@@ -111,7 +171,7 @@ pub(super) fn exchange(
     deadline: Instant,
     on_delay: impl FnOnce(),
 ) -> io::Result<String> {
-    let line = format!("{}\n", serde_json::to_string(&command)?);
+    let line = format!("{}\n", Request::from(command).line()?);
     match stream.write_all(line.as_bytes()) {
         // A server that is busy has answered already.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}

@@ -1,22 +1,20 @@
-//! The admin socket of each export: one line of JSON asks, one line answers.
-//!
-//! `{"command":"stat"}` → [`ExportStatus`]; `{"command":"stop"}` → `{"stopped":true}` once the
-//! export is drained and gone; `{"command":"leave"}` → `{"left":true}` once it is another server's.
-//! Anything else → `{"error":"…"}`.
+//! The admin sockets of a server and of its exports: one line of JSON asks, one line answers, or many to `events`.
+//! docs/admin.md has the protocol.
 
 mod client;
 mod line;
 mod protocol;
 mod server;
+mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use client::{leave, resize, stat, stop};
+pub use client::{Watch, leave, resize, server, stat, stop, watch};
 pub use protocol::{
-    Command, ExportStatus, OPEN_INTERVAL, OPEN_LIMIT, RefusalStatus, Resized, SessionStatus,
-    UblkStatus, VhostStatus,
+    AllStatus, Command, ExportStatus, OPEN_INTERVAL, OPEN_LIMIT, RefusalStatus, Request, Resized,
+    SCHEMA, ServerStatus, SessionStatus, StreamLine, UblkStatus, VhostStatus,
 };
-pub use server::{Listening, Service, serve};
+pub use server::{Answerer, Listening, Reply, Service, answer_for, serve};
 
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::door::ownership::{KeptFor, OwnershipState};
 use crate::door::ublk::DataPath;
@@ -23,12 +24,63 @@ pub const OPEN_LIMIT: Duration = Duration::from_secs(5);
 /// How often it is looked whether it still is.
 pub const OPEN_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What a client asks.
+/// The version of what is said here. Within one, fields and events are added, and nothing else changes (docs/admin.md).
+pub const SCHEMA: u32 = 1;
+
+/// What a client asks, and of which export.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The export. At its own socket it may be left out; at the socket of a server that stands for all of them.
+    pub export: Option<String>,
+    /// What is asked.
+    pub command: Command,
+}
+
+impl Request {
+    /// Reads a request.
+    ///
+    /// # Errors
+    ///
+    /// When it is none. Unknown fields are refused: a client that asks for something new must not believe that it was
+    /// done.
+    pub fn parse(line: &str) -> serde_json::Result<Self> {
+        let mut fields: serde_json::Map<String, Value> = serde_json::from_str(line)?;
+        let export = fields.remove("export").filter(|export| !export.is_null());
+        Ok(Self {
+            export: export.map(serde_json::from_value).transpose()?,
+            command: serde_json::from_value(Value::Object(fields))?,
+        })
+    }
+
+    /// As a line without its end.
+    ///
+    /// # Errors
+    ///
+    /// None: all of it can be written.
+    pub fn line(&self) -> serde_json::Result<String> {
+        let mut fields = serde_json::to_value(&self.command)?;
+        if let Some(export) = &self.export {
+            fields["export"] = Value::String(export.clone());
+        }
+        serde_json::to_string(&fields)
+    }
+}
+
+impl From<Command> for Request {
+    fn from(command: Command) -> Self {
+        Self {
+            export: None,
+            command,
+        }
+    }
+}
+
+/// What a client asks. All have braces: serde refuses unknown fields of those only.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Command {
     /// How is the export?
-    Stat,
+    Stat {},
     /// Drain it and take it down.
     Stop {
         /// Also if it is in use.
@@ -40,7 +92,7 @@ pub enum Command {
         openers: Option<String>,
     },
     /// End serving it, and leave its block device and its clients to another server.
-    Leave,
+    Leave {},
     /// Give it another size.
     Resize {
         /// Which; that of the storage if there is none.
@@ -48,11 +100,75 @@ pub enum Command {
         /// Whether something may be cut off.
         shrink: bool,
     },
+    /// Which server is this? Only at the socket of a server.
+    Server {},
+    /// Tell what happens from now on, a line for each event, until the client hangs up.
+    Events {},
+}
+
+/// The first line of an answer to `events`, and each line that tells of a gap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum StreamLine {
+    /// The stream begins.
+    Begin {
+        /// [`SCHEMA`].
+        schema: u32,
+        /// Version of the server.
+        version: String,
+    },
+    /// Events were dropped because this client read too slowly.
+    Lost {
+        /// How many.
+        count: u64,
+    },
+}
+
+/// What a server says about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerStatus {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// Its version.
+    pub version: String,
+    /// Its name.
+    pub server: String,
+    /// Its process.
+    pub pid: u32,
+    /// When it was started, in seconds since 1970-01-01 UTC.
+    pub started_unix_seconds: u64,
+    /// How it is confined.
+    pub sandbox: sandbox::Status,
+    /// Lines of its log that could not be written.
+    pub lost_log_lines: usize,
+    /// Its exports.
+    pub exports: Vec<String>,
+}
+
+/// What a server answers to `stat` for all its exports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllStatus {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// Each export.
+    pub exports: Vec<ExportStatus>,
 }
 
 /// What an export says about itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExportStatus {
+    /// [`SCHEMA`]; zero for servers before there was one.
+    #[serde(default)]
+    pub schema: u32,
+    /// Version of the server.
+    #[serde(default)]
+    pub version: String,
+    /// Name of the server.
+    #[serde(default)]
+    pub server: String,
+    /// When the export was opened, in seconds since 1970-01-01 UTC.
+    #[serde(default)]
+    pub started_unix_seconds: u64,
     /// Its name.
     pub name: String,
     /// `serving` or `stopping`.
@@ -170,7 +286,6 @@ pub(super) struct Left {
 
 /// What became of a disk that got another size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Resized {
     /// Its size now.
     pub size_bytes: u64,

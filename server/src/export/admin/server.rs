@@ -8,12 +8,17 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::line::read_line;
-use super::protocol::{Command, ExportStatus, Left, MAX_LINE_BYTES, Refused, Resized, Stopped};
+use super::protocol::{
+    Command, ExportStatus, Left, MAX_LINE_BYTES, Refused, Request, Resized, Stopped,
+};
+use super::stream;
 use crate::engine::event_loop::Registration;
+use crate::engine::events::{Ender, Reader};
 use crate::engine::listen;
 use crate::engine::socket::Socket;
 
@@ -23,8 +28,70 @@ const CLIENT_LIMIT: Duration = Duration::from_secs(5);
 /// Clients that are answered at once, per export.
 const MAX_CLIENTS: usize = 16;
 
+/// Clients that watch events at once, per socket.
+const MAX_WATCHERS: usize = 16;
+
+/// What a client gets.
+pub enum Reply {
+    /// One line.
+    Answer(Value),
+    /// Events.
+    Events(Reader),
+}
+
+/// Who answers at an admin socket.
+pub trait Answerer: Send + Sync + 'static {
+    /// Does what is asked.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    fn answer(&self, request: Request) -> Result<Reply>;
+}
+
+impl<S: Service> Answerer for S {
+    fn answer(&self, request: Request) -> Result<Reply> {
+        let name = self.name();
+        if let Some(other) = request.export.filter(|export| export != name) {
+            bail!("this is the admin socket of '{name}', not of '{other}'");
+        }
+        answer_for(self, request.command)
+    }
+}
+
+/// Does what an export is asked.
+///
+/// # Errors
+///
+/// Why not.
+pub fn answer_for(export: &impl Service, command: Command) -> Result<Reply> {
+    let answer = match command {
+        Command::Stat {} => serde_json::to_value(export.status()),
+        Command::Stop { force, openers } => {
+            export.stop(force, openers)?;
+            serde_json::to_value(Stopped { stopped: true })
+        }
+        Command::Leave {} => {
+            export.leave()?;
+            serde_json::to_value(Left { left: true })
+        }
+        Command::Resize { size_bytes, shrink } => {
+            serde_json::to_value(export.resize(size_bytes, shrink)?)
+        }
+        Command::Events {} => {
+            return Ok(Reply::Events(Reader::new(Some(export.name().to_owned()))?));
+        }
+        Command::Server {} => {
+            bail!("this is the admin socket of an export: ask that of its server")
+        }
+    };
+    Ok(Reply::Answer(answer?))
+}
+
 /// What an export does for its admin socket.
 pub trait Service: Send + Sync + 'static {
+    /// Its name.
+    fn name(&self) -> &str;
     /// Answers `stat`.
     fn status(&self) -> ExportStatus;
     /// Answers `resize`.
@@ -53,13 +120,13 @@ pub trait Service: Send + Sync + 'static {
 /// # Errors
 ///
 /// When the socket cannot be made.
-pub fn serve(export: &str, path: &Path, service: Arc<impl Service>) -> Result<Listening> {
+pub fn serve(what: &str, path: &Path, service: Arc<impl Answerer>) -> Result<Listening> {
     let listener = Socket::bind(path)?;
     let clients = Arc::<Clients>::default();
     let accepting = {
         let clients = Arc::clone(&clients);
         let on_client = move |stream| answer_apart(stream, &service, &clients);
-        listen(format!("{export}: admin socket"), listener, on_client)
+        listen(format!("{what}: admin socket"), listener, on_client)
     };
     Ok(Listening {
         accepting: Some(accepting.context("cannot watch the admin socket")?),
@@ -77,8 +144,11 @@ struct Clients {
 #[derive(Debug, Default)]
 struct Connected {
     last_number: u64,
+    closing: bool,
     /// In the order in which they came, each with its connection as long as it has not said what it wants.
     clients: BTreeMap<u64, Option<Arc<UnixStream>>>,
+    /// Those that watch events, which are no longer among `clients`.
+    watchers: BTreeMap<u64, Ender>,
 }
 
 impl Clients {
@@ -125,11 +195,29 @@ impl Client {
         let client = connected.clients.get_mut(&self.number);
         client.is_some_and(|silent| silent.take().is_some())
     }
+
+    /// From now on the client watches events, and takes no place of those that ask.
+    fn watches(&self, events: &Reader) -> Result<()> {
+        let mut connected = self.clients.connected();
+        ensure!(
+            connected.watchers.len() < MAX_WATCHERS,
+            "busy: {MAX_WATCHERS} clients watch events already"
+        );
+        connected.clients.remove(&self.number);
+        connected.watchers.insert(self.number, events.ender());
+        if connected.closing {
+            events.ender().end();
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.clients.connected().clients.remove(&self.number);
+        let mut connected = self.clients.connected();
+        connected.clients.remove(&self.number);
+        connected.watchers.remove(&self.number);
+        drop(connected);
         self.clients.one_left.notify_all();
     }
 }
@@ -144,16 +232,22 @@ pub struct Listening {
 impl Drop for Listening {
     fn drop(&mut self) {
         drop(self.accepting.take());
-        // Every exchange is bounded by CLIENT_LIMIT on both sides.
-        let _ = self.clients.one_left.wait_timeout_while(
-            self.clients.connected(),
-            3 * CLIENT_LIMIT,
-            |connected| !connected.clients.is_empty(),
-        );
+        let mut connected = self.clients.connected();
+        connected.closing = true;
+        for watcher in connected.watchers.values() {
+            watcher.end();
+        }
+        // Every exchange is bounded by CLIENT_LIMIT on both sides, and a watcher that is ended waits for nothing.
+        let _ =
+            self.clients
+                .one_left
+                .wait_timeout_while(connected, 3 * CLIENT_LIMIT, |connected| {
+                    !connected.clients.is_empty() || !connected.watchers.is_empty()
+                });
     }
 }
 
-fn answer_apart(stream: UnixStream, service: &Arc<impl Service>, clients: &Arc<Clients>) {
+fn answer_apart(stream: UnixStream, service: &Arc<impl Answerer>, clients: &Arc<Clients>) {
     let stream = Arc::new(stream);
     let Some(client) = Client::new(clients, &stream) else {
         tracing::warn!("too many admin clients at once; one was turned away");
@@ -177,7 +271,7 @@ fn answer_apart(stream: UnixStream, service: &Arc<impl Service>, clients: &Arc<C
 
 /// Tells a client that the server is busy. The thread of all listeners waits for no client.
 fn turn_away(mut stream: &UnixStream) {
-    let busy = anyhow::anyhow!("busy: {MAX_CLIENTS} commands are being answered; try again");
+    let busy = anyhow!("busy: {MAX_CLIENTS} commands are being answered; try again");
     if let Ok(answer) = answer_with::<()>(Err(busy))
         && stream.set_nonblocking(true).is_ok()
     {
@@ -186,24 +280,23 @@ fn turn_away(mut stream: &UnixStream) {
     }
 }
 
-fn answer(client: &Client, service: &impl Service) -> io::Result<()> {
+fn answer(client: &Client, service: &impl Answerer) -> io::Result<()> {
     let mut stream = &*client.stream;
     stream.set_write_timeout(Some(CLIENT_LIMIT))?;
     let line = read_line(stream, MAX_LINE_BYTES, Instant::now() + CLIENT_LIMIT)?;
     if !client.has_asked() {
         return Ok(());
     }
-    let answer = match serde_json::from_str(&line) {
-        Ok(Command::Stat) => serde_json::to_string(&service.status()),
-        Ok(Command::Stop { force, openers }) => {
-            let stopped = service.stop(force, openers);
-            answer_with(stopped.map(|()| Stopped { stopped: true }))
-        }
-        Ok(Command::Leave) => answer_with(service.leave().map(|()| Left { left: true })),
-        Ok(Command::Resize { size_bytes, shrink }) => {
-            answer_with(service.resize(size_bytes, shrink))
-        }
-        Err(error) => answer_with::<()>(Err(anyhow::anyhow!("not a command: {error}"))),
+    let reply = Request::parse(&line)
+        .map_err(|error| anyhow!("not a command: {error}"))
+        .and_then(|request| service.answer(request));
+    let answer = match reply {
+        Ok(Reply::Events(events)) => match client.watches(&events) {
+            Ok(()) => return stream::send(stream, &events),
+            Err(error) => answer_with::<()>(Err(error)),
+        },
+        Ok(Reply::Answer(answer)) => answer_with(Ok(answer)),
+        Err(error) => answer_with::<()>(Err(error)),
     }?;
     stream.write_all(format!("{answer}\n").as_bytes())
 }
@@ -211,7 +304,10 @@ fn answer(client: &Client, service: &impl Service) -> io::Result<()> {
 /// Answers one client, on the calling thread.
 #[cfg(feature = "testing")]
 pub(super) fn answer_one(stream: UnixStream, service: &impl Service) -> io::Result<()> {
-    let client = Client::new(&Arc::default(), &Arc::new(stream));
+    let clients = Arc::<Clients>::default();
+    // A client that watches events sees the beginning and the end.
+    clients.connected().closing = true;
+    let client = Client::new(&clients, &Arc::new(stream));
     answer(&client.expect("there is room for one"), service)
 }
 

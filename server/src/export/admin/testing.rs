@@ -29,7 +29,7 @@ pub fn answer(stream: UnixStream, service: &impl Service) -> io::Result<()> {
 pub fn stat(stream: &UnixStream, limit: Duration) -> Result<ExportStatus> {
     understand(&exchange(
         stream,
-        Command::Stat,
+        Command::Stat {},
         Instant::now() + limit,
         || {},
     )?)

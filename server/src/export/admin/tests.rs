@@ -19,6 +19,9 @@ struct Fake(AtomicBool);
 struct Slow(Fake, Mutex<()>, AtomicUsize);
 
 impl Service for Slow {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
     fn status(&self) -> ExportStatus {
         self.0.status()
     }
@@ -36,8 +39,15 @@ impl Service for Slow {
 }
 
 impl Service for Fake {
+    fn name(&self) -> &str {
+        "a"
+    }
     fn status(&self) -> ExportStatus {
         ExportStatus {
+            schema: SCHEMA,
+            version: "1".into(),
+            server: "s".into(),
+            started_unix_seconds: 7,
             name: "a".into(),
             state: "serving".into(),
             access: OwnershipState::Free,

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use crate::engine::events::{self, What};
 use crate::engine::repeats::Repeats;
 use crate::request::{Op, Request};
 
@@ -25,9 +26,9 @@ impl Default for Failures {
 }
 
 impl Failures {
-    /// Notes that a request failed with `errno`, and logs it, unless the same came lately.
+    /// Notes that a request of `export` failed with `errno`, and logs it, unless the same came lately.
     #[cold]
-    pub(super) fn note(&self, path: &Path, request: &Request, errno: i32) {
+    pub(super) fn note(&self, export: &str, path: &Path, request: &Request, errno: i32) {
         let op = name(request.op());
         let text = format!(
             "{}: {op} of {} bytes at {} failed: {}",
@@ -38,6 +39,8 @@ impl Failures {
         );
         if let Some(omitted) = self.repeats.due(&format!("{op} {errno}")) {
             tracing::error!("{text}{omitted}");
+            let error = text.clone();
+            events::tell(export, What::Error { error });
         }
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
     }

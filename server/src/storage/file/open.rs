@@ -37,6 +37,8 @@ pub enum CacheMode {
 /// Which file to serve, and how.
 #[derive(Clone, Debug)]
 pub struct FileOptions {
+    /// The export, for those who watch events.
+    pub export: String,
     /// A regular file or a block device.
     pub path: PathBuf,
     /// How the page cache is used.
@@ -65,6 +67,7 @@ const TAKEN_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> {
     let FileOptions {
+        export,
         path,
         cache,
         format,
@@ -177,6 +180,7 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
     };
     let is_in_memory = !is_device && is_in_memory(&file);
     let shared = Shared {
+        export,
         path,
         file,
         claims_later: claim_later,

@@ -6,6 +6,7 @@ use crate::storage::CacheMode;
 
 fn options(path: &Path, cache: CacheMode, read_only: bool) -> FileOptions {
     FileOptions {
+        export: "test".into(),
         path: path.to_owned(),
         cache,
         format: None,

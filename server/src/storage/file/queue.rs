@@ -298,7 +298,8 @@ impl FileQueue {
     #[cold]
     fn failed(&self, request: &Request, errno: i32) -> IoError {
         let shared = &self.shared;
-        shared.failures.note(&shared.path, request, errno);
+        let failures = &shared.failures;
+        failures.note(&shared.export, &shared.path, request, errno);
         IoError::from_errno(errno)
     }
 

@@ -13,6 +13,7 @@ use crate::storage::file::{FileOptions, open};
 
 pub(super) fn opened(path: &Path, cache: CacheMode) -> Shared {
     let options = FileOptions {
+        export: "test".into(),
         path: path.into(),
         cache,
         format: None,

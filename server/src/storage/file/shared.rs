@@ -6,10 +6,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::failures::Failures;
+use crate::engine::events::{self, What};
 
 /// What all queues of a file disk use.
 #[derive(Debug)]
 pub(super) struct Shared {
+    /// For those who watch events.
+    pub(super) export: String,
     /// For messages.
     pub(super) path: PathBuf,
     pub(super) file: fs::File,
@@ -37,12 +40,14 @@ impl Shared {
         if self.alignment.is_some() || self.has_lost_writes.swap(true, Ordering::Relaxed) {
             return;
         }
-        tracing::error!(
+        let why = format!(
             "{}: a flush failed: {}: writes may be lost, and all flushes fail from now on; check the \
              storage, then restart the export",
             self.path.display(),
             std::io::Error::from_raw_os_error(errno)
         );
+        tracing::error!("{why}");
+        events::tell(&self.export, What::Fenced { why });
     }
 }
 

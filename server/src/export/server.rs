@@ -1,0 +1,153 @@
+//! A server: what its exports share, and what it answers at its own admin socket.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+
+use super::admin::{
+    self, AllStatus, Answerer, Command, Listening, Reply, Request, SCHEMA, ServerStatus, Service,
+};
+use super::event::Event;
+use super::name_lock::{CONTROL, NameLock};
+use super::runtime_dir::RuntimeDir;
+use super::shared::Shared;
+use crate::engine::events::Reader;
+use crate::engine::sandbox::{Access, Reach};
+use crate::engine::{log, sandbox};
+
+/// What the exports of a server share.
+pub struct Server {
+    name: String,
+    started_unix_seconds: u64,
+    events: mpsc::Sender<Event>,
+    exports: Mutex<BTreeMap<String, Weak<Shared>>>,
+}
+
+impl Server {
+    /// A server that gets `events`. Its name is its process number if none is given.
+    #[must_use]
+    pub fn new(name: Option<&str>, events: mpsc::Sender<Event>) -> Arc<Self> {
+        let own = || std::process::id().to_string();
+        Arc::new(Self {
+            name: name.map_or_else(own, str::to_owned),
+            started_unix_seconds: unix_seconds(),
+            events,
+            exports: Mutex::default(),
+        })
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where events go.
+    #[must_use]
+    pub fn events(&self) -> &mpsc::Sender<Event> {
+        &self.events
+    }
+
+    /// Listens at the admin socket of this server.
+    ///
+    /// # Errors
+    ///
+    /// When another server has the name, or there can be no socket.
+    pub fn listen(self: &Arc<Self>, dir: &RuntimeDir) -> Result<ServerSocket> {
+        let claim = dir.claim_server(&self.name)?;
+        let socket = claim.folder().join(CONTROL);
+        let listening = admin::serve("server", &socket, Arc::clone(self))?;
+        Ok(ServerSocket {
+            _listening: listening,
+            claim,
+        })
+    }
+
+    fn exports(&self) -> MutexGuard<'_, BTreeMap<String, Weak<Shared>>> {
+        // The table is whole after any panic.
+        self.exports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn add(&self, export: &Arc<Shared>) {
+        let name = export.config.name.clone();
+        self.exports().insert(name, Arc::downgrade(export));
+    }
+
+    pub(super) fn remove(&self, export: &Arc<Shared>) {
+        let mut exports = self.exports();
+        let name = &export.config.name;
+        if (exports.get(name)).is_some_and(|there| there.as_ptr() == Arc::as_ptr(export)) {
+            exports.remove(name);
+        }
+    }
+
+    fn export(&self, name: &str) -> Result<Arc<Shared>> {
+        let export = self.exports().get(name).and_then(Weak::upgrade);
+        export.with_context(|| format!("server '{}' has no export called '{name}'", self.name))
+    }
+
+    /// Its exports, by name. They are asked without the lock of the table.
+    fn all(&self) -> Vec<Arc<Shared>> {
+        self.exports().values().filter_map(Weak::upgrade).collect()
+    }
+
+    fn status(&self) -> ServerStatus {
+        ServerStatus {
+            schema: SCHEMA,
+            version: env!("CARGO_PKG_VERSION").into(),
+            server: self.name.clone(),
+            pid: std::process::id(),
+            started_unix_seconds: self.started_unix_seconds,
+            sandbox: sandbox::status(),
+            lost_log_lines: log::lost_lines(),
+            exports: self.exports().keys().cloned().collect(),
+        }
+    }
+}
+
+impl Answerer for Server {
+    fn answer(&self, request: Request) -> Result<Reply> {
+        if let Some(name) = &request.export {
+            return admin::answer_for(&*self.export(name)?, request.command);
+        }
+        let answer = match request.command {
+            Command::Server {} => serde_json::to_value(self.status()),
+            Command::Stat {} => serde_json::to_value(AllStatus {
+                schema: SCHEMA,
+                exports: self.all().iter().map(|export| export.status()).collect(),
+            }),
+            Command::Events {} => return Ok(Reply::Events(Reader::new(None)?)),
+            Command::Stop { .. } | Command::Leave {} | Command::Resize { .. } => {
+                bail!("of which export? Give its name as \"export\"")
+            }
+        };
+        Ok(Reply::Answer(answer?))
+    }
+}
+
+/// The admin socket of a server. Dropping it waits until its clients have their answers.
+pub struct ServerSocket {
+    _listening: Listening,
+    /// Declared after the socket, which is in its folder.
+    claim: NameLock,
+}
+
+impl ServerSocket {
+    /// Adds what it goes on needing.
+    pub fn add_reach(&self, reach: &mut Reach) {
+        let folder = self.claim.folder();
+        reach.paths.push((folder.to_owned(), Access::Folder));
+        if let Some(servers) = folder.parent() {
+            let entry = (servers.to_owned(), Access::RemoveFolders);
+            reach.paths.push(entry);
+        }
+    }
+}
+
+/// The time.
+pub(super) fn unix_seconds() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
+}
