@@ -83,6 +83,7 @@ fn config() -> UblkConfig {
         queues: 4,
         depth: 32,
         threads: ublkup::engine::threads::ThreadOptions::default(),
+        throttle: std::sync::Arc::default(),
         affinity: None,
         scan_partitions: true,
         recovery: ublkup::door::ublk::Recovery::Off,

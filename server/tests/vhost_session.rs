@@ -407,6 +407,7 @@ fn socket_paths_are_taken_over_only_when_nobody_is_there() {
             queues: 1,
             queue_threads: 1,
             threads: ublkup::engine::threads::ThreadOptions::default(),
+            throttle: Arc::default(),
             ownership: open_ownership(false),
         };
         let disk = Arc::new(MemoryDisk::new(limits(1 << 20)).unwrap());

@@ -69,7 +69,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve one or more disks until told to stop
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// List the exports that are served
     List {
         /// Print JSON

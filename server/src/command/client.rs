@@ -267,6 +267,9 @@ fn details(status: &ExportStatus) -> String {
             cpus.unwrap_or_default()
         ),
     ];
+    if let Some(limits) = &status.limits {
+        lines.push(format!("  limits    {limits}"));
+    }
     lines.push(format!("  sandbox   {}", status.sandbox));
     if let Some(kept) = &status.kept_for {
         let KeptFor { client, seconds } = kept;
@@ -371,6 +374,7 @@ mod tests {
             write_cache: false,
             serial: "a".into(),
             poll_us: "100".into(),
+            limits: None,
             sandbox: crate::engine::sandbox::Status::default(),
             last_error: None,
             lost_log_lines: 0,
@@ -425,6 +429,7 @@ mod tests {
             write_cache: false,
             serial: "\u{9b}2J".into(),
             poll_us: "100".into(),
+            limits: None,
             sandbox: crate::engine::sandbox::Status {
                 on: true,
                 missing: vec!["nothing\nbut \u{1b}[2J".into()],

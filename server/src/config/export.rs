@@ -12,6 +12,7 @@ use super::options::{DoorMode, ExportOptions};
 use super::spec::{Spec, StorageSpec};
 use crate::door::ublk::{DataPath, Recovery};
 use crate::engine::threads::ThreadOptions;
+use crate::engine::throttle::RateLimits;
 use crate::request::{SECTOR_BYTES, SERIAL_BYTES, Serial};
 #[cfg(feature = "testing")]
 use crate::storage::Rule;
@@ -59,6 +60,8 @@ pub struct ExportConfig {
     /// How queue threads run.
     pub threads: ThreadOptions,
     pub reconnect_grace: Duration,
+    /// What clients may do.
+    pub limits: RateLimits,
     /// What was asked for, to ask for it again.
     pub saved: SavedExport,
 }
@@ -94,6 +97,7 @@ impl ExportConfig {
                 ..options
             },
         };
+        let limits = given.limits();
         let serial = match given.serial {
             Some(serial) => serial,
             None => name.chars().take(SERIAL_BYTES).collect(),
@@ -132,6 +136,7 @@ impl ExportConfig {
                 cpus: given.cpus,
             },
             reconnect_grace: Duration::from_secs(grace.into()),
+            limits,
             saved,
             name,
         })

@@ -11,7 +11,8 @@ use clap::{ArgMatches, Args, Command};
 use crate::door::ublk::{DataPath, Recovery};
 use crate::engine::cpus::Cpus;
 use crate::engine::polling::Polling;
-use crate::request::Serial;
+use crate::engine::throttle::RateLimits;
+use crate::request::{Serial, parse_size};
 
 /// Whether a door is to be opened.
 #[derive(
@@ -44,6 +45,12 @@ pub const MAX_DEPTH: u16 = 1024;
 
 /// Longest time for which a disk is kept for a client that died.
 const MAX_GRACE_SECONDS: u32 = 3600;
+
+/// Most requests per second that can be a limit: none is let pass faster than the clock ticks.
+const MAX_IOPS: u64 = 1_000_000_000;
+
+/// Longest burst: an hour.
+const MAX_BURST_MS: u32 = 3_600_000;
 
 /// What may be said of an export; everything may be missing.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -142,9 +149,54 @@ pub struct ExportOptions {
     /// again [default: 10]
     #[arg(long, value_name = "SECONDS", value_parser = number(0..=MAX_GRACE_SECONDS))]
     pub reconnect_grace: Option<u32>,
+
+    /// Let this many requests start per second: reads, writes, discards and write-zeroes, but no flushes. 0: any number
+    /// [default: 0]
+    #[arg(long, value_name = "N", value_parser = number(0..=MAX_IOPS))]
+    pub iops_total: Option<u64>,
+
+    /// Let this many reads start per second, beside any other limit. 0: any number [default: 0]
+    #[arg(long, value_name = "N", value_parser = number(0..=MAX_IOPS))]
+    pub iops_read: Option<u64>,
+
+    /// Let this many writes, discards and write-zeroes start per second, beside any other limit. 0: any number
+    /// [default: 0]
+    #[arg(long, value_name = "N", value_parser = number(0..=MAX_IOPS))]
+    pub iops_write: Option<u64>,
+
+    /// Let this many bytes be read, written or zeroed per second, like 10M. 0: any number [default: 0]
+    #[arg(long, value_name = "BYTES", value_parser = parse_size)]
+    pub bps_total: Option<u64>,
+
+    /// Let this many bytes be read per second, beside any other limit. 0: any number [default: 0]
+    #[arg(long, value_name = "BYTES", value_parser = parse_size)]
+    pub bps_read: Option<u64>,
+
+    /// Let this many bytes be written or zeroed per second, beside any other limit. 0: any number [default: 0]
+    #[arg(long, value_name = "BYTES", value_parser = parse_size)]
+    pub bps_write: Option<u64>,
+
+    /// After a pause, let pass at once what the limits above allow in this many milliseconds [default: 100]
+    #[arg(long, value_name = "N", value_parser = number(0..=MAX_BURST_MS))]
+    pub burst_ms: Option<u32>,
 }
 
 impl ExportOptions {
+    /// The limits on clients.
+    #[must_use]
+    pub fn limits(&self) -> RateLimits {
+        let none = RateLimits::default();
+        RateLimits {
+            iops_total: self.iops_total.unwrap_or(none.iops_total),
+            iops_read: self.iops_read.unwrap_or(none.iops_read),
+            iops_write: self.iops_write.unwrap_or(none.iops_write),
+            bps_total: self.bps_total.unwrap_or(none.bps_total),
+            bps_read: self.bps_read.unwrap_or(none.bps_read),
+            bps_write: self.bps_write.unwrap_or(none.bps_write),
+            burst_ms: self.burst_ms.unwrap_or(none.burst_ms),
+        }
+    }
+
     /// The options given that several exports cannot share, as on the command line.
     pub fn unshareable(&self) -> impl Iterator<Item = &'static str> {
         [

@@ -18,6 +18,7 @@ macro_rules! counters {
 
         /// A reading of one or more [`Counters`].
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+        #[serde(default)]
         pub struct Totals {
             $($(#[$doc])* pub $name: u64,)*
         }
@@ -50,6 +51,10 @@ counters! {
     write_zeroes,
     /// Requests of any kind that failed (they count above as well).
     errors,
+    /// Requests that limits held back for a while.
+    throttled,
+    /// For how long in all, in nanoseconds.
+    throttled_ns,
     /// Rounds of the loop.
     batches,
     /// `io_uring_enter` calls.
@@ -82,6 +87,12 @@ impl Counters {
     /// Counts a request that a door refused before it became one.
     pub fn count_rejected(&self) {
         add(&self.errors, 1);
+    }
+
+    /// Counts a request that limits held back.
+    pub fn count_throttled(&self, wait_ns: u64) {
+        add(&self.throttled, 1);
+        add(&self.throttled_ns, wait_ns);
     }
 
     /// Counts a round of the loop; `enters` is the ring's own running count.

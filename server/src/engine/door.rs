@@ -55,6 +55,11 @@ pub trait DoorQueue {
         true
     }
 
+    /// Whether something waits for the requests of this queue to end: those that limits hold back start at once then.
+    fn drains(&self) -> bool {
+        false
+    }
+
     /// Whether all clients can run only on the one processor that this thread may use.
     fn is_beside_clients(&self) -> bool {
         false

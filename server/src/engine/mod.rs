@@ -19,6 +19,7 @@ macro_rules! serialize_as_text {
     };
 }
 
+pub mod clock;
 pub mod counters;
 pub mod cpus;
 pub mod crash;
@@ -41,6 +42,7 @@ pub mod socket;
 mod spawn;
 mod storage;
 pub mod threads;
+pub mod throttle;
 pub mod wait;
 
 pub use door::{DoorQueue, Next};

@@ -11,10 +11,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::engine::clock;
 use crate::engine::counters::Counters;
 use crate::engine::mailbox::Mailbox;
 use crate::engine::polling::{IdleAction, Poller};
 use crate::engine::threads::ThreadOptions;
+use crate::engine::throttle::{Gate, Throttle};
 use crate::engine::{DoorQueue, End, Next};
 use crate::engine::{Storage, StorageQueue};
 use crate::io::{Completion, Owner, Ring, Slot, SlotTable};
@@ -53,6 +55,7 @@ pub struct QueueThread<D: DoorQueue, B: Storage> {
     batch: Vec<Completion>,
     counters: Arc<Counters>,
     poller: Poller,
+    gate: Gate,
     /// Requests ended so far.
     answered: u64,
     /// Whether a request was begun in this round that has not ended at once.
@@ -73,6 +76,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         mailbox: Mailbox<D::Command>,
         counters: &Arc<Counters>,
         options: &ThreadOptions,
+        throttle: &Arc<Throttle>,
     ) -> io::Result<Self> {
         let slots = door.slots();
         // Each request has at most one operation on the ring, the mailbox one, and a cancellation
@@ -92,6 +96,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             batch: Vec::with_capacity(BATCH),
             counters: Arc::clone(counters),
             poller: Poller::new(options.polling, beside_clients),
+            gate: Gate::new(throttle, slots),
             answered: 0,
             begun: false,
         })
@@ -162,19 +167,34 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
                 self.poller.worked(completed);
             }
             let want = match self.door.end_batch(&mut self.ring) {
-                Next::Exit if self.in_flight == 0 => return Ok(()),
+                Next::Exit if self.in_flight == 0 && self.gate.is_empty() => return Ok(()),
                 // A backlog waits for completions like everything else.
                 Next::Exit => 1,
                 Next::Again => usize::from(!self.backlog.is_empty()),
                 Next::Idle => usize::from(!self.poll()? && self.door.listen(&mut self.ring)),
             };
-            self.ring.submit_and_wait(want)?;
+            match self.throttled_wait(want) {
+                Some(limit) => self.ring.submit_and_wait_for(limit)?,
+                None => self.ring.submit_and_wait(want)?,
+            }
             self.ring.reap(&mut self.batch);
+        }
+    }
+
+    /// How long to sleep at the longest, if the thread is to sleep and holds requests back.
+    fn throttled_wait(&self, want: usize) -> Option<Duration> {
+        match want > 0 && !self.gate.is_empty() {
+            true => self.gate.wait(clock::now_ns()),
+            false => None,
         }
     }
 
     /// Polls for work for as long as the poller says. Returns whether there is some.
     fn poll(&mut self) -> io::Result<bool> {
+        if !self.gate.is_empty() {
+            // It has an appointment.
+            return Ok(false);
+        }
         if self.poller.polls_briefly(self.in_flight) {
             // Submit first: others wait for what is queued.
             self.ring.submit_and_wait(0)?;
@@ -263,19 +283,61 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         let enough = self.answered + ANSWERS;
         let busy = self.in_flight;
         let most = busy + busy.clamp(LEAST_BEGUN, MOST_BEGUN);
+        if self.gate.is_in_use() {
+            return self.start_throttled(enough, most);
+        }
         while self.answered < enough && self.in_flight < most {
-            let Some((slot, mut request)) = self.door.next(&mut self.ring) else {
+            let Some((slot, request)) = self.door.next(&mut self.ring) else {
                 return;
             };
-            match self.storage.start(&mut self.ring, slot, &mut request) {
-                // What is done at once need not be kept.
-                Progress::Done(outcome) => self.finish(slot, request, outcome),
-                Progress::Pending => self.keep(slot, request),
-                Progress::Full => {
-                    self.keep(slot, request);
-                    self.backlog.push_back(slot);
-                    return;
-                }
+            if self.begin(slot, request) == Started::NoRoom {
+                return;
+            }
+        }
+    }
+
+    /// Gives the storage a request that the door has just handed out.
+    #[inline(always)]
+    fn begin(&mut self, slot: Slot, mut request: Request) -> Started {
+        match self.storage.start(&mut self.ring, slot, &mut request) {
+            // What is done at once need not be kept.
+            Progress::Done(outcome) => self.finish(slot, request, outcome),
+            Progress::Pending => self.keep(slot, request),
+            Progress::Full => {
+                self.keep(slot, request);
+                self.backlog.push_back(slot);
+                return Started::NoRoom;
+            }
+        }
+        Started::Yes
+    }
+
+    /// Starts what the limits let pass: first what was held back, then new requests. `enough` have been answered in this
+    /// round then, and the storage is to have `most`.
+    #[cold]
+    fn start_throttled(&mut self, enough: u64, most: usize) {
+        let now_ns = clock::now_ns();
+        let at_once = self.door.drains();
+        while self.answered < enough && self.in_flight < most {
+            let Some((slot, wait_ns)) = self.gate.release(at_once, now_ns) else {
+                break;
+            };
+            self.counters.count_throttled(wait_ns);
+            self.begun = true;
+            self.in_flight += 1;
+            if self.start(slot) == Started::NoRoom {
+                return;
+            }
+        }
+        while self.answered < enough && self.in_flight < most {
+            let Some((slot, request)) = self.door.next(&mut self.ring) else {
+                return;
+            };
+            let what = (request.op(), request.len_bytes());
+            if !self.gate.lets_pass(slot, what, now_ns) {
+                self.running.put(slot, request);
+            } else if self.begin(slot, request) == Started::NoRoom {
+                return;
             }
         }
     }

@@ -135,6 +135,7 @@ fn ends_during_the_read(abandons: bool, panics: bool) -> (End, bool) {
             mailbox,
             &Arc::default(),
             &ThreadOptions::default(),
+            &Arc::default(),
         )
         .unwrap();
         let end = thread.run();

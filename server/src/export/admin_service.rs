@@ -18,6 +18,7 @@ use crate::door::ublk::UblkDoor;
 use crate::door::vhost::{Refusal, SessionInfo};
 use crate::engine::counters::CounterSet;
 use crate::engine::events::{self, What};
+use crate::engine::throttle::RateLimits;
 use crate::engine::wait::repeat_while;
 use crate::engine::{log, sandbox};
 use crate::request::MAX_DISK_BYTES;
@@ -162,6 +163,7 @@ impl admin::Service for Shared {
             serial: limits.serial.as_str().to_owned(),
             poll_us: config.threads.polling.to_string(),
             cpus: config.threads.cpus.as_ref().map(ToString::to_string),
+            limits: Some(self.throttle.limits()).filter(RateLimits::are_set),
             sandbox: sandbox::status(),
             last_error: self
                 .storage()

@@ -44,6 +44,7 @@ use crate::door::ublk::UblkDoor;
 use crate::engine::crash;
 use crate::engine::events::{self, What};
 use crate::engine::sandbox::{Access, Reach};
+use crate::engine::throttle::{RateLimits, Throttle};
 use admin::Listening;
 use name_lock::{CONTROL, NameLock};
 use open::{Opened, Opening};
@@ -82,15 +83,17 @@ impl Export {
             false => dir.claim(&config.name)?,
         };
         crash::point("claimed");
+        let throttle = Throttle::new(config.limits);
         let opening = Opening {
             config: &config,
             dir,
             claim: &claim,
             events: server.events(),
+            throttle: &throttle,
             replace: predecessor == Predecessor::Replace,
         };
         let finished = match opening.open_storage() {
-            Ok(opened) => Self::finish(opened, config, &claim, server),
+            Ok(opened) => Self::finish(opened, config, throttle, &claim, server),
             Err(error) => Err(error),
         };
         match finished {
@@ -119,6 +122,7 @@ impl Export {
     fn finish(
         (doors, storage, access): Opened,
         config: ExportConfig,
+        throttle: Arc<Throttle>,
         claim: &NameLock,
         server: &Arc<Server>,
     ) -> Result<(Arc<Shared>, Listening)> {
@@ -130,6 +134,7 @@ impl Export {
             limits: storage.limits().clone(),
             storage: Mutex::new(Some(storage)),
             access,
+            throttle,
             resizing: Mutex::default(),
             doors: Mutex::new(doors),
             ended: Condvar::new(),
@@ -146,6 +151,11 @@ impl Export {
                 Err(error)
             }
         }
+    }
+
+    /// Changes the limits on clients, from now on.
+    pub fn set_limits(&self, limits: RateLimits) {
+        self.shared.throttle.set(limits);
     }
 
     /// The open doors and where they are.

@@ -18,6 +18,7 @@ use crate::door::ublk::{self, DoorEnd, Recovery, UblkConfig, UblkDoor};
 use crate::door::vhost::{VhostConfig, VhostDoor};
 use crate::engine::counters::CounterSet;
 use crate::engine::crash;
+use crate::engine::throttle::Throttle;
 use crate::engine::{Storage, StorageControl};
 use crate::request::Limits;
 use crate::request::format_size;
@@ -43,6 +44,7 @@ pub(super) struct Opening<'a> {
     pub(super) dir: &'a RuntimeDir,
     pub(super) claim: &'a NameLock,
     pub(super) events: &'a mpsc::Sender<Event>,
+    pub(super) throttle: &'a Arc<Throttle>,
     pub(super) replace: bool,
 }
 
@@ -166,6 +168,7 @@ impl Opening<'_> {
             queues: self.config.queues,
             queue_threads: self.config.vhost_threads,
             threads: self.config.threads.clone(),
+            throttle: Arc::clone(self.throttle),
             ownership: Arc::clone(access),
         };
         let door = VhostDoor::start(vhost, Arc::clone(disk), Arc::clone(&registry))?;
@@ -203,6 +206,7 @@ impl Opening<'_> {
             queues: config.queues,
             depth: config.depth,
             threads: config.threads.clone(),
+            throttle: Arc::clone(self.throttle),
             affinity: config.ublk_affinity,
             scan_partitions: config.scan_partitions,
             data: config.ublk_data,

@@ -14,6 +14,7 @@ use crate::engine::StorageControl;
 use crate::engine::counters::CounterSet;
 use crate::engine::crash;
 use crate::engine::events::{self, What};
+use crate::engine::throttle::{RateLimits, Throttle};
 use crate::request::Limits;
 
 /// How long a client's requests may take to end when the door closes.
@@ -29,6 +30,8 @@ pub(super) struct Shared {
     /// Dropped as soon as the doors are closed: an admin client must not keep the next server from it.
     pub(super) storage: Mutex<Option<Arc<dyn StorageControl>>>,
     pub(super) access: Arc<Ownership>,
+    /// What clients may do.
+    pub(super) throttle: Arc<Throttle>,
     /// Serializes resizes.
     pub(super) resizing: Mutex<()>,
     pub(super) doors: Mutex<Doors>,
@@ -131,6 +134,8 @@ impl Shared {
         drop(upgrade);
         // From here on ownership stays as it is noted.
         self.access.close();
+        // What is held back is to end now, however long it would have had to wait.
+        self.throttle.set(RateLimits::default());
         // The ublk door first: it may have a file system on it that wants to write.
         match ublk {
             Some((door, _)) if is_left => {

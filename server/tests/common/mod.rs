@@ -22,6 +22,7 @@ use ublkup::engine::Storage;
 use ublkup::engine::counters::CounterSet;
 use ublkup::engine::polling::Polling;
 use ublkup::engine::threads::ThreadOptions;
+use ublkup::engine::throttle::Throttle;
 use ublkup::request::{Limits, Serial};
 use ublkup::storage::{CacheMode, FileOptions};
 
@@ -96,6 +97,7 @@ pub struct Fixture {
     pub door: VhostDoor,
     pub ownership: Arc<Ownership>,
     pub counters: Arc<CounterSet>,
+    pub throttle: Arc<Throttle>,
     pub scratch: TempDir,
 }
 
@@ -117,6 +119,7 @@ impl Fixture {
     ) -> Self {
         let scratch = tempfile::tempdir().unwrap();
         let counters = Arc::new(CounterSet::default());
+        let throttle = Arc::<Throttle>::default();
         let ownership = open_ownership(disk.limits().read_only);
         let config = VhostConfig {
             name: "test".into(),
@@ -127,6 +130,7 @@ impl Fixture {
                 polling,
                 cpus: None,
             },
+            throttle: Arc::clone(&throttle),
             ownership: Arc::clone(&ownership),
         };
         let door = VhostDoor::start(config, Arc::new(disk), Arc::clone(&counters)).unwrap();
@@ -134,6 +138,7 @@ impl Fixture {
             door,
             ownership,
             counters,
+            throttle,
             scratch,
         }
     }

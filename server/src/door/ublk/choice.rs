@@ -165,6 +165,7 @@ mod tests {
             queues: 1,
             depth: 1,
             threads: crate::engine::threads::ThreadOptions::default(),
+            throttle: std::sync::Arc::default(),
             affinity: None,
             scan_partitions: true,
             data,

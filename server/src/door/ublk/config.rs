@@ -1,9 +1,12 @@
 //! What a ublk device shall be, and what it turned out to be.
 
+use std::sync::Arc;
+
 use super::error::UblkError;
 use super::features::Features;
 use crate::engine::cpus::Cpus;
 use crate::engine::threads::ThreadOptions;
+use crate::engine::throttle::Throttle;
 
 /// What a ublk device shall be.
 #[derive(Clone, Debug)]
@@ -16,6 +19,8 @@ pub struct UblkConfig {
     pub depth: u16,
     /// How queue threads run.
     pub threads: ThreadOptions,
+    /// What clients may do.
+    pub throttle: Arc<Throttle>,
     /// Whether the thread of a queue runs only where the requests of that queue come from. By default
     /// it does with several queues, unless processors are chosen for the threads or for this process.
     pub affinity: Option<bool>,

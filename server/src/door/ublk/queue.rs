@@ -21,6 +21,7 @@ use super::writes::Writes;
 use crate::engine::counters::Counters;
 use crate::engine::cpus::{Cpus, is_bound_to_one};
 use crate::engine::threads::ThreadOptions;
+use crate::engine::throttle::Throttle;
 use crate::engine::{DoorQueue, Next};
 use crate::io::{Completion, Full, Owner, Ring, Slot, Token};
 use crate::request::{Buffers, IoError, Limits, Op, Outcome, Range, Request, SECTOR_SHIFT};
@@ -58,6 +59,8 @@ pub(super) struct QueueConfig {
     pub(super) may_copy: bool,
     /// How the queue's thread runs.
     pub(super) threads: ThreadOptions,
+    /// What clients may do.
+    pub(super) throttle: Arc<Throttle>,
     /// Where it runs, if that is where the queue's requests come from.
     pub(super) cpus: Option<Cpus>,
     /// Whether it must run there.
@@ -337,6 +340,10 @@ impl DoorQueue for UblkQueue {
         } else {
             Next::Again
         }
+    }
+
+    fn drains(&self) -> bool {
+        self.quit || self.leaving.is_some() || self.writes.drain()
     }
 
     fn is_beside_clients(&self) -> bool {

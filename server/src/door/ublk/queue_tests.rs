@@ -38,6 +38,7 @@ fn queue() -> UblkQueue {
         data: DataPath::Copy,
         may_copy: false,
         threads: ThreadOptions::default(),
+        throttle: Arc::default(),
         cpus: None,
         insists: false,
     })

@@ -137,6 +137,7 @@ impl QueueThreads {
                 data: facts.data,
                 may_copy: facts.features.has(sys::UBLK_F_USER_COPY),
                 threads: config.threads.clone(),
+                throttle: Arc::clone(&config.throttle),
                 cpus: (facts.affinity.as_ref()).map(|cpus| cpus[usize::from(queue)].clone()),
                 insists: config.affinity == Some(true),
             };
@@ -282,6 +283,7 @@ fn make_loop<B: Storage>(
 ) -> io::Result<QueueThread<UblkQueue, B>> {
     let counters = Arc::clone(&config.counters);
     let threads = config.threads.clone();
+    let throttle = Arc::clone(&config.throttle);
     match &config.cpus {
         Some(cpus) if config.insists => settle_on(cpus)?,
         // Perhaps none of them is there now.
@@ -292,7 +294,7 @@ fn make_loop<B: Storage>(
     }
     let data = config.data;
     let queue = UblkQueue::new(config)?;
-    let thread = QueueThread::new(queue, storage, mailbox, &counters, &threads)?;
+    let thread = QueueThread::new(queue, storage, mailbox, &counters, &threads, &throttle)?;
     if data == DataPath::ZeroCopy {
         thread.reserve_buffers(ring_places.into())?;
     }

@@ -54,6 +54,11 @@ impl Writes {
         self.waiting.clear();
     }
 
+    /// Whether another thread waits for those under way to end.
+    pub(super) fn drain(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     fn tell(&mut self) {
         if self.running == 0 {
             for drained in self.waiting.drain(..) {
@@ -74,12 +79,15 @@ mod tests {
         writes.begin().unwrap();
         writes.begin().unwrap();
         let (reply, drained) = mpsc::channel();
+        assert!(!writes.drain());
         writes.refuse(reply);
         writes.end();
         assert!(drained.try_recv().is_err(), "one is still under way");
+        assert!(writes.drain());
         assert_eq!(writes.begin(), Err(IoError::Conflict));
         writes.end();
         assert_eq!(drained.try_recv(), Ok(()));
+        assert!(!writes.drain());
         writes.accept();
         assert_eq!(writes.begin(), Ok(()));
     }

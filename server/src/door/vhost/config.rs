@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::door::ownership::Ownership;
 use crate::engine::socket::SocketError;
 use crate::engine::threads::ThreadOptions;
+use crate::engine::throttle::Throttle;
 
 /// Vrings one session may have. A vring costs nothing before it is set up.
 pub const MAX_VRINGS: u16 = 256;
@@ -24,6 +25,8 @@ pub struct VhostConfig {
     pub queue_threads: u16,
     /// How they run.
     pub threads: ThreadOptions,
+    /// What clients may do.
+    pub throttle: Arc<Throttle>,
     /// Who may write.
     pub ownership: Arc<Ownership>,
 }

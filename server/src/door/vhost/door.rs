@@ -44,6 +44,7 @@ impl VhostDoor {
             queues,
             queue_threads,
             threads,
+            throttle,
             ownership,
         } = config;
         if !(1..=MAX_VRINGS).contains(&queue_threads) {
@@ -57,6 +58,7 @@ impl VhostDoor {
                 let options = QueueOptions {
                     count: queue_threads,
                     threads: threads.clone(),
+                    throttle: Arc::clone(&throttle),
                 };
                 let (disk, counters) = (Arc::clone(&disk), Arc::clone(&counters));
                 let spawn = spawner(Arc::clone(connection), options, disk, counters);

@@ -450,6 +450,10 @@ impl DoorQueue for VhostQueues {
         }
     }
 
+    fn drains(&self) -> bool {
+        self.exiting || (self.vrings.iter().flatten()).any(|vring| vring.is_stopping())
+    }
+
     fn abandons_requests(&self) -> bool {
         self.exiting
     }

@@ -10,6 +10,7 @@ use crate::engine::counters::CounterSet;
 use crate::engine::mailbox::Mailbox;
 use crate::engine::queue_thread::QueueThread;
 use crate::engine::threads::ThreadOptions;
+use crate::engine::throttle::Throttle;
 use crate::engine::{End, Storage, spawn_queue};
 
 /// How long a queue thread may take to make its ring.
@@ -22,6 +23,8 @@ pub(super) struct QueueOptions {
     pub count: u16,
     /// How they run.
     pub threads: ThreadOptions,
+    /// What clients may do.
+    pub throttle: Arc<Throttle>,
 }
 
 /// What starts the queue threads of a session. A client whose queue thread fails or panics is hung up
@@ -39,10 +42,14 @@ pub(super) fn spawner<B: Storage>(
             let (connection, counters) = (Arc::clone(&connection), Arc::clone(&counters));
             let (options, disk) = (options.clone(), Arc::clone(&disk));
             move || {
-                let QueueOptions { count, threads } = options;
+                let QueueOptions {
+                    count,
+                    threads,
+                    throttle,
+                } = options;
                 threads.settle(number)?;
                 let queues = VhostQueues::new(connection, Arc::clone(&counters), count);
-                QueueThread::new(queues, &*disk, mailbox, &counters, &threads)
+                QueueThread::new(queues, &*disk, mailbox, &counters, &threads, &throttle)
             }
         };
         let on_end = {

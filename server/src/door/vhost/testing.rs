@@ -51,6 +51,7 @@ pub fn serve_session<B: Storage>(
             polling: Polling::Never,
             cpus: None,
         },
+        throttle: Arc::default(),
     };
     let counters = Arc::<CounterSet>::default();
     let spawn = spawner(Arc::clone(&connection), options, disk, counters);

@@ -11,6 +11,7 @@ use crate::door::ublk::DataPath;
 use crate::door::vhost::SessionState;
 use crate::engine::counters::Totals;
 use crate::engine::sandbox;
+use crate::engine::throttle::RateLimits;
 
 /// A request may be this long.
 pub(super) const MAX_LINE_BYTES: usize = 4096;
@@ -196,6 +197,9 @@ pub struct ExportStatus {
     pub poll_us: String,
     /// The processors of the queue threads, if they have some of their own.
     pub cpus: Option<String>,
+    /// What clients may do, if that is limited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<RateLimits>,
     /// How the server is confined.
     #[serde(default)]
     pub sandbox: sandbox::Status,

@@ -60,6 +60,7 @@ impl Service for Fake {
             write_cache: false,
             serial: "a".into(),
             poll_us: "100".into(),
+            limits: None,
             sandbox: crate::engine::sandbox::Status::default(),
             last_error: None,
             lost_log_lines: 0,
