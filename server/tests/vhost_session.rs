@@ -13,9 +13,10 @@ use std::time::Duration;
 
 use common::*;
 use disks::{Gated, Recorder};
-use ublkup::door::vhost::{SessionState, StartError, VhostConfig, VhostDoor};
+use ublkup::door::vhost::{SessionState, VhostConfig, VhostDoor};
 use ublkup::engine::counters::CounterSet;
 use ublkup::engine::polling::Polling;
+use ublkup::engine::socket::{Socket, SocketAccess};
 use ublkup::request::Op;
 use ublkup::storage::Memory as MemoryDisk;
 use vhost::VhostBackend;
@@ -400,10 +401,10 @@ fn sessions_come_by_socket_pair_as_well() {
 #[test]
 fn socket_paths_are_taken_over_only_when_nobody_is_there() {
     let scratch = tempfile::tempdir().unwrap();
-    let open = |name: &str| {
+    let open = |name: &str| -> Result<VhostDoor, Box<dyn std::error::Error>> {
         let config = VhostConfig {
             name: "test".into(),
-            socket: scratch.path().join(name),
+            socket: Socket::bind(&scratch.path().join(name), &SocketAccess::default())?,
             queues: 1,
             queue_threads: 1,
             threads: ublkup::engine::threads::ThreadOptions::default(),
@@ -411,9 +412,14 @@ fn socket_paths_are_taken_over_only_when_nobody_is_there() {
             ownership: open_ownership(false),
         };
         let disk = Arc::new(MemoryDisk::new(limits(1 << 20)).unwrap());
-        VhostDoor::start(config, disk, Arc::new(CounterSet::default()))
+        Ok(VhostDoor::start(
+            config,
+            disk,
+            Arc::new(CounterSet::default()),
+        )?)
     };
-    let message = |result: Result<VhostDoor, StartError>| result.err().unwrap().to_string();
+    let message =
+        |result: Result<VhostDoor, Box<dyn std::error::Error>>| result.err().unwrap().to_string();
     let door = open("s").unwrap();
     let mode = std::fs::metadata(door.path()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);

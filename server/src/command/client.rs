@@ -65,7 +65,11 @@ pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
                 );
                 dead.push(name);
             }
-            Err(error) => fail(&name, &explain(&unknown(error, &folder))),
+            Err(error) => match admin::stat(&folder.join(CONTROL), STAT_LIMIT) {
+                // A user whom the admin socket admits need not be one who may lock the name.
+                Ok(status) => exports.push(status),
+                Err(_) => fail(&name, &explain(&unknown(error, &folder))),
+            },
         }
     }
     if json {
@@ -170,7 +174,13 @@ pub fn resize(
 fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
     check_name(name)?;
     let folder = dir.folder(name);
-    let alive = (dir.is_alive(name)).map_err(|error| unknown(error, &folder))?;
+    let control = folder.join(CONTROL);
+    let alive = match dir.is_alive(name) {
+        Ok(alive) => alive,
+        // A user whom the admin socket admits need not be one who may lock the name.
+        Err(_) if connect_within(&control, STAT_LIMIT).is_ok() => true,
+        Err(error) => return Err(unknown(error, &folder)),
+    };
     if !alive && folder.exists() {
         bail!(
             "the server of '{name}' has died; {}",
@@ -183,7 +193,7 @@ fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
             dir.path().display()
         );
     }
-    Ok(folder.join(CONTROL))
+    Ok(control)
 }
 
 fn does_not_answer(control: &Path) -> String {

@@ -20,7 +20,8 @@ use super::signals;
 use crate::config::{ExportConfig, check_name};
 use crate::engine::events::{self, What};
 use crate::engine::sandbox::{self, Access, Reach};
-use crate::engine::{io_flusher, log, open_files};
+use crate::engine::socket::SocketAccess;
+use crate::engine::{activation, io_flusher, log, open_files};
 use crate::export::runtime_dir::RuntimeDir;
 use crate::export::{Event, Export, Predecessor, Server, ServerSocket, Watch, explain};
 use crate::io::Ring;
@@ -65,6 +66,10 @@ pub fn recover(
 ///
 /// When an export cannot be started (unless told to keep going, and another can).
 pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) -> Result<ExitCode> {
+    // Before anything else opens descriptors.
+    let sockets = activation::sockets().context(
+        "the sockets of the service manager cannot be used (LISTEN_FDS and LISTEN_FDNAMES)",
+    )?;
     open_files::raise_limit();
     // Before any thread of a queue is started. Without the right it works well enough; `doctor` tells.
     if let Err(error) = io_flusher::declare() {
@@ -87,9 +92,9 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         sandbox,
         server_name,
     } = start;
-    let server = Server::new(server_name.as_deref(), events.clone());
+    let server = Server::new(server_name.as_deref(), events.clone(), sockets);
     // First, so that who watches it sees the exports start.
-    let socket = listen(&server, dir, server_name.is_some())?;
+    let socket = listen(&server, dir, &admin_access(&configs), server_name.is_some())?;
     let start = |config| Export::start(dir, config, predecessor, &server);
     let named = |config: ExportConfig| (config.name.clone(), config);
     let configs = configs.into_iter().map(named).collect();
@@ -101,6 +106,18 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
             return Err(error.context(name));
         }
         tracing::error!("{name}: {}", explain(&error));
+        code = ExitCode::FAILURE;
+    }
+    for name in server.sockets_left() {
+        let error = anyhow!(
+            "the service manager has a socket for an export called '{name}', and there is none: its clients would wait \
+             for ever (FileDescriptorName= of a socket unit is the name of an export with a vhost-user door)"
+        );
+        if !keep_going {
+            end_all(exports, Export::tear_down);
+            return Err(error);
+        }
+        tracing::error!("{error}");
         code = ExitCode::FAILURE;
     }
     if exports.is_empty() {
@@ -120,13 +137,23 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     Ok(code)
 }
 
+/// Who may connect to the admin socket of the server, and there do to all exports what the admin socket of one lets do
+/// to that: those who may connect to each of these, if the exports agree, else this user.
+fn admin_access(configs: &[ExportConfig]) -> SocketAccess {
+    let mut all = configs.iter().map(|config| &config.admin_access);
+    let first = all.next();
+    let common = first.filter(|first| all.all(|other| other == *first));
+    common.cloned().unwrap_or_default()
+}
+
 /// Opens the admin socket of the server. One that was given no name does without, if need be: each export has one.
 fn listen(
     server: &Arc<Server>,
     dir: &RuntimeDir,
+    access: &SocketAccess,
     must_be_there: bool,
 ) -> Result<Option<ServerSocket>> {
-    match server.listen(dir) {
+    match server.listen(dir, access) {
         Ok(socket) => Ok(Some(socket)),
         Err(error) if must_be_there => Err(error),
         Err(error) => {

@@ -11,6 +11,7 @@ use super::name::check_name;
 use super::options::{DoorMode, ExportOptions};
 use super::spec::{Spec, StorageSpec};
 use crate::door::ublk::{DataPath, Recovery};
+use crate::engine::socket::SocketAccess;
 use crate::engine::threads::ThreadOptions;
 use crate::engine::throttle::RateLimits;
 use crate::request::{SECTOR_BYTES, SERIAL_BYTES, Serial};
@@ -53,6 +54,10 @@ pub struct ExportConfig {
     pub vhost: DoorMode,
     /// Where the vhost-user door listens; in the runtime directory when there is no path.
     pub vhost_socket: Option<PathBuf>,
+    /// Who may connect to it.
+    pub vhost_access: SocketAccess,
+    /// Who may connect to the admin socket.
+    pub admin_access: SocketAccess,
     pub queues: u16,
     pub vhost_threads: u16,
     pub migration: bool,
@@ -127,6 +132,16 @@ impl ExportConfig {
             recovery: given.ublk_recovery.unwrap_or_default(),
             vhost: given.vhost.unwrap_or_default(),
             vhost_socket: given.vhost_socket.map(|path| folder.join(path)),
+            vhost_access: SocketAccess {
+                owner: given.vhost_socket_owner,
+                group: given.vhost_socket_group,
+                mode: given.vhost_socket_mode,
+            },
+            admin_access: SocketAccess {
+                owner: given.admin_socket_owner,
+                group: given.admin_socket_group,
+                mode: given.admin_socket_mode,
+            },
             queues,
             vhost_threads,
             migration: given.migration.unwrap_or(false),

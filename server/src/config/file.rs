@@ -144,6 +144,10 @@ fn word<'a>(value: &'a DeValue<'_>) -> Option<Cow<'a, str>> {
     match value {
         DeValue::String(text) => Some(text.as_ref().into()),
         DeValue::Boolean(on) => Some(on.to_string().into()),
+        // A mode: 432 would be another one.
+        DeValue::Integer(number) if number.radix() == 8 => {
+            Some(format!("0o{}", number.as_str()).into())
+        }
         DeValue::Integer(number) => {
             let number = i64::from_str_radix(number.as_str(), number.radix()).ok()?;
             Some(number.to_string().into())

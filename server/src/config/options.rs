@@ -9,8 +9,10 @@ use clap::error::{ContextKind, ErrorKind};
 use clap::{ArgMatches, Args, Command};
 
 use crate::door::ublk::{DataPath, Recovery};
+use crate::engine::accounts::{Group, User};
 use crate::engine::cpus::Cpus;
 use crate::engine::polling::Polling;
+use crate::engine::socket::SocketMode;
 use crate::engine::throttle::RateLimits;
 use crate::request::{Serial, parse_size};
 
@@ -114,6 +116,33 @@ pub struct ExportOptions {
     /// Listen for vhost-user clients here, if the export is the only one [default: in the runtime directory]
     #[arg(long, value_name = "PATH")]
     pub vhost_socket: Option<PathBuf>,
+
+    /// Give the vhost-user socket to this user, by name or number [default: the server's]
+    #[arg(long, value_name = "USER")]
+    pub vhost_socket_owner: Option<User>,
+
+    /// Give the vhost-user socket to this group, by name or number: its members may connect, unless
+    /// vhost-socket-mode says otherwise [default: the server's]
+    #[arg(long, value_name = "GROUP")]
+    pub vhost_socket_group: Option<Group>,
+
+    /// Give the vhost-user socket this mode, an octal number: who may write may connect [default: 0600, and 0660 with
+    /// vhost-socket-group]
+    #[arg(long, value_name = "MODE")]
+    pub vhost_socket_mode: Option<SocketMode>,
+
+    /// Give the admin socket to this user, by name or number [default: the server's]
+    #[arg(long, value_name = "USER")]
+    pub admin_socket_owner: Option<User>,
+
+    /// Give the admin socket to this group, by name or number: its members may stop and change the export
+    /// [default: the server's]
+    #[arg(long, value_name = "GROUP")]
+    pub admin_socket_group: Option<Group>,
+
+    /// Give the admin socket this mode, an octal number [default: 0600, and 0660 with admin-socket-group]
+    #[arg(long, value_name = "MODE")]
+    pub admin_socket_mode: Option<SocketMode>,
 
     /// Offer this many queues at each door [default: one for each processor, at most 4]
     #[arg(long, value_name = "N", value_parser = number(1..=MAX_QUEUES))]

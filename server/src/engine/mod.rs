@@ -19,6 +19,8 @@ macro_rules! serialize_as_text {
     };
 }
 
+pub mod accounts;
+pub mod activation;
 pub mod clock;
 pub mod counters;
 pub mod cpus;

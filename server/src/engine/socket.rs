@@ -1,17 +1,22 @@
 //! Listening sockets: where they may be, and which users may connect.
 
+use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
-use rustix::fs::{Mode, fchmod};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid, chmod, chownat, fchmod, fstat, openat};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, sockopt,
+};
 use upgrade_proto::Peer;
 
 use super::Accept;
+use super::accounts::{Group, User};
 
 /// Bytes a path may have in `sockaddr_un`, without the final NUL.
 const MAX_PATH_BYTES: usize = 107;
@@ -33,6 +38,23 @@ pub enum SocketError {
     /// Something else is there.
     #[error("{}: exists and is not a socket; remove it or choose another path", .0.display())]
     NotASocket(PathBuf),
+    /// It was replaced while it was being made.
+    #[error("{}: another program has replaced the new socket; choose a folder that only its owner can write to", .0.display())]
+    Exchanged(PathBuf),
+    /// The file keeps its owner.
+    #[error(
+        "{}: cannot give the socket to {to}: {error}; run the server as root, or as that user or a member of that group",
+        .path.display()
+    )]
+    Owner {
+        /// The path.
+        path: PathBuf,
+        /// To whom.
+        to: String,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
     /// The system said no.
     #[error("{}: cannot {what}: {error}", .path.display())]
     System {
@@ -46,6 +68,48 @@ pub enum SocketError {
     },
 }
 
+/// Which users may connect; by default the one of this process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// The owner of the file.
+    pub owner: Option<User>,
+    /// Its group.
+    pub group: Option<Group>,
+    /// Its mode; by default 0600, or 0660 with a group.
+    pub mode: Option<SocketMode>,
+}
+
+impl SocketAccess {
+    fn mode(&self) -> Mode {
+        let default = if self.group.is_some() { 0o660 } else { 0o600 };
+        Mode::from_raw_mode(self.mode.map_or(default, |mode| mode.0))
+    }
+}
+
+/// The mode of a socket's file: who may write may connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketMode(u32);
+
+impl FromStr for SocketMode {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let digits = text.strip_prefix("0o").unwrap_or(text);
+        match u32::from_str_radix(digits, 8) {
+            Ok(mode @ 0..=0o777) => Ok(Self(mode)),
+            _ => Err("give an octal number like 0660"),
+        }
+    }
+}
+
+impl fmt::Display for SocketMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04o}", self.0)
+    }
+}
+
+serialize_as_text!(SocketMode);
+
 /// A listening socket, whose file goes away with it.
 #[derive(Debug)]
 pub struct Socket {
@@ -56,13 +120,15 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Listens at `path`; only the user of this process may connect. A socket that no server listens
-    /// on is replaced.
+    /// Listens at `path`, for the users of `access`. A socket that no server listens on is replaced.
+    ///
+    /// Nobody can connect before the file has its owner and its mode: it is made for this user alone, and listened on
+    /// last.
     ///
     /// # Errors
     ///
     /// When a server listens there, or it cannot be made.
-    pub fn bind(path: &Path) -> Result<Self, SocketError> {
+    pub fn bind(path: &Path, access: &SocketAccess) -> Result<Self, SocketError> {
         let system = |what: &'static str| {
             move |error: io::Error| SocketError::System {
                 path: path.to_owned(),
@@ -78,15 +144,84 @@ impl Socket {
         let address = SocketAddrUnix::new(path.as_os_str().as_bytes())
             .map_err(|error| system("use the path for a socket")(error.into()))?;
         bind(&socket, &address).map_err(|error| system("bind a socket")(error.into()))?;
-        let file = identity(path);
-        let listening = listen(&socket, BACKLOG);
+        // From here on the file goes away with this value.
         let socket = Self {
             listener: UnixListener::from(socket),
             path: path.to_owned(),
-            file,
+            file: identity(path),
         };
-        listening.map_err(|error| system("listen")(error.into()))?;
+        if *access != SocketAccess::default() {
+            socket.admit(access)?;
+        }
+        listen(&socket.listener, BACKLOG).map_err(|error| system("listen")(error.into()))?;
         Ok(socket)
+    }
+
+    /// Gives the file its owner, group and mode.
+    fn admit(&self, access: &SocketAccess) -> Result<(), SocketError> {
+        let system = |what: &'static str, error: io::Error| SocketError::System {
+            path: self.path.clone(),
+            what,
+            error,
+        };
+        // By descriptor: where others may write to the folder, the path may be a link by the next call.
+        let file = openat(
+            CWD,
+            &self.path,
+            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|error| system("open the new socket", error.into()))?;
+        let found = fstat(&file).map_err(|error| system("examine the new socket", error.into()))?;
+        if Some((found.st_dev, found.st_ino)) != self.file || found.st_nlink != 1 {
+            return Err(SocketError::Exchanged(self.path.clone()));
+        }
+        let owner = access.owner.as_ref().map(|user| Uid::from_raw(user.id));
+        let group = access.group.as_ref().map(|group| Gid::from_raw(group.id));
+        chownat(&file, "", owner, group, AtFlags::EMPTY_PATH).map_err(|error| {
+            let named = |what, name: Option<String>| name.map(|name| format!("{what} '{name}'"));
+            let user = named("user", access.owner.as_ref().map(ToString::to_string));
+            let group = named("group", access.group.as_ref().map(ToString::to_string));
+            let to: Vec<_> = user.into_iter().chain(group).collect();
+            SocketError::Owner {
+                path: self.path.clone(),
+                to: to.join(" and "),
+                error: error.into(),
+            }
+        })?;
+        // Last: the group of before never gets what is meant for the new one. There is no fchmod(2) for it.
+        let file = format!("/proc/self/fd/{}", file.as_raw_fd());
+        chmod(file, access.mode()).map_err(|error| system("set the mode", error.into()))
+    }
+
+    /// Takes a socket that another program listens on, and goes on listening on. Its file stays.
+    ///
+    /// # Errors
+    ///
+    /// When it is no listening Unix stream socket with a path.
+    pub fn inherit(socket: OwnedFd) -> io::Result<Self> {
+        let is_local = sockopt::socket_domain(&socket)? == AddressFamily::UNIX
+            && sockopt::socket_type(&socket)? == SocketType::STREAM
+            && sockopt::socket_acceptconn(&socket)?;
+        let listener = UnixListener::from(socket);
+        let path = match is_local.then(|| listener.local_addr()).transpose()? {
+            Some(address) => address.as_pathname().map(Path::to_owned),
+            None => None,
+        };
+        let path =
+            path.ok_or_else(|| io::Error::other("not a listening stream socket with a path"))?;
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            listener,
+            path,
+            file: None,
+        })
+    }
+
+    /// Whether the file goes away with it.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.file.is_some()
     }
 
     /// Where it is.
@@ -192,7 +327,9 @@ mod tests {
             }
         }
         let (sender, receiver) = mpsc::channel();
-        std::thread::spawn(move || sender.send(Socket::bind(&path).map(drop)));
+        std::thread::spawn(move || {
+            sender.send(Socket::bind(&path, &SocketAccess::default()).map(drop))
+        });
         let bound = receiver.recv_timeout(Duration::from_secs(60)).unwrap();
         assert!(matches!(bound, Err(SocketError::InUse(_))), "{bound:?}");
     }
@@ -215,10 +352,52 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
-        let socket = Socket::bind(&path).unwrap();
+        let socket = Socket::bind(&path, &SocketAccess::default()).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         drop(socket);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn owner_group_and_mode_are_as_asked_and_a_group_may_connect() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("s");
+        let group = rustix::process::getegid().as_raw();
+        // One of another number where that is allowed.
+        let group = if group == 0 { 1 } else { group };
+        let group = Some(group.to_string().parse::<Group>().unwrap());
+        for (mode, expected) in [(None, 0o660), (Some("0666"), 0o666), (Some("0o620"), 0o620)] {
+            let access = SocketAccess {
+                owner: None,
+                group: group.clone(),
+                mode: mode.map(|mode| mode.parse().unwrap()),
+            };
+            let _socket = Socket::bind(&path, &access).unwrap();
+            let found = std::fs::metadata(&path).unwrap();
+            assert_eq!(found.permissions().mode() & 0o777, expected);
+            assert_eq!(Some(found.gid()), access.group.map(|group| group.id));
+        }
+        for wrong in ["0888", "1777", "rw", "", "-1"] {
+            assert!(wrong.parse::<SocketMode>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_socket_that_is_handed_over_stays_with_its_file() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("s");
+        let manager = UnixListener::bind(&path).unwrap();
+        let client = UnixStream::connect(&path).unwrap();
+        let socket = Socket::inherit(manager.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        assert_eq!((socket.path(), socket.is_own()), (&*path, false));
+        assert!(socket.accept_client().unwrap().is_some(), "it waited");
+        assert!(socket.accept_client().unwrap().is_none());
+        drop(socket);
+        UnixStream::connect(&path).unwrap();
+        let wrong = Socket::inherit(client.into());
+        assert!(wrong.unwrap_err().to_string().contains("not a listening"));
+        let wrong = std::fs::File::open("/dev/null").unwrap();
+        assert!(Socket::inherit(wrong.into()).is_err());
     }
 }

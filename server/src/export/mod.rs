@@ -88,7 +88,7 @@ impl Export {
             config: &config,
             dir,
             claim: &claim,
-            events: server.events(),
+            server,
             throttle: &throttle,
             replace: predecessor == Predecessor::Replace,
         };
@@ -196,6 +196,7 @@ impl Export {
         }
         let doors = self.shared.doors();
         if let Some((door, _)) = &doors.vhost
+            && door.removes_socket()
             && let Some(outside) = door.path().parent().filter(|parent| *parent != folder)
         {
             add(outside, Access::RemoveFiles);
@@ -320,5 +321,6 @@ fn publish(shared: &Arc<Shared>, claim: &NameLock) -> Result<Listening> {
         .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
     crash::point("export-noted");
     let socket = claim.folder().join(CONTROL);
-    admin::serve(claim.name(), &socket, Arc::clone(shared))
+    let access = &shared.config.admin_access;
+    admin::serve(claim.name(), &socket, access, Arc::clone(shared))
 }

@@ -1,12 +1,15 @@
 //! The name of an export, held by one server, and the notes below it.
 
 use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::fs::{AtFlags, FlockOperation, flock, statat, unlinkat};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use upgrade_proto::TrustedDir;
 
 use crate::engine::crash;
@@ -142,9 +145,12 @@ impl NameLock {
     /// notes, and what no server has put there.
     pub(super) fn clear_stale(&self) -> Result<()> {
         let unfinished = NOTES.map(unfinished);
+        // The service manager may listen there.
+        let is_stale = |name: &&str| *name != VHOST_SOCKET || !is_listened_on(&self.dir, name);
         for name in [CONTROL, VHOST_SOCKET]
             .into_iter()
             .chain(unfinished.iter().map(String::as_str))
+            .filter(is_stale)
         {
             unlink(&self.dir, name).with_context(|| {
                 format!(
@@ -166,6 +172,17 @@ impl NameLock {
     }
 }
 
+/// Whether a program listens on a socket. A datagram socket asks, which that program does not notice.
+fn is_listened_on(dir: &TrustedDir, name: &str) -> bool {
+    let path = format!("/proc/self/fd/{}/{name}", dir.as_fd().as_raw_fd());
+    let asked = SocketAddrUnix::new(path).and_then(|address| {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+        connect(&socket, &address)
+    });
+    asked == Err(Errno::PROTOTYPE)
+}
+
 impl Drop for NameLock {
     fn drop(&mut self) {
         if self.left {
@@ -177,8 +194,9 @@ impl Drop for NameLock {
         };
         let unfinished = NOTES.map(unfinished);
         let unfinished = unfinished.each_ref().map(String::as_str);
-        // The lock last: after it another server may use the folder.
-        for file in [&[CONTROL, VHOST_SOCKET][..], &unfinished, notes, &[LOCK]].concat() {
+        // The lock last: after it another server may use the folder. The vhost door has removed its socket, or it is the
+        // service manager's.
+        for file in [&[CONTROL][..], &unfinished, notes, &[LOCK]].concat() {
             self.remove(file);
         }
         // Not empty when there are notes left: then the folder stays.

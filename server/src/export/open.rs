@@ -1,8 +1,7 @@
 //! Opening an export: its storage, its doors, and what an earlier server left of them.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::path::PathBuf;
-use std::sync::{Arc, Once, mpsc};
+use std::sync::{Arc, Once};
 
 use anyhow::{Context, Result, bail};
 
@@ -10,6 +9,7 @@ use super::event::{Door, Event};
 use super::name_lock::{DeviceNote, NameLock, VHOST_SOCKET};
 use super::recovery::{self, Beginning, Kernel, Wanted};
 use super::runtime_dir::RuntimeDir;
+use super::server::Server;
 use super::shared::{Counted, Doors};
 use super::upgrade::UpgradeListener;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
@@ -18,6 +18,7 @@ use crate::door::ublk::{self, DoorEnd, Recovery, UblkConfig, UblkDoor};
 use crate::door::vhost::{VhostConfig, VhostDoor};
 use crate::engine::counters::CounterSet;
 use crate::engine::crash;
+use crate::engine::socket::Socket;
 use crate::engine::throttle::Throttle;
 use crate::engine::{Storage, StorageControl};
 use crate::request::Limits;
@@ -43,7 +44,7 @@ pub(super) struct Opening<'a> {
     pub(super) config: &'a ExportConfig,
     pub(super) dir: &'a RuntimeDir,
     pub(super) claim: &'a NameLock,
-    pub(super) events: &'a mpsc::Sender<Event>,
+    pub(super) server: &'a Server,
     pub(super) throttle: &'a Arc<Throttle>,
     pub(super) replace: bool,
 }
@@ -158,9 +159,10 @@ impl Opening<'_> {
         disk: &Arc<B>,
         access: &Arc<Ownership>,
     ) -> Result<Option<Counted<VhostDoor>>> {
-        let Some(socket) = vhost_socket(self.config, self.claim) else {
+        if self.config.vhost == DoorMode::No {
             return Ok(None);
-        };
+        }
+        let socket = self.listen_for_vhost()?;
         let registry = Arc::new(CounterSet::default());
         let vhost = VhostConfig {
             name: self.config.name.clone(),
@@ -175,6 +177,22 @@ impl Opening<'_> {
         Ok(Some((door, registry)))
     }
 
+    /// The socket of the vhost door: that of the service manager, or one of our own.
+    fn listen_for_vhost(&self) -> Result<Socket> {
+        let config = self.config;
+        if let Some(socket) = self.server.take_socket(&config.name) {
+            return Socket::inherit(socket).with_context(|| {
+                format!(
+                    "the service manager's socket '{}' cannot be used (ListenStream= with a path)",
+                    config.name
+                )
+            });
+        }
+        let default = || self.claim.folder().join(VHOST_SOCKET);
+        let path = config.vhost_socket.clone().unwrap_or_else(default);
+        Ok(Socket::bind(&path, &config.vhost_access)?)
+    }
+
     fn open_ublk<B: Storage>(
         &self,
         disk: &Arc<B>,
@@ -187,7 +205,7 @@ impl Opening<'_> {
         }
         let registry = Arc::new(CounterSet::default());
         let counters = || registry.register();
-        let (ended, export) = (self.events.clone(), config.name.clone());
+        let (ended, export) = (self.server.events().clone(), config.name.clone());
         let on_end = move |end| {
             let why = match end {
                 DoorEnd::Outside => "another program removed its device".to_owned(),
@@ -284,14 +302,6 @@ impl Opening<'_> {
             }
         }
     }
-}
-
-fn vhost_socket(config: &ExportConfig, claim: &NameLock) -> Option<PathBuf> {
-    if config.vhost == DoorMode::No {
-        return None;
-    }
-    let default = || claim.folder().join(VHOST_SOCKET);
-    Some(config.vhost_socket.clone().unwrap_or_else(default))
 }
 
 /// Whether the contents are there after the death of this server.

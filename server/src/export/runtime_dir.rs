@@ -30,7 +30,9 @@ use rustix::fs::{AtFlags, FlockOperation, OFlags, flock, fstat, statat};
 use rustix::io::Errno;
 use upgrade_proto::{Error, TrustedDir};
 
-use super::name_lock::{CONTROL, DeviceNote, LOCK, NameLock, SERVED, UBLK_ID, lock_exclusively};
+use super::name_lock::{
+    CONTROL, DeviceNote, LOCK, NameLock, SERVED, UBLK_ID, VHOST_SOCKET, lock_exclusively,
+};
 use crate::engine::wait::repeat_while;
 
 /// The folder of all exports in a runtime directory.
@@ -91,7 +93,13 @@ impl RuntimeDir {
     ///
     /// When the directory exists and is not trusted, or cannot be read.
     pub fn names(&self) -> Result<Vec<String>, Error> {
-        names(self.exports())
+        let exports = match self.exports() {
+            Err(error) if error.errno() == Errno::NOENT => return Ok(Vec::new()),
+            other => other?,
+        };
+        let mut names = exports.names()?;
+        names.retain(|name| !only_has_a_socket(&exports, name));
+        Ok(names)
     }
 
     fn servers(&self) -> Result<TrustedDir, Error> {
@@ -226,6 +234,15 @@ fn names(folder: Result<TrustedDir, Error>) -> Result<Vec<String>, Error> {
         Err(error) if error.errno() == Errno::NOENT => Ok(Vec::new()),
         other => other?.names(),
     }
+}
+
+/// Whether the folder of a name is there for a socket of the service manager only: no server has been there.
+fn only_has_a_socket(exports: &TrustedDir, name: &str) -> bool {
+    let Ok(dir) = exports.dir(name) else {
+        return false;
+    };
+    let has_lock = statat(&dir, LOCK, AtFlags::SYMLINK_NOFOLLOW).is_ok();
+    !has_lock && dir.names().is_ok_and(|entries| entries == [VHOST_SOCKET])
 }
 
 /// Whether a server holds a name in a folder.

@@ -1,6 +1,7 @@
 //! A server: what its exports share, and what it answers at its own admin socket.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -15,6 +16,7 @@ use super::runtime_dir::RuntimeDir;
 use super::shared::Shared;
 use crate::engine::events::Reader;
 use crate::engine::sandbox::{Access, Reach};
+use crate::engine::socket::SocketAccess;
 use crate::engine::{log, sandbox};
 
 /// What the exports of a server share.
@@ -23,18 +25,26 @@ pub struct Server {
     started_unix_seconds: u64,
     events: mpsc::Sender<Event>,
     exports: Mutex<BTreeMap<String, Weak<Shared>>>,
+    /// Sockets of the service manager for vhost-user doors, by export.
+    sockets: Mutex<BTreeMap<String, OwnedFd>>,
 }
 
 impl Server {
-    /// A server that gets `events`. Its name is its process number if none is given.
+    /// A server that gets `events`. Its name is its process number if none is given; `sockets` are those of the
+    /// service manager, by export.
     #[must_use]
-    pub fn new(name: Option<&str>, events: mpsc::Sender<Event>) -> Arc<Self> {
+    pub fn new(
+        name: Option<&str>,
+        events: mpsc::Sender<Event>,
+        sockets: BTreeMap<String, OwnedFd>,
+    ) -> Arc<Self> {
         let own = || std::process::id().to_string();
         Arc::new(Self {
             name: name.map_or_else(own, str::to_owned),
             started_unix_seconds: unix_seconds(),
             events,
             exports: Mutex::default(),
+            sockets: Mutex::new(sockets),
         })
     }
 
@@ -50,15 +60,35 @@ impl Server {
         &self.events
     }
 
-    /// Listens at the admin socket of this server.
+    /// Takes the socket that the service manager has for the vhost-user door of an export, if there is one.
+    pub(super) fn take_socket(&self, export: &str) -> Option<OwnedFd> {
+        self.sockets().remove(export)
+    }
+
+    /// The names of the service manager's sockets that no export has taken.
+    #[must_use]
+    pub fn sockets_left(&self) -> Vec<String> {
+        self.sockets().keys().cloned().collect()
+    }
+
+    fn sockets(&self) -> MutexGuard<'_, BTreeMap<String, OwnedFd>> {
+        // The table is whole after any panic.
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Listens at the admin socket of this server, for the users of `access`.
     ///
     /// # Errors
     ///
     /// When another server has the name, or there can be no socket.
-    pub fn listen(self: &Arc<Self>, dir: &RuntimeDir) -> Result<ServerSocket> {
+    pub fn listen(
+        self: &Arc<Self>,
+        dir: &RuntimeDir,
+        access: &SocketAccess,
+    ) -> Result<ServerSocket> {
         let claim = dir.claim_server(&self.name)?;
         let socket = claim.folder().join(CONTROL);
-        let listening = admin::serve("server", &socket, Arc::clone(self))?;
+        let listening = admin::serve("server", &socket, access, Arc::clone(self))?;
         Ok(ServerSocket {
             _listening: listening,
             claim,

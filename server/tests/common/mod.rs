@@ -21,6 +21,7 @@ use ublkup::door::vhost::{VhostConfig, VhostDoor};
 use ublkup::engine::Storage;
 use ublkup::engine::counters::CounterSet;
 use ublkup::engine::polling::Polling;
+use ublkup::engine::socket::{Socket, SocketAccess};
 use ublkup::engine::threads::ThreadOptions;
 use ublkup::engine::throttle::Throttle;
 use ublkup::request::{Limits, Serial};
@@ -123,7 +124,7 @@ impl Fixture {
         let ownership = open_ownership(disk.limits().read_only);
         let config = VhostConfig {
             name: "test".into(),
-            socket: scratch.path().join("s"),
+            socket: Socket::bind(&scratch.path().join("s"), &SocketAccess::default()).unwrap(),
             queues,
             queue_threads,
             threads: ThreadOptions {

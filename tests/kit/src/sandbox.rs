@@ -117,7 +117,8 @@ impl Sandbox {
             .arg(&self.program)
             .arg("serve")
             .args(args)
-            .env("UBLKUP_RUNTIME_DIR", self.path("run"));
+            .env("UBLKUP_RUNTIME_DIR", self.path("run"))
+            .stdin(Stdio::null());
         start(command)
     }
 

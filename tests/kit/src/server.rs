@@ -126,7 +126,7 @@ impl Serve {
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).envs(self.env);
         process::bind(&mut command);
-        Server::launch(&mut command, self.limit)
+        Server::launch(command.stdin(Stdio::null()), self.limit)
     }
 }
 
@@ -151,7 +151,6 @@ impl Server {
         let log_path = dir.path().join("server.log");
         let log = File::create(&log_path).context("cannot create the server's log")?;
         command
-            .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot share the server's log")?)
             .stderr(log);
         let started = Instant::now();

@@ -1,11 +1,10 @@
 //! What a vhost door shall be, and why it cannot be opened.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::door::ownership::Ownership;
-use crate::engine::socket::SocketError;
+use crate::engine::socket::Socket;
 use crate::engine::threads::ThreadOptions;
 use crate::engine::throttle::Throttle;
 
@@ -13,12 +12,12 @@ use crate::engine::throttle::Throttle;
 pub const MAX_VRINGS: u16 = 256;
 
 /// What a door is made of.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct VhostConfig {
     /// The name of the export, for messages.
     pub name: String,
     /// Where clients connect.
-    pub socket: PathBuf,
+    pub socket: Socket,
     /// Virtqueues that clients are told to use; they may have [`MAX_VRINGS`].
     pub queues: u16,
     /// Queue threads per session, 1 at least and [`MAX_VRINGS`] at most.
@@ -34,9 +33,6 @@ pub struct VhostConfig {
 /// Why a door cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The socket.
-    #[error(transparent)]
-    Socket(#[from] SocketError),
     /// The number of queue threads.
     #[error("{0} queue threads per client are not possible; choose 1 to {MAX_VRINGS}")]
     QueueThreads(u16),

@@ -14,7 +14,6 @@ use super::sessions::{Log, SessionInfo, Shared, admit};
 use super::spawn::{QueueOptions, spawner};
 use crate::engine::counters::CounterSet;
 use crate::engine::event_loop::Registration;
-use crate::engine::socket::Socket;
 use crate::engine::{Storage, listen};
 
 /// How long dropping a door waits for its sessions.
@@ -24,6 +23,7 @@ const DROP_GRACE: Duration = Duration::from_secs(10);
 pub struct VhostDoor {
     shared: Arc<Shared>,
     path: PathBuf,
+    removes_socket: bool,
     listening: Option<Registration>,
 }
 
@@ -50,7 +50,6 @@ impl VhostDoor {
         if !(1..=MAX_VRINGS).contains(&queue_threads) {
             return Err(StartError::QueueThreads(queue_threads));
         }
-        let socket = Socket::bind(&socket)?;
         let limits = disk.limits().clone();
         let serve = {
             let ownership = Arc::clone(&ownership);
@@ -80,7 +79,7 @@ impl VhostDoor {
             log: Log::default(),
             changed: Condvar::new(),
         });
-        let path = socket.path().to_owned();
+        let (path, removes_socket) = (socket.path().to_owned(), socket.is_own());
         let listening = listen(format!("{}: vhost socket", shared.name), socket, {
             let shared = Arc::clone(&shared);
             move |stream| {
@@ -91,6 +90,7 @@ impl VhostDoor {
         Ok(Self {
             shared,
             path,
+            removes_socket,
             listening: Some(listening),
         })
     }
@@ -99,6 +99,12 @@ impl VhostDoor {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether the socket's file goes away with the door.
+    #[must_use]
+    pub fn removes_socket(&self) -> bool {
+        self.removes_socket
     }
 
     /// Serves a client that is connected already, as if it had come through the socket.

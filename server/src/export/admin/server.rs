@@ -20,7 +20,7 @@ use super::stream;
 use crate::engine::event_loop::Registration;
 use crate::engine::events::{Ender, Reader};
 use crate::engine::listen;
-use crate::engine::socket::Socket;
+use crate::engine::socket::{Socket, SocketAccess};
 
 /// How long a client may take to say what it wants, and to read the answer.
 const CLIENT_LIMIT: Duration = Duration::from_secs(5);
@@ -120,8 +120,13 @@ pub trait Service: Send + Sync + 'static {
 /// # Errors
 ///
 /// When the socket cannot be made.
-pub fn serve(what: &str, path: &Path, service: Arc<impl Answerer>) -> Result<Listening> {
-    let listener = Socket::bind(path)?;
+pub fn serve(
+    what: &str,
+    path: &Path,
+    access: &SocketAccess,
+    service: Arc<impl Answerer>,
+) -> Result<Listening> {
+    let listener = Socket::bind(path, access)?;
     let clients = Arc::<Clients>::default();
     let accepting = {
         let clients = Arc::clone(&clients);

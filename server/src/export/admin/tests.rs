@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use super::*;
 use crate::door::ownership::OwnershipState;
+use crate::engine::socket::SocketAccess;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 #[derive(Default)]
@@ -95,7 +96,7 @@ fn commands_are_answered_and_nonsense_is_refused() {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("control");
     let fake = Arc::new(Fake::default());
-    let listening = serve("a", &path, Arc::clone(&fake)).unwrap();
+    let listening = serve("a", &path, &SocketAccess::default(), Arc::clone(&fake)).unwrap();
     assert_eq!(stat(&path, LIMIT).unwrap(), fake.status());
     assert_eq!(resize(&path, Some(7), false, LIMIT).unwrap().size_bytes, 7);
     let refused = resize(&path, None, false, LIMIT).unwrap_err();
@@ -125,7 +126,15 @@ fn commands_are_answered_and_nonsense_is_refused() {
 fn nobody_listens_after_the_handle_is_dropped() {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("control");
-    drop(serve("a", &path, Arc::new(Fake::default())).unwrap());
+    drop(
+        serve(
+            "a",
+            &path,
+            &SocketAccess::default(),
+            Arc::new(Fake::default()),
+        )
+        .unwrap(),
+    );
     assert!(stat(&path, LIMIT).is_err());
 }
 
@@ -134,7 +143,7 @@ fn silent_clients_keep_no_other_from_its_answer_and_the_oldest_goes() {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("control");
     let fake = Arc::new(Fake::default());
-    let listening = serve("a", &path, Arc::clone(&fake)).unwrap();
+    let listening = serve("a", &path, &SocketAccess::default(), Arc::clone(&fake)).unwrap();
     let mut silent: Vec<_> = (0..16)
         .map(|_| UnixStream::connect(&path).unwrap())
         .collect();
@@ -159,7 +168,7 @@ fn a_server_whose_clients_all_wait_for_answers_says_that_it_is_busy() {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("control");
     let slow = Arc::new(Slow::default());
-    let listening = serve("a", &path, Arc::clone(&slow)).unwrap();
+    let listening = serve("a", &path, &SocketAccess::default(), Arc::clone(&slow)).unwrap();
     let turn = slow.1.lock().unwrap();
     std::thread::scope(|scope| {
         let waiting = [(); 16].map(|()| scope.spawn(|| stop(&path, true, 6 * LIMIT, || {})));

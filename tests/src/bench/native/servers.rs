@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -143,7 +143,7 @@ pub fn start(
             let mut command = Command::new(&words[0]);
             command.args(&words[1..]);
             testkit::process::bind(&mut command);
-            Server::launch(&mut command, PATIENCE)?.ready_when(|_| socket.exists())
+            Server::launch(command.stdin(Stdio::null()), PATIENCE)?.ready_when(|_| socket.exists())
         }
     }
 }
