@@ -3,5 +3,6 @@
 pub mod beside;
 pub mod boot_sector;
 pub mod fio;
+pub mod libvirt;
 pub mod load;
 pub mod sysfs;

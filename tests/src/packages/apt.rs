@@ -126,6 +126,33 @@ impl Apt {
         fs::rename(file.path(), &kept).context("cannot keep the download")?;
         Ok(kept)
     }
+
+    /// Downloads these packages and what they depend on into `into`, except what is installed, and returns the files.
+    pub fn download_missing(&self, packages: &[&str], into: &Path) -> Result<Vec<PathBuf>> {
+        let archives = into.join("archives");
+        fs::create_dir_all(archives.join("partial"))
+            .with_context(|| format!("cannot create {}", archives.display()))?;
+        let mut download = self.command("apt-get");
+        download
+            .args(["-q", "-y", "--no-install-recommends", "--download-only"])
+            .args(["-o", "Debug::NoLocking=1", "-o"])
+            .arg(format!("Dir::Cache::archives={}", archives.display()))
+            .arg("install")
+            .args(packages);
+        self.step(
+            &format!("downloading {}", packages.join(" ")),
+            download,
+            1800,
+        )?;
+        let files = fs::read_dir(&archives)?.map(|file| Ok(file?.path()));
+        files
+            .filter(|file| {
+                !file
+                    .as_ref()
+                    .is_ok_and(|path| path.extension() != Some("deb".as_ref()))
+            })
+            .collect()
+    }
 }
 
 /// Installs packages. Those of QEMU come from backports where the release's own are too old.

@@ -1,7 +1,7 @@
-//! Packages of newer Debian releases, unpacked in the cache. Nothing on the system changes.
+//! Packages that are unpacked in the cache, of this Debian release or of newer ones. Nothing on the system changes.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use testkit::shell::Shell;
@@ -32,11 +32,20 @@ pub const LIBURING: Unpacked = Unpacked {
     kept: &["usr"],
 };
 
+/// libvirt's daemon as this release has it, with what it needs beyond what is installed.
+pub const LIBVIRT: Unpacked = Unpacked {
+    name: "libvirt",
+    suites: &[],
+    packages: &["libvirt-daemon-system", "libvirt-daemon-driver-qemu"],
+    kept: &["etc", "usr", "var"],
+};
+
 /// A directory in the cache with files of packages.
 #[derive(Debug)]
 pub struct Unpacked {
     name: &'static str,
-    /// Suites whose packages are new enough, oldest first. All packages come from one suite.
+    /// Suites whose packages are new enough, oldest first. All packages come from one suite. Without any, they come
+    /// from this release, with what they depend on.
     suites: &'static [&'static str],
     packages: &'static [&'static str],
     kept: &'static [&'static str],
@@ -50,9 +59,24 @@ impl Unpacked {
         if home.exists() {
             return Ok(home);
         }
+        if self.suites.is_empty() {
+            self.unpack(&home, |work| {
+                let apt = Apt::prepare(self.name, &[])?;
+                apt.download_missing(self.packages, work)
+            })
+            .with_context(|| format!("cannot get {}", self.name))?;
+            return Ok(home);
+        }
         let mut failed = Vec::new();
         for suite in self.suites {
-            match self.unpack(suite, &home) {
+            let unpacked = self.unpack(&home, |work| {
+                let apt = Apt::prepare(&format!("{}-{suite}", self.name), &[suite])?;
+                let packages = self.packages.iter();
+                packages
+                    .map(|package| apt.download(&format!("{package}/{suite}"), work))
+                    .collect()
+            });
+            match unpacked {
                 Ok(()) => return Ok(home),
                 Err(error) => failed.push(format!("{suite}: {error:#}")),
             }
@@ -60,13 +84,27 @@ impl Unpacked {
         bail!("cannot get {}: {}", self.name, failed.join("; "))
     }
 
-    fn unpack(&self, suite: &str, home: &PathBuf) -> Result<()> {
-        let apt = Apt::prepare(&format!("{}-{suite}", self.name), &[suite])?;
+    /// Unpacks the package files that `download` puts into a directory.
+    fn unpack(
+        &self,
+        home: &Path,
+        download: impl FnOnce(&Path) -> Result<Vec<PathBuf>>,
+    ) -> Result<()> {
         let work = tempfile::tempdir_in(cache::dir()?).context("cannot make a directory")?;
         let (all, kept) = (work.path().join("all"), work.path().join("kept"));
-        for package in self.packages {
-            let file = apt.download(&format!("{package}/{suite}"), work.path())?;
+        for file in download(work.path())? {
             Shell::new("dpkg-deb").arg("-x").args([&file, &all]).run()?;
+        }
+        // In packages of older releases, directories that are links to those in usr on a system.
+        for old in ["bin", "lib", "lib64", "sbin"].map(|name| all.join(name)) {
+            if old.is_dir() {
+                let merge = "mkdir -p \"$2\" && cp -a \"$1/.\" \"$2/\" && rm -r \"$1\"";
+                let merged = all.join("usr").join(old.file_name().unwrap_or_default());
+                Shell::new("sh")
+                    .args(["-c", merge, "sh"])
+                    .args([&old, &merged])
+                    .run()?;
+            }
         }
         for part in self.kept {
             let to = kept.join(part);

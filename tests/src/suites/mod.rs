@@ -23,6 +23,7 @@ mod io;
 mod kcsan;
 mod kernel;
 mod launcher;
+mod libvirt;
 pub mod litmus;
 mod migration;
 mod own_tests;
@@ -207,6 +208,14 @@ pub const SUITES: &[Suite] = &[
         place: Place::Host,
         needs: &[Need::Kernel(X86), Server, Tools],
         tests: &[survive::VHOST_TESTS, migration::TESTS],
+        ..SUITE
+    },
+    Suite {
+        name: "libvirt",
+        about: "a stock libvirtd in namespaces of its own, and its guests",
+        place: Place::Host,
+        needs: &[Need::Kernel(X86), Server, Tools],
+        tests: &[libvirt::TESTS],
         ..SUITE
     },
     Suite {
