@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::builder::Resettable;
+use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use ublkup::command::cli::{Cli, Command, Qemu, USAGE};
 use ublkup::command::{client, complain, doctor, probe, qemu, serve, shell, watch};
@@ -14,6 +15,7 @@ use ublkup::export::explain;
 use ublkup::export::runtime_dir::RuntimeDir;
 
 fn main() -> ExitCode {
+    shell::complete();
     let cli = command_line();
     let result = log::start(&cli.log, cli.log_format)
         .context("cannot start a thread for the log")
@@ -34,13 +36,21 @@ fn main() -> ExitCode {
 fn command_line() -> Cli {
     let command = Cli::command();
     let command = match std::env::args_os().nth(1) {
-        Some(word) if word == "device-owner" => {
+        Some(word) if word == "device-owner" || word == "device-name" => {
             command.mut_arg("log", |log| log.env(Resettable::Reset))
         }
         _ => command,
     };
-    let parsed = Cli::from_arg_matches(&command.get_matches());
-    parsed.unwrap_or_else(|error| error.exit())
+    let matches = command.try_get_matches();
+    let parsed = matches.and_then(|matches| Cli::from_arg_matches(&matches));
+    parsed.unwrap_or_else(|error| {
+        // clap's own answer lists hidden commands.
+        if error.kind() == ErrorKind::MissingSubcommand {
+            eprint!("{}", Cli::command().render_help());
+            std::process::exit(USAGE.into());
+        }
+        error.exit()
+    })
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
@@ -53,6 +63,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
                     predecessor: options.predecessor.into(),
                     sandbox: options.sandbox.is_on(),
                     server_name: options.server_name,
+                    run: options.run,
                 };
                 serve::run(&dir()?, exports, start)
             }
@@ -89,6 +100,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         } => doctor::remove(id, yes),
         Command::Doctor { json, clean, .. } => doctor::run(&dir()?, json, clean),
         Command::DeviceOwner { kernel_name } => shell::device_owner(&kernel_name),
+        Command::DeviceName { kernel_name } => shell::device_name(&dir()?, &kernel_name),
         Command::Completions { shell: wanted } => shell::completions(wanted),
         Command::Man { folder } => shell::man(&folder),
     }

@@ -33,7 +33,7 @@ fn image(lab: &Sandbox, name: &str) -> String {
 fn malformed_specs_are_wrong_usage() {
     let lab = sandbox();
     for (spec, why) in [
-        ("disk.img", "write file:disk.img for a file"),
+        ("disk.img", "there is no file called disk.img"),
         ("../x=mem:1M", "not a name"),
         ("mem:1M,readonly", "did you mean 'read-only'?"),
         ("mem:1M,ublk=on", "give one of auto, yes, no"),
@@ -353,15 +353,30 @@ fn a_server_started_to_outlive_its_terminal_does() {
 #[test]
 fn completions_and_man_pages_are_made() {
     let lab = sandbox();
-    let script = lab.ok(&["completions", "bash"]);
-    assert!(script.contains("--read-only") && script.contains("--runtime-dir"));
+    assert!(lab.ok(&["completions", "bash"]).contains("complete"));
+    // As the script asks.
+    let offered = |words: &[&str]| {
+        let index = (words.len() + 1).to_string();
+        let asked = [("COMPLETE", "bash"), ("_CLAP_COMPLETE_INDEX", &index)];
+        let words = [&["--", "ublkup"], words, &[""]].concat();
+        lab.finish(&words, &asked).stdout
+    };
+    let server = lab.serve(&["a-disk=mem:1M"]);
+    assert!(offered(&["stat"]).contains("a-disk"));
+    server.stop().unwrap();
+    assert!(!offered(&["stat"]).contains("a-disk"));
+    let commands = offered(&[]);
     assert!(
-        !script.contains("device-owner"),
-        "a hidden command is offered"
+        commands.contains("serve") && !commands.contains("device-"),
+        "{commands}"
     );
     let folder = lab.path("man");
     lab.ok(&["man", &folder.display().to_string()]);
-    assert!(folder.join("ublkup-serve.1").exists());
+    let page = std::fs::read_to_string(folder.join("ublkup-serve.1")).unwrap();
+    for section in ["EXAMPLES", "EXIT STATUS", "FILES", "ENVIRONMENT", "SIGNALS"] {
+        assert!(page.contains(section), "{section}: {page}");
+    }
+    assert!(folder.join("ublkup-upgrade.7").exists());
     let page = std::fs::read_to_string(folder.join("ublkup.toml.5")).unwrap();
     assert!(page.contains("reconnect"), "{page}");
 }

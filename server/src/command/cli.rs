@@ -4,8 +4,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use clap_complete::ArgValueCandidates;
 use tracing_subscriber::EnvFilter;
 
+use super::names::export_names;
 use crate::config::{
     ConfigError, ExportConfig, ExportOptions, check_name, check_together, read_file,
 };
@@ -79,6 +81,7 @@ pub enum Command {
     /// Show one export with its counters
     Stat {
         /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
         name: String,
         /// Print JSON
         #[arg(long)]
@@ -108,6 +111,7 @@ pub enum Command {
     /// use, and no vhost-user client.
     Resize {
         /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
         name: String,
         /// The size, like 20G
         #[arg(value_parser = crate::request::parse_size)]
@@ -122,6 +126,7 @@ pub enum Command {
     /// Drain an export and stop serving it; refused while it is in use
     Stop {
         /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
         name: String,
         /// Stop also while the block device is open or a vhost-user client has the disk. If its server has died,
         /// remove the block device that waits for the next one, and the notes
@@ -132,6 +137,7 @@ pub enum Command {
     /// it died
     Recover {
         /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
         name: String,
         /// What is done about its server
         #[command(flatten)]
@@ -181,6 +187,12 @@ pub enum Command {
         /// The kernel's name of the device
         kernel_name: String,
     },
+    /// Print the name of the export that a ublk device of this machine's root belongs to, for udev rules
+    #[command(hide = true)]
+    DeviceName {
+        /// The kernel's name of the device
+        kernel_name: String,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -196,8 +208,8 @@ pub enum Command {
 /// `serve`
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE or file:PATH; keys are the export options
-    /// below, and for files cache=auto|direct|buffered and format=raw
+    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE, file:PATH, or just the path of a file; keys are
+    /// the export options below, and for files cache=auto|direct|buffered and format=raw
     #[arg(value_name = "SPEC", required_unless_present = "config")]
     pub specs: Vec<String>,
 
@@ -214,12 +226,17 @@ pub struct Serve {
     pub keep_going: bool,
 
     /// Call the server this in commands that concern all of its exports [default: its process number]
-    #[arg(long, value_name = "NAME", value_parser = server_name)]
+    #[arg(long, value_name = "NAME", value_parser = export_name)]
     pub server_name: Option<String>,
 
     /// Serve the `[[export]]` tables of a TOML file, beside the SPECs
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+
+    /// Serve for as long as this shell command runs, and end with its exit code. It finds $UBLKUP_DEVICE and
+    /// $UBLKUP_SOCKET in its environment, if there is one export
+    #[arg(long, value_name = "CMD")]
+    pub run: Option<OsString>,
 
     /// Options of the exports.
     #[command(
@@ -312,9 +329,9 @@ pub struct Qemu {
     pub command: Vec<OsString>,
 }
 
-fn server_name(text: &str) -> Result<String, String> {
-    check_name(text).map_err(|error| error.to_string())?;
-    Ok(text.to_owned())
+/// Checks the name of an export or of a server.
+fn export_name(text: &str) -> Result<String, ConfigError> {
+    check_name(text).map(|()| text.to_owned())
 }
 
 /// The number in the name of a ublk device.

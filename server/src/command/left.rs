@@ -16,7 +16,8 @@ pub(super) fn saved(dir: &RuntimeDir, name: &str) -> Result<ExportConfig> {
     let unreadable = || format!("{name}: cannot read the note of how it was served");
     let text = match dir.served(name) {
         Err(error) if error.errno() == Errno::NOENT => bail!(
-            "there is no note of an export called '{name}' under {}",
+            "there is no note of an export called '{name}' under {}: 'ublkup doctor' shows what dead servers left, and \
+             'ublkup serve' serves a new one",
             dir.path().display()
         ),
         other => other.with_context(unreadable)?,

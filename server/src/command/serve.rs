@@ -1,6 +1,7 @@
 //! `ublkup serve`: starts the exports, waits, takes them down.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -16,6 +17,7 @@ use upgrade_proto::printable;
 use super::left;
 use super::manager::Manager;
 use super::output::count;
+use super::program::Program;
 use super::signals;
 use crate::config::{ExportConfig, check_name};
 use crate::engine::events::{self, What};
@@ -37,6 +39,8 @@ pub struct StartOptions {
     pub sandbox: bool,
     /// What the server is called, if it was given a name.
     pub server_name: Option<String>,
+    /// The shell command for as long as which it serves.
+    pub run: Option<OsString>,
 }
 
 /// `ublkup recover`: serves an export as it was last served.
@@ -56,6 +60,7 @@ pub fn recover(
         predecessor,
         sandbox,
         server_name: None,
+        run: None,
     };
     run(dir, vec![left::saved(dir, name)?], start)
 }
@@ -91,6 +96,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         predecessor,
         sandbox,
         server_name,
+        run,
     } = start;
     let server = Server::new(server_name.as_deref(), events.clone(), sockets);
     // First, so that who watches it sees the exports start.
@@ -124,17 +130,29 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         return Err(anyhow!("none of the exports could be started"));
     }
     let manager = Manager::connect();
+    let program = match run.map(|command| Program::start(&command, dir, &exports, &events)) {
+        Some(Err(error)) => {
+            end_all(exports, Export::tear_down);
+            return Err(error);
+        }
+        other => other.transpose()?,
+    };
     if sandbox {
         enter_sandbox(exports.values(), socket.as_ref());
     }
-    if let Err(error) = announce(&exports, &manager) {
+    // The program has standard output for itself.
+    if program.is_none()
+        && let Err(error) = announce(&exports)
+    {
         end_all(exports, Export::tear_down);
         return Err(error.context("cannot write to standard output"));
     }
+    let status = format!("serving {}", count(exports.len(), "export"));
+    manager.tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
     if !await_the_end(exports, &events, &inbox, &manager)? {
         code = ExitCode::FAILURE;
     }
-    Ok(code)
+    Ok(program.and_then(|program| program.code()).unwrap_or(code))
 }
 
 /// Who may connect to the admin socket of the server, and there do to all exports what the admin socket of one lets do
@@ -239,6 +257,11 @@ fn await_the_end(
                     let leaves = signal == signals::LEAVE;
                     let how = if leaves { Export::leave } else { Export::stop };
                     (exports.keys().cloned().collect(), how)
+                }
+                Event::ProgramEnded => {
+                    tracing::info!(exports = exports.len(), "the program has ended: draining");
+                    manager.tell(&[NotifyState::Stopping]);
+                    (exports.keys().cloned().collect(), Export::stop)
                 }
                 Event::Leave { name } => (vec![name], Export::leave),
                 Event::Stop { name } => (vec![name], Export::stop),
@@ -363,8 +386,8 @@ fn end_in<'scope>(
     }
 }
 
-/// Prints where each door is, then `ready`, and tells the service manager.
-fn announce(exports: &BTreeMap<String, Export>, manager: &Manager) -> Result<()> {
+/// Prints where each door is, then `ready`.
+fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
     let mut out = std::io::stdout().lock();
     for (name, export) in exports {
         for (door, path) in export.doors() {
@@ -374,8 +397,6 @@ fn announce(exports: &BTreeMap<String, Export>, manager: &Manager) -> Result<()>
     }
     writeln!(out, "ready")?;
     out.flush()?;
-    let status = format!("serving {}", count(exports.len(), "export"));
-    manager.tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
     Ok(())
 }
 

@@ -1,15 +1,17 @@
-//! The commands for shells and packages: `completions`, `man`, `device-owner`.
+//! The commands for shells and packages: `completions`, `man`, `device-owner`, `device-name`.
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Command, CommandFactory};
+use clap::CommandFactory;
+use clap_complete::env::{CompleteEnv, Shells};
 
 use super::cli::Cli;
 use super::output::print;
-use super::reference;
+use super::{manual, reference};
 use crate::door::ublk;
+use crate::export::runtime_dir::RuntimeDir;
 
 /// `ublkup device-owner`
 ///
@@ -24,27 +26,46 @@ pub fn device_owner(kernel_name: &str) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// `ublkup completions`
+/// `ublkup device-name`
+///
+/// # Errors
+///
+/// When there is no such device.
+pub fn device_name(dir: &RuntimeDir, kernel_name: &str) -> Result<ExitCode> {
+    let mark = ublk::mark(kernel_name)?;
+    let is_noted = |name: &String| dir.device(name).is_some_and(|note| note.mark == Some(mark));
+    // Another server's devices have no mark.
+    let names = dir.names()?;
+    let Some(name) = names.iter().find(|name| mark != 0 && is_noted(name)) else {
+        return Ok(ExitCode::FAILURE);
+    };
+    print(&format!("{name}\n"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The variable in which a completion script names its shell.
+const COMPLETE: &str = "COMPLETE";
+
+/// Answers a completion script, if one has started this program.
+pub fn complete() {
+    CompleteEnv::with_factory(Cli::command)
+        .var(COMPLETE)
+        .complete();
+}
+
+/// `ublkup completions`: a script that asks this program at each press of the key.
 ///
 /// # Errors
 ///
 /// When standard output cannot be written.
 pub fn completions(shell: clap_complete::Shell) -> Result<ExitCode> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut visible(&Cli::command()), "ublkup", &mut script);
+    Shells::builtins()
+        .completer(&shell.to_string())
+        .context("this shell cannot be completed for")?
+        .write_registration(COMPLETE, "ublkup", "ublkup", "ublkup", &mut script)?;
     print(&String::from_utf8(script)?)?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// The command line without hidden commands, which completion scripts would offer.
-fn visible(cli: &Command) -> Command {
-    Command::new("ublkup")
-        .args(cli.get_arguments().cloned())
-        .subcommands(
-            cli.get_subcommands()
-                .filter(|one| !one.is_hide_set())
-                .cloned(),
-        )
 }
 
 /// `ublkup man`
@@ -54,7 +75,7 @@ fn visible(cli: &Command) -> Command {
 /// When the pages cannot be written.
 pub fn man(folder: &Path) -> Result<ExitCode> {
     std::fs::create_dir_all(folder)
-        .and_then(|()| clap_mangen::generate_to(Cli::command(), folder))
+        .and_then(|()| manual::write_pages(Cli::command(), folder))
         .and_then(|()| std::fs::write(folder.join("ublkup.toml.5"), reference::man_page()))
         .with_context(|| format!("cannot write man pages to {}", folder.display()))?;
     Ok(ExitCode::SUCCESS)

@@ -78,6 +78,7 @@ impl ExportConfig {
     ///
     /// When two options contradict each other, or what was asked for cannot be on this machine.
     pub fn new(spec: Spec, options: ExportOptions, folder: &Path) -> Result<Self, ConfigError> {
+        spec.check_path(folder)?;
         let mut given = options.clone();
         given
             .update_from_arg_matches(&spec.options)

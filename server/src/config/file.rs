@@ -23,7 +23,8 @@ use super::spec::Spec;
 /// When the file cannot be read or asks for what cannot be served; the message begins with file and line.
 pub fn read_file(path: &Path, options: &ExportOptions) -> Result<Vec<ExportConfig>, ConfigError> {
     let in_file = |error| ConfigError::new(format!("{}: {error}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(in_file)?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| ConfigError::new(format!("cannot read {}: {error}", path.display())))?;
     let absolute = std::path::absolute(path).map_err(in_file)?;
     let file = ConfigFile {
         name: path.display().to_string(),

@@ -87,7 +87,7 @@ pub struct ExportOptions {
     pub ublk: Option<DoorMode>,
 
     /// Ask for this N of /dev/ublkbN, if the export is the only one [default: the kernel's choice]
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
     pub ublk_id: Option<u32>,
 
     /// Choose how data gets from the block device to the storage and back [default: auto]
@@ -145,12 +145,12 @@ pub struct ExportOptions {
     pub admin_socket_mode: Option<SocketMode>,
 
     /// Offer this many queues at each door [default: one for each processor, at most 4]
-    #[arg(long, value_name = "N", value_parser = number(1..=MAX_QUEUES))]
+    #[arg(long, allow_negative_numbers = true, value_name = "N", value_parser = number(1..=MAX_QUEUES))]
     pub queues: Option<u16>,
 
     /// Serve the queues of a vhost-user client with this many threads, in turns; each queue of the block device has
     /// a thread of its own [default: one for each queue]
-    #[arg(long, value_name = "N", value_parser = number(1..=MAX_QUEUES))]
+    #[arg(long, allow_negative_numbers = true, value_name = "N", value_parser = number(1..=MAX_QUEUES))]
     pub vhost_threads: Option<u16>,
 
     /// Let guests move by live migration: let a second client connect, which takes the disk over when the first has
@@ -161,12 +161,12 @@ pub struct ExportOptions {
     pub migration: Option<bool>,
 
     /// Let this many requests of each ublk queue be in flight [default: 128]
-    #[arg(long, value_name = "N", value_parser = number(1..=MAX_DEPTH))]
+    #[arg(long, allow_negative_numbers = true, value_name = "N", value_parser = number(1..=MAX_DEPTH))]
     pub depth: Option<u16>,
 
     /// Poll for this many microseconds before an idle queue thread sleeps, where that has paid off lately; 0: do not
     /// poll; always: never sleep, and keep a processor busy [default: 100]
-    #[arg(long, value_name = "N|always")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N|always")]
     pub poll_us: Option<Polling>,
 
     /// Run the queue threads of each door on these processors, like 2,4-7: one each, from the first again when
@@ -176,7 +176,7 @@ pub struct ExportOptions {
 
     /// Keep the disk for a vhost-user client that died for this many seconds, before the block device is writable
     /// again [default: 10]
-    #[arg(long, value_name = "SECONDS", value_parser = number(0..=MAX_GRACE_SECONDS))]
+    #[arg(long, allow_negative_numbers = true, value_name = "SECONDS", value_parser = number(0..=MAX_GRACE_SECONDS))]
     pub reconnect_grace: Option<u32>,
 
     /// Let this many requests start per second: reads, writes, discards and write-zeroes, but no flushes. 0: any number

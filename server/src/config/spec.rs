@@ -1,4 +1,4 @@
-//! `[NAME=]KIND:ARG[,key=value…]`
+//! `[NAME=]KIND:ARG[,key=value…]`, or a path in the place of `KIND:ARG`.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -93,6 +93,8 @@ pub struct Spec {
     pub name: Option<String>,
     /// KIND and ARG.
     pub storage: StorageSpec,
+    /// A path without `file:`, which means a file if there is one.
+    pub(super) is_bare_path: bool,
     /// The keys that are export options.
     pub(super) options: ArgMatches,
     /// `fault:RULE;…;` before KIND: how the storage shall fail, for tests.
@@ -124,11 +126,16 @@ impl FromStr for Spec {
 }
 
 fn parse(text: &str) -> Result<Spec, String> {
-    let (head, rest) = text.split_once(':').ok_or_else(|| no_kind(text))?;
+    let Some((head, rest)) = text.split_once(':') else {
+        return parse_bare_path(text);
+    };
     let (name, kind) = match head.split_once('=') {
         Some((name, kind)) => (Some(name), kind),
         None => (None, head),
     };
+    if is_path(kind) {
+        return parse_bare_path(text);
+    }
     if let Some(name) = name {
         check_name(name).map_err(|error| error.to_string())?;
     }
@@ -163,7 +170,9 @@ fn parse(text: &str) -> Result<Spec, String> {
         "mem" => StorageSpec::Memory {
             size_bytes: disk_size(&arg)?,
         },
-        _ if arg.is_empty() => return Err("no path after 'file:'".into()),
+        _ if arg.is_empty() => {
+            return Err("no path after 'file:': write file:/srv/disk.img, for instance".into());
+        }
         _ => StorageSpec::File {
             path: arg.into(),
             cache: options.remove_one("cache").unwrap_or_default(),
@@ -174,16 +183,49 @@ fn parse(text: &str) -> Result<Spec, String> {
         text: String::new(),
         name: name.map(str::to_owned),
         storage,
+        is_bare_path: false,
         options,
         #[cfg(feature = "testing")]
         faults: Vec::new(),
     })
 }
 
-fn no_kind(text: &str) -> String {
-    match text {
-        "" => "no storage: write KIND:ARG with null:SIZE, mem:SIZE or file:PATH".into(),
-        path => format!("no storage: write file:{path} for a file, else null:SIZE or mem:SIZE"),
+/// Whether a part of a SPEC cannot be a NAME or a KIND: there is a folder in it, or it is followed by keys.
+fn is_path(part: &str) -> bool {
+    part.contains(['/', ','])
+}
+
+/// `[NAME=]PATH[,key=value…]`
+fn parse_bare_path(text: &str) -> Result<Spec, String> {
+    if text.is_empty() {
+        return Err("no storage: write KIND:ARG with null:SIZE, mem:SIZE or file:PATH".into());
+    }
+    let (name, path) = match text.split_once('=') {
+        Some((name, path)) if !is_path(name) => (format!("{name}="), path),
+        _ => (String::new(), text),
+    };
+    let spec = parse(&format!("{name}file:{path}"))?;
+    Ok(Spec {
+        is_bare_path: true,
+        ..spec
+    })
+}
+
+impl Spec {
+    /// Checks that what was written without a KIND is a file that exists.
+    pub(super) fn check_path(&self, folder: &Path) -> Result<(), ConfigError> {
+        match &self.storage {
+            StorageSpec::File { path, .. } if self.is_bare_path && !folder.join(path).exists() => {
+                Err(ConfigError::new(format!(
+                    "'{}': there is no file called {}: write the path of an image, or null:SIZE or mem:SIZE (for an \
+                     empty image: truncate -s 10G {})",
+                    self.text,
+                    path.display(),
+                    path.display()
+                )))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -74,10 +74,33 @@ fn a_disk_may_be_told_to_fail() {
 }
 
 #[test]
+fn a_path_without_a_kind_is_a_file_that_exists() {
+    let folder = tempfile::tempdir().unwrap();
+    for (text, name, path) in [
+        ("disk.img", None, "disk.img"),
+        ("d=other.img,queues=2", Some("d"), "other.img"),
+        ("x=./b:c,,d.img,read-only", Some("x"), "./b:c,d.img"),
+    ] {
+        let spec: Spec = text.parse().unwrap();
+        assert_eq!(spec.name.as_deref(), name, "{text}");
+        let StorageSpec::File { path: found, .. } = &spec.storage else {
+            panic!("{text}: {:?}", spec.storage)
+        };
+        assert_eq!(found, &PathBuf::from(path));
+        let error = spec.check_path(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("no file called {path}")), "{error}");
+        std::fs::write(folder.path().join(path), "").unwrap();
+        spec.check_path(folder.path()).unwrap();
+    }
+    // What is not there may be made by the time that the file is opened, if the kind is written.
+    let spec: Spec = "file:nothing".parse().unwrap();
+    spec.check_path(folder.path()).unwrap();
+}
+
+#[test]
 fn a_malformed_spec_gets_one_line_that_quotes_it() {
     for (spec, why) in [
         ("", "no storage"),
-        ("disk.img", "write file:disk.img"),
         ("qcow9:x", "no storage is called 'qcow9'"),
         ("=mem:1G", "not a name"),
         ("a/b=mem:1G", "not a name"),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid, chmod, chownat, fchmod, fstat, openat};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, sockopt,
 };
@@ -143,7 +144,13 @@ impl Socket {
         let socket = new_socket().map_err(system("make a socket"))?;
         let address = SocketAddrUnix::new(path.as_os_str().as_bytes())
             .map_err(|error| system("use the path for a socket")(error.into()))?;
-        bind(&socket, &address).map_err(|error| system("bind a socket")(error.into()))?;
+        bind(&socket, &address).map_err(|error| {
+            let what = match error {
+                Errno::NOENT => "bind a socket in a folder that does not exist",
+                _ => "bind a socket",
+            };
+            system(what)(error.into())
+        })?;
         // From here on the file goes away with this value.
         let socket = Self {
             listener: UnixListener::from(socket),

@@ -30,6 +30,8 @@ pub enum Event {
         /// Whether all its requests had ended before.
         in_order: bool,
     },
+    /// The program for as long as which the exports are served has ended.
+    ProgramEnded,
     /// A signal that asks the server to end.
     Signal(i32),
     /// A command asked to stop this export.

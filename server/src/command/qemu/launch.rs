@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus};
 
 use anyhow::{Context, Result, bail};
-use rustix::io::FdFlags;
+use rustix::io::{Errno, FdFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use signal_hook::iterator::Signals;
 use upgrade_proto::{DiskClaim, Lookup};
@@ -69,7 +69,7 @@ pub fn launch(launch: &Launch<'_>) -> Result<ExitCode> {
     let lookup = lookup(launch.runtime_dir);
     let mut attached = Vec::new();
     for (index, disk) in disks.into_iter().enumerate() {
-        let claim = DiskClaim::open(&disk.path)?;
+        let claim = DiskClaim::open(&disk.path).map_err(explain_device)?;
         let fd = match launch.print {
             // As the redirections will number them.
             true => FIRST_REDIRECTION + i32::try_from(index)?,
@@ -126,6 +126,16 @@ fn given_twice(disks: &[Disk], number: impl Fn(&Path) -> Option<u64>) -> Option<
 fn device_number(path: &Path) -> Option<u64> {
     let metadata = fs::metadata(path).ok()?;
     (metadata.file_type().is_block_device()).then(|| metadata.rdev())
+}
+
+/// What is no block device, with what to give instead.
+fn explain_device(error: upgrade_proto::Error) -> anyhow::Error {
+    let is_no_device = matches!(error.errno(), Errno::NOTBLK | Errno::NOENT);
+    let error = anyhow::Error::from(error);
+    match is_no_device {
+        true => error.context("give the block device of an export, like /dev/ublkb0 (ublkup list)"),
+        false => error,
+    }
 }
 
 fn read_board(command: &[OsString]) -> Result<Board, String> {

@@ -48,7 +48,7 @@ pub use control::available;
 pub use door::UblkDoor;
 pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::Features;
-pub use owner::owner;
+pub use owner::{mark, owner};
 pub use paths::disk_sequence;
 pub use stale_device::{DeviceState, device_state, marked, remove, stale_devices, waiting_devices};
 pub use users::openers_of;

@@ -1,4 +1,4 @@
-//! Whose a device of an ordinary user is (`UBLK_F_UNPRIVILEGED_DEV`).
+//! Whose a device is: of which ordinary user (`UBLK_F_UNPRIVILEGED_DEV`), of which export.
 
 use libublk::sys;
 
@@ -12,11 +12,25 @@ use super::error::UblkError;
 ///
 /// When there is no such device, or not for us.
 pub fn owner(kernel_name: &str) -> Result<Option<(u32, u32)>, UblkError> {
-    let id = id_of(kernel_name)
-        .ok_or_else(|| UblkError::Config(format!("'{kernel_name}' is no ublk device")))?;
-    let info = Control::open()?.info(id)?;
+    let info = info(kernel_name)?;
     let owned = info.flags & u64::from(sys::UBLK_F_UNPRIVILEGED_DEV) != 0;
     Ok(owned.then_some((info.owner_uid, info.owner_gid)))
+}
+
+/// The mark that the server of the device with this kernel name made it with ([`super::UblkConfig::mark`]); zero if
+/// it made none.
+///
+/// # Errors
+///
+/// When there is no such device, or not for us.
+pub fn mark(kernel_name: &str) -> Result<u64, UblkError> {
+    Ok(info(kernel_name)?.ublksrv_flags)
+}
+
+fn info(kernel_name: &str) -> Result<sys::ublksrv_ctrl_dev_info, UblkError> {
+    let id = id_of(kernel_name)
+        .ok_or_else(|| UblkError::Config(format!("'{kernel_name}' is no ublk device")))?;
+    Control::open()?.info(id)
 }
 
 fn id_of(kernel_name: &str) -> Option<u32> {

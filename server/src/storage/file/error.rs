@@ -86,6 +86,7 @@ fn hint(error: &io::Error, read_only: bool) -> &'static str {
         Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only => {
             " (it can perhaps be served --read-only)"
         }
+        Some(libc::ENOENT) => " (truncate -s SIZE makes an empty image)",
         _ => "",
     }
 }

@@ -1,0 +1,334 @@
+//! The man pages of commands: what clap knows, and what it does not: examples, files, environment, exit status, signals.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use clap::Command;
+use clap_mangen::Man;
+use clap_mangen::roff::{Roff, bold, italic, roman};
+
+/// A list of terms and what they mean.
+type Terms = &'static [(&'static str, &'static str)];
+
+/// What a page has beyond clap's text.
+struct Page {
+    /// The command, as in the name of its page.
+    name: &'static str,
+    /// What each example does, and its lines.
+    examples: &'static [(&'static str, &'static [&'static str])],
+    /// Beyond 0, 1 and 2, which all commands have.
+    exit_status: Terms,
+}
+
+const PAGES: &[Page] = &[
+    Page {
+        name: "ublkup",
+        examples: &[
+            (
+                "Serve an image as a block device and to virtual machines:",
+                &["ublkup serve disk=/srv/disk.img"],
+            ),
+            (
+                "See what is served, and by whom it is used:",
+                &["ublkup list", "ublkup stat disk"],
+            ),
+            (
+                "Run a guest on the disk, past the block layer:",
+                &["ublkup qemu /dev/ublkb0 -- qemu-system-x86_64 -machine q35,accel=kvm -m 4G"],
+            ),
+        ],
+        exit_status: &[],
+    },
+    Page {
+        name: "ublkup-serve",
+        examples: &[
+            ("Serve an image:", &["ublkup serve disk=/srv/disk.img"]),
+            (
+                "Without root or ublk, for a guest of this user:",
+                &["ublkup serve --ublk no disk.img"],
+            ),
+            (
+                "Serve what a configuration file lists, and the others if one cannot start:",
+                &["ublkup serve --keep-going --config /etc/ublkup/ublkup.toml"],
+            ),
+            (
+                "Make a file system in an image, and end:",
+                &["ublkup serve disk.img --run 'mkfs.ext4 -q $UBLKUP_DEVICE'"],
+            ),
+            (
+                "Replace a running server by a new version; mounts and guests see a pause:",
+                &["ublkup serve --take-over disk=/srv/disk.img"],
+            ),
+        ],
+        exit_status: &[(
+            "0",
+            "ended by a signal, or because its last export was stopped, and no door was lost before; with --run the \
+             exit code of the command",
+        )],
+    },
+    Page {
+        name: "ublkup-list",
+        examples: &[(
+            "Name and device of each export:",
+            &[r#"ublkup list --json | jq -r '.[] | "\(.name) \(.ublk.device)"'"#],
+        )],
+        exit_status: &[(
+            "1",
+            "also if an export is left of a dead server, or does not answer",
+        )],
+    },
+    Page {
+        name: "ublkup-stat",
+        examples: &[(
+            "Counters, once a second, one JSON object in each line:",
+            &["ublkup stat disk --json --watch"],
+        )],
+        exit_status: &[],
+    },
+    Page {
+        name: "ublkup-resize",
+        examples: &[(
+            "Make the image and the disk larger, then the file system on it:",
+            &["ublkup resize disk 20G", "resize2fs /dev/ublkb0"],
+        )],
+        exit_status: &[],
+    },
+    Page {
+        name: "ublkup-stop",
+        examples: &[
+            ("Stop an export that is not in use:", &["ublkup stop disk"]),
+            (
+                "Remove the block device that a dead server left; requests that wait for it fail:",
+                &["ublkup stop --force disk"],
+            ),
+        ],
+        exit_status: &[(
+            "1",
+            "also if the export is in use; the message says by what",
+        )],
+    },
+    Page {
+        name: "ublkup-recover",
+        examples: &[(
+            "Go on where a server that was killed ended:",
+            &["ublkup recover disk"],
+        )],
+        exit_status: &[],
+    },
+    Page {
+        name: "ublkup-probe",
+        examples: &[(
+            "May QEMU have this disk past the block layer?",
+            &["ublkup probe /dev/ublkb0"],
+        )],
+        exit_status: &[("3", "not upgradable; the message says why")],
+    },
+    Page {
+        name: "ublkup-qemu",
+        examples: &[
+            (
+                "Boot a guest from the disk:",
+                &[
+                    "ublkup qemu /dev/ublkb0,bootindex=1 -- qemu-system-x86_64 -machine q35,accel=kvm -m 4G",
+                ],
+            ),
+            (
+                "Print the command, for a script:",
+                &["ublkup qemu --print /dev/ublkb0 -- qemu-system-x86_64 -m 4G"],
+            ),
+            (
+                "Move a disk of a running guest, which has unmounted it:",
+                &["ublkup qemu --live /run/vm.qmp /dev/ublkb0 --unmounted"],
+            ),
+        ],
+        exit_status: &[
+            ("3", "not upgradable (--require-upgrade, --live)"),
+            (
+                "other",
+                "that of QEMU, or 128 and the number of the signal that ended QEMU",
+            ),
+        ],
+    },
+    Page {
+        name: "ublkup-doctor",
+        examples: &[
+            (
+                "What does this machine lack, and what is left of dead servers?",
+                &["ublkup doctor"],
+            ),
+            ("Remove what is left:", &["ublkup doctor --clean"]),
+        ],
+        exit_status: &[("1", "also if a check is a problem")],
+    },
+    Page {
+        name: "ublkup-completions",
+        examples: &[(
+            "Complete commands, options and names of exports in bash:",
+            &["ublkup completions bash > /etc/bash_completion.d/ublkup"],
+        )],
+        exit_status: &[],
+    },
+    Page {
+        name: "ublkup-man",
+        examples: &[(
+            "Install these pages:",
+            &["ublkup man /usr/local/share/man/man1"],
+        )],
+        exit_status: &[],
+    },
+];
+
+const EXIT_STATUS: Terms = &[
+    ("0", "done"),
+    (
+        "1",
+        "failed; a line on standard error says what failed, on what, and what to do",
+    ),
+    ("2", "wrong usage: options, SPEC or configuration file"),
+];
+
+const FILES: Terms = &[
+    (
+        "/run/ublkup, $XDG_RUNTIME_DIR/ublkup",
+        "the runtime directory of root, of other users: a folder exports/NAME for each export, with its \
+         vhost-user-blk socket, its admin socket, and the notes from which the next server recovers",
+    ),
+    (
+        "/etc/ublkup/ublkup.toml",
+        "what ublkup.service serves; ublkup.toml(5)",
+    ),
+    ("/etc/ublkup/NAME.toml", "what ublkup@NAME.service serves"),
+    (
+        "/dev/disk/by-id/ublkup-NAME",
+        "the block device of the export NAME of root, made by the udev rules",
+    ),
+];
+
+const ENVIRONMENT: Terms = &[
+    ("UBLKUP_RUNTIME_DIR", "as --runtime-dir"),
+    ("UBLKUP_LOG", "as --log"),
+    ("UBLKUP_LOG_FORMAT", "as --log-format"),
+    (
+        "XDG_RUNTIME_DIR",
+        "where the runtime directory of a user other than root is",
+    ),
+    (
+        "NOTIFY_SOCKET",
+        "the service manager that is told when all exports are served",
+    ),
+];
+
+const SIGNALS: Terms = &[
+    (
+        "SIGTERM, SIGINT, SIGHUP",
+        "finish what is under way, remove all block devices, whether they are in use or not, and end",
+    ),
+    (
+        "a second SIGTERM or SIGINT",
+        "end at once, as a crash would",
+    ),
+    (
+        "SIGUSR2",
+        "finish what is under way, leave block devices and clients to the next server, and end",
+    ),
+];
+
+const UPGRADE: &str = include_str!("../../man/ublkup-upgrade.7");
+
+/// Writes the pages of all commands that are not hidden, and those that are no command's.
+pub(super) fn write_pages(command: Command, folder: &Path) -> io::Result<()> {
+    let mut command = command.disable_help_subcommand(true);
+    command.build();
+    let commands = command.get_subcommands().filter(|one| !one.is_hide_set());
+    for one in commands.chain([&command]) {
+        let man = Man::new(one.clone());
+        fs::write(folder.join(man.get_filename()), page(&man, one)?)?;
+    }
+    fs::write(folder.join("ublkup-upgrade.7"), UPGRADE)
+}
+
+fn page(man: &Man, command: &Command) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    man.render_title(&mut text)?;
+    man.render_name_section(&mut text)?;
+    man.render_synopsis_section(&mut text)?;
+    man.render_description_section(&mut text)?;
+    man.render_options_section(&mut text)?;
+    let has_commands = command.has_subcommands();
+    if has_commands {
+        man.render_subcommands_section(&mut text)?;
+    }
+    let name = command.get_display_name().unwrap_or(command.get_name());
+    let serves = has_commands || matches!(name, "ublkup-serve" | "ublkup-recover");
+    let mut roff = Roff::new();
+    let page = PAGES.iter().find(|page| page.name == name);
+    if let Some(page) = page {
+        roff.control("SH", ["EXAMPLES"]);
+        for (what, lines) in page.examples {
+            roff.control("PP", []);
+            roff.text([roman(*what)]);
+            roff.control("PP", []);
+            roff.control("EX", []);
+            for line in *lines {
+                roff.text([roman(format!("    {line}"))]);
+            }
+            roff.control("EE", []);
+        }
+    }
+    let own = page.map_or(&[][..], |page| page.exit_status);
+    let common = EXIT_STATUS
+        .iter()
+        .filter(|(code, _)| !own.iter().any(|(other, _)| other == code));
+    let mut codes: Vec<_> = common.chain(own).copied().collect();
+    codes.sort_by_key(|(code, _)| *code);
+    terms(&mut roff, "EXIT STATUS", &codes);
+    if serves {
+        terms(&mut roff, "FILES", FILES);
+        terms(&mut roff, "ENVIRONMENT", ENVIRONMENT);
+        terms(&mut roff, "SIGNALS", SIGNALS);
+    }
+    roff.control("SH", ["SEE ALSO"]);
+    roff.text([
+        bold("ublkup"),
+        roman("(1), "),
+        bold("ublkup.toml"),
+        roman("(5), "),
+        bold("ublkup-upgrade"),
+        roman("(7)"),
+    ]);
+    roff.to_writer(&mut text)?;
+    Ok(text)
+}
+
+fn terms(roff: &mut Roff, title: &str, terms: &[(&str, &str)]) {
+    roff.control("SH", [title]);
+    for (term, meaning) in terms {
+        roff.control("TP", []);
+        roff.text([italic(*term)]);
+        roff.text([roman(*meaning)]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::command::cli::Cli;
+
+    #[test]
+    fn each_command_has_examples_and_each_page_a_command() {
+        let mut command = Cli::command().disable_help_subcommand(true);
+        command.build();
+        let shown = command.get_subcommands().filter(|one| !one.is_hide_set());
+        let mut names: Vec<_> = shown
+            .filter_map(|one| one.get_display_name())
+            .chain(["ublkup"])
+            .collect();
+        let mut pages: Vec<_> = PAGES.iter().map(|page| page.name).collect();
+        names.sort_unstable();
+        pages.sort_unstable();
+        assert_eq!(names, pages);
+    }
+}
