@@ -11,7 +11,7 @@ use crate::machine::{Hypervisor, Qemu, Uml, shell};
 use crate::packages::{self, Purpose};
 use crate::report::line;
 use crate::runner::{self, Request};
-use crate::{agent, bench, demo, doctor, fuzz, guest, job, kublk};
+use crate::{agent, bench, demo, doctor, fuzz, guest, job, kublk, package};
 
 /// Kernels, machines and tests for ublkup.
 #[derive(Parser)]
@@ -48,6 +48,15 @@ enum Action {
     Kernel {
         #[command(subcommand)]
         action: KernelAction,
+    },
+    /// Builds the .deb and the .rpm, for the release that this machine runs and later ones; prints their paths
+    Package {
+        /// The packages' revision of this version
+        #[arg(long, default_value_t = 1)]
+        revision: u32,
+        /// Install what is missing without asking
+        #[arg(long)]
+        yes: bool,
     },
     /// Says what this machine can and cannot run, and what to install
     Doctor {
@@ -144,6 +153,13 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Fuzz(arguments) => fuzz::run(&runner::repo()?, &arguments),
         Action::Mutants { files, list } => crate::mutants::run(&runner::repo()?, &files, list),
         Action::Kernel { action } => run_kernel(action),
+        Action::Package { revision, yes } => {
+            packages::ensure(&[Purpose::ServerBuild, Purpose::Package], yes)?;
+            let built = package::build(&runner::repo()?, revision)?;
+            line(&built.deb.display().to_string());
+            line(&built.rpm.display().to_string());
+            Ok(ExitCode::SUCCESS)
+        }
         Action::Doctor { json } => Ok(if doctor::run(json)? {
             ExitCode::SUCCESS
         } else {

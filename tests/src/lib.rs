@@ -22,6 +22,7 @@ mod klog;
 mod kublk;
 mod machine;
 mod mutants;
+mod package;
 mod packages;
 mod progress;
 mod report;

@@ -168,6 +168,9 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
     if needs(Need::Fuzzers) {
         purposes.extend([Purpose::ServerBuild, Purpose::Fuzz]);
     }
+    if needs(Need::Packager) {
+        purposes.extend([Purpose::ServerBuild, Purpose::Package]);
+    }
     packages::ensure(&purposes, yes)?;
 
     let mut paths = Paths {

@@ -65,6 +65,15 @@ impl Apt {
         Ok(apt)
     }
 
+    /// A file with the sources of one of the suites alone.
+    pub fn sources_of(&self, suite: &str) -> Result<PathBuf> {
+        let all = fs::read_to_string(self.dir.join("sources.list"))?;
+        let own = |line: &&str| line.split(' ').any(|word| word == suite);
+        let lines: Vec<&str> = all.lines().filter(own).collect();
+        self.write(suite, &(lines.join("\n") + "\n"))?;
+        Ok(self.dir.join(suite))
+    }
+
     fn write(&self, name: &str, text: &str) -> Result<()> {
         let path = self.dir.join(name);
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))

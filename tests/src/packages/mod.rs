@@ -26,18 +26,20 @@ pub enum Purpose {
     Bench,
     /// Building fuzz targets, beyond what the server needs.
     Fuzz,
+    /// Building packages and installing them in a fresh system.
+    Package,
 }
 
 impl Purpose {
     /// All of them.
-    pub const ALL: [Purpose; 5] = [KernelBuild, ServerBuild, Tests, Bench, Fuzz];
+    pub const ALL: [Purpose; 6] = [KernelBuild, ServerBuild, Tests, Bench, Fuzz, Package];
 }
 
-use Purpose::{Bench, Fuzz, KernelBuild, ServerBuild, Tests};
+use Purpose::{Bench, Fuzz, KernelBuild, Package, ServerBuild, Tests};
 
 /// Each Debian package, and a shell command that succeeds where its content is there. A bare word is
 /// a program to be found.
-const NEEDED: [(Purpose, &str, &str); 33] = [
+const NEEDED: [(Purpose, &str, &str); 38] = [
     (KernelBuild, "make", "make"),
     (KernelBuild, "gcc", "gcc"),
     (KernelBuild, "flex", "flex"),
@@ -87,9 +89,14 @@ const NEEDED: [(Purpose, &str, &str); 33] = [
     ),
     (Tests, "libvirt-clients", "virt-xml-validate"),
     (Tests, "libxml2-utils", "xmllint"),
+    (Tests, "systemd", "systemd-analyze"),
     (Bench, "linux-perf", "perf"),
     (Bench, "strace", "strace"),
     (Fuzz, "g++", "c++"),
+    (Package, "binutils", "strip"),
+    (Package, "dpkg-dev", "dpkg-shlibdeps"),
+    (Package, "rpm", "rpmbuild"),
+    (Package, "mmdebstrap", "mmdebstrap"),
 ];
 
 /// The library as bindgen looks for it, and the compiler's own headers (`stddef.h` and the like), which

@@ -27,6 +27,7 @@ mod libvirt;
 pub mod litmus;
 mod migration;
 mod own_tests;
+mod package;
 mod probe;
 mod qemu;
 mod races;
@@ -95,6 +96,8 @@ pub enum Need {
     Herd7,
     /// The fuzz targets.
     Fuzzers,
+    /// What builds packages, and fresh systems to install them in.
+    Packager,
 }
 
 /// What most suites have in common.
@@ -115,7 +118,7 @@ pub const SUITES: &[Suite] = &[
         about: "unit tests of every package, and tests that need no other kernel",
         place: Place::Host,
         needs: &[Server, Tools],
-        tests: &[docs::TESTS, handshakes::TESTS, bench::TESTS],
+        tests: &[docs::TESTS, package::UNITS, handshakes::TESTS, bench::TESTS],
         with_cargo_test: true,
         ..SUITE
     },
@@ -237,6 +240,15 @@ pub const SUITES: &[Suite] = &[
             blockdev::TESTS,
             agree::TESTS,
         ],
+        ..SUITE
+    },
+    Suite {
+        name: "package",
+        about: "packages are built, installed in fresh Debian systems, upgraded in use and removed",
+        place: Place::Host,
+        needs: &[Need::Packager, Need::Kernel(Uml), Tools],
+        tests: &[package::TESTS],
+        full: true,
         ..SUITE
     },
     Suite {
