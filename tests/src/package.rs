@@ -14,6 +14,9 @@ use crate::progress;
 /// Below a repository.
 const SOURCES: &str = "server/package";
 
+/// How long a step of packing may take.
+const LIMIT: Duration = Duration::from_secs(300);
+
 /// What was built.
 #[derive(Clone, Debug)]
 pub struct Packages {
@@ -90,6 +93,7 @@ fn pack(repo: &Path, built: &Path, into: &Path, revision: u32) -> Result<Package
     Shell::new("dpkg-deb")
         .args(["--root-owner-group", "-Zxz", "--build"])
         .args([&tree, &deb])
+        .limit(LIMIT)
         .run()?;
 
     let tree = work.path().join("rpm");
@@ -108,7 +112,7 @@ fn pack(repo: &Path, built: &Path, into: &Path, revision: u32) -> Result<Package
         .args(["--define", &format!("version {version}")])
         .args(["--define", &format!("revision {revision}")])
         .arg(sources.join("rpm/ublkup.spec"))
-        .limit(Duration::from_secs(300))
+        .limit(LIMIT)
         .run()?;
     let machine = std::env::consts::ARCH;
     let rpm = into.join(format!("ublkup-{version}-{revision}.{machine}.rpm"));
@@ -123,6 +127,7 @@ fn install(sources: &Path, built: &Path, tree: &Path, libraries: &str, zsh: &str
         .env("DESTDIR", tree)
         .env("LIBDIR", libraries)
         .env("ZSHDIR", zsh)
+        .limit(LIMIT)
         .run()?;
     let library = format!("usr/{libraries}/libupgrade_proto.so");
     Shell::new("strip")
@@ -138,7 +143,7 @@ fn dependencies(tree: &Path, work: &Path) -> Result<String> {
     fs::create_dir_all(work.join("debian")).context("cannot make a directory")?;
     fs::write(
         work.join("debian/control"),
-        "Source: ublkup\n\nPackage: ublkup\n",
+        "Source: ublkup\n\nPackage: ublkup\nArchitecture: any\n",
     )?;
     let found = Shell::new("dpkg-shlibdeps")
         .arg("-O")

@@ -207,7 +207,8 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
             | Need::Tools
             | Need::Fsx
             | Need::Herd7
-            | Need::Fuzzers => continue,
+            | Need::Fuzzers
+            | Need::Packager => continue,
         };
         if !products.contains(&product) {
             products.push(product);

@@ -96,6 +96,7 @@ pub enum Command {
     /// storage failed, exports that start, are recovered or end.
     Events {
         /// The export [default: all]
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
         export: Option<String>,
         /// The server, by name [default: all that run]
         #[arg(long, value_name = "NAME")]

@@ -87,6 +87,16 @@ const PAGES: &[Page] = &[
         exit_status: &[],
     },
     Page {
+        name: "ublkup-events",
+        examples: &[(
+            "Tell somebody when a request failed:",
+            &[
+                "ublkup events --json | grep --line-buffered storage-error | while read -r event; do … done",
+            ],
+        )],
+        exit_status: &[],
+    },
+    Page {
         name: "ublkup-resize",
         examples: &[(
             "Make the image and the disk larger, then the file system on it:",
@@ -234,7 +244,14 @@ const SIGNALS: Terms = &[
     ),
 ];
 
-const UPGRADE: &str = include_str!("../../man/ublkup-upgrade.7");
+/// Pages that are no command's.
+const OTHERS: [(&str, &str); 2] = [
+    ("ublkup-admin.7", include_str!("../../man/ublkup-admin.7")),
+    (
+        "ublkup-upgrade.7",
+        include_str!("../../man/ublkup-upgrade.7"),
+    ),
+];
 
 /// Writes the pages of all commands that are not hidden, and those that are no command's.
 pub(super) fn write_pages(command: Command, folder: &Path) -> io::Result<()> {
@@ -245,7 +262,10 @@ pub(super) fn write_pages(command: Command, folder: &Path) -> io::Result<()> {
         let man = Man::new(one.clone());
         fs::write(folder.join(man.get_filename()), page(&man, one)?)?;
     }
-    fs::write(folder.join("ublkup-upgrade.7"), UPGRADE)
+    for (name, text) in OTHERS {
+        fs::write(folder.join(name), text)?;
+    }
+    Ok(())
 }
 
 fn page(man: &Man, command: &Command) -> io::Result<Vec<u8>> {
@@ -295,6 +315,8 @@ fn page(man: &Man, command: &Command) -> io::Result<Vec<u8>> {
         bold("ublkup.toml"),
         roman("(5), "),
         bold("ublkup-upgrade"),
+        roman("(7), "),
+        bold("ublkup-admin"),
         roman("(7)"),
     ]);
     roff.to_writer(&mut text)?;

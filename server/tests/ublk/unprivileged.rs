@@ -15,7 +15,7 @@ use super::run;
 use super::upgrade::{BLOCK, PLAIN, direct, leave, read_block, service, write_block};
 use testkit::server::Server;
 
-const RULES: &str = include_str!("../../udev/59-ublkup.rules");
+const RULES: &str = include_str!("../../package/udev/59-ublkup.rules");
 const INSTALLED: &str = "/run/udev/rules.d/59-ublkup.rules";
 
 /// udev, with the rules for members of the group `nogroup`; it ends with the value, and

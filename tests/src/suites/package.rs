@@ -9,8 +9,7 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Context as _, Result, ensure};
 use testkit::shell::{Finished, Shell, sh};
-use testkit::vhost::driver::Driver;
-use testkit::vhost::{OK, USUAL};
+use testkit::vhost::{Driver, OK, USUAL};
 
 use crate::package::{self, Packages};
 use crate::test;

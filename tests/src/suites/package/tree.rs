@@ -103,13 +103,7 @@ impl Tree {
 
     pub(super) fn install(&self, package: &Path) -> Result<()> {
         fs::copy(package, self.0.join("tmp/ublkup.deb"))?;
-        self.run(&[
-            "apt-get",
-            "install",
-            "-y",
-            "--no-download",
-            "/tmp/ublkup.deb",
-        ])?;
+        self.run(&["apt-get", "install", "-y", "/tmp/ublkup.deb"])?;
         Ok(())
     }
 
