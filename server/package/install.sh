@@ -22,7 +22,7 @@ put() { # MODE TARGET FILE…
 
 put 755 /usr/bin "$from/ublkup"
 put 755 /usr/lib/ublkup "$here/systemd/service-stop"
-put 644 /usr/lib/systemd/system "$here/systemd/ublkup.service" "$here/systemd/ublkup@.service"
+put 644 /usr/lib/systemd/system "$here"/systemd/ublkup*
 put 644 /usr/lib/udev/rules.d "$here"/udev/*.rules
 put 644 /etc/ublkup "$here/etc/ublkup.toml"
 mkdir -p "$to/usr/lib/sysusers.d" "$to/usr/lib/modules-load.d" "$to/etc/apparmor.d/abstractions/libvirt-qemu.d"

@@ -55,7 +55,7 @@ fn systemd_takes_the_units_and_finds_them_confined(cx: &Context) -> Result<()> {
         fs::copy("/bin/true", path)?;
     }
     let sources = cx.paths.repo.join("server/package/systemd");
-    for unit in ["ublkup.service", "ublkup@.service"] {
+    for unit in ["ublkup.service", "ublkup@.service", "ublkup@.socket"] {
         fs::copy(sources.join(unit), units.join(unit))?;
     }
     // systemd's own, which these refer to.
@@ -64,17 +64,22 @@ fn systemd_takes_the_units_and_finds_them_confined(cx: &Context) -> Result<()> {
             fs::copy(entry.path(), units.join(entry.file_name()))?;
         }
     }
-    let analyze = |words: &[&str]| {
+    let analyze = |words: &[&str], units: &[&str]| {
         Shell::new("systemd-analyze")
             .args(words)
             .arg(format!("--root={}", root.display()))
-            .args(["ublkup.service", "ublkup@x.service"])
+            .args(units)
             .finish()
     };
-    let Finished { stderr, status, .. } = analyze(&["verify", "--man=no"])?;
+    let services = ["ublkup.service", "ublkup@x.service"];
+    let all = [&services[..], &["ublkup@x.socket"]].concat();
+    let Finished { stderr, status, .. } = analyze(&["verify", "--man=no"], &all)?;
     ensure!(status.success() && stderr.trim().is_empty(), "{stderr}");
     let threshold = format!("--threshold={MOST_EXPOSURE}");
-    let found = analyze(&["security", "--no-pager", "--offline=true", &threshold])?;
+    let found = analyze(
+        &["security", "--no-pager", "--offline=true", &threshold],
+        &services,
+    )?;
     ensure!(found.status.success(), "{}{}", found.stdout, found.stderr);
     Ok(())
 }
