@@ -85,6 +85,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             shrink,
             json,
         } => client::resize(&dir()?, &name, size, shrink, json),
+        Command::Set { name, options } => client::set(&dir()?, &name, &options),
         Command::Stop { name, force } => client::stop(&dir()?, &name, force),
         Command::Recover {
             name,

@@ -35,7 +35,10 @@ fn answer(lab: &Sandbox, line: &str) -> String {
         .collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let finished = lab.finish(&words, &[]);
-    let mut text = (finished.stdout + &finished.stderr).replace(folder, "DIR");
+    let here = std::env::current_dir().unwrap();
+    let mut text = (finished.stdout + &finished.stderr)
+        .replace(folder, "DIR")
+        .replace(&here.display().to_string(), "HERE");
     // Which processors there are differs.
     if let Some(at) = text.find("give some of ") {
         text.truncate(at);

@@ -5,14 +5,17 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::ArgValueCandidates;
-use tracing_subscriber::EnvFilter;
 
 use super::names::export_names;
 use crate::config::{
-    ConfigError, ExportConfig, ExportOptions, check_name, check_together, read_file,
+    ConfigError, ExportConfig, ExportOptions, check_name, check_together, is_configured,
+    read_config,
 };
-use crate::engine::log::LogFormat;
+use crate::engine::log::{self, LogFormat};
 use crate::export::Predecessor;
+
+/// What is served where nothing else is asked for.
+const CONFIG_FOLDER: &str = "/etc/ublkup";
 
 /// Exit code for wrong usage; clap's own.
 pub const USAGE: u8 = 2;
@@ -51,7 +54,7 @@ pub struct Cli {
         value_name = "LEVEL",
         env = "UBLKUP_LOG",
         default_value = "info",
-        value_parser = log_filter
+        value_parser = log::check_filter
     )]
     pub log: String,
 
@@ -124,7 +127,20 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Change options of an export while it is served
+    ///
+    /// The limits (iops-total, bps-read, …) and reconnect-grace can be changed; recover and the commands that follow
+    /// know what was changed. log=LEVEL changes the log of the export's server, until that ends.
+    Set {
+        /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
+        name: String,
+        /// What to change
+        #[arg(value_name = "KEY=VALUE", required = true, value_parser = key_value)]
+        options: Vec<(String, String)>,
+    },
     /// Drain an export and stop serving it; refused while it is in use
+    #[command(visible_alias = "remove")]
     Stop {
         /// The export
         #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
@@ -211,7 +227,7 @@ pub enum Command {
 pub struct Serve {
     /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE, file:PATH, or just the path of a file; keys are
     /// the export options below, and for files cache=auto|direct|buffered and format=raw
-    #[arg(value_name = "SPEC", required_unless_present = "config")]
+    #[arg(value_name = "SPEC")]
     pub specs: Vec<String>,
 
     /// What is done about earlier servers.
@@ -230,7 +246,8 @@ pub struct Serve {
     #[arg(long, value_name = "NAME", value_parser = export_name)]
     pub server_name: Option<String>,
 
-    /// Serve the `[[export]]` tables of a TOML file, beside the SPECs
+    /// Serve the `[[export]]` tables of a TOML file, beside the SPECs; of a folder: those of its ublkup.toml and of
+    /// exports.d/*.toml [default: without a SPEC /etc/ublkup, if there are exports in it]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
@@ -335,6 +352,11 @@ fn export_name(text: &str) -> Result<String, ConfigError> {
     check_name(text).map(|()| text.to_owned())
 }
 
+fn key_value(text: &str) -> Result<(String, String), &'static str> {
+    let (key, value) = text.split_once('=').ok_or("give KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
 /// The number in the name of a ublk device.
 fn ublk_device(text: &str) -> Result<u32, &'static str> {
     let name = text.strip_prefix("/dev/").unwrap_or(text);
@@ -342,22 +364,6 @@ fn ublk_device(text: &str) -> Result<u32, &'static str> {
         .iter()
         .find_map(|kind| name.strip_prefix(kind));
     (number.and_then(|number| number.parse().ok())).ok_or("give /dev/ublkbN")
-}
-
-/// Checks a filter of the log. `EnvFilter` takes any word for a module, and a misspelt level switched the log off.
-fn log_filter(text: &str) -> Result<String, String> {
-    let levels = ["error", "warn", "info", "debug", "trace", "off"];
-    let is_good = |directive: &str| {
-        let level = directive.rsplit('=').next().unwrap_or(directive);
-        levels.contains(&level.trim().to_ascii_lowercase().as_str())
-    };
-    match text.split(',').all(is_good) && EnvFilter::try_new(text).is_ok() {
-        true => Ok(text.to_owned()),
-        false => Err(format!(
-            "give one of {}, or MODULE=LEVEL",
-            levels.join(", ")
-        )),
-    }
 }
 
 impl Serve {
@@ -382,8 +388,18 @@ impl Serve {
         for spec in &self.specs {
             exports.push(ExportConfig::new(spec.parse()?, options.clone(), &folder)?);
         }
-        if let Some(path) = &self.config {
-            exports.extend(read_file(path, options)?);
+        match &self.config {
+            Some(path) => exports.extend(read_config(path, options)?),
+            None if !exports.is_empty() => {}
+            None if is_configured(CONFIG_FOLDER.as_ref()) => {
+                exports.extend(read_config(CONFIG_FOLDER.as_ref(), options)?);
+            }
+            None => {
+                return Err(ConfigError::new(format!(
+                    "nothing to serve: give a SPEC like file:/srv/disk.img, or --config FILE; there is no \
+                     {CONFIG_FOLDER}/ublkup.toml and no {CONFIG_FOLDER}/exports.d/*.toml"
+                )));
+            }
         }
         check_together(&exports)?;
         Ok(exports)
@@ -412,7 +428,7 @@ mod tests {
     #[test]
     fn a_log_level_that_does_not_exist_is_refused() {
         for good in ["info", "WARN", "off", "info,ublkup::door=debug"] {
-            assert_eq!(log_filter(good).as_deref(), Ok(good));
+            assert_eq!(log::check_filter(good).as_deref(), Ok(good));
         }
         for bad in [
             "",
@@ -423,7 +439,9 @@ mod tests {
             "ublkup=all",
         ] {
             assert!(
-                log_filter(bad).unwrap_err().contains("error, warn, info"),
+                log::check_filter(bad)
+                    .unwrap_err()
+                    .contains("error, warn, info"),
                 "{bad}"
             );
         }

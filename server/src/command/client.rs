@@ -170,6 +170,18 @@ pub fn resize(
     Ok(ExitCode::SUCCESS)
 }
 
+/// `ublkup set`
+///
+/// # Errors
+///
+/// When the export is not served, or an option cannot be changed.
+pub fn set(dir: &RuntimeDir, name: &str, options: &[(String, String)]) -> Result<ExitCode> {
+    let control = served(dir, name)?;
+    admin::set(&control, options.iter().cloned().collect(), STAT_LIMIT)
+        .with_context(|| format!("{name} stays as it is"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
 /// The admin socket of an export.
 fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
     check_name(name)?;

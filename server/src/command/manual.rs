@@ -105,6 +105,20 @@ const PAGES: &[Page] = &[
         exit_status: &[],
     },
     Page {
+        name: "ublkup-set",
+        examples: &[
+            (
+                "Limit a noisy guest, without a restart:",
+                &["ublkup set disk iops-total=1000 bps-total=10M"],
+            ),
+            (
+                "See more of what its server does, for a while:",
+                &["ublkup set disk log=debug", "ublkup set disk log=info"],
+            ),
+        ],
+        exit_status: &[],
+    },
+    Page {
         name: "ublkup-stop",
         examples: &[
             ("Stop an export that is not in use:", &["ublkup stop disk"]),

@@ -1,6 +1,6 @@
 //! One export, validated.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use clap::FromArgMatches;
 
 use super::error::ConfigError;
 use super::name::check_name;
-use super::options::{DoorMode, ExportOptions};
+use super::options::{DoorMode, ExportOptions, read_keys};
 use super::spec::{Spec, StorageSpec};
 use crate::door::ublk::{DataPath, Recovery};
 use crate::engine::socket::SocketAccess;
@@ -79,10 +79,41 @@ impl ExportConfig {
     /// When two options contradict each other, or what was asked for cannot be on this machine.
     pub fn new(spec: Spec, options: ExportOptions, folder: &Path) -> Result<Self, ConfigError> {
         spec.check_path(folder)?;
+        Self::with(spec, options, BTreeMap::new(), folder)
+    }
+
+    /// This configuration, with what can be changed while it is served taken from another one.
+    #[must_use]
+    pub fn with_live_options_of(&self, other: &Self) -> Self {
+        Self {
+            limits: other.limits,
+            reconnect_grace: other.reconnect_grace,
+            saved: other.saved.clone(),
+            ..self.clone()
+        }
+    }
+
+    /// As [`new`](Self::new), with options that were changed while it was served, which have precedence over all.
+    fn with(
+        spec: Spec,
+        options: ExportOptions,
+        changed: BTreeMap<String, String>,
+        folder: &Path,
+    ) -> Result<Self, ConfigError> {
         let mut given = options.clone();
         given
             .update_from_arg_matches(&spec.options)
             .map_err(|error| ConfigError::new(error.to_string()))?;
+        let pairs = changed
+            .iter()
+            .map(|(key, value)| (key.as_str(), Some(value.as_str())));
+        read_keys::<ExportOptions>(pairs)
+            .map_err(|error| error.to_string())
+            .and_then(|keys| {
+                let updated = given.update_from_arg_matches(&keys);
+                updated.map_err(|error| error.to_string())
+            })
+            .map_err(ConfigError::new)?;
         let name = match (&spec.name, &given.name) {
             (Some(a), Some(b)) if a != b => {
                 return Err(ConfigError::new(format!(
@@ -102,6 +133,7 @@ impl ExportConfig {
                 name: Some(name.clone()),
                 ..options
             },
+            changed,
         };
         let limits = given.limits();
         let serial = match given.serial {
@@ -232,6 +264,9 @@ pub struct SavedExport {
     pub spec: String,
     /// The options from elsewhere.
     pub options: ExportOptions,
+    /// Those that were changed while it was served.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub changed: BTreeMap<String, String>,
 }
 
 impl SavedExport {
@@ -241,7 +276,13 @@ impl SavedExport {
     ///
     /// When it can no longer be served as it was.
     pub fn export(self) -> Result<ExportConfig, ConfigError> {
-        ExportConfig::new(self.spec.parse()?, self.options, &self.folder)
+        let Self {
+            folder,
+            spec,
+            options,
+            changed,
+        } = self;
+        ExportConfig::with(spec.parse()?, options, changed, &folder)
     }
 }
 

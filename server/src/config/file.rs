@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::fmt::Display;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::FromArgMatches;
 use toml::Spanned;
@@ -15,13 +15,71 @@ use super::export::ExportConfig;
 use super::options::{ExportOptions, read_keys};
 use super::spec::Spec;
 
-/// The exports of a TOML file, whose keys have precedence over `options`. Relative paths in it are relative to the
-/// folder it is in.
+/// The main file of a configuration folder, and the folder of the others in it.
+const MAIN: &str = "ublkup.toml";
+const OTHERS: &str = "exports.d";
+
+/// Whether there is a configuration in a folder.
+#[must_use]
+pub fn is_configured(folder: &Path) -> bool {
+    folder.join(MAIN).exists() || !others(folder).unwrap_or_default().is_empty()
+}
+
+/// The exports of a TOML file, or of a folder: those of its `ublkup.toml` and of `exports.d/*.toml`, in the order of
+/// their names. Keys in files have precedence over `options`; `[defaults]` of `ublkup.toml` hold for the other files
+/// too. Relative paths are relative to the folder of the file that they are in.
 ///
 /// # Errors
 ///
-/// When the file cannot be read or asks for what cannot be served; the message begins with file and line.
-pub fn read_file(path: &Path, options: &ExportOptions) -> Result<Vec<ExportConfig>, ConfigError> {
+/// When a file cannot be read or asks for what cannot be served; the message begins with file and line.
+pub fn read_config(path: &Path, options: &ExportOptions) -> Result<Vec<ExportConfig>, ConfigError> {
+    let mut exports = Vec::new();
+    if path.is_dir() {
+        let mut defaults = options.clone();
+        let main = path.join(MAIN);
+        if main.exists() {
+            (defaults, exports) = read_file(&main, options)?;
+        }
+        let unreadable =
+            |error| ConfigError::new(format!("cannot read {}: {error}", path.display()));
+        for file in others(path).map_err(unreadable)? {
+            exports.extend(read_file(&file, &defaults)?.1);
+        }
+    } else {
+        exports = read_file(path, options)?.1;
+    }
+    match exports.is_empty() {
+        true => Err(ConfigError::new(format!(
+            "{}: no [[export]] in it",
+            path.display()
+        ))),
+        false => Ok(exports),
+    }
+}
+
+/// The files beside the main one, sorted.
+fn others(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let entries = match std::fs::read_dir(folder.join(OTHERS)) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut files = entries
+        .map(|entry| Ok(entry?.path()))
+        .collect::<std::io::Result<Vec<_>>>()?;
+    // No hidden ones: editors put their copies there.
+    files.retain(|path| {
+        let is_hidden = (path.file_name()).is_some_and(|name| name.as_encoded_bytes()[0] == b'.');
+        path.extension() == Some("toml".as_ref()) && !is_hidden
+    });
+    files.sort();
+    Ok(files)
+}
+
+/// The defaults and the exports of a file.
+fn read_file(
+    path: &Path,
+    options: &ExportOptions,
+) -> Result<(ExportOptions, Vec<ExportConfig>), ConfigError> {
     let in_file = |error| ConfigError::new(format!("{}: {error}", path.display()));
     let text = std::fs::read_to_string(path)
         .map_err(|error| ConfigError::new(format!("cannot read {}: {error}", path.display())))?;
@@ -41,7 +99,10 @@ struct ConfigFile<'a> {
 }
 
 impl ConfigFile<'_> {
-    fn exports(&self, options: &ExportOptions) -> Result<Vec<ExportConfig>, ConfigError> {
+    fn exports(
+        &self,
+        options: &ExportOptions,
+    ) -> Result<(ExportOptions, Vec<ExportConfig>), ConfigError> {
         let document = DeTable::parse(self.text).map_err(|error| {
             let place = error.span().unwrap_or_default();
             self.refuse(&place, error.message().replace('\n', " "))
@@ -64,16 +125,11 @@ impl ConfigFile<'_> {
                 }
             }
         }
-        if exports.is_empty() {
-            return Err(ConfigError::new(format!(
-                "{}: no [[export]] in it",
-                self.name
-            )));
-        }
         let numbered = exports.iter().zip(1..);
-        numbered
+        let exports = numbered
             .map(|(table, number)| self.export(table, number, &defaults))
-            .collect()
+            .collect::<Result<_, _>>()?;
+        Ok((defaults, exports))
     }
 
     fn export(

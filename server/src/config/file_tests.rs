@@ -7,7 +7,9 @@ fn parse(text: &str, options: &ExportOptions) -> Result<Vec<ExportConfig>, Strin
         folder: Path::new("/etc/ublkup"),
         text,
     };
-    file.exports(options).map_err(|error| error.to_string())
+    let read = file.exports(options);
+    read.map(|(_, exports)| exports)
+        .map_err(|error| error.to_string())
 }
 
 #[test]
@@ -54,7 +56,6 @@ fn relative_paths_are_relative_to_the_file() {
 #[test]
 fn a_bad_file_gets_one_line_with_line_key_and_what_is_allowed() {
     for (text, why) in [
-        ("", "f.toml: no [[export]] in it"),
         (
             "\n[[export]]\nname = 'a'",
             "f.toml:2: export 1: no spec, e.g. spec = \"file:/srv/disk.img\"",
@@ -112,5 +113,40 @@ fn a_bad_file_gets_one_line_with_line_key_and_what_is_allowed() {
     assert!(
         error.starts_with("f.toml:2: ") && !error.contains('\n'),
         "{error}"
+    );
+}
+
+#[test]
+fn a_folder_is_its_main_file_and_those_beside_it_with_the_defaults_of_the_main_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let read = || read_config(path, &ExportOptions::default()).map_err(|error| error.to_string());
+    assert!(!is_configured(path));
+    assert!(read().unwrap_err().ends_with("no [[export]] in it"));
+    let write = |name: &str, text: &str| std::fs::write(path.join(name), text).unwrap();
+    write("ublkup.toml", "[defaults]\nqueues = 2\nublk = \"no\"\n");
+    assert!(read().unwrap_err().ends_with("no [[export]] in it"));
+    std::fs::create_dir(path.join("exports.d")).unwrap();
+    let export = |spec: &str| format!("[[export]]\nspec = \"{spec}\"\n");
+    write("exports.d/2.toml", &export("b=file:x.img"));
+    write(
+        "exports.d/1.toml",
+        &("[defaults]\nqueues = 3\n".to_owned() + &export("a=mem:1M")),
+    );
+    write("exports.d/.3.toml", "no TOML");
+    write("exports.d/3.toml.dpkg-old", "no TOML");
+    assert!(is_configured(path));
+    let exports = read().unwrap();
+    let found: Vec<_> = (exports.iter())
+        .map(|one| (one.name.as_str(), one.queues, one.ublk))
+        .collect();
+    assert_eq!(found, [("a", 3, DoorMode::No), ("b", 2, DoorMode::No)]);
+    let image = path.join("exports.d/x.img").display().to_string();
+    assert_eq!(exports[1].storage.to_string(), format!("file:{image}"));
+    write("exports.d/3.toml", "[[export]]\n");
+    assert!(
+        read()
+            .unwrap_err()
+            .contains("exports.d/3.toml:1: export 1: no spec")
     );
 }

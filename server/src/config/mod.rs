@@ -23,7 +23,7 @@ mod spec;
 
 pub use error::ConfigError;
 pub use export::{ExportConfig, SavedExport, check_together};
-pub use file::read_file;
+pub use file::{is_configured, read_config};
 pub use name::check_name;
 pub use options::{DoorMode, ExportOptions, switch};
 pub use spec::{Spec, StorageSpec};

@@ -8,6 +8,7 @@
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
@@ -42,6 +43,11 @@ pub enum LogFormat {
     Json,
 }
 
+type ChangeFilter = dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync;
+
+/// Changes the filter of the log of this process.
+static CHANGE_FILTER: OnceLock<Box<ChangeFilter>> = OnceLock::new();
+
 static LOST: AtomicUsize = AtomicUsize::new(0);
 
 /// Lines on their way to the thread that writes them.
@@ -57,6 +63,18 @@ pub fn lost_lines() -> usize {
 pub fn wait_until_written() {
     let waiting = || WAITING.load(Ordering::Relaxed);
     repeat_while(END_LIMIT, END_INTERVAL, waiting, |waiting| *waiting > 0);
+}
+
+/// Makes a log that of the process. Each format is a type of its own, so this is no function.
+macro_rules! init {
+    ($log:expr) => {{
+        let log = $log.with_filter_reloading();
+        let handle = log.reload_handle();
+        let change = move |filter| handle.reload(filter).map_err(|error| error.to_string());
+        // There is one log.
+        let _ = CHANGE_FILTER.set(Box::new(change));
+        log.init();
+    }};
 }
 
 /// Starts the log. Its last lines are written when the result is dropped, for a second at most.
@@ -77,20 +95,49 @@ pub fn start(filter: &str, log_format: LogFormat) -> io::Result<Log> {
     let text = format::format().with_target(false);
     let json = format::json().flatten_event(true).with_target(false);
     match (log_format, is_journal()) {
-        (LogFormat::Text, false) => log.fmt_fields(fields()).event_format(text).init(),
+        (LogFormat::Text, false) => init!(log.fmt_fields(fields()).event_format(text)),
         (LogFormat::Text, true) => {
             let text = text.without_time().with_level(false);
-            log.fmt_fields(fields())
-                .event_format(Prioritized(text))
-                .init();
+            init!(log.fmt_fields(fields()).event_format(Prioritized(text)));
         }
-        (LogFormat::Json, false) => log.json().event_format(json).init(),
+        (LogFormat::Json, false) => init!(log.json().event_format(json)),
         (LogFormat::Json, true) => {
             let json = Prioritized(json.without_time());
-            log.json().event_format(json).init();
+            init!(log.json().event_format(json));
         }
     }
     Ok(Log { sender, thread })
+}
+
+/// Checks a filter of the log. `EnvFilter` takes any word for a module, and a misspelt level switched the log off.
+///
+/// # Errors
+///
+/// What may be given.
+pub fn check_filter(text: &str) -> Result<String, String> {
+    let levels = ["error", "warn", "info", "debug", "trace", "off"];
+    let is_good = |directive: &str| {
+        let level = directive.rsplit('=').next().unwrap_or(directive);
+        levels.contains(&level.trim().to_ascii_lowercase().as_str())
+    };
+    match text.split(',').all(is_good) && EnvFilter::try_new(text).is_ok() {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "give one of {}, or MODULE=LEVEL",
+            levels.join(", ")
+        )),
+    }
+}
+
+/// Changes what is logged from now on.
+///
+/// # Errors
+///
+/// What may be given, or that there is no log.
+pub fn set_filter(text: &str) -> Result<(), String> {
+    let filter = EnvFilter::new(check_filter(text)?);
+    let change = CHANGE_FILTER.get().ok_or("this process has no log")?;
+    change(filter)
 }
 
 /// Whether standard error is a stream to the journal (systemd.exec(5), `JOURNAL_STREAM`).

@@ -1,9 +1,10 @@
 //! What an export answers at its admin socket.
 
+use std::collections::BTreeMap;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
 use super::admin::{
     self, ExportStatus, OPEN_INTERVAL, OPEN_LIMIT, RefusalStatus, Resized, SessionStatus,
@@ -95,6 +96,42 @@ impl Shared {
             return Ok(Some(format!("in use: {device} is open: {user} ({FORCE})")));
         }
         Ok(None)
+    }
+
+    /// Changes options, or none of them.
+    fn change(&self, options: BTreeMap<String, String>) -> Result<()> {
+        let mut live = self.live();
+        let live = live.as_mut().context("it is being stopped")?;
+        let with = |options: BTreeMap<String, String>| {
+            let mut saved = live.config.saved.clone();
+            saved.changed.extend(options);
+            saved.export()
+        };
+        let mut fixed = Vec::new();
+        for (key, value) in &options {
+            let changed = with(BTreeMap::from([(key.clone(), value.clone())]))?;
+            if live.config.with_live_options_of(&changed) != changed {
+                fixed.push(key.as_str());
+            }
+        }
+        ensure!(
+            fixed.is_empty(),
+            "{} cannot be changed while the export is served: serve it again with other options (--take-over keeps \
+             its clients); what can be changed: the limits (iops-…, bps-…, burst-ms), reconnect-grace, log",
+            fixed.join(", ")
+        );
+        let changed = with(options.clone())?;
+        // First, so that what is in force is what the next server reads.
+        let served = serde_json::to_string(&changed.saved)?;
+        (live.note.replace(&served, || {})).context("cannot note it in the runtime directory")?;
+        self.throttle.set(changed.limits);
+        self.access.set_grace(changed.reconnect_grace);
+        live.config = changed;
+        for (key, value) in options {
+            tracing::info!("{}: {key}={value}", self.config.name);
+            events::tell(&self.config.name, What::Changed { key, value });
+        }
+        Ok(())
     }
 
     /// Gives the disk its size back: the storage keeps what was to be cut off.
@@ -248,6 +285,21 @@ impl admin::Service for Shared {
             old_size_bytes,
             untold_clients,
         })
+    }
+
+    fn set(&self, mut options: BTreeMap<String, String>) -> Result<()> {
+        let log = options.remove("log");
+        if let Some(filter) = &log {
+            log::check_filter(filter).map_err(|why| anyhow!("log: {why}"))?;
+        }
+        if !options.is_empty() {
+            self.change(options)?;
+        }
+        if let Some(filter) = log {
+            log::set_filter(&filter).map_err(|why| anyhow!("log: {why}"))?;
+            tracing::info!("{}: log={filter}, for the whole server", self.config.name);
+        }
+        Ok(())
     }
 
     fn stop(&self, force: bool, openers: Option<String>) -> Result<()> {

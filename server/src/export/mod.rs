@@ -44,12 +44,12 @@ use crate::door::ublk::UblkDoor;
 use crate::engine::crash;
 use crate::engine::events::{self, What};
 use crate::engine::sandbox::{Access, Reach};
-use crate::engine::throttle::{RateLimits, Throttle};
+use crate::engine::throttle::Throttle;
 use admin::Listening;
 use name_lock::{CONTROL, NameLock};
 use open::{Opened, Opening};
 use runtime_dir::RuntimeDir;
-use shared::{Closing, Shared, State};
+use shared::{Closing, Live, Shared, State};
 use upgrade::UpgradeListener;
 
 /// A served export. Dropping it without [`Export::stop`] closes the doors all the same.
@@ -127,8 +127,13 @@ impl Export {
         server: &Arc<Server>,
     ) -> Result<(Arc<Shared>, Listening)> {
         let is_inherited = doors.is_inherited;
+        let live = Live {
+            config: config.clone(),
+            note: claim.served_note(),
+        };
         let shared = Arc::new(Shared {
             config,
+            live: Mutex::new(Some(live)),
             server: server.name().to_owned(),
             started_unix_seconds: server::unix_seconds(),
             limits: storage.limits().clone(),
@@ -151,11 +156,6 @@ impl Export {
                 Err(error)
             }
         }
-    }
-
-    /// Changes the limits on clients, from now on.
-    pub fn set_limits(&self, limits: RateLimits) {
-        self.shared.throttle.set(limits);
     }
 
     /// The open doors and where they are.

@@ -131,6 +131,11 @@ impl NameLock {
         self.file(UPGRADED)
     }
 
+    /// The note of what is served.
+    pub(super) fn served_note(&self) -> NoteFile {
+        self.file(SERVED)
+    }
+
     /// Removes the note of which vhost client had the disk, whose contents are lost.
     pub(super) fn forget_client(&self) {
         self.remove(UPGRADED);

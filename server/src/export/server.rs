@@ -149,7 +149,10 @@ impl Answerer for Server {
                 exports: self.all().iter().map(|export| export.status()).collect(),
             }),
             Command::Events {} => return Ok(Reply::Events(Reader::new(None)?)),
-            Command::Stop { .. } | Command::Leave {} | Command::Resize { .. } => {
+            Command::Stop { .. }
+            | Command::Leave {}
+            | Command::Resize { .. }
+            | Command::Set { .. } => {
                 bail!("of which export? Give its name as \"export\"")
             }
         };

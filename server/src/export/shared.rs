@@ -13,6 +13,7 @@ use crate::door::vhost::VhostDoor;
 use crate::engine::StorageControl;
 use crate::engine::counters::CounterSet;
 use crate::engine::crash;
+use crate::engine::durable::NoteFile;
 use crate::engine::events::{self, What};
 use crate::engine::throttle::{RateLimits, Throttle};
 use crate::request::Limits;
@@ -23,6 +24,8 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 /// What the admin socket's thread sees.
 pub(super) struct Shared {
     pub(super) config: ExportConfig,
+    /// What can be changed while it is served; `None` once it is being ended.
+    pub(super) live: Mutex<Option<Live>>,
     /// Name of the server.
     pub(super) server: String,
     pub(super) started_unix_seconds: u64,
@@ -37,6 +40,12 @@ pub(super) struct Shared {
     pub(super) doors: Mutex<Doors>,
     pub(super) ended: Condvar,
     pub(super) events: mpsc::Sender<Event>,
+}
+
+/// The configuration with what was changed, and its note.
+pub(super) struct Live {
+    pub(super) config: ExportConfig,
+    pub(super) note: NoteFile,
 }
 
 #[derive(Default)]
@@ -120,6 +129,8 @@ impl Shared {
     /// device stays. Returns whether all requests had ended.
     pub(super) fn close_doors(&self, claim: &NameLock, is_left: bool) -> bool {
         let name = &self.config.name;
+        // From here on nothing is noted of it.
+        drop(self.live().take());
         let mut all_ended = true;
         let close = |closing: Closing| {
             self.doors().waits_for = Some(closing.waits_for());
@@ -169,6 +180,11 @@ impl Shared {
             None => What::Started,
         };
         events::tell(&self.config.name, what);
+    }
+
+    pub(super) fn live(&self) -> MutexGuard<'_, Option<Live>> {
+        // Replaced as a whole.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn storage(&self) -> MutexGuard<'_, Option<Arc<dyn StorageControl>>> {

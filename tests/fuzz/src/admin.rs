@@ -3,6 +3,7 @@
 //! What must hold: a request is answered with one line of JSON, and does what its words say or nothing; an answer is taken
 //! for what it is, or refused.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -46,6 +47,11 @@ impl Service for Export {
 
     fn stop(&self, force: bool, openers: Option<String>) -> anyhow::Result<()> {
         self.note(Command::Stop { force, openers });
+        Ok(())
+    }
+
+    fn set(&self, options: BTreeMap<String, String>) -> anyhow::Result<()> {
+        self.note(Command::Set { options });
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use ublkup::config::{
-    ConfigError, ExportConfig, ExportOptions, SavedExport, Spec, check_together, read_file,
+    ConfigError, ExportConfig, ExportOptions, SavedExport, Spec, check_together, read_config,
 };
 
 /// Runs one input.
@@ -19,7 +19,7 @@ pub fn run(input: &[u8]) {
         let file = File::from(memfd_create("config", MemfdFlags::CLOEXEC).expect("a file"));
         file.write_all_at(input, 0).expect("written");
         let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let Some(exports) = check(read_file(&path, &ExportOptions::default())) else {
+        let Some(exports) = check(read_config(&path, &ExportOptions::default())) else {
             return;
         };
         for export in &exports {

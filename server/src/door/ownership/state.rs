@@ -106,7 +106,7 @@ pub(super) struct Inner {
 /// The right to write to one export. No door has it before [`Ownership::open`].
 pub struct Ownership {
     pub(super) export: String,
-    grace: Duration,
+    grace: Mutex<Duration>,
     pub(super) shared: bool,
     machine: Box<dyn Machine>,
     /// Whether the note stays as it is. Locked before `inner`, and for every change of the note: it takes
@@ -141,7 +141,7 @@ impl Ownership {
     ) -> Arc<Self> {
         Arc::new(Self {
             export: export.to_owned(),
-            grace,
+            grace: Mutex::new(grace),
             shared: read_only,
             notes: Mutex::default(),
             inner: Mutex::new(Inner {
@@ -184,7 +184,7 @@ impl Ownership {
     /// ublk door must be opened refusing writes.
     #[must_use]
     pub fn is_kept(&self) -> bool {
-        !self.shared && !self.grace.is_zero() && self.inner().note.holder.is_some()
+        !self.shared && !self.grace().is_zero() && self.inner().note.holder.is_some()
     }
 
     /// Opens the export for clients, with the ublk door if there is one.
@@ -237,6 +237,16 @@ impl Ownership {
                 "cannot note in the runtime directory that no client has the disk: {error}"
             );
         }
+    }
+
+    /// How long the disk is kept for a client that crashes.
+    fn grace(&self) -> Duration {
+        *self.grace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on the disk is kept so long for a client that crashes. One that is waited for has the time of before.
+    pub fn set_grace(&self, grace: Duration) {
+        *self.grace.lock().unwrap_or_else(PoisonError::into_inner) = grace;
     }
 
     /// The ublk door has gone.
@@ -374,7 +384,8 @@ impl Ownership {
         if let State::Closed = inner.state {
             return;
         }
-        if self.grace.is_zero() {
+        let grace = self.grace();
+        if grace.is_zero() {
             return self.give_back(inner);
         }
         inner.waits += 1;
@@ -386,14 +397,14 @@ impl Ownership {
                 ownership.end_wait(number);
             }
         });
-        let alarm = match self.machine.call_after(self.grace, end) {
+        let alarm = match self.machine.call_after(grace, end) {
             Ok(alarm) => alarm,
             Err(error) => {
                 tracing::error!(export = self.export, %error, "cannot wait for the client");
                 return self.give_back(inner);
             }
         };
-        let seconds = self.grace.as_secs_f32();
+        let seconds = grace.as_secs_f32();
         match holder.moving {
             true => tracing::warn!(
                 export = self.export,
@@ -406,7 +417,7 @@ impl Ownership {
         }
         inner.state = State::Waiting(Wait {
             number,
-            until: Instant::now() + self.grace,
+            until: Instant::now() + grace,
             holder,
             _alarm: alarm,
         });

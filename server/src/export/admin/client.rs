@@ -1,5 +1,6 @@
 //! The client's side of an admin socket.
 
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -12,8 +13,8 @@ use upgrade_proto::connect_within;
 
 use super::line::read_line;
 use super::protocol::{
-    Command, ExportStatus, Left, MAX_ANSWER_BYTES, OPEN_INTERVAL, OPEN_LIMIT, Refused, Request,
-    Resized, ServerStatus, Stopped, StreamLine,
+    Changed, Command, ExportStatus, Left, MAX_ANSWER_BYTES, OPEN_INTERVAL, OPEN_LIMIT, Refused,
+    Request, Resized, ServerStatus, Stopped, StreamLine,
 };
 use crate::door::ublk::openers_of;
 use crate::engine::wait::repeat_while;
@@ -80,6 +81,16 @@ pub fn resize(
     limit: Duration,
 ) -> Result<Resized> {
     ask(path, Command::Resize { size_bytes, shrink }, limit)
+}
+
+/// Changes options of an export while it is served.
+///
+/// # Errors
+///
+/// When the server refuses or does not answer.
+pub fn set(path: &Path, options: BTreeMap<String, String>, limit: Duration) -> Result<()> {
+    let Changed { changed: _ } = ask(path, Command::Set { options }, limit)?;
+    Ok(())
 }
 
 /// Asks the server whose admin socket is `path` what it is.

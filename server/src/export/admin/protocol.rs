@@ -1,5 +1,6 @@
 //! What is asked and answered at an admin socket, each as one line of JSON.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -100,6 +101,11 @@ pub enum Command {
         size_bytes: Option<u64>,
         /// Whether something may be cut off.
         shrink: bool,
+    },
+    /// Change options while it is served.
+    Set {
+        /// Key and value of each, as in a SPEC; `log` is that of the server.
+        options: BTreeMap<String, String>,
     },
     /// Which server is this? Only at the socket of a server.
     Server {},
@@ -286,6 +292,11 @@ pub(super) struct Stopped {
 #[derive(Serialize, Deserialize)]
 pub(super) struct Left {
     pub(super) left: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct Changed {
+    pub(super) changed: bool,
 }
 
 /// What became of a disk that got another size.

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::line::read_line;
 use super::protocol::{
-    Command, ExportStatus, Left, MAX_LINE_BYTES, Refused, Request, Resized, Stopped,
+    Changed, Command, ExportStatus, Left, MAX_LINE_BYTES, Refused, Request, Resized, Stopped,
 };
 use super::stream;
 use crate::engine::event_loop::Registration;
@@ -78,6 +78,10 @@ pub fn answer_for(export: &impl Service, command: Command) -> Result<Reply> {
         Command::Resize { size_bytes, shrink } => {
             serde_json::to_value(export.resize(size_bytes, shrink)?)
         }
+        Command::Set { options } => {
+            export.set(options)?;
+            serde_json::to_value(Changed { changed: true })
+        }
         Command::Events {} => {
             return Ok(Reply::Events(Reader::new(Some(export.name().to_owned()))?));
         }
@@ -106,6 +110,12 @@ pub trait Service: Send + Sync + 'static {
     ///
     /// Who uses it, unless that is no matter.
     fn stop(&self, force: bool, openers: Option<String>) -> Result<()>;
+    /// Answers `set`.
+    ///
+    /// # Errors
+    ///
+    /// What cannot be changed; then nothing is.
+    fn set(&self, options: BTreeMap<String, String>) -> Result<()>;
     /// Answers `leave`: returns when another server may take the export over.
     ///
     /// # Errors

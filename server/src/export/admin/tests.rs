@@ -1,5 +1,6 @@
 //! An admin socket from both sides.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, mpsc};
@@ -33,6 +34,9 @@ impl Service for Slow {
         self.2.fetch_add(1, Ordering::SeqCst);
         drop(self.1.lock());
         Ok(())
+    }
+    fn set(&self, options: BTreeMap<String, String>) -> Result<()> {
+        self.0.set(options)
     }
     fn leave(&self) -> Result<()> {
         self.0.leave()
@@ -83,6 +87,10 @@ impl Service for Fake {
         self.0.store(true, Ordering::SeqCst);
         Ok(())
     }
+    fn set(&self, options: BTreeMap<String, String>) -> Result<()> {
+        anyhow::ensure!(options.contains_key("depth"), "unknown");
+        Ok(())
+    }
     fn leave(&self) -> Result<()> {
         anyhow::ensure!(self.0.load(Ordering::SeqCst), "not yet");
         Ok(())
@@ -101,6 +109,10 @@ fn commands_are_answered_and_nonsense_is_refused() {
     assert_eq!(resize(&path, Some(7), false, LIMIT).unwrap().size_bytes, 7);
     let refused = resize(&path, None, false, LIMIT).unwrap_err();
     assert_eq!(refused.to_string(), "no size");
+    let one = |key: &str| BTreeMap::from([(key.to_owned(), "1".to_owned())]);
+    set(&path, one("depth"), LIMIT).unwrap();
+    let refused = set(&path, one("x"), LIMIT).unwrap_err();
+    assert_eq!(refused.to_string(), "unknown");
     assert_eq!(leave(&path, LIMIT).unwrap_err().to_string(), "not yet");
     assert_eq!(
         stop(&path, false, LIMIT, || {}).unwrap_err().to_string(),
