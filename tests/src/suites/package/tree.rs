@@ -35,7 +35,7 @@ impl Tree {
     /// Unpacks a release that the cache has, or gets, as an archive.
     pub(super) fn new(cx: &Context, suite: &str, kind: Kind) -> Result<Self> {
         let (suffix, packages) = match kind {
-            Kind::Minimal => ("", ""),
+            Kind::Minimal => ("", "apt"),
             Kind::Bootable => ("-boots", "systemd-sysv,udev,kmod,dbus,e2fsprogs"),
         };
         let archive = cache::dir()?.join(format!("debian-{suite}{suffix}.tar"));
