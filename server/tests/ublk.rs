@@ -19,6 +19,8 @@ mod intruders;
 mod many;
 #[path = "ublk/memory.rs"]
 mod memory;
+#[path = "ublk/mounts.rs"]
+mod mounts;
 #[path = "ublk/owner.rs"]
 mod owner;
 #[path = "common/recorded.rs"]

@@ -51,6 +51,7 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
         ("ublk", ublk()),
         ("memory pressure", memory_pressure()),
         ("swap", swap()),
+        ("mounts", mounts()),
         ("sandbox", sandbox()),
         ("runtime directory", runtime_directory(dir)),
     ];
@@ -177,6 +178,28 @@ fn ublk_swaps(swaps: &str) -> Vec<String> {
         .filter_map(|line| line.split_whitespace().next());
     let disks = paths.filter(|path| path.starts_with("/dev/ublkb"));
     disks.map(str::to_owned).collect()
+}
+
+fn mounts() -> Finding {
+    if ublk::available().is_err() {
+        return (
+            Verdict::Ok,
+            "no block device can be served and mounted".into(),
+        );
+    }
+    match sandbox::probe_mounts() {
+        Ok(()) => (
+            Verdict::Ok,
+            "servers of block devices have a mount namespace of their own".into(),
+        ),
+        Err(error) => (
+            Verdict::Warning,
+            format!(
+                "servers cannot have a mount namespace of their own: {error}: one that is the last process where its \
+                 disk is mounted, as in a container, cannot be killed (CAP_SYS_ADMIN, CAP_SYS_CHROOT)"
+            ),
+        ),
+    }
 }
 
 fn sandbox() -> Finding {

@@ -137,9 +137,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         }
         other => other.transpose()?,
     };
-    if sandbox {
-        enter_sandbox(exports.values(), socket.as_ref());
-    }
+    give_up_the_rest(exports.values(), socket.as_ref(), sandbox);
     // The program has standard output for itself.
     if program.is_none()
         && let Err(error) = announce(&exports)
@@ -401,7 +399,11 @@ fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
 }
 
 /// Gives up what the exports do not need now that they are open, and says in the log how far that went.
-fn enter_sandbox<'a>(exports: impl Iterator<Item = &'a Export>, socket: Option<&ServerSocket>) {
+fn give_up_the_rest<'a>(
+    exports: impl Iterator<Item = &'a Export>,
+    socket: Option<&ServerSocket>,
+    sandbox: bool,
+) {
     // What a client is; what uses a disk; what is read beyond the end of a file that was cut short. Not all of /sys: below
     // it are the file systems of debugging and tracing.
     let system = [
@@ -424,8 +426,18 @@ fn enter_sandbox<'a>(exports: impl Iterator<Item = &'a Export>, socket: Option<&
     if let Some(socket) = socket {
         socket.add_reach(&mut reach);
     }
-    let status = sandbox::enter(&reach);
-    tracing::info!("sandbox: {status}");
+    if reach.has_block_devices
+        && let Err(error) = sandbox::leave_mounts(&reach)
+    {
+        tracing::info!(
+            "no mount namespace of its own: {error}: if this server is the last process where its disk is mounted, as \
+             in a container, it cannot be killed"
+        );
+    }
+    if sandbox {
+        let status = sandbox::enter(&reach);
+        tracing::info!("sandbox: {status}");
+    }
 }
 
 #[cfg(test)]

@@ -210,6 +210,7 @@ impl Export {
         }
         if let Some((door, _)) = &doors.ublk {
             add(UblkDoor::CONTROL.as_ref(), Access::Data);
+            reach.has_block_devices = true;
             reach.administers_devices |= door.is_administrators();
         }
     }

@@ -55,6 +55,8 @@ impl Access {
 pub struct Reach {
     /// Paths that exist; others are passed over.
     pub paths: Vec<(PathBuf, Access)>,
+    /// Whether there are block devices, which others may mount.
+    pub has_block_devices: bool,
     /// Commands to the ublk driver for devices of administrators.
     pub administers_devices: bool,
 }

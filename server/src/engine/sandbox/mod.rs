@@ -4,6 +4,7 @@
 //!
 //! | file           | what takes it away                                                     |
 //! |----------------|------------------------------------------------------------------------|
+//! | `mounts.rs`    | a mount namespace with what is needed                                  |
 //! | `files.rs`     | Landlock: files, TCP, abstract sockets and processes of others         |
 //! | `seccomp.rs`   | a filter of system calls: programs, other processes, sockets, mounts … |
 //! | `threads.rs`   | what the kernel keeps for each thread, taken away on all of them       |
@@ -13,15 +14,19 @@
 //! each other. What a kernel or a container does not let us take away stays, and is [told](Status).
 
 mod files;
+mod mounts;
 mod seccomp;
 mod threads;
 
 use std::fmt;
+use std::io;
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use files::Files;
 pub use files::{Access, Reach};
-use threads::{Confinement, Lack};
+use mounts::Namespace;
+use threads::{Change, Confinement, Lack};
 
 use crate::io::{ThreadRestrictions, are_rings_restricted, leave_rings_unrestricted};
 
@@ -57,6 +62,36 @@ pub fn stay_outside() {
     leave_rings_unrestricted();
 }
 
+/// Moves all threads of this process to a mount namespace of their own, which has the mounts of `reach`. Before [`enter`],
+/// and also where that is not wanted: it is for the server's own end, see `mounts.rs`.
+///
+/// # Errors
+///
+/// Why there is none, or which threads are not in it.
+pub fn leave_mounts(reach: &Reach) -> io::Result<()> {
+    let needed: Vec<PathBuf> = reach.paths.iter().map(|(path, _)| path.clone()).collect();
+    let lacks = threads::change_all(Change::Namespace(Namespace::new(&needed)?))?;
+    match (
+        lacks.contains(Lack::Namespace),
+        mounts::threads_elsewhere()?,
+    ) {
+        (false, elsewhere) if elsewhere.is_empty() => Ok(()),
+        (_, elsewhere) => Err(io::Error::other(format!(
+            "threads stay outside: {}",
+            elsewhere.join(", ")
+        ))),
+    }
+}
+
+/// Whether [`leave_mounts`] can be done here.
+///
+/// # Errors
+///
+/// Why not.
+pub fn probe_mounts() -> io::Result<()> {
+    Namespace::new(&["/proc".into()]).map(drop)
+}
+
 /// Takes away from all threads of this process, and from those that they will start, what is beyond `reach`.
 pub fn enter(reach: &Reach) -> Status {
     confine(reach, true)
@@ -88,7 +123,7 @@ fn confine(reach: &Reach, all_threads: bool) -> Status {
         capabilities: reach.capabilities(),
     };
     let lacks = match all_threads {
-        true => threads::confine_all(confinement),
+        true => threads::change_all(Change::Confinement(confinement.into())),
         false => Ok(confinement.apply()),
     };
     match lacks {

@@ -1,6 +1,6 @@
 //! Confining threads that run already.
 //!
-//! The kernel keeps Landlock's rules, restrictions of rings and capabilities for each thread, and only the thread itself
+//! The kernel keeps Landlock's rules, restrictions of rings, capabilities and namespaces for each thread, and only the thread itself
 //! can change them (Landlock can for all, from Linux 7.0). So each thread gets a signal whose handler does it, as the
 //! C library does for setuid(2).
 
@@ -15,6 +15,7 @@ use rustix::thread::{
 };
 
 use super::files::Files;
+use super::mounts::Namespace;
 use crate::io::ThreadRestrictions;
 
 /// How long a thread may take to get the signal. All of them sleep where a signal wakes them.
@@ -24,6 +25,25 @@ const LIMIT: Duration = Duration::from_secs(10);
 const YIELDS: u32 = 100;
 const INTERVAL: Duration = Duration::from_micros(50);
 
+/// What is done to each thread.
+pub(super) enum Change {
+    Namespace(Namespace),
+    Confinement(Box<Confinement>),
+}
+
+impl Change {
+    /// Makes system calls and nothing else: it runs in a signal handler.
+    fn apply(&self) -> Lacks {
+        match self {
+            Self::Namespace(namespace) => match namespace.enter() {
+                Ok(()) => Lacks::default(),
+                Err(_) => Lacks(Lack::Namespace as u32),
+            },
+            Self::Confinement(confinement) => confinement.apply(),
+        }
+    }
+}
+
 /// What is taken away from each thread.
 pub(super) struct Confinement {
     pub(super) files: Option<Files>,
@@ -32,12 +52,13 @@ pub(super) struct Confinement {
     pub(super) capabilities: CapabilitySet,
 }
 
-/// What could not be taken away.
+/// What could not be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lack {
     Files = 1,
     Rings = 2,
     Capabilities = 4,
+    Namespace = 8,
 }
 
 /// A set of them.
@@ -79,7 +100,7 @@ impl Confinement {
     }
 }
 
-static CONFINEMENT: AtomicPtr<Confinement> = AtomicPtr::new(ptr::null_mut());
+static CHANGE: AtomicPtr<Change> = AtomicPtr::new(ptr::null_mut());
 static LACKS: AtomicU32 = AtomicU32::new(0);
 static ANSWERED: AtomicBool = AtomicBool::new(false);
 
@@ -88,40 +109,40 @@ extern "C" fn handle(_signal: libc::c_int) {
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: as above.
     let before = unsafe { *errno };
-    // SAFETY: null, or a confinement that stays until every thread that got the signal has answered.
-    if let Some(confinement) = unsafe { CONFINEMENT.load(Ordering::Acquire).as_ref() } {
-        LACKS.fetch_or(confinement.apply().0, Ordering::Relaxed);
+    // SAFETY: null, or a change that stays until every thread that got the signal has answered.
+    if let Some(change) = unsafe { CHANGE.load(Ordering::Acquire).as_ref() } {
+        LACKS.fetch_or(change.apply().0, Ordering::Relaxed);
         ANSWERED.store(true, Ordering::Release);
     }
     // SAFETY: as above.
     unsafe { *errno = before };
 }
 
-/// Confines all threads of this process, one after the other, until there is none that is not. Not by two threads at
+/// Changes all threads of this process, one after the other, until there is none that is as before. Not by two threads at
 /// once.
 ///
 /// # Errors
 ///
 /// Why some were not reached.
-pub(super) fn confine_all(confinement: Confinement) -> io::Result<Lacks> {
+pub(super) fn change_all(change: Change) -> io::Result<Lacks> {
     LACKS.store(0, Ordering::Relaxed);
-    let confinement = Box::into_raw(Box::new(confinement));
-    CONFINEMENT.store(confinement, Ordering::Release);
+    let change = Box::into_raw(Box::new(change));
+    CHANGE.store(change, Ordering::Release);
     let signal = libc::SIGRTMAX();
     let before = install(signal)?;
     let reached = signal_others(signal);
     // This thread last: under the rules of Linux 6.12 to 6.14 a thread cannot signal the others of its process. It starts
     // none meanwhile.
     // SAFETY: from `Box::into_raw` above, and nothing frees it before the end of this function.
-    let own = unsafe { &*confinement }.apply();
+    let own = unsafe { &*change }.apply();
     LACKS.fetch_or(own.0, Ordering::Relaxed);
-    // After an error a thread that has not answered may still do: handler and confinement stay.
+    // After an error a thread that has not answered may still do: handler and change stay.
     reached?;
     // SAFETY: `before` is what the kernel told; the call keeps no pointer.
     unsafe { libc::sigaction(signal, &raw const before, ptr::null_mut()) };
-    CONFINEMENT.store(ptr::null_mut(), Ordering::Release);
+    CHANGE.store(ptr::null_mut(), Ordering::Release);
     // SAFETY: from `Box::into_raw` above, and no handler has it any more: each has answered.
-    drop(unsafe { Box::from_raw(confinement) });
+    drop(unsafe { Box::from_raw(change) });
     Ok(Lacks(LACKS.load(Ordering::Relaxed)))
 }
 
