@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// A process. Numbers are given out again, so its start belongs to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -48,12 +49,24 @@ enum Seen {
         /// It has not begun to exit.
         runs: bool,
     },
-    /// This process has no descriptor left to look with, say.
+    /// This process has no descriptor left to look with, say, or the other one is hidden from it.
     Unknown,
 }
 
 fn look(pid: i32) -> Seen {
-    seen(fs::read(format!("/proc/{pid}/stat")))
+    match seen(fs::read(format!("/proc/{pid}/stat"))) {
+        Seen::Nothing if exists(pid) => Seen::Unknown,
+        other => other,
+    }
+}
+
+/// Whether there may be a process with this number. `/proc` denies those of other users where it is mounted with
+/// `hidepid=2`.
+fn exists(pid: i32) -> bool {
+    let Some(pid) = Pid::from_raw(pid) else {
+        return false;
+    };
+    !matches!(pidfd_open(pid, PidfdFlags::empty()), Err(Errno::SRCH))
 }
 
 fn seen(stat: io::Result<Vec<u8>>) -> Seen {
@@ -131,6 +144,17 @@ mod tests {
         rustix::thread::set_name(c"\xff)\x80").unwrap();
         let own = rustix::thread::gettid().as_raw_nonzero().get();
         assert!(Process::of(own).is_some_and(Process::is_running));
+    }
+
+    #[test]
+    fn a_process_exists_although_proc_may_deny_it() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert!(exists(pid));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!exists(pid));
+        assert_eq!(look(pid), Seen::Nothing);
     }
 
     #[test]
