@@ -3,6 +3,10 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
+
+use testkit::ublk_control::stop_device;
+use testkit::wait::eventually;
 
 use crate::common::sandbox;
 use crate::data::{serve, stat};
@@ -77,5 +81,55 @@ fn a_disk_that_grew_while_its_server_was_dead_goes_on_with_the_new_size() {
     let (server, again) = serve(&lab, "grew", &spec, &[]);
     assert_eq!((&again, size_of(&disk)), (&disk, 24 * MIB));
     server.stop().unwrap();
+    lab.is_clean();
+}
+
+/// The driver does one command at a time for each device, so one that waits for a request of the disk holds up the others.
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn stat_does_not_wait_for_a_driver_that_does_not_answer() {
+    let lab = sandbox();
+    let (server, disk) = serve(&lab, "slow", "fault:read=delay8000@32M-48M;null:64M", &[]);
+    let name = disk.file_name().unwrap().to_str().unwrap().to_owned();
+    let id = name.trim_start_matches("ublkb").parse().unwrap();
+    let input = format!("if={}", disk.display());
+    let mut reader = Command::new("dd")
+        .args([&input, "of=/dev/null", "bs=4096", "skip=8200", "count=1"])
+        .args(["iflag=direct", "status=none"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let sys = Path::new("/sys/block").join(&name);
+    eventually("the request is under way", || {
+        let inflight = fs::read_to_string(sys.join("inflight")).unwrap();
+        inflight.split_whitespace().next() == Some("1")
+    });
+    // Another program stops the device, which waits for the request.
+    let stopper = std::thread::spawn(move || stop_device(id));
+    eventually("the driver stops the device", || {
+        fs::File::open(&disk).is_err()
+    });
+    let mut resize = Command::new(env!("CARGO_BIN_EXE_ublkup"))
+        .args(["resize", "slow", "128M"])
+        .env("UBLKUP_RUNTIME_DIR", lab.path("run"))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // The new size is what clients are about to be told.
+    eventually("the driver is asked", || {
+        stat(&lab, "slow")["size_bytes"] == 128 * MIB
+    });
+    for _ in 0..3 {
+        assert_eq!(stat(&lab, "slow")["state"], "serving");
+    }
+    assert!(
+        resize.try_wait().unwrap().is_none(),
+        "the driver has not answered"
+    );
+    // Then all of it ends: the request, the device, and the server, which has no other.
+    reader.wait().unwrap();
+    stopper.join().unwrap().unwrap();
+    assert_ne!(server.exit_code().unwrap(), Some(0));
+    resize.wait().unwrap();
     lab.is_clean();
 }
