@@ -2,6 +2,7 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -252,4 +253,31 @@ fn a_user_without_rules_hears_of_them_and_root_tidies_up() {
     );
     assert_eq!(devices(), 0);
     user.lab.is_clean();
+}
+
+/// Of an export that they may not look into, users are not told that its server has died.
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_living_server_of_another_user_is_not_said_to_be_dead() {
+    let lab = sandbox();
+    set_mode(&lab.path(""), 0o755);
+    let server = lab.serve(&["--ublk", "no", "d=null:1M"]);
+    let program = lab.path("ublkup");
+    fs::copy(env!("CARGO_BIN_EXE_ublkup"), &program).unwrap();
+    for word in ["list", "doctor"] {
+        let mut command = Command::new(&program);
+        command
+            .arg(word)
+            .env("UBLKUP_RUNTIME_DIR", lab.path("run"))
+            .uid(NOBODY)
+            .gid(NOBODY);
+        let output = command.output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("ermission denied"), "{said}");
+        assert!(!said.contains("has died"), "{said}");
+    }
+    server.stop().unwrap();
+    lab.is_clean();
 }
