@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustix::fs::{FileType, Stat, fstat};
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::Error;
 use crate::address::{FdAddress, Name};
@@ -140,7 +141,7 @@ impl Default for Lookup {
 /// Connects to the service `name` of the object behind `fd`, by the kernel's route or else the registry's.
 ///
 /// A refusal by a kernel that knows the service (EACCES, EPERM, EPROTOTYPE) is final: the registry is not tried then. The
-/// server of a block device is root or the owner of its node, whatever the route.
+/// server of a block device is root or the owner of its node, and the process that listens still runs, whatever the route.
 ///
 /// This claims no disk and leaves its page cache as it is: see [`BlockUpgrade`](crate::BlockUpgrade).
 pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Connection>, Error> {
@@ -154,7 +155,16 @@ pub fn connect(fd: impl AsFd, name: &Name, lookup: &Lookup) -> Result<Answer<Con
         Ok(stream) => {
             let connection = Connection::new(stream, Route::Kernel, "the server")?;
             let object = fstat(fd).or_cannot("examine descriptor", fd.as_raw_fd())?;
-            Ok(check_server_of_disk(&object, connection))
+            match check_server_of_disk(&object, connection) {
+                // Where a socket of a server that ended is in the way, the next one is found in the registry only.
+                Answer::NoService(stale @ NoService::ServerEnded { .. }) => {
+                    match connect_by_registry(fd, name, lookup, &mut || Key::of(fd))? {
+                        Answer::NoService(NoService::NotOffered) => Ok(Answer::NoService(stale)),
+                        other => Ok(other),
+                    }
+                }
+                answer => Ok(answer),
+            }
         }
         Err(
             Errno::CONNREFUSED | Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG,
@@ -203,6 +213,13 @@ fn connect_by_registry(
                 };
                 continue;
             }
+            let connection = match check_server_of_disk(&object, connection) {
+                Answer::Found(connection) => connection,
+                Answer::NoService(why) => {
+                    refusal = why;
+                    continue;
+                }
+            };
             if key()? != before {
                 return Ok(Answer::NoService(NoService::ObjectChanged));
             }
@@ -246,15 +263,26 @@ fn try_entry(
     }
 }
 
-/// A connection to a disk's server by the kernel's route, if the server may be one: who has the disk open could offer a
-/// service on it. The two ends of a pipe have no such owner.
+/// A connection to a disk's server, if the server may be one: who has the disk open could offer a service on it, and a
+/// process that inherited the listening socket of a server that ended never answers. The two ends of a pipe have no such
+/// owner.
 fn check_server_of_disk(object: &Stat, connection: Connection) -> Answer<Connection> {
     let is_disk = FileType::from_raw_mode(object.st_mode) == FileType::BlockDevice;
     let peer = connection.peer();
-    match is_disk && !is_trusted_peer(object, peer) {
-        true => Answer::NoService(NoService::ForeignPeer { uid: peer.uid }),
-        false => Answer::Found(connection),
+    if is_disk && !is_trusted_peer(object, peer) {
+        return Answer::NoService(NoService::ForeignPeer { uid: peer.uid });
     }
+    if is_disk && has_ended(peer) {
+        return Answer::NoService(NoService::ServerEnded { pid: peer.pid });
+    }
+    Answer::Found(connection)
+}
+
+/// Whether there is no process any more with the number of the one that made the socket listen (unix(7), SO_PEERCRED). It
+/// has none here if it is in another pid namespace.
+fn has_ended(peer: Peer) -> bool {
+    Pid::from_raw(peer.pid)
+        .is_some_and(|pid| matches!(pidfd_open(pid, PidfdFlags::empty()), Err(Errno::SRCH)))
 }
 
 /// Whether the server is root or the owner of the device node, or of the pipe.
@@ -302,18 +330,18 @@ mod tests {
     }
 
     #[test]
-    fn the_server_of_a_disk_is_root_or_the_owner_of_the_node_and_that_of_a_pipe_anybody() {
+    fn the_server_of_a_disk_runs_as_root_or_the_owner_of_the_node_and_that_of_a_pipe_anyhow() {
         let file = tempfile::tempfile().expect("a file");
         let (ours, _theirs) = UnixStream::pair().expect("a pair");
         let mut object = fstat(&file).expect("examined");
         object.st_uid = 1000;
-        let mut answer = |kind: FileType, uid| {
+        let own = std::process::id().cast_signed();
+        let mut ended = std::process::Command::new("true").spawn().expect("started");
+        let ended_pid = ended.id().cast_signed();
+        ended.wait().expect("it ended");
+        let mut answer = |kind: FileType, uid, pid| {
             object.st_mode = kind.as_raw_mode() | 0o600;
-            let peer = Peer {
-                pid: 1,
-                uid,
-                gid: 0,
-            };
+            let peer = Peer { pid, uid, gid: 0 };
             let stream = ours.try_clone().expect("cloned");
             let connection = Connection {
                 stream,
@@ -326,10 +354,14 @@ mod tests {
                 Answer::NoService(why) => Some(why),
             }
         };
-        assert_eq!(answer(FileType::BlockDevice, 0), None);
-        assert_eq!(answer(FileType::BlockDevice, 1000), None);
+        assert_eq!(answer(FileType::BlockDevice, 0, own), None);
+        assert_eq!(answer(FileType::BlockDevice, 1000, own), None);
         let stranger = Some(NoService::ForeignPeer { uid: 1001 });
-        assert_eq!(answer(FileType::BlockDevice, 1001), stranger);
-        assert_eq!(answer(FileType::Fifo, 1001), None);
+        assert_eq!(answer(FileType::BlockDevice, 1001, own), stranger);
+        assert_eq!(answer(FileType::Fifo, 1001, own), None);
+        let stale = Some(NoService::ServerEnded { pid: ended_pid });
+        assert_eq!(answer(FileType::BlockDevice, 0, ended_pid), stale);
+        let elsewhere = 0;
+        assert_eq!(answer(FileType::BlockDevice, 0, elsewhere), None);
     }
 }

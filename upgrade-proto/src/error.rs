@@ -135,6 +135,11 @@ pub enum NoService {
         /// The server's user.
         uid: u32,
     },
+    /// The process that listens for clients of a disk has ended, and another one has its socket.
+    ServerEnded {
+        /// The process that ended.
+        pid: i32,
+    },
     /// The key of the object changed while the connection was made.
     ObjectChanged,
 }
@@ -143,7 +148,7 @@ impl NoService {
     /// The refusal as one of the values on which clients fall back.
     pub fn errno(&self) -> Errno {
         match self {
-            Self::NotOffered | Self::ObjectChanged => Errno::CONNREFUSED,
+            Self::NotOffered | Self::ObjectChanged | Self::ServerEnded { .. } => Errno::CONNREFUSED,
             Self::Refused(errno) => *errno,
             Self::ReadOnlyDescriptor | Self::WriteOnlyDescriptor => Errno::ACCESS,
             Self::Untrusted(_) | Self::ForeignPeer { .. } => Errno::PERM,
@@ -169,6 +174,12 @@ impl fmt::Display for NoService {
                 write!(
                     f,
                     "the server runs as user {uid}, which is neither root nor the owner of the object"
+                )
+            }
+            Self::ServerEnded { pid } => {
+                write!(
+                    f,
+                    "the server, process {pid}, has ended, and a process that inherited its socket never answers"
                 )
             }
             Self::ObjectChanged => {
