@@ -74,11 +74,13 @@ impl Lease {
         }
         let mut inner = ownership.inner();
         if let State::Draining = inner.state {
-            tracing::info!(
-                export = ownership.export,
-                "{} has stopped for a migration: another client may go on",
-                client.name
-            );
+            if let Some(omitted) = ownership.due("moving") {
+                tracing::info!(
+                    export = ownership.export,
+                    "{} has stopped for a migration: another client may go on{omitted}",
+                    client.name
+                );
+            }
             inner.state = State::Moving(client);
         }
         drop(inner);
@@ -108,7 +110,9 @@ impl Lease {
                 let mut taking = Taking::begin(ownership, inner, self.number);
                 taking.prepare()?;
                 taking.finish(client)?;
-                tracing::info!(export = ownership.export, "{name} goes on here");
+                if let Some(omitted) = ownership.due("on") {
+                    tracing::info!(export = ownership.export, "{name} goes on here{omitted}");
+                }
             }
             State::Upgraded(client) if client.identity != identity => {
                 drop(inner);
@@ -153,13 +157,17 @@ impl Lease {
 
     /// The client left, and nothing of it is under way.
     pub fn leave(mut self) {
-        if let Some(ownership) = self.ownership.take()
-            && let Some(inner) = self.owned(&ownership)
-        {
-            ownership.give_back(inner);
+        let Some(ownership) = self.ownership.take() else {
+            return;
+        };
+        let Some(inner) = self.owned(&ownership) else {
+            return;
+        };
+        ownership.give_back(inner);
+        if let Some(omitted) = ownership.due("left") {
             tracing::info!(
                 export = ownership.export,
-                "the client left: now {}",
+                "the client left: now {}{omitted}",
                 ownership.state()
             );
         }
@@ -209,12 +217,20 @@ impl Ownership {
         taking.prepare()?;
         taking.finish(client)?;
         match (again, has_block_door) {
-            (true, _) => tracing::info!(export = self.export, "upgraded again: {name}"),
-            (false, true) => tracing::info!(
-                export = self.export,
-                "upgraded: {name}; the block device is read-only meanwhile"
-            ),
             (false, false) => {}
+            (true, _) => {
+                if let Some(omitted) = self.due("again") {
+                    tracing::info!(export = self.export, "upgraded again: {name}{omitted}");
+                }
+            }
+            (false, true) => {
+                if let Some(omitted) = self.due("upgraded") {
+                    tracing::info!(
+                        export = self.export,
+                        "upgraded: {name}; the block device is read-only meanwhile{omitted}"
+                    );
+                }
+            }
         }
         Ok(Lease {
             ownership: Some(Arc::clone(self)),

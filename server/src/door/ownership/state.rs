@@ -10,6 +10,7 @@ use super::types::{BlockDoor, Client, KeptFor, OwnershipState, Refused};
 use crate::engine::StorageControl;
 use crate::engine::durable::NoteFile;
 use crate::engine::events::{self, What};
+use crate::engine::repeats::{Omitted, Repeats};
 
 /// How long a client waits for another one that is already gone, for the end of a grace, and for the doors to open.
 pub(super) const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
@@ -109,6 +110,8 @@ pub struct Ownership {
     grace: Mutex<Duration>,
     pub(super) shared: bool,
     machine: Box<dyn Machine>,
+    /// What the log says of clients that get the disk and give it back, which a guest can make happen at will.
+    log: Repeats,
     /// Whether the note stays as it is. Locked before `inner`, and for every change of the note: it takes
     /// time to make one durable, and nothing may wait for `inner`.
     notes: Mutex<Closed>,
@@ -157,6 +160,7 @@ impl Ownership {
                 note_failed: false,
             }),
             machine,
+            log: Repeats::new(10),
             changed: Condvar::new(),
         })
     }
@@ -169,6 +173,11 @@ impl Ownership {
     pub(super) fn notes(&self) -> MutexGuard<'_, Closed> {
         // A flag is whole after any panic.
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a line of this kind is due in the log.
+    pub(super) fn due(&self, kind: &str) -> Option<Omitted> {
+        self.log.due(kind)
     }
 
     /// From now on a client that stops while its memory is being migrated may be succeeded by another.
@@ -405,15 +414,16 @@ impl Ownership {
             }
         };
         let seconds = grace.as_secs_f32();
-        match holder.moving {
-            true => tracing::warn!(
+        match (self.due(why), holder.moving) {
+            (Some(omitted), true) => tracing::warn!(
                 export = self.export,
-                "{why}: it had stopped for a migration, and the disk is kept for the target for {seconds} s"
+                "{why}: it had stopped for a migration, and the disk is kept for the target for {seconds} s{omitted}"
             ),
-            false => tracing::warn!(
+            (Some(omitted), false) => tracing::warn!(
                 export = self.export,
-                "{why}: it is kept for {holder} for {seconds} s"
+                "{why}: it is kept for {holder} for {seconds} s{omitted}"
             ),
+            (None, _) => {}
         }
         inner.state = State::Waiting(Wait {
             number,
@@ -434,7 +444,12 @@ impl Ownership {
                 Some(_) => "the block device is writable again",
                 None => "other clients may have the disk",
             };
-            tracing::info!(export = self.export, "the client did not come back: {now}");
+            if let Some(omitted) = self.due("not back") {
+                tracing::info!(
+                    export = self.export,
+                    "the client did not come back: {now}{omitted}"
+                );
+            }
             self.give_back(inner);
         }
     }

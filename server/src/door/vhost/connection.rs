@@ -13,7 +13,11 @@ use rustix::net::{SendFlags, send};
 
 use super::message;
 use crate::engine::process::Process;
+use crate::engine::repeats::{Omitted, Repeats};
 use crate::request::Limits;
+
+/// What drivers do wrong with their vrings. Of all exports: a driver can do it again and again, in new sessions too.
+static WRONG_VRINGS: Repeats = Repeats::new(3);
 
 /// A client's connection and the state of its session.
 #[derive(Debug)]
@@ -125,14 +129,22 @@ impl Connection {
     /// nothing then, and the guest has no way to.
     #[cold]
     pub(super) fn tell_unshared(&self, what: fmt::Arguments<'_>) {
-        if !self.told_unshared.swap(true, Ordering::Relaxed) {
+        if !self.told_unshared.swap(true, Ordering::Relaxed)
+            && let Some(omitted) = self.due("unshared memory")
+        {
             tracing::warn!(
                 export = self.export,
                 session = self.id,
                 "{what}: all of a guest's memory must be shared (QEMU: -object memory-backend-memfd,…,share=on -machine \
-                 memory-backend=…)"
+                 memory-backend=…){omitted}"
             );
         }
+    }
+
+    /// Whether the log gets a line about something wrong with a vring.
+    #[cold]
+    pub(super) fn due(&self, what: &str) -> Option<Omitted> {
+        WRONG_VRINGS.due(&format!("{} {what}", self.export))
     }
 
     /// Ends the session: its protocol thread reads an end of file. The first reason counts.

@@ -109,12 +109,14 @@ impl VhostQueues {
         if !vring.break_ring() {
             return;
         }
-        tracing::warn!(
-            export = self.connection.export(),
-            session = self.connection.id(),
-            vring = vring.index,
-            "the driver broke a vring, it is no longer served: {error}"
-        );
+        if let Some(omitted) = self.connection.due("broken vring") {
+            tracing::warn!(
+                export = self.connection.export(),
+                session = self.connection.id(),
+                vring = vring.index,
+                "the driver broke a vring, it is no longer served: {error}{omitted}"
+            );
+        }
         if let Some(fd) = &vring.error {
             // SAFETY: `ONE` lives for ever; a vring and its descriptors are dropped only after
             // its operations completed.

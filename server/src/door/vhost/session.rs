@@ -290,13 +290,16 @@ impl Session {
         if let Err(error) = self.ask(index, |reply| Command::Start(start, reply))? {
             return refuse(format!("vring {index} cannot be started: {error}"));
         }
-        if !self.has_room_for_segments(size) && !self.is_running() {
+        if !self.has_room_for_segments(size)
+            && !self.is_running()
+            && let Some(omitted) = self.connection.due("short vring")
+        {
             tracing::warn!(
                 export = self.connection.export(),
                 session = self.connection.id(),
                 "vring {index} has {size} entries, and its driver uses no indirect descriptors: a request of more \
                  than {} segments finds no room there and may hang in the driver; give the device queues of {} \
-                 entries",
+                 entries{omitted}",
                 u32::from(size).saturating_sub(2),
                 config_space::SEG_MAX + 2
             );
