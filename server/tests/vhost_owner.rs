@@ -282,6 +282,25 @@ fn a_server_that_dies_in_the_middle_of_a_migration_leaves_the_disk_to_the_target
     server.stop().unwrap();
 }
 
+#[test]
+fn a_source_whose_connection_ends_in_the_middle_of_a_migration_leaves_the_disk_to_the_target() {
+    let disk = Disk::new();
+    let server = disk.serve(&["--migration"]);
+    let mut source = Client::connect(disk.connect(), USUAL);
+    assert!(source.start());
+    let mut target = Client::connect(disk.connect(), USUAL);
+    source.stop_to_migrate();
+    let mut source = source.reconnect(|| disk.connect());
+    eventually("it is kept", || {
+        let kept_for = disk.stat()["kept_for"]["client"].to_string();
+        kept_for.contains("the target of the migration of")
+    });
+    assert!(!source.start());
+    assert!(target.start());
+    drop((source, target));
+    server.stop().unwrap();
+}
+
 /// Storage that another server has for a while, or that takes its time to be flushed.
 struct Slow {
     claims: Mutex<()>,

@@ -155,7 +155,8 @@ impl Lease {
         (inner.owner == self.number).then_some(inner)
     }
 
-    /// The client left, and nothing of it is under way.
+    /// The client left, and nothing of it is under way. In the middle of a move the disk is kept for the target: whether
+    /// that comes is not known here.
     pub fn leave(mut self) {
         let Some(ownership) = self.ownership.take() else {
             return;
@@ -163,6 +164,10 @@ impl Lease {
         let Some(inner) = self.owned(&ownership) else {
             return;
         };
+        if let Some(holder) = inner.note.holder.clone().filter(|holder| holder.moving) {
+            drop(inner);
+            return ownership.keep(holder, "the client that had the disk disconnected");
+        }
         ownership.give_back(inner);
         if let Some(omitted) = ownership.due("left") {
             tracing::info!(

@@ -449,8 +449,14 @@ impl Run {
             return drop(lease);
         }
         lease.leave();
-        if is_owner {
-            self.expected[server].gone();
+        let facts = self.world.facts();
+        let holder = facts.notes[server].holder.as_ref();
+        let in_a_move = holder.is_some_and(|holder| holder.moving);
+        drop(facts);
+        match in_a_move {
+            _ if !is_owner => {}
+            true => self.expected[server].for_target = true,
+            false => self.expected[server].gone(),
         }
     }
 }
