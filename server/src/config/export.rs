@@ -145,7 +145,7 @@ impl ExportConfig {
         let vhost_threads = given.vhost_threads.unwrap_or(queues);
         if vhost_threads > queues {
             return Err(refuse(format!(
-                "vhost-threads: {vhost_threads} threads for {queues} queues: give 1 to {queues}"
+                "vhost-threads: {vhost_threads} is more than the queues ({queues}): give 1 to {queues}"
             )));
         }
         let grace = given.reconnect_grace.unwrap_or(DEFAULT_GRACE_SECONDS);

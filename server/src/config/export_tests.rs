@@ -41,7 +41,10 @@ fn keys_of_the_spec_have_precedence() {
 #[test]
 fn contradictions_are_refused() {
     for (spec, why) in [
-        ("null:1G,queues=2,vhost-threads=3", "3 threads for 2"),
+        (
+            "null:1G,queues=2,vhost-threads=3",
+            "3 is more than the queues (2)",
+        ),
         ("null:1G,ublk=no,vhost=no", "both 'no'"),
         ("null:1G,ublk=no,ublk-id=1", "ublk-id"),
         ("null:1G,vhost=no,vhost-socket=x", "vhost-socket"),

@@ -95,7 +95,7 @@ impl Closing {
             Self::Vhost(door) => {
                 let left = door.stop(DRAIN_LIMIT);
                 if left > 0 {
-                    tracing::error!("{name}: {left} vhost sessions are stuck in the storage");
+                    tracing::error!("{name}: vhost sessions that are stuck in the storage: {left}");
                     return false;
                 }
             }
