@@ -105,3 +105,41 @@ impl Shared {
         self.claim.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::sync::atomic::Ordering;
+
+    use super::super::open::{CacheMode, FileOptions, open};
+    use super::*;
+    use crate::request::Serial;
+
+    #[test]
+    fn storage_that_cannot_be_flushed_is_given_to_no_other_server() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let options = FileOptions {
+            export: "test".into(),
+            path: image.path().to_owned(),
+            cache: CacheMode::Buffered,
+            format: None,
+            read_only: false,
+            block_bytes: None,
+            serial: Serial::new("test").unwrap(),
+            claim_later: true,
+        };
+        let (_, mut shared) = open(options).unwrap();
+        let file = shared.file.try_clone().unwrap();
+        // A pipe has no flush.
+        let (pipe, _other_end) = io::pipe().unwrap();
+        shared.file = OwnedFd::from(pipe).into();
+        *shared.claimed() = Some(Claim::Lock);
+        shared.release();
+        assert!(shared.claimed().is_some());
+        assert!(shared.has_lost_writes.load(Ordering::Relaxed));
+        shared.file = file;
+        shared.release();
+        assert!(shared.claimed().is_none());
+    }
+}
