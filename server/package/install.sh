@@ -48,7 +48,7 @@ mkdir -p "$to$completions" "$to$zsh" "$to/usr/share/fish/vendor_completions.d"
 
 doc=/usr/share/doc/ublkup
 put 644 $doc "$top/README.md" "$top/docs/CHANGELOG.md" "$top/LICENSE-APACHE" "$top/LICENSE-MIT"
-for page in getting-started operations admin recovery sandbox troubleshooting reference export-options upgrade; do
+for page in getting-started operations metrics admin recovery sandbox troubleshooting reference export-options upgrade; do
     put 644 $doc "$top/docs/$page.md"
 done
-put 644 $doc/examples "$top"/qemu-config/*
+put 644 $doc/examples "$top"/qemu-config/* "$here"/grafana/ublkup.json

@@ -9,7 +9,7 @@ use clap::builder::Resettable;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use ublkup::command::cli::{Cli, Command, Qemu, USAGE};
-use ublkup::command::{client, complain, doctor, probe, qemu, serve, shell, watch};
+use ublkup::command::{client, complain, doctor, metrics, probe, qemu, serve, shell, top, watch};
 use ublkup::engine::log;
 use ublkup::export::explain;
 use ublkup::export::runtime_dir::RuntimeDir;
@@ -64,6 +64,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
                     sandbox: options.sandbox.is_on(),
                     server_name: options.server_name,
                     run: options.run,
+                    metrics: options.metrics,
                 };
                 serve::run(&dir()?, exports, start)
             }
@@ -73,6 +74,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             }
         },
         Command::List { json } => client::list(&dir()?, json),
+        Command::Top => top::run(&dir()?),
+        Command::Metrics => metrics::run(&dir()?),
         Command::Stat { name, json, watch } => client::stat(&dir()?, &name, json, watch),
         Command::Events {
             export,

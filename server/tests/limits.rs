@@ -9,6 +9,7 @@ mod common;
 
 use common::*;
 use ublkup::engine::counters::Totals;
+use ublkup::engine::latency::Latency;
 use ublkup::engine::throttle::RateLimits;
 use ublkup::storage::Memory as MemoryDisk;
 use vhost::VhostBackend;
@@ -72,8 +73,10 @@ fn what_limits_hold_back_starts_when_they_are_lifted() {
     for kind in [T_IN, T_OUT] {
         let fixture = fixture();
         let driver = held_back(&fixture, kind);
+        eventually("three are in flight", || fixture.counters.in_flight() == 3);
         fixture.throttle.set(RateLimits::default());
         await_answers(&driver, 0, 5);
+        eventually("none is in flight", || fixture.counters.in_flight() == 0);
         let Totals {
             reads,
             writes,
@@ -83,6 +86,15 @@ fn what_limits_hold_back_starts_when_they_are_lifted() {
             ..
         } = fixture.counters.totals();
         assert_eq!((reads + writes, flushes, throttled, errors), (4, 1, 3, 0));
+        // The client waited for the limits as well, the storage did what it was given at once.
+        let latencies = fixture.counters.latencies();
+        let Latency {
+            storage, request, ..
+        } = &latencies[0];
+        assert_eq!((storage.count, request.count), (4, 4));
+        assert_eq!(storage.sum_ns, 0);
+        let held_ns = fixture.counters.totals().throttled_ns;
+        assert!(held_ns > 0 && request.sum_ns == held_ns, "{request:?}");
     }
 }
 

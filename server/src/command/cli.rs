@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::ArgValueCandidates;
 
+use super::metrics::Address;
 use super::names::export_names;
 use crate::config::{
     ConfigError, ExportConfig, ExportOptions, check_name, check_together, is_configured,
@@ -89,7 +90,7 @@ pub enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
-        /// Print again every second, until interrupted
+        /// Print again every second, with rates, until interrupted
         #[arg(long)]
         watch: bool,
     },
@@ -108,6 +109,13 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show what all exports do, every second, until interrupted: rates, latencies, and who has which disk
+    Top,
+    /// Print the measurements of all exports in the text format of Prometheus
+    ///
+    /// For the textfile collector of the node exporter: `ublkup metrics >ublkup.prom.new && mv ublkup.prom.new
+    /// ublkup.prom`. `serve --metrics` lets Prometheus collect them itself.
+    Metrics,
     /// Give an export another size while it is served; both doors tell their clients
     ///
     /// Without SIZE the export gets the size that its file or device has now. A file that is smaller than SIZE is
@@ -245,6 +253,11 @@ pub struct Serve {
     /// Call the server this in commands that concern all of its exports [default: its process number]
     #[arg(long, value_name = "NAME", value_parser = export_name)]
     pub server_name: Option<String>,
+
+    /// Let Prometheus collect measurements here (GET /metrics): a loopback address like 127.0.0.1:9177, or the path of
+    /// a socket [default: nowhere]
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<Address>,
 
     /// Serve the `[[export]]` tables of a TOML file, beside the SPECs; of a folder: those of its ublkup.toml and of
     /// exports.d/*.toml [default: without a SPEC /etc/ublkup, if there are exports in it]

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
@@ -10,6 +10,7 @@ use upgrade_proto::{connect_within, printable};
 
 use super::left;
 use super::output::{complain, count, print, print_json, print_json_text, print_line};
+use super::rates::{changes, time};
 use crate::config::check_name;
 use crate::door::ownership::KeptFor;
 use crate::door::ublk::DataPath;
@@ -44,48 +45,72 @@ const HEAD: [&str; 7] = [
 ///
 /// When the runtime directory cannot be read.
 pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
-    let mut code = ExitCode::SUCCESS;
-    let mut exports = Vec::new();
-    let mut dead = Vec::new();
-    let mut fail = |name: &str, why: &str| {
+    let Found { exports, silent } = statuses(dir)?;
+    for Silent { name, why, .. } in &silent {
         complain(&format!("{name}: {why}"));
-        code = ExitCode::FAILURE;
-    };
-    for name in dir.names()? {
-        let folder = dir.folder(&name);
-        match dir.is_alive(&name) {
-            Ok(true) => match admin::stat(&folder.join(CONTROL), STAT_LIMIT) {
-                Ok(status) => exports.push(status),
-                Err(error) => fail(&name, &explain(&error)),
-            },
-            Ok(false) => {
-                fail(
-                    &name,
-                    &format!("its server has died; {}", left::advice(dir, &name)),
-                );
-                dead.push(name);
-            }
-            Err(error) => match admin::stat(&folder.join(CONTROL), STAT_LIMIT) {
-                // A user whom the admin socket admits need not be one who may lock the name.
-                Ok(status) => exports.push(status),
-                Err(_) => fail(&name, &explain(&unknown(error, &folder))),
-            },
-        }
     }
     if json {
         let mut listed: Vec<_> = exports
             .iter()
             .map(serde_json::to_value)
             .collect::<Result<_, _>>()?;
-        listed.extend(
-            dead.iter()
-                .map(|name| serde_json::json!({"name": name, "state": "dead"})),
-        );
+        let dead = silent.iter().filter(|silent| silent.is_dead);
+        listed.extend(dead.map(|silent| serde_json::json!({"name": silent.name, "state": "dead"})));
         print_json(&listed)?;
     } else {
         print(&table(&exports))?;
     }
-    Ok(code)
+    Ok(match silent.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// What the exports of this machine say about themselves.
+pub(super) struct Found {
+    pub exports: Vec<ExportStatus>,
+    pub silent: Vec<Silent>,
+}
+
+/// An export that has no server, or one that does not answer.
+pub(super) struct Silent {
+    pub name: String,
+    pub why: String,
+    pub is_dead: bool,
+}
+
+/// Asks the server of each export.
+pub(super) fn statuses(dir: &RuntimeDir) -> Result<Found> {
+    let mut found = Found {
+        exports: Vec::new(),
+        silent: Vec::new(),
+    };
+    for name in dir.names()? {
+        let folder = dir.folder(&name);
+        let (why, is_dead) = match dir.is_alive(&name) {
+            Ok(true) => match admin::stat(&folder.join(CONTROL), STAT_LIMIT) {
+                Ok(status) => {
+                    found.exports.push(status);
+                    continue;
+                }
+                Err(error) => (explain(&error), false),
+            },
+            Ok(false) => {
+                let advice = left::advice(dir, &name);
+                (format!("its server has died; {advice}"), true)
+            }
+            Err(error) => match admin::stat(&folder.join(CONTROL), STAT_LIMIT) {
+                // A user whom the admin socket admits need not be one who may lock the name.
+                Ok(status) => {
+                    found.exports.push(status);
+                    continue;
+                }
+                Err(_) => (explain(&unknown(error, &folder)), false),
+            },
+        };
+        found.silent.push(Silent { name, why, is_dead });
+    }
+    Ok(found)
 }
 
 /// `ublkup stat`
@@ -94,18 +119,22 @@ pub fn list(dir: &RuntimeDir, json: bool) -> Result<ExitCode> {
 ///
 /// When the export is not served or does not answer.
 pub fn stat(dir: &RuntimeDir, name: &str, json: bool, watch: bool) -> Result<ExitCode> {
+    let mut before: Option<(Instant, ExportStatus)> = None;
     loop {
         let status = admin::stat(&served(dir, name)?, STAT_LIMIT)
             .with_context(|| format!("{name} does not answer"))?;
-        match json {
+        let now = Instant::now();
+        match (json, &before) {
             // One line each: a program reads them as they come.
-            true if watch => print_json_text(&serde_json::to_string(&status)?)?,
-            true => print_json(&status)?,
-            false => print(&details(&status))?,
+            (true, _) if watch => print_json_text(&serde_json::to_string(&status)?)?,
+            (true, _) => print_json(&status)?,
+            (false, None) => print(&details(&status))?,
+            (false, Some((at, earlier))) => print(&changes(earlier, &status, now - *at))?,
         }
         if !watch {
             return Ok(ExitCode::SUCCESS);
         }
+        before = Some((now, status));
         std::thread::sleep(Duration::from_secs(1));
     }
 }
@@ -361,7 +390,7 @@ fn server_name(status: &ExportStatus) -> String {
 fn totals(t: &Totals) -> String {
     format!(
         "            {} reads ({} B), {} writes ({} B), {} flushes, {} discards, {} write-zeroes, \
-         {} errors",
+         {} errors{}",
         t.reads,
         t.read_bytes,
         t.writes,
@@ -369,7 +398,11 @@ fn totals(t: &Totals) -> String {
         t.flushes,
         t.discards,
         t.write_zeroes,
-        t.errors
+        t.errors,
+        match t.throttled {
+            0 => String::new(),
+            held => format!(", {held} held back for {}", time(Some(t.throttled_ns))),
+        }
     )
 }
 
@@ -413,7 +446,9 @@ mod tests {
             upgrade: vec!["kernel".into()],
             refused: None,
             sessions: Vec::new(),
+            in_flight: 0,
             counters: Totals::default(),
+            latency: Vec::new(),
         });
         let text = table(&[one.clone(), two]);
         let columns: Vec<_> = text.lines().map(|line| line.find("serving")).collect();

@@ -87,6 +87,25 @@ const PAGES: &[Page] = &[
         exit_status: &[],
     },
     Page {
+        name: "ublkup-top",
+        examples: &[(
+            "The rates of all exports for a minute, in a file:",
+            &["timeout 60 ublkup top >rates.txt"],
+        )],
+        exit_status: &[],
+    },
+    Page {
+        name: "ublkup-metrics",
+        examples: &[(
+            "For the textfile collector of Prometheus' node exporter, every 15 seconds:",
+            &["ublkup metrics >ublkup.prom.new && mv ublkup.prom.new ublkup.prom"],
+        )],
+        exit_status: &[(
+            "0",
+            "also if an export has no server, which the metric ublkup_up tells",
+        )],
+    },
+    Page {
         name: "ublkup-events",
         examples: &[(
             "Tell somebody when a request failed:",

@@ -6,15 +6,18 @@ pub mod doctor;
 mod left;
 mod manager;
 mod manual;
+pub mod metrics;
 mod names;
 mod output;
 pub mod probe;
 mod program;
 pub mod qemu;
+mod rates;
 mod reference;
 pub mod serve;
 pub mod shell;
 mod signals;
+pub mod top;
 pub mod watch;
 
 pub use output::complain;

@@ -16,6 +16,7 @@ use upgrade_proto::printable;
 
 use super::left;
 use super::manager::Manager;
+use super::metrics::{Address, MetricsServer};
 use super::output::count;
 use super::program::Program;
 use super::signals;
@@ -41,6 +42,8 @@ pub struct StartOptions {
     pub server_name: Option<String>,
     /// The shell command for as long as which it serves.
     pub run: Option<OsString>,
+    /// Where measurements are collected, if anywhere.
+    pub metrics: Option<Address>,
 }
 
 /// `ublkup recover`: serves an export as it was last served.
@@ -61,6 +64,7 @@ pub fn recover(
         sandbox,
         server_name: None,
         run: None,
+        metrics: None,
     };
     run(dir, vec![left::saved(dir, name)?], start)
 }
@@ -97,10 +101,15 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         sandbox,
         server_name,
         run,
+        metrics,
     } = start;
     let server = Server::new(server_name.as_deref(), events.clone(), sockets);
     // First, so that who watches it sees the exports start.
     let socket = listen(&server, dir, &admin_access(&configs), server_name.is_some())?;
+    // Before the exports: an address that cannot be had shall not stop them again.
+    let collectors = (metrics.as_ref())
+        .map(|address| MetricsServer::start(address, &server))
+        .transpose()?;
     let start = |config| Export::start(dir, config, predecessor, &server);
     let named = |config: ExportConfig| (config.name.clone(), config);
     let configs = configs.into_iter().map(named).collect();
@@ -137,7 +146,11 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         }
         other => other.transpose()?,
     };
-    give_up_the_rest(exports.values(), socket.as_ref(), sandbox);
+    give_up_the_rest(
+        exports.values(),
+        (socket.as_ref(), collectors.as_ref()),
+        sandbox,
+    );
     // The program has standard output for itself.
     if program.is_none()
         && let Err(error) = announce(&exports)
@@ -401,7 +414,7 @@ fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
 /// Gives up what the exports do not need now that they are open, and says in the log how far that went.
 fn give_up_the_rest<'a>(
     exports: impl Iterator<Item = &'a Export>,
-    socket: Option<&ServerSocket>,
+    (socket, collectors): (Option<&ServerSocket>, Option<&MetricsServer>),
     sandbox: bool,
 ) {
     // What a client is; what uses a disk; what is read beyond the end of a file that was cut short. Not all of /sys: below
@@ -425,6 +438,9 @@ fn give_up_the_rest<'a>(
     }
     if let Some(socket) = socket {
         socket.add_reach(&mut reach);
+    }
+    if let Some(collectors) = collectors {
+        collectors.add_reach(&mut reach);
     }
     if reach.has_block_devices
         && let Err(error) = sandbox::leave_mounts(&reach)

@@ -31,6 +31,7 @@ mod end;
 pub mod event_loop;
 pub mod events;
 pub mod io_flusher;
+pub mod latency;
 mod listen;
 pub mod log;
 pub mod mailbox;

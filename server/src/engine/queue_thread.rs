@@ -47,7 +47,7 @@ pub struct QueueThread<D: DoorQueue, B: Storage> {
     mailbox: Mailbox<D::Command>,
     door: D,
     storage: B::Queue,
-    running: SlotTable<Request>,
+    running: SlotTable<Running>,
     /// How many requests the storage has.
     in_flight: usize,
     /// Requests the storage had no room for, in order.
@@ -56,6 +56,8 @@ pub struct QueueThread<D: DoorQueue, B: Storage> {
     counters: Arc<Counters>,
     poller: Poller,
     gate: Gate,
+    /// The time, once it was asked for in this round.
+    now_ns: Option<u64>,
     /// Requests ended so far.
     answered: u64,
     /// Whether a request was begun in this round that has not ended at once.
@@ -97,6 +99,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             counters: Arc::clone(counters),
             poller: Poller::new(options.polling, beside_clients),
             gate: Gate::new(throttle, slots),
+            now_ns: None,
             answered: 0,
             begun: false,
         })
@@ -158,11 +161,13 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         self.door.start(&mut self.ring).map_err(full)?;
         loop {
             self.begun = false;
+            self.now_ns = None;
             let before = self.answered;
             self.dispatch();
             let completed = self.answered - before;
             self.start_requests();
-            self.counters.count_batch(self.ring.enters());
+            let in_flight = self.in_flight + self.gate.len();
+            self.counters.count_batch(self.ring.enters(), in_flight);
             if self.begun || self.answered > before {
                 self.poller.worked(completed);
             }
@@ -173,6 +178,9 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
                 Next::Again => usize::from(!self.backlog.is_empty()),
                 Next::Idle => usize::from(!self.poll()? && self.door.listen(&mut self.ring)),
             };
+            if want > 0 {
+                self.counters.count_sleep();
+            }
             match self.throttled_wait(want) {
                 Some(limit) => self.ring.submit_and_wait_for(limit)?,
                 None => self.ring.submit_and_wait(want)?,
@@ -182,11 +190,22 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     }
 
     /// How long to sleep at the longest, if the thread is to sleep and holds requests back.
-    fn throttled_wait(&self, want: usize) -> Option<Duration> {
-        match want > 0 && !self.gate.is_empty() {
-            true => self.gate.wait(clock::now_ns()),
-            false => None,
+    fn throttled_wait(&mut self, want: usize) -> Option<Duration> {
+        // While the storage has no room, only a completion helps.
+        if want == 0 || self.gate.is_empty() || !self.backlog.is_empty() {
+            return None;
         }
+        if self.door.drains() {
+            // There were more than one round starts.
+            return Some(Duration::ZERO);
+        }
+        let now_ns = self.now_ns();
+        self.gate.wait(now_ns)
+    }
+
+    /// The time, exact to this round.
+    fn now_ns(&mut self) -> u64 {
+        *self.now_ns.get_or_insert_with(clock::now_ns)
     }
 
     /// Polls for work for as long as the poller says. Returns whether there is some.
@@ -244,7 +263,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
                     let progress = self.storage.advance(
                         &mut self.ring,
                         slot,
-                        self.running.get_mut(slot),
+                        &mut self.running.get_mut(slot).request,
                         completion.token.kind,
                         completion.result,
                     );
@@ -316,7 +335,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     /// round then, and the storage is to have `most`.
     #[cold]
     fn start_throttled(&mut self, enough: u64, most: usize) {
-        let now_ns = clock::now_ns();
+        let now_ns = self.now_ns();
         let at_once = self.door.drains();
         while self.answered < enough && self.in_flight < most {
             let Some((slot, wait_ns)) = self.gate.release(at_once, now_ns) else {
@@ -325,6 +344,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             self.counters.count_throttled(wait_ns);
             self.begun = true;
             self.in_flight += 1;
+            self.running.get_mut(slot).began_ns = now_ns;
             if self.start(slot) == Started::NoRoom {
                 return;
             }
@@ -335,21 +355,24 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             };
             let what = (request.op(), request.len_bytes());
             if !self.gate.lets_pass(slot, what, now_ns) {
-                self.running.put(slot, request);
+                self.running.put(slot, Running::new(request, now_ns));
             } else if self.begin(slot, request) == Started::NoRoom {
                 return;
             }
         }
     }
 
+    /// Not inlined: it would take registers from requests that end at once.
+    #[inline(never)]
     fn keep(&mut self, slot: Slot, request: Request) {
         self.begun = true;
         self.in_flight += 1;
-        self.running.put(slot, request);
+        let now_ns = self.now_ns();
+        self.running.put(slot, Running::new(request, now_ns));
     }
 
     fn start(&mut self, slot: Slot) -> Started {
-        let request = self.running.get_mut(slot);
+        let request = &mut self.running.get_mut(slot).request;
         let progress = self.storage.start(&mut self.ring, slot, request);
         self.settle(slot, progress)
     }
@@ -367,8 +390,14 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     }
 
     fn complete(&mut self, slot: Slot, outcome: Outcome) {
-        let request = self.running.take(slot);
+        let now_ns = self.now_ns();
+        let Running {
+            request,
+            came_ns,
+            began_ns,
+        } = self.running.take(slot);
         self.in_flight -= 1;
+        (self.counters).count_time(request.op(), (came_ns, began_ns), now_ns);
         self.finish(slot, request, outcome);
     }
 
@@ -378,6 +407,25 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         self.counters
             .count(request.op(), request.len_bytes(), outcome);
         self.door.complete(&mut self.ring, slot, request, outcome);
+    }
+}
+
+/// A request that the storage has or will get.
+struct Running {
+    request: Request,
+    /// When it came.
+    came_ns: u64,
+    /// When the storage was given it first.
+    began_ns: u64,
+}
+
+impl Running {
+    fn new(request: Request, now_ns: u64) -> Self {
+        Self {
+            request,
+            came_ns: now_ns,
+            began_ns: now_ns,
+        }
     }
 }
 

@@ -220,7 +220,9 @@ impl admin::Service for Shared {
                     .collect(),
                 refused: door.last_refusal().map(refusal_status),
                 sessions: door.sessions().iter().map(session_status).collect(),
+                in_flight: registry.in_flight(),
                 counters: registry.totals(),
+                latency: registry.latencies(),
             }),
         }
     }
@@ -339,7 +341,9 @@ fn ublk_status(door: &UblkDoor, registry: &CounterSet) -> UblkStatus {
         data: facts.data,
         features: facts.features.names(),
         affinity: affinity.map(|queues| queues.iter().map(ToString::to_string).collect()),
+        in_flight: registry.in_flight(),
         counters: registry.totals(),
+        latency: registry.latencies(),
     }
 }
 

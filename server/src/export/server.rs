@@ -8,7 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 
 use super::admin::{
-    self, AllStatus, Answerer, Command, Listening, Reply, Request, SCHEMA, ServerStatus, Service,
+    self, AllStatus, Answerer, Command, ExportStatus, Listening, Reply, Request, SCHEMA,
+    ServerStatus, Service,
 };
 use super::event::Event;
 use super::name_lock::{CONTROL, NameLock};
@@ -123,6 +124,12 @@ impl Server {
         self.exports().values().filter_map(Weak::upgrade).collect()
     }
 
+    /// What each of its exports says about itself.
+    #[must_use]
+    pub fn statuses(&self) -> Vec<ExportStatus> {
+        self.all().iter().map(|export| export.status()).collect()
+    }
+
     fn status(&self) -> ServerStatus {
         ServerStatus {
             schema: SCHEMA,
@@ -146,7 +153,7 @@ impl Answerer for Server {
             Command::Server {} => serde_json::to_value(self.status()),
             Command::Stat {} => serde_json::to_value(AllStatus {
                 schema: SCHEMA,
-                exports: self.all().iter().map(|export| export.status()).collect(),
+                exports: self.statuses(),
             }),
             Command::Events {} => return Ok(Reply::Events(Reader::new(None)?)),
             Command::Stop { .. }

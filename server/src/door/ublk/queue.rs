@@ -293,7 +293,7 @@ impl DoorQueue for UblkQueue {
                     return Some((tag.into(), Request::new(op, range, buffers)));
                 }
                 Err(error) => {
-                    self.config.counters.count_rejected();
+                    self.config.counters.count_error(error);
                     self.answer(tag, -error.errno());
                 }
             }

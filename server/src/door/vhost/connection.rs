@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -14,7 +14,7 @@ use rustix::net::{SendFlags, send};
 use super::message;
 use crate::engine::process::Process;
 use crate::engine::repeats::{Omitted, Repeats};
-use crate::request::Limits;
+use crate::request::{IoError, Limits};
 
 /// What drivers do wrong with their vrings. Of all exports: a driver can do it again and again, in new sessions too.
 static WRONG_VRINGS: Repeats = Repeats::new(3);
@@ -41,6 +41,8 @@ pub(super) struct Connection {
     reason: Mutex<Option<&'static str>>,
     /// Whether the log has a line about memory that is not shared.
     told_unshared: AtomicBool,
+    /// A bit for each kind of error of a request that the log has a line about.
+    told_refused: AtomicU8,
 }
 
 impl Connection {
@@ -66,6 +68,7 @@ impl Connection {
             channel: Mutex::new(None),
             reason: Mutex::new(None),
             told_unshared: AtomicBool::new(false),
+            told_refused: AtomicU8::new(0),
         }
     }
 
@@ -145,6 +148,24 @@ impl Connection {
     #[cold]
     pub(super) fn due(&self, what: &str) -> Option<Omitted> {
         WRONG_VRINGS.due(&format!("{} {what}", self.export))
+    }
+
+    /// Logs that a request of the driver was failed before the storage saw it: once in a session for each kind of error,
+    /// so that a driver that does it again and again costs nothing more.
+    #[cold]
+    pub(super) fn tell_refused(&self, vring: u16, error: IoError, request: impl fmt::Display) {
+        let kind = 1 << error as u8;
+        if self.told_refused.fetch_or(kind, Ordering::Relaxed) & kind == 0
+            && let Some(omitted) = self.due(&error.to_string())
+        {
+            tracing::warn!(
+                export = self.export,
+                session = self.id,
+                pid = self.peer_pid,
+                vring,
+                "the driver made a request that was failed, {error}: {request}{omitted}"
+            );
+        }
     }
 
     /// Ends the session: its protocol thread reads an end of file. The first reason counts.

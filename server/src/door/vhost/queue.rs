@@ -179,13 +179,15 @@ impl VhostQueues {
                 outcome,
                 written_bytes,
             } => {
-                if outcome.is_err() {
-                    self.counters.count_rejected();
+                if let Err(error) = outcome {
+                    self.counters.count_error(error);
                     if let Some(address) = segments.unmapped {
                         self.connection.tell_unshared(format_args!(
                             "a request was failed, because guest address {address:#x} is not in the memory that the \
                              client shared"
                         ));
+                    } else {
+                        (self.connection).tell_refused(vring.index, error, &segments);
                     }
                 }
                 put_status(segments.status, request::status(outcome));

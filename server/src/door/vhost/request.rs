@@ -1,5 +1,6 @@
 //! What a chain asks of a virtio-blk device (virtio 1.3, 5.2.6).
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
@@ -339,6 +340,20 @@ impl<'a> Segments<'a> {
         let buffers = self.buffers(first, count).iter();
         // SAFETY: `gather` had the buffers from `map`, which is borrowed for as long.
         buffers.map(|buffer| unsafe { VolatileSlice::new(buffer.iov_base.cast(), buffer.iov_len) })
+    }
+}
+
+impl fmt::Display for Segments<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.broken {
+            return f.write_str("its descriptors have no header and status byte, or lead nowhere");
+        }
+        let (kind, sector) = (u32_at(&self.header, 0), u64_at(&self.header, 8));
+        write!(
+            f,
+            "type {kind} at sector {sector}, {} bytes from the driver and {} for it",
+            self.out_bytes, self.in_bytes
+        )
     }
 }
 

@@ -159,6 +159,11 @@ impl Gate {
         self.held.iter().all(VecDeque::is_empty)
     }
 
+    /// How many requests are held back.
+    pub(crate) fn len(&self) -> usize {
+        self.held.iter().map(VecDeque::len).sum()
+    }
+
     /// How long to sleep at the longest, if something is held back.
     pub(crate) fn wait(&self, now_ns: u64) -> Option<Duration> {
         let first = self.held.iter().filter_map(VecDeque::front);

@@ -22,10 +22,6 @@ fn gate(throttle: &Arc<Throttle>) -> Gate {
     gate
 }
 
-fn held(gate: &Gate) -> usize {
-    gate.held.iter().map(VecDeque::len).sum()
-}
-
 /// A queue whose client always has as many requests under way as it may, and whose storage takes no time.
 struct Client {
     gate: Gate,
@@ -49,7 +45,7 @@ impl Client {
         self.gate.is_in_use();
         let before = self.passed;
         self.passed += u64::from(self.gate.release(false, now_ns).is_some());
-        while held(&self.gate) < self.depth {
+        while self.gate.len() < self.depth {
             match self.gate.lets_pass(0, self.request, now_ns) {
                 true => self.passed += 1,
                 false => continue,
@@ -204,7 +200,7 @@ fn a_limit_on_writes_holds_up_no_reads_and_no_flushes() {
         assert!(gate.lets_pass(0, READ, 0));
         assert!(gate.lets_pass(0, (Op::Flush, 0), 0));
     }
-    assert_eq!(held(&gate), 2);
+    assert_eq!(gate.len(), 2);
 }
 
 #[test]
@@ -281,7 +277,7 @@ fn what_is_let_go_at_once_is_owed() {
     let passed = (0..11).filter(|slot| gate.lets_pass(*slot, READ, 0));
     assert_eq!(passed.count(), 1);
     let released = std::iter::from_fn(|| gate.release(true, 0)).count();
-    assert_eq!((released, held(&gate)), (10, 0));
+    assert_eq!((released, gate.len()), (10, 0));
     let next_ns = |now_ns| {
         let mut gate = self::gate(&throttle);
         gate.lets_pass(0, READ, now_ns)

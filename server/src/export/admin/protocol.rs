@@ -11,6 +11,7 @@ use crate::door::ownership::{KeptFor, OwnershipState};
 use crate::door::ublk::DataPath;
 use crate::door::vhost::SessionState;
 use crate::engine::counters::Totals;
+use crate::engine::latency::Latency;
 use crate::engine::sandbox;
 use crate::engine::throttle::RateLimits;
 
@@ -18,7 +19,7 @@ use crate::engine::throttle::RateLimits;
 pub(super) const MAX_LINE_BYTES: usize = 4096;
 
 /// An answer may be this long.
-pub(super) const MAX_ANSWER_BYTES: usize = 1 << 20;
+pub(super) const MAX_ANSWER_BYTES: usize = 16 << 20;
 
 /// How long `stop` waits for a program that has the block device open, and how often it tries. As libdevmapper does.
 pub const OPEN_LIMIT: Duration = Duration::from_secs(5);
@@ -236,8 +237,14 @@ pub struct UblkStatus {
     pub features: Vec<String>,
     /// The processors of each queue's thread, if it keeps to where the requests come from.
     pub affinity: Option<Vec<String>>,
+    /// Requests that have not ended.
+    #[serde(default)]
+    pub in_flight: u64,
     /// What it did.
     pub counters: Totals,
+    /// How long that took, for each kind of requests that there were.
+    #[serde(default)]
+    pub latency: Vec<Latency>,
 }
 
 /// What the vhost door says about itself.
@@ -256,8 +263,14 @@ pub struct VhostStatus {
     pub refused: Option<RefusalStatus>,
     /// Who is connected.
     pub sessions: Vec<SessionStatus>,
+    /// Requests that have not ended.
+    #[serde(default)]
+    pub in_flight: u64,
     /// What it did, ended sessions included.
     pub counters: Totals,
+    /// How long that took, for each kind of requests that there were.
+    #[serde(default)]
+    pub latency: Vec<Latency>,
 }
 
 /// One front-end.

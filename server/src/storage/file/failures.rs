@@ -38,7 +38,7 @@ impl Failures {
             io::Error::from_raw_os_error(errno)
         );
         if let Some(omitted) = self.repeats.due(&format!("{op} {errno}")) {
-            tracing::error!("{text}{omitted}");
+            tracing::error!(export, "{text}{omitted}");
             let error = text.clone();
             events::tell(export, What::Error { error });
         }
