@@ -20,7 +20,7 @@ use crate::engine::throttle::{Gate, Throttle};
 use crate::engine::{DoorQueue, End, Next};
 use crate::engine::{Storage, StorageQueue};
 use crate::io::{Completion, Owner, Ring, Slot, SlotTable};
-use crate::request::{Outcome, Progress, Request};
+use crate::request::{Op, Outcome, Progress, Request};
 
 /// Completions dispatched per round at most.
 const BATCH: usize = 256;
@@ -302,39 +302,36 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         let enough = self.answered + ANSWERS;
         let busy = self.in_flight;
         let most = busy + busy.clamp(LEAST_BEGUN, MOST_BEGUN);
-        if self.gate.is_in_use() {
-            return self.start_throttled(enough, most);
+        let is_limited = self.gate.is_in_use();
+        if is_limited && self.start_held(enough, most) == Started::NoRoom {
+            return;
         }
         while self.answered < enough && self.in_flight < most {
-            let Some((slot, request)) = self.door.next(&mut self.ring) else {
+            let Some((slot, mut request)) = self.door.next(&mut self.ring) else {
                 return;
             };
-            if self.begin(slot, request) == Started::NoRoom {
-                return;
+            if is_limited && !self.lets_pass(slot, (request.op(), request.len_bytes())) {
+                self.hold(slot, request);
+                continue;
+            }
+            match self.storage.start(&mut self.ring, slot, &mut request) {
+                // What is done at once need not be kept.
+                Progress::Done(outcome) => self.finish(slot, request, outcome),
+                Progress::Pending => self.keep(slot, request),
+                Progress::Full => {
+                    self.keep(slot, request);
+                    self.backlog.push_back(slot);
+                    return;
+                }
             }
         }
     }
 
-    /// Gives the storage a request that the door has just handed out.
-    #[inline(always)]
-    fn begin(&mut self, slot: Slot, mut request: Request) -> Started {
-        match self.storage.start(&mut self.ring, slot, &mut request) {
-            // What is done at once need not be kept.
-            Progress::Done(outcome) => self.finish(slot, request, outcome),
-            Progress::Pending => self.keep(slot, request),
-            Progress::Full => {
-                self.keep(slot, request);
-                self.backlog.push_back(slot);
-                return Started::NoRoom;
-            }
-        }
-        Started::Yes
-    }
-
-    /// Starts what the limits let pass: first what was held back, then new requests. `enough` have been answered in this
-    /// round then, and the storage is to have `most`.
+    /// Starts what limits held back and now let pass. `enough` have been answered in this round then, and the storage is
+    /// to have `most`.
     #[cold]
-    fn start_throttled(&mut self, enough: u64, most: usize) {
+    #[inline(never)]
+    fn start_held(&mut self, enough: u64, most: usize) -> Started {
         let now_ns = self.now_ns();
         let at_once = self.door.drains();
         while self.answered < enough && self.in_flight < most {
@@ -346,24 +343,28 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             self.in_flight += 1;
             self.running.get_mut(slot).began_ns = now_ns;
             if self.start(slot) == Started::NoRoom {
-                return;
+                return Started::NoRoom;
             }
         }
-        while self.answered < enough && self.in_flight < most {
-            let Some((slot, request)) = self.door.next(&mut self.ring) else {
-                return;
-            };
-            let what = (request.op(), request.len_bytes());
-            if !self.gate.lets_pass(slot, what, now_ns) {
-                self.running.put(slot, Running::new(request, now_ns));
-            } else if self.begin(slot, request) == Started::NoRoom {
-                return;
-            }
-        }
+        Started::Yes
     }
 
-    /// Not inlined: it would take registers from requests that end at once.
+    /// Whether limits let a request start that has just come.
+    #[cold]
     #[inline(never)]
+    fn lets_pass(&mut self, slot: Slot, what: (Op, u64)) -> bool {
+        let now_ns = self.now_ns();
+        self.gate.lets_pass(slot, what, now_ns)
+    }
+
+    /// Keeps a request that limits hold back.
+    #[cold]
+    #[inline(never)]
+    fn hold(&mut self, slot: Slot, request: Request) {
+        let now_ns = self.now_ns();
+        self.running.put(slot, Running::new(request, now_ns));
+    }
+
     fn keep(&mut self, slot: Slot, request: Request) {
         self.begun = true;
         self.in_flight += 1;
