@@ -99,14 +99,17 @@ pub(super) fn statuses(dir: &RuntimeDir) -> Result<Found> {
                 let advice = left::advice(dir, &name);
                 (format!("its server has died; {advice}"), true)
             }
-            Err(error) => match admin::stat(&folder.join(CONTROL), STAT_LIMIT) {
-                // A user whom the admin socket admits need not be one who may lock the name.
-                Ok(status) => {
-                    found.exports.push(status);
-                    continue;
+            // A user whom the admin socket admits need not be one who may lock the name.
+            Err(error) if error.errno() == Errno::ACCESS => {
+                match admin::stat(&folder.join(CONTROL), STAT_LIMIT) {
+                    Ok(status) => {
+                        found.exports.push(status);
+                        continue;
+                    }
+                    Err(_) => (explain(&unknown(error, &folder)), false),
                 }
-                Err(_) => (explain(&unknown(error, &folder)), false),
-            },
+            }
+            Err(error) => (explain(&unknown(error, &folder)), false),
         };
         found.silent.push(Silent { name, why, is_dead });
     }
@@ -219,7 +222,11 @@ fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
     let alive = match dir.is_alive(name) {
         Ok(alive) => alive,
         // A user whom the admin socket admits need not be one who may lock the name.
-        Err(_) if connect_within(&control, STAT_LIMIT).is_ok() => true,
+        Err(error)
+            if error.errno() == Errno::ACCESS && connect_within(&control, STAT_LIMIT).is_ok() =>
+        {
+            true
+        }
         Err(error) => return Err(unknown(error, &folder)),
     };
     if !alive && folder.exists() {
