@@ -165,8 +165,7 @@ impl Lease {
             return;
         };
         if let Some(holder) = inner.note.holder.clone().filter(|holder| holder.moving) {
-            drop(inner);
-            return ownership.keep(holder, "the client that had the disk disconnected");
+            return ownership.keep(inner, holder, "the client that had the disk disconnected");
         }
         ownership.give_back(inner);
         if let Some(omitted) = ownership.due("left") {
@@ -187,14 +186,13 @@ impl Drop for Lease {
         let Some(inner) = self.owned(&ownership) else {
             return;
         };
-        let holder = inner.note.holder.clone();
-        drop(inner);
-        match holder {
+        match inner.note.holder.clone() {
             Some(holder) => ownership.keep(
+                inner,
                 holder,
                 "the client that had the disk disconnected without stopping",
             ),
-            None => ownership.give_back(ownership.inner()),
+            None => ownership.give_back(inner),
         }
     }
 }

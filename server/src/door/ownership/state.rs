@@ -219,7 +219,11 @@ impl Ownership {
                 "another server may get the disk: {why}"
             );
         }
-        self.keep(holder, "the last server ended while a client had the disk");
+        self.keep(
+            self.inner(),
+            holder,
+            "the last server ended while a client had the disk",
+        );
     }
 
     /// Makes `note` the note of this export. The caller holds the lock of [`Self::notes`].
@@ -387,9 +391,14 @@ impl Ownership {
         self.changed.notify_all();
     }
 
-    /// Keeps the disk for a client that may come back, and gives it back if that does not in time.
-    pub(super) fn keep(self: &Arc<Self>, holder: Holder, why: &str) {
-        let mut inner = self.inner();
+    /// Keeps the disk for a client that may come back, and gives it back if that does not in time. Whoever calls this has
+    /// seen under the same lock whose the disk was.
+    pub(super) fn keep<'a>(
+        self: &'a Arc<Self>,
+        mut inner: MutexGuard<'a, Inner>,
+        holder: Holder,
+        why: &str,
+    ) {
         if let State::Closed = inner.state {
             return;
         }
