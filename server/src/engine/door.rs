@@ -1,5 +1,7 @@
 //! What a queue thread needs of a door.
 
+use std::time::Duration;
+
 use crate::io::{Completion, Full, Ring, Slot};
 use crate::request::{Outcome, Request};
 
@@ -58,6 +60,11 @@ pub trait DoorQueue {
     /// Whether something waits for the requests of this queue to end: those that limits hold back start at once then.
     fn drains(&self) -> bool {
         false
+    }
+
+    /// For how long at the longest limits may hold a request back.
+    fn longest_hold(&self) -> Duration {
+        Duration::MAX
     }
 
     /// Whether all clients can run only on the one processor that this thread may use.

@@ -86,6 +86,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         let mut ring = Ring::new(slots + 2 * door.ring_operations() + 2)?;
         let storage = disk.queue(&mut ring, slots)?;
         let beside_clients = door.is_beside_clients();
+        let longest_hold = door.longest_hold();
         let slots = slots as usize;
         Ok(Self {
             ring,
@@ -98,7 +99,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             batch: Vec::with_capacity(BATCH),
             counters: Arc::clone(counters),
             poller: Poller::new(options.polling, beside_clients),
-            gate: Gate::new(throttle, slots),
+            gate: Gate::new(throttle, slots, longest_hold),
             now_ns: None,
             answered: 0,
             begun: false,
@@ -196,7 +197,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             return None;
         }
         if self.door.drains() {
-            // There were more than one round starts.
+            // One round did not start all of them.
             return Some(Duration::ZERO);
         }
         let now_ns = self.now_ns();
@@ -211,7 +212,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     /// Polls for work for as long as the poller says. Returns whether there is some.
     fn poll(&mut self) -> io::Result<bool> {
         if !self.gate.is_empty() {
-            // It has an appointment.
+            // The thread must wake up when the next held request is due.
             return Ok(false);
         }
         if self.poller.polls_briefly(self.in_flight) {

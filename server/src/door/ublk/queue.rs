@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use io_uring::{opcode, squeue, types};
 use libublk::sys;
@@ -61,6 +62,8 @@ pub(super) struct QueueConfig {
     pub(super) threads: ThreadOptions,
     /// What clients may do.
     pub(super) throttle: Arc<Throttle>,
+    /// For how long at the longest limits may hold a request back.
+    pub(super) longest_hold: Duration,
     /// Where it runs, if that is where the queue's requests come from.
     pub(super) cpus: Option<Cpus>,
     /// Whether it must run there.
@@ -344,6 +347,10 @@ impl DoorQueue for UblkQueue {
 
     fn drains(&self) -> bool {
         self.quit || self.leaving.is_some() || self.writes.drain()
+    }
+
+    fn longest_hold(&self) -> Duration {
+        self.config.longest_hold
     }
 
     fn is_beside_clients(&self) -> bool {

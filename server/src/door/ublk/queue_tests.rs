@@ -39,6 +39,7 @@ fn queue() -> UblkQueue {
         may_copy: false,
         threads: ThreadOptions::default(),
         throttle: Arc::default(),
+        longest_hold: Duration::MAX,
         cpus: None,
         insists: false,
     })

@@ -18,6 +18,10 @@ use crate::engine::mailbox::{self, Mailbox};
 use crate::engine::queue_thread::QueueThread;
 use crate::engine::{End, Spawned, Storage, spawn_queue};
 
+/// For how long limits hold back requests of an ordinary user's device: the driver kills its server when one is older than
+/// 30 s (`ublk_timeout` in `drivers/block/ublk_drv.c`, the block layer's default).
+const LONGEST_HOLD: Duration = Duration::from_secs(15);
+
 /// How long queue threads may take to come up, and to end when they were told to.
 const THREAD_LIMIT: Duration = Duration::from_secs(30);
 
@@ -138,6 +142,10 @@ impl QueueThreads {
                 may_copy: facts.features.has(sys::UBLK_F_USER_COPY),
                 threads: config.threads.clone(),
                 throttle: Arc::clone(&config.throttle),
+                longest_hold: match facts.features.has(sys::UBLK_F_UNPRIVILEGED_DEV) {
+                    true => LONGEST_HOLD,
+                    false => Duration::MAX,
+                },
                 cpus: (facts.affinity.as_ref()).map(|cpus| cpus[usize::from(queue)].clone()),
                 insists: config.affinity == Some(true),
             };

@@ -18,9 +18,11 @@ pub(crate) struct Gate {
     shares: Option<Shares>,
     /// Requests held back, by [`Direction`], the oldest first.
     held: [VecDeque<Held>; 2],
-    /// Whose turn it is if both may start.
+    /// The direction that goes first when both may start.
     turn: Direction,
     slots: usize,
+    /// For how long a request may be held back at the longest.
+    longest_ns: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,8 +68,8 @@ impl Gate {
     /// Longest time for which a thread that holds requests back sleeps, in order to see that the limits have changed.
     pub(crate) const LONGEST_WAIT: Duration = Duration::from_millis(50);
 
-    /// A gate for a thread with so many slots.
-    pub(crate) fn new(throttle: &Arc<Throttle>, slots: usize) -> Self {
+    /// A gate for a thread with so many slots, which holds no request back for longer than that.
+    pub(crate) fn new(throttle: &Arc<Throttle>, slots: usize, longest_hold: Duration) -> Self {
         Self {
             throttle: Arc::clone(throttle),
             generation: 0,
@@ -75,6 +77,7 @@ impl Gate {
             held: Default::default(),
             turn: Direction::Read,
             slots,
+            longest_ns: u64::try_from(longest_hold.as_nanos()).unwrap_or(u64::MAX),
         }
     }
 
@@ -124,7 +127,7 @@ impl Gate {
             op,
             len_bytes,
             since_ns: now_ns,
-            due_ns,
+            due_ns: due_ns.map(|due_ns| due_ns.min(now_ns.saturating_add(self.longest_ns))),
         });
         false
     }
@@ -133,13 +136,17 @@ impl Gate {
     /// it is the one whose turn came first. Also returns for how long it was held back.
     pub(crate) fn release(&mut self, at_once: bool, now_ns: u64) -> Option<(Slot, u64)> {
         let mut next: Option<(u64, Direction)> = None;
+        let longest_ns = self.longest_ns;
         for direction in [self.turn, self.turn.other()] {
             let Some(first) = self.held[direction as usize].front_mut() else {
                 continue;
             };
             // Without limits, any time.
             let due_ns = self.shares.as_mut().map_or(0, |shares| {
-                let pay = || shares.pay(first.op, direction, first.len_bytes, now_ns);
+                let pay = || {
+                    let due_ns = shares.pay(first.op, direction, first.len_bytes, now_ns);
+                    due_ns.min(first.since_ns.saturating_add(longest_ns))
+                };
                 *first.due_ns.get_or_insert_with(pay)
             });
             if next.is_none_or(|(earlier_ns, _)| due_ns < earlier_ns) {

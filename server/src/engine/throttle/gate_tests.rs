@@ -17,7 +17,7 @@ fn limited(limits: RateLimits) -> Arc<Throttle> {
 }
 
 fn gate(throttle: &Arc<Throttle>) -> Gate {
-    let mut gate = Gate::new(throttle, 64);
+    let mut gate = Gate::new(throttle, 64, Duration::MAX);
     gate.is_in_use();
     gate
 }
@@ -264,6 +264,26 @@ fn a_change_counts_from_the_next_round_on_and_forgets_what_was_owed() {
     assert_eq!(gate.release(false, SECOND), Some((2, SECOND)));
     assert!(!gate.is_in_use());
     assert!(gate.lets_pass(3, READ, SECOND));
+}
+
+#[test]
+fn no_request_is_held_back_for_longer_than_the_door_can_wait() {
+    let throttle = limited(RateLimits {
+        iops_total: 1,
+        burst_ms: 0,
+        ..RateLimits::default()
+    });
+    let mut gate = Gate::new(&throttle, 64, Duration::from_secs(15));
+    gate.is_in_use();
+    let passed = (0..40).filter(|slot| gate.lets_pass(*slot, READ, 0));
+    assert_eq!(passed.count(), 1);
+    let mut release_until = |now_ns| {
+        let released = std::iter::from_fn(|| gate.release(false, now_ns));
+        released.count()
+    };
+    let in_time: usize = (1..15).map(|second| release_until(second * SECOND)).sum();
+    assert_eq!(in_time, 14);
+    assert_eq!(release_until(15 * SECOND), 25);
 }
 
 #[test]
