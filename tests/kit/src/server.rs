@@ -142,7 +142,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a command that serves, with its output in a log.
+    /// Starts a command that serves, with its output in a log. It inherits no other descriptors.
     ///
     /// # Errors
     /// It cannot be started.
@@ -153,6 +153,7 @@ impl Server {
         command
             .stdout(log.try_clone().context("cannot share the server's log")?)
             .stderr(log);
+        process::inherit_nothing(command);
         let started = Instant::now();
         let child = process::spawn(command)?;
         Ok(Server {
