@@ -220,8 +220,10 @@ impl Reader {
         if let Some(event) = waiting.events.pop_front() {
             return Some(Item::Event(event));
         }
-        // Not before the queue is empty: what comes later rings again.
-        self.quiet();
+        // Not before the queue is empty: what comes later rings again. The bell of the end stays rung.
+        if !waiting.ended {
+            self.quiet();
+        }
         let lost = std::mem::take(&mut waiting.lost);
         (lost > 0).then_some(Item::Lost(lost))
     }

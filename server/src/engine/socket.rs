@@ -9,11 +9,14 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid, chmod, chownat, fchmod, fstat, openat};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chmod, chownat, fchmod, fstat, openat,
+};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, sockopt,
 };
+use rustix::process::geteuid;
 use upgrade_proto::Peer;
 
 use super::Accept;
@@ -180,7 +183,11 @@ impl Socket {
         )
         .map_err(|error| system("open the new socket", error.into()))?;
         let found = fstat(&file).map_err(|error| system("examine the new socket", error.into()))?;
-        if Some((found.st_dev, found.st_ino)) != self.file || found.st_nlink != 1 {
+        // What another process has put in its place between bind(2) and `identity` has the right number, too.
+        let is_made_here = FileType::from_raw_mode(found.st_mode).is_socket()
+            && found.st_uid == geteuid().as_raw()
+            && found.st_nlink == 1;
+        if Some((found.st_dev, found.st_ino)) != self.file || !is_made_here {
             return Err(SocketError::Exchanged(self.path.clone()));
         }
         let owner = access.owner.as_ref().map(|user| Uid::from_raw(user.id));

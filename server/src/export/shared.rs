@@ -169,7 +169,7 @@ impl Shared {
         all_ended
     }
 
-    /// Tells those who watch that the export is served.
+    /// Publishes as an event that the export is served.
     pub(super) fn tell_begin(&self) {
         let doors = self.doors();
         let recovered = doors.ublk.as_ref().filter(|_| doors.is_inherited);

@@ -1,6 +1,6 @@
 //! The listener from which Prometheus collects measurements: HTTP, for `GET /metrics` and nothing else.
 //!
-//! It answers on the machine itself only, a loopback address or a Unix socket, because it asks nobody who he is. What a
+//! It answers on the machine itself only, a loopback address or a Unix socket, because it does not authenticate clients. What a
 //! server has opened before it confines itself stays open: the sandbox allows no new sockets.
 
 use std::fmt;

@@ -216,7 +216,7 @@ fn is_full(sessions: &Sessions) -> bool {
             && all.iter().filter(|one| !one.hung_up()).count() >= MAX_CLIENTS
 }
 
-/// Tells those who watch how a session ended.
+/// Publishes as an event how a session ended.
 fn tell_end(connection: &Connection, ending: &Ending) {
     let (how, why) = match (connection.reason(), ending) {
         (Some(reason), _) => ("disconnected", reason.to_owned()),

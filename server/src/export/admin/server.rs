@@ -39,7 +39,7 @@ pub enum Reply {
     Events(Reader),
 }
 
-/// Who answers at an admin socket.
+/// What answers at an admin socket.
 pub trait Answerer: Send + Sync + 'static {
     /// Does what is asked.
     ///
