@@ -105,12 +105,45 @@ fn what_cannot_be_changed_is_named_and_then_nothing_is() {
     lab.is_clean();
 }
 
+/// The server cannot look up accounts, processors and files any more.
+#[test]
+fn an_option_changes_whatever_the_others_were_made_of() {
+    let lab = sandbox();
+    let group = std::process::Command::new("id")
+        .arg("-gn")
+        .output()
+        .unwrap();
+    let group = String::from_utf8(group.stdout).unwrap();
+    let spec = format!("a=mem:1M,vhost-socket-group={}", group.trim());
+    let server = lab.serve(&["--ublk", "no", &spec]);
+    lab.ok(&["set", "a", "iops-total=5"]);
+    assert_eq!(stat(&lab)["limits"]["iops_total"], 5);
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+fn the_users_of_one_export_do_not_change_the_log_of_all() {
+    let lab = sandbox();
+    let shared = "a=mem:1M,admin-socket-mode=0666";
+    let server = lab.serve(&["--ublk", "no", shared, "b=mem:1M"]);
+    let words = [
+        "log is the whole server's",
+        "other exports have other users",
+    ];
+    lab.fails(&["set", "a", "log=off"], 1, &words);
+    lab.ok(&["set", "a", "iops-total=5"]);
+    lab.ok(&["set", "b", "log=debug"]);
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
 #[test]
 fn the_log_of_a_running_server_is_made_louder_and_quieter() {
     let lab = sandbox();
     let server = lab.serve(&["--ublk", "no", "a=mem:1M"]);
     let control = lab.path("run/exports/a/control");
-    // The server answers nobody, which it tells at the level debug.
+    // The server has no client to answer, which it tells at the level debug.
     let hang_up = || drop(UnixStream::connect(&control).unwrap());
     hang_up();
     lab.ok(&["set", "a", "log=debug"]);

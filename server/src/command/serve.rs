@@ -103,9 +103,10 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         run,
         metrics,
     } = start;
-    let server = Server::new(server_name.as_deref(), events.clone(), sockets);
+    let access = admin_access(&configs);
+    let server = Server::new(server_name.as_deref(), events.clone(), sockets, access);
     // First, so that who watches it sees the exports start.
-    let socket = listen(&server, dir, &admin_access(&configs), server_name.is_some())?;
+    let socket = listen(&server, dir, server_name.is_some())?;
     // Before the exports: an address that cannot be had shall not stop them again.
     let collectors = (metrics.as_ref())
         .map(|address| MetricsServer::start(address, &server))
@@ -179,10 +180,9 @@ fn admin_access(configs: &[ExportConfig]) -> SocketAccess {
 fn listen(
     server: &Arc<Server>,
     dir: &RuntimeDir,
-    access: &SocketAccess,
     must_be_there: bool,
 ) -> Result<Option<ServerSocket>> {
-    match server.listen(dir, access) {
+    match server.listen(dir) {
         Ok(socket) => Ok(Some(socket)),
         Err(error) if must_be_there => Err(error),
         Err(error) => {
@@ -218,14 +218,17 @@ fn start_all<C: Send, E: Send>(
         }
     };
     std::thread::scope(|scope| {
-        for _ in 1..starters {
-            // Without it the others do its work.
+        // Not by this thread: a worker of the kernel that did something for a ring of a thread may stay as long as the thread
+        // (older kernels keep the last one), and has what the sandbox takes away from all others.
+        let spawn = || {
             let starter = std::thread::Builder::new().name("start".into());
-            if starter.spawn_scoped(scope, start_waiting).is_err() {
-                break;
-            }
+            starter.spawn_scoped(scope, start_waiting).is_ok()
+        };
+        // Without one of them the others do its work.
+        let spawned = (0..starters).take_while(|_| spawn()).count();
+        if spawned == 0 {
+            start_waiting();
         }
-        start_waiting();
     });
     let (started, failures) = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     (started, failures.into_values().collect())

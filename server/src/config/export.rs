@@ -2,27 +2,22 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use clap::FromArgMatches;
 
 use super::error::ConfigError;
 use super::name::check_name;
-use super::options::{DoorMode, ExportOptions, read_keys};
+use super::options::{DoorMode, ExportOptions, LiveOptions};
 use super::spec::{Spec, StorageSpec};
 use crate::door::ublk::{DataPath, Recovery};
 use crate::engine::socket::SocketAccess;
 use crate::engine::threads::ThreadOptions;
-use crate::engine::throttle::RateLimits;
 use crate::request::{SECTOR_BYTES, SERIAL_BYTES, Serial};
 #[cfg(feature = "testing")]
 use crate::storage::Rule;
 
 /// Requests in flight for each ublk queue by default.
 const DEFAULT_DEPTH: u16 = 128;
-
-/// Seconds for which the disk is kept for a client that died, by default.
-const DEFAULT_GRACE_SECONDS: u32 = 10;
 
 /// Queues by default: one for each processor, at most this many.
 const DEFAULT_MAX_QUEUES: usize = 4;
@@ -64,9 +59,7 @@ pub struct ExportConfig {
     pub depth: u16,
     /// How queue threads run.
     pub threads: ThreadOptions,
-    pub reconnect_grace: Duration,
-    /// What clients may do.
-    pub limits: RateLimits,
+    pub live: LiveOptions,
     /// What was asked for, to ask for it again.
     pub saved: SavedExport,
 }
@@ -82,15 +75,17 @@ impl ExportConfig {
         Self::with(spec, options, BTreeMap::new(), folder)
     }
 
-    /// This configuration, with what can be changed while it is served taken from another one.
-    #[must_use]
-    pub fn with_live_options_of(&self, other: &Self) -> Self {
-        Self {
-            limits: other.limits,
-            reconnect_grace: other.reconnect_grace,
-            saved: other.saved.clone(),
-            ..self.clone()
-        }
+    /// This configuration with options that are changed while it is served. All others stay what they were when it
+    /// began: the machine may have changed since then, and a confined server cannot look.
+    ///
+    /// # Errors
+    ///
+    /// Which option is wrong, or cannot be changed.
+    pub fn change(&self, options: BTreeMap<String, String>) -> Result<Self, ConfigError> {
+        let mut changed = self.clone();
+        changed.live.change(&options).map_err(ConfigError::new)?;
+        changed.saved.changed.extend(options);
+        Ok(changed)
     }
 
     /// As [`new`](Self::new), with options that were changed while it was served, which have precedence over all.
@@ -104,16 +99,7 @@ impl ExportConfig {
         given
             .update_from_arg_matches(&spec.options)
             .map_err(|error| ConfigError::new(error.to_string()))?;
-        let pairs = changed
-            .iter()
-            .map(|(key, value)| (key.as_str(), Some(value.as_str())));
-        read_keys::<ExportOptions>(pairs)
-            .map_err(|error| error.to_string())
-            .and_then(|keys| {
-                let updated = given.update_from_arg_matches(&keys);
-                updated.map_err(|error| error.to_string())
-            })
-            .map_err(ConfigError::new)?;
+        given.live.change(&changed).map_err(ConfigError::new)?;
         let name = match (&spec.name, &given.name) {
             (Some(a), Some(b)) if a != b => {
                 return Err(ConfigError::new(format!(
@@ -135,7 +121,6 @@ impl ExportConfig {
             },
             changed,
         };
-        let limits = given.limits();
         let serial = match given.serial {
             Some(serial) => serial,
             None => name.chars().take(SERIAL_BYTES).collect(),
@@ -148,7 +133,6 @@ impl ExportConfig {
                 "vhost-threads: {vhost_threads} is more than the queues ({queues}): give 1 to {queues}"
             )));
         }
-        let grace = given.reconnect_grace.unwrap_or(DEFAULT_GRACE_SECONDS);
         Ok(Self {
             storage: spec.storage.resolved(folder),
             #[cfg(feature = "testing")]
@@ -183,8 +167,7 @@ impl ExportConfig {
                 polling: given.poll_us.unwrap_or_default(),
                 cpus: given.cpus,
             },
-            reconnect_grace: Duration::from_secs(grace.into()),
-            limits,
+            live: given.live,
             saved,
             name,
         })

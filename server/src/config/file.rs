@@ -169,7 +169,7 @@ impl ConfigFile<'_> {
     ) -> Result<(), ConfigError> {
         let mut pairs = Vec::new();
         for (key, value) in table.iter().filter(|(key, _)| key.get_ref() != "spec") {
-            let Some(value) = word(value.get_ref()) else {
+            let Some(value) = word(key.get_ref(), value.get_ref()) else {
                 let why = format!(
                     "{label}{key}: give a text, a number, true or false",
                     key = key.get_ref()
@@ -196,13 +196,13 @@ impl ConfigFile<'_> {
     }
 }
 
-/// A value as it would be written on the command line.
-fn word<'a>(value: &'a DeValue<'_>) -> Option<Cow<'a, str>> {
+/// The value of a key as it would be written on the command line.
+fn word<'a>(key: &str, value: &'a DeValue<'_>) -> Option<Cow<'a, str>> {
     match value {
         DeValue::String(text) => Some(text.as_ref().into()),
         DeValue::Boolean(on) => Some(on.to_string().into()),
-        // A mode: 432 would be another one.
-        DeValue::Integer(number) if number.radix() == 8 => {
+        // 0o660 is 432, which would be another mode.
+        DeValue::Integer(number) if number.radix() == 8 && key.ends_with("-mode") => {
             Some(format!("0o{}", number.as_str()).into())
         }
         DeValue::Integer(number) => {

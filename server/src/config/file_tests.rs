@@ -25,7 +25,7 @@ fn a_file_gives_exports_with_defaults_under_them() {
         [[export]]
         name = "b"
         spec = "null:1G,serial=B,depth=8"
-        queues = 3
+        queues = 0o3
         read-only = true
         "#,
         &ExportOptions {

@@ -1,12 +1,14 @@
 //! The options of an export, each of them once: the fields of [`ExportOptions`] are options of `serve`, keys of a
 //! SPEC, keys of `[defaults]` and `[[export]]` in a configuration file, and rows of `docs/export-options.md`.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::error::{ContextKind, ErrorKind};
-use clap::{ArgMatches, Args, Command};
+use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use crate::door::ublk::{DataPath, Recovery};
 use crate::engine::accounts::{Group, User};
@@ -53,6 +55,9 @@ const MAX_IOPS: u64 = 1_000_000_000;
 
 /// Longest burst: an hour.
 const MAX_BURST_MS: u32 = 3_600_000;
+
+/// Seconds for which the disk is kept for a client that died, by default.
+const DEFAULT_GRACE_SECONDS: u32 = 10;
 
 /// What may be said of an export; everything may be missing.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -174,6 +179,16 @@ pub struct ExportOptions {
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<Cpus>,
 
+    /// Those that can be changed while the export is served.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub live: LiveOptions,
+}
+
+/// What may be said of an export also while it is served; everything may be missing.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct LiveOptions {
     /// Keep the disk for a vhost-user client that died for this many seconds, before the block device is writable
     /// again [default: 10]
     #[arg(long, allow_negative_numbers = true, value_name = "SECONDS", value_parser = number(0..=MAX_GRACE_SECONDS))]
@@ -210,7 +225,39 @@ pub struct ExportOptions {
     pub burst_ms: Option<u32>,
 }
 
-impl ExportOptions {
+impl LiveOptions {
+    /// Takes other values.
+    ///
+    /// # Errors
+    ///
+    /// Which key is wrong, and why.
+    pub(super) fn change(&mut self, options: &BTreeMap<String, String>) -> Result<(), String> {
+        let pairs = options.iter();
+        let pairs = pairs.map(|(key, value)| (key.as_str(), Some(value.as_str())));
+        let keys = read_keys::<Self>(pairs).map_err(|error| {
+            let live = keys_of::<Self>();
+            let is_fixed = !live.contains(&error.key) && keys_of::<ExportOptions>().contains(&error.key);
+            match is_fixed {
+                true => format!(
+                    "{} cannot be changed while the export is served: serve it again with other options (--take-over \
+                     keeps its clients); what can be changed: {}, log",
+                    error.key,
+                    live.join(", ")
+                ),
+                false => error.to_string(),
+            }
+        })?;
+        let updated = self.update_from_arg_matches(&keys);
+        updated.map_err(|error| error.to_string())
+    }
+
+    /// For how long the disk is kept for a client that died.
+    #[must_use]
+    pub fn reconnect_grace(&self) -> Duration {
+        let seconds = self.reconnect_grace.unwrap_or(DEFAULT_GRACE_SECONDS);
+        Duration::from_secs(seconds.into())
+    }
+
     /// The limits on clients.
     #[must_use]
     pub fn limits(&self) -> RateLimits {
@@ -225,7 +272,9 @@ impl ExportOptions {
             burst_ms: self.burst_ms.unwrap_or(none.burst_ms),
         }
     }
+}
 
+impl ExportOptions {
     /// The options given that several exports cannot share, as on the command line.
     pub fn unshareable(&self) -> impl Iterator<Item = &'static str> {
         [
@@ -260,6 +309,13 @@ impl BadOption {
             is_unknown: true,
         }
     }
+}
+
+/// The keys of these options.
+fn keys_of<A: Args>() -> Vec<String> {
+    let command = A::augment_args(Command::new("keys"));
+    let keys = command.get_arguments().filter_map(clap::Arg::get_long);
+    keys.map(str::to_owned).collect()
 }
 
 /// Reads options given as keys and values, with the parser of the command line. The result updates options that

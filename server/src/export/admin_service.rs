@@ -102,30 +102,12 @@ impl Shared {
     fn change(&self, options: BTreeMap<String, String>) -> Result<()> {
         let mut live = self.live();
         let live = live.as_mut().context("it is being stopped")?;
-        let with = |options: BTreeMap<String, String>| {
-            let mut saved = live.config.saved.clone();
-            saved.changed.extend(options);
-            saved.export()
-        };
-        let mut fixed = Vec::new();
-        for (key, value) in &options {
-            let changed = with(BTreeMap::from([(key.clone(), value.clone())]))?;
-            if live.config.with_live_options_of(&changed) != changed {
-                fixed.push(key.as_str());
-            }
-        }
-        ensure!(
-            fixed.is_empty(),
-            "{} cannot be changed while the export is served: serve it again with other options (--take-over keeps \
-             its clients); what can be changed: the limits (iops-…, bps-…, burst-ms), reconnect-grace, log",
-            fixed.join(", ")
-        );
-        let changed = with(options.clone())?;
+        let changed = live.config.change(options.clone())?;
         // First, so that what is in force is what the next server reads.
         let served = serde_json::to_string(&changed.saved)?;
         (live.note.replace(&served, || {})).context("cannot note it in the runtime directory")?;
-        self.throttle.set(changed.limits);
-        self.access.set_grace(changed.reconnect_grace);
+        self.throttle.set(changed.live.limits());
+        self.access.set_grace(changed.live.reconnect_grace());
         live.config = changed;
         for (key, value) in options {
             tracing::info!("{}: {key}={value}", self.config.name);
@@ -292,6 +274,12 @@ impl admin::Service for Shared {
     fn set(&self, mut options: BTreeMap<String, String>) -> Result<()> {
         let log = options.remove("log");
         if let Some(filter) = &log {
+            ensure!(
+                self.may_set_log,
+                "log is the whole server's: the users of the admin socket of {} may not change it, because other \
+                 exports have other users",
+                self.config.name
+            );
             log::check_filter(filter).map_err(|why| anyhow!("log: {why}"))?;
         }
         if !options.is_empty() {

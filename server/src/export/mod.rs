@@ -83,7 +83,7 @@ impl Export {
             false => dir.claim(&config.name)?,
         };
         crash::point("claimed");
-        let throttle = Throttle::new(config.limits);
+        let throttle = Throttle::new(config.live.limits());
         let opening = Opening {
             config: &config,
             dir,
@@ -132,6 +132,7 @@ impl Export {
             note: claim.served_note(),
         };
         let shared = Arc::new(Shared {
+            may_set_log: server.admits(&config.admin_access),
             config,
             live: Mutex::new(Some(live)),
             server: server.name().to_owned(),

@@ -114,7 +114,7 @@ impl Opening<'_> {
         let access = Ownership::new(
             &config.name,
             limits.read_only,
-            config.reconnect_grace,
+            config.live.reconnect_grace(),
             Some(self.claim.upgraded_note()),
         );
         if config.migration {

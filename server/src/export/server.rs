@@ -28,16 +28,19 @@ pub struct Server {
     exports: Mutex<BTreeMap<String, Weak<Shared>>>,
     /// Sockets of the service manager for vhost-user doors, by export.
     sockets: Mutex<BTreeMap<String, OwnedFd>>,
+    /// Who may connect to its admin socket.
+    access: SocketAccess,
 }
 
 impl Server {
     /// A server that gets `events`. Its name is its process number if none is given; `sockets` are those of the
-    /// service manager, by export.
+    /// service manager, by export; those of `access` may connect to its admin socket.
     #[must_use]
     pub fn new(
         name: Option<&str>,
         events: mpsc::Sender<Event>,
         sockets: BTreeMap<String, OwnedFd>,
+        access: SocketAccess,
     ) -> Arc<Self> {
         let own = || std::process::id().to_string();
         Arc::new(Self {
@@ -46,6 +49,7 @@ impl Server {
             events,
             exports: Mutex::default(),
             sockets: Mutex::new(sockets),
+            access,
         })
     }
 
@@ -59,6 +63,11 @@ impl Server {
     #[must_use]
     pub fn events(&self) -> &mpsc::Sender<Event> {
         &self.events
+    }
+
+    /// Whether the users of this access may change what concerns all exports: they are this server's own, or those of all.
+    pub(super) fn admits(&self, access: &SocketAccess) -> bool {
+        [&self.access, &SocketAccess::default()].contains(&access)
     }
 
     /// Takes the socket that the service manager has for the vhost-user door of an export, if there is one.
@@ -77,19 +86,15 @@ impl Server {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Listens at the admin socket of this server, for the users of `access`.
+    /// Listens at the admin socket of this server.
     ///
     /// # Errors
     ///
     /// When another server has the name, or there can be no socket.
-    pub fn listen(
-        self: &Arc<Self>,
-        dir: &RuntimeDir,
-        access: &SocketAccess,
-    ) -> Result<ServerSocket> {
+    pub fn listen(self: &Arc<Self>, dir: &RuntimeDir) -> Result<ServerSocket> {
         let claim = dir.claim_server(&self.name)?;
         let socket = claim.folder().join(CONTROL);
-        let listening = admin::serve("server", &socket, access, Arc::clone(self))?;
+        let listening = admin::serve("server", &socket, &self.access, Arc::clone(self))?;
         Ok(ServerSocket {
             _listening: listening,
             claim,
@@ -175,7 +180,7 @@ pub struct ServerSocket {
 }
 
 impl ServerSocket {
-    /// Adds what it goes on needing.
+    /// Adds what it still needs in the sandbox.
     pub fn add_reach(&self, reach: &mut Reach) {
         let folder = self.claim.folder();
         reach.paths.push((folder.to_owned(), Access::Folder));

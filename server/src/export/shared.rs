@@ -29,6 +29,8 @@ pub(super) struct Shared {
     /// Name of the server.
     pub(super) server: String,
     pub(super) started_unix_seconds: u64,
+    /// Whether those who may connect to the admin socket may change the log, which is the server's.
+    pub(super) may_set_log: bool,
     pub(super) limits: Limits,
     /// Dropped as soon as the doors are closed: an admin client must not keep the next server from it.
     pub(super) storage: Mutex<Option<Arc<dyn StorageControl>>>,
