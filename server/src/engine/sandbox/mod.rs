@@ -22,13 +22,19 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use files::Files;
 pub use files::{Access, Reach};
 use mounts::Namespace;
 use threads::{Change, Confinement, Lack};
 
+use crate::engine::wait::repeat_while;
 use crate::io::{ThreadRestrictions, are_rings_restricted, leave_rings_unrestricted};
+
+/// For how long the kernel's workers are waited for at the longest, and how often it is looked.
+const WORKERS_LIMIT: Duration = Duration::from_secs(1);
+const WORKERS_INTERVAL: Duration = Duration::from_millis(5);
 
 static STATUS: OnceLock<Status> = OnceLock::new();
 
@@ -71,12 +77,16 @@ pub fn stay_outside() {
 pub fn leave_mounts(reach: &Reach) -> io::Result<()> {
     let needed: Vec<PathBuf> = reach.paths.iter().map(|(path, _)| path.clone()).collect();
     let lacks = threads::change_all(Change::Namespace(Namespace::new(&needed)?))?;
-    match (
-        lacks.contains(Lack::Namespace),
-        mounts::threads_elsewhere()?,
-    ) {
-        (false, elsewhere) if elsewhere.is_empty() => Ok(()),
-        (_, elsewhere) => Err(io::Error::other(format!(
+    // Workers of the kernel end by themselves when they have nothing to do.
+    let elsewhere = repeat_while(
+        WORKERS_LIMIT,
+        WORKERS_INTERVAL,
+        mounts::threads_elsewhere,
+        |elsewhere| !elsewhere.as_ref().is_ok_and(Vec::is_empty),
+    )?;
+    match lacks.contains(Lack::Namespace) {
+        false if elsewhere.is_empty() => Ok(()),
+        _ => Err(io::Error::other(format!(
             "threads stay outside: {}",
             elsewhere.join(", ")
         ))),

@@ -1,4 +1,4 @@
-//! A mount namespace of the server's own, with those mounts in it that the server goes on needing.
+//! A mount namespace of the server's own, with those mounts in it that the server still needs.
 //!
 //! When the last process of a mount namespace ends, the kernel unmounts what is mounted there, and writes it out before.
 //! If that process is the server of a mounted disk, as in a container, it waits for itself and cannot be killed.

@@ -7,7 +7,7 @@
 use std::fs;
 use std::io;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::thread::{
@@ -102,7 +102,8 @@ impl Confinement {
 
 static CHANGE: AtomicPtr<Change> = AtomicPtr::new(ptr::null_mut());
 static LACKS: AtomicU32 = AtomicU32::new(0);
-static ANSWERED: AtomicBool = AtomicBool::new(false);
+/// The thread that has done it last. One that was given up may do it late, while another is waited for.
+static ANSWERED: AtomicI32 = AtomicI32::new(0);
 
 extern "C" fn handle(_signal: libc::c_int) {
     // SAFETY: errno is this thread's own; the code that was interrupted may be about to read it.
@@ -112,7 +113,7 @@ extern "C" fn handle(_signal: libc::c_int) {
     // SAFETY: null, or a change that stays until every thread that got the signal has answered.
     if let Some(change) = unsafe { CHANGE.load(Ordering::Acquire).as_ref() } {
         LACKS.fetch_or(change.apply().0, Ordering::Relaxed);
-        ANSWERED.store(true, Ordering::Release);
+        ANSWERED.store(gettid().as_raw_nonzero().get(), Ordering::Release);
     }
     // SAFETY: as above.
     unsafe { *errno = before };
@@ -196,11 +197,11 @@ fn is_worker(id: i32) -> bool {
 fn reach(id: i32, signal: libc::c_int) -> io::Result<()> {
     let failed =
         |error: io::Error| io::Error::other(format!("thread {id} gets no signal: {error}"));
-    ANSWERED.store(false, Ordering::Release);
+    ANSWERED.store(0, Ordering::Release);
     let begin = Instant::now();
     let mut looks = 0;
     let mut sent = signal;
-    while !ANSWERED.load(Ordering::Acquire) {
+    while ANSWERED.load(Ordering::Acquire) != id {
         match send(id, sent) {
             // From then on it is only looked whether the thread still exists.
             Ok(()) => sent = 0,
