@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::text;
 use crate::engine::Accept;
@@ -73,23 +74,23 @@ impl fmt::Display for Address {
 }
 
 /// A connection of either kind.
-trait Stream: Read + Write + Send {
-    fn set_limits(&self, read: Duration, write: Duration) -> io::Result<()>;
-}
-
-impl Stream for TcpStream {
-    fn set_limits(&self, read: Duration, write: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(read))?;
-        self.set_write_timeout(Some(write))
+trait Stream: Read + Write + Send + AsFd {
+    /// Lets the next read or write last until then at the longest.
+    fn set_limit(&self, deadline: Instant) -> io::Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        for timeout in [Timeout::Recv, Timeout::Send] {
+            set_socket_timeout(self.as_fd(), timeout, Some(left))?;
+        }
+        Ok(())
     }
 }
 
-impl Stream for UnixStream {
-    fn set_limits(&self, read: Duration, write: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(read))?;
-        self.set_write_timeout(Some(write))
-    }
-}
+impl Stream for TcpStream {}
+
+impl Stream for UnixStream {}
 
 enum Listener {
     Tcp(TcpListener),
@@ -164,7 +165,7 @@ impl MetricsServer {
         })
     }
 
-    /// Adds what it goes on needing.
+    /// Adds what it still needs in the sandbox.
     pub fn add_reach(&self, reach: &mut Reach) {
         let folder = self.folder.clone();
         (reach.paths).extend(folder.map(|folder| (folder, Access::RemoveFiles)));
@@ -206,7 +207,21 @@ fn answer(stream: &mut dyn Stream, server: &Server) -> io::Result<()> {
         Some(Asked::Other) => respond("404 Not Found", "only GET /metrics is answered\n"),
         None => respond("400 Bad Request", "not a request of HTTP\n"),
     };
-    stream.write_all(answer.as_bytes())
+    write_within(stream, answer.as_bytes())
+}
+
+/// Writes all of it, or fails when the client has not read it in time: also one that reads it byte by byte.
+fn write_within(stream: &mut dyn Stream, mut answer: &[u8]) -> io::Result<()> {
+    let deadline = Instant::now() + CLIENT_LIMIT;
+    while !answer.is_empty() {
+        stream.set_limit(deadline)?;
+        match stream.write(answer) {
+            Ok(count) => answer = &answer[count..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn respond(status: &str, body: &str) -> String {
@@ -235,11 +250,7 @@ fn read_request(stream: &mut dyn Stream) -> io::Result<Option<Asked>> {
             Ok(asked) => return Ok(asked),
             Err(_) => return Ok(None),
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_limits(left, CLIENT_LIMIT)?;
+        stream.set_limit(deadline)?;
         match stream.read(&mut piece) {
             Ok(0) => return Ok(None),
             Ok(count) => head.extend_from_slice(&piece[..count]),
