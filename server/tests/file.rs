@@ -9,6 +9,7 @@
 mod claims;
 #[path = "file/client.rs"]
 mod client;
+mod common;
 #[path = "file/devices.rs"]
 mod devices;
 #[path = "file/model.rs"]
@@ -21,11 +22,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use client::{Client, Shape};
+use common::file_options;
 use devices::{Loop, Mounted};
 use model::model;
 use testkit::random::Random;
 use ublkup::engine::StorageControl;
-use ublkup::request::{IoError, Op, Serial};
+use ublkup::request::{IoError, Op};
 use ublkup::storage::{CacheMode, File, FileOptions};
 
 const PUNCH: Op = Op::Discard;
@@ -38,27 +40,14 @@ const ZERO: Op = Op::WriteZeroes {
     fua: true,
 };
 
-fn options(path: &Path, cache: CacheMode) -> FileOptions {
-    FileOptions {
-        export: "test".into(),
-        path: path.to_owned(),
-        cache,
-        format: None,
-        read_only: false,
-        block_bytes: None,
-        serial: Serial::new("test").unwrap(),
-        claim_later: false,
-    }
-}
-
 fn open(path: &Path) -> File {
-    File::open(options(path, CacheMode::Auto)).unwrap()
+    File::open(file_options(path, CacheMode::Auto)).unwrap()
 }
 
 fn claims_later(path: &Path) -> FileOptions {
     FileOptions {
         claim_later: true,
-        ..options(path, CacheMode::Auto)
+        ..file_options(path, CacheMode::Auto)
     }
 }
 
@@ -67,7 +56,7 @@ fn claimed_later(path: &Path) -> File {
 }
 
 fn is_in_use(path: &Path) -> bool {
-    refusal(options(path, CacheMode::Auto)).contains("in use")
+    refusal(file_options(path, CacheMode::Auto)).contains("in use")
 }
 
 /// What a file takes of its file system.
@@ -78,7 +67,7 @@ fn used_bytes(path: &Path) -> u64 {
 fn read_only(path: &Path) -> FileOptions {
     FileOptions {
         read_only: true,
-        ..options(path, CacheMode::Auto)
+        ..file_options(path, CacheMode::Auto)
     }
 }
 
@@ -131,13 +120,13 @@ fn random_requests_on_tmpfs_without_zero_range_end_as_on_a_copy_in_memory() {
 fn random_requests_on_a_device_with_4096_byte_sectors_end_as_on_a_copy_in_memory() {
     let device = Loop::new(16 << 20, &["--sector-size", "4096", "--direct-io=on"]);
     for (cache, seed) in [(CacheMode::Direct, 5), (CacheMode::Buffered, 6)] {
-        let disk = File::open(options(&device.device, cache)).unwrap();
+        let disk = File::open(file_options(&device.device, cache)).unwrap();
         assert_eq!(disk.limits().block_bytes, 4096);
         drop(disk);
         model(&device.device, cache, seed);
         let small = FileOptions {
             block_bytes: Some(512),
-            ..options(&device.device, cache)
+            ..file_options(&device.device, cache)
         };
         assert!(refusal(small).contains("4096"));
     }
@@ -174,7 +163,7 @@ fn flushes_and_forced_writes_reach_the_device_and_plain_writes_do_not_wait_for_i
         fua: true,
     };
     for cache in [CacheMode::Direct, CacheMode::Buffered] {
-        let disk = File::open(options(&device.device, cache)).unwrap();
+        let disk = File::open(file_options(&device.device, cache)).unwrap();
         assert!(disk.limits().write_cache);
         let mut client = Client::new(&disk, 1);
         let mut data = vec![1; 4096];
@@ -218,7 +207,7 @@ fn more_buffers_than_a_system_call_takes_are_one_request() {
     let dir = scratch();
     let path = sparse(dir.path(), 8 << 20);
     for cache in [CacheMode::Direct, CacheMode::Buffered] {
-        let disk = File::open(options(&path, cache)).unwrap();
+        let disk = File::open(file_options(&path, cache)).unwrap();
         let mut client = Client::new(&disk, 1);
         let data = Random(7).bytes(2500 * 512);
         client.write(512, &data, Shape::Sectors).unwrap();
@@ -230,7 +219,11 @@ fn more_buffers_than_a_system_call_takes_are_one_request() {
 #[test]
 fn more_bounced_requests_than_bounce_buffers_all_end() {
     let dir = scratch();
-    let disk = File::open(options(&sparse(dir.path(), 32 << 20), CacheMode::Direct)).unwrap();
+    let disk = File::open(file_options(
+        sparse(dir.path(), 32 << 20),
+        CacheMode::Direct,
+    ))
+    .unwrap();
     let mut client = Client::new(&disk, 64);
     let data = Random(8).bytes(300 << 10);
     let (write, len) = (Op::Write { fua: false }, 300 << 10);
@@ -253,7 +246,7 @@ fn what_somebody_cut_off_reads_as_zeroes() {
         for shape in [Shape::Aligned, Shape::Odd] {
             let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
             file.set_len(1 << 20).unwrap();
-            let disk = File::open(options(&path, cache)).unwrap();
+            let disk = File::open(file_options(&path, cache)).unwrap();
             let mut client = Client::new(&disk, 1);
             client.write(0, &vec![1; 1 << 20], Shape::Aligned).unwrap();
             file.set_len(10_000).unwrap();
@@ -290,7 +283,7 @@ fn direct_is_refused_for_a_file_whose_data_are_journalled() {
     run("mkfs.ext4", &["-q", below]);
     let mounted = Mounted::new(&["-o", "loop,data=journal", below]);
     let image = sparse(mounted.0.path(), 1 << 20);
-    let message = refusal(options(&image, CacheMode::Direct));
+    let message = refusal(file_options(&image, CacheMode::Direct));
     assert!(message.contains("cache=auto"), "{message}");
     // Left to itself it goes through the page cache, with the alignment of any file there.
     let disk = open(&image);
@@ -318,7 +311,7 @@ fn direct_descriptors_of(path: &Path) -> Vec<bool> {
 #[ignore = "needs root and loop devices"]
 fn a_write_protected_device_is_refused_unless_read_only() {
     let device = Loop::new(1 << 20, &["--read-only"]);
-    let message = refusal(options(&device.device, CacheMode::Auto));
+    let message = refusal(file_options(&device.device, CacheMode::Auto));
     assert!(message.contains("--read-only"), "{message}");
     let disk = File::open(read_only(&device.device)).unwrap();
     assert!(disk.limits().read_only);
@@ -346,7 +339,7 @@ fn what_is_not_made_of_blocks_is_refused_at_once() {
         (dir.path().to_owned(), "directory"),
         ("/dev/zero".into(), "character device"),
     ] {
-        for mode in [options(&path, CacheMode::Auto), read_only(&path)] {
+        for mode in [file_options(&path, CacheMode::Auto), read_only(&path)] {
             let message = refusal(mode);
             assert!(message.contains(kind), "{message}");
             assert!(message.contains(path.to_str().unwrap()), "{message}");
@@ -359,11 +352,11 @@ fn what_is_not_made_of_blocks_is_refused_at_once() {
 fn sizes_are_whole_blocks_and_one_at_least() {
     let dir = scratch();
     let path = sparse(dir.path(), 511);
-    assert!(refusal(options(&path, CacheMode::Auto)).contains("511"));
+    assert!(refusal(file_options(&path, CacheMode::Auto)).contains("511"));
     for (len, block, capacity) in [(512, 512, 512), (10_000, 512, 9728), (10_000, 4096, 8192)] {
         let disk = File::open(FileOptions {
             block_bytes: Some(block),
-            ..options(&sparse(dir.path(), len), CacheMode::Buffered)
+            ..file_options(sparse(dir.path(), len), CacheMode::Buffered)
         })
         .unwrap();
         assert_eq!(disk.limits().capacity.bytes(), capacity);
@@ -396,7 +389,7 @@ fn opening_a_disk_leaves_its_content_alone() {
     let content = Random(9).bytes(10_000);
     fs::write(&path, &content).unwrap();
     for cache in [CacheMode::Auto, CacheMode::Buffered] {
-        File::open(options(&path, cache)).unwrap();
+        File::open(file_options(&path, cache)).unwrap();
         assert!(fs::read(&path).unwrap() == content);
     }
 }

@@ -86,6 +86,15 @@ impl Disk {
         assert_eq!(self.stat()["access"], "waiting");
     }
 
+    /// A disk, its server with these options, and a client that has the disk.
+    fn with_client(options: &[&str]) -> (Self, Server, Client) {
+        let disk = Self::new();
+        let server = disk.serve(options);
+        let mut client = Client::connect(disk.connect(), USUAL);
+        assert!(client.start());
+        (disk, server, client)
+    }
+
     /// A client without memory in a process of its own, which ends without stopping.
     fn another_process_takes_it(&self) -> ExitStatus {
         Command::new(std::env::current_exe().unwrap())
@@ -114,10 +123,7 @@ fn another_process() {
 #[test]
 fn a_client_with_memory_gets_its_disk_back_from_the_next_server_and_no_other_does() {
     for way in WAYS {
-        let disk = Disk::new();
-        let server = disk.serve(&[]);
-        let mut owner = Client::connect(disk.connect(), USUAL);
-        assert!(owner.start());
+        let (disk, server, mut owner) = Disk::with_client(&[]);
         assert_eq!(owner.driver.write(0, &[1; 512]), OK);
         let server = disk.next(way, server, &[]);
         disk.refuses_impostors(&server);
@@ -148,10 +154,7 @@ fn a_client_without_memory_is_known_by_its_process() {
 
 #[test]
 fn no_descriptor_of_a_server_is_inherited_by_what_it_might_start() {
-    let disk = Disk::new();
-    let server = disk.serve(&["--migration"]);
-    let mut client = Client::connect(disk.connect(), USUAL);
-    assert!(client.start());
+    let (_disk, server, client) = Disk::with_client(&["--migration"]);
     expect_all_close_on_exec(server.pid());
     drop(client);
     server.stop().unwrap();
@@ -159,10 +162,7 @@ fn no_descriptor_of_a_server_is_inherited_by_what_it_might_start() {
 
 #[test]
 fn a_server_that_fails_to_start_forgets_no_client() {
-    let disk = Disk::new();
-    let server = disk.serve(&[]);
-    let mut owner = Client::connect(disk.connect(), USUAL);
-    assert!(owner.start());
+    let (disk, server, owner) = Disk::with_client(&[]);
     server.kill().unwrap();
     let (image, away) = (disk.lab.path("disk.img"), disk.lab.path("away.img"));
     std::fs::rename(&image, &away).unwrap();
@@ -179,10 +179,7 @@ fn a_server_that_fails_to_start_forgets_no_client() {
 
 #[test]
 fn the_disk_of_a_client_that_died_is_kept_for_it() {
-    let disk = Disk::new();
-    let server = disk.serve(&[]);
-    let mut owner = Client::connect(disk.connect(), USUAL);
-    assert!(owner.start());
+    let (disk, server, owner) = Disk::with_client(&[]);
     let mut owner = owner.reconnect(|| disk.connect());
     eventually("its death is noticed", || {
         disk.stat()["access"] == "waiting"
@@ -204,10 +201,7 @@ fn the_disk_of_a_client_that_died_is_kept_for_it() {
 
 #[test]
 fn a_guest_that_boots_while_its_server_is_replaced_gets_its_disk_with_new_memory() {
-    let disk = Disk::new();
-    let server = disk.serve(&[]);
-    let mut owner = Client::connect(disk.connect(), USUAL);
-    assert!(owner.start());
+    let (disk, server, owner) = Disk::with_client(&[]);
     owner.driver.frontend.get_vring_base(0).unwrap();
     server.kill().unwrap();
     let server = disk.serve(&[]);
@@ -228,10 +222,7 @@ fn a_guest_that_boots_while_its_server_is_replaced_gets_its_disk_with_new_memory
 #[test]
 fn the_source_of_a_migration_does_not_get_the_disk_back() {
     for way in WAYS {
-        let disk = Disk::new();
-        let server = disk.serve(&["--migration"]);
-        let mut source = Client::connect(disk.connect(), USUAL);
-        assert!(source.start());
+        let (disk, server, mut source) = Disk::with_client(&["--migration"]);
         let mut target = Client::connect(disk.connect(), USUAL);
         source.stop_to_migrate();
         assert_eq!(disk.stat()["access"], "moving");
@@ -259,10 +250,7 @@ fn the_source_of_a_migration_does_not_get_the_disk_back() {
 
 #[test]
 fn a_server_that_dies_in_the_middle_of_a_migration_leaves_the_disk_to_the_target() {
-    let disk = Disk::new();
-    let server = disk.serve(&["--migration"]);
-    let mut source = Client::connect(disk.connect(), USUAL);
-    assert!(source.start());
+    let (disk, server, mut source) = Disk::with_client(&["--migration"]);
     let target = Client::connect(disk.connect(), USUAL);
     source.stop_to_migrate();
     server.kill().unwrap();
@@ -284,10 +272,7 @@ fn a_server_that_dies_in_the_middle_of_a_migration_leaves_the_disk_to_the_target
 
 #[test]
 fn a_source_whose_connection_ends_in_the_middle_of_a_migration_leaves_the_disk_to_the_target() {
-    let disk = Disk::new();
-    let server = disk.serve(&["--migration"]);
-    let mut source = Client::connect(disk.connect(), USUAL);
-    assert!(source.start());
+    let (disk, server, mut source) = Disk::with_client(&["--migration"]);
     let mut target = Client::connect(disk.connect(), USUAL);
     source.stop_to_migrate();
     let mut source = source.reconnect(|| disk.connect());

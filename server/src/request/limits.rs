@@ -209,26 +209,28 @@ impl fmt::Debug for Serial {
     }
 }
 
-#[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-
-    /// Limits of an ordinary small disk, for tests all over the crate.
-    pub(crate) fn small_disk(capacity_bytes: u64) -> Limits {
-        Limits {
-            capacity: capacity_bytes.into(),
-            block_bytes: 512,
-            physical_block_bytes: 4096,
-            optimal_io_bytes: 0,
-            max_io_bytes: 1 << 20,
-            discard_granularity_bytes: 4096,
-            max_discard_bytes: 1 << 30,
-            max_write_zeroes_bytes: 1 << 30,
-            read_only: false,
-            write_cache: true,
-            serial: Serial::new("test").unwrap(),
-        }
+/// Limits of an ordinary small disk, for tests.
+#[cfg(any(test, feature = "testing"))]
+#[must_use]
+pub fn small_disk(capacity_bytes: u64) -> Limits {
+    Limits {
+        capacity: capacity_bytes.into(),
+        block_bytes: 512,
+        physical_block_bytes: 4096,
+        optimal_io_bytes: 0,
+        max_io_bytes: 1 << 20,
+        discard_granularity_bytes: 4096,
+        max_discard_bytes: 1 << 30,
+        max_write_zeroes_bytes: 1 << 30,
+        read_only: false,
+        write_cache: true,
+        serial: Serial::new("test").expect("it is short"),
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
 
     #[test]
     fn ranges_are_checked_without_wrapping() {

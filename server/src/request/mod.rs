@@ -13,8 +13,8 @@ mod parsed;
 mod size;
 
 pub use buffers::{Buffer, Buffers, RingBuffer, zero};
-#[cfg(test)]
-pub(crate) use limits::tests::small_disk;
+#[cfg(any(test, feature = "testing"))]
+pub use limits::small_disk;
 pub use limits::{
     BadSerial, Capacity, Limits, MAX_DISK_BYTES, Range, SECTOR_BYTES, SECTOR_SHIFT, SERIAL_BYTES,
     Serial,

@@ -24,7 +24,7 @@ use ublkup::engine::polling::Polling;
 use ublkup::engine::socket::{Socket, SocketAccess};
 use ublkup::engine::threads::ThreadOptions;
 use ublkup::engine::throttle::Throttle;
-use ublkup::request::{Limits, Serial};
+use ublkup::request::{Limits, Serial, small_disk};
 use ublkup::storage::{CacheMode, FileOptions};
 
 /// A directory for servers of the program that is tested.
@@ -34,17 +34,8 @@ pub fn sandbox() -> Sandbox {
 
 pub fn limits(capacity_bytes: u64) -> Limits {
     Limits {
-        capacity: capacity_bytes.into(),
-        block_bytes: 512,
-        physical_block_bytes: 4096,
-        optimal_io_bytes: 0,
-        max_io_bytes: 1 << 20,
-        discard_granularity_bytes: 4096,
-        max_discard_bytes: 1 << 30,
-        max_write_zeroes_bytes: 1 << 30,
-        read_only: false,
-        write_cache: true,
         serial: Serial::new("serial-of-20-letters").unwrap(),
+        ..small_disk(capacity_bytes)
     }
 }
 

@@ -9,8 +9,9 @@ use std::time::Duration;
 use ublkup::engine::StorageControl;
 use ublkup::storage::{CacheMode, File};
 
+use crate::common::file_options;
 use crate::devices::Loop;
-use crate::{claimed_later, claims_later, is_in_use, open, options, read_only};
+use crate::{claimed_later, claims_later, is_in_use, open, read_only};
 use crate::{refusal, run, scratch, sparse};
 
 /// Storage that is claimed when a guest wants it: two servers open it, one at a time has it.
@@ -36,7 +37,7 @@ fn one_at_a_time(path: &Path) {
     source.release();
     source.release();
     // One that does not let go would have it for good, and so it sees when it starts that it cannot.
-    assert!(refusal(options(path, CacheMode::Auto)).contains("--migration"));
+    assert!(refusal(file_options(path, CacheMode::Auto)).contains("--migration"));
     drop(source);
     let stays = open(path);
     assert!(refusal(claims_later(path)).contains("without --migration"));

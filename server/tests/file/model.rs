@@ -8,11 +8,12 @@ use ublkup::request::Op;
 use ublkup::storage::{CacheMode, File};
 
 use crate::client::{Client, Shape};
-use crate::{UNMAP, ZERO, options};
+use crate::common::file_options;
+use crate::{UNMAP, ZERO};
 
 /// Random requests of all kinds, several at once, against a disk of which a copy is kept.
 pub fn model(path: &Path, cache: CacheMode, seed: u64) {
-    let disk = File::open(options(path, cache)).unwrap();
+    let disk = File::open(file_options(path, cache)).unwrap();
     let name = format!("{}, {cache:?}, seed {seed}", path.display());
     let mut client = Client::new(&disk, 16);
     let block = u64::from(disk.limits().block_bytes);

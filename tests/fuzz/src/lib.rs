@@ -23,22 +23,14 @@ mod script;
 pub mod vring;
 
 use script::Script;
-use ublkup::request::{Limits, Serial};
+use ublkup::request::{Limits, small_disk};
 
 /// A disk that takes everything.
 fn limits(capacity_bytes: u64) -> Limits {
     Limits {
-        capacity: capacity_bytes.into(),
-        block_bytes: 512,
-        physical_block_bytes: 4096,
-        optimal_io_bytes: 0,
-        max_io_bytes: 1 << 20,
-        discard_granularity_bytes: 4096,
         max_discard_bytes: 64 << 10,
         max_write_zeroes_bytes: 64 << 10,
-        read_only: false,
-        write_cache: true,
-        serial: Serial::new("fuzz").expect("a serial"),
+        ..small_disk(capacity_bytes)
     }
 }
 
