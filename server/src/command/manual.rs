@@ -108,9 +108,9 @@ const PAGES: &[Page] = &[
     Page {
         name: "ublkup-events",
         examples: &[(
-            "Tell somebody when a request failed:",
+            "Report failed requests as they happen:",
             &[
-                "ublkup events --json | grep --line-buffered storage-error | while read -r event; do … done",
+                "ublkup events --json | grep --line-buffered '\"event\":\"error\"' | while read -r event; do … done",
             ],
         )],
         exit_status: &[],

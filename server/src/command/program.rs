@@ -73,8 +73,8 @@ impl Program {
     }
 }
 
-/// Ends the program when this server has ended before it. A server in its sandbox signals nobody, not even by the
-/// kernel's signal at the death of a parent.
+/// Ends the program when this server has ended before it. A server in its sandbox cannot signal other
+/// processes, nor does the kernel at the death of a parent.
 const GUARD: &str = "read -r ended || kill $0";
 
 fn wait(mut child: Child, mut guard: Child, ended: &OnceLock<ExitStatus>) {
@@ -83,7 +83,7 @@ fn wait(mut child: Child, mut guard: Child, ended: &OnceLock<ExitStatus>) {
         Err(error) => tracing::error!(%error, "cannot wait for the program of --run"),
     }
     if let Some(mut told) = guard.stdin.take() {
-        // It may have been ended by somebody else.
+        // Another process may have ended it.
         let _ = told.write_all(b"\n");
     }
     let _ = guard.wait();

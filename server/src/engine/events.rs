@@ -314,6 +314,7 @@ mod tests {
         reader.ender().end();
         assert!(reader.is_ended());
         assert_eq!(sizes(&reader), [3]);
+        assert!(is_readable(&reader), "a reader that was about to sleep");
     }
 
     #[test]

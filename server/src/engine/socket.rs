@@ -126,7 +126,7 @@ pub struct Socket {
 impl Socket {
     /// Listens at `path`, for the users of `access`. A socket that no server listens on is replaced.
     ///
-    /// Nobody can connect before the file has its owner and its mode: it is made for this user alone, and listened on
+    /// No client can connect before the file has its owner and its mode: it is made for this user alone, and listened on
     /// last.
     ///
     /// # Errors
@@ -208,7 +208,7 @@ impl Socket {
         chmod(file, access.mode()).map_err(|error| system("set the mode", error.into()))
     }
 
-    /// Takes a socket that another program listens on, and goes on listening on. Its file stays.
+    /// Takes a socket that another program listens on, also after this server has ended. Its file stays.
     ///
     /// # Errors
     ///

@@ -111,7 +111,10 @@ impl Lease {
                 taking.prepare()?;
                 taking.finish(client)?;
                 if let Some(omitted) = ownership.due("on") {
-                    tracing::info!(export = ownership.export, "{name} goes on here{omitted}");
+                    tracing::info!(
+                        export = ownership.export,
+                        "{name} has the disk again{omitted}"
+                    );
                 }
             }
             State::Upgraded(client) if client.identity != identity => {

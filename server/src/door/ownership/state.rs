@@ -391,8 +391,8 @@ impl Ownership {
         self.changed.notify_all();
     }
 
-    /// Keeps the disk for a client that may come back, and gives it back if that does not in time. Whoever calls this has
-    /// seen under the same lock whose the disk was.
+    /// Keeps the disk for a client that may come back, and gives it back if that does not in time. The caller has
+    /// read under the same lock which client had it.
     pub(super) fn keep<'a>(
         self: &'a Arc<Self>,
         mut inner: MutexGuard<'a, Inner>,

@@ -98,7 +98,7 @@ impl Gate {
         let left = [(0, 0); LIMITS];
         self.shares = (self.throttle.buckets()).map(|buckets| Shares { buckets, left });
         for held in &mut self.held {
-            // The thread allocates nothing as it goes on.
+            // So that holding a request back allocates nothing.
             held.reserve_exact(self.slots - held.len());
             held.iter_mut().for_each(|held| held.due_ns = None);
         }
