@@ -9,7 +9,9 @@ use clap::builder::Resettable;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use ublkup::command::cli::{Cli, Command, Qemu, USAGE};
-use ublkup::command::{client, complain, doctor, metrics, probe, qemu, serve, shell, top, watch};
+use ublkup::command::{
+    add, client, complain, doctor, metrics, probe, qemu, reload, serve, shell, top, watch,
+};
 use ublkup::engine::log;
 use ublkup::export::explain;
 use ublkup::export::runtime_dir::RuntimeDir;
@@ -58,16 +60,26 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(options) => match options.exports() {
             Ok(exports) => {
+                let configuration = options.configuration();
                 let start = serve::StartOptions {
                     keep_going: options.keep_going,
                     predecessor: options.predecessor.into(),
                     sandbox: options.sandbox.is_on(),
                     server_name: options.server_name,
+                    configuration,
                     run: options.run,
                     metrics: options.metrics,
+                    room: options.room.unwrap_or(serve::DEFAULT_ROOM),
                 };
                 serve::run(&dir()?, exports, start)
             }
+            Err(error) => {
+                complain(&error.to_string());
+                Ok(USAGE.into())
+            }
+        },
+        Command::Add(options) => match options.exports() {
+            Ok(exports) => add::run(&dir()?, exports, options.server.as_deref(), options.json),
             Err(error) => {
                 complain(&error.to_string());
                 Ok(USAGE.into())
@@ -89,6 +101,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             json,
         } => client::resize(&dir()?, &name, size, shrink, json),
         Command::Set { name, options } => client::set(&dir()?, &name, &options),
+        Command::Reload {
+            server,
+            dry_run,
+            json,
+        } => reload::run(&dir()?, server.as_deref(), dry_run, json),
         Command::Stop { name, force } => client::stop(&dir()?, &name, force),
         Command::Recover {
             name,

@@ -6,17 +6,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::ArgValueCandidates;
 
-use super::metrics::Address;
-use super::names::export_names;
-use crate::config::{
-    ConfigError, ExportConfig, ExportOptions, check_name, check_together, is_configured,
-    read_config,
-};
+use super::names::{export_names, server_names};
+use super::serve_args::{Add, PredecessorOptions, SandboxOption, Serve, export_name};
 use crate::engine::log::{self, LogFormat};
-use crate::export::Predecessor;
-
-/// What is served where nothing else is asked for.
-const CONFIG_FOLDER: &str = "/etc/ublkup";
 
 /// Exit code for wrong usage; clap's own.
 pub const USAGE: u8 = 2;
@@ -147,6 +139,28 @@ pub enum Command {
         #[arg(value_name = "KEY=VALUE", required = true, value_parser = key_value)]
         options: Vec<(String, String)>,
     },
+    /// Add exports to a server that runs
+    ///
+    /// An export that was added lasts until it is stopped. A server of the same --server-name goes on with it after a
+    /// restart or a crash, and recover serves it alone. SPECs and options are those of serve. Exports of a configuration
+    /// file are added by reload.
+    Add(Box<Add>),
+    /// Make a server that runs serve what its configuration file says now
+    ///
+    /// New exports are added, those that the file no longer has are stopped, unless they are in use, and options are
+    /// changed that set can change. What takes a restart is told, and then the exit code is 1. Exports of the command
+    /// line and those of add are left alone.
+    Reload {
+        /// The server, by name [default: the only one that runs]
+        #[arg(add = ArgValueCandidates::new(server_names))]
+        server: Option<String>,
+        /// Only tell what would be done
+        #[arg(long)]
+        dry_run: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Drain an export and stop serving it; refused while it is in use
     #[command(visible_alias = "remove")]
     Stop {
@@ -230,97 +244,6 @@ pub enum Command {
     },
 }
 
-/// `serve`
-#[derive(Debug, Args)]
-pub struct Serve {
-    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE, file:PATH, or just the path of a file; keys are
-    /// the export options below, and for files cache=auto|direct|buffered and format=raw
-    #[arg(value_name = "SPEC")]
-    pub specs: Vec<String>,
-
-    /// What is done about earlier servers.
-    #[command(flatten)]
-    pub predecessor: PredecessorOptions,
-
-    /// Whether the server confines itself.
-    #[command(flatten)]
-    pub sandbox: SandboxOption,
-
-    /// If some of several exports cannot start, serve the others [default: serve none]
-    #[arg(long)]
-    pub keep_going: bool,
-
-    /// Call the server this in commands that concern all of its exports [default: its process number]
-    #[arg(long, value_name = "NAME", value_parser = export_name)]
-    pub server_name: Option<String>,
-
-    /// Let Prometheus collect measurements here (GET /metrics): a loopback address like 127.0.0.1:9177, or the path of
-    /// a socket [default: nowhere]
-    #[arg(long, value_name = "ADDRESS")]
-    pub metrics: Option<Address>,
-
-    /// Serve the `[[export]]` tables of a TOML file, beside the SPECs; of a folder: those of its ublkup.toml and of
-    /// exports.d/*.toml [default: without a SPEC /etc/ublkup, if there are exports in it]
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-
-    /// Serve for as long as this shell command runs, and end with its exit code. It finds $UBLKUP_DEVICE and
-    /// $UBLKUP_SOCKET in its environment, if there is one export
-    #[arg(long, value_name = "CMD")]
-    pub run: Option<OsString>,
-
-    /// Options of the exports.
-    #[command(
-        flatten,
-        next_help_heading = "Export options, also keys of a SPEC and of a configuration file"
-    )]
-    pub options: ExportOptions,
-}
-
-/// Whether a server confines itself.
-#[derive(Clone, Copy, Debug, Args)]
-pub struct SandboxOption {
-    /// Give up what the server does not need once its exports are open, so that a guest that takes it over reaches
-    /// their images, sockets and notes and little else [default: yes]
-    #[arg(long, value_name = "yes|no", num_args = 0..=1, require_equals = true,
-        default_missing_value = "yes", value_parser = crate::config::switch)]
-    sandbox: Option<bool>,
-}
-
-impl SandboxOption {
-    /// Whether it does.
-    #[must_use]
-    pub fn is_on(self) -> bool {
-        self.sandbox.unwrap_or(true)
-    }
-}
-
-/// What a new server does about an earlier one of the same name.
-#[derive(Clone, Copy, Debug, Args)]
-pub struct PredecessorOptions {
-    /// If a living server has the export, take over its block device and its clients, which see a pause and no
-    /// errors [default: refuse to start]
-    #[arg(long)]
-    pub take_over: bool,
-
-    /// If a dead server left a block device that waits, remove it and make a new one: requests that wait fail, and
-    /// a file system on it loses what it had not written [default: recover the device, or refuse to start]
-    #[arg(long, conflicts_with = "take_over")]
-    pub replace: bool,
-}
-
-impl From<PredecessorOptions> for Predecessor {
-    fn from(options: PredecessorOptions) -> Self {
-        match options {
-            PredecessorOptions {
-                take_over: true, ..
-            } => Self::TakeOver,
-            PredecessorOptions { replace: true, .. } => Self::Replace,
-            _ => Self::Dead,
-        }
-    }
-}
-
 /// `qemu`
 #[derive(Debug, Args)]
 pub struct Qemu {
@@ -360,11 +283,6 @@ pub struct Qemu {
     pub command: Vec<OsString>,
 }
 
-/// Checks the name of an export or of a server.
-fn export_name(text: &str) -> Result<String, ConfigError> {
-    check_name(text).map(|()| text.to_owned())
-}
-
 fn key_value(text: &str) -> Result<(String, String), &'static str> {
     let (key, value) = text.split_once('=').ok_or("give KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
@@ -379,46 +297,6 @@ fn ublk_device(text: &str) -> Result<u32, &'static str> {
     (number.and_then(|number| number.parse().ok())).ok_or("give /dev/ublkbN")
 }
 
-impl Serve {
-    /// The exports that were asked for, validated alone and together.
-    ///
-    /// # Errors
-    ///
-    /// When something cannot be served as asked.
-    pub fn exports(&self) -> Result<Vec<ExportConfig>, ConfigError> {
-        let options = &self.options;
-        let alone = self.specs.len() == 1 && self.config.is_none();
-        if let Some(flag) = options.unshareable().next()
-            && !alone
-        {
-            return Err(ConfigError::new(format!(
-                "{flag} is for one export, and there are several: say it in each SPEC or in a --config file"
-            )));
-        }
-        let folder = std::env::current_dir()
-            .map_err(|error| ConfigError::new(format!("no working directory: {error}")))?;
-        let mut exports = Vec::new();
-        for spec in &self.specs {
-            exports.push(ExportConfig::new(spec.parse()?, options.clone(), &folder)?);
-        }
-        match &self.config {
-            Some(path) => exports.extend(read_config(path, options)?),
-            None if !exports.is_empty() => {}
-            None if is_configured(CONFIG_FOLDER.as_ref()) => {
-                exports.extend(read_config(CONFIG_FOLDER.as_ref(), options)?);
-            }
-            None => {
-                return Err(ConfigError::new(format!(
-                    "nothing to serve: give a SPEC like file:/srv/disk.img, or --config FILE; there is no \
-                     {CONFIG_FOLDER}/ublkup.toml and no {CONFIG_FOLDER}/exports.d/*.toml"
-                )));
-            }
-        }
-        check_together(&exports)?;
-        Ok(exports)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -427,15 +305,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    fn exports(args: &[&str]) -> Result<Vec<ExportConfig>, String> {
-        let args = ["ublkup", "serve"].iter().chain(args);
-        let cli = Cli::try_parse_from(args).map_err(|error| error.to_string())?;
-        let Command::Serve(serve) = cli.command else {
-            unreachable!("parsed 'serve'")
-        };
-        serve.exports().map_err(|error| error.to_string())
     }
 
     #[test]
@@ -458,28 +327,5 @@ mod tests {
                 "{bad}"
             );
         }
-    }
-
-    #[test]
-    fn several_specs_share_the_options_that_can_be_shared() {
-        let got = exports(&["--read-only", "--queues", "2", "a=mem:1G", "b=null:2G"]).unwrap();
-        assert!(
-            got.iter()
-                .all(|export| export.read_only && export.queues == 2)
-        );
-        for option in ["--name", "--ublk-id", "--serial", "--vhost-socket"] {
-            let error = exports(&[option, "1", "a=mem:1G", "b=mem:1G"]).unwrap_err();
-            assert!(
-                error.contains(option) && error.contains("one export"),
-                "{error}"
-            );
-            assert!(exports(&[option, "1", "mem:1G"]).is_ok());
-        }
-        assert!(
-            exports(&["mem:1G", "mem:1G"])
-                .unwrap_err()
-                .contains("two exports")
-        );
-        assert!(exports(&[]).is_err());
     }
 }

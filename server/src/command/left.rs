@@ -3,9 +3,9 @@
 use anyhow::{Context, Result, bail, ensure};
 use rustix::io::Errno;
 
-use crate::config::{ExportConfig, SavedExport, StorageSpec};
-use crate::export::remove_left_device;
+use crate::config::{ExportConfig, Origin, SavedExport, StorageSpec};
 use crate::export::runtime_dir::RuntimeDir;
+use crate::export::{explain, remove_left_device};
 
 /// An export as it was last served.
 ///
@@ -31,6 +31,37 @@ pub(super) fn saved(dir: &RuntimeDir, name: &str) -> Result<ExportConfig> {
         );
     }
     Ok(config)
+}
+
+/// The exports that were added to an earlier server of this name, and have no server now. What was in memory is removed.
+pub(super) fn added_to(dir: &RuntimeDir, server: &str) -> Vec<ExportConfig> {
+    let names = dir.names().unwrap_or_default();
+    let is_dead = |name: &String| matches!(dir.is_alive(name), Ok(false));
+    let was_added = |name: &String| {
+        let saved = dir
+            .served(name)
+            .ok()
+            .map(|text| serde_json::from_str(&text));
+        let saved: Option<SavedExport> = saved.and_then(Result::ok);
+        saved.is_some_and(|saved| saved.origin == Origin::Added(server.to_owned()))
+    };
+    let mut exports = Vec::new();
+    for name in names.iter().filter(|name| is_dead(name) && was_added(name)) {
+        match saved(dir, name) {
+            Ok(export) => exports.push(export),
+            Err(error) => {
+                tracing::error!(
+                    "{name} was added to this server, and has ended with it: {}",
+                    explain(&error)
+                );
+                if let Ok(lock) = dir.claim(name) {
+                    // Dropping it removes the folder, unless there is a block device.
+                    drop(lock);
+                }
+            }
+        }
+    }
+    exports
 }
 
 /// What can be done about an export whose server died.

@@ -138,6 +138,41 @@ const PAGES: &[Page] = &[
         exit_status: &[],
     },
     Page {
+        name: "ublkup-add",
+        examples: &[
+            (
+                "Serve one more image to virtual machines, with the only server that runs:",
+                &["ublkup add --ublk no vm8=/srv/vm8.img"],
+            ),
+            (
+                "Choose the server, and give its guest's group the socket:",
+                &["ublkup add --server ublkup --vhost-socket-group kvm vm8=/srv/vm8.img"],
+            ),
+        ],
+        exit_status: &[(
+            "1",
+            "also if some of several exports were not added; the others are",
+        )],
+    },
+    Page {
+        name: "ublkup-reload",
+        examples: &[(
+            "See what a reload would do, and do it:",
+            &["ublkup reload --dry-run", "systemctl reload ublkup"],
+        )],
+        exit_status: &[
+            ("0", "the server serves what its configuration says"),
+            (
+                "1",
+                "not all of it could be done, or takes a restart; what could be done is done",
+            ),
+            (
+                "2",
+                "wrong usage, or a wrong configuration file: nothing is done",
+            ),
+        ],
+    },
+    Page {
         name: "ublkup-stop",
         examples: &[
             ("Stop an export that is not in use:", &["ublkup stop disk"]),
@@ -264,8 +299,12 @@ const ENVIRONMENT: Terms = &[
 
 const SIGNALS: Terms = &[
     (
-        "SIGTERM, SIGINT, SIGHUP",
+        "SIGTERM, SIGINT",
         "finish what is under way, remove all block devices, whether they are in use or not, and end",
+    ),
+    (
+        "SIGHUP",
+        "as SIGTERM, if the server has a terminal; else say in the log that ublkup reload reads the configuration",
     ),
     (
         "a second SIGTERM or SIGINT",

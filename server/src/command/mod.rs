@@ -1,5 +1,6 @@
 //! The subcommands, one file each; `cli.rs` is the command line.
 
+pub mod add;
 pub mod cli;
 pub mod client;
 pub mod doctor;
@@ -14,7 +15,10 @@ mod program;
 pub mod qemu;
 mod rates;
 mod reference;
+pub mod reload;
 pub mod serve;
+pub mod serve_args;
+mod service;
 pub mod shell;
 mod signals;
 pub mod top;

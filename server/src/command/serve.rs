@@ -4,10 +4,8 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::Scope;
-use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use sd_notify::NotifyState;
@@ -19,18 +17,19 @@ use super::manager::Manager;
 use super::metrics::{Address, MetricsServer};
 use super::output::count;
 use super::program::Program;
+use super::service::{Service, end_all};
 use super::signals;
 use crate::config::{ExportConfig, check_name};
-use crate::engine::events::{self, What};
 use crate::engine::sandbox::{self, Access, Reach};
 use crate::engine::socket::SocketAccess;
 use crate::engine::{activation, io_flusher, log, open_files};
+use crate::export::admin::Configuration;
 use crate::export::runtime_dir::RuntimeDir;
-use crate::export::{Event, Export, Predecessor, Server, ServerSocket, Watch, explain};
+use crate::export::{Event, Export, Predecessor, Server, ServerOptions, ServerSocket, explain};
 use crate::io::Ring;
 
 /// How exports are started.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct StartOptions {
     /// If some of several exports cannot start, serve the others.
     pub keep_going: bool,
@@ -44,7 +43,14 @@ pub struct StartOptions {
     pub run: Option<OsString>,
     /// Where measurements are collected, if anywhere.
     pub metrics: Option<Address>,
+    /// How many exports can be added later.
+    pub room: u32,
+    /// Where the exports come from.
+    pub configuration: Option<Configuration>,
 }
+
+/// How many exports can be added to a server where nothing else is asked for.
+pub const DEFAULT_ROOM: u32 = 64;
 
 /// `ublkup recover`: serves an export as it was last served.
 ///
@@ -65,6 +71,8 @@ pub fn recover(
         server_name: None,
         run: None,
         metrics: None,
+        room: DEFAULT_ROOM,
+        configuration: None,
     };
     run(dir, vec![left::saved(dir, name)?], start)
 }
@@ -102,11 +110,20 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         server_name,
         run,
         metrics,
+        room,
+        configuration,
     } = start;
     let access = admin_access(&configs);
-    let server = Server::new(server_name.as_deref(), events.clone(), sockets, access);
+    let own_name = server_name.clone();
+    let options = ServerOptions {
+        name: server_name,
+        sockets,
+        access,
+        configuration,
+    };
+    let server = Server::new(dir, options, events.clone());
     // First, so that who watches it sees the exports start.
-    let socket = listen(&server, dir, server_name.is_some())?;
+    let socket = listen(&server, room, own_name.is_some())?;
     // Before the exports: an address that cannot be had shall not stop them again.
     let collectors = (metrics.as_ref())
         .map(|address| MetricsServer::start(address, &server))
@@ -114,7 +131,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     let start = |config| Export::start(dir, config, predecessor, &server);
     let named = |config: ExportConfig| (config.name.clone(), config);
     let configs = configs.into_iter().map(named).collect();
-    let (exports, failures) = start_all(configs, keep_going, start);
+    let (mut exports, failures) = start_all(configs, keep_going, start);
     for (name, error) in failures {
         let error = open_files::name_limit(error);
         if !keep_going {
@@ -123,6 +140,14 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
         }
         tracing::error!("{name}: {}", explain(&error));
         code = ExitCode::FAILURE;
+    }
+    if let Some(name) = &own_name {
+        let added = left::added_to(dir, name).into_iter().map(named).collect();
+        let (added, failures) = start_all(added, true, start);
+        exports.extend(added);
+        for (name, error) in failures {
+            tracing::error!("{name}: {}", explain(&error));
+        }
     }
     for name in server.sockets_left() {
         let error = anyhow!(
@@ -161,7 +186,13 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     }
     let status = format!("serving {}", count(exports.len(), "export"));
     manager.tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
-    if !await_the_end(exports, &events, &inbox, &manager)? {
+    let service = Service {
+        dir,
+        server: &server,
+        inbox: &inbox,
+        manager: &manager,
+    };
+    if !service.until_the_end(exports)? {
         code = ExitCode::FAILURE;
     }
     Ok(program.and_then(|program| program.code()).unwrap_or(code))
@@ -177,12 +208,8 @@ fn admin_access(configs: &[ExportConfig]) -> SocketAccess {
 }
 
 /// Opens the admin socket of the server. One that was given no name does without, if need be: each export has one.
-fn listen(
-    server: &Arc<Server>,
-    dir: &RuntimeDir,
-    must_be_there: bool,
-) -> Result<Option<ServerSocket>> {
-    match server.listen(dir) {
+fn listen(server: &Arc<Server>, room: u32, must_be_there: bool) -> Result<Option<ServerSocket>> {
+    match server.listen(room) {
         Ok(socket) => Ok(Some(socket)),
         Err(error) if must_be_there => Err(error),
         Err(error) => {
@@ -239,121 +266,22 @@ fn lock<T>(table: &Mutex<T>) -> MutexGuard<'_, T> {
     table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How long an export may take to end before the log says what it waits for, and how often it says so again.
-const PATIENCE: Duration = Duration::from_secs(3);
-const REMINDER: Duration = Duration::from_secs(30);
-
-/// Serves until the last export has ended; returns whether none lost a door before that, and all requests ended. Each
-/// export drains in a thread of its own, so that the others are served meanwhile.
-fn await_the_end(
-    mut exports: BTreeMap<String, Export>,
-    events: &mpsc::Sender<Event>,
-    inbox: &mpsc::Receiver<Event>,
-    manager: &Manager,
-) -> Result<bool> {
-    let mut in_order = true;
-    let mut ending = BTreeMap::new();
-    std::thread::scope(|scope| {
-        while !exports.is_empty() || !ending.is_empty() {
-            let (names, how): (Vec<String>, fn(Export) -> bool) = match next_event(inbox, &ending)?
-            {
-                Event::Ended {
-                    name,
-                    in_order: ended_in_order,
-                } => {
-                    ending.remove(&name);
-                    in_order &= ended_in_order;
-                    continue;
-                }
-                Event::Signal(signal) => {
-                    tracing::info!(exports = exports.len(), signal, "draining");
-                    manager.tell(&[NotifyState::Stopping]);
-                    let leaves = signal == signals::LEAVE;
-                    let how = if leaves { Export::leave } else { Export::stop };
-                    (exports.keys().cloned().collect(), how)
-                }
-                Event::ProgramEnded => {
-                    tracing::info!(exports = exports.len(), "the program has ended: draining");
-                    manager.tell(&[NotifyState::Stopping]);
-                    (exports.keys().cloned().collect(), Export::stop)
-                }
-                Event::Leave { name } => (vec![name], Export::leave),
-                Event::Stop { name } => (vec![name], Export::stop),
-                Event::Closed { name, door, why } => {
-                    let Some(export) = exports.get_mut(&name) else {
-                        continue;
-                    };
-                    tracing::error!("{name}: the {door} door closed: {why}");
-                    let door_text = door.to_string();
-                    events::tell(
-                        &name,
-                        What::DoorClosed {
-                            door: door_text,
-                            why,
-                        },
-                    );
-                    in_order = false;
-                    if export.close(door) {
-                        continue;
-                    }
-                    tracing::error!("{name}: the last door closed; stopping the export");
-                    (vec![name], Export::stop)
-                }
-            };
-            for name in names {
-                let Some(export) = exports.remove(&name) else {
-                    continue;
-                };
-                ending.insert(name.clone(), export.watch());
-                let ended = events.clone();
-                end_in(scope, export, move |export| {
-                    let (name, in_order) = (name.clone(), how(export));
-                    // The receiver waits for all of these.
-                    let _ = ended.send(Event::Ended { name, in_order });
-                });
-            }
-        }
-        Ok(in_order)
-    })
-}
-
-/// Waits for an event; while exports end, also says what they wait for.
-fn next_event(inbox: &mpsc::Receiver<Event>, ending: &BTreeMap<String, Watch>) -> Result<Event> {
-    let mut patience = PATIENCE;
-    loop {
-        let event = match ending.is_empty() {
-            true => inbox.recv().map_err(RecvTimeoutError::from),
-            false => inbox.recv_timeout(patience),
-        };
-        match event {
-            Err(RecvTimeoutError::Timeout) => {
-                for (name, watch) in ending {
-                    say_what_it_waits_for(name, watch);
-                }
-                patience = REMINDER;
-            }
-            event => return event.context("no more events can arrive"),
-        }
-    }
-}
-
-fn say_what_it_waits_for(name: &str, watch: &Watch) {
-    let what = watch.waits_for();
-    tracing::warn!(
-        "{name}: still waiting for {}, which the storage has not completed; a second signal ends the server at once, \
-         as a crash would",
-        what.as_deref().unwrap_or("its doors")
-    );
-}
-
 /// Turns signals into events; from here on they no longer end the process by themselves.
 fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
     let mut signals = Signals::new(signals::that_end()).context("cannot handle signals")?;
+    let hangup_ends = signals::hangup_ends();
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             let mut was_told = false;
             for signal in signals.forever() {
+                if signal == signals::SIGHUP && !hangup_ends {
+                    tracing::warn!(
+                        "SIGHUP: nothing is read again: a confined server cannot open what is new; 'ublkup reload' does \
+                         it (systemctl reload)"
+                    );
+                    continue;
+                }
                 if was_told && signals::insists(signal) {
                     tracing::error!(signal, "a second signal: ending at once, requests are lost");
                     log::wait_until_written();
@@ -367,37 +295,6 @@ fn forward_signals(events: mpsc::Sender<Event>) -> Result<()> {
         })
         .context("cannot start the signal thread")?;
     Ok(())
-}
-
-/// Ends all exports in parallel.
-fn end_all(exports: BTreeMap<String, Export>, end: fn(Export) -> bool) {
-    std::thread::scope(|scope| {
-        for export in exports.into_values() {
-            // Something else has failed already.
-            end_in(scope, export, move |export| _ = end(export));
-        }
-    });
-}
-
-/// Ends an export in a thread of its own, or in this one if none can be started.
-fn end_in<'scope>(
-    scope: &'scope Scope<'scope, '_>,
-    export: Export,
-    end: impl Fn(Export) + Clone + Send + 'scope,
-) {
-    let (hand, given) = mpsc::channel();
-    let thread = std::thread::Builder::new().name("end".into());
-    let spawned = thread.spawn_scoped(scope, {
-        let end = end.clone();
-        move || given.into_iter().for_each(end)
-    });
-    if let Err(error) = spawned {
-        tracing::warn!(%error, "cannot start a thread: the other exports wait while this one drains");
-    }
-    // The receiver is gone if there is no thread.
-    if let Err(mpsc::SendError(export)) = hand.send(export) {
-        end(export);
-    }
 }
 
 /// Prints where each door is, then `ready`.

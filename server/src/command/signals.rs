@@ -1,8 +1,10 @@
-//! The signals that end the program in order.
+//! The signals that end the program in order, and the one that may not.
 
+use std::fs;
 use std::ptr;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+pub use signal_hook::consts::SIGHUP;
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
 
 /// The one that leaves block devices and clients to the next server.
 pub const LEAVE: i32 = SIGUSR2;
@@ -16,6 +18,17 @@ pub fn that_end() -> Vec<i32> {
         signals.push(SIGHUP);
     }
     signals
+}
+
+/// Whether SIGHUP ends the program: it tells that its terminal has gone. A service without a terminal gets it from people
+/// who mean that it should read its configuration.
+#[must_use]
+pub fn hangup_ends() -> bool {
+    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The seventh field is the terminal's device number (proc_pid_stat(5)); the name, in parentheses, may hold anything.
+    let fields = stat.rsplit_once(')').map(|(_, fields)| fields);
+    let terminal = fields.and_then(|fields| fields.split_whitespace().nth(4));
+    terminal != Some("0")
 }
 
 /// Whether the signal, after another one, asks for an end that waits for nothing. SIGHUP may come with the first one:

@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 
 use clap::FromArgMatches;
 
+use super::commas;
 use super::error::ConfigError;
 use super::name::check_name;
 use super::options::{DoorMode, ExportOptions, LiveOptions};
 use super::spec::{Spec, StorageSpec};
 use crate::door::ublk::{DataPath, Recovery};
+use crate::engine::accounts::{Group, User};
 use crate::engine::socket::SocketAccess;
 use crate::engine::threads::ThreadOptions;
 use crate::request::{SECTOR_BYTES, SERIAL_BYTES, Serial};
@@ -120,6 +122,7 @@ impl ExportConfig {
                 ..options
             },
             changed,
+            origin: Origin::default(),
         };
         let serial = match given.serial {
             Some(serial) => serial,
@@ -250,6 +253,37 @@ pub struct SavedExport {
     /// Those that were changed while it was served.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub changed: BTreeMap<String, String>,
+    /// By whom.
+    #[serde(default, skip_serializing_if = "Origin::is_default")]
+    pub origin: Origin,
+}
+
+/// Who asked a server for an export.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// Its command line.
+    #[default]
+    CommandLine,
+    /// Its configuration file.
+    Config,
+    /// `ublkup add`, while the server of this name ran.
+    Added(String),
+}
+
+impl Origin {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What is to be changed of an export so that it is as another configuration says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Difference {
+    /// Keys and values that can be changed while it is served.
+    pub live: BTreeMap<String, String>,
+    /// The other keys.
+    pub fixed: Vec<String>,
 }
 
 impl SavedExport {
@@ -264,8 +298,98 @@ impl SavedExport {
             spec,
             options,
             changed,
+            origin,
         } = self;
-        ExportConfig::with(spec.parse()?, options, changed, &folder)
+        let mut config = ExportConfig::with(spec.parse()?, options, changed, &folder)?;
+        config.saved.origin = origin;
+        Ok(config)
+    }
+
+    /// What is given in all places, but for what was changed while it was served.
+    fn given(&self) -> Result<ExportOptions, ConfigError> {
+        let spec: Spec = self.spec.parse()?;
+        let mut given = self.options.clone();
+        given
+            .update_from_arg_matches(&spec.options)
+            .map_err(|error| ConfigError::new(error.to_string()))?;
+        for owner in [&mut given.vhost_socket_owner, &mut given.admin_socket_owner] {
+            *owner = owner.as_ref().map(User::by_number);
+        }
+        for group in [&mut given.vhost_socket_group, &mut given.admin_socket_group] {
+            *group = group.as_ref().map(Group::by_number);
+        }
+        Ok(given)
+    }
+
+    /// The same with users and groups by number, for a server that cannot look them up.
+    ///
+    /// # Errors
+    ///
+    /// When it makes no sense on this machine.
+    pub fn by_number(self) -> Result<Self, ConfigError> {
+        const ACCOUNTS: [&str; 4] = [
+            "vhost-socket-owner",
+            "vhost-socket-group",
+            "admin-socket-owner",
+            "admin-socket-group",
+        ];
+        let given = self.given()?;
+        let mut parts = commas::split(&self.spec);
+        parts.retain(|part| !ACCOUNTS.contains(&commas::key_value(part).0));
+        let parts: Vec<_> = parts.iter().map(|part| commas::escape(part)).collect();
+        let options = ExportOptions {
+            vhost_socket_owner: given.vhost_socket_owner,
+            vhost_socket_group: given.vhost_socket_group,
+            admin_socket_owner: given.admin_socket_owner,
+            admin_socket_group: given.admin_socket_group,
+            ..self.options
+        };
+        Ok(Self {
+            spec: parts.join(","),
+            options,
+            ..self
+        })
+    }
+
+    /// What is to be changed of an export that is served so, so that it is as `wanted`.
+    ///
+    /// # Errors
+    ///
+    /// When it makes no sense any more how it is served.
+    pub fn difference(&self, wanted: &ExportConfig) -> Result<Difference, ConfigError> {
+        let now = self.clone().export()?;
+        let (old, new) = (now.live.values(), wanted.live.values());
+        let live = new
+            .into_iter()
+            .filter(|(key, value)| old.get(key) != Some(value));
+        let mut difference = Difference {
+            live: live.collect(),
+            fixed: Vec::new(),
+        };
+        let alike = ExportConfig {
+            live: now.live.clone(),
+            saved: now.saved.clone(),
+            ..wanted.clone()
+        };
+        if now.storage != wanted.storage {
+            difference.fixed.push("spec".into());
+        }
+        if now != alike {
+            let live = &now.live;
+            let options = |saved: &Self| {
+                let given = ExportOptions {
+                    name: None,
+                    live: live.clone(),
+                    ..saved.given()?
+                };
+                serde_json::to_value(given).map_err(|error| ConfigError::new(error.to_string()))
+            };
+            let (old, new) = (options(self)?, options(&wanted.saved)?);
+            let keys = new.as_object().into_iter().flatten();
+            let differ = keys.filter(|(key, value)| old.get(key) != Some(value));
+            difference.fixed.extend(differ.map(|(key, _)| key.clone()));
+        }
+        Ok(difference)
     }
 }
 

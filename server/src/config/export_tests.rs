@@ -109,3 +109,85 @@ fn a_long_name_makes_a_serial_that_fits() {
     let config = export(&format!("{name}=null:1G"), none()).unwrap();
     assert_eq!(config.serial.as_str(), &name[..20]);
 }
+
+fn saved(spec: &str, options: ExportOptions) -> SavedExport {
+    let export = ExportConfig::new(spec.parse().unwrap(), options, Path::new("/srv"));
+    export.unwrap().saved
+}
+
+#[test]
+fn accounts_are_given_by_number_to_a_server_that_cannot_look_them_up() {
+    let options = ExportOptions {
+        vhost_socket_group: Some("daemon".parse().unwrap()),
+        admin_socket_owner: Some("root".parse().unwrap()),
+        ..ExportOptions::default()
+    };
+    let spec = "a=file:/x,,y.img,vhost-socket-group=root,queues=2,cache=buffered";
+    let before = saved(spec, options);
+    let after = before.clone().by_number().unwrap();
+    assert_eq!(after.spec, "a=file:/x,,y.img,queues=2,cache=buffered");
+    let group = after.options.vhost_socket_group.as_ref().unwrap();
+    assert_eq!(
+        (group.to_string(), group.id),
+        ("0".into(), 0),
+        "the SPEC has precedence"
+    );
+    assert_eq!(
+        after
+            .options
+            .admin_socket_owner
+            .as_ref()
+            .unwrap()
+            .to_string(),
+        "0"
+    );
+    let difference = before.difference(&after.clone().export().unwrap()).unwrap();
+    // The texts differ, and nothing else.
+    assert_eq!(difference, Difference::default());
+}
+
+#[test]
+fn a_difference_names_what_can_be_changed_and_what_cannot() {
+    let wanted = |spec: &str| saved(spec, ExportOptions::default()).export().unwrap();
+    let mut now = saved("a=mem:1M,queues=2,iops-total=5", ExportOptions::default());
+    let same = "a=mem:1M,queues=2,iops-total=5,reconnect-grace=10,read-only=off";
+    assert_eq!(
+        now.difference(&wanted(same)).unwrap(),
+        Difference::default()
+    );
+    let other = "a=mem:2M,queues=3,iops-total=6,bps-read=1K,read-only";
+    let difference = now.difference(&wanted(other)).unwrap();
+    let live = [("bps-read", "1024"), ("iops-total", "6")];
+    assert_eq!(
+        difference.live,
+        live.map(|(key, value)| (key.into(), value.into())).into()
+    );
+    assert_eq!(difference.fixed, ["spec", "queues", "read-only"]);
+    now.changed.insert("iops-total".into(), "6".into());
+    let difference = now
+        .difference(&wanted("a=mem:1M,queues=2,iops-total=5"))
+        .unwrap();
+    assert_eq!(difference.live, [("iops-total".into(), "5".into())].into());
+    assert!(difference.fixed.is_empty());
+}
+
+#[test]
+fn the_values_of_what_can_be_changed_are_all_of_it() {
+    let values = LiveOptions::default().values();
+    let given = LiveOptions {
+        reconnect_grace: Some(1),
+        iops_total: Some(1),
+        iops_read: Some(1),
+        iops_write: Some(1),
+        bps_total: Some(1),
+        bps_read: Some(1),
+        bps_write: Some(1),
+        burst_ms: Some(1),
+    };
+    let keys = serde_json::to_value(&given).unwrap();
+    let keys: Vec<_> = keys.as_object().unwrap().keys().cloned().collect();
+    assert_eq!(values.keys().cloned().collect::<Vec<_>>(), keys);
+    let mut changed = given;
+    changed.change(&values).unwrap();
+    assert_eq!(changed.values(), values);
+}

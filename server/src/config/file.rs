@@ -11,7 +11,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::error::ConfigError;
-use super::export::ExportConfig;
+use super::export::{ExportConfig, Origin};
 use super::options::{ExportOptions, read_keys};
 use super::spec::Spec;
 
@@ -157,7 +157,10 @@ impl ConfigFile<'_> {
         };
         let mut options = defaults.clone();
         self.read_table(table, &label, &mut options)?;
-        ExportConfig::new(parsed, options, self.folder).map_err(|error| self.refuse(&place, error))
+        let mut export = ExportConfig::new(parsed, options, self.folder)
+            .map_err(|error| self.refuse(&place, error))?;
+        export.saved.origin = Origin::Config;
+        Ok(export)
     }
 
     /// Reads the options in a table.

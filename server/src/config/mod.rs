@@ -22,7 +22,7 @@ mod options;
 mod spec;
 
 pub use error::ConfigError;
-pub use export::{ExportConfig, SavedExport, check_together};
+pub use export::{Difference, ExportConfig, Origin, SavedExport, check_together};
 pub use file::{is_configured, read_config};
 pub use name::check_name;
 pub use options::{DoorMode, ExportOptions, switch};

@@ -251,6 +251,23 @@ impl LiveOptions {
         updated.map_err(|error| error.to_string())
     }
 
+    /// All of them as keys and values, with the defaults of those that are missing.
+    pub(super) fn values(&self) -> BTreeMap<String, String> {
+        let limits = self.limits();
+        let values = [
+            ("reconnect-grace", self.reconnect_grace().as_secs()),
+            ("iops-total", limits.iops_total),
+            ("iops-read", limits.iops_read),
+            ("iops-write", limits.iops_write),
+            ("bps-total", limits.bps_total),
+            ("bps-read", limits.bps_read),
+            ("bps-write", limits.bps_write),
+            ("burst-ms", limits.burst_ms.into()),
+        ];
+        let text = |(key, value): (&str, u64)| (key.to_owned(), value.to_string());
+        values.map(text).into()
+    }
+
     /// For how long the disk is kept for a client that died.
     #[must_use]
     pub fn reconnect_grace(&self) -> Duration {

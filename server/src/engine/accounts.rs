@@ -16,6 +16,17 @@ macro_rules! account {
             pub id: u32,
         }
 
+        impl $name {
+            #[doc = concat!("The same ", $what, ", given by its number.")]
+            #[must_use]
+            pub fn by_number(&self) -> Self {
+                Self {
+                    text: self.id.to_string(),
+                    id: self.id,
+                }
+            }
+        }
+
         impl FromStr for $name {
             type Err = String;
 

@@ -232,6 +232,22 @@ impl Socket {
         })
     }
 
+    /// Takes a socket that another process has bound for this one. Its file goes away with it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`inherit`](Self::inherit).
+    pub fn adopt(socket: OwnedFd) -> io::Result<Self> {
+        let mut socket = Self::inherit(socket)?;
+        socket.file = identity(&socket.path);
+        Ok(socket)
+    }
+
+    /// Leaves the file to a process that [adopts](Self::adopt) the socket.
+    pub fn hand_over(mut self) {
+        self.file = None;
+    }
+
     /// Whether the file goes away with it.
     #[must_use]
     pub fn is_own(&self) -> bool {

@@ -296,9 +296,9 @@ impl admin::Service for Shared {
         if !force {
             self.close_if_unused(openers.as_deref())?;
         }
-        let name = self.config.name.clone();
+        let export = self.number;
         // The receiver is gone when the server is ending, and then the export stops anyway.
-        let _ = self.events.send(Event::Stop { name });
+        let _ = self.events.send(Event::Stop { export });
         match self.await_end() {
             State::Left => bail!("it has just been left to another server: stop it there"),
             _ => Ok(()),
@@ -310,9 +310,9 @@ impl admin::Service for Shared {
             bail!("it is being stopped");
         }
         self.may_leave()?;
-        let name = self.config.name.clone();
+        let export = self.number;
         // As above.
-        let _ = self.events.send(Event::Leave { name });
+        let _ = self.events.send(Event::Leave { export });
         // If another command has stopped it the name is free as well.
         self.await_end();
         Ok(())

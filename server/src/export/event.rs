@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::addition::{Addition, Answer};
+
 /// Which door.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Door {
@@ -20,13 +22,14 @@ impl fmt::Display for Door {
     }
 }
 
-/// What happens to a running server.
+/// What happens to a running server. Exports are told apart by [numbers](super::Export::number): another one may have the
+/// name by now.
 #[derive(Debug)]
 pub enum Event {
     /// An export has ended.
     Ended {
-        /// Its name.
-        name: String,
+        /// The number that it got when it began to end.
+        number: u64,
         /// Whether all its requests had ended before.
         in_order: bool,
     },
@@ -34,20 +37,29 @@ pub enum Event {
     ProgramEnded,
     /// A signal that asks the server to end.
     Signal(i32),
+    /// A command asked to serve one more export.
+    Add {
+        /// The export.
+        addition: Box<Addition>,
+        /// Who waits for it.
+        answer: Answer,
+    },
+    /// An export that was added is served, or is not.
+    Added,
     /// A command asked to stop this export.
     Stop {
-        /// The export.
-        name: String,
+        /// The number of the export.
+        export: u64,
     },
     /// A server asked for this export.
     Leave {
-        /// The export.
-        name: String,
+        /// The number of the export.
+        export: u64,
     },
     /// A door closed by itself.
     Closed {
-        /// The export.
-        name: String,
+        /// The number of the export.
+        export: u64,
         /// Which of its doors.
         door: Door,
         /// Why.

@@ -5,6 +5,7 @@
 //! | `open.rs`          | how it is opened: storage, doors, what an earlier server left |
 //! | `shared.rs`        | what its threads share, and how its doors are closed     |
 //! | `admin/`           | the admin sockets: protocol, server and client           |
+//! | `addition.rs`      | how one gets to a server that runs already               |
 //! | `admin_service.rs` | what an export answers there                             |
 //! | `server.rs`        | what a server answers, and what its exports share        |
 //! | `succession.rs`    | how a server gets an export from another one             |
@@ -12,8 +13,10 @@
 //! | `upgrade.rs`       | clients that come by the block device's descriptor       |
 //! | `runtime_dir.rs`   | which exports this machine serves: `/run/ublkup`         |
 //! | `name_lock.rs`     | the lock of one name, and the notes below it             |
+//! | `spares.rs`        | folders for exports that are added later                 |
 //! | `explain.rs`       | errors as users read them                                |
 
+mod addition;
 pub mod admin;
 mod admin_service;
 mod event;
@@ -24,33 +27,41 @@ mod recovery;
 pub mod runtime_dir;
 mod server;
 mod shared;
+mod spares;
 mod succession;
 pub mod upgrade;
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use anyhow::{Context, Result};
 
+pub use addition::{Addition, Answer, add};
 pub use event::{Door, Event};
 pub use explain::explain;
-pub use server::{Server, ServerSocket};
+pub use server::{Server, ServerOptions, ServerSocket};
 pub use succession::Predecessor;
 
-use crate::config::{ExportConfig, StorageSpec};
+use crate::config::{ExportConfig, Origin, StorageSpec};
 use crate::door::ublk::UblkDoor;
 use crate::engine::crash;
 use crate::engine::events::{self, What};
 use crate::engine::sandbox::{Access, Reach};
+use crate::engine::socket::Socket;
 use crate::engine::throttle::Throttle;
-use admin::Listening;
+use addition::Handed;
+use admin::{ExportStatus, Listening, Service};
 use name_lock::{CONTROL, NameLock};
 use open::{Opened, Opening};
 use runtime_dir::RuntimeDir;
 use shared::{Closing, Live, Shared, State};
 use upgrade::UpgradeListener;
+
+/// The number of the export that was opened last.
+static LAST_NUMBER: AtomicU64 = AtomicU64::new(0);
 
 /// A served export. Dropping it without [`Export::stop`] closes the doors all the same.
 pub struct Export {
@@ -82,18 +93,54 @@ impl Export {
             true => succession::claim(dir, &config)?,
             false => dir.claim(&config.name)?,
         };
+        Self::open(dir, (config, claim, Handed::default()), predecessor, server)
+    }
+
+    /// Opens an export that was added while the server runs. On failure nothing is left behind but what was there.
+    ///
+    /// # Errors
+    ///
+    /// As for [`start`](Self::start).
+    pub fn add(dir: &RuntimeDir, addition: Addition, server: &Arc<Server>) -> Result<Self> {
+        let Addition {
+            config,
+            handed,
+            claim,
+        } = addition;
+        Self::open(dir, (config, claim, handed), Predecessor::Dead, server)
+    }
+
+    fn open(
+        dir: &RuntimeDir,
+        (config, claim, mut handed): (ExportConfig, NameLock, Handed),
+        predecessor: Predecessor,
+        server: &Arc<Server>,
+    ) -> Result<Self> {
+        let take_over = predecessor == Predecessor::TakeOver;
         crash::point("claimed");
+        let control = handed.control.take();
+        // The only place where it is noted.
+        let must_stay = claim.was_served() && matches!(config.saved.origin, Origin::Added(_));
         let throttle = Throttle::new(config.live.limits());
+        let number = LAST_NUMBER.fetch_add(1, Ordering::Relaxed) + 1;
         let opening = Opening {
+            number,
             config: &config,
             dir,
             claim: &claim,
             server,
             throttle: &throttle,
             replace: predecessor == Predecessor::Replace,
+            handed: handed.into(),
         };
         let finished = match opening.open_storage() {
-            Ok(opened) => Self::finish(opened, config, throttle, &claim, server),
+            Ok(opened) => Self::finish(
+                (number, opened),
+                config,
+                throttle,
+                (&claim, control),
+                server,
+            ),
             Err(error) => Err(error),
         };
         match finished {
@@ -110,7 +157,7 @@ impl Export {
                         "no server has it now, and its block device waits (ublkup recover {name})"
                     ));
                 }
-                if claim.was_upgraded() {
+                if claim.was_upgraded() || must_stay {
                     // The next server keeps the disk for the client that had it.
                     claim.leave();
                 }
@@ -120,10 +167,10 @@ impl Export {
     }
 
     fn finish(
-        (doors, storage, access): Opened,
+        (number, (doors, storage, access)): (u64, Opened),
         config: ExportConfig,
         throttle: Arc<Throttle>,
-        claim: &NameLock,
+        (claim, control): (&NameLock, Option<Socket>),
         server: &Arc<Server>,
     ) -> Result<(Arc<Shared>, Listening)> {
         let is_inherited = doors.is_inherited;
@@ -132,6 +179,7 @@ impl Export {
             note: claim.served_note(),
         };
         let shared = Arc::new(Shared {
+            number,
             may_set_log: server.admits(&config.admin_access),
             config,
             live: Mutex::new(Some(live)),
@@ -146,7 +194,7 @@ impl Export {
             ended: Condvar::new(),
             events: server.events().clone(),
         });
-        match publish(&shared, claim) {
+        match publish(&shared, claim, control) {
             Ok(admin) => {
                 server.add(&shared);
                 shared.tell_begin();
@@ -214,6 +262,18 @@ impl Export {
             reach.has_block_devices = true;
             reach.administers_devices |= door.is_administrators();
         }
+    }
+
+    /// The number that no other export of this process has.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.shared.number
+    }
+
+    /// What it says about itself.
+    #[must_use]
+    pub fn status(&self) -> ExportStatus {
+        self.shared.status()
     }
 
     /// Closes a door that closed by itself; whether another is still open.
@@ -316,13 +376,15 @@ pub fn remove_left_device(name: &NameLock) -> Result<Option<u32>> {
 }
 
 /// Notes what is served, and listens for commands.
-fn publish(shared: &Arc<Shared>, claim: &NameLock) -> Result<Listening> {
+fn publish(shared: &Arc<Shared>, claim: &NameLock, control: Option<Socket>) -> Result<Listening> {
     let served = serde_json::to_string(&shared.config.saved)?;
     claim
         .note_served(&served)
         .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
     crash::point("export-noted");
-    let socket = claim.folder().join(CONTROL);
-    let access = &shared.config.admin_access;
-    admin::serve(claim.name(), &socket, access, Arc::clone(shared))
+    let socket = match control {
+        Some(socket) => socket,
+        None => Socket::bind(&claim.folder().join(CONTROL), &shared.config.admin_access)?,
+    };
+    admin::listen_at(claim.name(), socket, Arc::clone(shared))
 }

@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::fs::{AtFlags, FlockOperation, flock, statat, unlinkat};
+use rustix::fs::{
+    AtFlags, CWD, FlockOperation, RenameFlags, flock, renameat_with, statat, unlinkat,
+};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use upgrade_proto::TrustedDir;
@@ -21,6 +23,9 @@ pub const CONTROL: &str = "control";
 
 /// The vhost door's socket in an export's folder.
 pub const VHOST_SOCKET: &str = "vhost-user-blk";
+
+/// The folder of all spare ones in that of a server (`spares.rs`).
+pub(super) const SPARE: &str = "spare";
 
 pub(super) const LOCK: &str = "lock";
 pub(super) const UBLK_ID: &str = "ublk-id";
@@ -57,8 +62,10 @@ pub struct NameLock {
     pub(super) name: String,
     /// The notes are kept for another server.
     pub(super) left: bool,
+    /// Where the folder came from, and goes in the end, if it was not made for this name.
+    pub(super) home: Option<PathBuf>,
     /// Held, not read: the kernel releases it when the process ends, however it ends.
-    pub(super) _lock: File,
+    pub(super) lock: File,
 }
 
 impl NameLock {
@@ -66,6 +73,12 @@ impl NameLock {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The lock, which whoever has this descriptor holds too.
+    #[must_use]
+    pub fn lock(&self) -> &File {
+        &self.lock
     }
 
     /// The folder.
@@ -125,6 +138,12 @@ impl NameLock {
         statat(&self.dir, UPGRADED, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
+    /// Whether an earlier server of this name noted what it served.
+    #[must_use]
+    pub fn was_served(&self) -> bool {
+        statat(&self.dir, SERVED, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    }
+
     /// The note of which vhost client has the disk.
     #[must_use]
     pub fn upgraded_note(&self) -> NoteFile {
@@ -168,6 +187,22 @@ impl NameLock {
         Ok(())
     }
 
+    /// Moves a folder that has nothing but the lock to where it came from.
+    fn go_home(&self) -> bool {
+        let Some(home) = &self.home else { return false };
+        let only_locked = self.dir.names().is_ok_and(|entries| entries == [LOCK]);
+        let here = format!("../{}", self.name);
+        let mut moved = Ok(());
+        if only_locked {
+            moved = renameat_with(&self.dir, here, CWD, home, RenameFlags::NOREPLACE);
+        }
+        if let Err(error) = moved {
+            // Before Linux 5.19 a confined server moves no folders.
+            tracing::debug!(home = %home.display(), %error, "a folder is not used again");
+        }
+        only_locked && moved.is_ok()
+    }
+
     /// Removes a file of the folder, if it is there.
     fn remove(&self, name: &str) {
         if let Err(error) = unlink(&self.dir, name) {
@@ -199,14 +234,34 @@ impl Drop for NameLock {
         };
         let unfinished = NOTES.map(unfinished);
         let unfinished = unfinished.each_ref().map(String::as_str);
-        // The lock last: after it another server may use the folder. The vhost door has removed its socket, or it is the
-        // service manager's.
-        for file in [&[CONTROL][..], &unfinished, notes, &[LOCK]].concat() {
+        // The vhost door has removed its socket, or it is the service manager's.
+        for file in [&[CONTROL][..], &unfinished, notes].concat() {
             self.remove(file);
+        }
+        let is_home = self.go_home();
+        // The lock last: after it another server may use the folder.
+        self.remove(LOCK);
+        if is_home {
+            return;
         }
         // Not empty when there are notes left: then the folder stays.
         // By its parent, without a descriptor of that one for each export.
         let _ = unlinkat(&self.dir, format!("../{}", self.name), AtFlags::REMOVEDIR);
+    }
+}
+
+/// Removes the spare folders of a server, which has ended, or is about to.
+pub(super) fn remove_spares(server: &TrustedDir) {
+    let Ok(all) = server.dir(SPARE) else { return };
+    for name in all.names().unwrap_or_default() {
+        // What cannot be removed stays in the way of the next step, and of the last one.
+        if let Ok(spare) = all.dir(&name) {
+            let _ = unlink(&spare, LOCK);
+        }
+        let _ = unlinkat(&all, &name, AtFlags::REMOVEDIR);
+    }
+    if let Err(error) = unlinkat(server, SPARE, AtFlags::REMOVEDIR) {
+        tracing::debug!(folder = %all.path().display(), %error, "cannot remove");
     }
 }
 

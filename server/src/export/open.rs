@@ -1,10 +1,12 @@
 //! Opening an export: its storage, its doors, and what an earlier server left of them.
 
+use std::cell::RefCell;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, Once};
 
 use anyhow::{Context, Result, bail};
 
+use super::addition::{Handed, claims_later};
 use super::event::{Door, Event};
 use super::name_lock::{DeviceNote, NameLock, VHOST_SOCKET};
 use super::recovery::{self, Beginning, Kernel, Wanted};
@@ -33,20 +35,17 @@ const MAX_RANGE_BYTES: u64 = 1 << 30;
 /// Largest read or write that the doors offer.
 const MAX_IO_BYTES: u32 = 1 << 20;
 
-/// Whether the storage is claimed only while a client has the disk, so that other servers can have it.
-/// A ublk door would use it all the time.
-fn claims_later(config: &ExportConfig) -> bool {
-    config.migration && config.ublk == DoorMode::No && !config.read_only
-}
-
 /// What doors are opened with.
 pub(super) struct Opening<'a> {
+    pub(super) number: u64,
     pub(super) config: &'a ExportConfig,
     pub(super) dir: &'a RuntimeDir,
     pub(super) claim: &'a NameLock,
     pub(super) server: &'a Server,
     pub(super) throttle: &'a Arc<Throttle>,
     pub(super) replace: bool,
+    /// What another process has opened for it; the first that needs a part of it takes that.
+    pub(super) handed: RefCell<Handed>,
 }
 
 /// What an export is made of.
@@ -69,7 +68,7 @@ impl Opening<'_> {
                 cache,
                 format,
             } => {
-                let disk = File::open(FileOptions {
+                let options = FileOptions {
                     export: config.name.clone(),
                     path: path.clone(),
                     cache: *cache,
@@ -78,8 +77,12 @@ impl Opening<'_> {
                     block_bytes: config.block_bytes,
                     serial: config.serial,
                     claim_later: claims_later(config),
-                })?;
-                self.open(disk)
+                };
+                let handed = self.handed.borrow_mut().image.take();
+                self.open(match handed {
+                    Some(file) => File::adopt(options, file)?,
+                    None => File::open(options)?,
+                })
             }
         }
     }
@@ -180,6 +183,10 @@ impl Opening<'_> {
     /// The socket of the vhost door: that of the service manager, or one of our own.
     fn listen_for_vhost(&self) -> Result<Socket> {
         let config = self.config;
+        let handed = self.handed.borrow_mut().vhost.take();
+        if let Some(socket) = handed {
+            return Ok(socket);
+        }
         if let Some(socket) = self.server.take_socket(&config.name) {
             return Socket::inherit(socket).with_context(|| {
                 format!(
@@ -205,14 +212,14 @@ impl Opening<'_> {
         }
         let registry = Arc::new(CounterSet::default());
         let counters = || registry.register();
-        let (ended, export) = (self.server.events().clone(), config.name.clone());
+        let (ended, export) = (self.server.events().clone(), self.number);
         let on_end = move |end| {
             let why = match end {
                 DoorEnd::Outside => "another program removed its device".to_owned(),
                 DoorEnd::Failed(error) => error.to_string(),
             };
             let closed = Event::Closed {
-                name: export,
+                export,
                 door: Door::Ublk,
                 why,
             };

@@ -10,6 +10,7 @@
 //!                          upgraded         which vhost client has the disk, or had it when its server died
 //!             servers/NAME/lock              held by the server as long as it lives
 //!                          control           admin socket of the server (docs/admin.md)
+//!                          spare/N           empty folders for exports that are added later (`spares.rs`)
 //! ```
 //!
 //! Each of these directories, and each note in them, belongs to this user or root, is no link, and can be written to by
@@ -32,17 +33,18 @@ use upgrade_proto::{Error, TrustedDir};
 
 use super::name_lock::{
     CONTROL, DeviceNote, LOCK, NameLock, SERVED, UBLK_ID, VHOST_SOCKET, lock_exclusively,
+    remove_spares,
 };
 use crate::engine::wait::repeat_while;
 
 /// The folder of all exports in a runtime directory.
-const EXPORTS: &str = "exports";
+pub(super) const EXPORTS: &str = "exports";
 
 /// The folder of all servers.
 const SERVERS: &str = "servers";
 
 /// The mode of directories.
-const DIR_MODE: u32 = 0o755;
+pub(super) const DIR_MODE: u32 = 0o755;
 
 /// How long a server that has answered `leave` may take to release the name.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
@@ -83,7 +85,13 @@ impl RuntimeDir {
         self.0.join(EXPORTS).join(name)
     }
 
-    fn exports(&self) -> Result<TrustedDir, Error> {
+    /// The folder of all exports, for rules.
+    #[must_use]
+    pub fn exports_folder(&self) -> PathBuf {
+        self.0.join(EXPORTS)
+    }
+
+    pub(super) fn exports(&self) -> Result<TrustedDir, Error> {
         TrustedDir::open(&self.0)?.dir(EXPORTS)
     }
 
@@ -102,7 +110,7 @@ impl RuntimeDir {
         Ok(names)
     }
 
-    fn servers(&self) -> Result<TrustedDir, Error> {
+    pub(super) fn servers(&self) -> Result<TrustedDir, Error> {
         TrustedDir::open(&self.0)?.dir(SERVERS)
     }
 
@@ -132,9 +140,12 @@ impl RuntimeDir {
     pub fn claim_server(&self, name: &str) -> Result<NameLock> {
         let taken = || format!("a server called '{name}' runs already: give another --server-name");
         for left in names(self.servers())? {
-            if left != name && is_alive(self.servers(), &left).is_ok_and(|alive| !alive) {
+            if left != name
+                && is_alive(self.servers(), &left).is_ok_and(|alive| !alive)
+                && let Ok(claim) = self.claim_in(SERVERS, &left, &taken)
+            {
                 // Dropping it removes the folder.
-                drop(self.claim_in(SERVERS, &left, &taken));
+                remove_spares(&claim.dir);
             }
         }
         // Another server may be about to remove what is left of an earlier one of this name.
@@ -213,12 +224,13 @@ impl RuntimeDir {
             if !lock_exclusively(&lock) {
                 bail!(taken());
             }
-            if is_in(&dir, &lock) {
+            if is_in(&dir, &lock) && is_there(&parent, name, &dir) {
                 let claim = NameLock {
                     dir: Arc::new(dir),
                     name: name.to_owned(),
                     left: false,
-                    _lock: lock,
+                    home: None,
+                    lock,
                 };
                 claim.clear_stale()?;
                 return Ok(claim);
@@ -254,8 +266,15 @@ fn is_alive(folder: Result<TrustedDir, Error>, name: &str) -> Result<bool, Error
     }
 }
 
+/// Whether a folder is still that of a name: one that was a server's spare may have been moved back.
+pub(super) fn is_there(parent: &TrustedDir, name: &str, dir: &TrustedDir) -> bool {
+    let there = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW);
+    let same = there.and_then(|there| Ok(there.st_ino == fstat(dir)?.st_ino));
+    same.is_ok_and(|same| same)
+}
+
 /// Whether a lock is the one in the folder.
-fn is_in(dir: &TrustedDir, lock: &File) -> bool {
+pub(super) fn is_in(dir: &TrustedDir, lock: &File) -> bool {
     let there = statat(dir, LOCK, AtFlags::SYMLINK_NOFOLLOW);
     let same = there.and_then(|there| Ok(there.st_ino == fstat(lock)?.st_ino));
     same.is_ok_and(|same| same)

@@ -2,19 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::geteuid;
 
+use super::addition::Addition;
 use super::admin::{
-    self, AllStatus, Answerer, Command, ExportStatus, Listening, Reply, Request, SCHEMA,
-    ServerStatus, Service,
+    self, AllStatus, Answerer, Client, Command, Configuration, ExportStatus, Listening, NewExport,
+    Reply, Request, SCHEMA, ServerStatus, Service,
 };
 use super::event::Event;
 use super::name_lock::{CONTROL, NameLock};
 use super::runtime_dir::RuntimeDir;
 use super::shared::Shared;
+use super::spares::Spares;
 use crate::engine::events::Reader;
 use crate::engine::sandbox::{Access, Reach};
 use crate::engine::socket::SocketAccess;
@@ -22,6 +26,7 @@ use crate::engine::{log, sandbox};
 
 /// What the exports of a server share.
 pub struct Server {
+    dir: RuntimeDir,
     name: String,
     started_unix_seconds: u64,
     events: mpsc::Sender<Event>,
@@ -30,26 +35,39 @@ pub struct Server {
     sockets: Mutex<BTreeMap<String, OwnedFd>>,
     /// Who may connect to its admin socket.
     access: SocketAccess,
+    configuration: Option<Configuration>,
+    /// Folders for exports that are added later, while its admin socket is open.
+    spares: OnceLock<Weak<Spares>>,
+}
+
+/// What a server is.
+#[derive(Debug, Default)]
+pub struct ServerOptions {
+    /// Its name; its process number if none is given.
+    pub name: Option<String>,
+    /// Sockets of the service manager, by export.
+    pub sockets: BTreeMap<String, OwnedFd>,
+    /// Who may connect to its admin socket.
+    pub access: SocketAccess,
+    /// Where its exports come from.
+    pub configuration: Option<Configuration>,
 }
 
 impl Server {
-    /// A server that gets `events`. Its name is its process number if none is given; `sockets` are those of the
-    /// service manager, by export; those of `access` may connect to its admin socket.
+    /// A server that gets `events`.
     #[must_use]
-    pub fn new(
-        name: Option<&str>,
-        events: mpsc::Sender<Event>,
-        sockets: BTreeMap<String, OwnedFd>,
-        access: SocketAccess,
-    ) -> Arc<Self> {
+    pub fn new(dir: &RuntimeDir, options: ServerOptions, events: mpsc::Sender<Event>) -> Arc<Self> {
         let own = || std::process::id().to_string();
         Arc::new(Self {
-            name: name.map_or_else(own, str::to_owned),
+            dir: dir.clone(),
+            name: options.name.unwrap_or_else(own),
             started_unix_seconds: unix_seconds(),
             events,
             exports: Mutex::default(),
-            sockets: Mutex::new(sockets),
-            access,
+            sockets: Mutex::new(options.sockets),
+            access: options.access,
+            configuration: options.configuration,
+            spares: OnceLock::new(),
         })
     }
 
@@ -86,19 +104,40 @@ impl Server {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Listens at the admin socket of this server.
+    /// Listens at the admin socket of this server, with room for this many exports that are added later.
     ///
     /// # Errors
     ///
     /// When another server has the name, or there can be no socket.
-    pub fn listen(self: &Arc<Self>, dir: &RuntimeDir) -> Result<ServerSocket> {
-        let claim = dir.claim_server(&self.name)?;
+    pub fn listen(self: &Arc<Self>, room: u32) -> Result<ServerSocket> {
+        let claim = self.dir.claim_server(&self.name)?;
+        let spares = Arc::new(Spares::make(&claim, room)?);
+        // A server listens once.
+        let _ = self.spares.set(Arc::downgrade(&spares));
         let socket = claim.folder().join(CONTROL);
         let listening = admin::serve("server", &socket, &self.access, Arc::clone(self))?;
         Ok(ServerSocket {
             _listening: listening,
+            spares,
+            exports: self.dir.exports_folder(),
             claim,
         })
+    }
+
+    /// Serves an export that a client hands over, and waits until it is served.
+    fn take_in(&self, new: NewExport, client: Client) -> Result<ExportStatus> {
+        let own = geteuid().as_raw();
+        ensure!(
+            client.uid.is_some_and(|uid| [own, 0].contains(&uid)),
+            "exports are added by the user of the server, or root"
+        );
+        let spares = self.spares.get().and_then(Weak::upgrade);
+        let addition = Addition::receive(&self.dir, spares.as_deref(), new, client.descriptors)?;
+        let (answer, answered) = mpsc::channel();
+        let addition = Box::new(addition);
+        // Without a receiver it is dropped, and so is the sender.
+        let _ = self.events.send(Event::Add { addition, answer });
+        answered.recv().context("the server is ending")?
     }
 
     fn exports(&self) -> MutexGuard<'_, BTreeMap<String, Weak<Shared>>> {
@@ -145,12 +184,13 @@ impl Server {
             sandbox: sandbox::status(),
             lost_log_lines: log::lost_lines(),
             exports: self.exports().keys().cloned().collect(),
+            configuration: self.configuration.clone(),
         }
     }
 }
 
 impl Answerer for Server {
-    fn answer(&self, request: Request) -> Result<Reply> {
+    fn answer(&self, request: Request, client: Client) -> Result<Reply> {
         if let Some(name) = &request.export {
             return admin::answer_for(&*self.export(name)?, request.command);
         }
@@ -160,6 +200,7 @@ impl Answerer for Server {
                 schema: SCHEMA,
                 exports: self.statuses(),
             }),
+            Command::Add(new) => serde_json::to_value(self.take_in(*new, client)?),
             Command::Events {} => return Ok(Reply::Events(Reader::new(None)?)),
             Command::Stop { .. }
             | Command::Leave {}
@@ -175,7 +216,9 @@ impl Answerer for Server {
 /// The admin socket of a server. Dropping it waits until its clients have their answers.
 pub struct ServerSocket {
     _listening: Listening,
-    /// Declared after the socket, which is in its folder.
+    spares: Arc<Spares>,
+    exports: PathBuf,
+    /// Declared after what is in its folder.
     claim: NameLock,
 }
 
@@ -188,6 +231,7 @@ impl ServerSocket {
             let entry = (servers.to_owned(), Access::RemoveFolders);
             reach.paths.push(entry);
         }
+        self.spares.add_reach(&self.exports, reach);
     }
 }
 

@@ -23,6 +23,8 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the admin socket's thread sees.
 pub(super) struct Shared {
+    /// No other export of this process has it.
+    pub(super) number: u64,
     pub(super) config: ExportConfig,
     /// What can be changed while it is served; `None` once it is being ended.
     pub(super) live: Mutex<Option<Live>>,

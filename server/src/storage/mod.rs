@@ -16,6 +16,6 @@ mod null;
 pub use escape::VARIABLE as ESCAPE_VARIABLE;
 #[cfg(feature = "testing")]
 pub use fault::{BadRule, Fault, Rule};
-pub use file::{CacheMode, File, FileOptions, ImageFormat, OpenError, identity};
+pub use file::{CacheMode, File, FileOptions, ImageFormat, OpenError, identity, open_file};
 pub use memory::Memory;
 pub use null::Null;

@@ -30,11 +30,19 @@ pub enum Access {
     RemoveFiles,
     /// Empty folders are removed, after a look.
     RemoveFolders,
+    /// As for `RemoveFolders`; and folders are moved from here to where [`Spares`](Self::Spares) are.
+    MoveFolders,
+    /// Folders are moved to here. Landlock lets no folder be moved to where more may be done with it (Linux 5.19), and
+    /// here more may be done than with `MoveFolders`. So only a [`Spare`](Self::Spare) can be moved.
+    Spares,
+    /// As for `Folder`, wherever the folder is moved; and all that may be done at `Spares`.
+    Spare,
 }
 
 impl Access {
     fn rights(self) -> BitFlags<AccessFs> {
         let data = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
+        let spares = AccessFs::ReadDir | AccessFs::MakeDir | AccessFs::Refer;
         match self {
             Self::Read => AccessFs::ReadFile | AccessFs::ReadDir,
             Self::Data => data | AccessFs::IoctlDev,
@@ -46,6 +54,9 @@ impl Access {
             }
             Self::RemoveFiles => AccessFs::RemoveFile.into(),
             Self::RemoveFolders => AccessFs::ReadDir | AccessFs::RemoveDir,
+            Self::MoveFolders => Self::RemoveFolders.rights() | AccessFs::Refer,
+            Self::Spares => spares,
+            Self::Spare => Self::Folder.rights() | spares,
         }
     }
 }
@@ -147,4 +158,51 @@ fn rules(reach: &Reach) -> Result<landlock::RulesetCreated, RulesetError> {
         rules = rules.add_rule(PathBeneath::new(place, rights))?;
     }
     Ok(rules)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn only_spare_folders_are_moved_and_only_home() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = |name: &str| temp.path().join(name);
+        for folder in ["exports/mine", "exports/other", "spares/0"] {
+            fs::create_dir_all(path(folder)).unwrap();
+        }
+        let reach = Reach {
+            paths: vec![
+                (path("exports/mine"), Access::Spare),
+                (path("exports"), Access::MoveFolders),
+                (path("spares"), Access::Spares),
+            ],
+            ..Reach::default()
+        };
+        let files = Files::new(&reach).unwrap();
+        // On a thread of its own: there is no way back.
+        let confined = || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            files.apply().unwrap();
+            for (from, to) in [
+                ("exports/other", "spares/1"),
+                ("exports/other", "exports/another"),
+                ("exports/mine", "exports/another"),
+                ("exports/other", "exports/mine/other"),
+                ("spares/0", "exports/another"),
+            ] {
+                assert!(fs::rename(path(from), path(to)).is_err(), "{from} to {to}");
+            }
+            fs::write(path("exports/other/note"), "x").unwrap_err();
+            fs::write(path("exports/mine/note"), "x").unwrap();
+            fs::rename(path("exports/mine"), path("spares/1")).unwrap();
+            fs::write(path("spares/1/note"), "y").unwrap();
+        };
+        std::thread::scope(|scope| scope.spawn(confined).join().unwrap());
+        assert!(path("exports/other").exists());
+        // Whoever is outside may use it again, for another export.
+        fs::rename(path("spares/1"), path("exports/next")).unwrap();
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,10 +12,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Deserialize;
 use upgrade_proto::connect_within;
 
-use super::line::read_line;
+use super::line::{read_line, send_line};
 use super::protocol::{
-    Changed, Command, ExportStatus, Left, MAX_ANSWER_BYTES, OPEN_INTERVAL, OPEN_LIMIT, Refused,
-    Request, Resized, ServerStatus, Stopped, StreamLine,
+    Changed, Command, ExportStatus, Left, MAX_ANSWER_BYTES, NewExport, OPEN_INTERVAL, OPEN_LIMIT,
+    Refused, Request, Resized, ServerStatus, Stopped, StreamLine,
 };
 use crate::door::ublk::openers_of;
 use crate::engine::wait::repeat_while;
@@ -100,6 +101,44 @@ pub fn set(path: &Path, options: BTreeMap<String, String>, limit: Duration) -> R
 /// When there is no answer within `limit`.
 pub fn server(path: &Path, limit: Duration) -> Result<ServerStatus> {
     ask(path, Command::Server {}, limit)
+}
+
+/// An export that a server has been sent, and is about to serve.
+#[derive(Debug)]
+pub struct SentExport {
+    stream: UnixStream,
+    deadline: Instant,
+}
+
+/// Sends a server an export that it is to serve, with what was opened for that.
+///
+/// # Errors
+///
+/// When the server does not take it within `limit`.
+pub fn send_export(
+    path: &Path,
+    new: NewExport,
+    descriptors: &[BorrowedFd<'_>],
+    limit: Duration,
+) -> Result<SentExport> {
+    let deadline = Instant::now() + limit;
+    let stream = connect_within(path, limit)?;
+    stream.set_write_timeout(Some(limit))?;
+    let line = Request::from(Command::Add(new.into())).line()?;
+    send_line(&stream, format!("{line}\n").as_bytes(), descriptors)?;
+    Ok(SentExport { stream, deadline })
+}
+
+impl SentExport {
+    /// Waits until it is served.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not.
+    pub fn answer(&self) -> Result<ExportStatus> {
+        let (line, _) = read_line(&self.stream, MAX_ANSWER_BYTES, self.deadline)?;
+        understand(&line)
+    }
 }
 
 /// The lines of an event stream.
@@ -193,7 +232,7 @@ pub(super) fn exchange(
     if poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&delay)) == Ok(0) {
         on_delay();
     }
-    let line = read_line(stream, MAX_ANSWER_BYTES, deadline)?;
+    let (line, _) = read_line(stream, MAX_ANSWER_BYTES, deadline)?;
     match line.is_empty() {
         true => Err(io::ErrorKind::UnexpectedEof.into()),
         false => Ok(line),

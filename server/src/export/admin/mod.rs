@@ -9,12 +9,13 @@ mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use client::{Watch, leave, resize, server, set, stat, stop, watch};
+pub use client::{Watch, leave, resize, send_export, server, set, stat, stop, watch};
 pub use protocol::{
-    AllStatus, Command, ExportStatus, OPEN_INTERVAL, OPEN_LIMIT, RefusalStatus, Request, Resized,
-    SCHEMA, ServerStatus, SessionStatus, StreamLine, UblkStatus, VhostStatus,
+    AllStatus, Command, Configuration, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL,
+    OPEN_LIMIT, RefusalStatus, Request, Resized, SCHEMA, ServerStatus, SessionStatus, StreamLine,
+    UblkStatus, VhostStatus,
 };
-pub use server::{Answerer, Listening, Reply, Service, answer_for, serve};
+pub use server::{Answerer, Client, Listening, Reply, Service, answer_for, listen_at, serve};
 
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::config::{ExportOptions, SavedExport};
 use crate::door::ownership::{KeptFor, OwnershipState};
 use crate::door::ublk::DataPath;
 use crate::door::vhost::SessionState;
@@ -16,7 +17,7 @@ use crate::engine::sandbox;
 use crate::engine::throttle::RateLimits;
 
 /// A request may be this long.
-pub(super) const MAX_LINE_BYTES: usize = 4096;
+pub(super) const MAX_LINE_BYTES: usize = 64 << 10;
 
 /// An answer may be this long.
 pub(super) const MAX_ANSWER_BYTES: usize = 16 << 20;
@@ -110,8 +111,46 @@ pub enum Command {
     },
     /// Which server is this? Only at the socket of a server.
     Server {},
+    /// Serve one more export. Only at the socket of a server, for its user and root.
+    Add(Box<NewExport>),
     /// Tell what happens from now on, a line for each event, until the client hangs up.
     Events {},
+}
+
+/// An export that is to be added, opened by the client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewExport {
+    /// What is to be served, as in the note `served`.
+    pub served: SavedExport,
+    /// Which of the server's spare folders has become that of the export; none, if it was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spare: Option<u32>,
+    /// The descriptors that come with the first byte of the request, in their order.
+    pub descriptors: Vec<HandedOver>,
+}
+
+/// What a descriptor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HandedOver {
+    /// The file `lock` of the export's folder, locked.
+    Lock,
+    /// The export's admin socket, listening.
+    Control,
+    /// The vhost-user socket, listening.
+    VhostUserBlk,
+    /// The image.
+    Image,
+}
+
+/// Where a server got its exports from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Configuration {
+    /// The file, or the folder.
+    pub path: PathBuf,
+    /// The options of the command line, which those in files have precedence over.
+    pub options: ExportOptions,
 }
 
 /// The first line of an answer to `events`, and each line that tells of a gap.
@@ -151,6 +190,9 @@ pub struct ServerStatus {
     pub lost_log_lines: usize,
     /// Its exports.
     pub exports: Vec<String>,
+    /// Where they come from, if from a configuration file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub configuration: Option<Configuration>,
 }
 
 /// What a server answers to `stat` for all its exports.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Serialize;
 use serde_json::Value;
+use upgrade_proto::Peer;
 
 use super::line::read_line;
 use super::protocol::{
@@ -41,16 +43,25 @@ pub enum Reply {
 
 /// What answers at an admin socket.
 pub trait Answerer: Send + Sync + 'static {
-    /// Does what is asked.
+    /// Does what a client asks.
     ///
     /// # Errors
     ///
     /// Why not.
-    fn answer(&self, request: Request) -> Result<Reply>;
+    fn answer(&self, request: Request, client: Client) -> Result<Reply>;
+}
+
+/// Who asks.
+#[derive(Debug, Default)]
+pub struct Client {
+    /// Its user, if that is known.
+    pub uid: Option<u32>,
+    /// What came with the request.
+    pub descriptors: Vec<OwnedFd>,
 }
 
 impl<S: Service> Answerer for S {
-    fn answer(&self, request: Request) -> Result<Reply> {
+    fn answer(&self, request: Request, _: Client) -> Result<Reply> {
         let name = self.name();
         if let Some(other) = request.export.filter(|export| export != name) {
             bail!("this is the admin socket of '{name}', not of '{other}'");
@@ -85,7 +96,7 @@ pub fn answer_for(export: &impl Service, command: Command) -> Result<Reply> {
         Command::Events {} => {
             return Ok(Reply::Events(Reader::new(Some(export.name().to_owned()))?));
         }
-        Command::Server {} => {
+        Command::Server {} | Command::Add(_) => {
             bail!("this is the admin socket of an export: ask that of its server")
         }
     };
@@ -136,7 +147,15 @@ pub fn serve(
     access: &SocketAccess,
     service: Arc<impl Answerer>,
 ) -> Result<Listening> {
-    let listener = Socket::bind(path, access)?;
+    listen_at(what, Socket::bind(path, access)?, service)
+}
+
+/// As [`serve`], on a socket that is there.
+///
+/// # Errors
+///
+/// When it cannot be watched.
+pub fn listen_at(what: &str, listener: Socket, service: Arc<impl Answerer>) -> Result<Listening> {
     let clients = Arc::<Clients>::default();
     let accepting = {
         let clients = Arc::clone(&clients);
@@ -176,13 +195,13 @@ impl Clients {
 }
 
 /// A client that is connected, until it is dropped.
-struct Client {
+struct Connection {
     clients: Arc<Clients>,
     number: u64,
     stream: Arc<UnixStream>,
 }
 
-impl Client {
+impl Connection {
     /// Makes room for the client by hanging up on the one that has been silent for longest. `None` if all others wait for
     /// their answers.
     fn new(clients: &Arc<Clients>, stream: &Arc<UnixStream>) -> Option<Self> {
@@ -227,7 +246,7 @@ impl Client {
     }
 }
 
-impl Drop for Client {
+impl Drop for Connection {
     fn drop(&mut self) {
         let mut connected = self.clients.connected();
         connected.clients.remove(&self.number);
@@ -264,7 +283,7 @@ impl Drop for Listening {
 
 fn answer_apart(stream: UnixStream, service: &Arc<impl Answerer>, clients: &Arc<Clients>) {
     let stream = Arc::new(stream);
-    let Some(client) = Client::new(clients, &stream) else {
+    let Some(client) = Connection::new(clients, &stream) else {
         tracing::warn!("too many admin clients at once; one was turned away");
         turn_away(&stream);
         return;
@@ -295,16 +314,21 @@ fn turn_away(mut stream: &UnixStream) {
     }
 }
 
-fn answer(client: &Client, service: &impl Answerer) -> io::Result<()> {
+fn answer(client: &Connection, service: &impl Answerer) -> io::Result<()> {
     let mut stream = &*client.stream;
     stream.set_write_timeout(Some(CLIENT_LIMIT))?;
-    let line = read_line(stream, MAX_LINE_BYTES, Instant::now() + CLIENT_LIMIT)?;
+    let deadline = Instant::now() + CLIENT_LIMIT;
+    let (line, descriptors) = read_line(stream, MAX_LINE_BYTES, deadline)?;
     if !client.has_asked() {
         return Ok(());
     }
+    let asks = Client {
+        uid: Peer::of(stream).ok().map(|peer| peer.uid),
+        descriptors,
+    };
     let reply = Request::parse(&line)
         .map_err(|error| anyhow!("not a command: {error}"))
-        .and_then(|request| service.answer(request));
+        .and_then(|request| service.answer(request, asks));
     let answer = match reply {
         Ok(Reply::Events(events)) => match client.watches(&events) {
             Ok(()) => return stream::send(stream, &events),
@@ -322,7 +346,7 @@ pub(super) fn answer_one(stream: UnixStream, service: &impl Service) -> io::Resu
     let clients = Arc::<Clients>::default();
     // A client that watches events sees the beginning and the end.
     clients.connected().closing = true;
-    let client = Client::new(&clients, &Arc::new(stream));
+    let client = Connection::new(&clients, &Arc::new(stream));
     answer(&client.expect("there is room for one"), service)
 }
 

@@ -32,7 +32,7 @@ use std::time::Duration;
 
 pub use error::OpenError;
 pub use image_format::ImageFormat;
-pub use open::{CacheMode, FileOptions, identity};
+pub use open::{CacheMode, FileOptions, identity, open_file};
 pub use queue::FileQueue;
 use shared::Shared;
 
@@ -55,6 +55,19 @@ impl File {
     /// One line that names the file, what is wrong and what to do.
     pub fn open(options: FileOptions) -> Result<Self, OpenError> {
         let (limits, shared) = open::open(options)?;
+        Ok(Self {
+            limits,
+            shared: Arc::new(shared),
+        })
+    }
+
+    /// As [`open`](Self::open), for a file that another process has opened with [`open_file`].
+    ///
+    /// # Errors
+    ///
+    /// As for `open`.
+    pub fn adopt(options: FileOptions, file: std::fs::File) -> Result<Self, OpenError> {
+        let (limits, shared) = open::examine(options, file)?;
         Ok(Self {
             limits,
             shared: Arc::new(shared),

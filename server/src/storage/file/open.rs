@@ -66,6 +66,15 @@ const MAX_IO_BYTES: u32 = 1 << 20;
 const TAKEN_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> {
+    let file = open_file(&options.path, options.read_only, options.claim_later)?;
+    examine(options, file)
+}
+
+/// Finds out what an open file takes, and claims it.
+pub(super) fn examine(
+    options: FileOptions,
+    mut file: fs::File,
+) -> Result<(Limits, Shared), OpenError> {
     let FileOptions {
         export,
         path,
@@ -81,7 +90,6 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
         read_only,
         source,
     };
-    let mut file = open_file(&path, read_only, claim_later)?;
     let metadata = file.metadata().map_err(failed)?;
     let is_device = metadata.file_type().is_block_device();
     if is_device && !read_only && device::is_read_only(&file) {
@@ -223,8 +231,13 @@ fn is_xfs(file: &fs::File) -> bool {
     fstatfs(file).is_ok_and(|fs| fs.f_type == XFS_SUPER_MAGIC)
 }
 
-/// Opens without blocking on a FIFO, and refuses what is neither a regular file nor a block device.
-fn open_file(path: &Path, read_only: bool, claim_later: bool) -> Result<fs::File, OpenError> {
+/// Opens the file of a disk: without blocking on a FIFO, and exclusively if it is a block device, unless that is claimed
+/// later.
+///
+/// # Errors
+///
+/// When it cannot be opened, is in use, or is neither a regular file nor a block device.
+pub fn open_file(path: &Path, read_only: bool, claim_later: bool) -> Result<fs::File, OpenError> {
     let failed = |source: io::Error| OpenError::Open {
         path: path.to_owned(),
         read_only,

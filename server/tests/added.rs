@@ -1,0 +1,432 @@
+//! Exports that are added to a server while it runs.
+
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{CONFIG_WCE, Driver, FLUSH, OK, Sandbox, USUAL, eventually, sandbox};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use testkit::proc::Holdings;
+use testkit::sandbox::start;
+
+/// What disks with and without a write cache have.
+const WRITE_THROUGH: u64 = USUAL & !(FLUSH | CONFIG_WCE);
+
+fn stat(lab: &Sandbox, export: &str) -> Value {
+    serde_json::from_str(&lab.ok(&["stat", export, "--json"])).unwrap()
+}
+
+fn is_confined(lab: &Sandbox, export: &str) -> bool {
+    stat(lab, export)["sandbox"]["on"] == true
+}
+
+/// Writes and reads through the vhost-user door.
+fn exercise(lab: &Sandbox, export: &str) {
+    let mut driver = Driver::running(lab.connect(export), WRITE_THROUGH);
+    assert_eq!(driver.write(0, &[7; 512]), OK);
+    assert_eq!(driver.read(0, 512), (OK, vec![7; 512]));
+}
+
+#[test]
+fn an_export_is_added_to_a_confined_server_and_to_one_that_is_not() {
+    for sandbox_option in ["--sandbox=yes", "--sandbox=no"] {
+        let lab = sandbox();
+        let server = lab.serve(&["--ublk", "no", sandbox_option, "a=mem:1M"]);
+        assert_eq!(is_confined(&lab, "a"), sandbox_option == "--sandbox=yes");
+        let image = lab.image("b.img", 1 << 20).display().to_string();
+        let said = lab.ok(&["add", "--ublk", "no", &format!("b={image}"), "c=mem:1M"]);
+        let socket = |export| lab.path(&format!("run/exports/{export}/vhost-user-blk"));
+        let expected = format!(
+            "b vhost-user-blk {}\nc vhost-user-blk {}\n",
+            socket("b").display(),
+            socket("c").display()
+        );
+        assert_eq!(said, expected);
+        for export in ["a", "b", "c"] {
+            exercise(&lab, export);
+        }
+        assert_eq!(stat(&lab, "b")["pid"], server.pid());
+        lab.ok(&["set", "b", "iops-total=100"]);
+        lab.ok(&["resize", "b", "2M"]);
+        lab.ok(&["stop", "--force", "b"]);
+        assert!(!lab.path("run/exports/b").exists());
+        lab.ok(&["add", "--ublk", "no", &format!("b={image}")]);
+        assert_eq!(stat(&lab, "b")["size_bytes"], 2 << 20);
+        server.stop().unwrap();
+        lab.is_clean();
+        let servers = std::fs::read_dir(lab.path("run/servers")).unwrap();
+        assert_eq!(servers.count(), 0);
+    }
+}
+
+/// All that is in a folder.
+fn tree(folder: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(tree(&path));
+        }
+        found.insert(path);
+    }
+    found
+}
+
+/// Has a client write and read until it is told to stop. Returns how often it did, and the longest pause.
+fn load(lab: &Sandbox, export: &str, ends: &AtomicBool) -> (u64, Duration) {
+    let mut driver = Driver::running(lab.connect(export), WRITE_THROUGH);
+    let (mut rounds, mut longest) = (0, Duration::ZERO);
+    while !ends.load(Ordering::Relaxed) {
+        let begun = Instant::now();
+        let sector = rounds % 1024;
+        let byte = u8::try_from(rounds % 251).unwrap();
+        assert_eq!(driver.write(sector, &[byte; 512]), OK, "{export}");
+        assert_eq!(driver.read(sector, 512), (OK, vec![byte; 512]), "{export}");
+        longest = longest.max(begun.elapsed());
+        rounds += 1;
+    }
+    (rounds, longest)
+}
+
+#[test]
+fn two_hundred_exports_come_and_go_beside_two_that_are_used_and_nothing_is_left() {
+    const ROUNDS: usize = 200;
+    const ROOM: &str = "4";
+    let lab = sandbox();
+    let images = ["a.img", "b.img", "c.img"].map(|name| lab.image(name, 1 << 20));
+    let [a, b, c] = images.map(|image| image.display().to_string());
+    let (a, b) = (format!("a=file:{a}"), format!("b=file:{b}"));
+    let server = lab.serve(&["--ublk", "no", "--room", ROOM, &a, &b]);
+    assert!(is_confined(&lab, "a"));
+    let ends = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let loads = ["a", "b"].map(|export| {
+            let (lab, ends) = (&lab, &ends);
+            scope.spawn(move || load(lab, export, ends))
+        });
+        let add_and_remove = |round: usize| {
+            let spec = match round % 2 {
+                0 => format!("c{round}=file:{c}"),
+                _ => format!("c{round}=mem:1M"),
+            };
+            lab.ok(&["add", "--ublk", "no", &spec]);
+            let name = format!("c{round}");
+            exercise(&lab, &name);
+            lab.ok(&["remove", "--force", &name]);
+        };
+        // What is made once, and the clients.
+        (0..4).for_each(add_and_remove);
+        eventually("the clients run", || {
+            ["a", "b"].iter().all(|export| {
+                let writes = &stat(&lab, export)["vhost"]["counters"]["writes"];
+                writes.as_u64() > Some(0)
+            })
+        });
+        let before = (Holdings::of(server.pid()).unwrap(), tree(&lab.path("run")));
+        (4..ROUNDS).for_each(add_and_remove);
+        // Threads of the last client end after its answer.
+        let after = || (Holdings::of(server.pid()).unwrap(), tree(&lab.path("run")));
+        eventually("nothing more than before", || {
+            let after = after();
+            (after.0.threads, after.0.descriptors) == (before.0.threads, before.0.descriptors)
+                && after.1 == before.1
+        });
+        let more_kib = after().0.resident_kib.saturating_sub(before.0.resident_kib);
+        ends.store(true, Ordering::Relaxed);
+        let loads = loads.map(|load| load.join().unwrap());
+        println!(
+            "{ROUNDS} exports came and went: {more_kib} KiB more; rounds and longest pause: {loads:?}"
+        );
+        assert!(more_kib < 16 << 10, "{more_kib} KiB more");
+        assert!(loads.iter().all(|(rounds, _)| *rounds > 0));
+    });
+    for export in ["a", "b"] {
+        assert_eq!(stat(&lab, export)["last_error"], Value::Null);
+    }
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+fn what_cannot_be_added_is_told_and_leaves_nothing() {
+    let lab = sandbox();
+    let image = lab.image("a.img", 1 << 20).display().to_string();
+    let spec = format!("a=file:{image}");
+    lab.fails(&["add", "b=mem:1M"], 1, &["no server runs under"]);
+    let server = lab.serve(&["--ublk", "no", "--room", "1", "--server-name", "s", &spec]);
+    let before = tree(&lab.path("run"));
+    let missing = lab.path("missing").display().to_string();
+    for (spec, words) in [
+        ("a=mem:1M", "an export called 'a' is already served"),
+        (&format!("b=file:{image}"), "is in use by another process"),
+        (&format!("b=file:{missing}"), "No such file"),
+        ("b=mem:1M,ublk=yes", "makes no block devices"),
+        (
+            "b=mem:1M,ublk=no,vhost-socket=/nowhere/s",
+            "a folder that does not exist",
+        ),
+    ] {
+        lab.fails(&["add", spec], 1, &["is not added", words]);
+        assert_eq!(tree(&lab.path("run")), before, "{spec}");
+    }
+    lab.fails(
+        &["add", "--server", "t", "b=mem:1M"],
+        1,
+        &["no server called 't' runs; there are: s"],
+    );
+    let usage = lab.finish(&["add", "--name", "x", "b=mem:1M", "c=mem:1M"], &[]);
+    assert_eq!(usage.status.code(), Some(2));
+    // There is room for one, and again when that has ended.
+    for _ in 0..2 {
+        lab.ok(&["add", "--ublk", "no", "b=mem:1M"]);
+        lab.fails(
+            &["add", "--ublk", "no", "c=mem:1M"],
+            1,
+            &["no room for another export"],
+        );
+        lab.ok(&["stop", "b"]);
+    }
+    let other = lab.serve(&[
+        "--ublk",
+        "no",
+        "--room",
+        "0",
+        "--server-name",
+        "t",
+        "d=mem:1M",
+    ]);
+    lab.fails(
+        &["add", "b=mem:1M"],
+        1,
+        &["several servers run: choose one of them: s, t"],
+    );
+    lab.fails(
+        &["add", "--server", "t", "b=mem:1M"],
+        1,
+        &["takes no exports while it runs"],
+    );
+    other.stop().unwrap();
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+fn a_server_of_the_same_name_goes_on_with_what_was_added() {
+    let lab = sandbox();
+    let images = ["a.img", "b.img", "c.img"].map(|name| lab.image(name, 1 << 20));
+    let [a, b, c] = images.map(|image| image.display().to_string());
+    let (a, b, c) = (
+        format!("a=file:{a}"),
+        format!("b=file:{b}"),
+        format!("c=file:{c}"),
+    );
+    let args = ["--ublk", "no", "--server-name", "s", &a];
+    let server = lab.serve(&args);
+    lab.ok(&["add", "--ublk", "no", &b, &c, "m=mem:1M"]);
+    lab.ok(&["set", "b", "iops-total=1000"]);
+    // A client has the disk.
+    let driver = Driver::running(lab.connect("b"), WRITE_THROUGH);
+    server.kill().unwrap();
+    std::fs::remove_file(lab.path("c.img")).unwrap();
+    let server = lab.serve(&args);
+    assert_eq!(stat(&lab, "b")["limits"]["iops_total"], 1000);
+    assert_eq!(stat(&lab, "b")["pid"], server.pid());
+    assert_eq!(
+        stat(&lab, "b")["access"],
+        "waiting",
+        "its client may come back"
+    );
+    drop(driver);
+    let list = lab.finish(&["list"], &[]);
+    assert!(list.stderr.contains("c: its server has died"), "{list:?}");
+    assert!(
+        !list.stderr.contains("m:"),
+        "what was in memory is gone: {list:?}"
+    );
+    // One that hands over.
+    let (status, _) = server.end_by(Signal::USR2).unwrap();
+    assert!(status.success());
+    let server = lab.serve(&args);
+    assert_eq!(stat(&lab, "b")["limits"]["iops_total"], 1000);
+    server.kill().unwrap();
+    // Alone.
+    let recovered = lab.recover(&["b"]);
+    let server = lab.serve(&args);
+    assert_eq!(stat(&lab, "b")["pid"], recovered.pid(), "it has a server");
+    recovered.stop().unwrap();
+    server.stop().unwrap();
+    lab.ok(&["stop", "--force", "c"]);
+    lab.is_clean();
+}
+
+/// A folder of configuration with one file for each export.
+fn configure(lab: &Sandbox, exports: &[(&str, &str)]) -> String {
+    let folder = lab.path("etc");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(folder.join("exports.d")).unwrap();
+    std::fs::write(folder.join("ublkup.toml"), "[defaults]\nublk = \"no\"\n").unwrap();
+    for (name, keys) in exports {
+        let file = folder.join(format!("exports.d/{name}.toml"));
+        std::fs::write(file, format!("[[export]]\nname = \"{name}\"\n{keys}\n")).unwrap();
+    }
+    folder.display().to_string()
+}
+
+#[test]
+fn a_server_is_made_to_serve_what_its_configuration_says_now() {
+    const MEM: &str = "spec = \"mem:1M\"";
+    let lab = sandbox();
+    let image = lab.image("i.img", 1 << 20).display().to_string();
+    let limited = format!("{MEM}\niops-total = 100\nqueues = 1");
+    let folder = configure(&lab, &[("a", &limited), ("b", MEM), ("c", MEM)]);
+    let server = lab.serve(&[
+        "--server-name",
+        "s",
+        "--depth",
+        "7",
+        "--config",
+        &folder,
+        "z=mem:1M",
+    ]);
+    lab.ok(&["add", "--ublk", "no", "y=mem:1M"]);
+    assert_eq!(lab.ok(&["reload"]), "nothing has changed\n");
+    // What was changed by hand is as the file says again.
+    lab.ok(&["set", "a", "iops-total=5", "reconnect-grace=60"]);
+    let grouped = format!("spec = \"file:{image}\"\nvhost-socket-group = \"root\"");
+    configure(
+        &lab,
+        &[
+            ("a", &limited),
+            ("b", &format!("{MEM}\nbps-read = \"1M\"")),
+            ("d", &grouped),
+        ],
+    );
+    let plan = lab.ok(&["reload", "--dry-run"]);
+    assert_eq!(
+        plan,
+        "c: would be removed\na: iops-total=100 reconnect-grace=10\nb: bps-read=1048576\nd: would be added\n"
+    );
+    assert_eq!(stat(&lab, "a")["limits"]["iops_total"], 5);
+    let done = lab.ok(&["reload", "s"]);
+    assert_eq!(
+        done,
+        "c: removed\na: iops-total=100 reconnect-grace=10\nb: bps-read=1048576\nd: added\n"
+    );
+    assert_eq!(stat(&lab, "a")["limits"]["iops_total"], 100);
+    assert_eq!(stat(&lab, "b")["limits"]["bps_read"], 1 << 20);
+    exercise(&lab, "d");
+    assert_eq!(lab.ok(&["reload"]), "nothing has changed\n");
+    let names: Vec<_> = tree(&lab.path("run/exports"))
+        .iter()
+        .filter(|path| path.is_dir())
+        .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(
+        names,
+        ["a", "b", "d", "y", "z"],
+        "those that are not the file's stay"
+    );
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+fn what_a_reload_cannot_do_is_told_and_keeps_nothing_else_from_it() {
+    const MEM: &str = "spec = \"mem:1M\"";
+    let lab = sandbox();
+    let folder = configure(&lab, &[("a", MEM), ("b", MEM)]);
+    let server = lab.serve(&["--config", &folder]);
+    let before = stat(&lab, "a");
+    let driver = Driver::running(lab.connect("b"), WRITE_THROUGH);
+    configure(
+        &lab,
+        &[
+            ("a", "spec = \"mem:2M\"\nqueues = 3\niops-read = 9"),
+            ("c", "spec = \"file:/nowhere/c.img\""),
+            ("d", MEM),
+        ],
+    );
+    let finished = lab.finish(&["reload"], &[]);
+    assert_eq!(finished.status.code(), Some(1), "{finished:?}");
+    assert_eq!(finished.stdout, "a: iops-read=9\nd: added\n");
+    for words in [
+        "b is not removed: in use",
+        "a: cannot be changed while it is served: spec, queues: restart",
+        "c is not added: cannot open /nowhere/c.img",
+    ] {
+        assert!(finished.stderr.contains(words), "{words}: {finished:?}");
+    }
+    assert_eq!(stat(&lab, "a")["size_bytes"], before["size_bytes"]);
+    let outcomes: Value = {
+        let finished = lab.finish(&["reload", "--json"], &[]);
+        serde_json::from_str(&finished.stdout).unwrap()
+    };
+    assert_eq!(outcomes[0]["action"], "remove");
+    assert_eq!(
+        outcomes[1]["needs_restart"],
+        serde_json::json!(["spec", "queues"])
+    );
+    assert_eq!(
+        outcomes[2]["error"].as_str().unwrap().split(':').next(),
+        Some("c is not added")
+    );
+    // One that is wrong changes nothing.
+    drop(driver);
+    configure(&lab, &[("a", "spec = \"mem:1M\"\ncolour = \"red\"")]);
+    lab.fails(&["reload"], 2, &["a.toml:4:", "colour: unknown key"]);
+    // The last one stays.
+    configure(&lab, &[("e", "spec = \"file:/nowhere/e.img\"")]);
+    lab.ok(&["stop", "--force", "b"]);
+    let finished = lab.finish(&["reload"], &[]);
+    assert_eq!(finished.status.code(), Some(1));
+    assert_eq!(finished.stdout, "a: removed\n");
+    assert!(
+        finished
+            .stderr
+            .contains("d is not removed: it is the last one"),
+        "{finished:?}"
+    );
+    configure(&lab, &[("e", MEM)]);
+    assert_eq!(lab.ok(&["reload"]), "e: added\nd: removed\n");
+    server.stop().unwrap();
+    let server = lab.serve(&["--ublk", "no", "a=mem:1M"]);
+    lab.fails(
+        &["reload"],
+        1,
+        &["was started without a configuration file"],
+    );
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+fn a_hangup_does_not_end_a_server_without_a_terminal_and_says_what_reads_its_configuration() {
+    let lab = sandbox();
+    let mut command = Command::new("setsid");
+    command
+        .args([
+            env!("CARGO_BIN_EXE_ublkup"),
+            "serve",
+            "--ublk",
+            "no",
+            "a=mem:1M",
+        ])
+        .env("UBLKUP_RUNTIME_DIR", lab.path("run"))
+        .stdin(Stdio::null());
+    let server = start(command);
+    let pid = Pid::from_raw(server.pid().cast_signed()).unwrap();
+    kill_process(pid, Signal::HUP).unwrap();
+    eventually("it says so", || {
+        server.log().contains("'ublkup reload' does it")
+    });
+    assert_eq!(stat(&lab, "a")["state"], "serving");
+    server.stop().unwrap();
+    lab.is_clean();
+}
