@@ -20,7 +20,7 @@ use crate::engine::throttle::{Gate, Throttle};
 use crate::engine::{DoorQueue, End, Next};
 use crate::engine::{Storage, StorageQueue};
 use crate::io::{Completion, Owner, Ring, Slot, SlotTable};
-use crate::request::{Op, Outcome, Progress, Request};
+use crate::request::{IoError, Op, Outcome, Progress, Request};
 
 /// Completions dispatched per round at most.
 const BATCH: usize = 256;
@@ -311,6 +311,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             let Some((slot, mut request)) = self.door.next(&mut self.ring) else {
                 return;
             };
+            trace_begin(slot, &request);
             if is_limited && !self.lets_pass(slot, (request.op(), request.len_bytes())) {
                 self.hold(slot, request);
                 continue;
@@ -405,11 +406,39 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
 
     #[inline(always)]
     fn finish(&mut self, slot: Slot, request: Request, outcome: Outcome) {
+        trace_end(slot, &request, outcome);
         self.answered += 1;
         self.counters
             .count(request.op(), request.len_bytes(), outcome);
         self.door.complete(&mut self.ring, slot, request, outcome);
     }
+}
+
+/// The probe `ublkup:request_begin`: a request has come. Without a tracer the arguments are not made.
+#[inline(always)]
+fn trace_begin(slot: Slot, request: &Request) {
+    probe::probe_lazy!(
+        ublkup,
+        request_begin,
+        slot,
+        request.op().number(),
+        request.offset_bytes(),
+        request.len_bytes()
+    );
+}
+
+/// The probe `ublkup:request_end`: the client is about to get the answer.
+#[inline(always)]
+fn trace_end(slot: Slot, request: &Request, outcome: Outcome) {
+    probe::probe_lazy!(
+        ublkup,
+        request_end,
+        slot,
+        request.op().number(),
+        request.offset_bytes(),
+        request.len_bytes(),
+        outcome.map_or_else(IoError::errno, |()| 0)
+    );
 }
 
 /// A request that the storage has or will get.

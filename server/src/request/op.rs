@@ -24,6 +24,18 @@ pub enum Op {
 }
 
 impl Op {
+    /// Its number in probes (docs/operations.md, "Tracing").
+    #[must_use]
+    pub fn number(self) -> u32 {
+        match self {
+            Self::Read => 0,
+            Self::Write { .. } => 1,
+            Self::Flush => 2,
+            Self::Discard => 3,
+            Self::WriteZeroes { .. } => 4,
+        }
+    }
+
     /// Whether the operation changes what the disk holds.
     #[must_use]
     pub fn is_write(self) -> bool {
