@@ -11,6 +11,8 @@ mod broken;
 mod common;
 #[path = "ublk/data.rs"]
 mod data;
+#[path = "ublk/failing.rs"]
+mod failing;
 #[path = "ublk/features.rs"]
 mod features;
 #[path = "ublk/intruders.rs"]

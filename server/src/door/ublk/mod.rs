@@ -12,6 +12,7 @@
 //! | `queue_threads.rs` | its queue threads, and how they end              |
 //! | `choice.rs`        | what a new device gets of what the driver offers |
 //! | `queue.rs`         | commands to requests, outcomes to commits        |
+//! | `refusals.rs`    | the log's lines about requests that are refused  |
 //! | `gate.rs`, `writes.rs` | writes, off while a vhost client has the disk |
 //! | `memory.rs`        | descriptors and data buffers                     |
 //! | `params.rs`        | what the disk looks like to the block layer      |
@@ -39,6 +40,7 @@ mod paths;
 mod privileges;
 mod queue;
 mod queue_threads;
+mod refusals;
 mod stale_device;
 mod users;
 mod writes;

@@ -18,6 +18,7 @@ use libublk::sys;
 
 use super::config::DataPath;
 use super::memory::{Descriptors, Direction, IoBuffers};
+use super::refusals::Refusals;
 use super::writes::Writes;
 use crate::engine::counters::Counters;
 use crate::engine::cpus::{Cpus, is_bound_to_one};
@@ -51,6 +52,8 @@ pub(super) struct QueueConfig {
     pub(super) counters: Arc<Counters>,
     /// Where the queue leaves the errno of a command that the driver refused.
     pub(super) fault: Arc<AtomicI32>,
+    /// What the log says of requests that the storage does not get.
+    pub(super) refusals: Arc<Refusals>,
     /// Begins without writes, until they are accepted.
     pub(super) refuse_writes: bool,
     /// How data gets to the storage and back. With [`DataPath::ZeroCopy`] the driver registers it
@@ -297,6 +300,7 @@ impl DoorQueue for UblkQueue {
                 }
                 Err(error) => {
                     self.config.counters.count_error(error);
+                    self.config.refusals.tell(&self.descriptors.get(tag), error);
                     self.answer(tag, -error.errno());
                 }
             }

@@ -34,6 +34,7 @@ fn queue() -> UblkQueue {
         limits: small_disk(1 << 30),
         counters: Arc::default(),
         fault: Arc::default(),
+        refusals: Arc::new(Refusals::new(0)),
         refuse_writes: false,
         data: DataPath::Copy,
         may_copy: false,

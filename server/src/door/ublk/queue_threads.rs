@@ -12,6 +12,7 @@ use super::config::{DataPath, Facts, UblkConfig};
 use super::error::UblkError;
 use super::gate::WriteGate;
 use super::queue::{Command, QueueConfig, UblkQueue};
+use super::refusals::Refusals;
 use crate::engine::counters::Counters;
 use crate::engine::cpus::settle_on;
 use crate::engine::mailbox::{self, Mailbox};
@@ -127,6 +128,7 @@ impl QueueThreads {
         storage: &Arc<B>,
         mut counters: impl FnMut() -> Arc<Counters>,
     ) -> Result<(), UblkError> {
+        let refusals = Arc::new(Refusals::new(self.id));
         let mut spawned: Vec<Spawned> = Vec::with_capacity(info.nr_hw_queues.into());
         for queue in 0..info.nr_hw_queues {
             let queue_config = QueueConfig {
@@ -137,6 +139,7 @@ impl QueueThreads {
                 limits: storage.limits().clone(),
                 counters: counters(),
                 fault: Arc::new(AtomicI32::new(0)),
+                refusals: Arc::clone(&refusals),
                 refuse_writes: config.refuse_writes,
                 data: facts.data,
                 may_copy: facts.features.has(sys::UBLK_F_USER_COPY),
