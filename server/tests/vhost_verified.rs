@@ -4,6 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod common;
+#[path = "common/elsewhere.rs"]
+mod elsewhere;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,6 +14,7 @@ use common::{
     DATA, Driver, EVENT_IDX, Fixture, OK, PATIENCE, T_IN, T_OUT, UNTOUCHED, USUAL, WRITE,
     file_options, limits,
 };
+use elsewhere::Elsewhere;
 use testkit::random::Random;
 use ublkup::engine::Storage;
 use ublkup::engine::polling::Polling;
@@ -167,4 +170,9 @@ fn a_file_without_page_cache_holds_what_was_written_however_threads_wait() {
 fn a_file_in_memory_holds_what_was_written_however_threads_wait() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     verify(|| file(dir.path(), CacheMode::Buffered));
+}
+
+#[test]
+fn a_disk_whose_requests_end_elsewhere_holds_what_was_written_however_threads_wait() {
+    verify(|| Elsewhere::new(limits(DISK_BYTES), usize::MAX));
 }

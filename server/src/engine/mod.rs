@@ -30,6 +30,7 @@ pub mod durable;
 mod end;
 pub mod event_loop;
 pub mod events;
+pub mod inbox;
 pub mod io_flusher;
 pub mod latency;
 mod listen;

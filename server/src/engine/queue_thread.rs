@@ -83,7 +83,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         let slots = door.slots();
         // Each request has at most one operation on the ring, the mailbox one, and a cancellation
         // completes beside what it cancels.
-        let mut ring = Ring::new(slots + 2 * door.ring_operations() + 2)?;
+        let mut ring = Ring::new(slots + 2 * door.ring_operations() + 2 * B::RING_OPERATIONS + 2)?;
         let storage = disk.queue(&mut ring, slots)?;
         let beside_clients = door.is_beside_clients();
         let longest_hold = door.longest_hold();
@@ -130,7 +130,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         if !drained {
             tracing::error!(
                 operations = this.ring.in_flight(),
-                "the kernel still holds buffers of a queue thread that ends; they are leaked"
+                "the kernel or the storage still holds buffers of a queue thread that ends; they are leaked"
             );
             return end;
         }
@@ -153,7 +153,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             self.door.on_failure();
         }
         let abandoned = self.door.abandons_operations().then_some(Owner::Door);
-        self.ring.drain(DRAIN_LIMIT, abandoned)
+        self.ring.drain(DRAIN_LIMIT, abandoned) && self.storage.quiesce(DRAIN_LIMIT)
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -172,13 +172,16 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             if self.begun || self.answered > before {
                 self.poller.worked(completed);
             }
-            let want = match self.door.end_batch(&mut self.ring) {
+            let mut want = match self.door.end_batch(&mut self.ring) {
                 Next::Exit if self.in_flight == 0 && self.gate.is_empty() => return Ok(()),
                 // A backlog waits for completions like everything else.
                 Next::Exit => 1,
                 Next::Again => usize::from(!self.backlog.is_empty()),
                 Next::Idle => usize::from(!self.poll()? && self.door.listen(&mut self.ring)),
             };
+            if want > 0 && !self.storage.listen(&mut self.ring) {
+                want = 0;
+            }
             if want > 0 {
                 self.counters.count_sleep();
             }
@@ -242,7 +245,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     /// Polls for about a microsecond.
     fn poll_briefly(&mut self) -> bool {
         for _ in 0..POLLS_PER_CLOCK {
-            if self.ring.has_completions() || self.door.has_work() {
+            if self.ring.has_completions() || self.door.has_work() || self.storage.has_results() {
                 return true;
             }
             std::hint::spin_loop();
@@ -260,19 +263,23 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
                 Owner::Mailbox => self.take_messages(completion.result),
                 Owner::Door => self.door.event(&mut self.ring, completion),
                 Owner::Storage => {
-                    let slot = completion.token.index;
-                    let progress = self.storage.advance(
-                        &mut self.ring,
-                        slot,
-                        &mut self.running.get_mut(slot).request,
-                        completion.token.kind,
-                        completion.result,
-                    );
-                    self.settle(slot, progress);
+                    let token = completion.token;
+                    self.advance(token.index, token.kind, completion.result);
                 }
+                Owner::Bell => self.storage.rang(),
             }
         }
         self.batch = batch;
+        while let Some((slot, result)) = self.storage.next_result() {
+            self.advance(slot, 0, result);
+        }
+    }
+
+    #[inline(always)]
+    fn advance(&mut self, slot: Slot, kind: u16, result: i32) {
+        let request = &mut self.running.get_mut(slot).request;
+        let progress = (self.storage).advance(&mut self.ring, slot, request, kind, result);
+        self.settle(slot, progress);
     }
 
     fn take_messages(&mut self, result: i32) {

@@ -74,6 +74,9 @@ pub trait Storage: StorageControl {
     /// The part of the disk that one queue thread works with.
     type Queue: StorageQueue;
 
+    /// How many operations beside those of requests a queue may have on its ring at once.
+    const RING_OPERATIONS: u32 = 0;
+
     /// The limits, to be changed before there is a queue: a block device that exists already keeps
     /// those that it was made with.
     fn limits_mut(&mut self) -> &mut Limits;
@@ -104,6 +107,10 @@ pub enum RingBuffers {
 ///
 /// Completions of what a queue puts on the ring must carry the slot of the request as their
 /// token's index and [`crate::io::Owner::Storage`] as owner.
+///
+/// A request may also end elsewhere: on a thread of a library, in another process. Its result then comes by
+/// [`next_result`](Self::next_result), as that of an operation of kind 0; an [`Inbox`](super::inbox::Inbox) does what
+/// that takes.
 pub trait StorageQueue {
     /// Begins a request, or continues one for which the queue last said [`Progress::Full`].
     fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress;
@@ -119,6 +126,35 @@ pub trait StorageQueue {
     ) -> Progress;
 
     /// The client of the requests under way is gone. Those that are done in pieces end, as failed, with the piece
-    /// that is being done.
+    /// that is being done. Those that end elsewhere are waited for: a write that reached the disk after those of the next
+    /// client would undo them.
     fn abandon(&mut self) {}
+
+    /// The slot and the result of a request that ended elsewhere.
+    #[inline]
+    fn next_result(&mut self) -> Option<(Slot, i32)> {
+        None
+    }
+
+    /// Whether there are such results. Called again and again by a thread that polls.
+    #[inline]
+    fn has_results(&self) -> bool {
+        false
+    }
+
+    /// Prepares for sleep: from now on such a result completes an operation of [`crate::io::Owner::Bell`] on the ring.
+    /// Returns false when there is one already.
+    #[inline]
+    fn listen(&mut self, _ring: &mut Ring) -> bool {
+        true
+    }
+
+    /// The operation of [`listen`](Self::listen) has completed.
+    fn rang(&mut self) {}
+
+    /// Waits, for at most `limit`, until nothing outside of this thread and its ring uses memory of a request. Returns
+    /// whether that was reached; if not, the memory is leaked. The thread calls nothing else after it.
+    fn quiesce(&mut self, _limit: Duration) -> bool {
+        true
+    }
 }

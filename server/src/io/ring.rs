@@ -34,7 +34,7 @@ pub struct Ring {
     flavour: &'static str,
     in_flight: usize,
     /// Of these, the ones that each owner has; indexed by [`Owner`].
-    in_flight_by_owner: [usize; 4],
+    in_flight_by_owner: [usize; Owner::COUNT],
     /// Counted for `stat`: `io_uring_enter` calls.
     enters: u64,
     /// Files in the ring's table.
@@ -88,7 +88,7 @@ impl Ring {
             uring,
             flavour,
             in_flight: 0,
-            in_flight_by_owner: [0; 4],
+            in_flight_by_owner: [0; Owner::COUNT],
             enters: 0,
             files: 0,
             ignored_flags: 0,

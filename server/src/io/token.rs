@@ -19,6 +19,13 @@ pub enum Owner {
     Door = 2,
     /// The storage.
     Storage = 3,
+    /// The storage's bell: requests have ended elsewhere.
+    Bell = 4,
+}
+
+impl Owner {
+    /// How many there are.
+    pub(super) const COUNT: usize = 5;
 }
 
 /// Who gets a completion and what it is about; travels through the kernel as `user_data`.
@@ -51,6 +58,7 @@ impl Token {
             1 => Owner::Mailbox,
             2 => Owner::Door,
             3 => Owner::Storage,
+            4 => Owner::Bell,
             _ => panic!("user_data that is not a token"),
         };
         #[expect(clippy::cast_possible_truncation, reason = "fields of a packed word")]
@@ -64,7 +72,7 @@ impl Token {
 
 const _: () = {
     let last = Token {
-        owner: Owner::Storage,
+        owner: Owner::Bell,
         kind: u16::MAX,
         index: u32::MAX,
     };
@@ -79,7 +87,13 @@ mod tests {
 
     #[test]
     fn tokens_survive_the_way_through_user_data() {
-        for owner in [Owner::None, Owner::Mailbox, Owner::Door, Owner::Storage] {
+        for owner in [
+            Owner::None,
+            Owner::Mailbox,
+            Owner::Door,
+            Owner::Storage,
+            Owner::Bell,
+        ] {
             for kind in [0, 1, 0x8000, u16::MAX] {
                 for index in [0, 1, 0x8000_0000, u32::MAX] {
                     let token = Token { owner, kind, index };

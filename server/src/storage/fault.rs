@@ -215,6 +215,8 @@ impl<B: Storage> StorageControl for Fault<B> {
 impl<B: Storage> Storage for Fault<B> {
     type Queue = FaultQueue<B::Queue>;
 
+    const RING_OPERATIONS: u32 = B::RING_OPERATIONS;
+
     fn limits_mut(&mut self) -> &mut Limits {
         self.disk.limits_mut()
     }
@@ -357,5 +359,25 @@ impl<Q: StorageQueue> StorageQueue for FaultQueue<Q> {
 
     fn abandon(&mut self) {
         self.disk.abandon();
+    }
+
+    fn next_result(&mut self) -> Option<(Slot, i32)> {
+        self.disk.next_result()
+    }
+
+    fn has_results(&self) -> bool {
+        self.disk.has_results()
+    }
+
+    fn listen(&mut self, ring: &mut Ring) -> bool {
+        self.disk.listen(ring)
+    }
+
+    fn rang(&mut self) {
+        self.disk.rang();
+    }
+
+    fn quiesce(&mut self, limit: Duration) -> bool {
+        self.disk.quiesce(limit)
     }
 }
