@@ -9,10 +9,10 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use common::{Driver, OK, Sandbox, USUAL, sandbox};
+use common::{Driver, OK, Sandbox, USUAL};
 use testkit::sandbox::start;
 use testkit::seccomp::filter;
-use ublkup::engine::sandbox::Status;
+use ublkup::engine::sandbox::{self, Status};
 use ublkup::storage::ESCAPE_VARIABLE;
 
 /// What is tried, each by what.
@@ -48,7 +48,7 @@ fn status(lab: &Sandbox, export: &str) -> Status {
 /// Has a queue thread try everything: how each attempt ended, how the server is confined, and whether `target` has
 /// gone.
 fn escape(args: &[&str]) -> (BTreeMap<String, String>, Status, bool) {
-    let lab = sandbox();
+    let lab = common::sandbox();
     let outside = tempfile::tempdir().unwrap();
     let path = |name| outside.path().join(name);
     for file in ["secret", "target"] {
@@ -119,7 +119,7 @@ fn without_the_sandbox_all_of_it_is_possible() {
 
 #[test]
 fn what_a_kernel_or_a_container_does_not_let_a_server_give_up_is_told() {
-    let lab = sandbox();
+    let lab = common::sandbox();
     let mut command = Command::new(env!("CARGO_BIN_EXE_ublkup"));
     let spec = format!("d=file:{}", lab.image("image", 1 << 20).display());
     command
@@ -142,4 +142,42 @@ fn what_a_kernel_or_a_container_does_not_let_a_server_give_up_is_told() {
     }
     server.stop().unwrap();
     lab.is_clean();
+}
+
+/// Set for the copy of this program that enters a sandbox.
+const INNER: &str = "SANDBOX_TEST_INNER";
+
+#[test]
+fn threads_that_block_all_signals_are_confined_as_well() {
+    if std::env::var_os(INNER).is_none() {
+        let name = std::thread::current().name().unwrap().to_owned();
+        let mut inner = Command::new(std::env::current_exe().unwrap());
+        inner
+            .args(["--exact", &name, "--nocapture"])
+            .env(INNER, "1");
+        let output = inner.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        return;
+    }
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let (go, goes) = std::sync::mpsc::channel::<()>();
+    let deaf = std::thread::spawn(move || {
+        // SAFETY: both functions fill in and read a set of signals.
+        unsafe {
+            let mut all = std::mem::zeroed();
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
+        }
+        ready.send(()).unwrap();
+        goes.recv().unwrap();
+        std::fs::File::open("/etc/passwd").map(drop)
+    });
+    is_ready.recv().unwrap();
+    let status = sandbox::enter(&sandbox::Reach::default());
+    let told = status.missing.iter().any(|lack| lack.contains("threads"));
+    assert!(status.on && !told, "{status:?}");
+    go.send(()).unwrap();
+    let opened = deaf.join().unwrap();
+    let errno = opened.unwrap_err().raw_os_error();
+    assert_eq!(errno, Some(libc::EACCES));
 }

@@ -129,9 +129,8 @@ pub(super) fn change_all(change: Change) -> io::Result<Lacks> {
     LACKS.store(0, Ordering::Relaxed);
     let change = Box::into_raw(Box::new(change));
     CHANGE.store(change, Ordering::Release);
-    let signal = libc::SIGRTMAX();
-    let before = install(signal)?;
-    let reached = signal_others(signal);
+    let before = install()?;
+    let reached = signal_others(SIGNAL);
     // This thread last: under the rules of Linux 6.12 to 6.14 a thread cannot signal the others of its process. It starts
     // none meanwhile.
     // SAFETY: from `Box::into_raw` above, and nothing frees it before the end of this function.
@@ -139,22 +138,58 @@ pub(super) fn change_all(change: Change) -> io::Result<Lacks> {
     LACKS.fetch_or(own.0, Ordering::Relaxed);
     // After an error a thread that has not answered may still do: handler and change stay.
     reached?;
-    // SAFETY: `before` is what the kernel told; the call keeps no pointer.
-    unsafe { libc::sigaction(signal, &raw const before, ptr::null_mut()) };
+    exchange(SIGNAL, Some(&before))?;
     CHANGE.store(ptr::null_mut(), Ordering::Release);
     // SAFETY: from `Box::into_raw` above, and no handler has it any more: each has answered.
     drop(unsafe { Box::from_raw(change) });
     Ok(Lacks(LACKS.load(Ordering::Relaxed)))
 }
 
-fn install(signal: libc::c_int) -> io::Result<libc::sigaction> {
+/// A signal that no thread blocks with the C library's functions, which keep it for setuid(2) and its kin. Threads of
+/// libraries often block all others. No server changes its user.
+const SIGNAL: libc::c_int = 33;
+
+/// What the kernel knows of a signal's handler; longer than on any architecture.
+type KernelAction = [usize; 8];
+
+/// Sets the handler, and returns what it takes to undo that.
+fn install() -> io::Result<KernelAction> {
     // SAFETY: all zeroes is a `sigaction` (plain numbers and a null handler).
     let (mut action, mut before): (libc::sigaction, libc::sigaction) =
         unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
     action.sa_sigaction = handle as *const () as usize;
     action.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
+    // The C library sets no handler for its own signals. So it is to set this one for another signal, from where the
+    // kernel copies it.
+    let other = libc::SIGRTMAX();
     // SAFETY: the handler makes system calls and stores to atomics, both of which may interrupt anything.
-    match unsafe { libc::sigaction(signal, &raw const action, &raw mut before) } {
+    if unsafe { libc::sigaction(other, &raw const action, &raw mut before) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let installed = exchange(other, None);
+    // SAFETY: `before` is what the C library told; the call keeps no pointer.
+    unsafe { libc::sigaction(other, &raw const before, ptr::null_mut()) };
+    exchange(SIGNAL, Some(&installed?))
+}
+
+/// Sets the kernel's action for a signal, if one is given, and returns the one before.
+fn exchange(signal: libc::c_int, action: Option<&KernelAction>) -> io::Result<KernelAction> {
+    /// Bytes of the kernel's set of signals.
+    const SET_BYTES: usize = 8;
+    let mut before = KernelAction::default();
+    let action = action.map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: an action is what the kernel told before, and no shorter than it expects. Handlers among them are the C
+    // library's and `handle`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal,
+            action,
+            &raw mut before,
+            SET_BYTES,
+        )
+    };
+    match result {
         0 => Ok(before),
         _ => Err(io::Error::last_os_error()),
     }
