@@ -318,7 +318,6 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             let Some((slot, mut request)) = self.door.next(&mut self.ring) else {
                 return;
             };
-            trace_begin(slot, &request);
             if is_limited && !self.lets_pass(slot, (request.op(), request.len_bytes())) {
                 self.hold(slot, request);
                 continue;
@@ -370,11 +369,13 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     #[cold]
     #[inline(never)]
     fn hold(&mut self, slot: Slot, request: Request) {
+        trace_begin(slot, &request);
         let now_ns = self.now_ns();
         self.running.put(slot, Running::new(request, now_ns));
     }
 
     fn keep(&mut self, slot: Slot, request: Request) {
+        trace_begin(slot, &request);
         self.begun = true;
         self.in_flight += 1;
         let now_ns = self.now_ns();
@@ -407,13 +408,13 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             began_ns,
         } = self.running.take(slot);
         self.in_flight -= 1;
+        trace_end(slot, &request, outcome);
         (self.counters).count_time(request.op(), (came_ns, began_ns), now_ns);
         self.finish(slot, request, outcome);
     }
 
     #[inline(always)]
     fn finish(&mut self, slot: Slot, request: Request, outcome: Outcome) {
-        trace_end(slot, &request, outcome);
         self.answered += 1;
         self.counters
             .count(request.op(), request.len_bytes(), outcome);
@@ -421,8 +422,8 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     }
 }
 
-/// The probe `ublkup:request_begin`: a request has come. Without a tracer the arguments are not made.
-#[inline(always)]
+/// The probe `ublkup:request_begin`: a request has come that does not end at once. Without a tracer the arguments are not
+/// made.
 fn trace_begin(slot: Slot, request: &Request) {
     probe::probe_lazy!(
         ublkup,
@@ -435,7 +436,6 @@ fn trace_begin(slot: Slot, request: &Request) {
 }
 
 /// The probe `ublkup:request_end`: the client is about to get the answer.
-#[inline(always)]
 fn trace_end(slot: Slot, request: &Request, outcome: Outcome) {
     probe::probe_lazy!(
         ublkup,
