@@ -183,7 +183,16 @@ fn while_a_client_has_the_disk_the_block_door_reads_and_does_not_write() {
         assert_eq!(erase(&block, BLKZEROOUT, 8), None);
         assert!(read_block(&block, 8).0.iter().all(|&b| b == 0));
         drop(block);
-        export.end();
+        let log = export.server.stop().unwrap();
+        for refused in [
+            "write of 4096 bytes at 36864",
+            "discard of 4096 bytes at 32768",
+        ] {
+            let told =
+                format!("{refused} was refused: a client of the vhost-user socket has the disk");
+            assert!(log.contains(&told), "{log}");
+        }
+        export.lab.is_clean();
     }
 }
 
