@@ -83,10 +83,10 @@ pub(super) fn send_line(
 ) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let fit = descriptors.len() <= MAX_DESCRIPTORS;
-    if !descriptors.is_empty()
-        && !(fit && control.push(SendAncillaryMessage::ScmRights(descriptors)))
-    {
+    let has_room = descriptors.len() <= MAX_DESCRIPTORS;
+    let fit = descriptors.is_empty()
+        || has_room && control.push(SendAncillaryMessage::ScmRights(descriptors));
+    if !fit {
         return Err(io::Error::other("too many descriptors for one message"));
     }
     let sent = sendmsg(
