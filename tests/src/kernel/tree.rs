@@ -102,7 +102,8 @@ fn export(tree: &Path, from: &str, to: &str, series: &Path) -> Result<usize> {
             "-q",
             "--no-signature",
             "--zero-commit",
-            "-N",
+            "--rfc",
+            "-n",
             "-o",
         ])
         .arg(fresh.path())

@@ -51,10 +51,10 @@ pub type Program = (&'static str, &'static str, usize);
 
 /// The programs of the series of addresses.
 const PROGRAMS: &[Program] = &[
-    ("net/af_unix", "unix_fd_addr", 61),
+    ("net/af_unix", "unix_fd_addr", 67),
     ("net/af_unix", "unix_fd_addr_blk", 7),
     ("net/af_unix", "diag_anchor", 2),
-    ("ublk", "fd_addr", 7),
+    ("ublk", "fd_addr", 8),
     ("landlock", "fd_addr_test", 16),
 ];
 
