@@ -62,13 +62,17 @@ fn a_socket_bound_at_one_end_of_a_pipe_is_found_from_the_other(_cx: &Context) ->
 fn a_socket_bound_at_a_disk_is_found_through_any_open_of_it(cx: &Context) -> Result<()> {
     let server = cx.serve().ublk("yes").arg("mem:16M").start()?;
     let disk = server.block_device()?;
-    let bound = File::open(&disk)?;
+    // Whoever binds could do what its clients will be able to.
+    let read_only = File::open(&disk)?;
+    let at = address(read_only.as_raw_fd(), "test");
+    let refused = errno(UnixListener::bind(&at).map(drop));
+    ensure!(refused == Some(libc::EACCES), "{refused:?}");
+    let open = || File::options().read(true).write(true).open(&disk);
+    let (bound, other) = (open()?, open()?);
     let listener = UnixListener::bind(address(bound.as_raw_fd(), "test")).context("bind")?;
-    let writable = File::options().read(true).write(true).open(&disk)?;
-    talk(&listener, &address(writable.as_raw_fd(), "test"))?;
-    let read_only = refusal(&address(bound.as_raw_fd(), "test"));
-    ensure!(read_only == Some(libc::EACCES));
-    drop((bound, writable));
+    talk(&listener, &address(other.as_raw_fd(), "test"))?;
+    ensure!(refusal(&at) == Some(libc::EACCES));
+    drop((read_only, bound, other));
     server.stop()?;
     Ok(())
 }
