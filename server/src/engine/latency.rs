@@ -24,17 +24,6 @@ const BUCKETS: usize = (LAST_OCTAVE - FIRST_OCTAVE) as usize * PER_OCTAVE as usi
 /// The kinds of requests that are told apart, in the order in which they are shown.
 pub const OPS: [&str; 5] = ["read", "write", "flush", "discard", "write_zeroes"];
 
-/// The place of an operation in [`OPS`].
-fn number(op: Op) -> usize {
-    match op {
-        Op::Read => 0,
-        Op::Write { .. } => 1,
-        Op::Flush => 2,
-        Op::Discard => 3,
-        Op::WriteZeroes { .. } => 4,
-    }
-}
-
 /// The bucket of a time: the first whose bound is not below it.
 fn bucket(ns: u64) -> usize {
     let below = ns.saturating_sub(1);
@@ -111,7 +100,7 @@ impl Latencies {
     /// Counts a request that the storage did not complete at once. It came at `came_ns`, the storage got it at `began_ns`.
     pub(super) fn count(&self, op: Op, (came_ns, began_ns): (u64, u64), now_ns: u64) {
         let (storage_ns, all_ns) = (now_ns - began_ns, now_ns - came_ns);
-        let op = number(op);
+        let op = op.number();
         if came_ns == began_ns {
             self.direct[op].count(all_ns);
         } else {

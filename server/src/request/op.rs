@@ -24,9 +24,9 @@ pub enum Op {
 }
 
 impl Op {
-    /// Its number in probes (docs/operations.md, "Tracing").
+    /// Its number: where latencies are counted, and in probes (docs/operations.md, "Tracing").
     #[must_use]
-    pub fn number(self) -> u32 {
+    pub fn number(self) -> usize {
         match self {
             Self::Read => 0,
             Self::Write { .. } => 1,
