@@ -5,6 +5,10 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::fs::Permissions;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,9 +16,10 @@ use std::time::{Duration, Instant};
 
 use common::{CONFIG_WCE, Driver, FLUSH, OK, Sandbox, USUAL, eventually, sandbox};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use serde_json::{Value, json};
 use testkit::proc::Holdings;
 use testkit::sandbox::start;
+use upgrade_proto::Peer;
 
 /// What disks with and without a write cache have.
 const WRITE_THROUGH: u64 = USUAL & !(FLUSH | CONFIG_WCE);
@@ -53,6 +58,15 @@ fn an_export_is_added_to_a_confined_server_and_to_one_that_is_not() {
             exercise(&lab, export);
         }
         assert_eq!(stat(&lab, "b")["pid"], server.pid());
+        for socket in ["control", "vhost-user-blk"] {
+            let socket = lab.path(&format!("run/exports/b/{socket}"));
+            let peer = Peer::of(UnixStream::connect(socket).unwrap()).unwrap();
+            assert_eq!(
+                peer.pid,
+                server.pid().cast_signed(),
+                "not the command that made it"
+            );
+        }
         lab.ok(&["set", "b", "iops-total=100"]);
         lab.ok(&["resize", "b", "2M"]);
         lab.ok(&["stop", "--force", "b"]);
@@ -77,6 +91,15 @@ fn tree(folder: &Path) -> BTreeSet<PathBuf> {
         found.insert(path);
     }
     found
+}
+
+/// Sets what it holds, however it ends.
+struct EndOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Has a client write and read until it is told to stop. Returns how often it did, and the longest pause.
@@ -111,6 +134,8 @@ fn two_hundred_exports_come_and_go_beside_two_that_are_used_and_nothing_is_left(
             let (lab, ends) = (&lab, &ends);
             scope.spawn(move || load(lab, export, ends))
         });
+        // Also if this fails: the clients are waited for.
+        let end = EndOnDrop(&ends);
         let add_and_remove = |round: usize| {
             let spec = match round % 2 {
                 0 => format!("c{round}=file:{c}"),
@@ -139,7 +164,7 @@ fn two_hundred_exports_come_and_go_beside_two_that_are_used_and_nothing_is_left(
                 && after.1 == before.1
         });
         let more_kib = after().0.resident_kib.saturating_sub(before.0.resident_kib);
-        ends.store(true, Ordering::Relaxed);
+        drop(end);
         let loads = loads.map(|load| load.join().unwrap());
         println!(
             "{ROUNDS} exports came and went: {more_kib} KiB more; rounds and longest pause: {loads:?}"
@@ -369,10 +394,7 @@ fn what_a_reload_cannot_do_is_told_and_keeps_nothing_else_from_it() {
         serde_json::from_str(&finished.stdout).unwrap()
     };
     assert_eq!(outcomes[0]["action"], "remove");
-    assert_eq!(
-        outcomes[1]["needs_restart"],
-        serde_json::json!(["spec", "queues"])
-    );
+    assert_eq!(outcomes[1]["needs_restart"], json!(["spec", "queues"]));
     assert_eq!(
         outcomes[2]["error"].as_str().unwrap().split(':').next(),
         Some("c is not added")
@@ -427,6 +449,48 @@ fn a_hangup_does_not_end_a_server_without_a_terminal_and_says_what_reads_its_con
         server.log().contains("'ublkup reload' does it")
     });
     assert_eq!(stat(&lab, "a")["state"], "serving");
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+fn only_the_user_of_the_server_adds_exports() {
+    if !rustix::process::geteuid().is_root() {
+        println!("only root can be another user");
+        return;
+    }
+    let lab = sandbox();
+    let server = lab.serve(&[
+        "--ublk",
+        "no",
+        "--server-name",
+        "s",
+        "a=mem:1M,admin-socket-mode=0666",
+    ]);
+    std::fs::set_permissions(lab.path("."), Permissions::from_mode(0o755)).unwrap();
+    let before = tree(&lab.path("run"));
+    let socket = lab.path("run/servers/s/control");
+    let request = json!({
+        "command": "add",
+        "served": {"folder": "/", "spec": "b=mem:1M", "options": {"name": "b"}},
+        "descriptors": [],
+    });
+    let ask = move || {
+        // SAFETY: the call has no pointers. It is for this thread alone, unlike that of the C library.
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
+        assert_eq!(result, 0);
+        let mut stream = UnixStream::connect(socket).unwrap();
+        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let answer = std::thread::spawn(ask).join().unwrap();
+    assert!(
+        answer.contains("exports are added by the user of the server, or root"),
+        "{answer}"
+    );
+    assert_eq!(tree(&lab.path("run")), before);
     server.stop().unwrap();
     lab.is_clean();
 }

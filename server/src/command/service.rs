@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use sd_notify::NotifyState;
 
 use super::manager::Manager;
+use super::output::count;
 use super::signals;
 use crate::engine::events::{self, What};
 use crate::export::runtime_dir::RuntimeDir;
@@ -96,7 +97,10 @@ impl Service<'_> {
                         };
                         match exports.add(started) {
                             Some(ending) => ending,
-                            None => continue,
+                            None => {
+                                self.tell_count(&exports);
+                                continue;
+                            }
                         }
                     }
                     Event::Ended { number, in_order } => {
@@ -125,9 +129,16 @@ impl Service<'_> {
                 for name in names {
                     self.end(scope, &mut exports, name, how);
                 }
+                self.tell_count(&exports);
             }
             Ok(exports.in_order)
         })
+    }
+
+    /// Tells the service manager how many exports there are.
+    fn tell_count(&self, exports: &Exports) {
+        let status = format!("serving {}", count(exports.serving.len(), "export"));
+        self.manager.tell(&[NotifyState::Status(&status)]);
     }
 
     /// All exports, those that are being started too.

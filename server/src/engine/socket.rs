@@ -239,6 +239,8 @@ impl Socket {
     /// As for [`inherit`](Self::inherit).
     pub fn adopt(socket: OwnedFd) -> io::Result<Self> {
         let mut socket = Self::inherit(socket)?;
+        // Clients are told the process that has listened last.
+        listen(&socket.listener, BACKLOG)?;
         socket.file = identity(&socket.path);
         Ok(socket)
     }
