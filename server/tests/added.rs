@@ -291,6 +291,79 @@ fn a_server_of_the_same_name_goes_on_with_what_was_added() {
     lab.is_clean();
 }
 
+#[test]
+fn what_a_dead_server_left_is_there_after_an_export_could_not_be_added() {
+    let lab = sandbox();
+    let image = lab.image("a.img", 1 << 20);
+    let spec = format!("a=file:{}", image.display());
+    let server = lab.serve(&["--ublk", "no", &spec]);
+    // It dies while a client has the disk.
+    let driver = Driver::running(lab.connect("a"), WRITE_THROUGH);
+    server.kill().unwrap();
+    drop(driver);
+    let server = lab.serve(&["--ublk", "no", "b=mem:1M"]);
+    let served = std::fs::read_to_string(lab.path("run/exports/a/served")).unwrap();
+    let moved = lab.path("moved.img");
+    std::fs::rename(&image, &moved).unwrap();
+    let nowhere = format!("{spec},vhost-socket=/nowhere/s");
+    let large = format!("{spec},block-size=4096");
+    for (spec, is_there) in [(&spec, false), (&nowhere, true), (&large, true)] {
+        if is_there && moved.exists() {
+            std::fs::rename(&moved, &image).unwrap();
+            image_of(&image, 512);
+        }
+        lab.fails(&["add", "--ublk", "no", spec], 1, &["a is not added"]);
+        assert!(lab.path("run/exports/a/upgraded").exists(), "{spec}");
+        let now = std::fs::read_to_string(lab.path("run/exports/a/served")).unwrap();
+        assert_eq!(now, served, "{spec}");
+    }
+    image_of(&image, 1 << 20);
+    lab.ok(&["add", "--ublk", "no", &spec]);
+    assert_eq!(stat(&lab, "a")["access"], "waiting");
+    lab.ok(&["stop", "--force", "a"]);
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+fn image_of(path: &Path, len_bytes: u64) {
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.set_len(len_bytes).unwrap();
+}
+
+#[test]
+fn what_does_not_fit_an_export_is_refused() {
+    let lab = sandbox();
+    let server = lab.serve(&["--ublk", "no", "--server-name", "s", "a=mem:1M"]);
+    let before = tree(&lab.path("run"));
+    for (descriptors, why) in [
+        (json!([]), "the lock of its name was not handed over"),
+        (json!(["lock"]), "1 descriptors were announced, and 0 came"),
+        (json!(["tape"]), "not a command"),
+    ] {
+        let request = json!({
+            "command": "add",
+            "served": {"folder": "/", "spec": "b=mem:1M", "options": {"name": "b"}},
+            "descriptors": descriptors,
+        });
+        let mut stream = UnixStream::connect(lab.path("run/servers/s/control")).unwrap();
+        stream
+            .write_all(
+                format!(
+                    "{request}
+"
+                )
+                .as_bytes(),
+            )
+            .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains(why), "{answer}");
+    }
+    assert_eq!(tree(&lab.path("run")), before);
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
 /// A folder of configuration with one file for each export.
 fn configure(lab: &Sandbox, exports: &[(&str, &str)]) -> String {
     let folder = lab.path("etc");

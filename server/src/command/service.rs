@@ -77,7 +77,9 @@ impl Service<'_> {
             in_order: true,
         };
         let (begun, started) = mpsc::channel();
-        std::thread::scope(|scope| {
+        // Confined or not, it is what it will be.
+        self.server.take_exports(true);
+        let in_order = std::thread::scope(|scope| {
             while !exports.serving.is_empty() || !exports.ending.is_empty() || exports.starting > 0
             {
                 let (names, how) = match self.next_event(&exports.ending)? {
@@ -132,7 +134,11 @@ impl Service<'_> {
                 self.tell_count(&exports);
             }
             Ok(exports.in_order)
-        })
+        });
+        self.server.take_exports(false);
+        // Whoever waits for an export that comes too late.
+        self.inbox.try_iter().for_each(drop);
+        in_order
     }
 
     /// Tells the service manager how many exports there are.
@@ -144,6 +150,7 @@ impl Service<'_> {
     /// All exports, those that are being started too.
     fn all(&self, exports: &mut Exports, how: How) -> (Vec<String>, How) {
         self.manager.tell(&[NotifyState::Stopping]);
+        self.server.take_exports(false);
         exports.how_all_end = Some(how);
         (exports.serving.keys().cloned().collect(), how)
     }

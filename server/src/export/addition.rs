@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use super::admin::{self, ExportStatus, HandedOver, NewExport, ServerStatus};
 use super::name_lock::{CONTROL, NameLock, VHOST_SOCKET};
 use super::runtime_dir::RuntimeDir;
 use super::spares::Spares;
-use crate::config::{DoorMode, ExportConfig, StorageSpec, check_name};
+use crate::config::{DoorMode, ExportConfig, SavedExport, StorageSpec, check_name};
 use crate::engine::sandbox;
 use crate::engine::socket::Socket;
 use crate::storage::open_file;
@@ -61,39 +62,55 @@ impl Addition {
         let (mut lock, mut handed) = (None, Handed::default());
         let what = |what| move || format!("the {what} that was handed over cannot be used");
         for (kind, descriptor) in new.descriptors.into_iter().zip(descriptors) {
-            match kind {
-                HandedOver::Lock => lock = Some(File::from(descriptor)),
+            let was_there = match kind {
+                HandedOver::Lock => lock.replace(File::from(descriptor)).is_some(),
                 HandedOver::Control => {
                     let socket = Socket::adopt(descriptor).with_context(what("admin socket"))?;
-                    handed.control = Some(socket);
+                    handed.control.replace(socket).is_some()
                 }
                 HandedOver::VhostUserBlk => {
                     let socket =
                         Socket::adopt(descriptor).with_context(what("vhost-user socket"))?;
-                    handed.vhost = Some(socket);
+                    handed.vhost.replace(socket).is_some()
                 }
-                HandedOver::Image => handed.image = Some(File::from(descriptor)),
-            }
+                HandedOver::Image => handed.image.replace(File::from(descriptor)).is_some(),
+            };
+            ensure!(!was_there, "of {kind:?} two were handed over");
         }
         let lock = lock.context("the lock of its name was not handed over")?;
         let name = new.served.options.name.clone().unwrap_or_default();
         check_name(&name)?;
         let home = new.spare.zip(spares);
         let home = home.and_then(|(number, spares)| spares.home(number));
+        ensure!(
+            home.is_some() || !sandbox::status().on && new.spare.is_none(),
+            "its folder is none of those that this server has ready"
+        );
         // From here on the folder is cleared with this value.
         let claim = dir.adopt(&name, lock, home)?;
         // Dropped before the folder that the sockets are in.
         let handed = handed;
-        let mut config = new.served.export()?;
-        if sandbox::status().on {
-            confine(&mut config)?;
-        }
         Ok(Self {
-            config,
+            config: configure(new.served, &handed)?,
             handed,
             claim,
         })
     }
+}
+
+/// What is to be served, with what was handed over.
+fn configure(served: SavedExport, handed: &Handed) -> Result<ExportConfig> {
+    let mut config = served.export()?;
+    let wants_image = matches!(config.storage, StorageSpec::File { .. });
+    let wants_vhost = config.vhost != DoorMode::No;
+    let fits = handed.image.is_some() == wants_image
+        && handed.vhost.is_some() == wants_vhost
+        && handed.control.is_some();
+    ensure!(fits, "what was handed over is not what the export needs");
+    if sandbox::status().on {
+        confine(&mut config)?;
+    }
+    Ok(config)
 }
 
 /// Leaves out what a confined server cannot do, or refuses.
@@ -132,56 +149,85 @@ pub fn add(
     config: &ExportConfig,
     limit: Duration,
 ) -> Result<ExportStatus> {
-    let (is_confined, name) = (server.sandbox.on, &config.name);
-    let (claim, spare) = dir.claim_in_server(&server.server, is_confined, name)?;
-    let is_device = |file: &File| {
-        let found = file.metadata();
-        found.is_ok_and(|found| found.file_type().is_block_device())
-    };
-    let image = match &config.storage {
-        StorageSpec::File { path, .. } => {
-            let later = claims_later(config);
-            let file = open_file(path, config.read_only, later)?;
-            ensure!(
-                !(is_confined && later && is_device(&file)),
-                "a guest that may move (migration) needs {} opened again, which a confined server does not do for an \
-                 export that is added: serve it by another server, or start this one with --sandbox=no",
-                path.display()
-            );
-            Some(file)
-        }
-        StorageSpec::Null { .. } | StorageSpec::Memory { .. } => None,
-    };
-    let control = Socket::bind(&claim.folder().join(CONTROL), &config.admin_access)?;
-    let vhost = match config.vhost {
-        DoorMode::No => None,
-        DoorMode::Auto | DoorMode::Yes => {
-            let default = || claim.folder().join(VHOST_SOCKET);
-            let path = config.vhost_socket.clone().unwrap_or_else(default);
-            Some(Socket::bind(&path, &config.vhost_access)?)
-        }
-    };
-    let mut handed: Vec<(HandedOver, BorrowedFd<'_>)> = vec![
-        (HandedOver::Lock, claim.lock().as_fd()),
-        (HandedOver::Control, control.as_fd()),
-    ];
-    handed.extend(
-        vhost
-            .as_ref()
-            .map(|socket| (HandedOver::VhostUserBlk, socket.as_fd())),
-    );
-    handed.extend(image.as_ref().map(|file| (HandedOver::Image, file.as_fd())));
-    let (kinds, descriptors): (_, Vec<_>) = handed.into_iter().unzip();
+    let is_confined = server.sandbox.on;
+    // Before the name is taken, and with it what a dead server left under it.
+    let image = open_image(config, is_confined)?;
+    // A confined server cannot look at accounts.
+    let served = config.saved.clone().by_number()?;
+    let (claim, spare) = dir.claim_in_server(&server.server, is_confined, &config.name)?;
+    let sockets = bind(config, &claim)?;
+    let mut handed = vec![(HandedOver::Lock, claim.lock().as_fd())];
+    let kinds = [HandedOver::Control, HandedOver::VhostUserBlk];
+    handed.extend(kinds.into_iter().zip(sockets.iter().map(Socket::as_fd)));
+    handed.extend(image.iter().map(|file| (HandedOver::Image, file.as_fd())));
+    let (kinds, descriptors): (_, Vec<BorrowedFd<'_>>) = handed.into_iter().unzip();
     let new = NewExport {
-        // A confined server cannot look at accounts.
-        served: config.saved.clone().by_number()?,
+        served,
         spare,
         descriptors: kinds,
     };
-    let request = admin::send_export(&dir.server_socket(&server.server), new, &descriptors, limit)?;
-    // From here on all of it is the server's.
+    let socket = dir.server_socket(&server.server);
+    let answer =
+        admin::send_export(&socket, new, &descriptors, limit).and_then(|request| request.answer());
+    match answer {
+        Ok(status) => {
+            claim.leave();
+            sockets.into_iter().for_each(Socket::hand_over);
+            Ok(status)
+        }
+        Err(error) => {
+            clean_up(dir, claim, sockets);
+            Err(error)
+        }
+    }
+}
+
+/// Opens the image.
+fn open_image(config: &ExportConfig, is_confined: bool) -> Result<Option<File>> {
+    let StorageSpec::File { path, .. } = &config.storage else {
+        return Ok(None);
+    };
+    let later = claims_later(config);
+    let file = open_file(path, config.read_only, later)?;
+    let is_device = file.metadata()?.file_type().is_block_device();
+    ensure!(
+        !(is_confined && later && is_device),
+        "a guest that may move (migration) needs {} opened again, which a confined server does not do for an export that \
+         is added: serve it by another server, or start this one with --sandbox=no",
+        path.display()
+    );
+    Ok(Some(file))
+}
+
+/// Binds the admin socket, and behind it the one of the vhost-user door if there is to be one.
+fn bind(config: &ExportConfig, claim: &NameLock) -> Result<Vec<Socket>> {
+    let control = claim.folder().join(CONTROL);
+    let mut sockets = vec![Socket::bind(&control, &config.admin_access)?];
+    if config.vhost != DoorMode::No {
+        let default = || claim.folder().join(VHOST_SOCKET);
+        let path = config.vhost_socket.clone().unwrap_or_else(default);
+        sockets.push(Socket::bind(&path, &config.vhost_access)?);
+    }
+    Ok(sockets)
+}
+
+/// Removes what was made for an export that a server did not take, if it has not done so, and does not have it.
+fn clean_up(dir: &RuntimeDir, claim: NameLock, sockets: Vec<Socket>) {
+    let (name, folder, home) = (
+        claim.name().to_owned(),
+        Arc::clone(&claim.dir),
+        claim.home.clone(),
+    );
+    // The server may have its lock, which is the same.
     claim.leave();
-    control.hand_over();
-    vhost.into_iter().for_each(Socket::hand_over);
-    request.answer()
+    match dir.claim(&name) {
+        Ok(mut again) => {
+            drop(sockets);
+            if dir.is_folder_of(&name, &folder) {
+                again.home = home;
+            }
+            drop(again.keep_notes());
+        }
+        Err(_) => sockets.into_iter().for_each(Socket::hand_over),
+    }
 }

@@ -112,7 +112,7 @@ impl Export {
 
     fn open(
         dir: &RuntimeDir,
-        (config, claim, mut handed): (ExportConfig, NameLock, Handed),
+        (config, mut claim, mut handed): (ExportConfig, NameLock, Handed),
         predecessor: Predecessor,
         server: &Arc<Server>,
     ) -> Result<Self> {
@@ -144,12 +144,15 @@ impl Export {
             Err(error) => Err(error),
         };
         match finished {
-            Ok((shared, admin)) => Ok(Self {
-                shared,
-                server: Arc::clone(server),
-                claim,
-                admin,
-            }),
+            Ok((shared, admin)) => {
+                claim.serves();
+                Ok(Self {
+                    shared,
+                    server: Arc::clone(server),
+                    claim,
+                    admin,
+                })
+            }
             Err(mut error) => {
                 if take_over && claim.left_device().is_some() {
                     let name = claim.name();

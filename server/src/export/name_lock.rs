@@ -132,6 +132,17 @@ impl NameLock {
         self.left = true;
     }
 
+    /// Keeps what an earlier server has noted until this one [serves](Self::serves), whatever fails before.
+    pub(super) fn keep_notes(mut self) -> Self {
+        self.left = self.was_served() || self.was_upgraded();
+        self
+    }
+
+    /// From now on the notes are this server's own.
+    pub(super) fn serves(&mut self) {
+        self.left = false;
+    }
+
     /// Whether it is noted that a vhost client has the disk, or had it.
     #[must_use]
     pub fn was_upgraded(&self) -> bool {
@@ -256,7 +267,9 @@ pub(super) fn remove_spares(server: &TrustedDir) {
     for name in all.names().unwrap_or_default() {
         // What cannot be removed stays in the way of the next step, and of the last one.
         if let Ok(spare) = all.dir(&name) {
-            let _ = unlink(&spare, LOCK);
+            for file in spare.names().unwrap_or_default() {
+                let _ = unlink(&spare, &file);
+            }
         }
         let _ = unlinkat(&all, &name, AtFlags::REMOVEDIR);
     }

@@ -95,6 +95,11 @@ impl RuntimeDir {
         TrustedDir::open(&self.0)?.dir(EXPORTS)
     }
 
+    /// Whether a folder is that of an export.
+    pub(super) fn is_folder_of(&self, name: &str, folder: &TrustedDir) -> bool {
+        (self.exports()).is_ok_and(|exports| is_there(&exports, name, folder))
+    }
+
     /// The names of all folders, sorted: those of living servers and those that dead ones left.
     ///
     /// # Errors

@@ -36,6 +36,8 @@ pub struct Server {
     /// Who may connect to its admin socket.
     access: SocketAccess,
     configuration: Option<Configuration>,
+    /// Whether exports can be added: not while it starts, and not while it ends.
+    takes_exports: Mutex<bool>,
     /// Folders for exports that are added later, while its admin socket is open.
     spares: OnceLock<Weak<Spares>>,
 }
@@ -67,6 +69,7 @@ impl Server {
             sockets: Mutex::new(options.sockets),
             access: options.access,
             configuration: options.configuration,
+            takes_exports: Mutex::new(false),
             spares: OnceLock::new(),
         })
     }
@@ -124,6 +127,16 @@ impl Server {
         })
     }
 
+    /// Says whether exports can be added from now on.
+    pub fn take_exports(&self, takes: bool) {
+        *self.takes_exports() = takes;
+    }
+
+    fn takes_exports(&self) -> MutexGuard<'_, bool> {
+        // Yes or no.
+        (self.takes_exports.lock()).unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Serves an export that a client hands over, and waits until it is served.
     fn take_in(&self, new: NewExport, client: Client) -> Result<ExportStatus> {
         let own = geteuid().as_raw();
@@ -131,12 +144,19 @@ impl Server {
             client.uid.is_some_and(|uid| [own, 0].contains(&uid)),
             "exports are added by the user of the server, or root"
         );
+        ensure!(
+            *self.takes_exports(),
+            "the server is starting, or ending: try again"
+        );
         let spares = self.spares.get().and_then(Weak::upgrade);
         let addition = Addition::receive(&self.dir, spares.as_deref(), new, client.descriptors)?;
         let (answer, answered) = mpsc::channel();
         let addition = Box::new(addition);
-        // Without a receiver it is dropped, and so is the sender.
+        // Without a receiver it is dropped, and so is the sender. The table is held: what is sent is received.
+        let takes_exports = self.takes_exports();
+        ensure!(*takes_exports, "the server is ending");
         let _ = self.events.send(Event::Add { addition, answer });
+        drop(takes_exports);
         answered.recv().context("the server is ending")?
     }
 

@@ -124,13 +124,14 @@ impl RuntimeDir {
             // Without the lock it is spare again.
             let _ = all.dir(spare).map(|spare| unlink(&spare, LOCK));
         })?;
-        Ok(NameLock {
+        let claim = NameLock {
             dir: Arc::new(dir),
             name: name.to_owned(),
             left: false,
             home: Some(all.path().join(spare)),
             lock,
-        })
+        };
+        Ok(claim.keep_notes())
     }
 
     /// Puts a spare folder in the place of that of a dead server, and removes that.
@@ -142,8 +143,9 @@ impl RuntimeDir {
         name: &str,
     ) -> Result<()> {
         let mut old = self.claim(name)?;
+        // Until they are in the other folder its notes stay, whatever fails.
+        old.left = true;
         if statat(&old.dir, VHOST_SOCKET, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
-            old.leave();
             bail!(
                 "the service manager listens at the socket of '{name}', and hands it only to a server that it starts: \
                  restart that, or stop the socket unit"
@@ -163,6 +165,7 @@ impl RuntimeDir {
         }
         // There it is now, and is removed from.
         spare.clone_into(&mut old.name);
+        old.left = false;
         Ok(())
     }
 
@@ -178,13 +181,14 @@ impl RuntimeDir {
             "{} is not locked by the command that adds the export",
             dir.path().display()
         );
-        Ok(NameLock {
+        let claim = NameLock {
             dir: Arc::new(dir),
             name: name.to_owned(),
             left: false,
             home,
             lock,
-        })
+        };
+        Ok(claim.keep_notes())
     }
 }
 
@@ -200,7 +204,16 @@ fn take(all: &TrustedDir, spare: &str) -> Result<Option<File>> {
         other => other?,
     };
     let is_taken = lock_exclusively(&lock) && is_in(&dir, &lock) && is_there(all, spare, &dir);
-    Ok(is_taken.then_some(lock))
+    if !is_taken {
+        return Ok(None);
+    }
+    // A command that was killed may have left notes of another export.
+    for file in dir.names()?.iter().filter(|name| *name != LOCK) {
+        if unlink(&dir, file).is_err() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(lock))
 }
 
 #[cfg(test)]

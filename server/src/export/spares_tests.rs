@@ -96,3 +96,31 @@ fn what_a_dead_server_left_is_removed_by_the_next() {
     drop(dir.claim_server("t").unwrap());
     assert!(!dir.path().join("servers/s").exists());
 }
+
+#[test]
+fn a_failure_leaves_the_notes_of_a_dead_server_and_a_spare_folder_has_none_of_another_export() {
+    let (_temp, dir, server) = dir();
+    let spares = Spares::make(&server, 2).unwrap();
+    let old = dir.claim("a").unwrap();
+    old.note_served("text").unwrap();
+    old.leave();
+    // A command that was killed between its notes and the exchange.
+    let spare = dir.path().join("servers/s/spare/0");
+    for note in NOTES {
+        fs::write(spare.join(note), "of another").unwrap();
+    }
+    let (claim, _) = dir.claim_in_server("s", true, "b").unwrap();
+    assert!(!claim.was_served() && claim.left_device().is_none());
+    let (kept, _) = dir.claim_in_server("s", true, "a").unwrap();
+    drop(kept);
+    assert_eq!(dir.served("a").unwrap(), "text");
+    // One that is not a file is in the way.
+    drop(claim);
+    fs::create_dir(spare.join("folder")).unwrap();
+    let error = dir.claim_in_server("s", true, "b").unwrap_err().to_string();
+    assert!(error.contains("no room"), "{error}");
+    fs::remove_dir(spare.join("folder")).unwrap();
+    fs::write(spare.join("file"), "").unwrap();
+    drop(spares);
+    assert!(!spare.exists());
+}
