@@ -6,9 +6,9 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs::Permissions;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -360,6 +360,84 @@ fn what_does_not_fit_an_export_is_refused() {
         assert!(answer.contains(why), "{answer}");
     }
     assert_eq!(tree(&lab.path("run")), before);
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+fn what_a_guest_writes_into_the_notes_of_its_server_is_not_served() {
+    let lab = sandbox();
+    let images = ["a.img", "b.img", "secret.img"].map(|name| lab.image(name, 1 << 20));
+    let [a, b, secret] = images.map(|image| image.display().to_string());
+    let args = ["--ublk", "no", "--server-name", "s", &format!("a=file:{a}")];
+    let server = lab.serve(&args);
+    lab.ok(&["add", "--ublk", "no", &format!("b=file:{b}")]);
+    let note = lab.path("run/exports/b/served");
+    let noted = std::fs::read_to_string(&note).unwrap();
+    server.kill().unwrap();
+    std::fs::write(&note, noted.replace("b.img", "secret.img")).unwrap();
+    let server = lab.serve(&args);
+    assert_eq!(stat(&lab, "b")["backend"], format!("file:{b}"));
+    assert!(!server.log().contains(&secret));
+    // An export that nobody has added.
+    server.kill().unwrap();
+    let record = lab.path("run/records/exports-b");
+    assert!(std::fs::read_to_string(&record).unwrap().contains(&b));
+    std::fs::remove_file(&record).unwrap();
+    let server = lab.serve(&args);
+    assert!(lab.finish(&["stat", "b"], &[]).stderr.contains("died"));
+    server.stop().unwrap();
+    lab.ok(&["stop", "--force", "b"]);
+    lab.is_clean();
+}
+
+#[test]
+fn a_server_that_lies_about_its_exports_has_no_others_stopped() {
+    let lab = sandbox();
+    let server = lab.serve(&["--ublk", "no", "--server-name", "s", "a=mem:1M", "b=mem:1M"]);
+    // What a guest that has taken over another server makes it answer.
+    let folder = lab.path("run/servers/liar");
+    std::fs::create_dir(&folder).unwrap();
+    let lock = std::fs::File::create(folder.join("lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let listener = UnixListener::bind(folder.join("control")).unwrap();
+    let status = lab.finish(&["stat", "a", "--json"], &[]).stdout;
+    let schema = serde_json::from_str::<Value>(&status).unwrap()["schema"].clone();
+    let answer = serde_json::json!({
+        "schema": schema, "version": "0.1.0", "server": "liar", "pid": 1, "started_unix_seconds": 0,
+        "sandbox": {"on": false, "missing": []}, "lost_log_lines": 0, "exports": ["a", "b", "../servers/s"],
+        "configuration": {"path": "/etc/passwd", "options": {}},
+    });
+    let liar = std::thread::spawn(move || {
+        for client in listener.incoming().take(2) {
+            let mut client = client.unwrap();
+            BufReader::new(&client)
+                .read_line(&mut String::new())
+                .unwrap();
+            writeln!(client, "{answer}").unwrap();
+        }
+    });
+    let reload = ["reload", "liar"];
+    lab.fails(
+        &reload,
+        1,
+        &["'liar' was started without a configuration file"],
+    );
+    // Its record is what a server writes at its start.
+    let folder = configure(&lab, &[("b", "spec = \"mem:1M\"\niops-total = 1")]);
+    let record = serde_json::json!({"path": folder, "options": {}}).to_string();
+    std::fs::write(lab.path("run/records/servers-liar"), record).unwrap();
+    let told = lab.finish(&reload, &[]).stderr;
+    for words in [
+        "a is not served by 'liar', which says so, but by 's'",
+        "b is not served by 'liar'",
+        "'../servers/s' is not a name",
+    ] {
+        assert!(told.contains(words), "{told}");
+    }
+    liar.join().unwrap();
+    assert_eq!(stat(&lab, "a")["pid"], server.pid());
+    assert_eq!(stat(&lab, "b")["limits"], stat(&lab, "a")["limits"]);
     server.stop().unwrap();
     lab.is_clean();
 }

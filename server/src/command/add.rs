@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use upgrade_proto::printable;
 
 use super::output::{complain, print_json_text, print_line};
@@ -78,6 +78,12 @@ pub(super) fn find(dir: &RuntimeDir, name: Option<&str>) -> Result<ServerStatus>
             servers.join(", ")
         ),
     };
-    admin::server(&dir.server_socket(name), LIMIT)
-        .with_context(|| format!("server '{name}' does not answer"))
+    let status = admin::server(&dir.server_socket(name), LIMIT)
+        .with_context(|| format!("server '{name}' does not answer"))?;
+    ensure!(
+        status.server == *name,
+        "server '{name}' calls itself '{}'",
+        status.server
+    );
+    Ok(status)
 }

@@ -34,34 +34,66 @@ pub(super) fn saved(dir: &RuntimeDir, name: &str) -> Result<ExportConfig> {
 }
 
 /// The exports that were added to an earlier server of this name, and have no server now. What was in memory is removed.
+///
+/// They are served as the record says. Of the server's own note, which a guest that took it over could write to, only
+/// options are taken that can be changed while an export is served.
 pub(super) fn added_to(dir: &RuntimeDir, server: &str) -> Vec<ExportConfig> {
     let names = dir.names().unwrap_or_default();
     let is_dead = |name: &String| matches!(dir.is_alive(name), Ok(false));
-    let was_added = |name: &String| {
-        let saved = dir
-            .served(name)
-            .ok()
-            .map(|text| serde_json::from_str(&text));
-        let saved: Option<SavedExport> = saved.and_then(Result::ok);
-        saved.is_some_and(|saved| saved.origin == Origin::Added(server.to_owned()))
-    };
     let mut exports = Vec::new();
-    for name in names.iter().filter(|name| is_dead(name) && was_added(name)) {
-        match saved(dir, name) {
-            Ok(export) => exports.push(export),
+    for name in names.iter().filter(|name| is_dead(name)) {
+        let recorded = match recorded(dir, name) {
+            Ok(Some(recorded)) => recorded,
+            Ok(None) => continue,
             Err(error) => {
+                tracing::error!("{name} is not served again: {}", explain(&error));
+                continue;
+            }
+        };
+        if recorded.origin != Origin::Added(server.to_owned()) {
+            continue;
+        }
+        match again(dir, name, recorded) {
+            Ok(export) if matches!(export.storage, StorageSpec::Memory { .. }) => {
                 tracing::error!(
-                    "{name} was added to this server, and has ended with it: {}",
-                    explain(&error)
+                    "{name} was added to this server, and what was in memory has ended with it"
                 );
                 if let Ok(lock) = dir.claim(name) {
                     // Dropping it removes the folder, unless there is a block device.
                     drop(lock);
                 }
             }
+            Ok(export) => exports.push(export),
+            Err(error) => tracing::error!(
+                "{name} was added to this server, and is not served again: {}",
+                explain(&error)
+            ),
         }
     }
     exports
+}
+
+/// What was noted of an export when it was added to a server.
+fn recorded(dir: &RuntimeDir, name: &str) -> Result<Option<SavedExport>> {
+    let Some(text) = dir.export_record(name)?.read()? else {
+        return Ok(None);
+    };
+    let recorded: SavedExport = serde_json::from_str(&text).context("its record makes no sense")?;
+    Ok(Some(recorded))
+}
+
+/// A recorded export, with what was changed while it was served.
+fn again(dir: &RuntimeDir, name: &str, recorded: SavedExport) -> Result<ExportConfig> {
+    let export = recorded.export()?;
+    ensure!(
+        export.name == name,
+        "its record is that of '{}'",
+        export.name
+    );
+    let noted: Option<SavedExport> =
+        (dir.served(name).ok()).and_then(|text| serde_json::from_str(&text).ok());
+    let changed = noted.map(|noted| noted.changed).unwrap_or_default();
+    Ok(export.change(changed)?)
 }
 
 /// What can be done about an export whose server died.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::Serialize;
 use upgrade_proto::printable;
 
@@ -12,12 +12,13 @@ use super::add::{add, find};
 use super::cli::USAGE;
 use super::output::{complain, print_json, print_line};
 use crate::config::{
-    ConfigError, Difference, ExportConfig, Origin, SavedExport, check_together, read_config,
+    ConfigError, Difference, ExportConfig, Origin, SavedExport, check_name, check_together,
+    read_config,
 };
-use crate::export::admin::{self, Configuration, ServerStatus};
-use crate::export::explain;
+use crate::export::admin::{self, ServerStatus};
 use crate::export::name_lock::CONTROL;
 use crate::export::runtime_dir::RuntimeDir;
+use crate::export::{Configuration, explain};
 
 /// A server that does not answer within this time is reported as not answering.
 const SET_LIMIT: Duration = Duration::from_secs(5);
@@ -91,13 +92,7 @@ impl Outcome {
 /// When there is no such server, or it has no configuration file, or nothing can be printed.
 pub fn run(dir: &RuntimeDir, server: Option<&str>, dry_run: bool, json: bool) -> Result<ExitCode> {
     let server = find(dir, server)?;
-    let configuration = server.configuration.as_ref().with_context(|| {
-        format!(
-            "server '{}' was started without a configuration file: 'ublkup add' adds an export",
-            server.server
-        )
-    })?;
-    let wanted = match read(configuration) {
+    let wanted = match read(&configuration(dir, &server.server)?) {
         Ok(wanted) => wanted,
         Err(error) => {
             complain(&error.to_string());
@@ -123,6 +118,19 @@ pub fn run(dir: &RuntimeDir, server: Option<&str>, dry_run: bool, json: bool) ->
     })
 }
 
+/// Where a server got its exports from. The server itself is not asked: it may be in the hands of a guest, which would have
+/// this process open any file for it.
+fn configuration(dir: &RuntimeDir, server: &str) -> Result<Configuration> {
+    let record = dir.server_record(server)?.read()?.with_context(|| {
+        format!(
+            "server '{server}' was started without a configuration file: 'ublkup add' adds an export"
+        )
+    })?;
+    serde_json::from_str(&record).with_context(|| {
+        format!("cannot understand where server '{server}' got its exports from (another version?)")
+    })
+}
+
 fn read(configuration: &Configuration) -> Result<Vec<ExportConfig>, ConfigError> {
     let wanted = read_config(&configuration.path, &configuration.options)?;
     check_together(&wanted)?;
@@ -134,6 +142,10 @@ fn plan(dir: &RuntimeDir, server: &ServerStatus, wanted: Vec<ExportConfig>) -> V
     let served: BTreeSet<_> = server.exports.iter().collect();
     let (mut gone, mut changed, mut new) = (Vec::new(), Vec::new(), Vec::new());
     for name in &server.exports {
+        if let Err(error) = is_served_by(dir, name, &server.server) {
+            changed.push((name.clone(), Step::Unknown(error)));
+            continue;
+        }
         let wanted = wanted.iter().find(|export| export.name == *name);
         match (saved(dir, name), wanted) {
             (Ok(saved), None) if saved.origin == Origin::Config => {
@@ -160,6 +172,19 @@ fn plan(dir: &RuntimeDir, server: &ServerStatus, wanted: Vec<ExportConfig>) -> V
         }
     }
     [gone, changed, new].into_iter().flatten().collect()
+}
+
+/// Makes sure that an export is this server's, as who answers for it says: a server cannot answer for others.
+fn is_served_by(dir: &RuntimeDir, name: &str, server: &str) -> Result<()> {
+    check_name(name)?;
+    let status = admin::stat(&dir.folder(name).join(CONTROL), SET_LIMIT)
+        .with_context(|| format!("{name} does not answer"))?;
+    let other = status.server;
+    ensure!(
+        other == server,
+        "{name} is not served by '{server}', which says so, but by '{other}'"
+    );
+    Ok(())
 }
 
 /// How an export is served.

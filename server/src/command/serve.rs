@@ -23,9 +23,10 @@ use crate::config::{ExportConfig, check_name};
 use crate::engine::sandbox::{self, Access, Reach};
 use crate::engine::socket::SocketAccess;
 use crate::engine::{activation, io_flusher, log, open_files};
-use crate::export::admin::Configuration;
 use crate::export::runtime_dir::RuntimeDir;
-use crate::export::{Event, Export, Predecessor, Server, ServerOptions, ServerSocket, explain};
+use crate::export::{
+    Configuration, Event, Export, Predecessor, Server, ServerOptions, ServerSocket, explain,
+};
 use crate::io::Ring;
 
 /// How exports are started.
@@ -143,6 +144,8 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     }
     if let Some(name) = &own_name {
         let added = left::added_to(dir, name).into_iter().map(named).collect();
+        // What was asked for on the command line is about the exports there.
+        let start = |config| Export::start(dir, config, Predecessor::Dead, &server);
         let (added, failures) = start_all(added, true, start);
         exports.extend(added);
         for (name, error) in failures {

@@ -12,8 +12,7 @@ use crate::config::{
     ConfigError, ExportConfig, ExportOptions, check_name, check_together, is_configured,
     read_config,
 };
-use crate::export::Predecessor;
-use crate::export::admin::Configuration;
+use crate::export::{Configuration, Predecessor};
 
 /// What is served where nothing else is asked for.
 const CONFIG_FOLDER: &str = "/etc/ublkup";

@@ -22,7 +22,7 @@ const OTHERS: &str = "exports.d";
 /// Whether there is a configuration in a folder.
 #[must_use]
 pub fn is_configured(folder: &Path) -> bool {
-    folder.join(MAIN).exists() || !others(folder).unwrap_or_default().is_empty()
+    is_there(&folder.join(MAIN)) || !others(folder).unwrap_or_default().is_empty()
 }
 
 /// The exports of a TOML file, or of a folder: those of its `ublkup.toml` and of `exports.d/*.toml`, in the order of
@@ -37,7 +37,8 @@ pub fn read_config(path: &Path, options: &ExportOptions) -> Result<Vec<ExportCon
     if path.is_dir() {
         let mut defaults = options.clone();
         let main = path.join(MAIN);
-        if main.exists() {
+        // A link that leads nowhere, or a file that cannot be looked at, is an error and not an empty configuration.
+        if is_there(&main) {
             (defaults, exports) = read_file(&main, options)?;
         }
         let unreadable =
@@ -55,6 +56,11 @@ pub fn read_config(path: &Path, options: &ExportOptions) -> Result<Vec<ExportCon
         ))),
         false => Ok(exports),
     }
+}
+
+/// Whether something has this name, whatever it is.
+fn is_there(path: &Path) -> bool {
+    !matches!(path.symlink_metadata(), Err(error) if error.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// The files beside the main one, sorted.

@@ -18,13 +18,14 @@ pub fn unfinished(name: &str) -> String {
 #[derive(Debug)]
 pub struct NoteFile {
     dir: Arc<TrustedDir>,
-    name: &'static str,
+    name: String,
 }
 
 impl NoteFile {
     /// The note `name` in `dir`, whether it exists or not.
     #[must_use]
-    pub fn new(dir: Arc<TrustedDir>, name: &'static str) -> Self {
+    pub fn new(dir: Arc<TrustedDir>, name: impl Into<String>) -> Self {
+        let name = name.into();
         Self { dir, name }
     }
 
@@ -34,7 +35,7 @@ impl NoteFile {
     ///
     /// When it cannot be read, or is another user's.
     pub fn read(&self) -> Result<Option<String>, upgrade_proto::Error> {
-        match self.dir.read(self.name) {
+        match self.dir.read(&self.name) {
             Err(error) if error.errno() == Errno::NOENT => Ok(None),
             other => other.map(Some),
         }
@@ -51,10 +52,10 @@ impl NoteFile {
         // While nothing has changed: there may be no descriptor left.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = File::from(openat(&self.dir, ".", flags, Mode::empty())?);
-        let new = unfinished(self.name);
+        let new = unfinished(&self.name);
         let replaced = self.write(&new, text).and_then(|()| {
             written();
-            Ok(renameat(&self.dir, &new, &self.dir, self.name)?)
+            Ok(renameat(&self.dir, &new, &self.dir, &self.name)?)
         });
         if replaced.is_err() {
             // It would keep the directory from being removed. The first error says more than one of this.
@@ -79,7 +80,7 @@ impl NoteFile {
     ///
     /// When that cannot be done.
     pub fn remove(&self) -> io::Result<()> {
-        unlink(&self.dir, self.name)
+        unlink(&self.dir, &self.name)
     }
 }
 

@@ -16,7 +16,7 @@ use super::admin::{self, ExportStatus, HandedOver, NewExport, ServerStatus};
 use super::name_lock::{CONTROL, NameLock, VHOST_SOCKET};
 use super::runtime_dir::RuntimeDir;
 use super::spares::Spares;
-use crate::config::{DoorMode, ExportConfig, SavedExport, StorageSpec, check_name};
+use crate::config::{DoorMode, ExportConfig, Origin, SavedExport, StorageSpec, check_name};
 use crate::engine::sandbox;
 use crate::engine::socket::Socket;
 use crate::storage::open_file;
@@ -138,6 +138,17 @@ pub(super) fn claims_later(config: &ExportConfig) -> bool {
     config.migration && config.ublk == DoorMode::No && !config.read_only
 }
 
+/// Notes for the next server of the name what is added, out of the reach of this one.
+fn note(dir: &RuntimeDir, config: &ExportConfig) -> Result<()> {
+    let record = dir.export_record(&config.name)?;
+    let noted = match &config.saved.origin {
+        Origin::Added(_) => record.replace(&serde_json::to_string(&config.saved)?, || {}),
+        // The configuration file has it.
+        Origin::Config | Origin::CommandLine => record.remove(),
+    };
+    noted.context("it cannot be noted")
+}
+
 /// Adds an export to a server.
 ///
 /// # Errors
@@ -173,6 +184,10 @@ pub fn add(
         Ok(status) => {
             claim.leave();
             sockets.into_iter().for_each(Socket::hand_over);
+            if let Err(error) = note(dir, config) {
+                let name = &config.name;
+                tracing::warn!("{name}: the next server will not serve it again: {error:#}");
+            }
             Ok(status)
         }
         Err(error) => {

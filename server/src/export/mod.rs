@@ -42,7 +42,7 @@ use anyhow::{Context, Result};
 pub use addition::{Addition, Answer, add};
 pub use event::{Door, Event};
 pub use explain::explain;
-pub use server::{Server, ServerOptions, ServerSocket};
+pub use server::{Configuration, Server, ServerOptions, ServerSocket};
 pub use succession::Predecessor;
 
 use crate::config::{ExportConfig, Origin, StorageSpec};

@@ -31,6 +31,8 @@ pub(super) const LOCK: &str = "lock";
 pub(super) const UBLK_ID: &str = "ublk-id";
 const UPGRADED: &str = "upgraded";
 pub(super) const SERVED: &str = "served";
+/// The folder of records in a runtime directory.
+pub(super) const RECORDS: &str = "records";
 pub(super) const NOTES: [&str; 3] = [UBLK_ID, SERVED, UPGRADED];
 
 /// How long other processes may hold the shared lock with which they check whether a name has a server.
@@ -214,6 +216,17 @@ impl NameLock {
         only_locked && moved.is_ok()
     }
 
+    /// Removes the record of the server or the export.
+    fn forget_record(&self) {
+        let kind = self.folder().parent().and_then(Path::file_name);
+        let Some(kind) = kind.map(std::ffi::OsStr::to_string_lossy) else {
+            return;
+        };
+        // Relative to the folder, without a descriptor of that one for each export. It need not exist.
+        let record = format!("../../{RECORDS}/{kind}-{}", self.name);
+        let _ = unlinkat(&self.dir, record, AtFlags::empty());
+    }
+
     /// Removes a file of the folder, if it is there.
     fn remove(&self, name: &str) {
         if let Err(error) = unlink(&self.dir, name) {
@@ -248,6 +261,9 @@ impl Drop for NameLock {
         // The vhost door has removed its socket, or it is the service manager's.
         for file in [&[CONTROL][..], &unfinished, notes].concat() {
             self.remove(file);
+        }
+        if self.left_device().is_none() {
+            self.forget_record();
         }
         let is_home = self.go_home();
         // The lock last: after it another server may use the folder.

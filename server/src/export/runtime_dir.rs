@@ -11,10 +11,15 @@
 //!             servers/NAME/lock              held by the server as long as it lives
 //!                          control           admin socket of the server (docs/admin.md)
 //!                          spare/N           empty folders for exports that are added later (`spares.rs`)
+//!             records/servers-NAME           where its exports come from, for `ublkup reload`
+//!                     exports-NAME           what was added to which server, for the next one of the name
 //! ```
 //!
 //! Each of these directories, and each note in them, belongs to this user or root, is no link, and can be written to by
 //! its owner only: commands of root act on the word of no other user.
+//!
+//! A server that a guest took over can write to the notes in its own folders. What commands of root do without being asked
+//! follows records, which a confined server can remove and not write.
 //!
 //! A folder whose lock is free is of a dead server: the next one that takes the lock may remove the
 //! folder, or recover what is noted there. Each note is written beside the old one and then put in
@@ -32,9 +37,10 @@ use rustix::io::Errno;
 use upgrade_proto::{Error, TrustedDir};
 
 use super::name_lock::{
-    CONTROL, DeviceNote, LOCK, NameLock, SERVED, UBLK_ID, VHOST_SOCKET, lock_exclusively,
+    CONTROL, DeviceNote, LOCK, NameLock, RECORDS, SERVED, UBLK_ID, VHOST_SOCKET, lock_exclusively,
     remove_spares,
 };
+use crate::engine::durable::NoteFile;
 use crate::engine::wait::repeat_while;
 
 /// The folder of all exports in a runtime directory.
@@ -89,6 +95,34 @@ impl RuntimeDir {
     #[must_use]
     pub fn exports_folder(&self) -> PathBuf {
         self.0.join(EXPORTS)
+    }
+
+    /// The folder of records, for rules.
+    pub(super) fn records_folder(&self) -> PathBuf {
+        self.0.join(RECORDS)
+    }
+
+    /// The record of a server: where its exports come from.
+    ///
+    /// # Errors
+    ///
+    /// When there can be no folder of records.
+    pub fn server_record(&self, name: &str) -> Result<NoteFile, Error> {
+        self.record(SERVERS, name)
+    }
+
+    /// The record of an export that was added to a server.
+    ///
+    /// # Errors
+    ///
+    /// When there can be no folder of records.
+    pub fn export_record(&self, name: &str) -> Result<NoteFile, Error> {
+        self.record(EXPORTS, name)
+    }
+
+    fn record(&self, kind: &str, name: &str) -> Result<NoteFile, Error> {
+        let records = TrustedDir::open(&self.0)?.make_dir(RECORDS, DIR_MODE)?;
+        Ok(NoteFile::new(Arc::new(records), format!("{kind}-{name}")))
     }
 
     pub(super) fn exports(&self) -> Result<TrustedDir, Error> {

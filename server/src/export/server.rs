@@ -11,18 +11,20 @@ use rustix::process::geteuid;
 
 use super::addition::Addition;
 use super::admin::{
-    self, AllStatus, Answerer, Client, Command, Configuration, ExportStatus, Listening, NewExport,
-    Reply, Request, SCHEMA, ServerStatus, Service,
+    self, AllStatus, Answerer, Client, Command, ExportStatus, Listening, NewExport, Reply, Request,
+    SCHEMA, ServerStatus, Service,
 };
 use super::event::Event;
 use super::name_lock::{CONTROL, NameLock};
 use super::runtime_dir::RuntimeDir;
 use super::shared::Shared;
 use super::spares::Spares;
+use crate::config::ExportOptions;
 use crate::engine::events::Reader;
 use crate::engine::sandbox::{Access, Reach};
 use crate::engine::socket::SocketAccess;
 use crate::engine::{log, sandbox};
+use serde::{Deserialize, Serialize};
 
 /// What the exports of a server share.
 pub struct Server {
@@ -40,6 +42,15 @@ pub struct Server {
     takes_exports: Mutex<bool>,
     /// Folders for exports that are added later, while its admin socket is open.
     spares: OnceLock<Weak<Spares>>,
+}
+
+/// Where a server got its exports from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Configuration {
+    /// The file, or the folder.
+    pub path: PathBuf,
+    /// The options of the command line, which those in files have precedence over.
+    pub options: ExportOptions,
 }
 
 /// What a server is.
@@ -114,6 +125,16 @@ impl Server {
     /// When another server has the name, or there can be no socket.
     pub fn listen(self: &Arc<Self>, room: u32) -> Result<ServerSocket> {
         let claim = self.dir.claim_server(&self.name)?;
+        let record = self.dir.server_record(&self.name)?;
+        match &self.configuration {
+            Some(configuration) => {
+                let text = serde_json::to_string(configuration)?;
+                record
+                    .replace(&text, || {})
+                    .context("cannot note where the exports come from")?;
+            }
+            None => record.remove()?,
+        }
         let spares = Arc::new(Spares::make(&claim, room)?);
         // A server listens once.
         let _ = self.spares.set(Arc::downgrade(&spares));
@@ -123,6 +144,7 @@ impl Server {
             _listening: listening,
             spares,
             exports: self.dir.exports_folder(),
+            records: self.dir.records_folder(),
             claim,
         })
     }
@@ -188,6 +210,14 @@ impl Server {
         self.exports().values().filter_map(Weak::upgrade).collect()
     }
 
+    /// Whether a client at the socket of the server may ask for an export. Who may connect was decided for the exports that
+    /// it began with.
+    fn lets(&self, client: &Client, export: &Shared) -> bool {
+        let own = geteuid().as_raw();
+        export.config.admin_access == self.access
+            || client.uid.is_some_and(|uid| [own, 0].contains(&uid))
+    }
+
     /// What each of its exports says about itself.
     #[must_use]
     pub fn statuses(&self) -> Vec<ExportStatus> {
@@ -204,7 +234,6 @@ impl Server {
             sandbox: sandbox::status(),
             lost_log_lines: log::lost_lines(),
             exports: self.exports().keys().cloned().collect(),
-            configuration: self.configuration.clone(),
         }
     }
 }
@@ -212,15 +241,28 @@ impl Server {
 impl Answerer for Server {
     fn answer(&self, request: Request, client: Client) -> Result<Reply> {
         if let Some(name) = &request.export {
-            return admin::answer_for(&*self.export(name)?, request.command);
+            let export = self.export(name)?;
+            ensure!(
+                self.lets(&client, &export),
+                "'{name}' has other users than this socket: ask at its own"
+            );
+            return admin::answer_for(&*export, request.command);
         }
         let answer = match request.command {
             Command::Server {} => serde_json::to_value(self.status()),
             Command::Stat {} => serde_json::to_value(AllStatus {
                 schema: SCHEMA,
-                exports: self.statuses(),
+                exports: (self.all().iter())
+                    .filter(|export| self.lets(&client, export))
+                    .map(|export| export.status())
+                    .collect(),
             }),
             Command::Add(new) => serde_json::to_value(self.take_in(*new, client)?),
+            Command::Events {} if !self.all().iter().all(|export| self.lets(&client, export)) => {
+                bail!(
+                    "some exports have other users than this socket: ask at the sockets of the others"
+                )
+            }
             Command::Events {} => return Ok(Reply::Events(Reader::new(None)?)),
             Command::Stop { .. }
             | Command::Leave {}
@@ -238,6 +280,7 @@ pub struct ServerSocket {
     _listening: Listening,
     spares: Arc<Spares>,
     exports: PathBuf,
+    records: PathBuf,
     /// Declared after what is in its folder.
     claim: NameLock,
 }
@@ -251,6 +294,8 @@ impl ServerSocket {
             let entry = (servers.to_owned(), Access::RemoveFolders);
             reach.paths.push(entry);
         }
+        let records = (self.records.clone(), Access::RemoveFiles);
+        reach.paths.push(records);
         self.spares.add_reach(&self.exports, reach);
     }
 }

@@ -11,9 +11,9 @@ pub mod testing;
 
 pub use client::{Watch, leave, resize, send_export, server, set, stat, stop, watch};
 pub use protocol::{
-    AllStatus, Command, Configuration, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL,
-    OPEN_LIMIT, RefusalStatus, Request, Resized, SCHEMA, ServerStatus, SessionStatus, StreamLine,
-    UblkStatus, VhostStatus,
+    AllStatus, Command, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, OPEN_LIMIT,
+    RefusalStatus, Request, Resized, SCHEMA, ServerStatus, SessionStatus, StreamLine, UblkStatus,
+    VhostStatus,
 };
 pub use server::{Answerer, Client, Listening, Reply, Service, answer_for, listen_at, serve};
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::{ExportOptions, SavedExport};
+use crate::config::SavedExport;
 use crate::door::ownership::{KeptFor, OwnershipState};
 use crate::door::ublk::DataPath;
 use crate::door::vhost::SessionState;
@@ -144,15 +144,6 @@ pub enum HandedOver {
     Image,
 }
 
-/// Where a server got its exports from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Configuration {
-    /// The file, or the folder.
-    pub path: PathBuf,
-    /// The options of the command line, which those in files have precedence over.
-    pub options: ExportOptions,
-}
-
 /// The first line of an answer to `events`, and each line that tells of a gap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
@@ -190,9 +181,6 @@ pub struct ServerStatus {
     pub lost_log_lines: usize,
     /// Its exports.
     pub exports: Vec<String>,
-    /// Where they come from, if from a configuration file.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub configuration: Option<Configuration>,
 }
 
 /// What a server answers to `stat` for all its exports.

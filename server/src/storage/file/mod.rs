@@ -67,6 +67,7 @@ impl File {
     ///
     /// As for `open`.
     pub fn adopt(options: FileOptions, file: std::fs::File) -> Result<Self, OpenError> {
+        open::check_opened(&options, &file)?;
         let (limits, shared) = open::examine(options, file)?;
         Ok(Self {
             limits,

@@ -70,6 +70,26 @@ pub(super) fn open(options: FileOptions) -> Result<(Limits, Shared), OpenError> 
     examine(options, file)
 }
 
+/// Makes sure that a file which another process has opened is one that [`open_file`] would have opened.
+pub(super) fn check_opened(options: &FileOptions, file: &fs::File) -> Result<(), OpenError> {
+    let (path, read_only) = (&options.path, options.read_only);
+    let failed = |source: io::Error| OpenError::Open {
+        path: path.clone(),
+        read_only,
+        source,
+    };
+    let flags = fcntl_getfl(file).map_err(|errno| failed(errno.into()))?;
+    let mode = flags & OFlags::RWMODE;
+    let may_be_used = mode == OFlags::RDWR || read_only && mode == OFlags::RDONLY;
+    // All writes of one that appends go to its end.
+    if !may_be_used || flags.intersects(OFlags::APPEND | OFlags::PATH) {
+        let why = "the file that was handed over is open in another way";
+        return Err(failed(io::Error::other(why)));
+    }
+    let metadata = file.metadata().map_err(failed)?;
+    check_kind(path, &metadata)
+}
+
 /// Finds out what an open file takes, and claims it.
 pub(super) fn examine(
     options: FileOptions,

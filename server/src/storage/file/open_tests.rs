@@ -109,3 +109,30 @@ fn io_uring_sees_no_nonblocking_file() {
         );
     }
 }
+
+#[test]
+fn a_file_that_was_opened_in_another_way_is_not_adopted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = image(dir.path());
+    let open = |write, flags: OFlags| {
+        let mut how = fs::OpenOptions::new();
+        how.read(true).write(write);
+        how.custom_flags(flags.bits().cast_signed());
+        how.open(&path).unwrap()
+    };
+    let check = |file: &fs::File, read_only| {
+        check_opened(&options(&path, CacheMode::Auto, read_only), file)
+    };
+    let none = OFlags::empty();
+    assert!(check(&open(true, none), false).is_ok());
+    assert!(check(&open(true, none), true).is_ok());
+    assert!(check(&open(false, none), true).is_ok());
+    assert!(check(&open(false, none), false).is_err());
+    assert!(check(&open(true, OFlags::APPEND), false).is_err());
+    assert!(check(&open(false, OFlags::PATH), true).is_err());
+    let (pipe, _other_end) = io::pipe().unwrap();
+    let pipe = fs::File::from(std::os::fd::OwnedFd::from(pipe));
+    assert!(matches!(check(&pipe, true), Err(OpenError::Kind { .. })));
+    let folder = fs::File::open(dir.path()).unwrap();
+    assert!(matches!(check(&folder, true), Err(OpenError::Kind { .. })));
+}
