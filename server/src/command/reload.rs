@@ -152,6 +152,13 @@ fn plan(dir: &RuntimeDir, server: &ServerStatus, wanted: Vec<ExportConfig>) -> V
                 gone.push((name.clone(), Step::Remove));
             }
             (Ok(_), None) => {}
+            (Ok(saved), Some(_)) if saved.origin != Origin::Config => {
+                let error = anyhow!(
+                    "{name} is in the configuration, and is served as the command line or 'ublkup add' said: stop it, and \
+                     reload again"
+                );
+                changed.push((name.clone(), Step::Unknown(error)));
+            }
             (Ok(saved), Some(wanted)) => match saved.difference(wanted) {
                 Ok(difference) if difference == Difference::default() => {}
                 Ok(difference) => changed.push((name.clone(), Step::Change(difference))),
