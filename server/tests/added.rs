@@ -582,9 +582,12 @@ fn what_a_reload_cannot_do_is_told_and_keeps_nothing_else_from_it() {
 #[test]
 fn a_hangup_does_not_end_a_server_without_a_terminal_and_says_what_reads_its_configuration() {
     let lab = sandbox();
+    // The tests may have been started by nohup(1), whose programs ignore the signal.
     let mut command = Command::new("setsid");
     command
         .args([
+            "env",
+            "--default-signal=HUP",
             env!("CARGO_BIN_EXE_ublkup"),
             "serve",
             "--ublk",

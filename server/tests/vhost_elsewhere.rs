@@ -9,14 +9,14 @@ mod elsewhere;
 use std::time::Duration;
 
 use common::*;
-use elsewhere::{BUG_AT, Elsewhere, Holder};
+use elsewhere::{Elsewhere, Holder};
 use testkit::wait::eventually;
 
 /// From here on requests are held.
 const HELD_SECTOR: u64 = 1024;
 
 fn fixture() -> (Fixture, Holder) {
-    let disk = Elsewhere::new(limits(4 << 20), 1024 * 512);
+    let disk = Elsewhere::new(limits(1 << 20), 1024 * 512);
     let holder = disk.holder();
     (Fixture::new(disk, 1), holder)
 }
@@ -65,7 +65,7 @@ fn a_queue_thread_that_panics_waits_for_its_requests_elsewhere() {
     let (fixture, holder) = fixture();
     let mut driver = Driver::running(fixture.connect(), USUAL);
     begin_held(&mut driver, &holder);
-    driver.prepare(T_IN, BUG_AT / 512, &[(512, WRITE)]);
+    driver.prepare(T_IN, HELD_SECTOR - 1, &[(512, WRITE)]);
     // What is under way may still be written to memory of the thread.
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(fixture.door.sessions().len(), 1);

@@ -26,18 +26,17 @@ struct Job {
     post: Post,
 }
 
-/// A request for this place runs into a bug.
-pub const BUG_AT: u64 = 3 << 20;
-
 /// The disk.
 pub struct Elsewhere {
     limits: Limits,
+    held_from: usize,
     jobs: Mutex<mpsc::Sender<Job>>,
     held: Arc<Mutex<Vec<Job>>>,
 }
 
 impl Elsewhere {
-    /// A disk whose requests from `held_from` on wait for [`release`](Self::release).
+    /// A disk whose requests from `held_from` on wait for [`Holder::release`]. The one for the sector before it runs into a
+    /// bug.
     pub fn new(limits: Limits, held_from: usize) -> Self {
         let len = usize::try_from(limits.capacity.bytes()).unwrap();
         let (jobs, given) = mpsc::channel();
@@ -54,6 +53,7 @@ impl Elsewhere {
         });
         Self {
             limits,
+            held_from,
             jobs: Mutex::new(jobs),
             held,
         }
@@ -137,6 +137,7 @@ impl Storage for Elsewhere {
 
     fn queue(&self, _: &mut Ring, slots: u32) -> io::Result<ElsewhereQueue> {
         Ok(ElsewhereQueue {
+            bug_at: self.held_from - 512,
             jobs: self.jobs.lock().unwrap().clone(),
             inbox: Inbox::new(slots)?,
             data: (0..slots).map(|_| Data::default()).collect(),
@@ -146,6 +147,7 @@ impl Storage for Elsewhere {
 
 /// One thread's access to it.
 pub struct ElsewhereQueue {
+    bug_at: usize,
     jobs: mpsc::Sender<Job>,
     inbox: Inbox,
     data: Box<[Data]>,
@@ -153,7 +155,8 @@ pub struct ElsewhereQueue {
 
 impl StorageQueue for ElsewhereQueue {
     fn start(&mut self, _: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
-        assert_ne!(request.offset_bytes(), BUG_AT, "a bug, on purpose");
+        let offset = usize::try_from(request.offset_bytes()).unwrap();
+        assert_ne!(offset, self.bug_at, "a bug, on purpose");
         let is_write = request.op().is_write();
         let data = Arc::clone(&self.data[slot as usize]);
         let mut bytes = data.lock().unwrap();
@@ -166,7 +169,7 @@ impl StorageQueue for ElsewhereQueue {
         drop(bytes);
         let job = Job {
             is_write,
-            offset: usize::try_from(request.offset_bytes()).unwrap(),
+            offset,
             data,
             ticket: self.inbox.expect(slot),
             post: self.inbox.post(),
