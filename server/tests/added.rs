@@ -377,10 +377,24 @@ fn what_a_guest_writes_into_the_notes_of_its_server_is_not_served() {
     server.kill().unwrap();
     std::fs::write(&note, noted.replace("b.img", "secret.img")).unwrap();
     let server = lab.serve(&args);
-    assert_eq!(stat(&lab, "b")["backend"], format!("file:{b}"));
+    assert!(lab.finish(&["stat", "b"], &[]).stderr.contains("died"));
+    assert!(server.log().contains("may have been written by a guest"));
     assert!(!server.log().contains(&secret));
-    // An export that nobody has added.
     server.kill().unwrap();
+    std::fs::write(&note, &noted).unwrap();
+    let server = lab.serve(&args);
+    assert_eq!(stat(&lab, "b")["backend"], format!("file:{b}"));
+    // One that was served in another way since.
+    lab.ok(&["stop", "b"]);
+    let other = lab.serve(&["--ublk", "no", &format!("b=file:{secret}")]);
+    other.kill().unwrap();
+    server.kill().unwrap();
+    let server = lab.serve(&args);
+    assert!(lab.finish(&["stat", "b"], &[]).stderr.contains("died"));
+    lab.ok(&["stop", "--force", "b"]);
+    lab.ok(&["add", "--ublk", "no", &format!("b=file:{b}")]);
+    server.kill().unwrap();
+    // An export that nobody has added.
     let record = lab.path("run/records/exports-b");
     assert!(std::fs::read_to_string(&record).unwrap().contains(&b));
     std::fs::remove_file(&record).unwrap();

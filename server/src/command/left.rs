@@ -35,25 +35,20 @@ pub(super) fn saved(dir: &RuntimeDir, name: &str) -> Result<ExportConfig> {
 
 /// The exports that were added to an earlier server of this name, and have no server now. What was in memory is removed.
 ///
-/// They are served as the record says. Of the server's own note, which a guest that took it over could write to, only
-/// options are taken that can be changed while an export is served.
+/// A guest that took that server over could write to its notes: what is served must be in the record, too, but for options
+/// that can be changed while an export is served.
 pub(super) fn added_to(dir: &RuntimeDir, server: &str) -> Vec<ExportConfig> {
     let names = dir.names().unwrap_or_default();
     let is_dead = |name: &String| matches!(dir.is_alive(name), Ok(false));
     let mut exports = Vec::new();
     for name in names.iter().filter(|name| is_dead(name)) {
-        let recorded = match recorded(dir, name) {
-            Ok(Some(recorded)) => recorded,
-            Ok(None) => continue,
-            Err(error) => {
-                tracing::error!("{name} is not served again: {}", explain(&error));
-                continue;
-            }
-        };
-        if recorded.origin != Origin::Added(server.to_owned()) {
+        let noted = dir.served(name).ok();
+        let noted = noted.and_then(|text| serde_json::from_str::<SavedExport>(&text).ok());
+        let was_added = |noted: &SavedExport| noted.origin == Origin::Added(server.to_owned());
+        let Some(noted) = noted.filter(was_added) else {
             continue;
-        }
-        match again(dir, name, recorded) {
+        };
+        match again(dir, name, noted) {
             Ok(export) if matches!(export.storage, StorageSpec::Memory { .. }) => {
                 tracing::error!(
                     "{name} was added to this server, and what was in memory has ended with it"
@@ -73,26 +68,26 @@ pub(super) fn added_to(dir: &RuntimeDir, server: &str) -> Vec<ExportConfig> {
     exports
 }
 
-/// What was noted of an export when it was added to a server.
-fn recorded(dir: &RuntimeDir, name: &str) -> Result<Option<SavedExport>> {
-    let Some(text) = dir.export_record(name)?.read()? else {
-        return Ok(None);
-    };
+/// An export as it is noted and recorded.
+fn again(dir: &RuntimeDir, name: &str, noted: SavedExport) -> Result<ExportConfig> {
+    let text = dir.export_record(name)?.read()?;
+    let text = text.context("there is no record of it")?;
     let recorded: SavedExport = serde_json::from_str(&text).context("its record makes no sense")?;
-    Ok(Some(recorded))
-}
-
-/// A recorded export, with what was changed while it was served.
-fn again(dir: &RuntimeDir, name: &str, recorded: SavedExport) -> Result<ExportConfig> {
+    let changed = noted.changed.clone();
+    let as_added = SavedExport {
+        changed: recorded.changed.clone(),
+        ..noted
+    };
+    ensure!(
+        as_added == recorded,
+        "its note is not what was recorded when it was added: it may have been written by a guest"
+    );
     let export = recorded.export()?;
     ensure!(
         export.name == name,
         "its record is that of '{}'",
         export.name
     );
-    let noted: Option<SavedExport> =
-        (dir.served(name).ok()).and_then(|text| serde_json::from_str(&text).ok());
-    let changed = noted.map(|noted| noted.changed).unwrap_or_default();
     Ok(export.change(changed)?)
 }
 

@@ -8,7 +8,7 @@ use nix::unistd;
 macro_rules! account {
     ($name:ident, $what:literal, $of_system:ty, $id:ident) => {
         #[doc = concat!("A ", $what, " of this machine.")]
-        #[derive(Clone, Debug, PartialEq, Eq)]
+        #[derive(Clone, Debug)]
         pub struct $name {
             /// As it was given.
             text: String,
@@ -26,6 +26,15 @@ macro_rules! account {
                 }
             }
         }
+
+        // Whether it was given by name or by number.
+        impl PartialEq for $name {
+            fn eq(&self, other: &Self) -> bool {
+                self.id == other.id
+            }
+        }
+
+        impl Eq for $name {}
 
         impl FromStr for $name {
             type Err = String;

@@ -17,6 +17,7 @@ use super::name_lock::{CONTROL, NameLock, VHOST_SOCKET};
 use super::runtime_dir::RuntimeDir;
 use super::spares::Spares;
 use crate::config::{DoorMode, ExportConfig, Origin, SavedExport, StorageSpec, check_name};
+use crate::engine::durable::NoteFile;
 use crate::engine::sandbox;
 use crate::engine::socket::Socket;
 use crate::storage::open_file;
@@ -138,15 +139,40 @@ pub(super) fn claims_later(config: &ExportConfig) -> bool {
     config.migration && config.ublk == DoorMode::No && !config.read_only
 }
 
-/// Notes for the next server of the name what is added, out of the reach of this one.
-fn note(dir: &RuntimeDir, config: &ExportConfig) -> Result<()> {
-    let record = dir.export_record(&config.name)?;
-    let noted = match &config.saved.origin {
-        Origin::Added(_) => record.replace(&serde_json::to_string(&config.saved)?, || {}),
-        // The configuration file has it.
-        Origin::Config | Origin::CommandLine => record.remove(),
+/// The record of an export for the next server of the name, out of the reach of this one.
+struct Record {
+    file: NoteFile,
+    before: Option<String>,
+}
+
+impl Record {
+    /// Records what is about to be added.
+    fn write(dir: &RuntimeDir, name: &str, served: &SavedExport) -> Result<Self> {
+        let file = dir.export_record(name)?;
+        let before = file.read()?;
+        let text = match &served.origin {
+            Origin::Added(_) => Some(serde_json::to_string(served)?),
+            // The configuration file has it.
+            Origin::Config | Origin::CommandLine => None,
+        };
+        put(&file, text.as_deref())?;
+        Ok(Self { file, before })
+    }
+
+    /// Makes it what it was.
+    fn undo(&self) {
+        if let Err(error) = put(&self.file, self.before.as_deref()) {
+            tracing::warn!("cannot restore the record of an export: {error:#}");
+        }
+    }
+}
+
+fn put(file: &NoteFile, text: Option<&str>) -> Result<()> {
+    let done = match text {
+        Some(text) => file.replace(text, || {}),
+        None => file.remove(),
     };
-    noted.context("it cannot be noted")
+    done.context("it cannot be noted for the next server")
 }
 
 /// Adds an export to a server.
@@ -161,8 +187,12 @@ pub fn add(
     limit: Duration,
 ) -> Result<ExportStatus> {
     let is_confined = server.sandbox.on;
+    let mut as_served = config.clone();
+    if is_confined && as_served.ublk == DoorMode::Auto {
+        as_served.ublk = DoorMode::No;
+    }
     // Before the name is taken, and with it what a dead server left under it.
-    let image = open_image(config, is_confined)?;
+    let image = open_image(&as_served, is_confined)?;
     // A confined server cannot look at accounts.
     let served = config.saved.clone().by_number()?;
     let (claim, spare) = dir.claim_in_server(&server.server, is_confined, &config.name)?;
@@ -172,6 +202,7 @@ pub fn add(
     handed.extend(kinds.into_iter().zip(sockets.iter().map(Socket::as_fd)));
     handed.extend(image.iter().map(|file| (HandedOver::Image, file.as_fd())));
     let (kinds, descriptors): (_, Vec<BorrowedFd<'_>>) = handed.into_iter().unzip();
+    let record = Record::write(dir, &config.name, &served)?;
     let new = NewExport {
         served,
         spare,
@@ -184,14 +215,10 @@ pub fn add(
         Ok(status) => {
             claim.leave();
             sockets.into_iter().for_each(Socket::hand_over);
-            if let Err(error) = note(dir, config) {
-                let name = &config.name;
-                tracing::warn!("{name}: the next server will not serve it again: {error:#}");
-            }
             Ok(status)
         }
         Err(error) => {
-            clean_up(dir, claim, sockets);
+            clean_up(dir, claim, sockets, &record);
             Err(error)
         }
     }
@@ -227,7 +254,7 @@ fn bind(config: &ExportConfig, claim: &NameLock) -> Result<Vec<Socket>> {
 }
 
 /// Removes what was made for an export that a server did not take, if it has not done so, and does not have it.
-fn clean_up(dir: &RuntimeDir, claim: NameLock, sockets: Vec<Socket>) {
+fn clean_up(dir: &RuntimeDir, claim: NameLock, sockets: Vec<Socket>, record: &Record) {
     let (name, folder, home) = (
         claim.name().to_owned(),
         Arc::clone(&claim.dir),
@@ -238,6 +265,7 @@ fn clean_up(dir: &RuntimeDir, claim: NameLock, sockets: Vec<Socket>) {
     match dir.claim(&name) {
         Ok(mut again) => {
             drop(sockets);
+            record.undo();
             if dir.is_folder_of(&name, &folder) {
                 again.home = home;
             }

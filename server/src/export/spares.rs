@@ -99,7 +99,7 @@ impl RuntimeDir {
             }
         }
         match all {
-            _ if !is_confined => Ok((self.claim(name)?, None)),
+            _ if !is_confined => Ok((self.claim(name)?.keep_notes(), None)),
             Some(_) => bail!(
                 "server '{server}' has no room for another export: stop one of those that were added, or start the \
                  server with a larger --room"
