@@ -293,6 +293,12 @@ fn a_server_of_the_same_name_goes_on_with_what_was_added() {
 
 #[test]
 fn what_a_dead_server_left_is_there_after_an_export_could_not_be_added() {
+    what_a_dead_server_left_stays(&[]);
+    // Without a spare folder.
+    what_a_dead_server_left_stays(&["--sandbox=no", "--room", "0"]);
+}
+
+fn what_a_dead_server_left_stays(options: &[&str]) {
     let lab = sandbox();
     let image = lab.image("a.img", 1 << 20);
     let spec = format!("a=file:{}", image.display());
@@ -301,7 +307,7 @@ fn what_a_dead_server_left_is_there_after_an_export_could_not_be_added() {
     let driver = Driver::running(lab.connect("a"), WRITE_THROUGH);
     server.kill().unwrap();
     drop(driver);
-    let server = lab.serve(&["--ublk", "no", "b=mem:1M"]);
+    let server = lab.serve(&[&["--ublk", "no", "b=mem:1M"], options].concat());
     let served = std::fs::read_to_string(lab.path("run/exports/a/served")).unwrap();
     let moved = lab.path("moved.img");
     std::fs::rename(&image, &moved).unwrap();
