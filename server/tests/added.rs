@@ -400,7 +400,7 @@ fn what_a_guest_writes_into_the_notes_of_its_server_is_not_served() {
     lab.ok(&["stop", "--force", "b"]);
     lab.ok(&["add", "--ublk", "no", &format!("b=file:{b}")]);
     server.kill().unwrap();
-    // An export that nobody has added.
+    // An export without a record.
     let record = lab.path("run/records/exports-b");
     assert!(std::fs::read_to_string(&record).unwrap().contains(&b));
     std::fs::remove_file(&record).unwrap();

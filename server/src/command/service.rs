@@ -136,7 +136,7 @@ impl Service<'_> {
             Ok(exports.in_order)
         });
         self.server.take_exports(false);
-        // Whoever waits for an export that comes too late.
+        // Commands that wait for an export that comes too late.
         self.inbox.try_iter().for_each(drop);
         in_order
     }
@@ -272,7 +272,7 @@ impl Exports {
         ending
     }
 
-    /// Closes a door that closed by itself; whether another one goes on.
+    /// Closes a door that closed by itself; whether another one stays open.
     fn close(&mut self, name: &str, door: Door, why: &str) -> bool {
         let Some(export) = self.serving.get_mut(name) else {
             return true;

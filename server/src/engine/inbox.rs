@@ -1,7 +1,7 @@
 //! Results of requests that end outside of their queue thread: on a thread of a library, in another process.
 //!
-//! A queue that gives a request away [expects](Inbox::expect) its result and hands the ticket out. Whoever has done the
-//! work [posts](Post::deliver) the result with that ticket, from any thread. The eventfd that wakes the queue thread is
+//! A queue that gives a request away [expects](Inbox::expect) its result and hands the ticket out. The thread that has done the
+//! work, any one, [posts](Post::deliver) the result with that ticket. The eventfd that wakes the queue thread is
 //! written to only while the thread sleeps.
 //!
 //! A ticket is good for one result. What comes a second time is dropped: no later request in the same slot is taken for

@@ -128,7 +128,7 @@ fn an_end_waits_for_what_is_under_way_elsewhere_for_a_while() {
     let poster = thread::spawn(move || {
         thread::sleep(Duration::from_millis(50));
         post.deliver(second, 0);
-        // Later than anybody waits for: without effect.
+        // Later than it is waited for: without effect.
         post
     });
     assert!(inbox.quiesce(LIMIT));

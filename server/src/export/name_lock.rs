@@ -77,7 +77,7 @@ impl NameLock {
         &self.name
     }
 
-    /// The lock, which whoever has this descriptor holds too.
+    /// The lock, which every process with this descriptor holds.
     #[must_use]
     pub fn lock(&self) -> &File {
         &self.lock

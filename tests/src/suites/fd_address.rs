@@ -62,7 +62,7 @@ fn a_socket_bound_at_one_end_of_a_pipe_is_found_from_the_other(_cx: &Context) ->
 fn a_socket_bound_at_a_disk_is_found_through_any_open_of_it(cx: &Context) -> Result<()> {
     let server = cx.serve().ublk("yes").arg("mem:16M").start()?;
     let disk = server.block_device()?;
-    // Whoever binds could do what its clients will be able to.
+    // A process that binds could do what its clients will be able to.
     let read_only = File::open(&disk)?;
     let at = address(read_only.as_raw_fd(), "test");
     let refused = errno(UnixListener::bind(&at).map(drop));

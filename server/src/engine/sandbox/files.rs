@@ -202,7 +202,7 @@ mod tests {
         };
         std::thread::scope(|scope| scope.spawn(confined).join().unwrap());
         assert!(path("exports/other").exists());
-        // Whoever is outside may use it again, for another export.
+        // A command outside may use it again, for another export.
         fs::rename(path("spares/1"), path("exports/next")).unwrap();
     }
 }
