@@ -141,7 +141,7 @@ pub enum Command {
     },
     /// Add exports to a server that runs
     ///
-    /// An export that was added lasts until it is stopped. A server of the same --server-name goes on with it after a
+    /// An export that was added lasts until it is stopped. A server of the same --server-name serves it again after a
     /// restart or a crash, and recover serves it alone. SPECs and options are those of serve. Exports of a configuration
     /// file are added by reload.
     Add(Box<Add>),

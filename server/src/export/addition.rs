@@ -209,9 +209,7 @@ pub fn add(
         descriptors: kinds,
     };
     let socket = dir.server_socket(&server.server);
-    let answer =
-        admin::send_export(&socket, new, &descriptors, limit).and_then(|request| request.answer());
-    match answer {
+    match admin::add(&socket, new, &descriptors, limit) {
         Ok(status) => {
             claim.leave();
             sockets.into_iter().for_each(Socket::hand_over);

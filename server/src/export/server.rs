@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::geteuid;
+use serde::{Deserialize, Serialize};
 
 use super::addition::Addition;
 use super::admin::{
@@ -24,7 +25,6 @@ use crate::engine::events::Reader;
 use crate::engine::sandbox::{Access, Reach};
 use crate::engine::socket::SocketAccess;
 use crate::engine::{log, sandbox};
-use serde::{Deserialize, Serialize};
 
 /// What the exports of a server share.
 pub struct Server {

@@ -44,7 +44,7 @@ pub fn stop(path: &Path, force: bool, limit: Duration, on_delay: impl FnOnce()) 
         false => seen_openers(path),
     };
     let command = Command::Stop { force, openers };
-    let Stopped { stopped: _ } = ask_patiently(path, command, limit, on_delay)?;
+    let Stopped { stopped: _ } = ask_patiently(path, (command, &[]), limit, on_delay)?;
     Ok(())
 }
 
@@ -103,42 +103,19 @@ pub fn server(path: &Path, limit: Duration) -> Result<ServerStatus> {
     ask(path, Command::Server {}, limit)
 }
 
-/// An export that a server has been sent, and is about to serve.
-#[derive(Debug)]
-pub struct SentExport {
-    stream: UnixStream,
-    deadline: Instant,
-}
-
-/// Sends a server an export that it is to serve, with what was opened for that.
+/// Has the server whose admin socket is `path` serve one more export, with what was opened for it, and waits until it does.
 ///
 /// # Errors
 ///
-/// When the server does not take it within `limit`.
-pub fn send_export(
+/// When the server refuses, or does not answer within `limit`; it may serve the export later then.
+pub fn add(
     path: &Path,
     new: NewExport,
     descriptors: &[BorrowedFd<'_>],
     limit: Duration,
-) -> Result<SentExport> {
-    let deadline = Instant::now() + limit;
-    let stream = connect_within(path, limit)?;
-    stream.set_write_timeout(Some(limit))?;
-    let line = Request::from(Command::Add(new.into())).line()?;
-    send_line(&stream, format!("{line}\n").as_bytes(), descriptors)?;
-    Ok(SentExport { stream, deadline })
-}
-
-impl SentExport {
-    /// Waits until it is served.
-    ///
-    /// # Errors
-    ///
-    /// Why it is not.
-    pub fn answer(&self) -> Result<ExportStatus> {
-        let (line, _) = read_line(&self.stream, MAX_ANSWER_BYTES, self.deadline)?;
-        understand(&line)
-    }
+) -> Result<ExportStatus> {
+    let command = Command::Add(new.into());
+    ask_patiently(path, (command, descriptors), limit, || {})
 }
 
 /// The lines of an event stream.
@@ -193,19 +170,20 @@ impl Iterator for Watch {
 }
 
 fn ask<A: for<'a> Deserialize<'a>>(path: &Path, command: Command, limit: Duration) -> Result<A> {
-    ask_patiently(path, command, limit, || {})
+    ask_patiently(path, (command, &[]), limit, || {})
 }
 
+/// Asks, with descriptors beside the command.
 fn ask_patiently<A: for<'a> Deserialize<'a>>(
     path: &Path,
-    command: Command,
+    asked: (Command, &[BorrowedFd<'_>]),
     limit: Duration,
     on_delay: impl FnOnce(),
 ) -> Result<A> {
     let deadline = Instant::now() + limit;
     let line = connect_within(path, limit).and_then(|stream| {
         stream.set_write_timeout(Some(limit))?;
-        exchange(&stream, command, deadline, on_delay)
+        exchange(&stream, asked, deadline, on_delay)
     });
     let line = line.map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => anyhow!("no answer within {} s", limit.as_secs_f32()),
@@ -216,13 +194,13 @@ fn ask_patiently<A: for<'a> Deserialize<'a>>(
 
 /// The answer to a command on a connection. Calls `on_delay` if it does not come soon.
 pub(super) fn exchange(
-    mut stream: &UnixStream,
-    command: Command,
+    stream: &UnixStream,
+    (command, descriptors): (Command, &[BorrowedFd<'_>]),
     deadline: Instant,
     on_delay: impl FnOnce(),
 ) -> io::Result<String> {
     let line = format!("{}\n", Request::from(command).line()?);
-    match stream.write_all(line.as_bytes()) {
+    match send_line(stream, line.as_bytes(), descriptors) {
         // A server that is busy has answered already.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
         other => other?,

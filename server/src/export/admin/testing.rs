@@ -29,7 +29,7 @@ pub fn answer(stream: UnixStream, service: &impl Service) -> io::Result<()> {
 pub fn stat(stream: &UnixStream, limit: Duration) -> Result<ExportStatus> {
     understand(&exchange(
         stream,
-        Command::Stat {},
+        (Command::Stat {}, &[]),
         Instant::now() + limit,
         || {},
     )?)
@@ -45,5 +45,10 @@ pub fn resize(stream: &UnixStream, limit: Duration) -> Result<Resized> {
         size_bytes: None,
         shrink: false,
     };
-    understand(&exchange(stream, command, Instant::now() + limit, || {})?)
+    understand(&exchange(
+        stream,
+        (command, &[]),
+        Instant::now() + limit,
+        || {},
+    )?)
 }
