@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use regex::Regex;
 use serde::Serialize;
 
@@ -38,6 +39,9 @@ pub struct Request {
     /// Print what would run
     #[arg(long)]
     list: bool,
+    /// Do not run suites in guests beside suites on this machine
+    #[arg(long)]
+    one_at_a_time: bool,
     /// Write all results to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -85,12 +89,7 @@ pub fn run(repo: &Path, request: &Request) -> Result<ExitCode> {
         .copied()
         .collect();
     let paths = prepare(repo, &needs, Build::Testing, request.yes)?;
-    let mut results = Vec::new();
-    for one in &chosen {
-        let result = run_suite(one, &paths)?;
-        line(&format!("{}: {}", one.suite.name, result.totals()));
-        results.push(result);
-    }
+    let results = run_suites(&chosen, &paths, request.one_at_a_time)?;
     let mut totals = Totals::default();
     for result in &results {
         totals.add(result.totals());
@@ -228,6 +227,27 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
         }
     }
     Ok(paths)
+}
+
+/// Runs suites: those in guests beside those on this machine, each in their order.
+fn run_suites(chosen: &[Chosen], paths: &Paths, one_at_a_time: bool) -> Result<Vec<SuiteResult>> {
+    let run = |one: &Chosen| {
+        let result = run_suite(one, paths)?;
+        line(&format!("{}: {}", one.suite.name, result.totals()));
+        Ok(result)
+    };
+    if one_at_a_time {
+        return chosen.iter().map(run).collect();
+    }
+    let (guests, host): (Vec<&Chosen>, Vec<&Chosen>) =
+        (chosen.iter()).partition(|one| one.suite.machine().is_some());
+    let run_all = |these: Vec<&Chosen>| these.into_iter().map(run).collect::<Result<Vec<_>>>();
+    thread::scope(|scope| {
+        let guests = scope.spawn(|| run_all(guests));
+        let mut results = run_all(host)?;
+        results.extend((guests.join()).map_err(|_| anyhow!("the thread of the guests panicked"))??);
+        Ok(results)
+    })
 }
 
 fn run_suite(chosen: &Chosen, paths: &Paths) -> Result<SuiteResult> {

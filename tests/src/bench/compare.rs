@@ -8,7 +8,8 @@ use anyhow::{Context, Result, ensure};
 use testkit::shell::Shell;
 
 use super::record::{Ratio, Row};
-use crate::{cache, cargo};
+use crate::cache;
+use crate::cargo::{self, Profile};
 
 /// The server of a revision, built in a worktree in the cache; its short name and its program.
 pub fn build(repo: &Path, revision: &str) -> Result<(String, PathBuf)> {
@@ -31,7 +32,7 @@ pub fn build(repo: &Path, revision: &str) -> Result<(String, PathBuf)> {
     let _nothing = git(&["worktree", "remove", "--force", tree_name]);
     git(&["worktree", "add", "--detach", tree_name, hash])?;
     let target = home.join("target");
-    let built = cargo::build_server_of(&tree, &target, &[]);
+    let built = cargo::build_server_of(&tree, &target, Profile::Release, &[]);
     git(&["worktree", "remove", "--force", tree_name])?;
     let built = built.with_context(|| format!("revision {revision}"))?;
     let partial = home.join("partial");
