@@ -164,7 +164,7 @@ fn what_cannot_be_added_is_told_and_leaves_nothing() {
         ("a=mem:1M", "an export called 'a' is already served"),
         (&format!("b=file:{image}"), "is in use by another process"),
         (&format!("b=file:{missing}"), "No such file"),
-        ("b=mem:1M,ublk=yes", "makes no block devices"),
+        ("b=mem:1M,ublk=yes", "given up making block devices"),
         (
             "b=mem:1M,ublk=no,vhost-socket=/nowhere/s",
             "a folder that does not exist",

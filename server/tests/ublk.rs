@@ -6,6 +6,8 @@
 
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
+#[path = "ublk/added.rs"]
+mod added;
 #[path = "ublk/broken.rs"]
 mod broken;
 mod common;
@@ -96,6 +98,7 @@ fn config() -> UblkConfig {
         ring_places: None,
         take_over: None,
         refuse_writes: false,
+        elsewhere: None,
     }
 }
 

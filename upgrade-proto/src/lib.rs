@@ -64,7 +64,8 @@ pub use error::{Error, NoService};
 pub use listener::{Listener, Options};
 pub use object::{Key, Side};
 pub use registry::{
-    SYSTEM_RUNTIME_DIR, client_runtime_dirs, own_runtime_dir, remove_stale_entries, stale_entries,
+    SYSTEM_RUNTIME_DIR, client_runtime_dirs, own_runtime_dir, publish, remove_stale_entries,
+    stale_entries,
 };
 pub use socket::{Peer, connect_within};
 pub use text::printable;

@@ -39,12 +39,30 @@ impl Default for Options {
     }
 }
 
+/// An entry in the registry.
+#[derive(Debug)]
+enum Entry {
+    /// Which this process removes.
+    Own(Published),
+    /// Which another process made.
+    Given(OwnedFd),
+}
+
+impl Entry {
+    fn socket(&self) -> &OwnedFd {
+        match self {
+            Self::Own(published) => published.socket(),
+            Self::Given(socket) => socket,
+        }
+    }
+}
+
 /// A service offered on an object. Dropping it ends the offer, but not the accepted connections.
 #[derive(Debug)]
 pub struct Listener {
     epoll: OwnedFd,
     kernel: Option<OwnedFd>,
-    registry: Option<Published>,
+    registry: Option<Entry>,
     entry: Option<PathBuf>,
     registry_error: Option<Error>,
 }
@@ -57,7 +75,28 @@ impl Listener {
     /// [`Listener::routes`]. A kernel with fd addresses that refuses this caller is an error, and so is another server
     /// on either route. The descriptor is not kept.
     pub fn bind(fd: impl AsFd, name: &Name, options: &Options) -> Result<Self, Error> {
-        let fd = fd.as_fd();
+        Self::bind_as(fd.as_fd(), name, options, None)
+    }
+
+    /// As [`Listener::bind`], with an entry that another process has made with [`publish`](crate::publish), as this one
+    /// may not write to the registry. Clients see this process as the server.
+    pub fn with_entry(
+        fd: impl AsFd,
+        name: &Name,
+        options: &Options,
+        entry: OwnedFd,
+    ) -> Result<Self, Error> {
+        // Who listened last is whom clients connect to (unix(7), SO_PEERCRED).
+        rustix::net::listen(&entry, options.backlog).or_cannot("listen on", "the entry")?;
+        Self::bind_as(fd.as_fd(), name, options, Some(entry))
+    }
+
+    fn bind_as(
+        fd: BorrowedFd<'_>,
+        name: &Name,
+        options: &Options,
+        given: Option<OwnedFd>,
+    ) -> Result<Self, Error> {
         let address = FdAddress::new(fd.as_raw_fd(), name.clone())?;
         let listening = match options.kernel {
             true => socket::listen(&address.to_string(), options.backlog),
@@ -72,7 +111,7 @@ impl Listener {
             }
             Err(
                 Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG | Errno::OPNOTSUPP,
-            ) if options.runtime_dir.is_some() => None,
+            ) if options.runtime_dir.is_some() || given.is_some() => None,
             other => Some(other.or_cannot("bind", &address)?),
         };
         let publish = |dir| {
@@ -80,7 +119,8 @@ impl Listener {
             let published = Published::publish(dir, &key, name, options.backlog)?;
             Ok((published, dir.join(registry::entry_path(&key, name))))
         };
-        let (published, registry_error) = match options.runtime_dir.as_deref().map(publish) {
+        let runtime_dir = options.runtime_dir.as_deref().filter(|_| given.is_none());
+        let (published, registry_error) = match runtime_dir.map(publish) {
             None => (None, None),
             Some(Ok(published)) => (Some(published), None),
             Some(Err(error)) if kernel.is_none() || matches!(error, Error::InUse { .. }) => {
@@ -88,8 +128,9 @@ impl Listener {
             }
             Some(Err(error)) => (None, Some(error)),
         };
-        let (registry, entry) = published.unzip();
-        let epoll = poll_both(kernel.as_ref(), registry.as_ref().map(Published::socket))
+        let (published, entry) = published.unzip();
+        let registry = (given.map(Entry::Given)).or(published.map(Entry::Own));
+        let epoll = poll_both(kernel.as_ref(), registry.as_ref().map(Entry::socket))
             .or_cannot("watch", address)?;
         Ok(Self {
             epoll,
@@ -121,10 +162,7 @@ impl Listener {
     pub fn accept(&self) -> Result<Option<Connection>, Error> {
         let routes = [
             (Route::Kernel, self.kernel.as_ref()),
-            (
-                Route::Registry,
-                self.registry.as_ref().map(Published::socket),
-            ),
+            (Route::Registry, self.registry.as_ref().map(Entry::socket)),
         ];
         for (route, listening) in routes {
             let Some(listening) = listening else { continue };

@@ -89,6 +89,24 @@ impl Entry {
     }
 }
 
+/// Publishes a service for another process, which is to listen on the socket: see [`Listener::with_entry`]. The entry stays
+/// when this process ends, and is [stale](stale_entries) when the other one has.
+///
+/// # Errors
+///
+/// [`Error::InUse`] if another server has an entry; when the registry is not trusted, or cannot be written.
+///
+/// [`Listener::with_entry`]: crate::Listener::with_entry
+pub fn publish(runtime_dir: &Path, key: &Key, name: &Name, backlog: i32) -> Result<OwnedFd, Error> {
+    let mut published = Published::publish(runtime_dir, key, name, backlog)?;
+    let socket = (published.socket.try_clone()).map_err(|error| {
+        let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+        Error::system("copy", "a descriptor", errno)
+    })?;
+    published.is_ours = false;
+    Ok(socket)
+}
+
 /// A published service; dropping it takes the entry out again.
 #[derive(Debug)]
 pub(crate) struct Published {
@@ -100,6 +118,7 @@ pub(crate) struct Published {
     name: Name,
     identity: (u64, u64),
     owner_pid: u32,
+    is_ours: bool,
 }
 
 impl Published {
@@ -142,6 +161,7 @@ impl Published {
             name: name.clone(),
             identity,
             owner_pid: std::process::id(),
+            is_ours: true,
         })
     }
 
@@ -168,7 +188,7 @@ impl Drop for Published {
     fn drop(&mut self) {
         // A forked child that drops its copy must not remove its parent's entry. An error leaves a stale entry, which
         // clients ignore and the next server removes.
-        if std::process::id() == self.owner_pid {
+        if self.is_ours && std::process::id() == self.owner_pid {
             let _removed = self.remove();
         }
     }

@@ -10,6 +10,8 @@ use rustix::fs::{Access, access};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
+use crate::address::PREFIX;
+
 /// A new AF_UNIX socket, close-on-exec.
 pub(crate) fn new(kind: SocketType) -> Result<OwnedFd, Errno> {
     net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
@@ -53,8 +55,11 @@ pub(crate) fn has_proc() -> bool {
 /// A stream socket bound to `address` with mode 0600, listening.
 pub(crate) fn listen(address: &str, backlog: i32) -> Result<OwnedFd, Errno> {
     let socket = new(SocketType::STREAM)?;
-    // bind(2) makes the file with the mode of the socket, less the umask, so it is never accessible to others.
-    rustix::fs::fchmod(&socket, 0o600.into())?;
+    // bind(2) makes a file with the mode of the socket, less the umask, so it is never accessible to others. There is no
+    // file at an fd address, which a process may bind that may not change modes.
+    if !address.starts_with(PREFIX) {
+        rustix::fs::fchmod(&socket, 0o600.into())?;
+    }
     net::bind(&socket, &SocketAddrUnix::new(address)?)?;
     net::listen(&socket, backlog)?;
     rustix::io::ioctl_fionbio(&socket, true)?;

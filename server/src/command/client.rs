@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
-use upgrade_proto::{connect_within, printable};
+use upgrade_proto::{connect_within, printable, remove_stale_entries};
 
 use super::left;
 use super::output::{complain, count, print, print_json, print_json_text, print_line};
@@ -164,9 +164,26 @@ pub fn stop(dir: &RuntimeDir, name: &str, force: bool) -> Result<ExitCode> {
             status.pid
         ));
     };
-    admin::stop(&control, force, STOP_LIMIT, tell)
-        .with_context(|| format!("{name} does not stop"))?;
+    stop_export(dir, name, force, tell).with_context(|| format!("{name} does not stop"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Has an export stopped, and removes what a confined server cannot: the entry in the registry that was made for it while it
+/// ran.
+///
+/// # Errors
+///
+/// When the server refuses, or does not answer.
+pub(super) fn stop_export(
+    dir: &RuntimeDir,
+    name: &str,
+    force: bool,
+    on_delay: impl FnOnce(),
+) -> Result<()> {
+    admin::stop(&dir.folder(name).join(CONTROL), force, STOP_LIMIT, on_delay)?;
+    // What stays of it is passed over by clients, and removed by the next server.
+    let _ = remove_stale_entries(dir.path());
+    Ok(())
 }
 
 /// `ublkup resize`

@@ -10,6 +10,7 @@ use upgrade_proto::printable;
 
 use super::add::{add, find};
 use super::cli::USAGE;
+use super::client::stop_export;
 use super::output::{complain, print_json, print_line};
 use crate::config::{
     ConfigError, Difference, ExportConfig, Origin, SavedExport, check_name, check_together,
@@ -22,9 +23,6 @@ use crate::export::{Configuration, explain};
 
 /// A server that does not answer within this time is reported as not answering.
 const SET_LIMIT: Duration = Duration::from_secs(5);
-
-/// Draining ends when the storage has completed its requests, which may take long.
-const STOP_LIMIT: Duration = Duration::from_secs(120);
 
 /// What is to be done with an export.
 enum Step {
@@ -234,7 +232,7 @@ fn apply(dir: &RuntimeDir, server: &ServerStatus, steps: Vec<(String, Step)>) ->
             Step::Remove if *serving == 1 => Err(anyhow!(
                 "{name} is not removed: it is the last one, and the server would end with it: stop the server instead"
             )),
-            Step::Remove => remove(dir, &name)
+            Step::Remove => stop_export(dir, &name, false, || {})
                 .map(|()| *serving -= 1)
                 .with_context(|| format!("{name} is not removed")),
             Step::Change(difference) if difference.live.is_empty() => Ok(()),
@@ -259,8 +257,4 @@ fn apply(dir: &RuntimeDir, server: &ServerStatus, steps: Vec<(String, Step)>) ->
         apply(step, &mut serving);
     }
     outcomes
-}
-
-fn remove(dir: &RuntimeDir, name: &str) -> Result<()> {
-    admin::stop(&dir.folder(name).join(CONTROL), false, STOP_LIMIT, || {})
 }

@@ -124,7 +124,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     };
     let server = Server::new(dir, options, events.clone());
     // First, so that who watches it sees the exports start.
-    let socket = listen(&server, room, own_name.is_some())?;
+    let mut socket = listen(&server, room, own_name.is_some())?;
     // Before the exports: an address that cannot be had shall not stop them again.
     let collectors = (metrics.as_ref())
         .map(|address| MetricsServer::start(address, &server))
@@ -177,7 +177,7 @@ pub fn run(dir: &RuntimeDir, configs: Vec<ExportConfig>, start: StartOptions) ->
     };
     give_up_the_rest(
         exports.values(),
-        (socket.as_ref(), collectors.as_ref()),
+        (socket.as_mut(), collectors.as_ref()),
         sandbox,
     );
     // The program has standard output for itself.
@@ -317,7 +317,7 @@ fn announce(exports: &BTreeMap<String, Export>) -> Result<()> {
 /// Gives up what the exports do not need now that they are open, and says in the log how far that went.
 fn give_up_the_rest<'a>(
     exports: impl Iterator<Item = &'a Export>,
-    (socket, collectors): (Option<&ServerSocket>, Option<&MetricsServer>),
+    (socket, collectors): (Option<&mut ServerSocket>, Option<&MetricsServer>),
     sandbox: bool,
 ) {
     // What a client is; what uses a disk; what is read beyond the end of a file that was cut short. Not all of /sys: below
@@ -341,6 +341,13 @@ fn give_up_the_rest<'a>(
     }
     if let Some(socket) = socket {
         socket.add_reach(&mut reach);
+        if sandbox
+            && reach.administers_devices
+            && let Err(error) = socket.keep_making_devices(&mut reach)
+        {
+            let why = explain(&error);
+            tracing::info!("exports that are added later will have no block devices: {why}");
+        }
     }
     if let Some(collectors) = collectors {
         collectors.add_reach(&mut reach);

@@ -4,22 +4,32 @@
 //! over: the name with its folder ([`spares`](super::spares)), the sockets, the image.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::fs::{AtFlags, CWD, linkat};
+use rustix::io::Errno;
+use upgrade_proto::Peer;
 
-use super::admin::{self, ExportStatus, HandedOver, NewExport, ServerStatus};
-use super::name_lock::{CONTROL, NameLock, VHOST_SOCKET};
+use super::admin::{
+    self, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, OPEN_LIMIT, ServerStatus, Wanted,
+};
+use super::name_lock::{CONTROL, NameLock, VHOST_SOCKET, new_mark};
 use super::runtime_dir::RuntimeDir;
 use super::spares::Spares;
+use super::upgrade;
 use crate::config::{DoorMode, ExportConfig, Origin, SavedExport, StorageSpec, check_name};
+use crate::door::ublk::{NodeElsewhere, is_marked};
 use crate::engine::durable::NoteFile;
 use crate::engine::sandbox;
 use crate::engine::socket::Socket;
+use crate::engine::wait::repeat_while;
 use crate::storage::open_file;
 
 /// An export as it arrives at the server.
@@ -40,19 +50,88 @@ pub(super) struct Handed {
     pub(super) control: Option<Socket>,
     pub(super) vhost: Option<Socket>,
     pub(super) image: Option<File>,
+    pub(super) mark: Option<u64>,
+    /// Opens what this process cannot when there is to be a block device.
+    pub(super) opener: Option<Opener>,
+    /// The folder in which that links character devices.
+    pub(super) devices: Option<PathBuf>,
+}
+
+/// The command that adds an export, as the server sees it: it opens what the server wants while it opens the export.
+#[derive(Clone, Debug)]
+pub(super) struct Opener(Sender<Errand>);
+
+/// Something to open.
+#[derive(Debug)]
+pub(super) struct Errand {
+    wanted: Wanted,
+    done: Sender<Result<Vec<OwnedFd>>>,
+}
+
+impl Opener {
+    /// And what it is asked for, as long as it is there.
+    pub(super) fn new() -> (Self, Receiver<Errand>) {
+        let (ask, errands) = mpsc::channel();
+        (Self(ask), errands)
+    }
+
+    /// Has something opened.
+    fn open(&self, wanted: Wanted) -> Result<Vec<OwnedFd>> {
+        let (done, is_done) = mpsc::channel();
+        let gone = "the command that adds the export has gone";
+        (self.0.send(Errand { wanted, done })).map_err(|_| anyhow!(gone))?;
+        is_done.recv().context(gone)?
+    }
+
+    /// Has the entry in the registry made for the disk of a ublk device.
+    pub(super) fn upgrade_entry(&self, number: u32) -> Result<OwnedFd> {
+        let mut opened = self.open(Wanted::UpgradeEntry(number))?;
+        opened.pop().context("no socket came with the entry")
+    }
+}
+
+impl Errand {
+    pub(super) fn run(self, open: impl FnOnce(Wanted) -> Result<Vec<OwnedFd>>) {
+        // Who asked waits.
+        let _ = self.done.send(open(self.wanted));
+    }
+}
+
+impl Handed {
+    /// How the character device of a ublk device is reached, if not in `/dev`.
+    pub(super) fn elsewhere(&self) -> Option<NodeElsewhere> {
+        let (folder, opener) = self.devices.clone().zip(self.opener.clone())?;
+        let link = move |number| {
+            let opened = opener.open(Wanted::UblkDevice(number));
+            opened.map(drop).map_err(io::Error::other)
+        };
+        Some(NodeElsewhere {
+            folder,
+            link: Arc::new(link),
+        })
+    }
+}
+
+/// What a server has for exports that are added.
+#[derive(Debug)]
+pub(super) struct Host<'a> {
+    pub(super) dir: &'a RuntimeDir,
+    pub(super) spares: Option<&'a Spares>,
+    /// Where the character devices of ublk devices are linked, if the server is confined and makes some.
+    pub(super) devices: Option<&'a Path>,
 }
 
 impl Addition {
-    /// Takes what a command hands over.
+    /// Takes what a command hands over; `opener` is that command.
     ///
     /// # Errors
     ///
     /// When it is not what the command says, or cannot be served by a confined server.
     pub(super) fn receive(
-        dir: &RuntimeDir,
-        spares: Option<&Spares>,
+        host: &Host<'_>,
         new: NewExport,
         descriptors: Vec<OwnedFd>,
+        opener: Opener,
     ) -> Result<Self> {
         ensure!(
             descriptors.len() == new.descriptors.len(),
@@ -81,16 +160,19 @@ impl Addition {
         let lock = lock.context("the lock of its name was not handed over")?;
         let name = new.served.options.name.clone().unwrap_or_default();
         check_name(&name)?;
-        let home = new.spare.zip(spares);
+        let home = new.spare.zip(host.spares);
         let home = home.and_then(|(number, spares)| spares.home(number));
         ensure!(
             home.is_some() || !sandbox::status().on && new.spare.is_none(),
             "its folder is none of those that this server has ready"
         );
         // From here on the folder is cleared with this value.
-        let claim = dir.adopt(&name, lock, home)?;
+        let claim = host.dir.adopt(&name, lock, home)?;
         // Dropped before the folder that the sockets are in.
-        let handed = handed;
+        let mut handed = handed;
+        handed.mark = new.mark;
+        handed.devices = host.devices.map(Path::to_owned);
+        handed.opener = host.devices.map(|_| opener);
         Ok(Self {
             config: configure(new.served, &handed)?,
             handed,
@@ -109,25 +191,24 @@ fn configure(served: SavedExport, handed: &Handed) -> Result<ExportConfig> {
         && handed.control.is_some();
     ensure!(fits, "what was handed over is not what the export needs");
     if sandbox::status().on {
-        confine(&mut config)?;
+        confine(&mut config, handed.devices.is_some())?;
     }
     Ok(config)
 }
 
 /// Leaves out what a confined server cannot do, or refuses.
-fn confine(config: &mut ExportConfig) -> Result<()> {
+fn confine(config: &mut ExportConfig, makes_devices: bool) -> Result<()> {
     match config.ublk {
         DoorMode::No => {}
+        DoorMode::Auto | DoorMode::Yes if makes_devices => {}
         DoorMode::Auto => {
-            tracing::info!(
-                "{}: no ublk door: a confined server makes no block devices",
-                config.name
-            );
+            let name = &config.name;
+            tracing::info!("{name}: no ublk door: this server has given up making block devices");
             config.ublk = DoorMode::No;
         }
         DoorMode::Yes => bail!(
-            "a server that has confined itself makes no block devices: serve it by another server, start this one \
-             with --sandbox=no, or give ublk=no"
+            "this server has given up making block devices, since it was started without one of an administrator: \
+             serve it by another server, start this one with a block device or --sandbox=no, or give ublk=no"
         ),
     }
     Ok(())
@@ -188,7 +269,7 @@ pub fn add(
 ) -> Result<ExportStatus> {
     let is_confined = server.sandbox.on;
     let mut as_served = config.clone();
-    if is_confined && as_served.ublk == DoorMode::Auto {
+    if !server.makes_block_devices && as_served.ublk == DoorMode::Auto {
         as_served.ublk = DoorMode::No;
     }
     // Before the name is taken, and with it what a dead server left under it.
@@ -203,13 +284,19 @@ pub fn add(
     handed.extend(image.iter().map(|file| (HandedOver::Image, file.as_fd())));
     let (kinds, descriptors): (_, Vec<BorrowedFd<'_>>) = handed.into_iter().unzip();
     let record = Record::write(dir, &config.name, &served)?;
+    let mark = new_mark();
     let new = NewExport {
         served,
         spare,
+        mark: server.makes_block_devices.then_some(mark),
         descriptors: kinds,
     };
     let socket = dir.server_socket(&server.server);
-    match admin::add(&socket, new, &descriptors, limit) {
+    // That of a device that a dead server has left, too.
+    let noted = claim.left_device().and_then(|note| note.mark);
+    let marks: Vec<_> = noted.into_iter().chain([mark]).collect();
+    let open = |server, wanted| open_wanted(dir, server, wanted, &marks);
+    match admin::add(&socket, new, &descriptors, limit, open) {
         Ok(status) => {
             claim.leave();
             sockets.into_iter().for_each(Socket::hand_over);
@@ -220,6 +307,48 @@ pub fn add(
             Err(error)
         }
     }
+}
+
+/// Where confined servers find the character devices of ublk devices that they make: on the file system of `/dev`, each
+/// below a folder of its own.
+pub(super) fn device_folders() -> Result<RuntimeDir> {
+    RuntimeDir::find(Some("/dev/ublkup".into()))
+}
+
+/// Opens what a server wants for the export. Its block device has to be one that was made for the export: the server may not
+/// be what it was.
+fn open_wanted(
+    dir: &RuntimeDir,
+    server: Peer,
+    wanted: Wanted,
+    marks: &[u64],
+) -> Result<Option<OwnedFd>> {
+    let (number, served_by) = match wanted {
+        Wanted::UblkDevice(number) => (number, None),
+        Wanted::UpgradeEntry(number) => (number, Some(server.pid)),
+    };
+    ensure!(
+        is_marked(number, marks, served_by)?,
+        "the server asks for /dev/ublkc{number}, which is not what it was to make"
+    );
+    match wanted {
+        Wanted::UblkDevice(number) => link_device(server, number).map(|()| None),
+        Wanted::UpgradeEntry(number) => upgrade::publish(dir.path(), number).map(Some),
+    }
+}
+
+/// Links a character device for a server, which removes the link. The driver takes the process that opens a device for its
+/// server, so that a descriptor would not do.
+fn link_device(server: Peer, number: u32) -> Result<()> {
+    let name = format!("ublkc{number}");
+    let folder = device_folders()?.server_folder(&server.pid.to_string())?;
+    let device = format!("/dev/{name}");
+    let link = || linkat(CWD, &device, &folder, &name, AtFlags::empty());
+    // udev may not have made it.
+    repeat_while(OPEN_LIMIT, OPEN_INTERVAL, link, |linked| {
+        *linked == Err(Errno::NOENT)
+    })
+    .with_context(|| format!("cannot link {device} into {}", folder.path().display()))
 }
 
 /// Opens the image.

@@ -1,6 +1,7 @@
 //! The name of an export, held by one server, and the notes below it.
 
 use std::fs::File;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -292,6 +293,11 @@ pub(super) fn remove_spares(server: &TrustedDir) {
     if let Err(error) = unlinkat(server, SPARE, AtFlags::REMOVEDIR) {
         tracing::debug!(folder = %all.path().display(), %error, "cannot remove");
     }
+}
+
+/// A mark that no other device has. Not zero, which devices of other servers have.
+pub(super) fn new_mark() -> u64 {
+    RandomState::new().build_hasher().finish().max(1)
 }
 
 /// What is noted about a block device.

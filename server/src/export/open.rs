@@ -1,14 +1,13 @@
 //! Opening an export: its storage, its doors, and what an earlier server left of them.
 
 use std::cell::RefCell;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, Once};
 
 use anyhow::{Context, Result, bail};
 
 use super::addition::{Handed, claims_later};
 use super::event::{Door, Event};
-use super::name_lock::{DeviceNote, NameLock, VHOST_SOCKET};
+use super::name_lock::{DeviceNote, NameLock, VHOST_SOCKET, new_mark};
 use super::recovery::{self, Beginning, Kernel, Wanted};
 use super::runtime_dir::RuntimeDir;
 use super::server::Server;
@@ -240,6 +239,7 @@ impl Opening<'_> {
             mark: self.mark(recoverable.is_some(), disk.identity())?,
             take_over: recoverable,
             refuse_writes,
+            elsewhere: self.handed.borrow().elsewhere(),
         };
         let mark = ublk.mark;
         let door = UblkDoor::start(&ublk, disk, counters, on_end).inspect_err(|_| {
@@ -284,8 +284,7 @@ impl Opening<'_> {
             let old = self.claim.left_device().and_then(|note| note.mark);
             return Ok(old.unwrap_or_default());
         }
-        // Not zero, which devices of other servers have.
-        let mark = RandomState::new().build_hasher().finish().max(1);
+        let mark = self.handed.borrow().mark.unwrap_or_else(new_mark);
         self.note(&DeviceNote {
             mark: Some(mark),
             storage,
@@ -300,7 +299,18 @@ impl Opening<'_> {
     fn listen_for_upgrades(&self, doors: &Doors) -> Option<UpgradeListener> {
         let ((ublk, _), (vhost, _)) = doors.ublk.as_ref().zip(doors.vhost.as_ref())?;
         let name = &self.config.name;
-        match UpgradeListener::start(name, ublk, self.dir.path(), vhost.adopter()) {
+        let opener = self.handed.borrow_mut().opener.take();
+        let entry = match opener
+            .map(|opener| opener.upgrade_entry(ublk.id()))
+            .transpose()
+        {
+            Ok(entry) => entry,
+            Err(error) => {
+                tracing::warn!("{name}: no entry in the registry: {error:#}");
+                return None;
+            }
+        };
+        match UpgradeListener::start(name, ublk, self.dir.path(), entry, vhost.adopter()) {
             Ok(listener) => Some(listener),
             Err(error) => {
                 let disk = ublk.block_path();

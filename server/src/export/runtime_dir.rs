@@ -165,6 +165,15 @@ impl RuntimeDir {
         Ok(names)
     }
 
+    /// The folder of a server.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or it is not trusted.
+    pub(super) fn server_folder(&self, name: &str) -> Result<TrustedDir, Error> {
+        self.servers()?.dir(name)
+    }
+
     /// The admin socket of a server, whether it exists or not.
     #[must_use]
     pub fn server_socket(&self, name: &str) -> PathBuf {

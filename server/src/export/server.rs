@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
-use super::addition::Addition;
+use super::addition::{Addition, Host, Opener, device_folders};
 use super::admin::{
     self, AllStatus, Answerer, Client, Command, ExportStatus, Listening, NewExport, Reply, Request,
     SCHEMA, ServerStatus, Service,
@@ -42,6 +42,8 @@ pub struct Server {
     takes_exports: Mutex<bool>,
     /// Folders for exports that are added later, while its admin socket is open.
     spares: OnceLock<Weak<Spares>>,
+    /// Where it finds the ublk devices of exports that are added.
+    devices: OnceLock<PathBuf>,
 }
 
 /// Where a server got its exports from.
@@ -82,6 +84,7 @@ impl Server {
             configuration: options.configuration,
             takes_exports: Mutex::new(false),
             spares: OnceLock::new(),
+            devices: OnceLock::new(),
         })
     }
 
@@ -142,6 +145,8 @@ impl Server {
         let listening = admin::serve("server", &socket, &self.access, Arc::clone(self))?;
         Ok(ServerSocket {
             _listening: listening,
+            server: Arc::clone(self),
+            devices: None,
             spares,
             exports: self.dir.exports_folder(),
             records: self.dir.records_folder(),
@@ -160,7 +165,7 @@ impl Server {
     }
 
     /// Serves an export that a client hands over, and waits until it is served.
-    fn take_in(&self, new: NewExport, client: Client) -> Result<ExportStatus> {
+    fn take_in(&self, new: NewExport, mut client: Client) -> Result<ExportStatus> {
         let own = geteuid().as_raw();
         ensure!(
             client.uid.is_some_and(|uid| [own, 0].contains(&uid)),
@@ -171,7 +176,14 @@ impl Server {
             "the server is starting, or ending: try again"
         );
         let spares = self.spares.get().and_then(Weak::upgrade);
-        let addition = Addition::receive(&self.dir, spares.as_deref(), new, client.descriptors)?;
+        let host = Host {
+            dir: &self.dir,
+            spares: spares.as_deref(),
+            devices: self.devices.get().map(PathBuf::as_path),
+        };
+        let descriptors = std::mem::take(&mut client.descriptors);
+        let (opener, errands) = Opener::new();
+        let addition = Addition::receive(&host, new, descriptors, opener)?;
         let (answer, answered) = mpsc::channel();
         let addition = Box::new(addition);
         // Without a receiver it is dropped, and so is the sender. The table is held: what is sent is received.
@@ -179,6 +191,10 @@ impl Server {
         ensure!(*takes_exports, "the server is ending");
         let _ = self.events.send(Event::Add { addition, answer });
         drop(takes_exports);
+        // Until nothing more can be wanted.
+        for errand in errands {
+            errand.run(|wanted| client.open(wanted));
+        }
         answered.recv().context("the server is ending")?
     }
 
@@ -232,6 +248,7 @@ impl Server {
             pid: std::process::id(),
             started_unix_seconds: self.started_unix_seconds,
             sandbox: sandbox::status(),
+            makes_block_devices: !sandbox::status().on || self.devices.get().is_some(),
             lost_log_lines: log::lost_lines(),
             exports: self.exports().keys().cloned().collect(),
         }
@@ -278,6 +295,8 @@ impl Answerer for Server {
 /// The admin socket of a server. Dropping it waits until its clients have their answers.
 pub struct ServerSocket {
     _listening: Listening,
+    server: Arc<Server>,
+    devices: Option<NameLock>,
     spares: Arc<Spares>,
     exports: PathBuf,
     records: PathBuf,
@@ -297,6 +316,28 @@ impl ServerSocket {
         let records = (self.records.clone(), Access::RemoveFiles);
         reach.paths.push(records);
         self.spares.add_reach(&self.exports, reach);
+    }
+
+    /// Makes it possible to make block devices in the sandbox, and adds what that needs.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not possible.
+    pub fn keep_making_devices(&mut self, reach: &mut Reach) -> Result<()> {
+        if self.spares.is_empty() {
+            return Ok(());
+        }
+        let pid = std::process::id().to_string();
+        let devices = device_folders()?.claim_server(&pid)?;
+        let folder = devices.folder().to_owned();
+        reach.paths.push((folder.clone(), Access::Folder));
+        if let Some(all) = folder.parent() {
+            reach.paths.push((all.to_owned(), Access::RemoveFolders));
+        }
+        // A server confines itself once.
+        let _ = self.server.devices.set(folder);
+        self.devices = Some(devices);
+        Ok(())
     }
 }
 

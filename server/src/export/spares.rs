@@ -59,6 +59,11 @@ impl Spares {
         reach.paths.push((exports.to_owned(), Access::MoveFolders));
     }
 
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
     /// Where one of them belongs.
     pub(super) fn home(&self, number: u32) -> Option<PathBuf> {
         let all = self.server.path().join(SPARE);

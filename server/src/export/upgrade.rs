@@ -4,12 +4,16 @@
 //! (`/dev/self/fd/<fd>/vhost-user-blk`) where the kernel has those, and in the registry. A
 //! client that comes that way is a client of the vhost door like any other.
 
+use std::fs::metadata;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use anyhow::{Context, Result};
+use rustix::fs::{major, minor};
 use upgrade_proto::{Connection, Key, Listener, Name, Options, Route, remove_stale_entries};
 
 use crate::door::ublk::UblkDoor;
@@ -29,7 +33,8 @@ pub struct UpgradeListener {
 }
 
 impl UpgradeListener {
-    /// Offers the service on the disk of `door`; `adopt` gets the connections.
+    /// Offers the service on the disk of `door`; `adopt` gets the connections. `given` is the socket of the entry in the
+    /// registry, if another process has made it.
     ///
     /// # Errors
     ///
@@ -38,19 +43,26 @@ impl UpgradeListener {
         export: &str,
         door: &UblkDoor,
         runtime_dir: &Path,
+        given: Option<OwnedFd>,
         adopt: impl Fn(UnixStream) -> io::Result<()> + Send + 'static,
     ) -> Result<Self> {
         let (char_device, (major, minor)) = door
             .char_device()
             .zip(door.disk_number())
             .context("the block device has gone")?;
-        let options = Options {
-            runtime_dir: Some(runtime_dir.to_owned()),
-            key: Some(Key::of_disk(major, minor)?),
-            ..Options::default()
+        let name = Name::new(SERVICE)?;
+        let listener = match given {
+            Some(entry) => Listener::with_entry(&char_device, &name, &Options::default(), entry)?,
+            None => {
+                SWEPT.call_once(|| sweep(runtime_dir));
+                let options = Options {
+                    runtime_dir: Some(runtime_dir.to_owned()),
+                    key: Some(Key::of_disk(major, minor)?),
+                    ..Options::default()
+                };
+                Listener::bind(&char_device, &name, &options)?
+            }
         };
-        SWEPT.call_once(|| sweep(runtime_dir));
-        let listener = Listener::bind(&char_device, &Name::new(SERVICE)?, &options)?;
         // The device cannot be removed while this is open.
         drop(char_device);
         if let Some(error) = listener.registry_error() {
@@ -90,6 +102,24 @@ impl UpgradeListener {
     pub fn ways(&self) -> Vec<&'static str> {
         self.routes.iter().map(|route| route.name()).collect()
     }
+}
+
+/// Makes the entry in the registry for the disk of the ublk device with this number, for the server that will listen.
+///
+/// # Errors
+///
+/// When there is no such disk, or there can be no entry.
+pub(super) fn publish(runtime_dir: &Path, number: u32) -> Result<OwnedFd> {
+    let disk = metadata(format!("/dev/ublkb{number}"))?.rdev();
+    let key = Key::of_disk(major(disk), minor(disk))?;
+    let options = Options::default();
+    let name = Name::new(SERVICE)?;
+    Ok(upgrade_proto::publish(
+        runtime_dir,
+        &key,
+        &name,
+        options.backlog,
+    )?)
 }
 
 /// The registry is swept once by each process.

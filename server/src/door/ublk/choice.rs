@@ -174,6 +174,7 @@ mod tests {
             mark: 1,
             take_over: None,
             refuse_writes: false,
+            elsewhere: None,
         }
     }
 

@@ -1,6 +1,8 @@
 //! What a ublk device shall be, and what it turned out to be.
 
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::{fmt, io};
 
 use super::error::UblkError;
 use super::features::Features;
@@ -40,6 +42,23 @@ pub struct UblkConfig {
     pub take_over: Option<u32>,
     /// Begin without writes; see [`UblkDoor::writes`](super::UblkDoor::writes).
     pub refuse_writes: bool,
+    /// Where the character device is, if this process does not reach all of `/dev`.
+    pub elsewhere: Option<NodeElsewhere>,
+}
+
+/// A character device that another process makes reachable.
+#[derive(Clone)]
+pub struct NodeElsewhere {
+    /// The folder into which it links the device. The link is removed when the device is open.
+    pub folder: PathBuf,
+    /// Has it link the device with this number.
+    pub link: Arc<dyn Fn(u32) -> io::Result<()> + Send + Sync>,
+}
+
+impl fmt::Debug for NodeElsewhere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("NodeElsewhere").field(&self.folder).finish()
+    }
 }
 
 /// How the data of a request gets to the storage and back.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use libublk::sys;
 
 use super::choice;
-use super::config::{DataPath, Facts, UblkConfig};
+use super::config::{DataPath, Facts, NodeElsewhere, UblkConfig};
 use super::control::{Control, NewDevice};
 use super::error::UblkError;
 use super::features::Features;
@@ -105,7 +105,8 @@ impl Device {
         crash::point("device-added");
         // First of all: the device of an ordinary user belongs to root until udev has seen it, and
         // takes no commands from us.
-        let char_device = Arc::new(open_char_device(device.id)?);
+        let elsewhere = config.elsewhere.as_ref();
+        let char_device = Arc::new(open_char_device(device.id, elsewhere)?);
         device.char_device = Some(Arc::clone(&char_device));
         if !device.others {
             let params = Params::new(params, alignment_bytes);
@@ -286,17 +287,21 @@ impl Drop for Device {
 }
 
 /// Opens the character device, which appears a moment after the device was added.
-fn open_char_device(id: u32) -> Result<File, UblkError> {
-    let open = || {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(char_path(id))
-    };
+fn open_char_device(id: u32, elsewhere: Option<&NodeElsewhere>) -> Result<File, UblkError> {
+    let mut path = char_path(id);
+    if let Some(NodeElsewhere { folder, link }) = elsewhere {
+        link(id).map_err(|source| UblkError::CharDevice { id, source })?;
+        path = folder.join(path.file_name().unwrap_or_default());
+    }
+    let open = || OpenOptions::new().read(true).write(true).open(&path);
     let errno = |opened: &std::io::Result<File>| opened.as_ref().err()?.raw_os_error();
     // udev may not have made the node, or may be changing its mode.
     let comes = |opened: &_| matches!(errno(opened), Some(libc::ENOENT | libc::EACCES));
     let opened = repeat_while(NODE_LIMIT, NODE_INTERVAL, open, comes);
+    if elsewhere.is_some() {
+        // What is left of it goes with its folder.
+        let _ = std::fs::remove_file(&path);
+    }
     opened.map_err(|source| match source.raw_os_error() {
         Some(libc::EACCES) => UblkError::NotOurs { id },
         _ => UblkError::CharDevice { id, source },

@@ -45,12 +45,12 @@ mod stale_device;
 mod users;
 mod writes;
 
-pub use config::{DataPath, DoorEnd, Facts, Recovery, UblkConfig};
+pub use config::{DataPath, DoorEnd, Facts, NodeElsewhere, Recovery, UblkConfig};
 pub use control::available;
 pub use door::UblkDoor;
 pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::Features;
-pub use owner::{mark, owner};
+pub use owner::{is_marked, mark, owner};
 pub use paths::disk_sequence;
 pub use stale_device::{DeviceState, device_state, marked, remove, stale_devices, waiting_devices};
 pub use users::openers_of;

@@ -27,6 +27,22 @@ pub fn mark(kernel_name: &str) -> Result<u64, UblkError> {
     Ok(info(kernel_name)?.ublksrv_flags)
 }
 
+/// Whether the device with this number was made with one of these marks, and is served by the process `served_by`, or by
+/// none.
+///
+/// # Errors
+///
+/// As for [`mark`].
+pub fn is_marked(number: u32, marks: &[u64], served_by: Option<i32>) -> Result<bool, UblkError> {
+    let info = Control::open()?.info(number)?;
+    let has_mark = info.ublksrv_flags != 0 && marks.contains(&info.ublksrv_flags);
+    let served = match served_by {
+        Some(pid) => info.ublksrv_pid == pid,
+        None => info.ublksrv_pid <= 0,
+    };
+    Ok(has_mark && served)
+}
+
 fn info(kernel_name: &str) -> Result<sys::ublksrv_ctrl_dev_info, UblkError> {
     let id = id_of(kernel_name)
         .ok_or_else(|| UblkError::Config(format!("'{kernel_name}' is no ublk device")))?;

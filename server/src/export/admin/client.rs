@@ -2,20 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Deserialize;
-use upgrade_proto::connect_within;
+use upgrade_proto::{Peer, connect_within};
 
 use super::line::{read_line, send_line};
 use super::protocol::{
     Changed, Command, ExportStatus, Left, MAX_ANSWER_BYTES, NewExport, OPEN_INTERVAL, OPEN_LIMIT,
-    Refused, Request, Resized, ServerStatus, Stopped, StreamLine,
+    Opened, Request, Resized, ServerStatus, Stopped, StreamLine, Wanted, Wants, answer_with,
+    understand,
 };
 use crate::door::ublk::openers_of;
 use crate::engine::wait::repeat_while;
@@ -104,6 +105,7 @@ pub fn server(path: &Path, limit: Duration) -> Result<ServerStatus> {
 }
 
 /// Has the server whose admin socket is `path` serve one more export, with what was opened for it, and waits until it does.
+/// `open` opens what the server wants while it opens the export.
 ///
 /// # Errors
 ///
@@ -113,9 +115,26 @@ pub fn add(
     new: NewExport,
     descriptors: &[BorrowedFd<'_>],
     limit: Duration,
+    open: impl Fn(Peer, Wanted) -> Result<Option<OwnedFd>>,
 ) -> Result<ExportStatus> {
+    let deadline = Instant::now() + limit;
+    let in_time = |error| no_answer(error, limit);
+    let stream = connect_within(path, limit).map_err(in_time)?;
+    stream.set_write_timeout(Some(limit))?;
+    let server = Peer::of(&stream)?;
     let command = Command::Add(new.into());
-    ask_patiently(path, (command, descriptors), limit, || {})
+    let mut line = exchange(&stream, (command, descriptors), deadline, || {}).map_err(in_time)?;
+    while let Ok(Wants { wants }) = serde_json::from_str(&line) {
+        let (answer, opened) = match open(server, wants) {
+            Ok(opened) => (Ok(Opened { opened: true }), opened),
+            Err(error) => (Err(error), None),
+        };
+        let descriptors: Vec<_> = opened.iter().map(AsFd::as_fd).collect();
+        let answer = answer_with(answer)?;
+        send_line(&stream, format!("{answer}\n").as_bytes(), &descriptors)?;
+        line = answer_line(&stream, deadline).map_err(in_time)?;
+    }
+    understand(&line)
 }
 
 /// The lines of an event stream.
@@ -185,11 +204,14 @@ fn ask_patiently<A: for<'a> Deserialize<'a>>(
         stream.set_write_timeout(Some(limit))?;
         exchange(&stream, asked, deadline, on_delay)
     });
-    let line = line.map_err(|error| match error.kind() {
+    understand(&line.map_err(|error| no_answer(error, limit))?)
+}
+
+fn no_answer(error: io::Error, limit: Duration) -> anyhow::Error {
+    match error.kind() {
         io::ErrorKind::WouldBlock => anyhow!("no answer within {} s", limit.as_secs_f32()),
         _ => error.into(),
-    })?;
-    understand(&line)
+    }
 }
 
 /// The answer to a command on a connection. Calls `on_delay` if it does not come soon.
@@ -210,17 +232,13 @@ pub(super) fn exchange(
     if poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&delay)) == Ok(0) {
         on_delay();
     }
+    answer_line(stream, deadline)
+}
+
+fn answer_line(stream: &UnixStream, deadline: Instant) -> io::Result<String> {
     let (line, _) = read_line(stream, MAX_ANSWER_BYTES, deadline)?;
     match line.is_empty() {
         true => Err(io::ErrorKind::UnexpectedEof.into()),
         false => Ok(line),
     }
-}
-
-/// What an answer says, if it is not a refusal.
-pub(super) fn understand<A: for<'a> Deserialize<'a>>(line: &str) -> Result<A> {
-    if let Ok(Refused { error }) = serde_json::from_str(line) {
-        bail!("{error}");
-    }
-    serde_json::from_str(line).context("the answer makes no sense (another version?)")
 }

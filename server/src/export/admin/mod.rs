@@ -13,7 +13,7 @@ pub use client::{Watch, add, leave, resize, server, set, stat, stop, watch};
 pub use protocol::{
     AllStatus, Command, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, OPEN_LIMIT,
     RefusalStatus, Request, Resized, SCHEMA, ServerStatus, SessionStatus, StreamLine, UblkStatus,
-    VhostStatus,
+    VhostStatus, Wanted,
 };
 pub use server::{Answerer, Client, Listening, Reply, Service, answer_for, listen_at, serve};
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -126,6 +127,9 @@ pub struct NewExport {
     /// Which of the server's spare folders has become that of the export; none, if it was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spare: Option<u32>,
+    /// The mark with which its block device is to be made, if there is to be one: a random number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<u64>,
     /// The descriptors that come with the first byte of the request, in their order.
     pub descriptors: Vec<HandedOver>,
 }
@@ -142,6 +146,30 @@ pub enum HandedOver {
     VhostUserBlk,
     /// The image.
     Image,
+}
+
+/// What a confined server has the client of `add` open while it opens the export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wanted {
+    /// The character device of the ublk device with this number, where the server reaches it.
+    UblkDevice(u32),
+    /// The socket of the entry in the registry of upgrades for the disk of the ublk device with this number.
+    UpgradeEntry(u32),
+}
+
+/// A line before the answer to `add`. The client answers with [`Opened`] or [`Refused`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Wants {
+    pub(super) wants: Wanted,
+}
+
+/// It is open.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Opened {
+    pub(super) opened: bool,
 }
 
 /// The first line of an answer to `events`, and each line that tells of a gap.
@@ -177,6 +205,9 @@ pub struct ServerStatus {
     pub started_unix_seconds: u64,
     /// How it is confined.
     pub sandbox: sandbox::Status,
+    /// Whether an export that is added may have a block device.
+    #[serde(default)]
+    pub makes_block_devices: bool,
     /// Lines of its log that could not be written.
     pub lost_log_lines: usize,
     /// Its exports.
@@ -356,4 +387,22 @@ pub struct Resized {
 #[derive(Serialize, Deserialize)]
 pub(super) struct Refused {
     pub(super) error: String,
+}
+
+/// An answer, or why there is none.
+pub(super) fn answer_with<A: Serialize>(result: Result<A>) -> serde_json::Result<String> {
+    match result {
+        Ok(answer) => serde_json::to_string(&answer),
+        Err(error) => serde_json::to_string(&Refused {
+            error: crate::export::explain(&error),
+        }),
+    }
+}
+
+/// What an answer says, if it is not a refusal.
+pub(super) fn understand<A: for<'a> Deserialize<'a>>(line: &str) -> Result<A> {
+    if let Ok(Refused { error }) = serde_json::from_str(line) {
+        bail!("{error}");
+    }
+    serde_json::from_str(line).context("the answer makes no sense (another version?)")
 }

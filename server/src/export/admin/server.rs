@@ -10,13 +10,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde::Serialize;
 use serde_json::Value;
 use upgrade_proto::Peer;
 
 use super::line::read_line;
 use super::protocol::{
-    Changed, Command, ExportStatus, Left, MAX_LINE_BYTES, Refused, Request, Resized, Stopped,
+    Changed, Command, ExportStatus, Left, MAX_LINE_BYTES, Opened, Request, Resized, Stopped,
+    Wanted, Wants, answer_with, understand,
 };
 use super::stream;
 use crate::engine::event_loop::Registration;
@@ -52,12 +52,30 @@ pub trait Answerer: Send + Sync + 'static {
 }
 
 /// Who asks.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Client {
     /// Its user, if that is known.
     pub uid: Option<u32>,
     /// What came with the request.
     pub descriptors: Vec<OwnedFd>,
+    /// Its connection.
+    stream: Arc<UnixStream>,
+}
+
+impl Client {
+    /// Has the client open something; the descriptors that it hands over.
+    ///
+    /// # Errors
+    ///
+    /// Why the client has not opened it.
+    pub fn open(&self, wanted: Wanted) -> Result<Vec<OwnedFd>> {
+        let mut stream = &*self.stream;
+        let line = serde_json::to_string(&Wants { wants: wanted })?;
+        stream.write_all(format!("{line}\n").as_bytes())?;
+        let (line, descriptors) = read_line(stream, MAX_LINE_BYTES, Instant::now() + CLIENT_LIMIT)?;
+        let Opened { opened: _ } = understand(&line)?;
+        Ok(descriptors)
+    }
 }
 
 impl<S: Service> Answerer for S {
@@ -306,7 +324,7 @@ fn answer_apart(stream: UnixStream, service: &Arc<impl Answerer>, clients: &Arc<
 /// Tells a client that the server is busy. The thread of all listeners waits for no client.
 fn turn_away(mut stream: &UnixStream) {
     let busy = anyhow!("busy: {MAX_CLIENTS} commands are being answered; try again");
-    if let Ok(answer) = answer_with::<()>(Err(busy))
+    if let Ok(answer) = answer_with::<Value>(Err(busy))
         && stream.set_nonblocking(true).is_ok()
     {
         // A client that has gone does not hear it.
@@ -325,6 +343,7 @@ fn answer(client: &Connection, service: &impl Answerer) -> io::Result<()> {
     let asks = Client {
         uid: Peer::of(stream).ok().map(|peer| peer.uid),
         descriptors,
+        stream: Arc::clone(&client.stream),
     };
     let reply = Request::parse(&line)
         .map_err(|error| anyhow!("not a command: {error}"))
@@ -332,10 +351,10 @@ fn answer(client: &Connection, service: &impl Answerer) -> io::Result<()> {
     let answer = match reply {
         Ok(Reply::Events(events)) => match client.watches(&events) {
             Ok(()) => return stream::send(stream, &events),
-            Err(error) => answer_with::<()>(Err(error)),
+            Err(error) => answer_with::<Value>(Err(error)),
         },
         Ok(Reply::Answer(answer)) => answer_with(Ok(answer)),
-        Err(error) => answer_with::<()>(Err(error)),
+        Err(error) => answer_with::<Value>(Err(error)),
     }?;
     stream.write_all(format!("{answer}\n").as_bytes())
 }
@@ -348,13 +367,4 @@ pub(super) fn answer_one(stream: UnixStream, service: &impl Service) -> io::Resu
     clients.connected().closing = true;
     let client = Connection::new(&clients, &Arc::new(stream));
     answer(&client.expect("there is room for one"), service)
-}
-
-fn answer_with<A: Serialize>(result: Result<A>) -> serde_json::Result<String> {
-    match result {
-        Ok(answer) => serde_json::to_string(&answer),
-        Err(error) => serde_json::to_string(&Refused {
-            error: crate::export::explain(&error),
-        }),
-    }
 }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::client::{exchange, understand};
-use super::protocol::{Command, ExportStatus, Resized};
+use super::client::exchange;
+use super::protocol::{Command, ExportStatus, Resized, understand};
 use super::server::{self, Service};
 
 /// Answers a client on its connection.
