@@ -7,23 +7,54 @@ use crate::config::{ExportConfig, Origin, SavedExport, StorageSpec};
 use crate::export::runtime_dir::RuntimeDir;
 use crate::export::{explain, remove_left_device};
 
-/// An export as it was last served.
+/// How an export is served, or was: as recorded by who started it, which a guest cannot have written that took its server
+/// over, with the options that were changed since then, which the server notes.
 ///
 /// # Errors
 ///
-/// When there is no note of it, or it was lost with its server.
-pub(super) fn saved(dir: &RuntimeDir, name: &str) -> Result<ExportConfig> {
-    let unreadable = || format!("{name}: cannot read the note of how it was served");
+/// When it is not known.
+pub(super) fn recorded(dir: &RuntimeDir, name: &str) -> Result<SavedExport> {
     let text = match dir.served(name) {
         Err(error) if error.errno() == Errno::NOENT => bail!(
             "there is no note of an export called '{name}' under {}: 'ublkup doctor' shows what dead servers left, and \
              'ublkup serve' serves a new one",
             dir.path().display()
         ),
-        other => other.with_context(unreadable)?,
+        other => other?,
     };
-    let saved: SavedExport = serde_json::from_str(&text).with_context(unreadable)?;
-    let config = saved.export()?;
+    let understand = |text: &str| -> Result<SavedExport> {
+        serde_json::from_str(text)
+            .with_context(|| format!("{name}: cannot read the note of how it was served"))
+    };
+    let noted = understand(&text)?;
+    let text = dir.export_record(name)?.read()?;
+    let recorded = understand(&text.with_context(|| {
+        format!(
+            "there is no record of how '{name}' was served under {}: 'ublkup serve' with its SPEC serves it again",
+            dir.path().display()
+        )
+    })?)?;
+    ensure!(
+        recorded
+            .options
+            .name
+            .as_deref()
+            .is_none_or(|own| own == name),
+        "the record of '{name}' is that of another export"
+    );
+    Ok(SavedExport {
+        changed: noted.changed,
+        ..recorded
+    })
+}
+
+/// An export as it was last served.
+///
+/// # Errors
+///
+/// When that is not known, or it was lost with its server.
+pub(super) fn saved(dir: &RuntimeDir, name: &str) -> Result<ExportConfig> {
+    let config = recorded(dir, name)?.export()?;
     if let StorageSpec::Memory { .. } = config.storage {
         bail!(
             "{name}: what was in memory is gone with its server: 'ublkup serve' with the same SPEC serves an \
@@ -34,21 +65,16 @@ pub(super) fn saved(dir: &RuntimeDir, name: &str) -> Result<ExportConfig> {
 }
 
 /// The exports that were added to an earlier server of this name, and have no server now. What was in memory is removed.
-///
-/// A guest that took that server over could write to its notes: what is served must be in the record, too, but for options
-/// that can be changed while an export is served.
 pub(super) fn added_to(dir: &RuntimeDir, server: &str) -> Vec<ExportConfig> {
     let names = dir.names().unwrap_or_default();
     let is_dead = |name: &String| matches!(dir.is_alive(name), Ok(false));
     let mut exports = Vec::new();
     for name in names.iter().filter(|name| is_dead(name)) {
-        let noted = dir.served(name).ok();
-        let noted = noted.and_then(|text| serde_json::from_str::<SavedExport>(&text).ok());
-        let was_added = |noted: &SavedExport| noted.origin == Origin::Added(server.to_owned());
-        let Some(noted) = noted.filter(was_added) else {
-            continue;
+        let recorded = match recorded(dir, name) {
+            Ok(recorded) if recorded.origin == Origin::Added(server.to_owned()) => recorded,
+            _ => continue,
         };
-        match again(dir, name, noted) {
+        match recorded.export() {
             Ok(export) if matches!(export.storage, StorageSpec::Memory { .. }) => {
                 tracing::error!(
                     "{name} was added to this server, and what was in memory has ended with it"
@@ -61,34 +87,11 @@ pub(super) fn added_to(dir: &RuntimeDir, server: &str) -> Vec<ExportConfig> {
             Ok(export) => exports.push(export),
             Err(error) => tracing::error!(
                 "{name} was added to this server, and is not served again: {}",
-                explain(&error)
+                explain(&error.into())
             ),
         }
     }
     exports
-}
-
-/// An export as it is noted and recorded.
-fn again(dir: &RuntimeDir, name: &str, noted: SavedExport) -> Result<ExportConfig> {
-    let text = dir.export_record(name)?.read()?;
-    let text = text.context("there is no record of it")?;
-    let recorded: SavedExport = serde_json::from_str(&text).context("its record makes no sense")?;
-    let changed = noted.changed.clone();
-    let as_added = SavedExport {
-        changed: recorded.changed.clone(),
-        ..noted
-    };
-    ensure!(
-        as_added == recorded,
-        "its note is not what was recorded when it was added: it may have been written by a guest"
-    );
-    let export = recorded.export()?;
-    ensure!(
-        export.name == name,
-        "its record is that of '{}'",
-        export.name
-    );
-    Ok(export.change(changed)?)
 }
 
 /// What can be done about an export whose server died.

@@ -11,10 +11,10 @@ use upgrade_proto::printable;
 use super::add::{add, find};
 use super::cli::USAGE;
 use super::client::stop_export;
+use super::left::recorded;
 use super::output::{complain, print_json, print_line};
 use crate::config::{
-    ConfigError, Difference, ExportConfig, Origin, SavedExport, check_name, check_together,
-    read_config,
+    ConfigError, Difference, ExportConfig, Origin, check_name, check_together, read_config,
 };
 use crate::export::admin::{self, ServerStatus};
 use crate::export::name_lock::CONTROL;
@@ -145,7 +145,7 @@ fn plan(dir: &RuntimeDir, server: &ServerStatus, wanted: Vec<ExportConfig>) -> V
             continue;
         }
         let wanted = wanted.iter().find(|export| export.name == *name);
-        match (saved(dir, name), wanted) {
+        match (recorded(dir, name), wanted) {
             (Ok(saved), None) if saved.origin == Origin::Config => {
                 gone.push((name.clone(), Step::Remove));
             }
@@ -190,12 +190,6 @@ fn is_served_by(dir: &RuntimeDir, name: &str, server: &str) -> Result<()> {
         "{name} is not served by '{server}', which says so, but by '{other}'"
     );
     Ok(())
-}
-
-/// How an export is served.
-fn saved(dir: &RuntimeDir, name: &str) -> Result<SavedExport> {
-    let text = dir.served(name)?;
-    serde_json::from_str(&text).context("its note makes no sense (another version?)")
 }
 
 /// What a step does.

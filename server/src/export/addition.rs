@@ -24,7 +24,7 @@ use super::name_lock::{CONTROL, NameLock, VHOST_SOCKET, new_mark};
 use super::runtime_dir::RuntimeDir;
 use super::spares::Spares;
 use super::upgrade;
-use crate::config::{DoorMode, ExportConfig, Origin, SavedExport, StorageSpec, check_name};
+use crate::config::{DoorMode, ExportConfig, SavedExport, StorageSpec, check_name};
 use crate::door::ublk::{NodeElsewhere, is_marked};
 use crate::engine::durable::NoteFile;
 use crate::engine::sandbox;
@@ -220,7 +220,7 @@ pub(super) fn claims_later(config: &ExportConfig) -> bool {
     config.migration && config.ublk == DoorMode::No && !config.read_only
 }
 
-/// The record of an export for the next server of the name, out of the reach of this one.
+/// The record of how an export is served, out of the reach of its server.
 struct Record {
     file: NoteFile,
     before: Option<String>,
@@ -231,12 +231,7 @@ impl Record {
     fn write(dir: &RuntimeDir, name: &str, served: &SavedExport) -> Result<Self> {
         let file = dir.export_record(name)?;
         let before = file.read()?;
-        let text = match &served.origin {
-            Origin::Added(_) => Some(serde_json::to_string(served)?),
-            // The configuration file has it.
-            Origin::Config | Origin::CommandLine => None,
-        };
-        put(&file, text.as_deref())?;
+        put(&file, Some(&serde_json::to_string(served)?))?;
         Ok(Self { file, before })
     }
 

@@ -49,7 +49,7 @@ use crate::config::{ExportConfig, Origin, StorageSpec};
 use crate::door::ublk::UblkDoor;
 use crate::engine::crash;
 use crate::engine::events::{self, What};
-use crate::engine::sandbox::{Access, Reach};
+use crate::engine::sandbox::{self, Access, Reach};
 use crate::engine::socket::Socket;
 use crate::engine::throttle::Throttle;
 use addition::Handed;
@@ -135,6 +135,7 @@ impl Export {
         };
         let finished = match opening.open_storage() {
             Ok(opened) => Self::finish(
+                dir,
                 (number, opened),
                 config,
                 throttle,
@@ -170,6 +171,7 @@ impl Export {
     }
 
     fn finish(
+        dir: &RuntimeDir,
         (number, (doors, storage, access)): (u64, Opened),
         config: ExportConfig,
         throttle: Arc<Throttle>,
@@ -197,7 +199,7 @@ impl Export {
             ended: Condvar::new(),
             events: server.events().clone(),
         });
-        match publish(&shared, claim, control) {
+        match publish(dir, &shared, claim, control) {
             Ok(admin) => {
                 server.add(&shared);
                 shared.tell_begin();
@@ -379,8 +381,19 @@ pub fn remove_left_device(name: &NameLock) -> Result<Option<u32>> {
 }
 
 /// Notes what is served, and listens for commands.
-fn publish(shared: &Arc<Shared>, claim: &NameLock, control: Option<Socket>) -> Result<Listening> {
+fn publish(
+    dir: &RuntimeDir,
+    shared: &Arc<Shared>,
+    claim: &NameLock,
+    control: Option<Socket>,
+) -> Result<Listening> {
     let served = serde_json::to_string(&shared.config.saved)?;
+    if !sandbox::status().on {
+        // Else who handed it over has.
+        dir.export_record(claim.name())?
+            .replace(&served, || {})
+            .with_context(|| format!("cannot write to {}", dir.path().display()))?;
+    }
     claim
         .note_served(&served)
         .with_context(|| format!("cannot write to {}", claim.folder().display()))?;
