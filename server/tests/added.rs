@@ -7,6 +7,7 @@ mod common;
 mod exports;
 
 use std::fs::Permissions;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -399,16 +400,24 @@ fn users_of_the_servers_socket_add_nothing_and_reach_only_exports_with_the_same_
     std::fs::set_permissions(lab.path("."), Permissions::from_mode(0o755)).unwrap();
     let before = tree(&lab.path("run"));
     let socket = lab.path("run/servers/s/control");
-    let ask_as_nobody = |request: Value| {
+    let as_nobody = |request: Value| {
         let socket = socket.clone();
         let ask = move || {
             // SAFETY: the call has no pointers. It is for this thread alone, unlike that of the C library.
             let result = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
             assert_eq!(result, 0);
-            ask(&socket, &request)
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            writeln!(stream, "{request}").unwrap();
+            BufReader::new(stream)
         };
         std::thread::spawn(ask).join().unwrap()
     };
+    let line = |answer: &mut BufReader<UnixStream>| {
+        let mut line = String::new();
+        answer.read_line(&mut line).unwrap();
+        line
+    };
+    let ask_as_nobody = |request| line(&mut as_nobody(request));
     let answer = ask_as_nobody(json!({
         "command": "add",
         "served": {"folder": "/", "spec": "b=mem:1M", "options": {"name": "b"}},
@@ -419,8 +428,13 @@ fn users_of_the_servers_socket_add_nothing_and_reach_only_exports_with_the_same_
         "{answer}"
     );
     assert_eq!(tree(&lab.path("run")), before);
-    // Users of the socket have no rights over exports that have others.
+    // Users of the socket have no rights over exports that have others, and learn nothing of them.
+    let mut events = as_nobody(json!({"command": "events"}));
+    assert!(line(&mut events).contains("begin"));
     lab.ok(&["add", "--ublk", "no", "b=mem:1M"]);
+    lab.ok(&["set", "a", "iops-total=7"]);
+    let told = line(&mut events);
+    assert!(told.contains("changed"), "{told}");
     let stop = |export| json!({"command": "stop", "export": export, "force": true});
     for request in [stop("b"), json!({"command": "events"})] {
         let answer = ask_as_nobody(request);

@@ -4,12 +4,12 @@
 //! one lock and, where a reader sleeps, one `write(2)`.
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
+use std::{fmt, io};
 
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
@@ -126,10 +126,19 @@ struct Waiting {
     ended: bool,
 }
 
+/// Whether a reader is told of an export.
+struct Wants(Box<dyn Fn(&str) -> bool + Send + Sync>);
+
+impl fmt::Debug for Wants {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wants")
+    }
+}
+
 /// One reader's queue.
 #[derive(Debug)]
 struct Queue {
-    export: Option<String>,
+    wants: Wants,
     waiting: Mutex<Waiting>,
     bell: OwnedFd,
 }
@@ -141,7 +150,7 @@ impl Queue {
     }
 
     fn put(&self, event: &Event) {
-        if (self.export.as_ref()).is_some_and(|wanted| *wanted != event.export) {
+        if !(self.wants.0)(&event.export) {
             return;
         }
         let mut waiting = self.waiting();
@@ -191,7 +200,7 @@ pub fn tell(export: &str, what: What) {
     }
 }
 
-/// The events from now on, of one export or of all. Its [descriptor](AsFd) is readable when there may be some.
+/// The events from now on, of some exports. Its [descriptor](AsFd) is readable when there may be some.
 #[derive(Debug)]
 pub struct Reader(Arc<Queue>);
 
@@ -200,12 +209,14 @@ pub struct Reader(Arc<Queue>);
 pub struct Ender(Arc<Queue>);
 
 impl Reader {
+    /// Of the exports with names that `wants` takes. It is asked by the thread that tells of an event, and tells none itself.
+    ///
     /// # Errors
     ///
     /// When there is no descriptor for it.
-    pub fn new(export: Option<String>) -> io::Result<Self> {
+    pub fn new(wants: impl Fn(&str) -> bool + Send + Sync + 'static) -> io::Result<Self> {
         let queue = Arc::new(Queue {
-            export,
+            wants: Wants(Box::new(wants)),
             waiting: Mutex::default(),
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         });
@@ -300,7 +311,7 @@ mod tests {
     fn a_reader_gets_what_happens_to_its_export_from_then_on() {
         let name = "events of one";
         tell(name, What::Started);
-        let reader = Reader::new(Some(name.into())).unwrap();
+        let reader = Reader::new(move |export| export == name).unwrap();
         assert!(!is_readable(&reader));
         tell("another export", What::Started);
         assert!(!is_readable(&reader));
@@ -320,7 +331,7 @@ mod tests {
     #[test]
     fn a_reader_that_does_not_read_loses_events_where_it_is_told_so_and_no_other_does() {
         let name = "events that are lost";
-        let [slow, quick] = [(); 2].map(|()| Reader::new(Some(name.into())).unwrap());
+        let [slow, quick] = [(); 2].map(|()| Reader::new(move |export| export == name).unwrap());
         let count = MAX_WAITING as u64 + 5;
         let mut seen = Vec::new();
         for number in 0..count {

@@ -19,7 +19,7 @@ use crate::door::ublk::{self, DoorEnd, Recovery, UblkConfig, UblkDoor};
 use crate::door::vhost::{VhostConfig, VhostDoor};
 use crate::engine::counters::CounterSet;
 use crate::engine::crash;
-use crate::engine::socket::Socket;
+use crate::engine::socket::{Socket, SocketAccess};
 use crate::engine::throttle::Throttle;
 use crate::engine::{Storage, StorageControl};
 use crate::request::Limits;
@@ -187,6 +187,13 @@ impl Opening<'_> {
             return Ok(socket);
         }
         if let Some(socket) = self.server.take_socket(&config.name) {
+            if config.vhost_access != SocketAccess::default() {
+                tracing::warn!(
+                    "{}: vhost-socket-owner, -group and -mode are those of the service manager's socket (SocketUser=, \
+                     SocketGroup=, SocketMode=)",
+                    config.name
+                );
+            }
             return Socket::inherit(socket).with_context(|| {
                 format!(
                     "the service manager's socket '{}' cannot be used (ListenStream= with a path)",

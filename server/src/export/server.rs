@@ -1,6 +1,6 @@
 //! A server: what its exports share, and what it answers at its own admin socket.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
@@ -44,6 +44,9 @@ pub struct Server {
     spares: OnceLock<Weak<Spares>>,
     /// Where it finds the ublk devices of exports that are added.
     devices: OnceLock<PathBuf>,
+    apart: Mutex<BTreeSet<String>>,
+    uid: u32,
+    this: Weak<Self>,
 }
 
 /// Where a server got its exports from.
@@ -73,7 +76,7 @@ impl Server {
     #[must_use]
     pub fn new(dir: &RuntimeDir, options: ServerOptions, events: mpsc::Sender<Event>) -> Arc<Self> {
         let own = || std::process::id().to_string();
-        Arc::new(Self {
+        Arc::new_cyclic(|this| Self {
             dir: dir.clone(),
             name: options.name.unwrap_or_else(own),
             started_unix_seconds: unix_seconds(),
@@ -85,6 +88,9 @@ impl Server {
             takes_exports: Mutex::new(false),
             spares: OnceLock::new(),
             devices: OnceLock::new(),
+            apart: Mutex::default(),
+            uid: geteuid().as_raw(),
+            this: this.clone(),
         })
     }
 
@@ -166,9 +172,8 @@ impl Server {
 
     /// Serves an export that a client hands over, and waits until it is served.
     fn take_in(&self, new: NewExport, mut client: Client) -> Result<ExportStatus> {
-        let own = geteuid().as_raw();
         ensure!(
-            client.uid.is_some_and(|uid| [own, 0].contains(&uid)),
+            self.is_own(client.uid),
             "exports are added by the user of the server, or root"
         );
         ensure!(
@@ -205,6 +210,10 @@ impl Server {
 
     pub(super) fn add(&self, export: &Arc<Shared>) {
         let name = export.config.name.clone();
+        match export.config.admin_access == self.access {
+            true => self.apart().remove(&name),
+            false => self.apart().insert(name.clone()),
+        };
         self.exports().insert(name, Arc::downgrade(export));
     }
 
@@ -229,9 +238,18 @@ impl Server {
     /// Whether a client at the socket of the server may ask for an export. Who may connect was decided for the exports that
     /// it began with.
     fn lets(&self, client: &Client, export: &Shared) -> bool {
-        let own = geteuid().as_raw();
-        export.config.admin_access == self.access
-            || client.uid.is_some_and(|uid| [own, 0].contains(&uid))
+        export.config.admin_access == self.access || self.is_own(client.uid)
+    }
+
+    /// Whether a client is of the server's user, or root.
+    fn is_own(&self, uid: Option<u32>) -> bool {
+        uid.is_some_and(|uid| [self.uid, 0].contains(&uid))
+    }
+
+    /// Exports with other users than the socket of the server, also those that have ended.
+    fn apart(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        // The set is whole after any panic.
+        self.apart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What each of its exports says about itself.
@@ -280,7 +298,15 @@ impl Answerer for Server {
                     "some exports have other users than this socket: ask at the sockets of the others"
                 )
             }
-            Command::Events {} => return Ok(Reply::Events(Reader::new(None)?)),
+            Command::Events {} => {
+                let (server, uid) = (self.this.clone(), client.uid);
+                let lets = move |export: &str| {
+                    server.upgrade().is_some_and(|server| {
+                        server.is_own(uid) || !server.apart().contains(export)
+                    })
+                };
+                return Ok(Reply::Events(Reader::new(lets)?));
+            }
             Command::Stop { .. }
             | Command::Leave {}
             | Command::Resize { .. }

@@ -112,7 +112,8 @@ pub fn answer_for(export: &impl Service, command: Command) -> Result<Reply> {
             serde_json::to_value(Changed { changed: true })
         }
         Command::Events {} => {
-            return Ok(Reply::Events(Reader::new(Some(export.name().to_owned()))?));
+            let own = export.name().to_owned();
+            return Ok(Reply::Events(Reader::new(move |name| name == own)?));
         }
         Command::Server {} | Command::Add(_) => {
             bail!("this is the admin socket of an export: ask that of its server")
