@@ -219,6 +219,14 @@ fn what_happens_to_an_export_is_told_as_it_happens() {
     let resized = expect("resized");
     let sizes = [&resized["size_bytes"], &resized["old_size_bytes"]];
     assert_eq!(sizes, [&json!(2 << 20), &json!(1 << 20)]);
+    lab.ok(&["set", "a", "iops-total=10"]);
+    assert_eq!(expect("changed")["key"], "iops-total");
+    for _ in 0..3 {
+        assert_eq!(driver.write(0, &[7; 512]), OK);
+    }
+    expect("throttled");
+    lab.ok(&["set", "a", "poll-us=0"]);
+    assert_eq!(expect("changed")["value"], "0");
     drop(driver);
     assert_eq!(expect("client-left")["how"], "died");
     lab.ok(&["stop", "--force", "a"]);

@@ -105,6 +105,30 @@ fn what_cannot_be_changed_is_named_and_then_nothing_is() {
     lab.is_clean();
 }
 
+#[test]
+fn queue_threads_stop_to_poll_when_they_are_told_so() {
+    let lab = sandbox();
+    let image = lab.image("a.img", 1 << 20).display().to_string();
+    let spec = format!("a=file:{image},poll-us=0");
+    let server = lab.serve(&["--ublk", "no", &spec]);
+    let mut driver = Driver::running(lab.connect("a"), USUAL);
+    lab.ok(&["set", "a", "poll-us=always"]);
+    assert_eq!(stat(&lab)["poll_us"], "always");
+    // This wakes it up, and it does not sleep any more.
+    assert_eq!(driver.write(0, &[7; 512]), OK);
+    let sleeps = || stat(&lab)["vhost"]["counters"]["sleeps"].as_u64().unwrap();
+    let before = sleeps();
+    assert_eq!(driver.write(0, &[8; 512]), OK);
+    assert_eq!(sleeps(), before);
+    lab.ok(&["set", "a", "poll-us=0"]);
+    eventually("it sleeps, though nothing was asked of it", || {
+        sleeps() > before
+    });
+    drop(driver);
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
 /// The server cannot look up accounts, processors and files any more.
 #[test]
 fn an_option_changes_whatever_the_others_were_made_of() {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::FromArgMatches;
 
@@ -167,7 +168,7 @@ impl ExportConfig {
             migration: given.migration.unwrap_or(false),
             depth: given.depth.unwrap_or(DEFAULT_DEPTH),
             threads: ThreadOptions {
-                polling: given.poll_us.unwrap_or_default(),
+                polling: Arc::new(given.live.polling().into()),
                 cpus: given.cpus,
             },
             live: given.live,

@@ -1,4 +1,5 @@
 use super::*;
+use crate::engine::polling::Polling;
 
 fn export(spec: &str, options: ExportOptions) -> Result<ExportConfig, String> {
     let spec: Spec = spec.parse().map_err(|e: ConfigError| e.to_string())?;
@@ -175,6 +176,7 @@ fn a_difference_names_what_can_be_changed_and_what_cannot() {
 fn the_values_of_what_can_be_changed_are_all_of_it() {
     let values = LiveOptions::default().values();
     let given = LiveOptions {
+        poll_us: Some(Polling::Never),
         reconnect_grace: Some(1),
         iops_total: Some(1),
         iops_read: Some(1),

@@ -41,7 +41,7 @@ fn a_file_gives_exports_with_defaults_under_them() {
     assert_eq!((b.name.as_str(), b.queues, b.depth), ("b", 3, 8));
     assert!(!a.read_only && b.read_only);
     assert_eq!((b.ublk, b.serial.as_str()), (DoorMode::No, "B"));
-    assert_eq!(a.threads.polling.to_string(), "32");
+    assert_eq!(a.threads.polling.get().to_string(), "32");
 }
 
 #[test]

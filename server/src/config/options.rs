@@ -169,11 +169,6 @@ pub struct ExportOptions {
     #[arg(long, allow_negative_numbers = true, value_name = "N", value_parser = number(1..=MAX_DEPTH))]
     pub depth: Option<u16>,
 
-    /// Poll for this many microseconds before an idle queue thread sleeps, where that has paid off lately; 0: do not
-    /// poll; always: never sleep, and keep a processor busy [default: 100]
-    #[arg(long, allow_negative_numbers = true, value_name = "N|always")]
-    pub poll_us: Option<Polling>,
-
     /// Run the queue threads of each door on these processors, like 2,4-7: one each, from the first again when
     /// there are more threads [default: anywhere]
     #[arg(long, value_name = "LIST")]
@@ -189,6 +184,11 @@ pub struct ExportOptions {
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct LiveOptions {
+    /// Poll for this many microseconds before an idle queue thread sleeps, where that has paid off lately; 0: do not
+    /// poll; always: never sleep, and keep a processor busy [default: 100]
+    #[arg(long, allow_negative_numbers = true, value_name = "N|always")]
+    pub poll_us: Option<Polling>,
+
     /// Keep the disk for a vhost-user client that died for this many seconds, before the block device is writable
     /// again [default: 10]
     #[arg(long, allow_negative_numbers = true, value_name = "SECONDS", value_parser = number(0..=MAX_GRACE_SECONDS))]
@@ -254,6 +254,7 @@ impl LiveOptions {
     /// All of them as keys and values, with the defaults of those that are missing.
     pub(super) fn values(&self) -> BTreeMap<String, String> {
         let limits = self.limits();
+        let text = |(key, value): (&str, u64)| (key.to_owned(), value.to_string());
         let values = [
             ("reconnect-grace", self.reconnect_grace().as_secs()),
             ("iops-total", limits.iops_total),
@@ -264,8 +265,14 @@ impl LiveOptions {
             ("bps-write", limits.bps_write),
             ("burst-ms", limits.burst_ms.into()),
         ];
-        let text = |(key, value): (&str, u64)| (key.to_owned(), value.to_string());
-        values.map(text).into()
+        let polling = ("poll-us".to_owned(), self.polling().to_string());
+        values.map(text).into_iter().chain([polling]).collect()
+    }
+
+    /// What idle queue threads do.
+    #[must_use]
+    pub fn polling(&self) -> Polling {
+        self.poll_us.unwrap_or_default()
     }
 
     /// For how long the disk is kept for a client that died.

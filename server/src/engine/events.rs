@@ -98,6 +98,8 @@ pub enum What {
         /// Its value now.
         value: String,
     },
+    /// Requests are held back, because of a limit. Told once within ten seconds.
+    Throttled,
     /// The storage failed a request. As in the log, the same within ten seconds is told once.
     Error {
         /// Operation, length and offset in bytes, cause.

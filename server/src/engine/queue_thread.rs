@@ -98,7 +98,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             backlog: VecDeque::with_capacity(slots),
             batch: Vec::with_capacity(BATCH),
             counters: Arc::clone(counters),
-            poller: Poller::new(options.polling, beside_clients),
+            poller: Poller::new(&options.polling, beside_clients),
             gate: Gate::new(throttle, slots, longest_hold),
             now_ns: None,
             answered: 0,
@@ -236,7 +236,11 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             if self.poll_briefly() {
                 return Ok(true);
             }
-            if until.is_some_and(|until| Instant::now() >= until) {
+            let is_over = match until {
+                Some(until) => Instant::now() >= until,
+                None => self.poller.is_told_otherwise(),
+            };
+            if is_over {
                 return Ok(false);
             }
         }

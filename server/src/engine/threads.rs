@@ -1,15 +1,16 @@
 //! How queue threads run: where, and what they do when they have nothing to do.
 
 use std::io;
+use std::sync::Arc;
 
 use super::cpus::{Cpus, settle_on};
-use super::polling::Polling;
+use super::polling::SharedPolling;
 
 /// What all queue threads of an export have in common.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ThreadOptions {
     /// What they do when they have nothing to do.
-    pub polling: Polling,
+    pub polling: Arc<SharedPolling>,
     /// Where they run; anywhere when there is none.
     pub cpus: Option<Cpus>,
 }

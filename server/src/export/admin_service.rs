@@ -108,6 +108,7 @@ impl Shared {
         (live.note.replace(&served, || {})).context("cannot note it in the runtime directory")?;
         self.throttle.set(changed.live.limits());
         self.access.set_grace(changed.live.reconnect_grace());
+        self.config.threads.polling.set(changed.live.polling());
         live.config = changed;
         for (key, value) in options {
             tracing::info!("{}: {key}={value}", self.config.name);
@@ -180,7 +181,7 @@ impl admin::Service for Shared {
             read_only: limits.read_only,
             write_cache: limits.write_cache,
             serial: limits.serial.as_str().to_owned(),
-            poll_us: config.threads.polling.to_string(),
+            poll_us: config.threads.polling.get().to_string(),
             cpus: config.threads.cpus.as_ref().map(ToString::to_string),
             limits: Some(self.throttle.limits()).filter(RateLimits::are_set),
             sandbox: sandbox::status(),

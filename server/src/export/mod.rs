@@ -121,7 +121,7 @@ impl Export {
         let control = handed.control.take();
         // The only place where it is noted.
         let must_stay = claim.was_served() && matches!(config.saved.origin, Origin::Added(_));
-        let throttle = Throttle::new(config.live.limits());
+        let throttle = Throttle::new(&config.name, config.live.limits());
         let number = LAST_NUMBER.fetch_add(1, Ordering::Relaxed) + 1;
         let opening = Opening {
             number,

@@ -118,7 +118,7 @@ impl Fixture {
             queues,
             queue_threads,
             threads: ThreadOptions {
-                polling,
+                polling: Arc::new(polling.into()),
                 cpus: None,
             },
             throttle: Arc::clone(&throttle),

@@ -48,7 +48,7 @@ pub fn serve_session<B: Storage>(
     let options = QueueOptions {
         count: threads,
         threads: ThreadOptions {
-            polling: Polling::Never,
+            polling: Arc::new(Polling::Never.into()),
             cpus: None,
         },
         throttle: Arc::default(),

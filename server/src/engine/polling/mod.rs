@@ -9,5 +9,5 @@ mod contention;
 mod option;
 mod poller;
 
-pub use option::{BadPolling, Polling};
+pub use option::{BadPolling, Polling, SharedPolling};
 pub(crate) use poller::{IdleAction, Poller};

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// What an idle queue thread does.
@@ -62,6 +63,61 @@ impl fmt::Display for Polling {
 
 serialize_as_text!(Polling);
 
+/// What the queue threads of an export do, which can change while they run.
+#[derive(Debug)]
+pub struct SharedPolling(AtomicU32);
+
+/// [`Polling::Always`] as a number; the others are their time in microseconds.
+const ALWAYS: u32 = u32::MAX;
+
+impl SharedPolling {
+    /// Changes it. A queue thread follows when it has nothing to do the next time.
+    pub fn set(&self, polling: Polling) {
+        // Nothing else changes with it.
+        self.0.store(to_number(polling), Ordering::Relaxed);
+    }
+
+    /// What it is now.
+    #[must_use]
+    pub fn get(&self) -> Polling {
+        match self.0.load(Ordering::Relaxed) {
+            0 => Polling::Never,
+            ALWAYS => Polling::Always,
+            longest => Polling::Adaptive(Duration::from_micros(longest.into())),
+        }
+    }
+}
+
+fn to_number(polling: Polling) -> u32 {
+    match polling {
+        Polling::Never => 0,
+        Polling::Always => ALWAYS,
+        Polling::Adaptive(longest) => {
+            u32::try_from(longest.as_micros()).map_or(MAX_POLL_US, |us| us.clamp(1, MAX_POLL_US))
+        }
+    }
+}
+
+impl PartialEq for SharedPolling {
+    fn eq(&self, other: &Self) -> bool {
+        self.get() == other.get()
+    }
+}
+
+impl Eq for SharedPolling {}
+
+impl From<Polling> for SharedPolling {
+    fn from(polling: Polling) -> Self {
+        Self(AtomicU32::new(to_number(polling)))
+    }
+}
+
+impl Default for SharedPolling {
+    fn default() -> Self {
+        Polling::default().into()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -69,7 +125,9 @@ mod tests {
     #[test]
     fn a_polling_time_is_parsed_and_printed_as_it_was_written() {
         for text in ["0", "1", "1000000", "always"] {
-            assert_eq!(text.parse::<Polling>().unwrap().to_string(), text);
+            let polling = text.parse::<Polling>().unwrap();
+            assert_eq!(polling.to_string(), text);
+            assert_eq!(SharedPolling::from(polling).get(), polling);
         }
         for text in ["", "-1", "1000001", "Always", "1.5"] {
             assert!(text.parse::<Polling>().is_err(), "{text}");

@@ -1,9 +1,10 @@
 //! Decides, for one queue thread, whether it polls when it is idle or sleeps.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::contention::{Contention, RunDelay};
-use super::option::Polling;
+use super::option::{Polling, SharedPolling};
 use crate::engine::cpus::processors_online;
 
 /// Confidence that polling pays off: its maximum, and the threshold from which the thread polls.
@@ -40,6 +41,9 @@ pub(crate) enum IdleAction {
 /// Learns from how long the thread was idle each time.
 #[derive(Debug)]
 pub(crate) struct Poller {
+    /// What the thread was told, and what it makes of that.
+    shared: Arc<SharedPolling>,
+    told: Polling,
     polling: Polling,
     idle_since: Option<Instant>,
     confidence: u8,
@@ -60,23 +64,39 @@ pub(crate) struct Poller {
 impl Poller {
     /// A poller for the calling thread. With `beside_clients` all its clients can run only on the one
     /// processor that the thread may use.
-    pub(crate) fn new(polling: Polling, beside_clients: bool) -> Self {
-        // All processors, not only those of this thread: a client may run on the others.
-        let uniprocessor = processors_online() == 1;
-        Self {
-            // On one processor, polling starves the client that is polled for.
-            polling: match polling {
-                Polling::Adaptive(_) if uniprocessor => Polling::Never,
-                other => other,
-            },
+    pub(crate) fn new(polling: &Arc<SharedPolling>, beside_clients: bool) -> Self {
+        let mut poller = Self {
             beside_clients,
             run_delay: RunDelay::open(),
-            ..Self::untaught(polling)
-        }
+            ..Self::untaught(Arc::clone(polling))
+        };
+        poller.learn_anew();
+        poller
     }
 
-    fn untaught(polling: Polling) -> Self {
+    /// Follows what it was told last.
+    fn learn_anew(&mut self) {
+        self.told = self.shared.get();
+        // All processors, not only those of this thread: a client may run on the others.
+        let uniprocessor = processors_online() == 1;
+        self.polling = match self.told {
+            // On one processor, polling starves the client that is polled for.
+            Polling::Adaptive(_) if uniprocessor => Polling::Never,
+            other => other,
+        };
+        (self.idle_since, self.confidence) = (None, 0);
+    }
+
+    /// Whether it was told something else since it decided.
+    pub(crate) fn is_told_otherwise(&self) -> bool {
+        self.shared.get() != self.told
+    }
+
+    fn untaught(shared: Arc<SharedPolling>) -> Self {
+        let polling = shared.get();
         Self {
+            shared,
+            told: polling,
             polling,
             idle_since: None,
             confidence: 0,
@@ -130,6 +150,9 @@ impl Poller {
 
     /// Whether an idle thread shall poll briefly before it asks for [`idle_action`](Self::idle_action).
     pub(crate) fn polls_briefly(&mut self, in_flight: usize) -> bool {
+        if self.is_told_otherwise() {
+            self.learn_anew();
+        }
         let Polling::Adaptive(longest) = self.polling else {
             return false;
         };
@@ -177,13 +200,32 @@ mod tests {
     const LATE: Duration = Duration::from_micros(101);
 
     fn adaptive() -> Poller {
-        Poller::untaught(Polling::Adaptive(LONGEST))
+        Poller::untaught(Arc::new(Polling::Adaptive(LONGEST).into()))
     }
 
     fn confident() -> Poller {
         let mut poller = adaptive();
         (0..MAX_CONFIDENCE).for_each(|_| poller.learn(SOON));
         poller
+    }
+
+    #[test]
+    fn a_thread_follows_what_it_is_told_while_it_runs() {
+        let shared = Arc::new(SharedPolling::from(Polling::Never));
+        let mut poller = Poller::new(&shared, false);
+        let mut decides = |told: Polling| {
+            shared.set(told);
+            poller.polls_briefly(0);
+            assert!(!poller.is_told_otherwise());
+            let action = poller.idle_action(0);
+            shared.set(Polling::Adaptive(LONGEST));
+            assert!(poller.is_told_otherwise());
+            action
+        };
+        for _ in 0..2 {
+            assert_eq!(decides(Polling::Always), IdleAction::PollForEver);
+            assert_eq!(decides(Polling::Never), IdleAction::Sleep);
+        }
     }
 
     fn polls(poller: &mut Poller, in_flight: usize) -> bool {
@@ -292,7 +334,7 @@ mod tests {
             (Polling::Never, IdleAction::Sleep),
             (Polling::Always, IdleAction::PollForEver),
         ] {
-            let mut poller = Poller::untaught(polling);
+            let mut poller = Poller::untaught(Arc::new(polling.into()));
             (0..MAX_CONFIDENCE).for_each(|_| poller.learn(SOON));
             assert_eq!(poller.idle_action(1000), action);
         }

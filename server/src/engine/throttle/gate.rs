@@ -122,6 +122,7 @@ impl Gate {
         if due_ns.is_some_and(|due_ns| due_ns <= now_ns) {
             return true;
         }
+        self.throttle.holds_back(now_ns);
         held.push_back(Held {
             slot,
             op,

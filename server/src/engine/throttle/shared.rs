@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::bucket::Bucket;
 use super::limits::{LIMITS, RateLimits};
 use crate::engine::clock;
+use crate::engine::events::{self, What};
 
 /// The limits of an export, shared by its doors.
 #[derive(Debug, Default)]
@@ -13,7 +14,13 @@ pub struct Throttle {
     /// How often the limits have changed; zero: there never were any.
     generation: AtomicU64,
     current: Mutex<Current>,
+    export: String,
+    /// When it was last told that requests are held back; zero: never.
+    told_ns: AtomicU64,
 }
+
+/// How often that is told at the most.
+const TELL_INTERVAL_NS: u64 = 10_000_000_000;
 
 #[derive(Debug, Default)]
 struct Current {
@@ -27,8 +34,11 @@ pub(super) type Buckets = [Option<Bucket>; LIMITS];
 impl Throttle {
     /// With these limits from the beginning.
     #[must_use]
-    pub fn new(limits: RateLimits) -> Arc<Self> {
-        let throttle = Self::default();
+    pub fn new(export: &str, limits: RateLimits) -> Arc<Self> {
+        let throttle = Self {
+            export: export.to_owned(),
+            ..Self::default()
+        };
         throttle.set(limits);
         Arc::new(throttle)
     }
@@ -62,6 +72,23 @@ impl Throttle {
     #[inline]
     pub(super) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
+    }
+
+    /// A request is held back: tells so, unless that was told lately.
+    pub(super) fn holds_back(&self, now_ns: u64) {
+        let told_ns = self.told_ns.load(Ordering::Relaxed);
+        if told_ns != 0 && now_ns.saturating_sub(told_ns) < TELL_INTERVAL_NS {
+            return;
+        }
+        // Of several threads one tells.
+        let order = Ordering::Relaxed;
+        if (self
+            .told_ns
+            .compare_exchange(told_ns, now_ns.max(1), order, order))
+        .is_ok()
+        {
+            events::tell(&self.export, What::Throttled);
+        }
     }
 
     pub(super) fn buckets(&self) -> Option<Arc<Buckets>> {
