@@ -70,6 +70,8 @@ pub struct Reach {
     pub has_block_devices: bool,
     /// Commands to the ublk driver for devices of administrators.
     pub administers_devices: bool,
+    /// Servers of a storage, to which connections are made again and again.
+    pub uses_network: bool,
 }
 
 impl Reach {
@@ -144,7 +146,10 @@ impl Files {
 fn rules(reach: &Reach) -> Result<landlock::RulesetCreated, RulesetError> {
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
-        .handle_access(AccessNet::from_all(NEWEST))?
+        .handle_access(match reach.uses_network {
+            true => AccessNet::BindTcp.into(),
+            false => AccessNet::from_all(NEWEST),
+        })?
         .scope(Scope::from_all(NEWEST))?
         .create()?;
     for (path, access) in &reach.paths {

@@ -157,7 +157,7 @@ fn confine(reach: &Reach, all_threads: bool) -> Status {
         }
         Err(error) => missing.push(format!("threads that ran before are as they were: {error}")),
     }
-    if let Err(error) = seccomp::confine(all_threads) {
+    if let Err(error) = seccomp::confine(all_threads, reach.uses_network) {
         missing.push(format!("all system calls stay open to it: {error}"));
     }
     let status = Status { on: true, missing };

@@ -182,9 +182,9 @@ const NAMESPACES: [libc::c_int; 7] = [
 /// # Errors
 ///
 /// Why the kernel does not take it.
-pub(super) fn confine(all_threads: bool) -> io::Result<()> {
+pub(super) fn confine(all_threads: bool, uses_network: bool) -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
-    let program = program().map_err(io::Error::other)?;
+    let program = program(uses_network).map_err(io::Error::other)?;
     let len = u16::try_from(program.len()).map_err(io::Error::other)?;
     let program = libc::sock_fprog {
         len,
@@ -206,7 +206,7 @@ pub(super) fn confine(all_threads: bool) -> io::Result<()> {
     }
 }
 
-fn program() -> Result<BpfProgram, seccompiler::BackendError> {
+fn program(uses_network: bool) -> Result<BpfProgram, seccompiler::BackendError> {
     let [load, jump_if_equal, jump_if_greater, answer] = [
         libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
         libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
@@ -231,7 +231,12 @@ fn program() -> Result<BpfProgram, seccompiler::BackendError> {
     ];
     let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
     let eperm = SeccompAction::Errno(libc::EPERM.cast_unsigned());
-    let filter = SeccompFilter::new(rules()?, SeccompAction::Allow, eperm, architecture)?;
+    let filter = SeccompFilter::new(
+        rules(uses_network)?,
+        SeccompAction::Allow,
+        eperm,
+        architecture,
+    )?;
     program.extend(BpfProgram::try_from(filter)?);
     Ok(program)
 }
@@ -239,7 +244,7 @@ fn program() -> Result<BpfProgram, seccompiler::BackendError> {
 type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
 
 /// Which calls are forbidden, each with the arguments with which it is, if not with all.
-fn rules() -> Result<Rules, seccompiler::BackendError> {
+fn rules(uses_network: bool) -> Result<Rules, seccompiler::BackendError> {
     let is = |argument, op, value| SeccompCondition::new(argument, Len::Dword, op, value);
     let number = |value: libc::c_int| u64::from(value.cast_unsigned());
     let always = [FORBIDDEN, OLD, &BY_NUMBER].concat();
@@ -257,10 +262,19 @@ fn rules() -> Result<Rules, seccompiler::BackendError> {
     }
     rules.insert(libc::SYS_clone, clone);
 
-    let local = number(libc::AF_UNIX);
-    let other_family = || SeccompRule::new(vec![is(0, Op::Ne, local)?]);
-    rules.insert(libc::SYS_socket, vec![other_family()?]);
-    rules.insert(libc::SYS_socketpair, vec![other_family()?]);
+    let other_than = |families: &[libc::c_int]| {
+        let conditions = families.iter().map(|&family| is(0, Op::Ne, number(family)));
+        SeccompRule::new(conditions.collect::<Result<_, _>>()?)
+    };
+    let local = other_than(&[libc::AF_UNIX])?;
+    rules.insert(libc::SYS_socketpair, vec![local.clone()]);
+    if uses_network {
+        let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6];
+        rules.insert(libc::SYS_socket, vec![other_than(&families)?]);
+        rules.remove(&libc::SYS_connect);
+    } else {
+        rules.insert(libc::SYS_socket, vec![local]);
+    }
 
     // This process may signal itself; abort(3) does.
     let own = u64::from(std::process::id());
@@ -342,7 +356,7 @@ mod tests {
     fn a_confined_thread_starts_threads_and_no_programs_and_reaches_no_others() {
         // Its own thread: there is no way back.
         let confined = || {
-            confine(false).unwrap();
+            confine(false, false).unwrap();
             let eperm = Some(libc::EPERM);
             let denied = |error: io::Error| assert_eq!(error.raw_os_error(), eperm, "{error}");
             assert_eq!(std::thread::spawn(|| 7).join().unwrap(), 7);
