@@ -101,7 +101,7 @@ Each of them is an option of `ublkup serve` (`--queues 2`), a key of a SPEC (`me
 and `[[export]]` in a configuration file (`queues = 2`). A key of the SPEC has precedence over one of the `[[export]]`
 table, that over `[defaults]`, and those over the command line. A switch alone means on (`--read-only`,
 `mem:1G,read-only`); in a file it is `true` or `false`. SPECs with `file:` also have the keys
-`cache=auto|direct|buffered` and `format=raw`.
+`cache=auto|direct|buffered` and `format=raw`, those with `rbd:` the keys `conf=FILE` and `user=NAME`.
 
 This page is made from the definition of the options: `UPDATE_DOCS=1 cargo test -p ublkup --lib reference`.
 

@@ -15,7 +15,7 @@ use crate::config::{
 use crate::export::{Configuration, Predecessor};
 
 /// What is served where nothing else is asked for.
-const CONFIG_FOLDER: &str = "/etc/ublkup";
+pub(super) const CONFIG_FOLDER: &str = "/etc/ublkup";
 
 /// Most exports that can be added to a server.
 const MAX_ROOM: i64 = 100_000;
@@ -23,8 +23,9 @@ const MAX_ROOM: i64 = 100_000;
 /// `serve`
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE, file:PATH, or just the path of a file; keys are
-    /// the export options below, and for files cache=auto|direct|buffered and format=raw
+    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE, file:PATH, rbd:POOL/IMAGE, or just the path of a
+    /// file; keys are the export options below, for files cache=auto|direct|buffered and format=raw, and for images of
+    /// Ceph conf=FILE and user=NAME
     #[arg(value_name = "SPEC")]
     pub specs: Vec<String>,
 

@@ -229,9 +229,10 @@ impl Exports {
     /// concern one of those. Otherwise an export that is not there has ended.
     fn concern(&mut self, event: Event) -> Option<(String, How)> {
         let number = match &event {
-            Event::Stop { export } | Event::Leave { export } | Event::Closed { export, .. } => {
-                *export
-            }
+            Event::Stop { export }
+            | Event::Leave { export }
+            | Event::Fenced { export, .. }
+            | Event::Closed { export, .. } => *export,
             _ => return None,
         };
         let Some(name) = self.name(number) else {
@@ -242,6 +243,12 @@ impl Exports {
         };
         match event {
             Event::Leave { .. } => Some((name, Export::leave)),
+            Event::Fenced { why, .. } => {
+                tracing::error!("{name}: {why}; stopping the export");
+                events::tell(&name, What::Fenced { why });
+                self.in_order = false;
+                Some((name, Export::stop))
+            }
             Event::Closed { door, why, .. } if self.close(&name, door, &why) => None,
             _ => Some((name, Export::stop)),
         }

@@ -13,7 +13,7 @@ use super::options::{ExportOptions, read_keys};
 use crate::request::{MAX_DISK_BYTES, SECTOR_BYTES, format_size, parse_size};
 #[cfg(feature = "testing")]
 use crate::storage::Rule;
-use crate::storage::{CacheMode, ImageFormat};
+use crate::storage::{CacheMode, ImageFormat, ImageName};
 
 /// Where the data of an export lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub enum StorageSpec {
         /// What the file holds, if that is said.
         format: Option<ImageFormat>,
     },
+    /// `rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT]`: an image of a Ceph cluster.
+    Rbd(ImageName),
 }
 
 impl StorageSpec {
@@ -51,6 +53,7 @@ impl StorageSpec {
                 .unwrap_or_default()
                 .to_string_lossy()
                 .into_owned(),
+            Self::Rbd(image) => image.image.clone(),
         }
     }
 
@@ -67,6 +70,10 @@ impl StorageSpec {
                 cache,
                 format,
             },
+            Self::Rbd(image) => Self::Rbd(ImageName {
+                conf: image.conf.map(|conf| folder.join(conf)),
+                ..image
+            }),
             other => other,
         }
     }
@@ -80,6 +87,7 @@ impl fmt::Display for StorageSpec {
             Self::File { path, .. } => {
                 write!(f, "file:{}", commas::escape(&path.to_string_lossy()))
             }
+            Self::Rbd(image) => write!(f, "rbd:{}", commas::escape(&image.to_string())),
         }
     }
 }
@@ -111,6 +119,17 @@ struct FileKeys {
     cache: Option<CacheMode>,
     #[arg(long, value_enum)]
     format: Option<ImageFormat>,
+}
+
+/// The keys of a SPEC with `rbd:`.
+#[derive(Args)]
+struct RbdKeys {
+    #[command(flatten)]
+    _export: ExportOptions,
+    #[arg(long)]
+    conf: Option<PathBuf>,
+    #[arg(long)]
+    user: Option<String>,
 }
 
 impl FromStr for Spec {
@@ -153,9 +172,10 @@ fn parse(text: &str) -> Result<Spec, String> {
     let options = match kind {
         "null" | "mem" => read_keys::<ExportOptions>(pairs),
         "file" => read_keys::<FileKeys>(pairs),
+        "rbd" => read_keys::<RbdKeys>(pairs),
         _ => {
             return Err(format!(
-                "no storage is called '{kind}': there are null:SIZE, mem:SIZE and file:PATH"
+                "no storage is called '{kind}': there are null:SIZE, mem:SIZE, file:PATH and rbd:POOL/IMAGE"
             ));
         }
     };
@@ -170,6 +190,16 @@ fn parse(text: &str) -> Result<Spec, String> {
         "mem" => StorageSpec::Memory {
             size_bytes: disk_size(&arg)?,
         },
+        "rbd" => {
+            let image = image_name(&arg).ok_or_else(|| {
+                format!("'{arg}' names no image: write rbd:POOL/IMAGE, rbd:POOL/NAMESPACE/IMAGE or either with @SNAPSHOT")
+            })?;
+            StorageSpec::Rbd(ImageName {
+                conf: options.remove_one("conf"),
+                user: options.remove_one("user"),
+                ..image
+            })
+        }
         _ if arg.is_empty() => {
             return Err("no path after 'file:': write file:/srv/disk.img, for instance".into());
         }
@@ -198,7 +228,10 @@ fn is_path(part: &str) -> bool {
 /// `[NAME=]PATH[,key=value…]`
 fn parse_bare_path(text: &str) -> Result<Spec, String> {
     if text.is_empty() {
-        return Err("no storage: write KIND:ARG with null:SIZE, mem:SIZE or file:PATH".into());
+        return Err(
+            "no storage: write KIND:ARG with null:SIZE, mem:SIZE, file:PATH or rbd:POOL/IMAGE"
+                .into(),
+        );
     }
     let (name, path) = match text.split_once('=') {
         Some((name, path)) if !is_path(name) => (format!("{name}="), path),
@@ -239,6 +272,32 @@ fn with_faults(text: &str) -> Result<Spec, String> {
     Ok(Spec {
         faults: rules.map_err(|error| error.to_string())?,
         ..parse(disk)?
+    })
+}
+
+/// `POOL/[NAMESPACE/]IMAGE[@SNAPSHOT]`
+fn image_name(text: &str) -> Option<ImageName> {
+    let (place, snapshot) = match text.split_once('@') {
+        Some((place, snapshot)) => (place, Some(snapshot)),
+        None => (text, None),
+    };
+    let parts: Vec<&str> = place.split('/').collect();
+    let (pool, namespace, image) = match parts[..] {
+        [pool, image] => (pool, None, image),
+        [pool, namespace, image] => (pool, Some(namespace), image),
+        _ => return None,
+    };
+    let names = [Some(pool), namespace, Some(image), snapshot];
+    if names.into_iter().flatten().any(str::is_empty) {
+        return None;
+    }
+    Some(ImageName {
+        pool: pool.to_owned(),
+        namespace: namespace.unwrap_or_default().to_owned(),
+        image: image.to_owned(),
+        snapshot: snapshot.map(str::to_owned),
+        conf: None,
+        user: None,
     })
 }
 

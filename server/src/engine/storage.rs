@@ -6,6 +6,9 @@ use std::time::Duration;
 use crate::io::{Ring, Slot};
 use crate::request::{Limits, Progress, Request};
 
+/// Called once, with the reason, when another server has taken a storage from this one.
+pub type Fenced = Box<dyn Fn(String) + Send + Sync>;
+
 /// A disk as a whole: what does not concern a single request.
 pub trait StorageControl: Send + Sync + 'static {
     /// What the disk is and what it takes.
@@ -64,6 +67,9 @@ pub trait StorageControl: Send + Sync + 'static {
     fn claim(&self, _limit: Duration) -> Result<bool, String> {
         Ok(false)
     }
+
+    /// Has `tell` called when another server takes the storage from this one. All requests fail from then on.
+    fn on_fenced(&self, _tell: Fenced) {}
 
     /// Flushes, then gives up a [claim](Self::claim), so that another server may take it.
     fn release(&self) {}

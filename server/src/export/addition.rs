@@ -346,10 +346,19 @@ fn link_device(server: Peer, number: u32) -> Result<()> {
     .with_context(|| format!("cannot link {device} into {}", folder.path().display()))
 }
 
-/// Opens the image.
+/// Opens the image, if it is a file.
 fn open_image(config: &ExportConfig, is_confined: bool) -> Result<Option<File>> {
-    let StorageSpec::File { path, .. } = &config.storage else {
-        return Ok(None);
+    let path = match &config.storage {
+        StorageSpec::File { path, .. } => path,
+        StorageSpec::Rbd(image) => {
+            ensure!(
+                !is_confined,
+                "a confined server makes no connection to a cluster for an export that is added: serve rbd:{image} by \
+                 another server, or start this one with --sandbox=no"
+            );
+            return Ok(None);
+        }
+        StorageSpec::Null { .. } | StorageSpec::Memory { .. } => return Ok(None),
     };
     let later = claims_later(config);
     let file = open_file(path, config.read_only, later)?;

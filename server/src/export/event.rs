@@ -56,6 +56,13 @@ pub enum Event {
         /// The number of the export.
         export: u64,
     },
+    /// Another server has taken the storage of an export.
+    Fenced {
+        /// The export.
+        export: u64,
+        /// By whom.
+        why: String,
+    },
     /// A door closed by itself.
     Closed {
         /// The number of the export.

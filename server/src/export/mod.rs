@@ -243,6 +243,7 @@ impl Export {
                 },
             );
         }
+        reach.uses_network |= matches!(config.storage, StorageSpec::Rbd(_));
         let folder = self.claim.folder();
         add(folder, Access::Folder);
         if let Some(exports) = folder.parent() {

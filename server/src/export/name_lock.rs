@@ -31,10 +31,11 @@ pub(super) const SPARE: &str = "spare";
 pub(super) const LOCK: &str = "lock";
 pub(super) const UBLK_ID: &str = "ublk-id";
 const UPGRADED: &str = "upgraded";
+const LOCKED_BY: &str = "locked-by";
 pub(super) const SERVED: &str = "served";
 /// The folder of records in a runtime directory.
 pub(super) const RECORDS: &str = "records";
-pub(super) const NOTES: [&str; 3] = [UBLK_ID, SERVED, UPGRADED];
+pub(super) const NOTES: [&str; 4] = [UBLK_ID, SERVED, UPGRADED, LOCKED_BY];
 
 /// How long other processes may hold the shared lock with which they check whether a name has a server.
 const CHECK_LIMIT: Duration = Duration::from_secs(1);
@@ -164,6 +165,12 @@ impl NameLock {
         self.file(UPGRADED)
     }
 
+    /// The note of the name under which the storage is locked, where it has such names.
+    #[must_use]
+    pub fn locked_by_note(&self) -> NoteFile {
+        self.file(LOCKED_BY)
+    }
+
     /// The note of what is served.
     pub(super) fn served_note(&self) -> NoteFile {
         self.file(SERVED)
@@ -255,7 +262,7 @@ impl Drop for NameLock {
         }
         let notes: &[&str] = match self.left_device() {
             Some(_) => &[],
-            None => &[SERVED, UPGRADED],
+            None => &[SERVED, UPGRADED, LOCKED_BY],
         };
         let unfinished = NOTES.map(unfinished);
         let unfinished = unfinished.each_ref().map(String::as_str);

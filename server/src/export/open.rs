@@ -26,7 +26,7 @@ use crate::request::Limits;
 use crate::request::format_size;
 #[cfg(feature = "testing")]
 use crate::storage::Fault;
-use crate::storage::{File, FileOptions, Memory, Null};
+use crate::storage::{File, FileOptions, Memory, Null, Rbd, RbdOptions};
 
 /// Largest discard and write-zeroes that clients of null and memory disks are told of.
 const MAX_RANGE_BYTES: u64 = 1 << 30;
@@ -83,6 +83,21 @@ impl Opening<'_> {
                     None => File::open(options)?,
                 })
             }
+            StorageSpec::Rbd(image) => {
+                let note = self.claim.locked_by_note();
+                let predecessor = note.read().context("cannot read whose the image was")?;
+                let disk = Rbd::open(RbdOptions {
+                    export: config.name.clone(),
+                    image: image.clone(),
+                    read_only: config.read_only,
+                    block_bytes: config.block_bytes,
+                    serial: config.serial,
+                    claim_later: claims_later(config),
+                    predecessor,
+                    note_owner: Box::new(move |owner| note.replace(owner, || {})),
+                })?;
+                self.open(disk)
+            }
         }
     }
 
@@ -108,6 +123,11 @@ impl Opening<'_> {
             }
         };
         let disk = Arc::new(disk);
+        let (events, export) = (self.server.events().clone(), self.number);
+        disk.on_fenced(Box::new(move |why| {
+            // Without a receiver the server is ending anyway.
+            let _ = events.send(Event::Fenced { export, why });
+        }));
         let limits = disk.limits().clone();
         let config = self.config;
         if !outlives_server(config) {
@@ -330,7 +350,10 @@ impl Opening<'_> {
 
 /// Whether the contents are there after the death of this server.
 fn outlives_server(config: &ExportConfig) -> bool {
-    matches!(config.storage, StorageSpec::File { .. })
+    matches!(
+        config.storage,
+        StorageSpec::File { .. } | StorageSpec::Rbd(_)
+    )
 }
 
 /// What happens to the block device when this server dies.

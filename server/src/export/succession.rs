@@ -16,7 +16,7 @@ use super::open::may_open_ublk;
 use super::runtime_dir::RuntimeDir;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
 use crate::request::format_size;
-use crate::storage::identity;
+use crate::storage::{Rbd, identity};
 
 /// What a new server does about an earlier one of the same name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -119,6 +119,15 @@ fn may_succeed(
                 );
             }
             file.seek(SeekFrom::End(0)).with_context(cannot_open)?
+        }
+        StorageSpec::Rbd(image) => {
+            let (size_bytes, found) = Rbd::examine(image)?;
+            let served = noted.and_then(|note| note.storage.as_deref());
+            ensure!(
+                served.is_none() || found.is_none() || found.as_deref() == served,
+                "rbd:{image} is not the image that is served: it was replaced meanwhile"
+            );
+            size_bytes
         }
     };
     if size_bytes < old.size_bytes {

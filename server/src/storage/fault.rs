@@ -11,7 +11,7 @@ use io_uring::{opcode, types};
 
 use super::escape::Escape;
 
-use crate::engine::{RingBuffers, Storage, StorageControl, StorageQueue};
+use crate::engine::{Fenced, RingBuffers, Storage, StorageControl, StorageQueue};
 use crate::io::{Owner, Ring, Slot, Token};
 use crate::request::{IoError, Limits, Op, Progress, Request};
 
@@ -205,6 +205,10 @@ impl<B: Storage> StorageControl for Fault<B> {
 
     fn claim(&self, limit: Duration) -> Result<bool, String> {
         self.disk.claim(limit)
+    }
+
+    fn on_fenced(&self, tell: Fenced) {
+        self.disk.on_fenced(tell);
     }
 
     fn release(&self) {

@@ -6,11 +6,13 @@
 
 #[cfg(feature = "testing")]
 mod escape;
+mod failures;
 #[cfg(feature = "testing")]
 mod fault;
 mod file;
 mod memory;
 mod null;
+mod rbd;
 
 #[cfg(feature = "testing")]
 pub use escape::VARIABLE as ESCAPE_VARIABLE;
@@ -19,3 +21,4 @@ pub use fault::{BadRule, Fault, Rule};
 pub use file::{CacheMode, File, FileOptions, ImageFormat, OpenError, identity, open_file};
 pub use memory::Memory;
 pub use null::Null;
+pub use rbd::{Examined, ImageName, Rbd, RbdError, RbdOptions};

@@ -17,7 +17,6 @@ mod bounce;
 mod claim;
 mod device;
 mod error;
-mod failures;
 mod image_format;
 mod lock;
 mod open;

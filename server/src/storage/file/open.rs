@@ -14,13 +14,13 @@ use rustix::fs::{fallocate, fcntl_getfl, fcntl_setfl, fstatfs};
 
 use super::device::{self, DeviceFacts};
 use super::error::OpenError;
-use super::failures::Failures;
 use super::image_format::{self, ImageFormat};
 use super::lock::{self, Lock, Part, is_taken, unless_taken};
 use super::operations::{RELEASE_BYTES, ZERO_RANGE_BYTES};
 use super::shared::{Alignment, Lacks, Shared};
 use crate::io::AnonymousMemory;
 use crate::request::{Limits, MAX_DISK_BYTES, Serial};
+use crate::storage::failures::Failures;
 
 /// How a file disk uses the host's page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]

@@ -299,7 +299,7 @@ impl FileQueue {
     fn failed(&self, request: &Request, errno: i32) -> IoError {
         let shared = &self.shared;
         let failures = &shared.failures;
-        failures.note(&shared.export, &shared.path, request, errno);
+        failures.note(&shared.export, shared.path.display(), request, errno);
         IoError::from_errno(errno)
     }
 

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::failures::Failures;
 use crate::engine::events::{self, What};
+use crate::storage::failures::Failures;
 
 /// What all queues of a file disk use.
 #[derive(Debug)]

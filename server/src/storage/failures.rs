@@ -1,7 +1,7 @@
 //! What became of requests that the storage failed: a line in the log, and the last one for `stat`.
 
+use std::fmt;
 use std::io;
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use crate::engine::events::{self, What};
@@ -28,11 +28,16 @@ impl Default for Failures {
 impl Failures {
     /// Notes that a request of `export` failed with `errno`, and logs it, unless the same came lately.
     #[cold]
-    pub(super) fn note(&self, export: &str, path: &Path, request: &Request, errno: i32) {
+    pub(super) fn note(
+        &self,
+        export: &str,
+        place: impl fmt::Display,
+        request: &Request,
+        errno: i32,
+    ) {
         let op = name(request.op());
         let text = format!(
-            "{}: {op} of {} bytes at {} failed: {}",
-            path.display(),
+            "{place}: {op} of {} bytes at {} failed: {}",
             request.len_bytes(),
             request.offset_bytes(),
             io::Error::from_raw_os_error(errno)

@@ -1,0 +1,59 @@
+//! Why an image cannot be served.
+
+use std::ffi::c_int;
+use std::io;
+
+/// Why an image cannot be served. Each names it and says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum RbdError {
+    /// There is no Ceph on this machine.
+    #[error("{0}")]
+    Library(&'static str),
+    /// A step failed.
+    #[error("{image}: cannot {what}: {source}{hint}")]
+    Step {
+        /// The image as it was given.
+        image: String,
+        /// The step.
+        what: &'static str,
+        /// What the library said.
+        source: io::Error,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The image has no exclusive-lock feature, so nothing keeps another writer out.
+    #[error(
+        "rbd:{0}: the image cannot be locked, so that two servers could write to it: enable that (rbd feature enable {0} \
+         exclusive-lock), or serve it with read-only"
+    )]
+    NoLock(String),
+    /// Another client has it.
+    #[error(
+        "rbd:{image} is in use by client {owner} of the cluster (rbd status, rbd lock ls): stop that one first; if it has \
+         died, the image is free half a minute after that"
+    )]
+    InUse {
+        /// The image as it was given.
+        image: String,
+        /// The client's name.
+        owner: String,
+    },
+    /// A size that no disk can have.
+    #[error(
+        "rbd:{image} has {size_bytes} bytes, which is not the size of a disk: resize it (rbd resize)"
+    )]
+    Size {
+        /// The image as it was given.
+        image: String,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// A text that C cannot have.
+    #[error("{0:?}: there is a NUL in it")]
+    Nul(String),
+}
+
+/// The error that a function of the libraries returned as a negative number.
+pub(super) fn system_error(result: c_int) -> io::Error {
+    io::Error::from_raw_os_error(-result)
+}

@@ -1,0 +1,450 @@
+//! An open image, and the client of the cluster that has it open.
+
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::io;
+use std::path::PathBuf;
+use std::ptr::{null, null_mut};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use super::error::{RbdError, system_error};
+use super::library::{self, EXCLUSIVE, FEATURE_EXCLUSIVE_LOCK, Functions, Pool, Rados, Watcher};
+
+/// What a user needs to open, write and lock images, and to bar a dead client from the cluster.
+pub(super) const CAPS: &str =
+    "; its user needs the caps mon 'profile rbd' osd 'profile rbd pool=POOL' (ceph auth caps)";
+
+/// Seconds until a connection fails if no monitor answers, and those that Ceph sets.
+const CONNECT_LIMIT: &CStr = c"30";
+const CONNECT_LIMIT_DEFAULT: &str = "300";
+
+/// How long opening may take before the log says what it waits for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Which image, and how its cluster is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageName {
+    /// The pool.
+    pub pool: String,
+    /// The namespace in it; empty for the default one.
+    pub namespace: String,
+    /// The image.
+    pub image: String,
+    /// A snapshot of it, which cannot be written to.
+    pub snapshot: Option<String>,
+    /// The configuration of the cluster; by default where Ceph looks for it.
+    pub conf: Option<PathBuf>,
+    /// The user, without `client.`; by default the one that Ceph takes.
+    pub user: Option<String>,
+}
+
+impl std::fmt::Display for ImageName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/", self.pool)?;
+        if !self.namespace.is_empty() {
+            write!(f, "{}/", self.namespace)?;
+        }
+        f.write_str(&self.image)?;
+        match &self.snapshot {
+            Some(snapshot) => write!(f, "@{snapshot}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The open image. Closing it waits for the cluster.
+pub(super) struct OpenImage {
+    pub(super) functions: &'static Functions,
+    name: ImageName,
+    rados: Rados,
+    pool: Pool,
+    image: library::Image,
+    cluster_id: String,
+}
+
+// SAFETY: all functions that are called with these handles may be called by any thread at any time.
+unsafe impl Send for OpenImage {}
+// SAFETY: as above.
+unsafe impl Sync for OpenImage {}
+
+impl std::fmt::Debug for OpenImage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.name)
+    }
+}
+
+impl OpenImage {
+    /// Connects to the cluster and opens the image. Does not lock it.
+    pub(super) fn open(name: &ImageName, read_only: bool) -> Result<Self, RbdError> {
+        reminded(name, || Self::connect_and_open(name, read_only))
+    }
+
+    fn connect_and_open(name: &ImageName, read_only: bool) -> Result<Self, RbdError> {
+        let functions = library::functions().map_err(RbdError::Library)?;
+        // From here on dropping it undoes what has been done.
+        let mut this = Self {
+            functions,
+            name: name.clone(),
+            rados: null_mut(),
+            pool: null_mut(),
+            image: null_mut(),
+            cluster_id: String::new(),
+        };
+        this.connect()?;
+        let pool = text(&name.pool)?;
+        // SAFETY: the client is connected, and the text ends with a NUL.
+        let result = unsafe {
+            (functions.rados_ioctx_create)(this.rados, pool.as_ptr(), &raw mut this.pool)
+        };
+        let hint = "; ceph osd lspools shows which there are";
+        this.step("open the pool", result, hint)?;
+        let namespace = text(&name.namespace)?;
+        // SAFETY: as above.
+        unsafe { (functions.rados_ioctx_set_namespace)(this.pool, namespace.as_ptr()) };
+        let image = text(&name.image)?;
+        let snapshot = name.snapshot.as_deref().map(text).transpose()?;
+        let snapshot = snapshot.as_ref().map_or(null(), |text| text.as_ptr());
+        let open = match read_only {
+            true => functions.rbd_open_read_only,
+            false => functions.rbd_open,
+        };
+        // SAFETY: as above; a snapshot is a text or null.
+        let result = unsafe { open(this.pool, image.as_ptr(), &raw mut this.image, snapshot) };
+        let hint = match -result {
+            libc::ENOENT if name.snapshot.is_some() => "; rbd snap ls shows its snapshots",
+            libc::ENOENT => "; rbd ls shows which there are",
+            libc::EPERM | libc::EACCES => CAPS,
+            _ => "",
+        };
+        this.step("open the image", result, hint)?;
+        Ok(this)
+    }
+
+    fn connect(&mut self) -> Result<(), RbdError> {
+        let functions = self.functions;
+        let user = self.name.user.as_deref().unwrap_or("admin");
+        let user = text(&format!("client.{user}"))?;
+        let conf = self
+            .name
+            .conf
+            .as_ref()
+            .map(|path| text(&path.to_string_lossy()));
+        let conf = conf.transpose()?;
+        // SAFETY: both texts end with a NUL, and the handle is written.
+        let result = unsafe {
+            (functions.rados_create2)(&raw mut self.rados, c"ceph".as_ptr(), user.as_ptr(), 0)
+        };
+        self.step("make a client of the cluster", result, "")?;
+        let path = conf.as_ref().map_or(null(), |path| path.as_ptr());
+        // SAFETY: the client was made; without a path the library looks where Ceph's programs look.
+        let result = unsafe { (functions.rados_conf_read_file)(self.rados, path) };
+        self.step(
+            "read the cluster's configuration",
+            result,
+            "; give the right one with conf=/etc/ceph/ceph.conf",
+        )?;
+        for (option, value) in [
+            // A request that has ended is durable.
+            (c"rbd_cache", c"false"),
+            // Data is copied before a write returns: its memory is the client's.
+            (c"rbd_disable_zero_copy_writes", c"true"),
+            // The owner of a lock that is broken is barred from the cluster.
+            (c"rbd_blocklist_on_break_lock", c"true"),
+            // What it has to say goes where this program's log goes.
+            (c"log_file", c""),
+            (c"log_to_stderr", c"true"),
+            (c"err_to_stderr", c"true"),
+        ] {
+            // SAFETY: as above. Options that a version does not know are not needed there.
+            unsafe { (functions.rados_conf_set)(self.rados, option.as_ptr(), value.as_ptr()) };
+        }
+        self.limit_connecting();
+        // SAFETY: as above.
+        let result = unsafe { (functions.rados_connect)(self.rados) };
+        let hint = match -result {
+            libc::ENOENT => {
+                "; its configuration names no monitor, or the keyring of its user is not there"
+            }
+            libc::EPERM | libc::EACCES => "; the cluster does not know its user's key",
+            libc::ETIMEDOUT => "; no monitor of the cluster answers",
+            _ => "",
+        };
+        if result < 0 {
+            // It must not be shut down.
+            self.rados = null_mut();
+        }
+        self.step("connect to the cluster", result, hint)?;
+        let mut id = [0; 64];
+        // SAFETY: the array is as long as is said.
+        unsafe { (functions.rados_cluster_fsid)(self.rados, id.as_mut_ptr(), id.len()) };
+        self.cluster_id = read_text(&id);
+        Ok(())
+    }
+
+    /// Has a connection without an answer fail after [`CONNECT_LIMIT`], unless the configuration sets a limit: a service
+    /// manager tries again.
+    fn limit_connecting(&self) {
+        let option = c"client_mount_timeout".as_ptr();
+        let mut value = [0; 32];
+        // SAFETY: the client was made, texts end with a NUL, and the array is as long as is said.
+        unsafe {
+            (self.functions.rados_conf_get)(self.rados, option, value.as_mut_ptr(), value.len());
+            if read_text(&value) == CONNECT_LIMIT_DEFAULT {
+                (self.functions.rados_conf_set)(self.rados, option, CONNECT_LIMIT.as_ptr());
+            }
+        }
+    }
+
+    /// The handle for requests.
+    pub(super) fn handle(&self) -> library::Image {
+        self.image
+    }
+
+    /// The image's name.
+    pub(super) fn name(&self) -> &ImageName {
+        &self.name
+    }
+
+    /// Its size in bytes.
+    pub(super) fn size_bytes(&self) -> Result<u64, RbdError> {
+        self.number("read the size of the image", self.functions.rbd_get_size)
+    }
+
+    /// The size of its objects, or of the stripes in them.
+    pub(super) fn stripe_bytes(&self) -> Result<u64, RbdError> {
+        self.number(
+            "read the image's layout",
+            self.functions.rbd_get_stripe_unit,
+        )
+    }
+
+    /// Whether it has the feature that keeps other writers out.
+    pub(super) fn can_be_locked(&self) -> Result<bool, RbdError> {
+        let features = self.number("read the image's features", self.functions.rbd_get_features)?;
+        Ok(features & FEATURE_EXCLUSIVE_LOCK != 0)
+    }
+
+    fn number(
+        &self,
+        what: &'static str,
+        get: unsafe extern "C" fn(library::Image, *mut u64) -> c_int,
+    ) -> Result<u64, RbdError> {
+        let mut number = 0;
+        // SAFETY: the image is open, and the number is written.
+        let result = unsafe { get(self.image, &raw mut number) };
+        self.step(what, result, "")?;
+        Ok(number)
+    }
+
+    /// What identifies it: cluster, pool and number of the image, which do not change when it is renamed.
+    pub(super) fn identity(&self) -> Option<String> {
+        let mut id = [0; 64];
+        // SAFETY: the image is open, the array as long as is said.
+        let (pool, result) = unsafe {
+            (
+                (self.functions.rados_ioctx_get_id)(self.pool),
+                (self.functions.rbd_get_id)(self.image, id.as_mut_ptr(), id.len()),
+            )
+        };
+        let snapshot = self.name.snapshot.as_deref().unwrap_or_default();
+        (result == 0).then(|| {
+            format!(
+                "rbd {} {pool} {} {snapshot}",
+                self.cluster_id,
+                read_text(&id)
+            )
+        })
+    }
+
+    /// The client that has it locked.
+    pub(super) fn lock_owner(&self) -> Result<Option<String>, RbdError> {
+        let (mut mode, mut owners, mut count) = (0, [null_mut(); 8], 8);
+        // SAFETY: the image is open, the array has as many places as is said.
+        let result = unsafe {
+            (self.functions.rbd_lock_get_owners)(
+                self.image,
+                &raw mut mode,
+                owners.as_mut_ptr(),
+                &raw mut count,
+            )
+        };
+        if -result == libc::ENOENT {
+            return Ok(None);
+        }
+        self.step("see who has the image locked", result, "")?;
+        // SAFETY: the library has filled in so many texts.
+        let first = (count > 0).then(|| unsafe { CStr::from_ptr(owners[0]) });
+        let owner = first.map(|text| text.to_string_lossy().into_owned());
+        // SAFETY: they are the library's, and not used after this.
+        unsafe { (self.functions.rbd_lock_get_owners_cleanup)(owners.as_mut_ptr(), count) };
+        Ok(owner)
+    }
+
+    /// Whether a client is connected to the image. The cluster forgets one that has died, or cannot reach it, after 30
+    /// seconds (`osd_client_watch_timeout`).
+    pub(super) fn is_watched_by(&self, client: &str) -> Result<bool, RbdError> {
+        let none = Watcher {
+            address: null_mut(),
+            id: 0,
+            cookie: 0,
+        };
+        let mut room = 16;
+        let (watchers, count) = loop {
+            let (mut watchers, mut count) = (vec![none; room], room);
+            // SAFETY: the image is open, the array has as many places as is said.
+            let result = unsafe {
+                (self.functions.rbd_watchers_list)(
+                    self.image,
+                    watchers.as_mut_ptr(),
+                    &raw mut count,
+                )
+            };
+            if -result != libc::ERANGE {
+                self.step("see which clients have the image open", result, "")?;
+                break (watchers, count);
+            }
+            room = count.max(2 * room);
+        };
+        let mut watchers = watchers;
+        let is_there = watchers[..count].iter().any(|watcher| {
+            // SAFETY: the library has filled in so many texts.
+            let address = unsafe { CStr::from_ptr(watcher.address) };
+            address.to_bytes() == client.as_bytes()
+        });
+        // SAFETY: they are the library's, and not used after this.
+        unsafe { (self.functions.rbd_watchers_list_cleanup)(watchers.as_mut_ptr(), count) };
+        Ok(is_there)
+    }
+
+    /// Locks it; no other client can write then. EROFS if another one has it.
+    pub(super) fn lock(&self) -> io::Result<()> {
+        // SAFETY: the image is open.
+        check(unsafe { (self.functions.rbd_lock_acquire)(self.image, EXCLUSIVE) })
+    }
+
+    /// Takes the lock from `owner`, which is gone, and bars it from the cluster: none of its writes is done after this.
+    /// Without effect if `owner` does not have the lock any more.
+    pub(super) fn break_lock(&self, owner: &str) -> Result<(), RbdError> {
+        let owner = text(owner)?;
+        // SAFETY: the image is open, and the text ends with a NUL.
+        let result =
+            unsafe { (self.functions.rbd_lock_break)(self.image, EXCLUSIVE, owner.as_ptr()) };
+        // It has been released meanwhile, or another client has taken it.
+        if matches!(-result, libc::ENOENT | libc::EBUSY) {
+            return Ok(());
+        }
+        self.step(
+            "take the lock from the server before this one",
+            result,
+            CAPS,
+        )
+    }
+
+    /// Whether this user may bar a dead client from the cluster, without which its lock cannot be taken. The command is one
+    /// that `profile rbd` allows, with an address that the monitors do not take: what they check first is the right.
+    pub(super) fn may_bar(&self) -> bool {
+        let command =
+            c"{\"prefix\": \"osd blocklist\", \"blocklistop\": \"add\", \"addr\": \"none/1\"}";
+        let mut commands = [command.as_ptr()];
+        // SAFETY: the client is connected, the text ends with a NUL; no input is given and no output taken.
+        let result = unsafe {
+            (self.functions.rados_mon_command)(
+                self.rados,
+                commands.as_mut_ptr(),
+                commands.len(),
+                null(),
+                0,
+                null_mut(),
+                null_mut(),
+                null_mut(),
+                null_mut(),
+            )
+        };
+        !matches!(-result, libc::EACCES | libc::EPERM)
+    }
+
+    /// Gives the lock back.
+    pub(super) fn unlock(&self) -> io::Result<()> {
+        // SAFETY: the image is open.
+        check(unsafe { (self.functions.rbd_lock_release)(self.image) })
+    }
+
+    /// Waits until all that was written is durable.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        // SAFETY: the image is open.
+        check(unsafe { (self.functions.rbd_flush)(self.image) })
+    }
+
+    /// Gives it another size.
+    pub(super) fn resize(&self, size_bytes: u64, may_shrink: bool) -> io::Result<()> {
+        // SAFETY: the image is open; there is no callback.
+        check(unsafe {
+            (self.functions.rbd_resize2)(self.image, size_bytes, may_shrink, None, null_mut())
+        })
+    }
+
+    fn step(&self, what: &'static str, result: c_int, hint: &'static str) -> Result<(), RbdError> {
+        if result >= 0 {
+            return Ok(());
+        }
+        Err(RbdError::Step {
+            image: format!("rbd:{}", self.name),
+            what,
+            source: system_error(result),
+            hint,
+        })
+    }
+}
+
+impl Drop for OpenImage {
+    fn drop(&mut self) {
+        // SAFETY: what is not null was made and is used by nobody else: queues hold `self`.
+        unsafe {
+            if !self.image.is_null() {
+                (self.functions.rbd_close)(self.image);
+            }
+            if !self.pool.is_null() {
+                (self.functions.rados_ioctx_destroy)(self.pool);
+            }
+            if !self.rados.is_null() {
+                (self.functions.rados_shutdown)(self.rados);
+            }
+        }
+    }
+}
+
+/// Does `work`, and says in the log if that takes long.
+fn reminded<T>(name: &ImageName, work: impl FnOnce() -> T) -> T {
+    let (done, end) = mpsc::channel::<()>();
+    let remind = move || {
+        if end.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!("rbd:{name}: still waiting for the cluster (ceph -s says how it is)");
+        }
+    };
+    thread::scope(|scope| {
+        // Without the thread nothing is said.
+        let _ = thread::Builder::new().spawn_scoped(scope, remind);
+        let result = work();
+        drop(done);
+        result
+    })
+}
+
+fn check(result: c_int) -> io::Result<()> {
+    match result {
+        0.. => Ok(()),
+        error => Err(system_error(error)),
+    }
+}
+
+fn text(text: &str) -> Result<CString, RbdError> {
+    CString::new(text).map_err(|_| RbdError::Nul(text.to_owned()))
+}
+
+/// The text in an array that a C function has filled.
+fn read_text(bytes: &[c_char]) -> String {
+    let bytes: Vec<u8> = bytes.iter().map(|byte| byte.cast_unsigned()).collect();
+    let text = CStr::from_bytes_until_nul(&bytes).unwrap_or_default();
+    text.to_string_lossy().into_owned()
+}

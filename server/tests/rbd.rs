@@ -1,0 +1,104 @@
+//! Images of a real cluster, whose configuration `CEPH_CONF` names.
+
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
+mod common;
+
+#[path = "rbd/declarations.rs"]
+mod declarations;
+#[path = "rbd/owner.rs"]
+mod owner;
+#[path = "rbd/refused.rs"]
+mod refused;
+#[path = "rbd/waiting.rs"]
+mod waiting;
+
+use std::process::Command;
+
+use common::*;
+use testkit::sandbox::Sandbox;
+use testkit::server::Server;
+
+/// What a disk without a write cache offers.
+const PLAIN: u64 = VERSION_1 | INDIRECT | PROTOCOL | DISCARD | WRITE_ZEROES;
+
+/// An image in the pool `rbd` that is removed with the value.
+struct Image(String);
+
+fn rbd(args: &[&str]) -> String {
+    let output = Command::new("rbd").args(args).output().unwrap();
+    assert!(output.status.success(), "{args:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+impl Image {
+    fn new(name: &str, size: &str) -> Self {
+        rbd(&["create", "--size", size, name]);
+        Self(name.to_owned())
+    }
+
+    fn spec(&self) -> String {
+        format!("d=rbd:rbd/{}", self.0)
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = Command::new("rbd")
+            .args(["rm", "--no-progress", &self.0])
+            .output();
+    }
+}
+
+const ARGS: [&str; 2] = ["--ublk", "no"];
+
+fn serve(lab: &Sandbox, image: &Image) -> Server {
+    lab.serve(&[&ARGS[..], &[&image.spec()]].concat())
+}
+
+fn connect(lab: &Sandbox) -> Driver {
+    Driver::running(lab.connect("d"), PLAIN)
+}
+
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn what_is_written_is_read_again() {
+    let image = Image::new("plain", "64M");
+    let lab = sandbox();
+    let server = serve(&lab, &image);
+    let mut driver = connect(&lab);
+    assert_eq!(driver.read(8, 4096), (OK, vec![0; 4096]));
+    assert_eq!(driver.write(8, &[7; 4096]), OK);
+    assert_eq!(driver.read(8, 4096), (OK, vec![7; 4096]));
+    assert_eq!(driver.segment(T_WRITE_ZEROES, 8, 4, 0), OK);
+    let mut half = vec![0; 2048];
+    half.extend([7; 2048]);
+    assert_eq!(driver.read(8, 4096), (OK, half));
+    let sectors_of_object = (4 << 20) / 512;
+    assert_eq!(driver.segment(T_DISCARD, 0, sectors_of_object, 0), OK);
+    assert_eq!(driver.read(8, 4096), (OK, vec![0; 4096]));
+    drop(driver);
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn a_snapshot_is_read_only_and_an_image_grows() {
+    let image = Image::new("grown", "64M");
+    let lab = sandbox();
+    let server = serve(&lab, &image);
+    assert_eq!(connect(&lab).write(0, &[1; 512]), OK);
+    rbd(&["snap", "create", "--no-progress", "grown@then"]);
+    assert_eq!(connect(&lab).write(0, &[2; 512]), OK);
+    let other = sandbox();
+    let frozen = other.serve(&[&ARGS[..], &["d=rbd:rbd/grown@then"]].concat());
+    assert_eq!(connect(&other).read(0, 512), (OK, vec![1; 512]));
+    frozen.stop().unwrap();
+    lab.ok(&["resize", "d", "80M"]);
+    let last = (80 << 11) - 1;
+    assert_eq!(connect(&lab).write(last, &[3; 512]), OK);
+    assert!(rbd(&["info", "grown"]).contains("size 80 MiB"));
+    server.stop().unwrap();
+    rbd(&["snap", "purge", "--no-progress", "grown"]);
+}

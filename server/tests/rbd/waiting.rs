@@ -1,0 +1,79 @@
+//! A cluster that does not answer for a while.
+
+use std::path::PathBuf;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::common::*;
+use crate::{ARGS, Image, PLAIN, connect, serve};
+
+/// The cluster's only OSD, stopped until the value goes.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn new() -> Self {
+        let conf = PathBuf::from(std::env::var("CEPH_CONF").unwrap());
+        let pid = std::fs::read_to_string(conf.with_file_name("osd.0.pid")).unwrap();
+        let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        kill_process(pid, Signal::STOP).unwrap();
+        Self(pid)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::CONT);
+    }
+}
+
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn while_the_cluster_does_not_answer_requests_wait_and_other_exports_do_not() {
+    let image = Image::new("waiting", "64M");
+    let lab = sandbox();
+    let server = lab.serve(&[&ARGS[..], &[&image.spec(), "m=mem:1M"]].concat());
+    let mut driver = connect(&lab);
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    let stopped = Stopped::new();
+    driver.memory.put(DATA + 4096, &[2; 512]);
+    driver.prepare(T_OUT, 0, &[(512, 0)]);
+    let mut other = Driver::running(lab.connect("m"), PLAIN);
+    for _ in 0..1000 {
+        assert_eq!(other.write(0, &[3; 512]), OK);
+    }
+    assert!(lab.ok(&["stat", "d"]).contains("running"));
+    drop(other);
+    lab.ok(&["stop", "--force", "m"]);
+    assert_eq!(driver.vrings[0].reap(&driver.memory), None);
+    drop(stopped);
+    assert_eq!(driver.vrings[0].wait(&driver.memory), (0, 1));
+    assert_eq!(driver.read(0, 512), (OK, vec![2; 512]));
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn a_stop_says_what_it_waits_for_and_a_second_signal_ends_it() {
+    let image = Image::new("stopping", "64M");
+    let lab = sandbox();
+    let server = serve(&lab, &image);
+    let mut driver = connect(&lab);
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    let stopped = Stopped::new();
+    driver.prepare(T_OUT, 0, &[(512, 0)]);
+    let process = Pid::from_raw(server.pid().cast_signed()).unwrap();
+    kill_process(process, Signal::TERM).unwrap();
+    eventually("it says what it waits for", || {
+        let log = server.log();
+        log.contains("d: still waiting for the requests of its vhost-user clients")
+    });
+    let (status, log) = server.end_by(Signal::TERM).unwrap();
+    assert_eq!(status.code(), Some(1), "{log}");
+    drop(stopped);
+    // What it had is the next one's.
+    let server = serve(&lab, &image);
+    assert_eq!(connect(&lab).read(512, 512), (OK, vec![0; 512]));
+    server.stop().unwrap();
+    lab.is_clean();
+}
