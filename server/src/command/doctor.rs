@@ -1,5 +1,7 @@
 //! `ublkup doctor`: what this machine can and cannot do, and what servers that died left behind.
 
+mod images;
+
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,6 +13,7 @@ use upgrade_proto::{printable, remove_stale_entries, stale_entries};
 
 use super::left;
 use super::output::{print, print_json};
+use super::serve_args::CONFIG_FOLDER;
 use crate::door::ublk::{self, DeviceState};
 use crate::engine::{io_flusher, sandbox};
 use crate::export::explain;
@@ -55,12 +58,14 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
         ("sandbox", sandbox()),
         ("runtime directory", runtime_directory(dir)),
     ];
+    let images = images::findings(dir, CONFIG_FOLDER.as_ref()).into_iter();
     let exports = dead_exports(dir, clean).into_iter();
     let entries = stale_services(dir, clean).into_iter();
     let dead = dead_devices(clean).into_iter();
     let waiting = waiting_devices(dir).into_iter();
     let checks: Vec<_> = machine
         .into_iter()
+        .chain(images.map(|finding| ("Ceph image", finding)))
         .chain(exports.map(|finding| ("left by dead servers", finding)))
         .chain(entries.map(|finding| ("registry of services", finding)))
         .chain(dead.map(|finding| ("dead block devices", finding)))
