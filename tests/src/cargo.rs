@@ -148,8 +148,8 @@ pub fn build_server_of(
 }
 
 /// Test programs with tests that need more than a build machine has: a ublk driver, loop devices, a
-/// scratch disk, root. Those are `#[ignore]`d in `cargo test`; guests run them.
-pub const DRIVER_TESTS: [&str; 4] = ["ublk", "block", "registry", "file"];
+/// scratch disk, root, a Ceph cluster. Those are `#[ignore]`d in `cargo test`; guests and the suite `ceph` run them.
+pub const DRIVER_TESTS: [&str; 5] = ["ublk", "block", "registry", "file", "rbd"];
 
 /// Test programs that guests run once more, with what only their kernels have.
 const REPEATED_TESTS: [&str; 5] = [

@@ -2,6 +2,7 @@
 
 pub mod beside;
 pub mod boot_sector;
+pub mod ceph;
 pub mod fio;
 pub mod libvirt;
 pub mod load;

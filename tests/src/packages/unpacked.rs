@@ -40,6 +40,14 @@ pub const LIBVIRT: Unpacked = Unpacked {
     kept: &["etc", "usr", "var"],
 };
 
+/// Daemons and programs of Ceph as this release has them, and the headers of its libraries.
+pub const CEPH: Unpacked = Unpacked {
+    name: "ceph",
+    suites: &[],
+    packages: &["ceph-mon", "ceph-osd", "ceph-common", "librbd-dev"],
+    kept: &["usr"],
+};
+
 /// A directory in the cache with files of packages.
 #[derive(Debug)]
 pub struct Unpacked {

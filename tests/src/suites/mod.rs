@@ -9,6 +9,7 @@ mod bench;
 mod block;
 mod block_clients;
 mod blockdev;
+mod ceph;
 mod compare;
 mod debug;
 mod docs;
@@ -219,6 +220,14 @@ pub const SUITES: &[Suite] = &[
         place: Place::Host,
         needs: &[Need::Kernel(X86), Server, Tools],
         tests: &[libvirt::TESTS],
+        ..SUITE
+    },
+    Suite {
+        name: "ceph",
+        about: "images of a Ceph cluster on this machine",
+        place: Place::Host,
+        needs: &[Server, DriverTests],
+        tests: &[ceph::TESTS],
         ..SUITE
     },
     Suite {
