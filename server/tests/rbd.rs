@@ -44,9 +44,13 @@ impl Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
-        let _ = Command::new("rbd")
-            .args(["rm", "--no-progress", &self.0])
-            .output();
+        for action in [&["snap", "purge"][..], &["rm"]] {
+            let mut command = Command::new("rbd");
+            let _ = command
+                .args(action)
+                .args(["--no-progress", &self.0])
+                .output();
+        }
     }
 }
 
@@ -99,6 +103,13 @@ fn a_snapshot_is_read_only_and_an_image_grows() {
     let last = (80 << 11) - 1;
     assert_eq!(connect(&lab).write(last, &[3; 512]), OK);
     assert!(rbd(&["info", "grown"]).contains("size 80 MiB"));
+    // By another client, which nothing but the cluster tells.
+    rbd(&["resize", "--no-progress", "--size", "96M", "grown"]);
+    eventually("the disk has grown, too", || {
+        let stat: serde_json::Value =
+            serde_json::from_str(&lab.ok(&["stat", "d", "--json"])).unwrap();
+        stat["size_bytes"] == 96 << 20
+    });
+    assert_eq!(connect(&lab).write((96 << 11) - 1, &[4; 512]), OK);
     server.stop().unwrap();
-    rbd(&["snap", "purge", "--no-progress", "grown"]);
 }

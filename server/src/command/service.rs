@@ -105,6 +105,10 @@ impl Service<'_> {
                             }
                         }
                     }
+                    Event::StorageChanged { export } => {
+                        exports.follow_growth(scope, export);
+                        continue;
+                    }
                     Event::Ended { number, in_order } => {
                         exports.ending.remove(&number);
                         exports.in_order &= in_order;
@@ -277,6 +281,27 @@ impl Exports {
         // A client that has gone does not wait.
         let _ = answer.send(answered);
         ending
+    }
+
+    /// Makes a disk as large as its storage, in a thread of its own: the storage may have to be waited for.
+    fn follow_growth<'scope>(&mut self, scope: &'scope Scope<'scope, '_>, number: u64) {
+        let mut all = self.serving.iter();
+        let Some((name, export)) = all.find(|(_, export)| export.number() == number) else {
+            if self.starting > 0 {
+                self.early.push(Event::StorageChanged { export: number });
+            }
+            return;
+        };
+        let (name, export) = (name.clone(), export.watch());
+        let follow = move || {
+            if let Err(error) = export.follow_growth() {
+                tracing::warn!("{name}: {}", explain(&error));
+            }
+        };
+        let thread = std::thread::Builder::new().name("resize".into());
+        if let Err(error) = thread.spawn_scoped(scope, follow) {
+            tracing::warn!(%error, "cannot start a thread: 'ublkup resize' has to follow the storage's size");
+        }
     }
 
     /// Closes a door that closed by itself; whether another one stays open.

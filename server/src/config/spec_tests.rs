@@ -49,6 +49,42 @@ fn a_path_is_shown_as_it_is_written_in_a_spec() {
 }
 
 #[test]
+fn an_image_of_a_cluster_is_named_with_its_pool() {
+    let spec: Spec = "d=rbd:vms/tenant/disk@then,conf=/etc/c.conf,user=u,queues=2"
+        .parse()
+        .unwrap();
+    let image = ImageName {
+        pool: "vms".into(),
+        namespace: "tenant".into(),
+        image: "disk".into(),
+        snapshot: Some("then".into()),
+        conf: Some("/etc/c.conf".into()),
+        user: Some("u".into()),
+    };
+    assert_eq!(spec.storage, StorageSpec::Rbd(image));
+    assert_eq!(spec.storage.to_string(), "rbd:vms/tenant/disk@then");
+    assert_eq!(options(&spec).queues, Some(2));
+    for text in [
+        "disk",
+        "/disk",
+        "vms/",
+        "vms//disk",
+        "a/b/c/d",
+        "vms/disk@",
+        "",
+    ] {
+        let error = format!("rbd:{text}").parse::<Spec>().unwrap_err();
+        assert!(error.to_string().contains("names no image"), "{error}");
+    }
+    // Relative to the folder of the configuration file.
+    let spec: Spec = "rbd:vms/disk,conf=c.conf".parse().unwrap();
+    let StorageSpec::Rbd(image) = spec.storage.resolved("/srv".as_ref()) else {
+        unreachable!("it is one")
+    };
+    assert_eq!(image.conf.as_deref(), Some("/srv/c.conf".as_ref()));
+}
+
+#[test]
 fn a_disk_may_be_told_to_fail() {
     let text = "d=fault:write=eio@0-1M/3*2;any=delay20;flush=stall;mem:1M,serial=X";
     let spec: Spec = text.parse().unwrap();

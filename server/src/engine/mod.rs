@@ -53,4 +53,4 @@ pub use door::{DoorQueue, Next};
 pub use end::End;
 pub use listen::{Accept, listen};
 pub use spawn::{Spawned, spawn_queue};
-pub use storage::{Fenced, RingBuffers, Storage, StorageControl, StorageQueue};
+pub use storage::{Changed, Fenced, RingBuffers, Storage, StorageControl, StorageQueue};

@@ -9,6 +9,9 @@ use crate::request::{Limits, Progress, Request};
 /// Called once, with the reason, when another server has taken a storage from this one.
 pub type Fenced = Box<dyn Fn(String) + Send + Sync>;
 
+/// Called, from any thread, when another program may have changed a storage's size. It does not wait.
+pub type Changed = Box<dyn Fn() + Send + Sync>;
+
 /// A disk as a whole: what does not concern a single request.
 pub trait StorageControl: Send + Sync + 'static {
     /// What the disk is and what it takes.
@@ -70,6 +73,9 @@ pub trait StorageControl: Send + Sync + 'static {
 
     /// Has `tell` called when another server takes the storage from this one. All requests fail from then on.
     fn on_fenced(&self, _tell: Fenced) {}
+
+    /// Has `tell` called when another program may have changed the storage's size, where that can be learned.
+    fn on_change(&self, _tell: Changed) {}
 
     /// Flushes, then gives up a [claim](Self::claim), so that another server may take it.
     fn release(&self) {}

@@ -1,7 +1,7 @@
 //! What an export answers at its admin socket.
 
 use std::collections::BTreeMap;
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -151,6 +151,95 @@ impl Shared {
         }
         Ok(())
     }
+
+    /// Makes the disk as large as its storage, which another program may have changed.
+    pub(super) fn follow_growth(&self) -> Result<()> {
+        let one = self.resizing();
+        let Some(storage) = self.storage().clone() else {
+            return Ok(());
+        };
+        let (have_bytes, disk_bytes) = (storage.grow(None)?, self.limits.capacity.bytes());
+        if have_bytes > disk_bytes {
+            self.resize_alone(&one, None, false)?;
+        }
+        ensure!(
+            have_bytes >= disk_bytes,
+            "another program has made the storage smaller, {}: what was behind is lost",
+            format_size(have_bytes)
+        );
+        Ok(())
+    }
+
+    fn resizing(&self) -> MutexGuard<'_, ()> {
+        // The size is set after all else.
+        self.resizing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn resize_alone(
+        &self,
+        _one: &MutexGuard<'_, ()>,
+        size_bytes: Option<u64>,
+        shrink: bool,
+    ) -> Result<Resized> {
+        let (name, capacity) = (&self.config.name, &self.limits.capacity);
+        let old_size_bytes = capacity.bytes();
+        let block_bytes = u64::from(self.limits.block_bytes);
+        if let Some(wanted) = size_bytes
+            && (wanted == 0 || !wanted.is_multiple_of(block_bytes) || wanted > MAX_DISK_BYTES)
+        {
+            bail!(
+                "{wanted} is no size for a disk with blocks of {block_bytes}, or too large (at most {})",
+                format_size(MAX_DISK_BYTES)
+            );
+        }
+        let storage = (self.storage().clone()).context("it is being stopped")?;
+        let have_bytes = storage.grow(size_bytes)?;
+        let size_bytes = size_bytes.unwrap_or(have_bytes).min(have_bytes);
+        if size_bytes == 0 {
+            bail!("nothing would be left of it");
+        }
+        if size_bytes < old_size_bytes {
+            self.may_shrink(old_size_bytes - size_bytes, shrink)?;
+        } else {
+            // What the clients are about to be told is true already.
+            capacity.set(size_bytes);
+        }
+        if size_bytes != old_size_bytes
+            && let Some(door) = self.ublk()
+            && let Err(error) = door.resize(size_bytes)
+        {
+            capacity.set(old_size_bytes);
+            return Err(error.into());
+        }
+        capacity.set(size_bytes);
+        let untold_clients = match &self.doors().vhost {
+            Some((door, _)) if size_bytes != old_size_bytes => door.tell_new_size(),
+            _ => 0,
+        };
+        if size_bytes < old_size_bytes
+            && let Err(error) = storage.cut(size_bytes)
+        {
+            self.undo_shrinking(old_size_bytes);
+            return Err(error.into());
+        }
+        tracing::info!(
+            "{name}: {}, was {}",
+            format_size(size_bytes),
+            format_size(old_size_bytes)
+        );
+        if size_bytes != old_size_bytes {
+            let what = What::Resized {
+                size_bytes,
+                old_size_bytes,
+            };
+            events::tell(name, what);
+        }
+        Ok(Resized {
+            size_bytes,
+            old_size_bytes,
+            untold_clients,
+        })
+    }
 }
 
 impl admin::Service for Shared {
@@ -211,65 +300,8 @@ impl admin::Service for Shared {
     }
 
     fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized> {
-        let _one = (self.resizing.lock()).unwrap_or_else(PoisonError::into_inner);
-        let (name, capacity) = (&self.config.name, &self.limits.capacity);
-        let old_size_bytes = capacity.bytes();
-        let block_bytes = u64::from(self.limits.block_bytes);
-        if let Some(wanted) = size_bytes
-            && (wanted == 0 || !wanted.is_multiple_of(block_bytes) || wanted > MAX_DISK_BYTES)
-        {
-            bail!(
-                "{wanted} is no size for a disk with blocks of {block_bytes}, or too large (at most {})",
-                format_size(MAX_DISK_BYTES)
-            );
-        }
-        let storage = (self.storage().clone()).context("it is being stopped")?;
-        let have_bytes = storage.grow(size_bytes)?;
-        let size_bytes = size_bytes.unwrap_or(have_bytes).min(have_bytes);
-        if size_bytes == 0 {
-            bail!("nothing would be left of it");
-        }
-        if size_bytes < old_size_bytes {
-            self.may_shrink(old_size_bytes - size_bytes, shrink)?;
-        } else {
-            // What the clients are about to be told is true already.
-            capacity.set(size_bytes);
-        }
-        if size_bytes != old_size_bytes
-            && let Some(door) = self.ublk()
-            && let Err(error) = door.resize(size_bytes)
-        {
-            capacity.set(old_size_bytes);
-            return Err(error.into());
-        }
-        capacity.set(size_bytes);
-        let untold_clients = match &self.doors().vhost {
-            Some((door, _)) if size_bytes != old_size_bytes => door.tell_new_size(),
-            _ => 0,
-        };
-        if size_bytes < old_size_bytes
-            && let Err(error) = storage.cut(size_bytes)
-        {
-            self.undo_shrinking(old_size_bytes);
-            return Err(error.into());
-        }
-        tracing::info!(
-            "{name}: {}, was {}",
-            format_size(size_bytes),
-            format_size(old_size_bytes)
-        );
-        if size_bytes != old_size_bytes {
-            let what = What::Resized {
-                size_bytes,
-                old_size_bytes,
-            };
-            events::tell(name, what);
-        }
-        Ok(Resized {
-            size_bytes,
-            old_size_bytes,
-            untold_clients,
-        })
+        let one = self.resizing();
+        self.resize_alone(&one, size_bytes, shrink)
     }
 
     fn set(&self, mut options: BTreeMap<String, String>) -> Result<()> {

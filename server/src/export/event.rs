@@ -63,6 +63,11 @@ pub enum Event {
         /// By whom.
         why: String,
     },
+    /// Another program may have changed the size of the storage of an export.
+    StorageChanged {
+        /// The number of the export.
+        export: u64,
+    },
     /// A door closed by itself.
     Closed {
         /// The number of the export.

@@ -354,14 +354,14 @@ impl Export {
         all_ended
     }
 
-    /// For what the export waits for while another thread ends it.
+    /// For threads that have to do with the export, but not to end it.
     #[must_use]
     pub fn watch(&self) -> Watch {
         Watch(Arc::clone(&self.shared))
     }
 }
 
-/// An export that is being ended by another thread.
+/// An export that another thread has.
 pub struct Watch(Arc<Shared>);
 
 impl Watch {
@@ -369,6 +369,15 @@ impl Watch {
     #[must_use]
     pub fn waits_for(&self) -> Option<String> {
         self.0.doors().waits_for.clone()
+    }
+
+    /// Makes the disk as large as its storage, which another program may have changed.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be done, or the storage has become smaller.
+    pub fn follow_growth(&self) -> Result<()> {
+        self.0.follow_growth()
     }
 }
 

@@ -128,6 +128,11 @@ impl Opening<'_> {
             // Without a receiver the server is ending anyway.
             let _ = events.send(Event::Fenced { export, why });
         }));
+        let events = self.server.events().clone();
+        disk.on_change(Box::new(move || {
+            // As above.
+            let _ = events.send(Event::StorageChanged { export });
+        }));
         let limits = disk.limits().clone();
         let config = self.config;
         if !outlives_server(config) {

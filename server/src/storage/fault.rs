@@ -11,7 +11,7 @@ use io_uring::{opcode, types};
 
 use super::escape::Escape;
 
-use crate::engine::{Fenced, RingBuffers, Storage, StorageControl, StorageQueue};
+use crate::engine::{Changed, Fenced, RingBuffers, Storage, StorageControl, StorageQueue};
 use crate::io::{Owner, Ring, Slot, Token};
 use crate::request::{IoError, Limits, Op, Progress, Request};
 
@@ -209,6 +209,10 @@ impl<B: Storage> StorageControl for Fault<B> {
 
     fn on_fenced(&self, tell: Fenced) {
         self.disk.on_fenced(tell);
+    }
+
+    fn on_change(&self, tell: Changed) {
+        self.disk.on_change(tell);
     }
 
     fn release(&self) {

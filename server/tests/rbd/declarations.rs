@@ -23,6 +23,7 @@ fn c_type(rust: &str, is_lock_mode: bool) -> String {
         "Image" => "rbd_image_t".into(),
         "Completion" => "rbd_completion_t".into(),
         "Callback" => "rbd_callback_t".into(),
+        "UpdateCallback" => "rbd_update_callback_t".into(),
         "Progress" => "librbd_progress_fn_t".into(),
         "Watcher" => "rbd_image_watcher_t".into(),
         "c_char" => "char".into(),

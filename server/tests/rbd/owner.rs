@@ -151,9 +151,11 @@ fn a_guest_moves_between_two_servers_of_an_image_and_back() {
             let sector = u64::from(earlier) * 8;
             assert_eq!(target.read(sector, 4096), (OK, vec![earlier; 4096]));
         }
-        // The source has nothing that it could write with.
-        let next = source.vrings[0].next_available;
-        assert!(attempt(|| source.start(0, next)).is_err());
+        if round == 1 {
+            // The source has nothing that it could write with. It waits for that before it says so.
+            let next = source.vrings[0].next_available;
+            assert!(attempt(|| source.start(0, next)).is_err());
+        }
         source = target;
     }
     drop(source);

@@ -5,11 +5,15 @@ use std::io;
 use std::path::PathBuf;
 use std::ptr::{null, null_mut};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use super::error::{RbdError, system_error};
 use super::library::{self, EXCLUSIVE, FEATURE_EXCLUSIVE_LOCK, Functions, Pool, Rados, Watcher};
+use super::update_watch::UpdateWatch;
+
+use crate::engine::Changed;
 
 /// What a user needs to open, write and lock images, and to bar a dead client from the cluster.
 pub(super) const CAPS: &str =
@@ -61,6 +65,8 @@ pub(super) struct OpenImage {
     pool: Pool,
     image: library::Image,
     cluster_id: String,
+    /// Dropped before the image is closed.
+    update_watch: Mutex<Option<UpdateWatch>>,
 }
 
 // SAFETY: all functions that are called with these handles may be called by any thread at any time.
@@ -90,6 +96,7 @@ impl OpenImage {
             pool: null_mut(),
             image: null_mut(),
             cluster_id: String::new(),
+            update_watch: Mutex::new(None),
         };
         this.connect()?;
         let pool = text(&name.pool)?;
@@ -376,6 +383,28 @@ impl OpenImage {
         check(unsafe { (self.functions.rbd_flush)(self.image) })
     }
 
+    /// Has `tell` called when another client changes it. A snapshot does not change.
+    pub(super) fn on_change(&self, tell: Changed) {
+        if self.name.snapshot.is_some() {
+            return;
+        }
+        // SAFETY: the image is closed after the watch has ended.
+        match unsafe { UpdateWatch::new(self.functions, self.image, tell) } {
+            Ok(watch) => *self.watch() = Some(watch),
+            Err(result) => {
+                let (name, error) = (&self.name, system_error(result));
+                tracing::warn!(
+                    "rbd:{name}: another size is not noticed, but by 'ublkup resize': {error}"
+                );
+            }
+        }
+    }
+
+    fn watch(&self) -> MutexGuard<'_, Option<UpdateWatch>> {
+        // An `Option` is whole whatever panicked.
+        (self.update_watch.lock()).unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Gives it another size.
     pub(super) fn resize(&self, size_bytes: u64, may_shrink: bool) -> io::Result<()> {
         // SAFETY: the image is open; there is no callback.
@@ -399,6 +428,7 @@ impl OpenImage {
 
 impl Drop for OpenImage {
     fn drop(&mut self) {
+        drop(self.watch().take());
         // SAFETY: what is not null was made and is used by nobody else: queues hold `self`.
         unsafe {
             if !self.image.is_null() {

@@ -31,6 +31,9 @@ pub(super) struct Watcher {
     pub(super) cookie: u64,
 }
 
+/// `rbd_update_callback_t`.
+pub(super) type UpdateCallback = extern "C" fn(*mut c_void);
+
 /// `librbd_progress_fn_t`.
 pub(super) type Progress = Option<extern "C" fn(u64, u64, *mut c_void) -> c_int>;
 
@@ -92,6 +95,8 @@ functions! {
         rbd_get_stripe_unit(Image, *mut u64) -> c_int;
         rbd_get_id(Image, *mut c_char, usize) -> c_int;
         rbd_resize2(Image, u64, bool, Progress, *mut c_void) -> c_int;
+        rbd_update_watch(Image, *mut u64, UpdateCallback, *mut c_void) -> c_int;
+        rbd_update_unwatch(Image, u64) -> c_int;
         rbd_flush(Image) -> c_int;
         rbd_lock_acquire(Image, c_int) -> c_int;
         rbd_lock_release(Image) -> c_int;

@@ -5,6 +5,7 @@
 //! | `library.rs` | Ceph's libraries, which are loaded when needed     |
 //! | `image.rs`   | the client of the cluster and the open image       |
 //! | `shared.rs`  | the lock that keeps other writers out, and failures |
+//! | `update_watch.rs` | learning that another client has changed the image |
 //! | `queue.rs`   | one request from start to end                      |
 //!
 //! While a server has the image open for writing it holds the image's exclusive lock, so that no other client can write.
@@ -15,6 +16,7 @@ mod image;
 mod library;
 mod queue;
 mod shared;
+mod update_watch;
 
 use std::io;
 use std::sync::Arc;
@@ -25,7 +27,7 @@ pub use image::ImageName;
 pub use queue::RbdQueue;
 
 use crate::engine::inbox::Inbox;
-use crate::engine::{Fenced, Storage, StorageControl};
+use crate::engine::{Changed, Fenced, Storage, StorageControl};
 use crate::io::Ring;
 use crate::request::{Limits, MAX_DISK_BYTES, Serial};
 use image::OpenImage;
@@ -181,6 +183,10 @@ impl StorageControl for Rbd {
 
     fn on_fenced(&self, tell: Fenced) {
         self.shared.on_fenced(tell);
+    }
+
+    fn on_change(&self, tell: Changed) {
+        self.shared.image.on_change(tell);
     }
 
     fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
