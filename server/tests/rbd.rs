@@ -6,8 +6,12 @@ mod common;
 
 #[path = "rbd/declarations.rs"]
 mod declarations;
+#[path = "rbd/killed.rs"]
+mod killed;
 #[path = "rbd/owner.rs"]
 mod owner;
+#[path = "common/recorded.rs"]
+mod recorded;
 #[path = "rbd/refused.rs"]
 mod refused;
 #[path = "rbd/waiting.rs"]
@@ -44,13 +48,23 @@ impl Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
-        for action in [&["snap", "purge"][..], &["rm"]] {
+        let remove = |action: &[&str]| {
             let mut command = Command::new("rbd");
-            let _ = command
+            let done = command
                 .args(action)
                 .args(["--no-progress", &self.0])
                 .output();
+            done.is_ok_and(|done| done.status.success())
+        };
+        remove(&["snap", "purge"]);
+        // The cluster may believe for a while that a killed server still has it open.
+        for _ in 0..20 {
+            if remove(&["rm"]) {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_secs(1));
         }
+        eprintln!("{} is still there", self.0);
     }
 }
 

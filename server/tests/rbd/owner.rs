@@ -40,23 +40,6 @@ fn an_image_has_one_writer_and_any_number_of_readers() {
 
 #[test]
 #[ignore = "needs a Ceph cluster"]
-fn the_image_of_a_server_that_was_killed_is_the_next_ones_at_once() {
-    let image = Image::new("killed", "64M");
-    let lab = sandbox();
-    let mut server = serve(&lab, &image);
-    for round in 1..=5 {
-        assert_eq!(connect(&lab).write(0, &[round; 512]), OK);
-        server.kill().unwrap();
-        server = serve(&lab, &image);
-        eprintln!("ready after {:?}", server.ready_after());
-        assert_eq!(connect(&lab).read(0, 512), (OK, vec![round; 512]));
-    }
-    server.stop().unwrap();
-    lab.is_clean();
-}
-
-#[test]
-#[ignore = "needs a Ceph cluster"]
 fn a_server_whose_lock_is_taken_away_ends_and_writes_no_more() {
     let image = Image::new("fenced", "64M");
     let lab = sandbox();
