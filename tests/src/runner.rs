@@ -229,23 +229,33 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
     Ok(paths)
 }
 
-/// Runs suites: those in guests beside those on this machine, each in their order.
+/// Runs suites: those in guests beside those on this machine, each in their order. An error of one is its failure.
 fn run_suites(chosen: &[Chosen], paths: &Paths, one_at_a_time: bool) -> Result<Vec<SuiteResult>> {
     let run = |one: &Chosen| {
-        let result = run_suite(one, paths)?;
-        line(&format!("{}: {}", one.suite.name, result.totals()));
-        Ok(result)
+        let name = one.suite.name;
+        let result = run_suite(one, paths).unwrap_or_else(|error| {
+            let mut result = SuiteResult::new(name);
+            result.push(TestResult::not_run("(all)", format!("{error:#}")));
+            result
+        });
+        line(&format!("{name}: {}", result.totals()));
+        result
     };
     if one_at_a_time {
-        return chosen.iter().map(run).collect();
+        return Ok(chosen.iter().map(run).collect());
     }
-    let (guests, host): (Vec<&Chosen>, Vec<&Chosen>) =
-        (chosen.iter()).partition(|one| one.suite.machine().is_some());
-    let run_all = |these: Vec<&Chosen>| these.into_iter().map(run).collect::<Result<Vec<_>>>();
+    // What is packaged is compiled in the place of what guests run.
+    let is_alone = |one: &&Chosen| one.suite.needs.contains(&Need::Packager);
+    let (alone, others): (Vec<_>, Vec<_>) = chosen.iter().partition(is_alone);
+    let (guests, host): (Vec<_>, Vec<_>) =
+        (others.into_iter()).partition(|one| one.suite.machine().is_some());
+    let run_all = |these: Vec<&Chosen>| these.into_iter().map(run).collect::<Vec<_>>();
     thread::scope(|scope| {
         let guests = scope.spawn(|| run_all(guests));
-        let mut results = run_all(host)?;
-        results.extend((guests.join()).map_err(|_| anyhow!("the thread of the guests panicked"))??);
+        let mut results = run_all(host);
+        let guests = guests.join();
+        results.extend(guests.map_err(|_| anyhow!("the thread of the guests panicked"))?);
+        results.extend(run_all(alone));
         Ok(results)
     })
 }

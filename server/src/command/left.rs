@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::io::Errno;
+use upgrade_proto::printable;
 
 use crate::config::{ExportConfig, Origin, SavedExport, StorageSpec};
 use crate::export::runtime_dir::RuntimeDir;
@@ -14,38 +15,51 @@ use crate::export::{explain, remove_left_device};
 ///
 /// When it is not known.
 pub(super) fn recorded(dir: &RuntimeDir, name: &str) -> Result<SavedExport> {
-    let text = match dir.served(name) {
-        Err(error) if error.errno() == Errno::NOENT => bail!(
+    let unreadable = || format!("{name}: cannot read the note of how it was served");
+    let note = match dir.served(name) {
+        Err(error) if error.errno() == Errno::NOENT => None,
+        other => Some(other.with_context(unreadable)?),
+    };
+    let Some(record) = dir.read_export_record(name)? else {
+        ensure!(
+            note.is_none(),
+            "there is no record of how '{name}' was served under {}, and its note may be that of a guest: {}",
+            dir.path().display(),
+            serve_again(note.as_deref().unwrap_or_default())
+        );
+        bail!(
             "there is no note of an export called '{name}' under {}: 'ublkup doctor' shows what dead servers left, and \
              'ublkup serve' serves a new one",
             dir.path().display()
-        ),
-        other => other?,
+        );
     };
-    let understand = |text: &str| -> Result<SavedExport> {
-        serde_json::from_str(text)
-            .with_context(|| format!("{name}: cannot read the note of how it was served"))
-    };
-    let noted = understand(&text)?;
-    let text = dir.export_record(name)?.read()?;
-    let recorded = understand(&text.with_context(|| {
-        format!(
-            "there is no record of how '{name}' was served under {}: 'ublkup serve' with its SPEC serves it again",
-            dir.path().display()
-        )
-    })?)?;
+    let recorded: SavedExport = serde_json::from_str(&record).with_context(unreadable)?;
     ensure!(
-        recorded
-            .options
-            .name
-            .as_deref()
-            .is_none_or(|own| own == name),
+        (recorded.options.name.as_deref()).is_none_or(|own| own == name),
         "the record of '{name}' is that of another export"
     );
-    Ok(SavedExport {
+    let noted = note.and_then(|note| serde_json::from_str::<SavedExport>(&note).ok());
+    let as_changed = noted.map(|noted| SavedExport {
         changed: noted.changed,
-        ..recorded
-    })
+        ..recorded.clone()
+    });
+    match as_changed {
+        Some(as_changed) if as_changed.clone().export().is_ok() => Ok(as_changed),
+        Some(_) if recorded.clone().export().is_err() => Ok(recorded),
+        _ => {
+            tracing::warn!(
+                "{name}: what was changed while it was served is not known: its note is missing or makes no sense"
+            );
+            Ok(recorded)
+        }
+    }
+}
+
+/// What a person can do who knows what the disk was.
+fn serve_again(note: &str) -> String {
+    let noted = serde_json::from_str::<SavedExport>(note);
+    let spec = noted.map_or_else(|_| "SPEC".to_owned(), |noted| printable(&noted.spec));
+    format!("if it was '{spec}', 'ublkup serve' with that and its options serves it again")
 }
 
 /// An export as it was last served.
@@ -72,7 +86,11 @@ pub(super) fn added_to(dir: &RuntimeDir, server: &str) -> Vec<ExportConfig> {
     for name in names.iter().filter(|name| is_dead(name)) {
         let recorded = match recorded(dir, name) {
             Ok(recorded) if recorded.origin == Origin::Added(server.to_owned()) => recorded,
-            _ => continue,
+            Ok(_) => continue,
+            Err(error) => {
+                tracing::warn!("{name} has no server: {}", explain(&error));
+                continue;
+            }
         };
         match recorded.export() {
             Ok(export) if matches!(export.storage, StorageSpec::Memory { .. }) => {
@@ -97,9 +115,11 @@ pub(super) fn added_to(dir: &RuntimeDir, server: &str) -> Vec<ExportConfig> {
 /// What can be done about an export whose server died.
 pub(super) fn advice(dir: &RuntimeDir, name: &str) -> String {
     let remove = format!("'ublkup stop --force {name}' removes what is left of it");
-    match saved(dir, name) {
-        Ok(_) => format!("'ublkup recover {name}' serves it again, {remove}"),
-        Err(_) => remove,
+    let unknown = matches!(dir.read_export_record(name), Ok(None));
+    match (saved(dir, name), dir.served(name)) {
+        (Ok(_), _) => format!("'ublkup recover {name}' serves it again, {remove}"),
+        (Err(_), Ok(note)) if unknown => format!("{}, {remove}", serve_again(&note)),
+        _ => remove,
     }
 }
 

@@ -3,6 +3,7 @@
 //! What lies outside of what a confined server reaches is opened by the command that asks, as the same user, and handed
 //! over: the name with its folder ([`spares`](super::spares)), the sockets, the image.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,12 +14,12 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use rustix::fs::{AtFlags, CWD, linkat};
+use rustix::fs::{AtFlags, CWD, linkat, unlinkat};
 use rustix::io::Errno;
-use upgrade_proto::Peer;
+use upgrade_proto::{Peer, TrustedDir};
 
 use super::admin::{
-    self, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, OPEN_LIMIT, ServerStatus, Wanted,
+    self, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, ServerStatus, Wanted,
 };
 use super::name_lock::{CONTROL, NameLock, VHOST_SOCKET, new_mark};
 use super::runtime_dir::RuntimeDir;
@@ -171,8 +172,10 @@ impl Addition {
         // Dropped before the folder that the sockets are in.
         let mut handed = handed;
         handed.mark = new.mark;
-        handed.devices = host.devices.map(Path::to_owned);
-        handed.opener = host.devices.map(|_| opener);
+        // A client that gives no mark opens nothing.
+        let devices = host.devices.filter(|_| new.mark.is_some());
+        handed.devices = devices.map(Path::to_owned);
+        handed.opener = devices.map(|_| opener);
         Ok(Self {
             config: configure(new.served, &handed)?,
             handed,
@@ -264,7 +267,8 @@ pub fn add(
 ) -> Result<ExportStatus> {
     let is_confined = server.sandbox.on;
     let mut as_served = config.clone();
-    if !server.makes_block_devices && as_served.ublk == DoorMode::Auto {
+    let makes_devices = server.makes_block_devices || !is_confined;
+    if !makes_devices && as_served.ublk == DoorMode::Auto {
         as_served.ublk = DoorMode::No;
     }
     // Before the name is taken, and with it what a dead server left under it.
@@ -283,15 +287,19 @@ pub fn add(
     let new = NewExport {
         served,
         spare,
-        mark: server.makes_block_devices.then_some(mark),
+        mark: makes_devices.then_some(mark),
         descriptors: kinds,
     };
     let socket = dir.server_socket(&server.server);
     // That of a device that a dead server has left, too.
     let noted = claim.left_device().and_then(|note| note.mark);
-    let marks: Vec<_> = noted.into_iter().chain([mark]).collect();
-    let open = |server, wanted| open_wanted(dir, server, wanted, &marks);
-    match admin::add(&socket, new, &descriptors, limit, open) {
+    let helper = Helper {
+        dir,
+        marks: noted.into_iter().chain([mark]).collect(),
+        asked: BTreeMap::new(),
+        link: None,
+    };
+    match admin::add(&socket, new, &descriptors, limit, helper) {
         Ok(status) => {
             claim.leave();
             sockets.into_iter().for_each(Socket::hand_over);
@@ -310,40 +318,91 @@ pub(super) fn device_folders() -> Result<RuntimeDir> {
     RuntimeDir::find(Some("/dev/ublkup".into()))
 }
 
-/// Opens what a server wants for the export. Its block device has to be one that was made for the export: the server may not
+/// How long the command waits for udev to make a device's node: less long than the server waits for the command.
+const NODE_LIMIT: Duration = Duration::from_secs(2);
+
+/// Opens what a server wants for an export. Its block device has to be one that was made for the export: the server may not
 /// be what it was.
-fn open_wanted(
-    dir: &RuntimeDir,
-    server: Peer,
-    wanted: Wanted,
-    marks: &[u64],
-) -> Result<Option<OwnedFd>> {
-    let (number, served_by) = match wanted {
-        Wanted::UblkDevice(number) => (number, None),
-        Wanted::UpgradeEntry(number) => (number, Some(server.pid)),
-    };
-    ensure!(
-        is_marked(number, marks, served_by)?,
-        "the server asks for /dev/ublkc{number}, which is not what it was to make"
-    );
-    match wanted {
-        Wanted::UblkDevice(number) => link_device(server, number).map(|()| None),
-        Wanted::UpgradeEntry(number) => upgrade::publish(dir.path(), number).map(Some),
+struct Helper<'a> {
+    dir: &'a RuntimeDir,
+    marks: Vec<u64>,
+    /// What it was asked for, and for which device.
+    asked: BTreeMap<&'static str, u32>,
+    /// A name of a character device that is there for a moment: it would lead to whatever device gets the number next.
+    link: Option<Link>,
+}
+
+/// Dropping it removes it.
+struct Link(TrustedDir, String);
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let Self(folder, name) = self;
+        if let Err(error) = unlinkat(&*folder, name.as_str(), AtFlags::empty()) {
+            let folder = folder.path().display();
+            tracing::warn!("{folder}/{name} cannot be removed: {error}");
+        }
     }
 }
 
-/// Links a character device for a server, which removes the link. The driver takes the process that opens a device for its
-/// server, so that a descriptor would not do.
-fn link_device(server: Peer, number: u32) -> Result<()> {
+impl admin::Help for Helper<'_> {
+    fn open(&mut self, server: Peer, wanted: Wanted) -> Result<Option<OwnedFd>> {
+        self.settle();
+        let (kind, number) = match wanted {
+            Wanted::UblkDevice(number) => ("device", number),
+            Wanted::UpgradeEntry(number) => ("entry", number),
+        };
+        let is_new = self.asked.insert(kind, number).is_none();
+        let is_one = self.asked.values().all(|other| *other == number);
+        ensure!(
+            is_new && is_one,
+            "the server asks for more than one block device"
+        );
+        match wanted {
+            Wanted::UblkDevice(_) => {
+                self.check(number, None)?;
+                self.link = Some(link_device(server, number)?);
+                // It may have become another one in between.
+                self.check(number, None).inspect_err(|_| self.link = None)?;
+                Ok(None)
+            }
+            Wanted::UpgradeEntry(_) => {
+                let key = upgrade::key_of(number)?;
+                // The key is of one disk, and this is the one that was to be made if it was there after that.
+                self.check(number, Some(server.pid))?;
+                upgrade::publish(self.dir.path(), &key).map(Some)
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        self.link = None;
+    }
+}
+
+impl Helper<'_> {
+    fn check(&self, number: u32, served_by: Option<i32>) -> Result<()> {
+        ensure!(
+            is_marked(number, &self.marks, served_by)?,
+            "the server asks for /dev/ublkc{number}, which is not what it was to make"
+        );
+        Ok(())
+    }
+}
+
+/// Links a character device for a server. The driver takes the process that opens a device for its server, so that a
+/// descriptor would not do.
+fn link_device(server: Peer, number: u32) -> Result<Link> {
     let name = format!("ublkc{number}");
     let folder = device_folders()?.server_folder(&server.pid.to_string())?;
     let device = format!("/dev/{name}");
     let link = || linkat(CWD, &device, &folder, &name, AtFlags::empty());
     // udev may not have made it.
-    repeat_while(OPEN_LIMIT, OPEN_INTERVAL, link, |linked| {
+    repeat_while(NODE_LIMIT, OPEN_INTERVAL, link, |linked| {
         *linked == Err(Errno::NOENT)
     })
-    .with_context(|| format!("cannot link {device} into {}", folder.path().display()))
+    .with_context(|| format!("cannot link {device} into {}", folder.path().display()))?;
+    Ok(Link(folder, name))
 }
 
 /// Opens the image, if it is a file.

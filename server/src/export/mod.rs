@@ -118,6 +118,7 @@ impl Export {
     ) -> Result<Self> {
         let take_over = predecessor == Predecessor::TakeOver;
         crash::point("claimed");
+        server.expect(&config);
         let control = handed.control.take();
         // The only place where it is noted.
         let must_stay = claim.was_served() && matches!(config.saved.origin, Origin::Added(_));

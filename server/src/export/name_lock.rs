@@ -285,6 +285,15 @@ impl Drop for NameLock {
     }
 }
 
+/// Removes the names of character devices that commands have left with a server, when they were killed.
+pub(super) fn remove_links(server: &TrustedDir) {
+    let names = server.names().unwrap_or_default();
+    for name in names.iter().filter(|name| name.starts_with("ublkc")) {
+        // What stays is in the way of its folder's removal, and is tried again then.
+        let _ = unlink(server, name);
+    }
+}
+
 /// Removes the spare folders of a server, which has ended, or is about to.
 pub(super) fn remove_spares(server: &TrustedDir) {
     let Ok(all) = server.dir(SPARE) else { return };

@@ -12,7 +12,7 @@ use super::recovery::{self, Beginning, Kernel, Wanted};
 use super::runtime_dir::RuntimeDir;
 use super::server::Server;
 use super::shared::{Counted, Doors};
-use super::upgrade::UpgradeListener;
+use super::upgrade::{Registry, UpgradeListener};
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
 use crate::door::ownership::Ownership;
 use crate::door::ublk::{self, DoorEnd, Recovery, UblkConfig, UblkDoor};
@@ -332,17 +332,15 @@ impl Opening<'_> {
         let ((ublk, _), (vhost, _)) = doors.ublk.as_ref().zip(doors.vhost.as_ref())?;
         let name = &self.config.name;
         let opener = self.handed.borrow_mut().opener.take();
-        let entry = match opener
-            .map(|opener| opener.upgrade_entry(ublk.id()))
-            .transpose()
-        {
-            Ok(entry) => entry,
-            Err(error) => {
+        let registry = match opener.map(|opener| opener.upgrade_entry(ublk.id())) {
+            None => Registry::Own(self.dir.path()),
+            Some(Ok(entry)) => Registry::Given(entry),
+            Some(Err(error)) => {
                 tracing::warn!("{name}: no entry in the registry: {error:#}");
-                return None;
+                Registry::None
             }
         };
-        match UpgradeListener::start(name, ublk, self.dir.path(), entry, vhost.adopter()) {
+        match UpgradeListener::start(name, ublk, registry, vhost.adopter()) {
             Ok(listener) => Some(listener),
             Err(error) => {
                 let disk = ublk.block_path();

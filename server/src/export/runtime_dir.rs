@@ -38,7 +38,7 @@ use upgrade_proto::{Error, TrustedDir};
 
 use super::name_lock::{
     CONTROL, DeviceNote, LOCK, NameLock, RECORDS, SERVED, UBLK_ID, VHOST_SOCKET, lock_exclusively,
-    remove_spares,
+    remove_links, remove_spares,
 };
 use crate::engine::durable::NoteFile;
 use crate::engine::wait::repeat_while;
@@ -125,6 +125,22 @@ impl RuntimeDir {
         Ok(NoteFile::new(Arc::new(records), format!("{kind}-{name}")))
     }
 
+    /// What is recorded of an export, if anything is.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, or is not trusted.
+    pub fn read_export_record(&self, name: &str) -> Result<Option<String>, Error> {
+        let read = || {
+            let records = TrustedDir::open(&self.0)?.dir(RECORDS)?;
+            records.read(&format!("{EXPORTS}-{name}"))
+        };
+        match read() {
+            Err(error) if error.errno() == Errno::NOENT => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
     pub(super) fn exports(&self) -> Result<TrustedDir, Error> {
         TrustedDir::open(&self.0)?.dir(EXPORTS)
     }
@@ -194,6 +210,7 @@ impl RuntimeDir {
             {
                 // Dropping it removes the folder.
                 remove_spares(&claim.dir);
+                remove_links(&claim.dir);
             }
         }
         // Another server may be about to remove what is left of an earlier one of this name.

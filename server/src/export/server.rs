@@ -16,11 +16,11 @@ use super::admin::{
     SCHEMA, ServerStatus, Service,
 };
 use super::event::Event;
-use super::name_lock::{CONTROL, NameLock};
+use super::name_lock::{CONTROL, NameLock, remove_links};
 use super::runtime_dir::RuntimeDir;
 use super::shared::Shared;
 use super::spares::Spares;
-use crate::config::ExportOptions;
+use crate::config::{ExportConfig, ExportOptions};
 use crate::engine::events::Reader;
 use crate::engine::sandbox::{Access, Reach};
 use crate::engine::socket::SocketAccess;
@@ -208,12 +208,16 @@ impl Server {
         self.exports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Learns who may hear of an export, before there is something to tell.
+    pub(super) fn expect(&self, config: &ExportConfig) {
+        match config.admin_access == self.access {
+            true => self.apart().remove(&config.name),
+            false => self.apart().insert(config.name.clone()),
+        };
+    }
+
     pub(super) fn add(&self, export: &Arc<Shared>) {
         let name = export.config.name.clone();
-        match export.config.admin_access == self.access {
-            true => self.apart().remove(&name),
-            false => self.apart().insert(name.clone()),
-        };
         self.exports().insert(name, Arc::downgrade(export));
     }
 
@@ -258,7 +262,8 @@ impl Server {
         self.all().iter().map(|export| export.status()).collect()
     }
 
-    fn status(&self) -> ServerStatus {
+    /// What it is, with the exports that a client may ask for.
+    fn status(&self, client: &Client) -> ServerStatus {
         ServerStatus {
             schema: SCHEMA,
             version: env!("CARGO_PKG_VERSION").into(),
@@ -268,7 +273,10 @@ impl Server {
             sandbox: sandbox::status(),
             makes_block_devices: !sandbox::status().on || self.devices.get().is_some(),
             lost_log_lines: log::lost_lines(),
-            exports: self.exports().keys().cloned().collect(),
+            exports: (self.all().iter())
+                .filter(|export| self.lets(client, export))
+                .map(|export| export.config.name.clone())
+                .collect(),
         }
     }
 }
@@ -284,7 +292,7 @@ impl Answerer for Server {
             return admin::answer_for(&*export, request.command);
         }
         let answer = match request.command {
-            Command::Server {} => serde_json::to_value(self.status()),
+            Command::Server {} => serde_json::to_value(self.status(&client)),
             Command::Stat {} => serde_json::to_value(AllStatus {
                 schema: SCHEMA,
                 exports: (self.all().iter())
@@ -293,11 +301,6 @@ impl Answerer for Server {
                     .collect(),
             }),
             Command::Add(new) => serde_json::to_value(self.take_in(*new, client)?),
-            Command::Events {} if !self.all().iter().all(|export| self.lets(&client, export)) => {
-                bail!(
-                    "some exports have other users than this socket: ask at the sockets of the others"
-                )
-            }
             Command::Events {} => {
                 let (server, uid) = (self.this.clone(), client.uid);
                 let lets = move |export: &str| {
@@ -356,7 +359,9 @@ impl ServerSocket {
         let pid = std::process::id().to_string();
         let devices = device_folders()?.claim_server(&pid)?;
         let folder = devices.folder().to_owned();
-        reach.paths.push((folder.clone(), Access::Folder));
+        // Of an earlier process with this number.
+        remove_links(&devices.dir);
+        reach.paths.push((folder.clone(), Access::Devices));
         if let Some(all) = folder.parent() {
             reach.paths.push((all.to_owned(), Access::RemoveFolders));
         }

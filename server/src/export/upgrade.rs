@@ -24,6 +24,16 @@ use crate::engine::{Accept, listen};
 /// The name of the service.
 pub const SERVICE: &str = "vhost-user-blk";
 
+/// The entry in the registry.
+pub enum Registry<'a> {
+    /// This process makes one in this runtime directory.
+    Own(&'a Path),
+    /// Another process has made it, and this is its socket.
+    Given(OwnedFd),
+    /// There can be none.
+    None,
+}
+
 /// A service that is offered on a disk. Dropping it ends the offer; clients stay.
 #[derive(Debug)]
 pub struct UpgradeListener {
@@ -33,8 +43,7 @@ pub struct UpgradeListener {
 }
 
 impl UpgradeListener {
-    /// Offers the service on the disk of `door`; `adopt` gets the connections. `given` is the socket of the entry in the
-    /// registry, if another process has made it.
+    /// Offers the service on the disk of `door`; `adopt` gets the connections.
     ///
     /// # Errors
     ///
@@ -42,8 +51,7 @@ impl UpgradeListener {
     pub fn start(
         export: &str,
         door: &UblkDoor,
-        runtime_dir: &Path,
-        given: Option<OwnedFd>,
+        registry: Registry<'_>,
         adopt: impl Fn(UnixStream) -> io::Result<()> + Send + 'static,
     ) -> Result<Self> {
         let (char_device, (major, minor)) = door
@@ -51,9 +59,16 @@ impl UpgradeListener {
             .zip(door.disk_number())
             .context("the block device has gone")?;
         let name = Name::new(SERVICE)?;
-        let listener = match given {
-            Some(entry) => Listener::with_entry(&char_device, &name, &Options::default(), entry)?,
-            None => {
+        let only_kernel = Options {
+            runtime_dir: None,
+            ..Options::default()
+        };
+        let listener = match registry {
+            Registry::Given(entry) => {
+                Listener::with_entry(&char_device, &name, &only_kernel, entry)?
+            }
+            Registry::None => Listener::bind(&char_device, &name, &only_kernel)?,
+            Registry::Own(runtime_dir) => {
                 SWEPT.call_once(|| sweep(runtime_dir));
                 let options = Options {
                     runtime_dir: Some(runtime_dir.to_owned()),
@@ -104,22 +119,25 @@ impl UpgradeListener {
     }
 }
 
-/// Makes the entry in the registry for the disk of the ublk device with this number, for the server that will listen.
+/// The key of the disk of the ublk device with this number.
 ///
 /// # Errors
 ///
-/// When there is no such disk, or there can be no entry.
-pub(super) fn publish(runtime_dir: &Path, number: u32) -> Result<OwnedFd> {
+/// When there is no such disk.
+pub(super) fn key_of(number: u32) -> Result<Key> {
     let disk = metadata(format!("/dev/ublkb{number}"))?.rdev();
-    let key = Key::of_disk(major(disk), minor(disk))?;
-    let options = Options::default();
+    Ok(Key::of_disk(major(disk), minor(disk))?)
+}
+
+/// Makes the entry in the registry for a disk, for the server that will listen.
+///
+/// # Errors
+///
+/// When there can be no entry.
+pub(super) fn publish(runtime_dir: &Path, key: &Key) -> Result<OwnedFd> {
+    let backlog = Options::default().backlog;
     let name = Name::new(SERVICE)?;
-    Ok(upgrade_proto::publish(
-        runtime_dir,
-        &key,
-        &name,
-        options.backlog,
-    )?)
+    Ok(upgrade_proto::publish(runtime_dir, key, &name, backlog)?)
 }
 
 /// The registry is swept once by each process.

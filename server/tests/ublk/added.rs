@@ -58,6 +58,12 @@ fn block_devices_come_and_go_while_a_confined_server_runs() {
     for round in 0..6 {
         let disk = add(&lab, &spec(round));
         assert_eq!(stat(&lab, "b")["pid"], server.pid());
+        let names: BTreeSet<_> = tree(Path::new("/dev/ublkup"));
+        assert!(
+            names
+                .iter()
+                .all(|path| !path.display().to_string().contains("ublkc"))
+        );
         write_page(&disk).unwrap();
         write_block(&held, 1, b'a').unwrap();
         let file = direct(&disk);
@@ -200,10 +206,19 @@ fn a_server_that_has_given_up_making_block_devices_says_so() {
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_server_that_is_not_what_it_was_gets_no_device_of_another_one() {
     let lab = sandbox();
+    // One device that has a server, one that waits.
+    let image = lab.image("w.img", 1 << 20).display().to_string();
+    let dead = lab.serve(&["--ublk", "yes", &format!("w=file:{image}")]);
+    let number = |export: &str| -> u32 {
+        let device = device(&lab, export);
+        device.to_str().unwrap()["/dev/ublkb".len()..]
+            .parse()
+            .unwrap()
+    };
+    let waiting = number("w");
+    dead.kill().unwrap();
     let server = lab.serve(&["--ublk", "yes", "--server-name", "s", "a=mem:1M"]);
-    let number: u32 = device(&lab, "a").to_str().unwrap()["/dev/ublkb".len()..]
-        .parse()
-        .unwrap();
+    let served = number("a");
     let folder = lab.path("run/servers/fake");
     std::fs::create_dir(&folder).unwrap();
     let lock = std::fs::File::create(folder.join("lock")).unwrap();
@@ -229,7 +244,11 @@ fn a_server_that_is_not_what_it_was_gets_no_device_of_another_one() {
         "sandbox": {"on": false, "missing": []}, "makes_block_devices": true, "lost_log_lines": 0,
         "exports": [],
     });
-    for what in ["ublk-device", "upgrade-entry"] {
+    for (what, number) in [
+        ("ublk-device", served),
+        ("ublk-device", waiting),
+        ("upgrade-entry", served),
+    ] {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 say(&mut accept(), &status.to_string());
@@ -246,5 +265,6 @@ fn a_server_that_is_not_what_it_was_gets_no_device_of_another_one() {
     std::fs::remove_dir(devices).unwrap();
     std::fs::remove_dir_all(folder).unwrap();
     server.stop().unwrap();
+    lab.ok(&["stop", "--force", "w"]);
     lab.is_clean();
 }

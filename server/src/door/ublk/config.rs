@@ -49,7 +49,7 @@ pub struct UblkConfig {
 /// A character device that another process makes reachable.
 #[derive(Clone)]
 pub struct NodeElsewhere {
-    /// The folder into which it links the device. The link is removed when the device is open.
+    /// The folder into which it links the device, for a moment.
     pub folder: PathBuf,
     /// Has it link the device with this number.
     pub link: Arc<dyn Fn(u32) -> io::Result<()> + Send + Sync>,

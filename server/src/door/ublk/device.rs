@@ -298,10 +298,6 @@ fn open_char_device(id: u32, elsewhere: Option<&NodeElsewhere>) -> Result<File, 
     // udev may not have made the node, or may be changing its mode.
     let comes = |opened: &_| matches!(errno(opened), Some(libc::ENOENT | libc::EACCES));
     let opened = repeat_while(NODE_LIMIT, NODE_INTERVAL, open, comes);
-    if elsewhere.is_some() {
-        // What is left of it goes with its folder.
-        let _ = std::fs::remove_file(&path);
-    }
     opened.map_err(|source| match source.raw_os_error() {
         Some(libc::EACCES) => UblkError::NotOurs { id },
         _ => UblkError::CharDevice { id, source },

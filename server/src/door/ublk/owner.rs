@@ -4,6 +4,7 @@ use libublk::sys;
 
 use super::control::Control;
 use super::error::UblkError;
+use super::stale_device::is_waiting;
 
 /// User and group of the ordinary user who made the device with this kernel name (`ublkc0`,
 /// `ublkb0`); `None` if an administrator did.
@@ -38,7 +39,8 @@ pub fn is_marked(number: u32, marks: &[u64], served_by: Option<i32>) -> Result<b
     let has_mark = info.ublksrv_flags != 0 && marks.contains(&info.ublksrv_flags);
     let served = match served_by {
         Some(pid) => info.ublksrv_pid == pid,
-        None => info.ublksrv_pid <= 0,
+        // Some kernels go on naming the process that has ended.
+        None => info.ublksrv_pid <= 0 || is_waiting(&info),
     };
     Ok(has_mark && served)
 }

@@ -226,7 +226,7 @@ fn is_dead(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::from(info.state) == sys::UBLK_S_DEV_DEAD && info.ublksrv_pid <= 0
 }
 
-fn is_waiting(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+pub(super) fn is_waiting(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     let states = [sys::UBLK_S_DEV_QUIESCED, sys::UBLK_S_DEV_FAIL_IO];
     states.contains(&info.state.into()) && info.flags & u64::from(sys::UBLK_F_USER_RECOVERY) != 0
 }

@@ -84,7 +84,9 @@ impl Poller {
             Polling::Adaptive(_) if uniprocessor => Polling::Never,
             other => other,
         };
-        (self.idle_since, self.confidence) = (None, 0);
+        (self.idle_since, self.confidence, self.brief_polls) = (None, 0, 0);
+        (self.idle, self.completed, self.burst) = (Duration::ZERO, 0, 0);
+        self.contention = Contention::default();
     }
 
     /// Whether it was told something else since it decided.

@@ -26,6 +26,8 @@ pub enum Access {
     Data,
     /// Files and sockets are made, read, written and removed.
     Folder,
+    /// Devices are read and written, and sockets bound to them (Linux with fd addresses); files are removed.
+    Devices,
     /// Files and sockets are removed.
     RemoveFiles,
     /// Empty folders are removed, after a look.
@@ -51,6 +53,9 @@ impl Access {
                     | AccessFs::MakeReg
                     | AccessFs::MakeSock
                     | AccessFs::RemoveFile
+            }
+            Self::Devices => {
+                data | AccessFs::IoctlDev | AccessFs::MakeSock | Self::RemoveFiles.rights()
             }
             Self::RemoveFiles => AccessFs::RemoveFile.into(),
             Self::RemoveFolders => AccessFs::ReadDir | AccessFs::RemoveDir,

@@ -104,8 +104,24 @@ pub fn server(path: &Path, limit: Duration) -> Result<ServerStatus> {
     ask(path, Command::Server {}, limit)
 }
 
+/// What the client of `add` does for the server.
+pub trait Help {
+    /// Opens something.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    fn open(&mut self, server: Peer, wanted: Wanted) -> Result<Option<OwnedFd>>;
+
+    /// Takes back what is there for a moment only: the server has used it, or does not.
+    fn settle(&mut self);
+}
+
+/// For how long what was opened stays there if the server says nothing.
+const SETTLED: Duration = Duration::from_secs(5);
+
 /// Has the server whose admin socket is `path` serve one more export, with what was opened for it, and waits until it does.
-/// `open` opens what the server wants while it opens the export.
+/// `help` opens what the server wants while it opens the export.
 ///
 /// # Errors
 ///
@@ -115,7 +131,7 @@ pub fn add(
     new: NewExport,
     descriptors: &[BorrowedFd<'_>],
     limit: Duration,
-    open: impl Fn(Peer, Wanted) -> Result<Option<OwnedFd>>,
+    mut help: impl Help,
 ) -> Result<ExportStatus> {
     let deadline = Instant::now() + limit;
     let in_time = |error| no_answer(error, limit);
@@ -125,13 +141,17 @@ pub fn add(
     let command = Command::Add(new.into());
     let mut line = exchange(&stream, (command, descriptors), deadline, || {}).map_err(in_time)?;
     while let Ok(Wants { wants }) = serde_json::from_str(&line) {
-        let (answer, opened) = match open(server, wants) {
+        let (answer, opened) = match help.open(server, wants) {
             Ok(opened) => (Ok(Opened { opened: true }), opened),
             Err(error) => (Err(error), None),
         };
         let descriptors: Vec<_> = opened.iter().map(AsFd::as_fd).collect();
         let answer = answer_with(answer)?;
         send_line(&stream, format!("{answer}\n").as_bytes(), &descriptors)?;
+        let settled = Timespec::try_from(SETTLED).map_err(io::Error::other)?;
+        // Early or late, it says something more.
+        let _ = poll(&mut [PollFd::new(&stream, PollFlags::IN)], Some(&settled));
+        help.settle();
         line = answer_line(&stream, deadline).map_err(in_time)?;
     }
     understand(&line)

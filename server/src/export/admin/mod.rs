@@ -9,7 +9,7 @@ mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use client::{Watch, add, leave, resize, server, set, stat, stop, watch};
+pub use client::{Help, Watch, add, leave, resize, server, set, stat, stop, watch};
 pub use protocol::{
     AllStatus, Command, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, OPEN_LIMIT,
     RefusalStatus, Request, Resized, SCHEMA, ServerStatus, SessionStatus, StreamLine, UblkStatus,

@@ -27,6 +27,9 @@ use crate::engine::socket::{Socket, SocketAccess};
 /// How long a client may take to say what it wants, and to read the answer.
 const CLIENT_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long a client may take to open something: longer than it waits for others.
+const OPENING_LIMIT: Duration = Duration::from_secs(10);
+
 /// Clients that are answered at once, per export.
 const MAX_CLIENTS: usize = 16;
 
@@ -72,7 +75,8 @@ impl Client {
         let mut stream = &*self.stream;
         let line = serde_json::to_string(&Wants { wants: wanted })?;
         stream.write_all(format!("{line}\n").as_bytes())?;
-        let (line, descriptors) = read_line(stream, MAX_LINE_BYTES, Instant::now() + CLIENT_LIMIT)?;
+        let deadline = Instant::now() + OPENING_LIMIT;
+        let (line, descriptors) = read_line(stream, MAX_LINE_BYTES, deadline)?;
         let Opened { opened: _ } = understand(&line)?;
         Ok(descriptors)
     }
