@@ -56,8 +56,8 @@ impl Consumer {
     pub fn new(pipe: OwnedFd, options: &Options) -> io::Result<Self> {
         let pipe = PipeEnd::new(pipe, options, EventFlags::IN)?;
         let may_have_ring = pipe.may_have_ring()?;
-        let step = match may_have_ring.then(|| pipe.open_kernel_ring(Role::Consumer)) {
-            Some(Some(memory)) => Step::KernelPending(memory),
+        let step = match may_have_ring.then(|| pipe.ask_for_kernel_ring(Role::Consumer)) {
+            Some(Some(ring)) => Step::KernelPending(ring),
             _ => Step::Idle,
         };
         let mut this = Self {

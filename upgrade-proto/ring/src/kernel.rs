@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
-use crate::memory::{Memory, Pieces, Role, control};
+use crate::memory::{ControlPage, Memory, Pieces, Role, control};
 
 /// `ringbuffer(fd, args, usize)`: returns a descriptor to map the ring by.
 const SYS_RINGBUFFER: libc::c_long = 473;
@@ -69,8 +69,36 @@ impl From<Role> for Side {
     }
 }
 
-/// Asks for the ring of a pipe and maps this side of it. ENOSYS, EOPNOTSUPP, EPERM: there is none.
-pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory, Errno> {
+/// A ring that this end has asked for. It uses read(2) and write(2) until it maps its side.
+#[derive(Debug)]
+pub(crate) struct PendingRing {
+    ring: OwnedFd,
+    control: ControlPage,
+    role: Role,
+    size: u32,
+}
+
+impl PendingRing {
+    /// [`control::PENDING`] until all who have the pipe open have asked.
+    pub(crate) fn state(&self) -> u32 {
+        self.control.word(control::STATE)
+    }
+
+    /// Maps this side. EBUSY: another process has it mapped, or is just reading or writing.
+    pub(crate) fn map(&self) -> Result<Memory, Errno> {
+        let page = rustix::param::page_size() as u64;
+        let pieces = Pieces {
+            main: self.ring.as_fd(),
+            consumer: Some((self.ring.as_fd(), 2 * page)),
+            own: false,
+        };
+        // The mapping outlives the descriptor.
+        Memory::map(self.role, self.size, &pieces)
+    }
+}
+
+/// Asks for the ring of a pipe. ENOSYS, EOPNOTSUPP, EPERM, EACCES: there is none, or not for this process.
+pub(crate) fn ask(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<PendingRing, Errno> {
     let mut args = Args {
         size,
         side: Side::from(role) as u32,
@@ -92,25 +120,25 @@ pub(crate) fn open(pipe: BorrowedFd<'_>, role: Role, size: u64) -> Result<Memory
     let number = i32::try_from(answer).map_err(|_| Errno::BADF)?;
     // SAFETY: the kernel has just opened it for the caller.
     let ring = unsafe { OwnedFd::from_raw_fd(number) };
-    // Another program may have asked first, for a smaller ring: use that by read(2) and write(2).
-    let size = u32::try_from(args.size).map_err(|_| Errno::PROTO)?;
+    // What is mapped keeps its size, which another program may have made larger since, or fixed when it was smaller:
+    // then read(2) and write(2) use the ring.
+    let control = ControlPage::map(ring.as_fd())?;
+    let size = control.word(control::SIZE);
     if !Memory::is_size(size.into()) {
         return Err(Errno::NOBUFS);
     }
     let page = rustix::param::page_size() as u64;
-    let pieces = Pieces {
-        main: ring.as_fd(),
-        consumer: Some((ring.as_fd(), 2 * page)),
-        own: false,
-    };
-    // The mapping outlives the descriptor.
-    let memory = Memory::map(role, size, &pieces)?;
-    let says = |word, value: u64| u64::from(memory.word(word)) == value;
+    let says = |word, value: u64| u64::from(control.word(word)) == value;
     let as_expected = says(control::VERSION, control::VERSION_1.into())
-        && says(control::SIZE, size.into())
         && says(control::PRODUCER_OFFSET, page)
         && says(control::CONSUMER_OFFSET, 2 * page)
         && says(control::DATA_OFFSET, 3 * page)
         && says(control::MMAP_SIZE, 3 * page + u64::from(size));
-    as_expected.then_some(memory).ok_or(Errno::PROTO)
+    let ring = PendingRing {
+        ring,
+        control,
+        role,
+        size,
+    };
+    as_expected.then_some(ring).ok_or(Errno::PROTO)
 }

@@ -44,15 +44,17 @@
 //!   with a pipe. If other processes have that end of the pipe open, the rest goes through the pipe.
 //! - A hostile peer can send wrong bytes, no bytes, or cause [`RingError::Dead`]. It cannot make this process
 //!   access other memory, or raise SIGBUS in it. Bytes that were committed but not yet copied out can still be
-//!   changed by the producer and, in the kernel's ring, by every process that may write to the pipe. Therefore
-//!   a [`Reservation`] can only be written to, and [`Bytes`] can only be copied out of.
+//!   changed by the producer and, in the kernel's ring, by whoever has its descriptor. Therefore a
+//!   [`Reservation`] can only be written to, and [`Bytes`] can only be copied out of.
 //! - Reads and writes of up to 4096 bytes are atomic, as a pipe's are.
 //!
 //! # Limits
 //!
 //! - A ring has one producer and one consumer. Other writers of the same pipe write to the pipe: beside a
-//!   shared ring the consumer reads their bytes when the ring is empty; beside the kernel's ring they must not
-//!   write while the producer has it mapped. Other readers get nothing while a ring is in use.
+//!   shared ring the consumer reads their bytes when the ring is empty; beside the kernel's ring their writes,
+//!   and reads of other readers, fail with EBUSY while this end has it mapped. So a producer does not ask for the
+//!   kernel's ring of a pipe that is also its process's standard error. Other readers get nothing while a shared
+//!   ring is in use.
 //! - A producer notices that its consumer was killed when it next waits (after at most one ring of bytes), or
 //!   when it is finished or dropped. Up to 4096 bytes that the killed consumer had read may be sent again to
 //!   the next reader.

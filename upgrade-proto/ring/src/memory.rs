@@ -4,6 +4,7 @@
 //! access that this end has to it. The data is mapped twice, so that a record that wraps around the end of the
 //! ring has contiguous addresses.
 
+use std::ffi::c_void;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
@@ -127,10 +128,82 @@ pub(crate) struct Pieces<'a> {
 /// Pages before the data.
 pub(crate) const HEAD_PAGES: usize = 3;
 
+/// Addresses that are unmapped with the value, in the process that mapped them.
+#[derive(Debug)]
+struct Region {
+    base: NonNull<u8>,
+    len_bytes: usize,
+    owner_pid: u32,
+}
+
+impl Region {
+    /// What was mapped just now.
+    fn new(base: *mut c_void, len_bytes: usize) -> Result<Self, Errno> {
+        Ok(Self {
+            base: NonNull::new(base.cast()).ok_or(Errno::NOMEM)?,
+            len_bytes,
+            owner_pid: std::process::id(),
+        })
+    }
+
+    /// A word of the control page at its beginning.
+    #[inline]
+    fn control(&self, index: usize) -> &SharedWord {
+        assert!(index < control::WORDS);
+        // SAFETY: the control page is mapped as long as `self` lives, its words are aligned, and they are
+        // accessed by atomic operations only.
+        unsafe { self.base.cast::<SharedWord>().add(index).as_ref() }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // A forked child does not have the mapping, and may have another one at these addresses.
+        if std::process::id() != self.owner_pid {
+            return;
+        }
+        // SAFETY: this value owns the region, and all references into it borrow it.
+        let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.len_bytes) };
+        debug_assert!(unmapped.is_ok(), "{unmapped:?}");
+    }
+}
+
+/// The control page of a kernel's ring alone. This end's read(2) and write(2) work beside it, as they do not beside
+/// [`Memory`].
+#[derive(Debug)]
+pub(crate) struct ControlPage(Region);
+
+// SAFETY: this value owns the mapping; the memory is accessed by atomic operations only.
+unsafe impl Send for ControlPage {}
+
+impl ControlPage {
+    pub(crate) fn map(ring: BorrowedFd<'_>) -> Result<Self, Errno> {
+        let len_bytes = page_size();
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing. The kernel does not let a
+        // child inherit it.
+        let base = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                len_bytes,
+                ProtFlags::READ,
+                MapFlags::SHARED,
+                ring,
+                0,
+            )?
+        };
+        Region::new(base, len_bytes).map(Self)
+    }
+
+    /// The value of a word.
+    pub(crate) fn word(&self, index: usize) -> u32 {
+        self.0.control(index).load(Ordering::Acquire)
+    }
+}
+
 /// The mapping. A forked child does not have it.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    base: NonNull<u8>,
+    region: Region,
     /// The index page that this end writes, and the one that the peer writes.
     own: NonNull<IndexPage<SharedWord>>,
     peer: NonNull<IndexPage<SharedWord>>,
@@ -140,7 +213,6 @@ pub(crate) struct Memory {
     role: Role,
     /// No other process can write what this end can write.
     exclusive: bool,
-    owner_pid: u32,
 }
 
 // SAFETY: this value owns the mapping; the memory is accessed by atomic operations only.
@@ -176,7 +248,9 @@ impl Memory {
                 MapFlags::PRIVATE,
             )?
         };
-        let base = NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)?;
+        // Dropping it unmaps.
+        let region = Region::new(base, total)?;
+        let base = region.base;
         // SAFETY: less than `total` bytes into the mapping.
         let at = |offset| unsafe { base.add(offset) };
         let (producer, consumer) = (at(page_bytes).cast(), at(2 * page_bytes).cast());
@@ -184,9 +258,8 @@ impl Memory {
             Role::Producer => (producer, consumer),
             Role::Consumer => (consumer, producer),
         };
-        // Dropping it unmaps.
         let this = Self {
-            base,
+            region,
             own,
             peer,
             data: at(head_bytes),
@@ -194,7 +267,6 @@ impl Memory {
             size,
             role,
             exclusive: pieces.own,
-            owner_pid: std::process::id(),
         };
         let owned = |owner: Role| match owner == role {
             true => ProtFlags::READ | ProtFlags::WRITE,
@@ -235,12 +307,12 @@ impl Memory {
         rights: ProtFlags,
         (file, offset): (BorrowedFd<'_>, u64),
     ) -> Result<(), Errno> {
-        assert!(place + len_bytes <= self.total_bytes());
+        assert!(place + len_bytes <= self.region.len_bytes);
         let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: the piece lies inside the region that this value owns, and replaces reserved addresses that
         // were not used yet. Not inherited: a forked child would be a second producer or consumer.
         unsafe {
-            let at = self.base.as_ptr().add(place).cast();
+            let at = self.region.base.as_ptr().add(place).cast();
             mmap(at, len_bytes, rights, flags, file, offset)?;
             madvise(at, len_bytes, Advice::LinuxDontFork)
         }
@@ -248,10 +320,6 @@ impl Memory {
 
     pub(crate) fn role(&self) -> Role {
         self.role
-    }
-
-    fn total_bytes(&self) -> usize {
-        HEAD_PAGES * self.page_bytes + 2 * self.size as usize
     }
 
     /// The bytes of data.
@@ -263,10 +331,7 @@ impl Memory {
     /// A word of the control page.
     #[inline]
     pub(crate) fn control(&self, index: usize) -> &SharedWord {
-        assert!(index < control::WORDS);
-        // SAFETY: the control page is mapped as long as `self` lives, its words are aligned, and they are
-        // accessed by atomic operations only.
-        unsafe { self.base.cast::<SharedWord>().add(index).as_ref() }
+        self.region.control(index)
     }
 
     /// Fills in the control page of a new ring, before another process has it.
@@ -351,16 +416,4 @@ impl Memory {
 
 fn to_word(bytes: usize) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // A forked child does not have the mapping, and may have another one at these addresses.
-        if std::process::id() != self.owner_pid {
-            return;
-        }
-        // SAFETY: this value owns the region, and all references into it borrow `self`.
-        let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.total_bytes()) };
-        debug_assert!(unmapped.is_ok(), "{unmapped:?}");
-    }
 }

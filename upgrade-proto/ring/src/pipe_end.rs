@@ -5,13 +5,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::fs::{FileType, fstat};
+use rustix::fs::{FileType, Stat, fstat};
 use rustix::io::Errno;
 
 use crate::channel::{ControlChannel, Received};
 use crate::counters::Counters;
-use crate::kernel;
-use crate::memory::{Memory, Role};
+use crate::kernel::{self, PendingRing};
+use crate::memory::Role;
 use crate::options::{Options, Transport};
 use crate::pipe::wait;
 
@@ -54,13 +54,22 @@ impl PipeEnd {
         Ok(kind == FileType::Fifo && self.epoll.is_some())
     }
 
-    /// Maps this end of the kernel's ring, if the caller wants that and the kernel has one.
-    pub(crate) fn open_kernel_ring(&self, role: Role) -> Option<Memory> {
-        if !self.options.kernel {
+    /// Asks for the kernel's ring, if the caller wants that. Not where this process's messages of errors go: write(2)
+    /// would fail while the ring is mapped.
+    pub(crate) fn ask_for_kernel_ring(&self, role: Role) -> Option<PendingRing> {
+        if !self.options.kernel || role == Role::Producer && self.is_standard_error() {
             return None;
         }
         let size = self.options.size_bytes.into();
-        kernel::open(self.fd.as_fd(), role, size).ok()
+        kernel::ask(self.fd.as_fd(), role, size).ok()
+    }
+
+    fn is_standard_error(&self) -> bool {
+        let file = |stat: Stat| (stat.st_dev, stat.st_ino);
+        match (fstat(&self.fd), fstat(io::stderr())) {
+            (Ok(pipe), Ok(stderr)) => file(pipe) == file(stderr),
+            _ => false,
+        }
     }
 
     /// Polls another descriptor, for reading. Closing it ends that.

@@ -382,8 +382,8 @@ impl Drop for Producer {
 
 /// Space for a record: part of a ring, or of a buffer.
 ///
-/// It can be written to and not read, and gives no `&mut [u8]`: a kernel's ring can be written to by every
-/// process that may write to the pipe. Bytes that are committed without having been written are those that were
+/// It can be written to and not read, and gives no `&mut [u8]`: a kernel's ring can be written to by whoever
+/// has its descriptor. Bytes that are committed without having been written are those that were
 /// there before.
 #[derive(Debug)]
 pub struct Reservation<'a> {

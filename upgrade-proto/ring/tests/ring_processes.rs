@@ -162,6 +162,30 @@ fn plain_programs_before_and_after_in_the_same_pipe_keep_their_order() {
     );
 }
 
+/// `2>&1`: write(2) would fail beside a kernel's ring that the same process has mapped.
+#[test]
+fn messages_of_a_producer_are_in_the_stream_if_both_go_to_one_pipe() {
+    let place = Place::new(300_000);
+    let (program, dir) = (program(), place.dir.path().display());
+    let (program, data) = (program.display(), place.data.display());
+    let ours = format!("--way {} --runtime-dir {dir}", transport());
+    let script = format!(
+        "{program} produce --wait 1 --stats {ours} {data} 2>&1 | {program} consume {ours} > {dir}/out"
+    );
+    let mut shell = Command::new("sh");
+    let mut shell = shell.args(["-c", &script]).spawn().expect("a shell");
+    assert!(ended(&mut shell).success());
+    let got = std::fs::read(place.dir.path().join("out")).expect("read");
+    let (stream, said) = got.split_at(place.bytes.len().min(got.len()));
+    let said = String::from_utf8_lossy(said);
+    assert!(stream == place.bytes, "{} bytes", got.len());
+    let mut way = transport();
+    if way == "kernel" {
+        way = "plain".to_owned();
+    }
+    assert!(said.contains(&format!("way={way}")), "{said}");
+}
+
 #[test]
 fn the_system_calls_of_the_kernels_ring_are_made_only_if_asked_for() {
     let place = Place::new(300_000);

@@ -5,14 +5,14 @@ use std::mem;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::epoll::EventFlags;
-use rustix::io::ioctl_fionread;
+use rustix::io::{Errno, ioctl_fionread};
 use rustix::param::page_size;
 use upgrade_proto::{Answer, connect};
 
 use super::Consumer;
 use crate::channel::{Channel, ControlChannel, Message, Received, service};
 use crate::handle::Phase;
-use crate::kernel::Side;
+use crate::kernel::{PendingRing, Side};
 use crate::memfd;
 use crate::memory::{Memory, Pieces, Role, control};
 
@@ -25,8 +25,8 @@ pub(super) enum Step {
     /// No producer offers a ring.
     #[default]
     Idle,
-    /// The kernel has this side's ring; the producer has not asked for its own.
-    KernelPending(Memory),
+    /// The kernel has a ring; the producer has not asked for it, or another process uses this side.
+    KernelPending(PendingRing),
     /// Connected; OFFER has not arrived.
     Connected(ControlChannel),
     /// READY was sent; SWITCH has not arrived.
@@ -43,9 +43,13 @@ impl Consumer {
         };
         let next = match mem::take(step) {
             Step::Idle => self.try_connect(),
-            Step::KernelPending(memory) => match memory.word(control::STATE) {
-                control::PENDING => Step::KernelPending(memory),
-                control::LIVE => return self.handle.start(memory, Channel::Kernel(Side::Read)),
+            Step::KernelPending(ring) => match ring.state() {
+                control::PENDING => Step::KernelPending(ring),
+                control::LIVE => match ring.map() {
+                    Ok(memory) => return self.handle.start(memory, Channel::Kernel(Side::Read)),
+                    Err(Errno::BUSY) => Step::KernelPending(ring),
+                    Err(_) => Step::Idle,
+                },
                 _ => {
                     self.handle.phase = Phase::Dead;
                     return Ok(());

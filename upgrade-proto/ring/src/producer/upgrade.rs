@@ -5,13 +5,14 @@ use std::mem;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
 use rustix::param::page_size;
 use upgrade_proto::Listener;
 
 use super::Producer;
 use crate::channel::{Channel, ControlChannel, Message, Received, service};
 use crate::handle::Phase;
-use crate::kernel::Side;
+use crate::kernel::{PendingRing, Side};
 use crate::memfd;
 use crate::memory::{Memory, Role, control};
 
@@ -21,8 +22,8 @@ pub(super) enum Step {
     /// No consumer has connected.
     #[default]
     Idle,
-    /// The kernel has this side's ring; the consumer has not asked for its own.
-    KernelPending(Memory),
+    /// The kernel has a ring; the consumer has not asked for it, or another process uses this side.
+    KernelPending(PendingRing),
     /// OFFER was sent; READY has not arrived.
     Offered(ControlChannel, Memory),
     /// READY has arrived; SWITCH follows when the queue is in the pipe.
@@ -34,8 +35,8 @@ impl Producer {
     /// another producer already, stays a pipe.
     pub(super) fn offer(&mut self) {
         let pipe = &self.handle.pipe;
-        if let Some(memory) = pipe.open_kernel_ring(Role::Producer) {
-            self.handle.phase = Phase::Pipe(Step::KernelPending(memory));
+        if let Some(ring) = pipe.ask_for_kernel_ring(Role::Producer) {
+            self.handle.phase = Phase::Pipe(Step::KernelPending(ring));
         } else if pipe.options.shared {
             let bind = |name| Listener::bind(&pipe.fd, &name, &pipe.options.offer);
             let listener = service().and_then(bind).ok();
@@ -51,11 +52,15 @@ impl Producer {
         };
         let next = match mem::take(step) {
             Step::Idle => self.accept(),
-            Step::KernelPending(memory) => match memory.word(control::STATE) {
-                control::LIVE if is_sent => {
-                    return self.handle.start(memory, Channel::Kernel(Side::Write));
-                }
-                control::PENDING | control::LIVE => Step::KernelPending(memory),
+            Step::KernelPending(ring) => match ring.state() {
+                control::LIVE if is_sent => match ring.map() {
+                    Ok(memory) => {
+                        return self.handle.start(memory, Channel::Kernel(Side::Write));
+                    }
+                    Err(Errno::BUSY) => Step::KernelPending(ring),
+                    Err(_) => Step::Idle,
+                },
+                control::PENDING | control::LIVE => Step::KernelPending(ring),
                 _ => {
                     self.handle.phase = Phase::Dead;
                     return Ok(());
