@@ -55,7 +55,7 @@ const COLLECTIONS: [Collection; 9] = [
     collection(
         "ringbuffer",
         "args_test device_test hostile_test kinds_test mapping_test pending_test \
-             pipe_test poll_test ring_bench stress_test",
+             pipe_test poll_test ring_bench rules_test stress_test",
     ),
     collection("pipe", "pipe_bench"),
     Collection {

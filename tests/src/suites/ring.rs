@@ -54,6 +54,13 @@ pub const TESTS: &[Test] = &[
         SHORT
     ))
     .limit_s(300),
+    // Of what one end of a pipe must not be able to do to the other, and to others at its own.
+    test!(the_selftest_of_rules_passes, |cx| passes(
+        cx,
+        "rules_test",
+        SHORT
+    ))
+    .limit_s(300),
     test!(the_selftest_of_activation_under_load_passes, |cx| passes(
         cx,
         "stress_test",
@@ -100,7 +107,8 @@ const PROGRAMS: &[Program] = &[
     (DIR, "pending_test", 22),
     (DIR, "kinds_test", 14),
     (DIR, "poll_test", 38),
-    (DIR, "hostile_test", 46),
+    (DIR, "hostile_test", 34),
+    (DIR, "rules_test", 15),
     (DIR, "stress_test", 3),
     (DIR, "device_test", 14),
 ];
@@ -127,7 +135,7 @@ fn judge_rings(cx: &Context) -> Result<()> {
 }
 
 fn kunit_passes_the_arithmetic_of_rings(_cx: &Context) -> Result<()> {
-    series::kunit_passes("ringbuffer", 14)
+    series::kunit_passes("ringbuffer", 20)
 }
 
 /// Runs a program, with its random parts so long.
