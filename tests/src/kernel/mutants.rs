@@ -138,10 +138,15 @@ fn judge(image: &Path, paths: &Paths, step: &str) -> Result<Vec<String>> {
     let verdict = machine.run_step::<_, Vec<String>>(step, &());
     let failed = verdict.unwrap_or_else(|error| {
         let text = format!("{error:#}");
-        vec![format!(
+        let names = text
+            .lines()
+            .filter_map(|line| line.strip_prefix(series::FAILED));
+        let mut failed: Vec<String> = names.map(str::to_owned).collect();
+        failed.push(format!(
             "the machine ({})",
             text.lines().next().unwrap_or("")
-        )]
+        ));
+        failed
     });
     machine.power_off();
     Ok(failed)

@@ -46,6 +46,9 @@ pub const STEPS: &[Test] = &[test!(judge_series).limit_s(300)];
 /// The name of the step that replies with the names of the tests that fail.
 pub const JUDGE: &str = "judge_series";
 
+/// Before the name of each of them, in the step's output.
+pub const FAILED: &str = "failed: ";
+
 /// A program of the kernel's tests: its collection, its name, and how many tests it has.
 pub type Program = (&'static str, &'static str, usize);
 
@@ -66,6 +69,10 @@ fn judge_series(cx: &Context) -> Result<()> {
     for &(collection, program, count) in PROGRAMS {
         let finished = run_program(cx, collection, program)?;
         failed.extend(failures_in(program, count, &finished));
+    }
+    // A test that fails may leave a disk behind, and then there is no reply.
+    for name in &failed {
+        println!("{FAILED}{name}");
     }
     cx.reply(&failed)
 }
