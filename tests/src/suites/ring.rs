@@ -107,8 +107,8 @@ const PROGRAMS: &[Program] = &[
     (DIR, "pending_test", 22),
     (DIR, "kinds_test", 14),
     (DIR, "poll_test", 38),
-    (DIR, "hostile_test", 34),
-    (DIR, "rules_test", 15),
+    (DIR, "hostile_test", 35),
+    (DIR, "rules_test", 16),
     (DIR, "stress_test", 3),
     (DIR, "device_test", 14),
 ];
