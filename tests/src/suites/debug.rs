@@ -134,7 +134,7 @@ fn fail_each_allocation_of((what, operation): Operation<'_>) -> Result<u32> {
 
 /// ringbuffer(2): the ring descriptor of one side of a pipe. The kernel's headers of this machine do
 /// not know it.
-fn ring_of(end: &impl AsRawFd, side: u32) -> Result<OwnedFd, Error> {
+pub(super) fn ring_of(end: &impl AsRawFd, side: u32) -> Result<OwnedFd, Error> {
     const RINGBUFFER: libc::c_long = 473;
     /// `struct ringbuffer_args`: size, side, flags, reserved.
     #[repr(C)]

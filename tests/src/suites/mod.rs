@@ -35,6 +35,7 @@ mod races;
 mod restart;
 pub mod ring;
 mod ring_pipe;
+mod ring_programs;
 mod selftest;
 pub mod series;
 mod soak;
@@ -166,7 +167,12 @@ pub const SUITES: &[Suite] = &[
         about: "the kernel's rings: its own tests in User Mode Linux, the memory model's litmus tests",
         place: Place::Uml,
         needs: &[Need::Kernel(Uml), Selftests, Herd7, Tools],
-        tests: &[litmus::TESTS, ring::TESTS],
+        tests: &[
+            litmus::TESTS,
+            ring::TESTS,
+            ring_programs::TESTS,
+            ring_programs::LONG_TESTS,
+        ],
         ..SUITE
     },
     Suite {
@@ -240,6 +246,7 @@ pub const SUITES: &[Suite] = &[
             kernel::SMP_TESTS,
             series::TESTS,
             ring::TESTS,
+            ring_programs::TESTS,
             fd_address::TESTS,
             ring_pipe::TESTS,
             races::TESTS,
