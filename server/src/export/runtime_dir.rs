@@ -6,20 +6,20 @@
 //!                          vhost-user-blk   the vhost door, unless --vhost-socket says otherwise
 //!                          ublk-id          number of the block device and of its disk, its mark, and which file
 //!                                           is behind it, while there is one
-//!                          served           what is served and how, for `ublkup recover`
+//!                          served           what is served and how, with the options that were changed
 //!                          upgraded         which vhost client has the disk, or had it when its server died
 //!             servers/NAME/lock              held by the server as long as it lives
 //!                          control           admin socket of the server (docs/admin.md)
 //!                          spare/N           empty folders for exports that are added later (`spares.rs`)
 //!             records/servers-NAME           where its exports come from, for `ublkup reload`
-//!                     exports-NAME           what was added to which server, for the next one of the name
+//!                     exports-NAME           what was served and how, for `ublkup recover` and the next server
 //! ```
 //!
 //! Each of these directories, and each note in them, belongs to this user or root, is no link, and can be written to by
 //! its owner only: commands of root act on the word of no other user.
 //!
-//! A server that a guest took over can write to the notes in its own folders. What commands of root do without being asked
-//! follows records, which a confined server can remove and not write.
+//! A server that a guest took over can write to the notes in its own folders. What is served again, and reloaded, follows
+//! records, which a confined server can remove and not write.
 //!
 //! A folder whose lock is free is of a dead server: the next one that takes the lock may remove the
 //! folder, or recover what is noted there. Each note is written beside the old one and then put in
@@ -111,7 +111,7 @@ impl RuntimeDir {
         self.record(SERVERS, name)
     }
 
-    /// The record of an export that was added to a server.
+    /// The record of how an export is served.
     ///
     /// # Errors
     ///
