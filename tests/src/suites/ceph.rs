@@ -2,8 +2,9 @@
 
 use anyhow::Result;
 
-use super::own_tests;
+use super::{migration, own_tests};
 use crate::kit::ceph::Cluster;
+use crate::kit::load;
 use crate::test;
 use crate::test::{Context, Test};
 
@@ -16,7 +17,24 @@ pub const TESTS: &[Test] = &[
     )
     .limit_s(300)
     .full(),
+    test!(a_guest_moves_between_two_servers_of_an_image)
+        .limit_s(600)
+        .full(),
 ];
+
+/// Under write load, and the guest reads its disk again all the while.
+fn a_guest_moves_between_two_servers_of_an_image(cx: &Context) -> Result<()> {
+    let cluster = Cluster::start(cx)?;
+    let size = format!("{}B", load::DISK_BYTES);
+    let create = ["create", "--size", &size, "guest"];
+    cluster.shell("rbd").args(create).run()?;
+    let serve = || {
+        cluster
+            .env()
+            .fold(cx.serve(), |serve, (name, value)| serve.env(name, value))
+    };
+    migration::a_guest_moves_between_servers(cx, "rbd:rbd/guest", serve)
+}
 
 fn pass(cx: &Context, more: &[(&str, &str)]) -> Result<()> {
     let cluster = Cluster::start(cx)?;

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 use testkit::process;
 use testkit::qmp::Qmp;
-use testkit::server::Server;
+use testkit::server::{Serve, Server};
 use testkit::shell::last_lines;
 use testkit::wait::{until, wait_for};
 
@@ -34,16 +34,26 @@ struct Host {
 
 impl Host {
     fn start(cx: &Context, name: &str, image: &Path, option: &str) -> Result<Self> {
+        let storage = format!("file:{}", image.display());
+        Self::with(cx, (name, cx.serve()), &storage, option)
+    }
+
+    /// With another storage than a file, and what its server needs for it.
+    fn with(
+        cx: &Context,
+        (name, serve): (&str, Serve),
+        storage: &str,
+        option: &str,
+    ) -> Result<Self> {
         let socket = cx.scratch().join(format!("{name}.sock"));
         let run = cx.scratch().join(format!("{name}.run"));
-        let server = cx
-            .serve()
+        let server = serve
             .env("UBLKUP_RUNTIME_DIR", &run)
             .ublk("no")
             .name("disk")
             .vhost_socket(&socket)
             .arg(option)
-            .arg(format!("file:{}", image.display()))
+            .arg(storage)
             .start()?;
         Ok(Self {
             server,
@@ -247,8 +257,24 @@ fn a_guest_moves_to_another_qemu_of_the_same_server(cx: &Context) -> Result<()> 
 fn a_guest_moves_to_another_server_of_the_same_file(cx: &Context) -> Result<()> {
     let [root, disk] = images(cx)?;
     let root = Host::start(cx, "root", &root, "--read-only")?;
-    let from = Host::start(cx, "from", &disk, "--migration")?;
-    let to = Host::start(cx, "to", &disk, "--migration")?;
+    let [from, to] = ["from", "to"].map(|name| Host::start(cx, name, &disk, "--migration"));
+    moves_between(cx, root, (from?, to?))
+}
+
+/// Moves a guest between servers of one storage, each of which is started by what it is given.
+pub fn a_guest_moves_between_servers(
+    cx: &Context,
+    storage: &str,
+    serve: impl Fn() -> Serve,
+) -> Result<()> {
+    let [root, _] = images(cx)?;
+    let root = Host::start(cx, "root", &root, "--read-only")?;
+    let [from, to] =
+        ["from", "to"].map(|name| Host::with(cx, (name, serve()), storage, "--migration"));
+    moves_between(cx, root, (from?, to?))
+}
+
+fn moves_between(cx: &Context, root: Host, (from, to): (Host, Host)) -> Result<()> {
     moves(cx, &root, &from, &to)?;
     // It went away from there and did not come back. That server does not know where to, and keeps the disk for a while for
     // a target of its own.

@@ -232,7 +232,7 @@ pub const SUITES: &[Suite] = &[
         name: "ceph",
         about: "images of a Ceph cluster on this machine",
         place: Place::Host,
-        needs: &[Server, DriverTests],
+        needs: &[Need::Kernel(X86), Server, DriverTests, Tools],
         tests: &[ceph::TESTS],
         ..SUITE
     },
