@@ -51,9 +51,9 @@
 //! # Limits
 //!
 //! - A ring has one producer and one consumer. Other writers of the same pipe write to the pipe: beside a
-//!   shared ring the consumer reads their bytes when the ring is empty; beside the kernel's ring their writes,
-//!   and reads of other readers, fail with EBUSY while this end has it mapped. So a producer does not ask for the
-//!   kernel's ring of a pipe that is also its process's standard error. Other readers get nothing while a shared
+//!   shared ring the consumer reads their bytes when the ring is empty, or before it begins; beside the kernel's
+//!   ring their writes, and reads of other readers, fail with EBUSY while this end has it mapped. So a producer
+//!   takes no ring for a pipe that is also its process's standard error. Other readers get nothing while a shared
 //!   ring is in use.
 //! - A producer notices that its consumer was killed when it next waits (after at most one ring of bytes), or
 //!   when it is finished or dropped. Up to 4096 bytes that the killed consumer had read may be sent again to

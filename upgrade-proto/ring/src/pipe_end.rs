@@ -54,17 +54,19 @@ impl PipeEnd {
         Ok(kind == FileType::Fifo && self.epoll.is_some())
     }
 
-    /// Asks for the kernel's ring, if the caller wants that. Not where this process's messages of errors go: write(2)
-    /// would fail while the ring is mapped.
+    /// Asks for the kernel's ring, if the caller wants that.
     pub(crate) fn ask_for_kernel_ring(&self, role: Role) -> Option<PendingRing> {
-        if !self.options.kernel || role == Role::Producer && self.is_standard_error() {
+        if !self.options.kernel {
             return None;
         }
         let size = self.options.size_bytes.into();
         kernel::ask(self.fd.as_fd(), role, size).ok()
     }
 
-    fn is_standard_error(&self) -> bool {
+    /// Whether this process's messages of errors go to the pipe, too. They would not be where they belong beside a ring:
+    /// the consumer takes what is in the pipe before it begins with a shared one, and when that is empty; write(2) fails
+    /// while the kernel's is mapped.
+    pub(crate) fn is_standard_error(&self) -> bool {
         let file = |stat: Stat| (stat.st_dev, stat.st_ino);
         match (fstat(&self.fd), fstat(io::stderr())) {
             (Ok(pipe), Ok(stderr)) => file(pipe) == file(stderr),

@@ -32,9 +32,12 @@ pub(super) enum Step {
 
 impl Producer {
     /// Asks the kernel for a ring, or else listens for consumers. A pipe that can have no service, or has one of
-    /// another producer already, stays a pipe.
+    /// another producer already, stays a pipe, and so does one that takes messages of errors.
     pub(super) fn offer(&mut self) {
         let pipe = &self.handle.pipe;
+        if pipe.is_standard_error() {
+            return;
+        }
         if let Some(ring) = pipe.ask_for_kernel_ring(Role::Producer) {
             self.handle.phase = Phase::Pipe(Step::KernelPending(ring));
         } else if pipe.options.shared {
