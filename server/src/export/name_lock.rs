@@ -332,7 +332,8 @@ pub struct DeviceNote {
 
 impl DeviceNote {
     pub(super) fn parse(text: &str) -> Option<Self> {
-        let mut words = text.split_whitespace();
+        // The identity is all that is left of the line.
+        let mut words = text.trim_end().splitn(4, ' ');
         let mut next = || words.next()?.parse::<u64>().ok();
         let note = Self {
             id: next().and_then(|id| u32::try_from(id).ok()),

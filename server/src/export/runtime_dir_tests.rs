@@ -257,3 +257,19 @@ fn what_others_may_write_to_is_not_acted_upon() {
         assert_eq!(dir.served("a").unwrap(), "this");
     }
 }
+
+#[test]
+fn a_device_is_noted_with_the_identity_of_its_storage_whatever_that_is() {
+    let (_temp, dir) = dir();
+    for storage in ["8:1:5:7", "rbd:fsid:2:1abc@", "rbd:fsid:2:1abc@a snapshot"] {
+        let claim = dir.claim("a").unwrap();
+        let noted = DeviceNote {
+            id: Some(3),
+            disk_sequence: Some(12),
+            mark: Some(7),
+            storage: Some(storage.to_owned()),
+        };
+        claim.note_device(&noted).unwrap();
+        assert_eq!(claim.left_device(), Some(noted));
+    }
+}

@@ -58,6 +58,30 @@ fn what_cannot_be_opened_is_told_in_a_line() {
     }
 }
 
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn an_image_whose_metadata_break_a_promise_is_not_written_to() {
+    let image = Image::new("promised", "64M");
+    let lab = sandbox();
+    let name = format!("rbd/{}", image.0);
+    for (level, of) in [("image", name.as_str()), ("pool", "rbd")] {
+        for (option, value) in [
+            ("rbd_cache", "true"),
+            ("rbd_blocklist_on_break_lock", "false"),
+        ] {
+            crate::rbd(&["config", level, "set", of, option, value]);
+            let words = format!("the {level} sets {option} to '{value}'");
+            lab.serve_fails(&[&ARGS[..], &[&image.spec()]].concat(), 1, &[&words]);
+            let read_only = format!("{},read-only", image.spec());
+            let server = lab.serve(&[&ARGS[..], &[&read_only]].concat());
+            server.stop().unwrap();
+            crate::rbd(&["config", level, "remove", of, option]);
+        }
+    }
+    serve(&lab, &image).stop().unwrap();
+    lab.is_clean();
+}
+
 /// A folder with something in the place of a library that cannot be loaded.
 fn without_library(lab: &Sandbox) -> String {
     let folder = lab.path("broken");

@@ -38,6 +38,21 @@ pub enum RbdError {
         /// The client's name.
         owner: String,
     },
+    /// Its metadata, or those of its pool, break a promise of the disk.
+    #[error(
+        "rbd:{image}: the {place} sets {option} to '{value}', with which writes that have ended could be lost or land after a \
+         successor's: remove that (rbd config {place} remove)"
+    )]
+    Overridden {
+        /// The image as it was given.
+        image: String,
+        /// `image` or `pool`.
+        place: &'static str,
+        /// The option.
+        option: String,
+        /// Its value there.
+        value: String,
+    },
     /// A size that no disk can have.
     #[error(
         "rbd:{image} has {size_bytes} bytes, which is not the size of a disk: resize it (rbd resize)"

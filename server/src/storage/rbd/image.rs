@@ -23,6 +23,18 @@ pub(super) const CAPS: &str =
 const CONNECT_LIMIT: &CStr = c"30";
 const CONNECT_LIMIT_DEFAULT: &str = "300";
 
+/// What the promises of a disk depend on. Metadata of an image or a pool could say something else.
+const OWN_OPTIONS: [(&CStr, &CStr); 5] = [
+    // A request that has ended is durable.
+    (c"rbd_cache", c"false"),
+    (c"rbd_plugins", c""),
+    (c"rbd_persistent_cache_mode", c"disabled"),
+    // Data is copied before a write returns: its memory is the client's.
+    (c"rbd_disable_zero_copy_writes", c"true"),
+    // The owner of a lock that is broken is barred from the cluster.
+    (c"rbd_blocklist_on_break_lock", c"true"),
+];
+
 /// How long opening may take before the log says what it waits for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -125,7 +137,51 @@ impl OpenImage {
             _ => "",
         };
         this.step("open the image", result, hint)?;
+        if !read_only {
+            this.check_options()?;
+        }
         Ok(this)
+    }
+
+    /// Makes sure that neither the image nor its pool sets one of [`OWN_OPTIONS`] to something else: what is there has
+    /// precedence over what a client sets.
+    fn check_options(&self) -> Result<(), RbdError> {
+        for (option, own) in OWN_OPTIONS {
+            let (option, own) = (option.to_string_lossy(), own.to_string_lossy());
+            let key = text(&format!("conf_{option}"))?;
+            for place in ["image", "pool"] {
+                let (mut value, mut len) = ([0; 256], 256);
+                // SAFETY: the image is open and the pool, the text ends with a NUL, the array is as long as is said.
+                let result = unsafe {
+                    match place {
+                        "image" => (self.functions.rbd_metadata_get)(
+                            self.image,
+                            key.as_ptr(),
+                            value.as_mut_ptr(),
+                            &raw mut len,
+                        ),
+                        _ => (self.functions.rbd_pool_metadata_get)(
+                            self.pool,
+                            key.as_ptr(),
+                            value.as_mut_ptr(),
+                            &raw mut len,
+                        ),
+                    }
+                };
+                // -ENOENT: it is not set there. One that does not fit is another one.
+                let other = (result == 0).then(|| read_text(&value));
+                let too_long = -result == libc::ERANGE;
+                if too_long || other.as_ref().is_some_and(|other| *other != own) {
+                    return Err(RbdError::Overridden {
+                        image: self.name.to_string(),
+                        place,
+                        option: option.into_owned(),
+                        value: other.unwrap_or_default(),
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 
     fn connect(&mut self) -> Result<(), RbdError> {
@@ -151,13 +207,11 @@ impl OpenImage {
             result,
             "; give the right one with conf=/etc/ceph/ceph.conf",
         )?;
+        for (option, value) in OWN_OPTIONS {
+            // SAFETY: as above. Options that a version does not know are not needed there.
+            unsafe { (functions.rados_conf_set)(self.rados, option.as_ptr(), value.as_ptr()) };
+        }
         for (option, value) in [
-            // A request that has ended is durable.
-            (c"rbd_cache", c"false"),
-            // Data is copied before a write returns: its memory is the client's.
-            (c"rbd_disable_zero_copy_writes", c"true"),
-            // The owner of a lock that is broken is barred from the cluster.
-            (c"rbd_blocklist_on_break_lock", c"true"),
             // What it has to say goes where this program's log goes.
             (c"log_file", c""),
             (c"log_to_stderr", c"true"),
@@ -255,13 +309,8 @@ impl OpenImage {
             )
         };
         let snapshot = self.name.snapshot.as_deref().unwrap_or_default();
-        (result == 0).then(|| {
-            format!(
-                "rbd {} {pool} {} {snapshot}",
-                self.cluster_id,
-                read_text(&id)
-            )
-        })
+        let (cluster, id) = (&self.cluster_id, read_text(&id));
+        (result == 0).then(|| format!("rbd:{cluster}:{pool}:{id}@{snapshot}"))
     }
 
     /// The client that has it locked.

@@ -85,8 +85,16 @@ impl Rbd {
     pub fn open(options: RbdOptions) -> Result<Self, RbdError> {
         let read_only = options.read_only || options.image.snapshot.is_some();
         let image = OpenImage::open(&options.image, read_only)?;
-        let size_bytes = image.size_bytes()?;
+        let len_bytes = image.size_bytes()?;
         let block_bytes = options.block_bytes.unwrap_or(512);
+        let size_bytes = len_bytes / u64::from(block_bytes) * u64::from(block_bytes);
+        if size_bytes != len_bytes {
+            tracing::warn!(
+                "rbd:{}: its last {} bytes are less than a block of {block_bytes} and are not served",
+                options.image,
+                len_bytes - size_bytes
+            );
+        }
         if size_bytes < block_bytes.into() || size_bytes > MAX_DISK_BYTES {
             let image = options.image.to_string();
             return Err(RbdError::Size { image, size_bytes });
@@ -192,6 +200,7 @@ impl StorageControl for Rbd {
     fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
         let image = &self.shared.image;
         let now = image.size_bytes().map_err(io::Error::other)?;
+        let now = now - now % u64::from(self.limits.block_bytes);
         match wanted_bytes {
             Some(wanted) if wanted > now => image.resize(wanted, false).map(|()| wanted),
             _ => Ok(now),

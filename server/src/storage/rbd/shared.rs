@@ -104,9 +104,13 @@ impl Shared {
             }
         }
         *locked = true;
-        if let Some(owner) = self.image.lock_owner()?
-            && let Err(error) = (self.note_owner)(&owner)
-        {
+        let noted = match self.image.lock_owner() {
+            Ok(Some(owner)) => (self.note_owner)(&owner).map_err(|error| error.to_string()),
+            // It was taken at once: the first write finds out.
+            Ok(None) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = noted {
             let image = self.image.name();
             tracing::warn!(
                 "rbd:{image}: a server that comes after a crash of this one has to wait half a minute for the lock: {error}"
@@ -131,7 +135,11 @@ impl Shared {
         }
         match self.image.unlock() {
             Ok(()) => *locked = false,
-            Err(error) => tracing::error!("rbd:{image}: cannot be unlocked: {error}"),
+            Err(error) => {
+                tracing::error!("rbd:{image}: cannot be unlocked: {error}");
+                // Another client may have taken it away meanwhile; then it is locked anew for the next client.
+                *locked = !matches!(self.image.lock_owner(), Ok(None));
+            }
         }
     }
 
