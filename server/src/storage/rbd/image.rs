@@ -1,9 +1,10 @@
 //! An open image, and the client of the cluster that has it open.
 
-use std::ffi::{CStr, CString, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
 use std::path::PathBuf;
 use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -79,6 +80,7 @@ pub(super) struct OpenImage {
     cluster_id: String,
     /// Dropped before the image is closed.
     update_watch: Mutex<Option<UpdateWatch>>,
+    abandoned: AtomicBool,
 }
 
 // SAFETY: all functions that are called with these handles may be called by any thread at any time.
@@ -109,6 +111,7 @@ impl OpenImage {
             image: null_mut(),
             cluster_id: String::new(),
             update_watch: Mutex::new(None),
+            abandoned: AtomicBool::new(false),
         };
         this.connect()?;
         let pool = text(&name.pool)?;
@@ -449,6 +452,17 @@ impl OpenImage {
         }
     }
 
+    /// The cluster has barred this client: it is not closed, but left to the end of the process, which does not wait for the
+    /// library's threads. To close it ends the process (std::out_of_range in librbd 16.2), or takes for ever, in one case of
+    /// three.
+    pub(super) fn abandon(&self) {
+        if !self.abandoned.swap(true, Ordering::Relaxed) {
+            // SAFETY: the handler is a function for that, and has no argument. If there is no room for it the process
+            // ends as it would without it.
+            let _ = unsafe { on_exit(end_at_once, null_mut()) };
+        }
+    }
+
     fn watch(&self) -> MutexGuard<'_, Option<UpdateWatch>> {
         // An `Option` is whole whatever panicked.
         (self.update_watch.lock()).unwrap_or_else(PoisonError::into_inner)
@@ -477,7 +491,13 @@ impl OpenImage {
 
 impl Drop for OpenImage {
     fn drop(&mut self) {
-        drop(self.watch().take());
+        let watch = self.watch().take();
+        if self.abandoned.load(Ordering::Relaxed) {
+            // The library may still call it.
+            std::mem::forget(watch);
+            return;
+        }
+        drop(watch);
         // SAFETY: what is not null was made and is used by nobody else: queues hold `self`.
         unsafe {
             if !self.image.is_null() {
@@ -491,6 +511,17 @@ impl Drop for OpenImage {
             }
         }
     }
+}
+
+unsafe extern "C" {
+    /// on_exit(3).
+    fn on_exit(handler: extern "C" fn(c_int, *mut c_void), argument: *mut c_void) -> c_int;
+}
+
+/// Ends the process without the destructors of libraries, whose threads still run.
+extern "C" fn end_at_once(status: c_int, _: *mut c_void) {
+    // SAFETY: ends the process; all that is to be written has been, as after exit(3) nothing of this program runs.
+    unsafe { libc::_exit(status) }
 }
 
 /// Does `work`, and says in the log if that takes long.

@@ -172,6 +172,7 @@ impl Shared {
         // The first when this client is barred from the cluster, the second when its lock is gone.
         let is_barred = errno == libc::ESHUTDOWN || errno == libc::EROFS;
         if is_barred && !self.fenced.swap(true, Ordering::Relaxed) {
+            self.image.abandon();
             self.tell_fenced();
         }
         let place = format!("rbd:{}", self.image.name());
