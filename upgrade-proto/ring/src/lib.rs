@@ -44,7 +44,7 @@
 //!   with a pipe. If other processes have that end of the pipe open, the rest goes through the pipe.
 //! - A hostile peer can send wrong bytes, no bytes, or cause [`RingError::Dead`]. It cannot make this process
 //!   access other memory, or raise SIGBUS in it. Bytes that were committed but not yet copied out can still be
-//!   changed by the producer and, in the kernel's ring, by whoever has its descriptor. Therefore a
+//!   changed by the producer and, in the kernel's ring, by any process that has its descriptor. Therefore a
 //!   [`Reservation`] can only be written to, and [`Bytes`] can only be copied out of.
 //! - Reads and writes of up to 4096 bytes are atomic, as a pipe's are.
 //!

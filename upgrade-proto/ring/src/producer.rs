@@ -382,7 +382,7 @@ impl Drop for Producer {
 
 /// Space for a record: part of a ring, or of a buffer.
 ///
-/// It can be written to and not read, and gives no `&mut [u8]`: a kernel's ring can be written to by whoever
+/// It can be written to and not read, and gives no `&mut [u8]`: a kernel's ring can be written to by any process that
 /// has its descriptor. Bytes that are committed without having been written are those that were
 /// there before.
 #[derive(Debug)]

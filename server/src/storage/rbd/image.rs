@@ -452,9 +452,9 @@ impl OpenImage {
         }
     }
 
-    /// The cluster has barred this client: it is not closed, but left to the end of the process, which does not wait for the
-    /// library's threads. To close it ends the process (std::out_of_range in librbd 16.2), or takes for ever, in one case of
-    /// three.
+    /// The cluster has barred this client, or its lock is gone, which comes just before or after: it is not closed, but left
+    /// to the end of the process, which does not wait for the library's threads. Closing a barred one ends the process
+    /// (std::out_of_range in librbd 16.2) or does not return, in one case of three. Others are not hindered: it has no lock.
     pub(super) fn abandon(&self) {
         if !self.abandoned.swap(true, Ordering::Relaxed) {
             // SAFETY: the handler is a function for that, and has no argument. If there is no room for it the process
@@ -498,7 +498,7 @@ impl Drop for OpenImage {
             return;
         }
         drop(watch);
-        // SAFETY: what is not null was made and is used by nobody else: queues hold `self`.
+        // SAFETY: what is not null was made, and no other code uses it: queues hold `self`.
         unsafe {
             if !self.image.is_null() {
                 (self.functions.rbd_close)(self.image);
