@@ -1,7 +1,8 @@
 //! Facts about a process, from `/proc`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -32,6 +33,28 @@ pub fn catches_hangups(pid: u32) -> Result<bool> {
     let caught = u64::from_str_radix(caught.context("no SigCgt")?.trim(), 16)?;
     // SIGHUP is 1, the lowest bit.
     Ok(caught & 1 == 1)
+}
+
+/// Whether a process listens on this socket. Its file is there from bind(2) on, when connections are still refused.
+///
+/// # Errors
+/// `/proc/net/unix` cannot be read.
+pub fn is_listened_on(socket: &Path) -> Result<bool> {
+    let sockets = fs::read("/proc/net/unix")?;
+    let path = socket.as_os_str().as_bytes();
+    Ok(sockets
+        .split(|&byte| byte == b'\n')
+        .any(|line| line.ends_with(path) && listens(&line[..line.len() - path.len()])))
+}
+
+/// Whether the fields in front of a socket's path are those of one that accepts connections.
+fn listens(fields: &[u8]) -> bool {
+    // __SO_ACCEPTCON of include/linux/net.h.
+    const ACCEPTS: u32 = 1 << 16;
+    let fields = String::from_utf8_lossy(fields);
+    let flags = fields.split_ascii_whitespace().nth(3);
+    let flags = flags.and_then(|flags| u32::from_str_radix(flags, 16).ok());
+    fields.ends_with(' ') && flags.is_some_and(|flags| flags & ACCEPTS != 0)
 }
 
 /// Context switches of all threads so far, voluntary or not.
@@ -124,5 +147,33 @@ impl Holdings {
             && self.resident_kib <= before.resident_kib + 1024;
         ensure!(fits, "something is left: {before:?}, then {self:?}");
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+
+    #[test]
+    fn a_socket_is_listened_on_from_listen_on() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("socket");
+        assert!(!is_listened_on(&path).unwrap());
+        let listener = UnixListener::bind(&path).unwrap();
+        assert!(is_listened_on(&path).unwrap());
+        assert!(!is_listened_on(Path::new("socket")).unwrap());
+        drop(listener);
+        let (_one, _other) = UnixStream::pair().unwrap();
+        assert!(path.exists() && !is_listened_on(&path).unwrap());
+    }
+
+    #[test]
+    fn a_socket_that_is_only_bound_is_not() {
+        let bound = "0000000000000000: 00000002 00000000 00000000 0001 01 23416 ";
+        let listening = "0000000000000000: 00000002 00000000 00010000 0001 01 23416 ";
+        assert!(!listens(bound.as_bytes()) && listens(listening.as_bytes()));
+        assert!(!listens(b"") && !listens(listening.trim_end().as_bytes()));
     }
 }

@@ -171,17 +171,18 @@ impl Server {
     /// # Errors
     /// It ended, or is not ready in time; the message has the end of its log.
     pub fn ready(self) -> Result<Self> {
-        self.ready_when(|server| server.log().lines().any(|line| line.trim() == "ready"))
+        let said_so = |server: &Self| server.log().lines().any(|line| line.trim() == "ready");
+        self.ready_when(|server| Ok(said_so(server)))
     }
 
     /// Waits until it serves, for a server that says so in another way.
     ///
     /// # Errors
     /// As [`Server::ready`].
-    pub fn ready_when(mut self, is_ready: impl Fn(&Self) -> bool) -> Result<Self> {
+    pub fn ready_when(mut self, is_ready: impl Fn(&Self) -> Result<bool>) -> Result<Self> {
         let limit = self.limit;
         let waited = until("the server is ready", limit, || {
-            if is_ready(&self) {
+            if is_ready(&self)? {
                 return Ok(true);
             }
             let ended = self

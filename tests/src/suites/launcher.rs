@@ -24,10 +24,10 @@ use crate::kit::boot_sector::{self, OPTIONS, SECTOR_BYTES};
 use crate::test::{Context, Place, Test};
 use crate::{skip, test};
 use testkit::images;
-use testkit::process;
 use testkit::server::Server;
 use testkit::shell::sh;
 use testkit::wait::until;
+use testkit::{proc, process};
 
 /// The table.
 pub const TESTS: &[Test] = &[
@@ -290,7 +290,7 @@ fn the_recipes_of_a_pc_take_a_kernel_too(cx: &Context) -> Result<()> {
         let mut qemu = process::spawn_bound(&mut recipe)?;
         until("QEMU listens", cx.patience(30), || {
             ensure!(qemu.try_wait()?.is_none(), "{name}: QEMU ended");
-            Ok(socket.exists())
+            proc::is_listened_on(&socket)
         })?;
         let quit = "{\"execute\": \"qmp_capabilities\"}\n{\"execute\": \"quit\"}";
         live::monitor_says(cx, &socket, quit).context(name)?;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use testkit::images::{self, KnownFiles};
-use testkit::process;
 use testkit::wait::until;
+use testkit::{proc, process};
 
 use super::guest::{DiskFacts, FilesOnDisk};
 use crate::kernel::Kernel;
@@ -118,7 +118,7 @@ impl StorageDaemon {
             || {
                 let ended = child.try_wait().context("cannot look at the daemon")?;
                 ensure!(ended.is_none(), "qemu-storage-daemon ended with {ended:?}");
-                Ok(socket.exists())
+                proc::is_listened_on(&socket)
             },
         )?;
         Ok(StorageDaemon { child })

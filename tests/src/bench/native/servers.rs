@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Result;
+use testkit::proc;
 use testkit::server::{Serve, Server};
 use testkit::shell::Shell;
 
@@ -143,7 +144,8 @@ pub fn start(
             let mut command = Command::new(&words[0]);
             command.args(&words[1..]);
             testkit::process::bind(&mut command);
-            Server::launch(command.stdin(Stdio::null()), PATIENCE)?.ready_when(|_| socket.exists())
+            let server = Server::launch(command.stdin(Stdio::null()), PATIENCE)?;
+            server.ready_when(|_| proc::is_listened_on(&socket))
         }
     }
 }
