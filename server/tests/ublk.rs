@@ -339,24 +339,30 @@ fn a_device_with_a_server_is_not_stale_whatever_is_noted() {
     let claim = dir.claim("d").unwrap();
     let noted = DeviceNote {
         id: Some(door.id()),
-        disk_sequence: door.disk_sequence(),
         mark: Some(config().mark),
         storage: None,
     };
     claim.note_device(&noted).unwrap();
-    let error = remove_left_device(&claim).unwrap_err().to_string();
+    let record = lab.path("run/records/devices-d");
+    std::fs::create_dir(record.parent().unwrap()).unwrap();
+    std::fs::write(&record, format!("{}\n", config().mark)).unwrap();
+    let error = remove_left_device(&dir, &claim).unwrap_err().to_string();
     assert!(
         error.contains("left alone") && error.contains(&us),
         "{error}"
     );
     assert_eq!(claim.left_device(), Some(noted.clone()), "it was forgotten");
-    // The number alone, and be it the disk's as well, is not the device.
-    let noted = DeviceNote {
-        mark: Some(config().mark + 1),
-        ..noted
-    };
-    claim.note_device(&noted).unwrap();
-    remove_left_device(&claim).unwrap();
+    // A note alone says nothing, and neither does the number.
+    for (noted, recorded) in [(config().mark, ""), (config().mark + 1, "7\n")] {
+        let noted = DeviceNote {
+            id: Some(door.id()),
+            mark: Some(noted),
+            storage: None,
+        };
+        claim.note_device(&noted).unwrap();
+        std::fs::write(&record, recorded).unwrap();
+        assert_eq!(remove_left_device(&dir, &claim).unwrap(), None);
+    }
     assert_eq!(claim.left_device(), None);
     drop(claim);
     for door in [door, other] {

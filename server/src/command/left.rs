@@ -132,7 +132,7 @@ pub(super) fn advice(dir: &RuntimeDir, name: &str) -> String {
 pub(super) fn remove(dir: &RuntimeDir, name: &str) -> Result<String> {
     // Locking the name removes the sockets; dropping the lock removes the folder.
     let lock = dir.claim(name)?;
-    let device = remove_left_device(&lock)?;
+    let device = remove_left_device(dir, &lock)?;
     drop(lock);
     let folder = dir.folder(name);
     ensure!(

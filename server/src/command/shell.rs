@@ -33,10 +33,13 @@ pub fn device_owner(kernel_name: &str) -> Result<ExitCode> {
 /// When there is no such device.
 pub fn device_name(dir: &RuntimeDir, kernel_name: &str) -> Result<ExitCode> {
     let mark = ublk::mark(kernel_name)?;
-    let is_noted = |name: &String| dir.device(name).is_some_and(|note| note.mark == Some(mark));
+    let is_its = |name: &String| {
+        dir.device_marks(name)
+            .is_ok_and(|marks| marks.contains(&mark))
+    };
     // Another server's devices have no mark.
     let names = dir.names()?;
-    let Some(name) = names.iter().find(|name| mark != 0 && is_noted(name)) else {
+    let Some(name) = names.iter().find(|name| mark != 0 && is_its(name)) else {
         return Ok(ExitCode::FAILURE);
     };
     print(&format!("{name}\n"))?;

@@ -22,11 +22,11 @@ use super::admin::{
     self, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, ServerStatus, Wanted,
 };
 use super::name_lock::{CONTROL, NameLock, VHOST_SOCKET, new_mark};
-use super::runtime_dir::RuntimeDir;
+use super::runtime_dir::{RuntimeDir, marks_text};
 use super::spares::Spares;
 use super::upgrade;
 use crate::config::{DoorMode, ExportConfig, SavedExport, StorageSpec, check_name};
-use crate::door::ublk::{NodeElsewhere, is_marked};
+use crate::door::ublk::{NodeElsewhere, is_marked, marked};
 use crate::engine::durable::NoteFile;
 use crate::engine::sandbox;
 use crate::engine::socket::Socket;
@@ -51,7 +51,8 @@ pub(super) struct Handed {
     pub(super) control: Option<Socket>,
     pub(super) vhost: Option<Socket>,
     pub(super) image: Option<File>,
-    pub(super) mark: Option<u64>,
+    /// The marks that the block device may have, and last the one for a new device.
+    pub(super) marks: Vec<u64>,
     /// Opens what this process cannot when there is to be a block device.
     pub(super) opener: Option<Opener>,
     /// The folder in which that links character devices.
@@ -171,9 +172,9 @@ impl Addition {
         let claim = host.dir.adopt(&name, lock, home)?;
         // Dropped before the folder that the sockets are in.
         let mut handed = handed;
-        handed.mark = new.mark;
         // A client that gives no mark opens nothing.
-        let devices = host.devices.filter(|_| new.mark.is_some());
+        let devices = host.devices.filter(|_| !new.marks.is_empty());
+        handed.marks = new.marks;
         handed.devices = devices.map(Path::to_owned);
         handed.opener = devices.map(|_| opener);
         Ok(Self {
@@ -223,25 +224,44 @@ pub(super) fn claims_later(config: &ExportConfig) -> bool {
     config.migration && config.ublk == DoorMode::No && !config.read_only
 }
 
-/// The record of how an export is served, out of the reach of its server.
-struct Record {
-    file: NoteFile,
-    before: Option<String>,
+/// The marks of the devices that a dead server of the name has left, and a new one.
+fn marks(dir: &RuntimeDir, name: &str) -> Result<Vec<u64>> {
+    let mut marks = dir.device_marks(name)?;
+    // Where that cannot be known it may be there.
+    marks.retain(|mark| !matches!(marked(*mark), Ok(None)));
+    marks.push(new_mark());
+    Ok(marks)
 }
 
+/// What is recorded of an export out of the reach of its server, and was before.
+struct Record(Vec<(NoteFile, Option<String>)>);
+
 impl Record {
-    /// Records what is about to be added.
-    fn write(dir: &RuntimeDir, name: &str, served: &SavedExport) -> Result<Self> {
-        let file = dir.export_record(name)?;
-        let before = file.read()?;
-        put(&file, Some(&serde_json::to_string(served)?))?;
-        Ok(Self { file, before })
+    /// Records what is about to be added, and the marks that its block device may have.
+    fn write(dir: &RuntimeDir, name: &str, served: &SavedExport, marks: &[u64]) -> Result<Self> {
+        let mut record = Self(Vec::new());
+        let marks = (!marks.is_empty()).then(|| marks_text(marks));
+        for (file, text) in [
+            (dir.device_record(name)?, marks),
+            (
+                dir.export_record(name)?,
+                Some(serde_json::to_string(served)?),
+            ),
+        ] {
+            let before = file.read()?;
+            let written = text.map_or(Ok(()), |text| put(&file, Some(&text)));
+            record.0.push((file, before));
+            written.inspect_err(|_| record.undo())?;
+        }
+        Ok(record)
     }
 
     /// Makes it what it was.
     fn undo(&self) {
-        if let Err(error) = put(&self.file, self.before.as_deref()) {
-            tracing::warn!("cannot restore the record of an export: {error:#}");
+        for (file, before) in &self.0 {
+            if let Err(error) = put(file, before.as_deref()) {
+                tracing::warn!("cannot restore the record of an export: {error:#}");
+            }
         }
     }
 }
@@ -282,20 +302,21 @@ pub fn add(
     handed.extend(kinds.into_iter().zip(sockets.iter().map(Socket::as_fd)));
     handed.extend(image.iter().map(|file| (HandedOver::Image, file.as_fd())));
     let (kinds, descriptors): (_, Vec<BorrowedFd<'_>>) = handed.into_iter().unzip();
-    let record = Record::write(dir, &config.name, &served)?;
-    let mark = new_mark();
+    let marks = match makes_devices {
+        true => marks(dir, &config.name)?,
+        false => Vec::new(),
+    };
+    let record = Record::write(dir, &config.name, &served, &marks)?;
     let new = NewExport {
         served,
         spare,
-        mark: makes_devices.then_some(mark),
+        marks: marks.clone(),
         descriptors: kinds,
     };
     let socket = dir.server_socket(&server.server);
-    // That of a device that a dead server has left, too.
-    let noted = claim.left_device().and_then(|note| note.mark);
     let helper = Helper {
         dir,
-        marks: noted.into_iter().chain([mark]).collect(),
+        marks,
         asked: BTreeMap::new(),
         link: None,
     };

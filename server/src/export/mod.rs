@@ -387,8 +387,9 @@ impl Watch {
 /// # Errors
 ///
 /// When it cannot be removed, or has a living server.
-pub fn remove_left_device(name: &NameLock) -> Result<Option<u32>> {
-    recovery::clean(&recovery::Kernel, name)
+pub fn remove_left_device(dir: &RuntimeDir, name: &NameLock) -> Result<Option<u32>> {
+    let marks = dir.device_marks(name.name())?;
+    recovery::clean(&recovery::Kernel, name, &marks)
 }
 
 /// Notes what is served, and listens for commands.

@@ -1,5 +1,6 @@
 //! The name of an export, held by one server, and the notes below it.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::{AsFd, AsRawFd};
@@ -35,6 +36,10 @@ const LOCKED_BY: &str = "locked-by";
 pub(super) const SERVED: &str = "served";
 /// The folder of records in a runtime directory.
 pub(super) const RECORDS: &str = "records";
+/// The folder of exports, and the kind of the records of how they are served.
+pub(super) const EXPORTS: &str = "exports";
+/// The kind of the records of the marks of block devices.
+pub(super) const DEVICES: &str = "devices";
 pub(super) const NOTES: [&str; 4] = [UBLK_ID, SERVED, UPGRADED, LOCKED_BY];
 
 /// How long other processes may hold the shared lock with which they check whether a name has a server.
@@ -181,9 +186,10 @@ impl NameLock {
         self.remove(UPGRADED);
     }
 
-    /// Removes the note of the block device, which is gone.
+    /// Removes the note of the block device, which is gone, and the record of its mark.
     pub fn forget_device(&self) {
         self.remove(UBLK_ID);
+        self.forget_record(DEVICES);
     }
 
     /// Removes the sockets of a dead server, and notes that it had not finished. What else there is stays: the
@@ -224,12 +230,8 @@ impl NameLock {
         only_locked && moved.is_ok()
     }
 
-    /// Removes the record of the server or the export.
-    fn forget_record(&self) {
-        let kind = self.folder().parent().and_then(Path::file_name);
-        let Some(kind) = kind.map(std::ffi::OsStr::to_string_lossy) else {
-            return;
-        };
+    /// Removes a record of the server or the export.
+    fn forget_record(&self, kind: &str) {
         // Relative to the folder, without a descriptor of that one for each export. It need not exist.
         let record = format!("../../{RECORDS}/{kind}-{}", self.name);
         let _ = unlinkat(&self.dir, record, AtFlags::empty());
@@ -270,8 +272,13 @@ impl Drop for NameLock {
         for file in [&[CONTROL][..], &unfinished, notes].concat() {
             self.remove(file);
         }
+        let kind = self.folder().parent().and_then(Path::file_name);
+        let kind = kind.map(OsStr::to_string_lossy).unwrap_or_default();
         if self.left_device().is_none() {
-            self.forget_record();
+            self.forget_record(&kind);
+            if kind == EXPORTS {
+                self.forget_record(DEVICES);
+            }
         }
         let is_home = self.go_home();
         // The lock last: after it another server may use the folder.
@@ -321,9 +328,8 @@ pub(super) fn new_mark() -> u64 {
 pub struct DeviceNote {
     /// Its number; unknown before it was added.
     pub id: Option<u32>,
-    /// The sequence number of its disk; unknown before the disk was started.
-    pub disk_sequence: Option<u64>,
-    /// The mark in the device's parameters, which identifies it whatever else has changed.
+    /// The mark in the device's parameters, which identifies it if it is recorded, too
+    /// ([`RuntimeDir::device_marks`](super::runtime_dir::RuntimeDir::device_marks)).
     pub mark: Option<u64>,
     /// The storage behind it ([`StorageControl::identity`](crate::engine::StorageControl::identity)), if it has
     /// an identity.
@@ -333,11 +339,10 @@ pub struct DeviceNote {
 impl DeviceNote {
     pub(super) fn parse(text: &str) -> Option<Self> {
         // The identity is all that is left of the line.
-        let mut words = text.trim_end().splitn(4, ' ');
+        let mut words = text.trim_end().splitn(3, ' ');
         let mut next = || words.next()?.parse::<u64>().ok();
         let note = Self {
             id: next().and_then(|id| u32::try_from(id).ok()),
-            disk_sequence: next(),
             // Devices of other servers have zero there.
             mark: next().filter(|mark| *mark != 0),
             storage: words.next().map(str::to_owned),
@@ -348,7 +353,7 @@ impl DeviceNote {
     fn text(&self) -> String {
         let word = |number: Option<u64>| number.map_or("-".to_owned(), |number| number.to_string());
         let id = self.id.map(u64::from);
-        let mut words = [id, self.disk_sequence, self.mark].map(word).to_vec();
+        let mut words = [id, self.mark].map(word).to_vec();
         words.extend(self.storage.clone());
         words.join(" ") + "\n"
     }

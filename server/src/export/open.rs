@@ -9,7 +9,7 @@ use super::addition::{Handed, claims_later};
 use super::event::{Door, Event};
 use super::name_lock::{DeviceNote, NameLock, VHOST_SOCKET, new_mark};
 use super::recovery::{self, Beginning, Kernel, Wanted};
-use super::runtime_dir::RuntimeDir;
+use super::runtime_dir::{RuntimeDir, marks_text};
 use super::server::Server;
 use super::shared::{Counted, Doors};
 use super::upgrade::{Registry, UpgradeListener};
@@ -19,6 +19,7 @@ use crate::door::ublk::{self, DoorEnd, Recovery, UblkConfig, UblkDoor};
 use crate::door::vhost::{VhostConfig, VhostDoor};
 use crate::engine::counters::CounterSet;
 use crate::engine::crash;
+use crate::engine::sandbox;
 use crate::engine::socket::{Socket, SocketAccess};
 use crate::engine::throttle::Throttle;
 use crate::engine::{Storage, StorageControl};
@@ -117,9 +118,9 @@ impl Opening<'_> {
     fn open_doors<B: Storage>(&self, mut disk: B) -> Result<Opened> {
         let recoverable = match self.begin(&disk)? {
             Beginning::New => None,
-            Beginning::Recover { id, limits } => {
+            Beginning::Recover { id, mark, limits } => {
                 *disk.limits_mut() = limits;
-                Some(id)
+                Some((id, mark))
             }
         };
         let disk = Arc::new(disk);
@@ -178,7 +179,7 @@ impl Opening<'_> {
             block_bytes: config.block_bytes,
             replace: self.replace,
         };
-        recovery::begin(&Kernel, self.claim, &wanted)
+        recovery::begin(&Kernel, self.claim, &self.marks()?, &wanted)
     }
 
     fn open_vhost<B: Storage>(
@@ -234,7 +235,7 @@ impl Opening<'_> {
     fn open_ublk<B: Storage>(
         &self,
         disk: &Arc<B>,
-        recoverable: Option<u32>,
+        recoverable: Option<(u32, u64)>,
         refuse_writes: bool,
     ) -> Result<Option<Counted<UblkDoor>>> {
         let config = self.config;
@@ -268,8 +269,11 @@ impl Opening<'_> {
             data: config.ublk_data,
             ring_places: None,
             recovery: recovery(config),
-            mark: self.mark(recoverable.is_some(), disk.identity())?,
-            take_over: recoverable,
+            mark: match recoverable {
+                Some((_, mark)) => mark,
+                None => self.new_mark(disk.identity())?,
+            },
+            take_over: recoverable.map(|(id, _)| id),
             refuse_writes,
             elsewhere: self.handed.borrow().elsewhere(),
         };
@@ -285,7 +289,6 @@ impl Opening<'_> {
         }
         let noted = self.note(&DeviceNote {
             id: Some(door.id()),
-            disk_sequence: door.disk_sequence(),
             mark: Some(mark),
             storage: disk.identity(),
         });
@@ -309,14 +312,28 @@ impl Opening<'_> {
         (self.claim.note_device(note)).with_context(|| format!("cannot write to {folder}"))
     }
 
-    /// The mark of the block device. A new one is noted before the device is added, so that the device
-    /// is found whenever this server dies.
-    fn mark(&self, survives: bool, storage: Option<String>) -> Result<u64> {
-        if survives {
-            let old = self.claim.left_device().and_then(|note| note.mark);
-            return Ok(old.unwrap_or_default());
+    /// The marks that a block device of an earlier server may have.
+    fn marks(&self) -> Result<Vec<u64>> {
+        let handed = &self.handed.borrow().marks;
+        if !handed.is_empty() || sandbox::status().on {
+            return Ok(handed.clone());
         }
-        let mark = self.handed.borrow().mark.unwrap_or_else(new_mark);
+        let cannot_read = || format!("cannot read the record of {}", self.config.name);
+        self.dir
+            .device_marks(&self.config.name)
+            .with_context(cannot_read)
+    }
+
+    /// A mark for a new block device, which is recorded and noted before the device is added, so that the device is found
+    /// whenever this server dies.
+    fn new_mark(&self, storage: Option<String>) -> Result<u64> {
+        let handed = self.handed.borrow().marks.last().copied();
+        let mark = handed.unwrap_or_else(new_mark);
+        if handed.is_none() {
+            let record = self.dir.device_record(&self.config.name)?;
+            (record.replace(&marks_text(&[mark]), || {}))
+                .with_context(|| format!("cannot write to {}", self.dir.path().display()))?;
+        }
         self.note(&DeviceNote {
             mark: Some(mark),
             storage,

@@ -15,9 +15,6 @@ pub(super) trait Driver {
     /// The device with this mark.
     fn marked(&self, mark: u64) -> Result<Option<u32>, UblkError>;
 
-    /// The sequence number of the disk of a device, if there is one.
-    fn disk_sequence(&self, id: u32) -> Option<u64>;
-
     /// The state of a device; an error while it has a server.
     fn state(&self, id: u32) -> Result<DeviceState, UblkError>;
 
@@ -31,10 +28,6 @@ pub(super) struct Kernel;
 impl Driver for Kernel {
     fn marked(&self, mark: u64) -> Result<Option<u32>, UblkError> {
         ublk::marked(mark)
-    }
-
-    fn disk_sequence(&self, id: u32) -> Option<u64> {
-        ublk::disk_sequence(id)
     }
 
     fn state(&self, id: u32) -> Result<DeviceState, UblkError> {
@@ -68,8 +61,8 @@ pub(super) struct Wanted<'a> {
 pub(super) enum Beginning {
     /// Without a device of before.
     New,
-    /// With the device that waits, whose users see these limits.
-    Recover { id: u32, limits: Limits },
+    /// With the device that waits, which has this mark, and whose users see these limits.
+    Recover { id: u32, mark: u64, limits: Limits },
 }
 
 /// Decides how a server begins, and removes what is in its way and of use to no program: a dead device.
@@ -80,20 +73,33 @@ pub(super) enum Beginning {
 pub(super) fn begin(
     driver: &impl Driver,
     name: &NameLock,
+    marks: &[u64],
     wanted: &Wanted<'_>,
 ) -> Result<Beginning> {
     let Some(note) = name.left_device() else {
         return Ok(Beginning::New);
     };
-    let Some(id) = noted_device(driver, &note)? else {
-        name.forget_device();
-        return Ok(Beginning::New);
+    let (id, mark) = match left(driver, &note, marks)? {
+        Left::Nothing => {
+            name.forget_device();
+            return Ok(Beginning::New);
+        }
+        Left::Device { id, mark } => (id, mark),
+        Left::Unrecorded { id } if !wanted.replace => bail!(
+            "{}. It is left as it is. --replace makes a new one beside it",
+            unrecorded(id)
+        ),
+        Left::Unrecorded { id } => {
+            tracing::warn!("{}: {}, and stays", name.name(), unrecorded(id));
+            name.forget_device();
+            return Ok(Beginning::New);
+        }
     };
     match driver.state(id)? {
         DeviceState::Gone => {}
         DeviceState::Dead => driver.remove(id)?,
         DeviceState::Waiting(device) => match recover(id, &note, &device, wanted) {
-            Ok(limits) if !wanted.replace => return Ok(Beginning::Recover { id, limits }),
+            Ok(limits) if !wanted.replace => return Ok(Beginning::Recover { id, mark, limits }),
             Err(why) if !wanted.replace => bail!(
                 "/dev/ublkb{id} waits for a server, and this one cannot recover it: {why}. It is left as it is, \
                  with all that is mounted on it. If it is no longer needed: --replace, or \
@@ -118,33 +124,62 @@ pub(super) fn begin(
 /// # Errors
 ///
 /// When it cannot be removed, or has a living server.
-pub(super) fn clean(driver: &impl Driver, name: &NameLock) -> Result<Option<u32>> {
+pub(super) fn clean(driver: &impl Driver, name: &NameLock, marks: &[u64]) -> Result<Option<u32>> {
     let Some(note) = name.left_device() else {
         return Ok(None);
     };
     // Another server may have a device with the same number: it is left alone.
-    let id = noted_device(driver, &note)?;
-    if let Some(id) = id {
-        driver.remove(id)?;
-    }
+    let removed = match left(driver, &note, marks)? {
+        Left::Nothing => None,
+        Left::Device { id, .. } => {
+            driver.remove(id)?;
+            Some(id)
+        }
+        Left::Unrecorded { id } => {
+            tracing::warn!("{}: {}, and stays", name.name(), unrecorded(id));
+            None
+        }
+    };
     name.forget_device();
-    Ok(id)
+    Ok(removed)
 }
 
-/// The device that a note identifies, if it exists.
-fn noted_device(driver: &impl Driver, note: &DeviceNote) -> Result<Option<u32>, UblkError> {
-    match (note.mark, note.id, note.disk_sequence) {
-        (Some(mark), ..) => match driver.marked(mark) {
-            // No driver, no devices: the machine was rebooted.
-            Err(UblkError::Unavailable(Unavailable::NoDriver)) => Ok(None),
-            other => other,
-        },
-        // A device without a mark is identified by its disk, until the next reboot.
-        (None, Some(id), Some(sequence)) => {
-            Ok((driver.disk_sequence(id) == Some(sequence)).then_some(id))
+/// What there is of the device that was noted.
+enum Left {
+    Nothing,
+    Device {
+        id: u32,
+        mark: u64,
+    },
+    /// It is noted only where a guest that has taken the server over can write, and may be that of another export.
+    Unrecorded {
+        id: u32,
+    },
+}
+
+fn left(driver: &impl Driver, note: &DeviceNote, marks: &[u64]) -> Result<Left, UblkError> {
+    let marked = |mark| match driver.marked(mark) {
+        // No driver, no devices: the machine was rebooted.
+        Err(UblkError::Unavailable(Unavailable::NoDriver)) => Ok(None),
+        other => other,
+    };
+    for &mark in marks {
+        if let Some(id) = marked(mark)? {
+            return Ok(Left::Device { id, mark });
         }
-        _ => Ok(None),
     }
+    let noted = note.mark.filter(|mark| !marks.contains(mark));
+    Ok(match noted.map(marked).transpose()?.flatten() {
+        Some(id) => Left::Unrecorded { id },
+        None => Left::Nothing,
+    })
+}
+
+fn unrecorded(id: u32) -> String {
+    format!(
+        "/dev/ublkb{id} is noted as its block device, and there is no record that it was made for this export: look at \
+         it with 'ublkup doctor', and if it is no longer needed, 'ublkup doctor --remove /dev/ublkb{id}' removes it"
+    )
 }
 
 /// The limits of an export that recovers a device; why it cannot, otherwise.

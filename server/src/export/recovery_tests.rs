@@ -12,21 +12,22 @@ mod world;
 
 /// What is right, said another way than in the code.
 fn expected(case: Case, command: Command) -> Outcome {
-    let is_known =
-        case.notes != Notes::Lost && !matches!(case.device, Device::Gone | Device::Foreign);
+    let is_there = !matches!(case.device, Device::Gone | Device::Foreign);
+    let is_known = case.notes == Notes::There && is_there;
     let opens = !matches!(case.image, Image::Gone | Image::Claimed);
     match command {
         Command::Clean if !is_known => Outcome::Nothing,
         Command::Clean if case.device == Device::Served => Outcome::Refuses,
         Command::Clean => Outcome::Removes,
         Command::Serve | Command::Replace if !opens => Outcome::Refuses,
+        Command::Serve if case.notes == Notes::Unrecorded && is_there => Outcome::Refuses,
         _ if !is_known => Outcome::New,
         _ if case.device == Device::Served => Outcome::Refuses,
         _ if case.device == Device::Dead => Outcome::Removes,
         Command::Replace => Outcome::Removes,
         Command::Serve if case.options != Options::Same => Outcome::Refuses,
-        Command::Serve => match (case.image, case.notes) {
-            (Image::Same | Image::Larger, _) | (Image::Replaced, Notes::Old) => Outcome::Recovers,
+        Command::Serve => match case.image {
+            Image::Same | Image::Larger => Outcome::Recovers,
             _ => Outcome::Refuses,
         },
     }
@@ -36,7 +37,7 @@ fn expected(case: Case, command: Command) -> Outcome {
 fn a_waiting_device_is_gone_on_with_or_left_unless_a_person_says_remove() {
     let mut cases = 0;
     for device in DEVICES {
-        for notes in [Notes::There, Notes::Old, Notes::Lost] {
+        for notes in [Notes::There, Notes::Unrecorded, Notes::Lost] {
             for image in IMAGES {
                 for options in OPTIONS {
                     let case = Case {
@@ -91,6 +92,7 @@ fn a_refusal_names_what_differs_and_both_ways_on() {
         (Case::of_options(Options::BlockSize), ["4096", "block-size"]),
         (Case::of_options(Options::NoUblk), ["option ublk", "closed"]),
         (Case::of_options(Options::OtherId), ["ublk-id", "9"]),
+        (UNRECORDED, ["no record", "doctor --remove"]),
     ] {
         let (outcome, why) = World::new(case).run(Command::Serve);
         assert_eq!(outcome, Outcome::Refuses, "{case:?}");
@@ -190,6 +192,7 @@ fn rows() -> Vec<(&'static str, Case)> {
                 ..USUAL
             },
         ),
+        ("waits; there is no record of it", UNRECORDED),
         ("dead", Case::of_device(Device::Dead)),
         (
             "dead; the file is gone",

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::super::*;
 use crate::engine::StorageControl as _;
-use crate::export::runtime_dir::RuntimeDir;
+use crate::export::runtime_dir::{RuntimeDir, marks_text};
 use crate::request::Serial;
 use crate::storage::{CacheMode, File, FileOptions};
 
@@ -28,8 +28,8 @@ pub(super) enum Device {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Notes {
     There,
-    /// By a version that noted neither a mark nor the file.
-    Old,
+    /// Without a record: written by a guest that has taken the server over, perhaps, to name the device of another export.
+    Unrecorded,
     Lost,
 }
 
@@ -110,6 +110,11 @@ pub(super) const USUAL: Case = Case {
     options: Options::Same,
 };
 
+pub(super) const UNRECORDED: Case = Case {
+    notes: Notes::Unrecorded,
+    ..USUAL
+};
+
 impl Case {
     pub(super) fn of_image(image: Image) -> Self {
         Self { image, ..USUAL }
@@ -136,11 +141,6 @@ impl Driver for Fake {
     fn marked(&self, mark: u64) -> Result<Option<u32>, UblkError> {
         let device = *self.device.borrow();
         Ok(device.filter(|(its, _)| *its == mark).map(|_| 3))
-    }
-
-    fn disk_sequence(&self, id: u32) -> Option<u64> {
-        let (mark, _) = (*self.device.borrow()).filter(|_| id == 3)?;
-        Some(mark + 1)
     }
 
     fn state(&self, id: u32) -> Result<DeviceState, UblkError> {
@@ -223,12 +223,13 @@ impl World {
         let storage = File::open(options(self.image(), Options::Same)).unwrap();
         let note = DeviceNote {
             id: Some(3),
-            disk_sequence: Some(MARK + 1),
-            mark: (self.case.notes == Notes::There).then_some(MARK),
-            storage: (self.case.notes == Notes::There)
-                .then(|| storage.identity())
-                .flatten(),
+            mark: Some(MARK),
+            storage: storage.identity(),
         };
+        if self.case.notes != Notes::Unrecorded {
+            let record = self.dir.device_record(NAME).unwrap();
+            record.replace(&marks_text(&[MARK]), || {}).unwrap();
+        }
         if self.case.notes != Notes::Lost {
             name.note_device(&note).unwrap();
         }
@@ -247,7 +248,7 @@ impl World {
             Command::Clean => match self
                 .dir
                 .claim(NAME)
-                .and_then(|name| clean(&self.driver, &name))
+                .and_then(|name| clean(&self.driver, &name, &self.dir.device_marks(NAME)?))
             {
                 Ok(Some(_)) => (Outcome::Removes, String::new()),
                 Ok(None) => (Outcome::Nothing, String::new()),
@@ -255,8 +256,9 @@ impl World {
             },
             Command::Serve => self.serve(false).map_or_else(refused, |begun| match begun {
                 Beginning::New => (Outcome::New, String::new()),
-                Beginning::Recover { id, limits } => {
-                    assert_eq!((id, limits.block_bytes), (3, 512), "{:?}", self.case);
+                Beginning::Recover { id, mark, limits } => {
+                    let found = (id, mark, limits.block_bytes);
+                    assert_eq!(found, (3, MARK, 512), "{:?}", self.case);
                     (Outcome::Recovers, String::new())
                 }
             }),
@@ -291,7 +293,7 @@ impl World {
             block_bytes: (self.case.options == Options::BlockSize).then_some(4096),
             replace,
         };
-        begin(&self.driver, &name, &wanted)
+        begin(&self.driver, &name, &self.dir.device_marks(NAME)?, &wanted)
     }
 }
 

@@ -77,7 +77,6 @@ fn leaving_releases_the_name_and_keeps_the_notes() {
         },
         DeviceNote {
             id: Some(3),
-            disk_sequence: Some(12),
             mark: Some(5),
             storage: Some("inode:1f:2a".into()),
         },
@@ -144,16 +143,38 @@ fn a_note_is_not_written_through_a_link_that_lies_there() {
 }
 
 #[test]
-fn a_device_without_a_mark_is_known_by_its_disk_alone() {
-    for text in ["3 12 0\n", "3 12\n", "3 12 -\n"] {
-        let noted = DeviceNote {
-            id: Some(3),
-            disk_sequence: Some(12),
-            ..DeviceNote::default()
-        };
-        assert_eq!(DeviceNote::parse(text), Some(noted), "{text}");
-    }
-    assert_eq!(DeviceNote::parse("- - 0\n"), None);
+fn a_note_without_a_number_and_a_mark_is_none() {
+    assert_eq!(DeviceNote::parse("- 0\n"), None);
+    let noted = DeviceNote {
+        id: Some(3),
+        ..DeviceNote::default()
+    };
+    assert_eq!(DeviceNote::parse("3 0\n"), Some(noted));
+}
+
+#[test]
+fn the_marks_of_a_device_are_recorded_as_long_as_it_is_noted() {
+    let (_temp, dir) = dir();
+    assert!(dir.device_marks("a").unwrap().is_empty());
+    let claim = dir.claim("a").unwrap();
+    let record = dir.device_record("a").unwrap();
+    record.replace(&marks_text(&[7, u64::MAX]), || {}).unwrap();
+    let noted = DeviceNote {
+        mark: Some(7),
+        ..DeviceNote::default()
+    };
+    claim.note_device(&noted).unwrap();
+    drop(claim);
+    assert_eq!(dir.device_marks("a").unwrap(), [7, u64::MAX]);
+    // That of a server of the same name is something else.
+    drop(dir.claim_server("a").unwrap());
+    assert_eq!(dir.device_marks("a").unwrap(), [7, u64::MAX]);
+    let claim = dir.claim("a").unwrap();
+    claim.forget_device();
+    assert!(dir.device_marks("a").unwrap().is_empty());
+    record.replace(&marks_text(&[7]), || {}).unwrap();
+    drop(claim);
+    assert!(dir.device_marks("a").unwrap().is_empty());
 }
 
 #[test]
@@ -265,7 +286,6 @@ fn a_device_is_noted_with_the_identity_of_its_storage_whatever_that_is() {
         let claim = dir.claim("a").unwrap();
         let noted = DeviceNote {
             id: Some(3),
-            disk_sequence: Some(12),
             mark: Some(7),
             storage: Some(storage.to_owned()),
         };

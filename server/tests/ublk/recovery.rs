@@ -275,6 +275,39 @@ fn a_waiting_device_is_removed_when_a_person_says_so() {
     server.stop().unwrap();
 }
 
+/// What a guest could write that has taken the server of `d` over: that the block device of another export is its own.
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_note_that_names_the_device_of_another_export_gets_nothing_done_to_it() {
+    let disk = Disk::new();
+    let other = disk.lab.image("other.img", 64 << 20);
+    let spec = format!("other=file:{}", other.display());
+    disk.lab.serve(&["--ublk", "yes", &spec]).kill().unwrap();
+    disk.serve(&[]).kill().unwrap();
+    let note = |name: &str| disk.lab.path(&format!("run/exports/{name}/ublk-id"));
+    let record = disk.lab.path("run/records/devices-d");
+    std::fs::copy(note("other"), note("d")).unwrap();
+    // The record says which one it is.
+    let server = disk.lab.recover(&["d"]);
+    assert_eq!(disk.device(), Path::new("/dev/ublkb1"));
+    server.kill().unwrap();
+    std::fs::copy(note("other"), note("d")).unwrap();
+    // Without a record nothing does.
+    std::fs::remove_file(&record).unwrap();
+    let refused = ["no record that it was made for this export", "/dev/ublkb0"];
+    disk.lab.fails(&["recover", "d"], 1, &refused);
+    disk.lab.ok(&["stop", "--force", "d"]);
+    assert!(
+        !super::is_gone(0),
+        "the device of another export was removed"
+    );
+    let server = disk.lab.recover(&["other"]);
+    server.stop().unwrap();
+    assert!(super::is_gone(0) && !super::is_gone(1));
+    disk.lab.ok(&["doctor", "--remove", "/dev/ublkb1", "--yes"]);
+    disk.lab.is_clean();
+}
+
 /// An image on XFS that was copied by reference while it was served: statx(2) now names larger blocks.
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]

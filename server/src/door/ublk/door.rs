@@ -12,7 +12,7 @@ use super::control::{CONTROL_PATH, Control};
 use super::device::Device;
 use super::error::UblkError;
 use super::gate::WriteGate;
-use super::paths::{char_path, disk_number, disk_sequence};
+use super::paths::{char_path, disk_number};
 use super::queue_threads::OnEnd;
 use super::users;
 use crate::door::ownership::BlockDoor;
@@ -142,12 +142,6 @@ impl UblkDoor {
     #[must_use]
     pub fn disk_number(&self) -> Option<(u32, u32)> {
         disk_number(self.id)
-    }
-
-    /// The sequence number of the disk; `None` when it has gone.
-    #[must_use]
-    pub fn disk_sequence(&self) -> Option<u64> {
-        disk_sequence(self.id)
     }
 
     /// Gives the disk another size, which its users see at once.

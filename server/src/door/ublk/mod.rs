@@ -51,6 +51,5 @@ pub use door::UblkDoor;
 pub use error::{DeviceName, UblkError, Unavailable};
 pub use features::Features;
 pub use owner::{is_marked, mark, owner};
-pub use paths::disk_sequence;
 pub use stale_device::{DeviceState, device_state, marked, remove, stale_devices, waiting_devices};
 pub use users::openers_of;

@@ -14,10 +14,3 @@ pub(super) fn disk_number(id: u32) -> Option<(u32, u32)> {
     let (major, minor) = text.trim().split_once(':')?;
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
-
-/// The sequence number of `/dev/ublkbN`: no other disk has it until the next boot.
-#[must_use]
-pub fn disk_sequence(id: u32) -> Option<u64> {
-    let text = fs::read_to_string(format!("/sys/block/ublkb{id}/diskseq")).ok()?;
-    text.trim().parse().ok()
-}
