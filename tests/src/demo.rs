@@ -8,6 +8,8 @@ use anyhow::Result;
 
 use crate::cargo::Build;
 use crate::kernel::Kernel;
+use crate::packages::guest_kernel::GuestKernel;
+use crate::packages::{self, Purpose};
 use crate::report::line;
 use crate::runner;
 use crate::suites::{Need, upgraded};
@@ -15,13 +17,17 @@ use crate::test::Context;
 
 /// Prepares what is missing, then tells the story.
 pub fn run(repo: &Path, yes: bool) -> Result<ExitCode> {
-    let needs = [
-        Need::Tools,
-        Need::Server,
-        Need::Kernel(Kernel::Uml),
-        Need::Kernel(Kernel::X86),
-    ];
-    let paths = runner::prepare(repo, &needs, Build::Product, yes)?;
+    let mut needs = vec![Need::Tools, Need::Server, Need::Kernel(Kernel::Uml)];
+    // One kernel less to build. Building the other one takes what unpacks and packs this one.
+    packages::ensure(&[Purpose::KernelBuild], yes)?;
+    let guest_kernel = GuestKernel::get()
+        .inspect_err(|error| line(&format!("{error:#}: one is built instead")))
+        .ok();
+    if guest_kernel.is_none() {
+        needs.push(Need::Kernel(Kernel::X86));
+    }
+    let mut paths = runner::prepare(repo, &needs, Build::Product, yes)?;
+    paths.guest_kernel = guest_kernel;
     let (_folder, cx) = Context::on_host(paths)?;
     let started = Instant::now();
     let say = |text: &str| line(&format!("{:4} s  {text}", started.elapsed().as_secs()));

@@ -17,6 +17,7 @@ use testkit::shell::Shell;
 use testkit::wait::until;
 
 use crate::kernel::Kernel;
+use crate::packages::guest_kernel::GuestKernel;
 
 /// Tells servers, and commands to them, where their sockets are.
 const RUNTIME_DIR: &str = "UBLKUP_RUNTIME_DIR";
@@ -147,6 +148,8 @@ pub struct Paths {
     pub driver_tests: BTreeMap<String, PathBuf>,
     /// The images of the kernels that were built for this run.
     pub kernels: BTreeMap<Kernel, PathBuf>,
+    /// Debian's kernel for guests, if it is to be used and can be had.
+    pub guest_kernel: Option<GuestKernel>,
     /// The directory of the kernel's own test programs, if they were built for this run.
     pub selftests: Option<PathBuf>,
     /// fsx, if it was built for this run.

@@ -34,6 +34,7 @@ impl Board {
 #[derive(Clone, Debug)]
 pub struct Qemu {
     kernel: PathBuf,
+    initramfs: Option<PathBuf>,
     board: Board,
     processors: u32,
     memory_mib: u32,
@@ -48,6 +49,7 @@ impl Qemu {
     pub fn new(kernel: &Path) -> Self {
         Qemu {
             kernel: kernel.to_owned(),
+            initramfs: None,
             board: Board::Q35,
             processors: 2,
             memory_mib: 2048,
@@ -56,6 +58,12 @@ impl Qemu {
             recipe: None,
             environment: Vec::new(),
         }
+    }
+
+    /// What the kernel starts with, if it needs modules.
+    pub fn initramfs(mut self, file: &Path) -> Self {
+        self.initramfs = Some(file.to_owned());
+        self
     }
 
     /// Starts QEMU through a script of `qemu-config/`, which brings board, memory and disks itself.
@@ -258,6 +266,9 @@ impl Hypervisor for Qemu {
             .arg("-append")
             .arg(self.kernel_command_line(run, mode))
             .args(&self.arguments);
+        if let Some(initramfs) = &self.initramfs {
+            command.arg("-initrd").arg(initramfs);
+        }
         match mode {
             Mode::Agent => {
                 command

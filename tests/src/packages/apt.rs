@@ -120,6 +120,22 @@ impl Apt {
         Ok(newest_of_each(&table))
     }
 
+    /// What a package depends on first: that of a kernel which is the newest, say.
+    pub fn dependency_of(&self, package: &str) -> Result<String> {
+        let told = Shell::new("apt-cache")
+            .args(["depends", package])
+            .env(
+                "APT_CONFIG",
+                self.dir.join("apt.conf").display().to_string(),
+            )
+            .run()?;
+        let mut lines = told.lines().map(str::trim);
+        let name = lines.find_map(|line| line.strip_prefix("Depends: "));
+        Ok(name
+            .with_context(|| format!("{package} depends on nothing"))?
+            .to_owned())
+    }
+
     /// Downloads one package file into `into` and returns its path.
     pub fn download(&self, package: &str, into: &Path) -> Result<PathBuf> {
         fs::create_dir_all(into).with_context(|| format!("cannot create {}", into.display()))?;

@@ -3,6 +3,7 @@
 
 pub mod apt;
 pub mod crates;
+pub mod guest_kernel;
 pub mod unpacked;
 
 use std::io::{BufRead, IsTerminal, Write};

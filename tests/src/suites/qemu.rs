@@ -118,7 +118,7 @@ impl StorageDaemon {
             || {
                 let ended = child.try_wait().context("cannot look at the daemon")?;
                 ensure!(ended.is_none(), "qemu-storage-daemon ended with {ended:?}");
-                proc::is_listened_on(&socket)
+                proc::is_listened_on(socket)
             },
         )?;
         Ok(StorageDaemon { child })

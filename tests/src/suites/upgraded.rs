@@ -404,8 +404,11 @@ pub(super) fn boot_upgraded(cx: &Context, disk: &Path, log: &str) -> Result<(Mac
 }
 
 fn client(cx: &Context) -> Result<Qemu> {
-    let kernel = cx.paths.kernel(Kernel::X86)?;
-    Ok(Qemu::new(kernel).processors(1).memory_mib(512))
+    let pc = match &cx.paths.guest_kernel {
+        Some(kernel) => Qemu::new(&kernel.image).initramfs(&kernel.initramfs),
+        None => Qemu::new(cx.paths.kernel(Kernel::X86)?),
+    };
+    Ok(pc.processors(1).memory_mib(512))
 }
 
 fn add_files(guest: &mut Machine, known: &KnownFiles, seed: u64) -> Result<KnownFiles> {

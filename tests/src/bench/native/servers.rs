@@ -145,7 +145,7 @@ pub fn start(
             command.args(&words[1..]);
             testkit::process::bind(&mut command);
             let server = Server::launch(command.stdin(Stdio::null()), PATIENCE)?;
-            server.ready_when(|_| proc::is_listened_on(&socket))
+            server.ready_when(|_| proc::is_listened_on(socket))
         }
     }
 }
