@@ -286,12 +286,15 @@ fn a_note_that_names_the_device_of_another_export_gets_nothing_done_to_it() {
     disk.serve(&[]).kill().unwrap();
     let note = |name: &str| disk.lab.path(&format!("run/exports/{name}/ublk-id"));
     let record = disk.lab.path("run/records/devices-d");
-    std::fs::copy(note("other"), note("d")).unwrap();
+    let [own, others] = ["d", "other"].map(|name| std::fs::read_to_string(note(name)).unwrap());
+    let words = others.split(' ').take(2).chain(own.split(' ').skip(2));
+    let forged = words.collect::<Vec<_>>().join(" ");
+    std::fs::write(note("d"), &forged).unwrap();
     // The record says which one it is.
     let server = disk.lab.recover(&["d"]);
     assert_eq!(disk.device(), Path::new("/dev/ublkb1"));
     server.kill().unwrap();
-    std::fs::copy(note("other"), note("d")).unwrap();
+    std::fs::write(note("d"), &forged).unwrap();
     // Without a record nothing does.
     std::fs::remove_file(&record).unwrap();
     let refused = ["no record that it was made for this export", "/dev/ublkb0"];
