@@ -42,6 +42,7 @@ mod upgrade;
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -343,15 +344,23 @@ fn a_device_with_a_server_is_not_stale_whatever_is_noted() {
         storage: None,
     };
     claim.note_device(&noted).unwrap();
-    let record = lab.path("run/records/devices-d");
-    std::fs::create_dir(record.parent().unwrap()).unwrap();
+    let record = lab.path("run/devices/d");
+    let folder = record.parent().unwrap();
+    std::fs::DirBuilder::new()
+        .mode(0o755)
+        .create(folder)
+        .unwrap();
     std::fs::write(&record, format!("{}\n", config().mark)).unwrap();
     let error = remove_left_device(&dir, &claim).unwrap_err().to_string();
     assert!(
         error.contains("left alone") && error.contains(&us),
         "{error}"
     );
-    assert_eq!(claim.left_device(), Some(noted.clone()), "it was forgotten");
+    assert_eq!(
+        claim.left_device().unwrap(),
+        Some(noted.clone()),
+        "it was forgotten"
+    );
     // A note alone says nothing, and neither does the number.
     for (noted, recorded) in [(config().mark, ""), (config().mark + 1, "7\n")] {
         let noted = DeviceNote {
@@ -362,8 +371,9 @@ fn a_device_with_a_server_is_not_stale_whatever_is_noted() {
         claim.note_device(&noted).unwrap();
         std::fs::write(&record, recorded).unwrap();
         assert_eq!(remove_left_device(&dir, &claim).unwrap(), None);
+        assert!(!claim.has_device());
     }
-    assert_eq!(claim.left_device(), None);
+    assert_eq!(claim.left_device().unwrap(), None);
     drop(claim);
     for door in [door, other] {
         read_page(&door.block_path()).unwrap();

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::cargo::Build;
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, build};
 use crate::packages::guest_kernel::GuestKernel;
 use crate::packages::{self, Purpose};
 use crate::report::line;
@@ -18,11 +18,14 @@ use crate::test::Context;
 /// Prepares what is missing, then tells the story.
 pub fn run(repo: &Path, yes: bool) -> Result<ExitCode> {
     let mut needs = vec![Need::Tools, Need::Server, Need::Kernel(Kernel::Uml)];
-    // One kernel less to build. Building the other one takes what unpacks and packs this one.
-    packages::ensure(&[Purpose::KernelBuild], yes)?;
-    let guest_kernel = GuestKernel::get()
-        .inspect_err(|error| line(&format!("{error:#}: one is built instead")))
-        .ok();
+    let guest_kernel = match build::is_cached(repo, Kernel::X86)? {
+        true => None,
+        // One kernel less to build. What builds the other one unpacks and packs this one, too.
+        false => packages::ensure(&[Purpose::KernelBuild], yes)
+            .and_then(|()| GuestKernel::get())
+            .inspect_err(|error| line(&format!("{error:#}: one is built instead")))
+            .ok(),
+    };
     if guest_kernel.is_none() {
         needs.push(Need::Kernel(Kernel::X86));
     }

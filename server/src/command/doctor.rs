@@ -307,16 +307,18 @@ fn dead_devices(clean: bool) -> Vec<Finding> {
 /// removed by name only.
 fn waiting_devices(dir: &RuntimeDir) -> Vec<Finding> {
     let names = dir.names().unwrap_or_default();
-    let noted: Vec<_> = (names.iter())
-        .filter_map(|name| dir.device(name)?.id)
+    let recorded = names.iter().filter_map(|name| dir.devices(name).ok());
+    let recorded: Vec<_> = recorded
+        .flatten()
+        .filter_map(|device| ublk::marked(device.mark).ok()?)
         .collect();
     let waiting = ublk::waiting_devices().unwrap_or_default();
-    let others = waiting.into_iter().filter(|id| !noted.contains(id));
+    let others = waiting.into_iter().filter(|id| !recorded.contains(id));
     let tell = |id| {
         let path = dir.path().display();
         let finding = format!(
-            "/dev/ublkb{id} waits for a server, and {path} has no note of it: it is another program's, or its \
-             note was lost; 'ublkup doctor --remove /dev/ublkb{id}' removes it"
+            "/dev/ublkb{id} waits for a server, and {path} has no record of it: it is another program's, or its \
+             record was lost; 'ublkup doctor --remove /dev/ublkb{id}' removes it"
         );
         (Verdict::Problem, finding)
     };

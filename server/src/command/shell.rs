@@ -11,6 +11,7 @@ use super::cli::Cli;
 use super::output::print;
 use super::{manual, reference};
 use crate::door::ublk;
+use crate::export::name_lock::DeviceRecord;
 use crate::export::runtime_dir::RuntimeDir;
 
 /// `ublkup device-owner`
@@ -33,10 +34,8 @@ pub fn device_owner(kernel_name: &str) -> Result<ExitCode> {
 /// When there is no such device.
 pub fn device_name(dir: &RuntimeDir, kernel_name: &str) -> Result<ExitCode> {
     let mark = ublk::mark(kernel_name)?;
-    let is_its = |name: &String| {
-        dir.device_marks(name)
-            .is_ok_and(|marks| marks.contains(&mark))
-    };
+    let has_it = |record: &DeviceRecord| record.mark == mark;
+    let is_its = |name: &String| dir.devices(name).is_ok_and(|all| all.iter().any(has_it));
     // Another server's devices have no mark.
     let names = dir.names()?;
     let Some(name) = names.iter().find(|name| mark != 0 && is_its(name)) else {

@@ -34,12 +34,13 @@ mod armed {
 
     /// The points of a take-over, in the order in which they are reached: the first four by the server that
     /// leaves, the others by the one that follows.
-    pub const POINTS: [&str; 13] = [
+    pub const POINTS: [&str; 14] = [
         "asked-to-leave",
         "quiesced",
         "block-door-left",
         "doors-left",
         "claimed",
+        "device-recorded",
         "mark-noted",
         "device-added",
         "before-start",

@@ -21,16 +21,18 @@ use upgrade_proto::{Peer, TrustedDir};
 use super::admin::{
     self, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, ServerStatus, Wanted,
 };
-use super::name_lock::{CONTROL, NameLock, VHOST_SOCKET, new_mark};
-use super::runtime_dir::{RuntimeDir, marks_text};
+use super::name_lock::{CONTROL, DeviceRecord, NameLock, VHOST_SOCKET, new_mark};
+use super::recovery::{self, Kernel};
+use super::runtime_dir::RuntimeDir;
 use super::spares::Spares;
 use super::upgrade;
 use crate::config::{DoorMode, ExportConfig, SavedExport, StorageSpec, check_name};
-use crate::door::ublk::{NodeElsewhere, is_marked, marked};
+use crate::door::ublk::{NodeElsewhere, is_marked};
 use crate::engine::durable::NoteFile;
 use crate::engine::sandbox;
 use crate::engine::socket::Socket;
 use crate::engine::wait::repeat_while;
+use crate::storage::identity;
 use crate::storage::open_file;
 
 /// An export as it arrives at the server.
@@ -51,8 +53,8 @@ pub(super) struct Handed {
     pub(super) control: Option<Socket>,
     pub(super) vhost: Option<Socket>,
     pub(super) image: Option<File>,
-    /// The marks that the block device may have, and last the one for a new device.
-    pub(super) marks: Vec<u64>,
+    pub(super) mark: Option<u64>,
+    pub(super) left_marks: Vec<u64>,
     /// Opens what this process cannot when there is to be a block device.
     pub(super) opener: Option<Opener>,
     /// The folder in which that links character devices.
@@ -173,8 +175,9 @@ impl Addition {
         // Dropped before the folder that the sockets are in.
         let mut handed = handed;
         // A client that gives no mark opens nothing.
-        let devices = host.devices.filter(|_| !new.marks.is_empty());
-        handed.marks = new.marks;
+        let devices = host.devices.filter(|_| new.mark.is_some());
+        handed.mark = new.mark;
+        handed.left_marks = new.left_marks;
         handed.devices = devices.map(Path::to_owned);
         handed.opener = devices.map(|_| opener);
         Ok(Self {
@@ -224,34 +227,49 @@ pub(super) fn claims_later(config: &ExportConfig) -> bool {
     config.migration && config.ublk == DoorMode::No && !config.read_only
 }
 
-/// The marks of the devices that a dead server of the name has left, and a new one.
-fn marks(dir: &RuntimeDir, name: &str) -> Result<Vec<u64>> {
-    let mut marks = dir.device_marks(name)?;
-    // Where that cannot be known it may be there.
-    marks.retain(|mark| !matches!(marked(*mark), Ok(None)));
-    marks.push(new_mark());
-    Ok(marks)
+/// The devices that a dead server of the name has left.
+fn left_devices(dir: &RuntimeDir, name: &str) -> Result<Vec<DeviceRecord>> {
+    recovery::sweep(&Kernel, dir);
+    let mut recorded = dir.devices(name)?;
+    recorded.retain(|device| !is_gone(device.mark));
+    Ok(recorded)
+}
+
+/// Whether there is no device with a mark. Where that cannot be known there may be one.
+fn is_gone(mark: u64) -> bool {
+    matches!(recovery::existing(&Kernel, mark), Ok(None))
 }
 
 /// What is recorded of an export out of the reach of its server, and was before.
 struct Record(Vec<(NoteFile, Option<String>)>);
 
 impl Record {
-    /// Records what is about to be added, and the marks that its block device may have.
-    fn write(dir: &RuntimeDir, name: &str, served: &SavedExport, marks: &[u64]) -> Result<Self> {
+    /// Records what is about to be added, and its block device beside those that were left, if it is to have one.
+    fn write(
+        dir: &RuntimeDir,
+        name: &str,
+        served: &SavedExport,
+        left: &[DeviceRecord],
+        device: Option<DeviceRecord>,
+    ) -> Result<Self> {
+        let mut texts = vec![(dir.export_record(name)?, serde_json::to_string(served)?)];
+        if let Some(device) = device {
+            let all = [left, &[device]].concat();
+            texts.push((dir.device_record(name)?, DeviceRecord::text(&all)));
+        }
         let mut record = Self(Vec::new());
-        let marks = (!marks.is_empty()).then(|| marks_text(marks));
-        for (file, text) in [
-            (dir.device_record(name)?, marks),
-            (
-                dir.export_record(name)?,
-                Some(serde_json::to_string(served)?),
-            ),
-        ] {
-            let before = file.read()?;
-            let written = text.map_or(Ok(()), |text| put(&file, Some(&text)));
-            record.0.push((file, before));
-            written.inspect_err(|_| record.undo())?;
+        for (file, text) in texts {
+            let written = file.read().map_err(Into::into).and_then(|before| {
+                put(&file, Some(&text))?;
+                Ok(before)
+            });
+            match written {
+                Ok(before) => record.0.push((file, before)),
+                Err(error) => {
+                    record.undo();
+                    return Err(error);
+                }
+            }
         }
         Ok(record)
     }
@@ -302,21 +320,25 @@ pub fn add(
     handed.extend(kinds.into_iter().zip(sockets.iter().map(Socket::as_fd)));
     handed.extend(image.iter().map(|file| (HandedOver::Image, file.as_fd())));
     let (kinds, descriptors): (_, Vec<BorrowedFd<'_>>) = handed.into_iter().unzip();
-    let marks = match makes_devices {
-        true => marks(dir, &config.name)?,
-        false => Vec::new(),
-    };
-    let record = Record::write(dir, &config.name, &served, &marks)?;
+    let left = left_devices(dir, &config.name)?;
+    let device = (makes_devices && as_served.ublk != DoorMode::No).then(|| DeviceRecord {
+        mark: new_mark(),
+        storage: image.as_ref().and_then(identity),
+    });
+    let mark = device.as_ref().map(|device| device.mark);
+    let left_marks: Vec<u64> = left.iter().map(|device| device.mark).collect();
+    let record = Record::write(dir, &config.name, &served, &left, device)?;
     let new = NewExport {
         served,
         spare,
-        marks: marks.clone(),
+        mark,
+        left_marks: left_marks.clone(),
         descriptors: kinds,
     };
     let socket = dir.server_socket(&server.server);
     let helper = Helper {
         dir,
-        marks,
+        marks: left_marks.into_iter().chain(mark).collect(),
         asked: BTreeMap::new(),
         link: None,
     };
@@ -327,7 +349,7 @@ pub fn add(
             Ok(status)
         }
         Err(error) => {
-            clean_up(dir, claim, sockets, &record);
+            clean_up(dir, claim, sockets, &record, mark);
             Err(error)
         }
     }
@@ -465,7 +487,13 @@ fn bind(config: &ExportConfig, claim: &NameLock) -> Result<Vec<Socket>> {
 }
 
 /// Removes what was made for an export that a server did not take, if it has not done so, and does not have it.
-fn clean_up(dir: &RuntimeDir, claim: NameLock, sockets: Vec<Socket>, record: &Record) {
+fn clean_up(
+    dir: &RuntimeDir,
+    claim: NameLock,
+    sockets: Vec<Socket>,
+    record: &Record,
+    mark: Option<u64>,
+) {
     let (name, folder, home) = (
         claim.name().to_owned(),
         Arc::clone(&claim.dir),
@@ -476,7 +504,10 @@ fn clean_up(dir: &RuntimeDir, claim: NameLock, sockets: Vec<Socket>, record: &Re
     match dir.claim(&name) {
         Ok(mut again) => {
             drop(sockets);
-            record.undo();
+            // A server that has died may have made the device.
+            if mark.is_none_or(is_gone) {
+                record.undo();
+            }
             if dir.is_folder_of(&name, &folder) {
                 again.home = home;
             }

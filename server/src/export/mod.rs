@@ -156,7 +156,7 @@ impl Export {
                 })
             }
             Err(mut error) => {
-                if take_over && claim.left_device().is_some() {
+                if take_over && claim.has_device() {
                     let name = claim.name();
                     error = error.context(format!(
                         "no server has it now, and its block device waits (ublkup recover {name})"
@@ -388,8 +388,8 @@ impl Watch {
 ///
 /// When it cannot be removed, or has a living server.
 pub fn remove_left_device(dir: &RuntimeDir, name: &NameLock) -> Result<Option<u32>> {
-    let marks = dir.device_marks(name.name())?;
-    recovery::clean(&recovery::Kernel, name, &marks)
+    let recorded = dir.devices(name.name())?;
+    recovery::clean(&recovery::Kernel, name, &recorded)
 }
 
 /// Notes what is served, and listens for commands.

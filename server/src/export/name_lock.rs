@@ -36,9 +36,7 @@ const LOCKED_BY: &str = "locked-by";
 pub(super) const SERVED: &str = "served";
 /// The folder of records in a runtime directory.
 pub(super) const RECORDS: &str = "records";
-/// The folder of exports, and the kind of the records of how they are served.
-pub(super) const EXPORTS: &str = "exports";
-/// The kind of the records of the marks of block devices.
+/// The folder of the records of block devices there. No confined server reaches it.
 pub(super) const DEVICES: &str = "devices";
 pub(super) const NOTES: [&str; 4] = [UBLK_ID, SERVED, UPGRADED, LOCKED_BY];
 
@@ -96,10 +94,25 @@ impl NameLock {
         self.dir.path()
     }
 
-    /// The block device that an earlier server of this name left, if it is noted.
+    /// The note of the block device that an earlier server of this name left, if there is one. A server that a guest has
+    /// taken over may have written anything there.
+    ///
+    /// # Errors
+    ///
+    /// When it is there and cannot be read.
+    pub fn left_device(&self) -> Result<Option<DeviceNote>, upgrade_proto::Error> {
+        let text = self.file(UBLK_ID).read()?;
+        Ok(text.map(|text| DeviceNote::parse(&text).unwrap_or_default()))
+    }
+
+    /// Whether a block device is noted.
     #[must_use]
-    pub fn left_device(&self) -> Option<DeviceNote> {
-        DeviceNote::parse(&self.dir.read(UBLK_ID).ok()?)
+    pub fn has_device(&self) -> bool {
+        self.has(UBLK_ID)
+    }
+
+    fn has(&self, note: &str) -> bool {
+        statat(&self.dir, note, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
     /// Notes the block device, so that it can be found after a crash.
@@ -155,13 +168,13 @@ impl NameLock {
     /// Whether it is noted that a vhost client has the disk, or had it.
     #[must_use]
     pub fn was_upgraded(&self) -> bool {
-        statat(&self.dir, UPGRADED, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        self.has(UPGRADED)
     }
 
     /// Whether an earlier server of this name noted what it served.
     #[must_use]
     pub fn was_served(&self) -> bool {
-        statat(&self.dir, SERVED, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        self.has(SERVED)
     }
 
     /// The note of which vhost client has the disk.
@@ -186,10 +199,19 @@ impl NameLock {
         self.remove(UPGRADED);
     }
 
-    /// Removes the note of the block device, which is gone, and the record of its mark.
+    /// Removes the note of the block device, which is gone, and its record if this process may.
     pub fn forget_device(&self) {
+        self.forget_device_note();
+        let _ = unlinkat(
+            &self.dir,
+            format!("../../{DEVICES}/{}", self.name),
+            AtFlags::empty(),
+        );
+    }
+
+    /// Removes the note of a block device. The record may be of another one.
+    pub(super) fn forget_device_note(&self) {
         self.remove(UBLK_ID);
-        self.forget_record(DEVICES);
     }
 
     /// Removes the sockets of a dead server, and notes that it had not finished. What else there is stays: the
@@ -230,8 +252,12 @@ impl NameLock {
         only_locked && moved.is_ok()
     }
 
-    /// Removes a record of the server or the export.
-    fn forget_record(&self, kind: &str) {
+    /// Removes the record of the server or the export.
+    fn forget_record(&self) {
+        let kind = self.folder().parent().and_then(Path::file_name);
+        let Some(kind) = kind.map(OsStr::to_string_lossy) else {
+            return;
+        };
         // Relative to the folder, without a descriptor of that one for each export. It need not exist.
         let record = format!("../../{RECORDS}/{kind}-{}", self.name);
         let _ = unlinkat(&self.dir, record, AtFlags::empty());
@@ -262,9 +288,10 @@ impl Drop for NameLock {
         if self.left {
             return;
         }
-        let notes: &[&str] = match self.left_device() {
-            Some(_) => &[],
-            None => &[SERVED, UPGRADED, LOCKED_BY],
+        let has_device = self.has_device();
+        let notes: &[&str] = match has_device {
+            true => &[],
+            false => &[SERVED, UPGRADED, LOCKED_BY],
         };
         let unfinished = NOTES.map(unfinished);
         let unfinished = unfinished.each_ref().map(String::as_str);
@@ -272,13 +299,8 @@ impl Drop for NameLock {
         for file in [&[CONTROL][..], &unfinished, notes].concat() {
             self.remove(file);
         }
-        let kind = self.folder().parent().and_then(Path::file_name);
-        let kind = kind.map(OsStr::to_string_lossy).unwrap_or_default();
-        if self.left_device().is_none() {
-            self.forget_record(&kind);
-            if kind == EXPORTS {
-                self.forget_record(DEVICES);
-            }
+        if !has_device {
+            self.forget_record();
         }
         let is_home = self.go_home();
         // The lock last: after it another server may use the folder.
@@ -328,8 +350,7 @@ pub(super) fn new_mark() -> u64 {
 pub struct DeviceNote {
     /// Its number; unknown before it was added.
     pub id: Option<u32>,
-    /// The mark in the device's parameters, which identifies it if it is recorded, too
-    /// ([`RuntimeDir::device_marks`](super::runtime_dir::RuntimeDir::device_marks)).
+    /// The mark in the device's parameters.
     pub mark: Option<u64>,
     /// The storage behind it ([`StorageControl::identity`](crate::engine::StorageControl::identity)), if it has
     /// an identity.
@@ -338,13 +359,14 @@ pub struct DeviceNote {
 
 impl DeviceNote {
     pub(super) fn parse(text: &str) -> Option<Self> {
-        // The identity is all that is left of the line.
-        let mut words = text.trim_end().splitn(3, ' ');
+        // The identity is all that is left of the line. The second word was the sequence number of the disk.
+        let mut words = text.trim_end().splitn(4, ' ');
         let mut next = || words.next()?.parse::<u64>().ok();
+        let (id, _, mark) = (next(), next(), next());
         let note = Self {
-            id: next().and_then(|id| u32::try_from(id).ok()),
+            id: id.and_then(|id| u32::try_from(id).ok()),
             // Devices of other servers have zero there.
-            mark: next().filter(|mark| *mark != 0),
+            mark: mark.filter(|mark| *mark != 0),
             storage: words.next().map(str::to_owned),
         };
         (note.id.is_some() || note.mark.is_some()).then_some(note)
@@ -352,9 +374,37 @@ impl DeviceNote {
 
     fn text(&self) -> String {
         let word = |number: Option<u64>| number.map_or("-".to_owned(), |number| number.to_string());
-        let id = self.id.map(u64::from);
-        let mut words = [id, self.mark].map(word).to_vec();
+        let mut words = [self.id.map(u64::from), None, self.mark].map(word).to_vec();
         words.extend(self.storage.clone());
         words.join(" ") + "\n"
+    }
+}
+
+/// What is recorded of a block device that was made for an export, or is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceRecord {
+    /// Its mark.
+    pub mark: u64,
+    /// The storage behind it, if it has an identity and who recorded it knew that.
+    pub storage: Option<String>,
+}
+
+impl DeviceRecord {
+    /// All that a record has, a line for each.
+    pub(super) fn parse(text: &str) -> Vec<Self> {
+        let line = |line: &str| {
+            let (mark, storage) = line.split_once(' ').unwrap_or((line, ""));
+            let storage = (!storage.is_empty()).then(|| storage.to_owned());
+            Some(Self {
+                mark: mark.parse().ok().filter(|mark| *mark != 0)?,
+                storage,
+            })
+        };
+        text.lines().filter_map(line).collect()
+    }
+
+    pub(super) fn text(all: &[Self]) -> String {
+        let line = |one: &Self| format!("{} {}\n", one.mark, one.storage.as_deref().unwrap_or(""));
+        all.iter().map(line).collect()
     }
 }

@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail};
 
 use super::addition::{Handed, claims_later};
 use super::event::{Door, Event};
-use super::name_lock::{DeviceNote, NameLock, VHOST_SOCKET, new_mark};
+use super::name_lock::{DeviceNote, DeviceRecord, NameLock, VHOST_SOCKET, new_mark};
 use super::recovery::{self, Beginning, Kernel, Wanted};
-use super::runtime_dir::{RuntimeDir, marks_text};
+use super::runtime_dir::RuntimeDir;
 use super::server::Server;
 use super::shared::{Counted, Doors};
 use super::upgrade::{Registry, UpgradeListener};
@@ -179,7 +179,7 @@ impl Opening<'_> {
             block_bytes: config.block_bytes,
             replace: self.replace,
         };
-        recovery::begin(&Kernel, self.claim, &self.marks()?, &wanted)
+        recovery::begin(&Kernel, self.claim, &self.recorded()?, &wanted)
     }
 
     fn open_vhost<B: Storage>(
@@ -279,7 +279,7 @@ impl Opening<'_> {
         };
         let mark = ublk.mark;
         let door = UblkDoor::start(&ublk, disk, counters, on_end).inspect_err(|_| {
-            if recoverable.is_none() && !matches!(ublk::marked(mark), Ok(Some(_))) {
+            if recoverable.is_none() && matches!(ublk::marked(mark), Ok(None)) {
                 self.claim.forget_device();
             }
         })?;
@@ -312,27 +312,37 @@ impl Opening<'_> {
         (self.claim.note_device(note)).with_context(|| format!("cannot write to {folder}"))
     }
 
-    /// The marks that a block device of an earlier server may have.
-    fn marks(&self) -> Result<Vec<u64>> {
-        let handed = &self.handed.borrow().marks;
-        if !handed.is_empty() || sandbox::status().on {
-            return Ok(handed.clone());
+    /// The block devices that were made for the export.
+    fn recorded(&self) -> Result<Vec<DeviceRecord>> {
+        let handed = self.handed.borrow();
+        if handed.mark.is_none() && !sandbox::status().on {
+            let cannot_read = || format!("cannot read the record of {}", self.config.name);
+            return self
+                .dir
+                .devices(&self.config.name)
+                .with_context(cannot_read);
         }
-        let cannot_read = || format!("cannot read the record of {}", self.config.name);
-        self.dir
-            .device_marks(&self.config.name)
-            .with_context(cannot_read)
+        let record = |&mark| DeviceRecord {
+            mark,
+            storage: None,
+        };
+        Ok(handed.left_marks.iter().map(record).collect())
     }
 
     /// A mark for a new block device, which is recorded and noted before the device is added, so that the device is found
     /// whenever this server dies.
     fn new_mark(&self, storage: Option<String>) -> Result<u64> {
-        let handed = self.handed.borrow().marks.last().copied();
+        let handed = self.handed.borrow().mark;
         let mark = handed.unwrap_or_else(new_mark);
         if handed.is_none() {
-            let record = self.dir.device_record(&self.config.name)?;
-            (record.replace(&marks_text(&[mark]), || {}))
+            let record = DeviceRecord {
+                mark,
+                storage: storage.clone(),
+            };
+            let file = self.dir.device_record(&self.config.name)?;
+            (file.replace(&DeviceRecord::text(&[record]), || {}))
                 .with_context(|| format!("cannot write to {}", self.dir.path().display()))?;
+            crash::point("device-recorded");
         }
         self.note(&DeviceNote {
             mark: Some(mark),

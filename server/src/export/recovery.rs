@@ -4,9 +4,12 @@
 //! wait with it: a server recovers it or leaves it as it is. It is removed only if a person has said
 //! so. `docs/recovery.md` has the table of all cases, which the tests walk.
 
-use anyhow::{Result, bail, ensure};
+use std::path::Path;
 
-use super::name_lock::{DeviceNote, NameLock};
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::name_lock::{DeviceRecord, NameLock};
+use super::runtime_dir::RuntimeDir;
 use crate::door::ublk::{self, DeviceState, UblkError, Unavailable};
 use crate::request::{Limits, format_size};
 
@@ -65,7 +68,8 @@ pub(super) enum Beginning {
     Recover { id: u32, mark: u64, limits: Limits },
 }
 
-/// Decides how a server begins, and removes what is in its way and of use to no program: a dead device.
+/// Decides how a server begins, and removes what is in its way and of use to no program: a dead device. `recorded` are the
+/// devices that were made for the export.
 ///
 /// # Errors
 ///
@@ -73,33 +77,33 @@ pub(super) enum Beginning {
 pub(super) fn begin(
     driver: &impl Driver,
     name: &NameLock,
-    marks: &[u64],
+    recorded: &[DeviceRecord],
     wanted: &Wanted<'_>,
 ) -> Result<Beginning> {
-    let Some(note) = name.left_device() else {
-        return Ok(Beginning::New);
-    };
-    let (id, mark) = match left(driver, &note, marks)? {
+    let (id, record) = match left(driver, name, recorded)? {
         Left::Nothing => {
-            name.forget_device();
+            name.forget_device_note();
             return Ok(Beginning::New);
         }
-        Left::Device { id, mark } => (id, mark),
-        Left::Unrecorded { id } if !wanted.replace => bail!(
+        Left::Device(id, record) => (id, record),
+        Left::Unrecorded(id) if wanted.replace => {
+            tracing::warn!("{}: {}, and stays", name.name(), unrecorded(id));
+            name.forget_device_note();
+            return Ok(Beginning::New);
+        }
+        Left::Unrecorded(id) => bail!(
             "{}. It is left as it is. --replace makes a new one beside it",
             unrecorded(id)
         ),
-        Left::Unrecorded { id } => {
-            tracing::warn!("{}: {}, and stays", name.name(), unrecorded(id));
-            name.forget_device();
-            return Ok(Beginning::New);
-        }
     };
     match driver.state(id)? {
         DeviceState::Gone => {}
         DeviceState::Dead => driver.remove(id)?,
-        DeviceState::Waiting(device) => match recover(id, &note, &device, wanted) {
-            Ok(limits) if !wanted.replace => return Ok(Beginning::Recover { id, mark, limits }),
+        DeviceState::Waiting(device) => match recover(id, &record, &device, wanted) {
+            Ok(limits) if !wanted.replace => {
+                let mark = record.mark;
+                return Ok(Beginning::Recover { id, mark, limits });
+            }
             Err(why) if !wanted.replace => bail!(
                 "/dev/ublkb{id} waits for a server, and this one cannot recover it: {why}. It is left as it is, \
                  with all that is mounted on it. If it is no longer needed: --replace, or \
@@ -114,7 +118,8 @@ pub(super) fn begin(
             }
         },
     }
-    name.forget_device();
+    // Not the record: who hands a mark over has written it already.
+    name.forget_device_note();
     Ok(Beginning::New)
 }
 
@@ -124,66 +129,131 @@ pub(super) fn begin(
 /// # Errors
 ///
 /// When it cannot be removed, or has a living server.
-pub(super) fn clean(driver: &impl Driver, name: &NameLock, marks: &[u64]) -> Result<Option<u32>> {
-    let Some(note) = name.left_device() else {
-        return Ok(None);
-    };
-    // Another server may have a device with the same number: it is left alone.
-    let removed = match left(driver, &note, marks)? {
+pub(super) fn clean(
+    driver: &impl Driver,
+    name: &NameLock,
+    recorded: &[DeviceRecord],
+) -> Result<Option<u32>> {
+    let removed = match left(driver, name, recorded)? {
         Left::Nothing => None,
-        Left::Device { id, .. } => {
+        Left::Device(id, _) => {
             driver.remove(id)?;
             Some(id)
         }
-        Left::Unrecorded { id } => {
-            tracing::warn!("{}: {}, and stays", name.name(), unrecorded(id));
-            None
-        }
+        Left::Unrecorded(id) => bail!("{}", unrecorded(id)),
     };
     name.forget_device();
     Ok(removed)
 }
 
-/// What there is of the device that was noted.
-enum Left {
-    Nothing,
-    Device {
-        id: u32,
-        mark: u64,
-    },
-    /// It is noted only where a guest that has taken the server over can write, and may be that of another export.
-    Unrecorded {
-        id: u32,
-    },
+/// Checks that another server could recover the block device that the living server of the name has.
+///
+/// # Errors
+///
+/// When there is no record of it.
+pub(super) fn is_recorded(
+    driver: &impl Driver,
+    device: &Path,
+    recorded: &[DeviceRecord],
+) -> Result<()> {
+    let is_it = |id| device == Path::new(&format!("/dev/ublkb{id}"));
+    let has_it = |record: &DeviceRecord| {
+        driver
+            .marked(record.mark)
+            .is_ok_and(|id| id.is_some_and(is_it))
+    };
+    ensure!(
+        recorded.iter().any(has_it),
+        "there is no record that {} was made for this export, so that no other server could recover it",
+        device.display()
+    );
+    Ok(())
 }
 
-fn left(driver: &impl Driver, note: &DeviceNote, marks: &[u64]) -> Result<Left, UblkError> {
-    let marked = |mark| match driver.marked(mark) {
+/// Forgets the devices of exports that are gone, which a confined server cannot do, if the devices are gone.
+pub(super) fn sweep(driver: &impl Driver, dir: &RuntimeDir) {
+    let names = dir.names().unwrap_or_default();
+    for name in dir.names_with_devices() {
+        if names.contains(&name) {
+            continue;
+        }
+        // With the lock no other server writes a record. Dropping it removes the folder again.
+        let (Ok(lock), Ok(recorded)) = (dir.claim(&name), dir.devices(&name)) else {
+            continue;
+        };
+        if recorded
+            .iter()
+            .all(|one| matches!(existing(driver, one.mark), Ok(None)))
+        {
+            lock.forget_device();
+        }
+    }
+}
+
+/// The device with a mark.
+pub(super) fn existing(driver: &impl Driver, mark: u64) -> Result<Option<u32>, UblkError> {
+    match driver.marked(mark) {
         // No driver, no devices: the machine was rebooted.
         Err(UblkError::Unavailable(Unavailable::NoDriver)) => Ok(None),
         other => other,
-    };
-    for &mark in marks {
-        if let Some(id) = marked(mark)? {
-            return Ok(Left::Device { id, mark });
+    }
+}
+
+/// What there is of the device that an earlier server made.
+enum Left {
+    Nothing,
+    Device(u32, DeviceRecord),
+    /// One that waits and is noted only where a guest can write that has taken the server over. It may be that of another
+    /// export.
+    Unrecorded(u32),
+}
+
+/// The record says which device it is. The note decides between several that were recorded: a command that adds an export
+/// records the new one before it is made, beside one that was left.
+fn left(driver: &impl Driver, name: &NameLock, recorded: &[DeviceRecord]) -> Result<Left> {
+    let note = name.left_device()?.unwrap_or_default();
+    let mut found = Vec::new();
+    for record in recorded {
+        if let Some(id) = existing(driver, record.mark)? {
+            found.push((id, record));
         }
     }
-    let noted = note.mark.filter(|mark| !marks.contains(mark));
-    Ok(match noted.map(marked).transpose()?.flatten() {
-        Some(id) => Left::Unrecorded { id },
-        None => Left::Nothing,
-    })
+    let noted = found
+        .iter()
+        .find(|(_, record)| note.mark == Some(record.mark));
+    let one = match &found[..] {
+        [] => {
+            let noted = note.mark.map(|mark| existing(driver, mark)).transpose()?;
+            let waits = |id: &u32| matches!(driver.state(*id), Ok(DeviceState::Waiting(_)));
+            return Ok(match noted.flatten().filter(waits) {
+                Some(id) => Left::Unrecorded(id),
+                None => Left::Nothing,
+            });
+        }
+        [one] => one,
+        [(first, _), (second, _), ..] => noted.with_context(|| {
+            format!(
+                "/dev/ublkb{first} and /dev/ublkb{second} were made for this export, and it is not noted which one it had \
+                 last: remove the other one by 'ublkup doctor --remove'"
+            )
+        })?,
+    };
+    let mut record = one.1.clone();
+    if note.mark == Some(record.mark) && record.storage.is_none() {
+        record.storage = note.storage;
+    }
+    Ok(Left::Device(one.0, record))
 }
 
 fn unrecorded(id: u32) -> String {
     format!(
-        "/dev/ublkb{id} is noted as its block device, and there is no record that it was made for this export: look at \
-         it with 'ublkup doctor', and if it is no longer needed, 'ublkup doctor --remove /dev/ublkb{id}' removes it"
+        "/dev/ublkb{id}, which waits for a server, is noted as its block device, and there is no record that it was made for \
+         this export; if it is no longer needed, 'ublkup doctor --remove /dev/ublkb{id}' removes it"
     )
 }
 
 /// The limits of an export that recovers a device; why it cannot, otherwise.
-fn recover(id: u32, note: &DeviceNote, device: &Limits, wanted: &Wanted<'_>) -> Result<Limits> {
+fn recover(id: u32, record: &DeviceRecord, device: &Limits, wanted: &Wanted<'_>) -> Result<Limits> {
     ensure!(
         wanted.opens_ublk,
         "its ublk door would stay closed (option ublk)"
@@ -191,7 +261,7 @@ fn recover(id: u32, note: &DeviceNote, device: &Limits, wanted: &Wanted<'_>) -> 
     if let Some(asked) = wanted.ublk_id.filter(|asked| *asked != id) {
         bail!("number {asked} was asked for (option ublk-id)");
     }
-    if let (Some(served), Some(found)) = (note.storage.as_deref(), wanted.storage) {
+    if let (Some(served), Some(found)) = (record.storage.as_deref(), wanted.storage) {
         ensure!(
             served == found,
             "the file or device at the path is not the one that was served ({found} instead of {served}): put \

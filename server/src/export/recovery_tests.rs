@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 
 use super::*;
+use crate::export::name_lock::DeviceNote;
 use crate::storage::OpenError;
 use world::*;
 
@@ -13,14 +14,16 @@ mod world;
 /// What is right, said another way than in the code.
 fn expected(case: Case, command: Command) -> Outcome {
     let is_there = !matches!(case.device, Device::Gone | Device::Foreign);
-    let is_known = case.notes == Notes::There && is_there;
+    let is_known = matches!(case.notes, Notes::There | Notes::Lost) && is_there;
+    let is_forged = case.notes == Notes::Unrecorded && case.device == Device::Waiting;
     let opens = !matches!(case.image, Image::Gone | Image::Claimed);
     match command {
+        Command::Clean if is_forged => Outcome::Refuses,
         Command::Clean if !is_known => Outcome::Nothing,
         Command::Clean if case.device == Device::Served => Outcome::Refuses,
         Command::Clean => Outcome::Removes,
         Command::Serve | Command::Replace if !opens => Outcome::Refuses,
-        Command::Serve if case.notes == Notes::Unrecorded && is_there => Outcome::Refuses,
+        Command::Serve if is_forged => Outcome::Refuses,
         _ if !is_known => Outcome::New,
         _ if case.device == Device::Served => Outcome::Refuses,
         _ if case.device == Device::Dead => Outcome::Removes,
@@ -37,7 +40,7 @@ fn expected(case: Case, command: Command) -> Outcome {
 fn a_waiting_device_is_gone_on_with_or_left_unless_a_person_says_remove() {
     let mut cases = 0;
     for device in DEVICES {
-        for notes in [Notes::There, Notes::Unrecorded, Notes::Lost] {
+        for notes in [Notes::There, Notes::Unrecorded, Notes::Lost, Notes::AllLost] {
             for image in IMAGES {
                 for options in OPTIONS {
                     let case = Case {
@@ -64,10 +67,15 @@ fn a_waiting_device_is_gone_on_with_or_left_unless_a_person_says_remove() {
                         // Nothing is lost by the attempt: put right what differs, and it goes on.
                         let device = world.driver.device.borrow().is_some();
                         assert_eq!(device, case.device != Device::Gone, "{case:?} {command:?}");
-                        if notes != Notes::Lost {
-                            let noted = world.dir.device(NAME);
-                            assert!(noted.is_some(), "{case:?} {command:?}: the note is lost");
-                        }
+                        let noted = world.dir.device(NAME).is_some();
+                        let recorded = world.dir.devices(NAME).unwrap().len() == 1;
+                        let before = match notes {
+                            Notes::There => (true, true),
+                            Notes::Unrecorded => (true, false),
+                            Notes::Lost => (false, true),
+                            Notes::AllLost => (false, false),
+                        };
+                        assert_eq!((noted, recorded), before, "{case:?} {command:?}");
                         cases += 1;
                     }
                 }
@@ -186,13 +194,20 @@ fn rows() -> Vec<(&'static str, Case)> {
             Case::of_options(Options::OtherId),
         ),
         (
-            "waits; the notes are lost",
+            "waits; its note is lost",
             Case {
                 notes: Notes::Lost,
                 ..USUAL
             },
         ),
-        ("waits; there is no record of it", UNRECORDED),
+        ("waits; its record is lost", UNRECORDED),
+        (
+            "waits; note and record are lost",
+            Case {
+                notes: Notes::AllLost,
+                ..USUAL
+            },
+        ),
         ("dead", Case::of_device(Device::Dead)),
         (
             "dead; the file is gone",
@@ -252,4 +267,91 @@ fn an_image_that_cannot_be_opened_is_refused_before_anything_is_looked_at() {
     let error = world.serve(true).unwrap_err();
     assert!(error.downcast_ref::<OpenError>().is_some(), "{error:#}");
     assert!(world.driver.device.borrow().is_some());
+}
+
+/// A server whose export is added has two devices recorded while it opens it: one that was left, and the new one.
+#[test]
+fn of_several_recorded_devices_the_noted_one_is_recovered() {
+    struct Two;
+    impl Driver for Two {
+        fn marked(&self, mark: u64) -> Result<Option<u32>, UblkError> {
+            Ok(u32::try_from(mark).ok().filter(|id| *id < 2))
+        }
+
+        fn state(&self, _: u32) -> Result<DeviceState, UblkError> {
+            Ok(DeviceState::Waiting(crate::request::small_disk(SIZE)))
+        }
+
+        fn remove(&self, _: u32) -> Result<(), UblkError> {
+            panic!("nothing is to be removed")
+        }
+    }
+    let world = World::new(USUAL);
+    let record = |mark| DeviceRecord {
+        mark,
+        storage: None,
+    };
+    let limits = crate::request::small_disk(SIZE);
+    let wanted = Wanted {
+        limits: &limits,
+        storage: None,
+        opens_ublk: true,
+        ublk_id: None,
+        block_bytes: None,
+        replace: false,
+    };
+    let name = world.dir.claim(NAME).unwrap();
+    let begin = |recorded: &[u64]| {
+        let recorded: Vec<_> = recorded.iter().copied().map(record).collect();
+        begin(&Two, &name, &recorded, &wanted)
+    };
+    let recovered = |begun: Result<Beginning>| match begun.unwrap() {
+        Beginning::Recover { id, mark, .. } => (id, mark),
+        Beginning::New => panic!("it makes a new one"),
+    };
+    let note = DeviceNote {
+        mark: Some(1),
+        ..DeviceNote::default()
+    };
+    name.note_device(&note).unwrap();
+    assert_eq!(recovered(begin(&[0, 1])), (1, 1));
+    assert_eq!(recovered(begin(&[1, 0])), (1, 1));
+    // The new one was not made.
+    assert_eq!(recovered(begin(&[0, 7])), (0, 0));
+    name.note_device(&DeviceNote::default()).unwrap();
+    let why = format!("{:#}", begin(&[0, 1]).unwrap_err());
+    assert!(
+        why.contains("/dev/ublkb0 and /dev/ublkb1") && why.contains("--remove"),
+        "{why}"
+    );
+}
+
+#[test]
+fn a_note_that_cannot_be_read_is_not_taken_for_none() {
+    let world = World::new(USUAL);
+    let note = world.dir.folder(NAME).join("ublk-id");
+    fs::remove_file(&note).unwrap();
+    fs::create_dir(&note).unwrap();
+    for command in COMMANDS {
+        assert_eq!(world.run(command).0, Outcome::Refuses, "{command:?}");
+        assert!(note.exists() && world.dir.devices(NAME).unwrap().len() == 1);
+    }
+}
+
+#[test]
+fn what_was_recorded_of_a_device_that_is_gone_is_swept() {
+    for (device, left) in [(Device::Gone, 0), (Device::Waiting, 1)] {
+        let world = World::new(Case {
+            notes: Notes::Lost,
+            ..Case::of_device(device)
+        });
+        fs::remove_dir_all(world.dir.folder(NAME)).unwrap();
+        sweep(&world.driver, &world.dir);
+        assert_eq!(world.dir.devices(NAME).unwrap().len(), left, "{device:?}");
+        assert!(!world.dir.folder(NAME).exists());
+    }
+    // Not while the export is there: it may be about to make it.
+    let world = World::new(Case::of_device(Device::Gone));
+    sweep(&world.driver, &world.dir);
+    assert_eq!(world.dir.devices(NAME).unwrap().len(), 1);
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::super::*;
 use crate::engine::StorageControl as _;
-use crate::export::runtime_dir::{RuntimeDir, marks_text};
+use crate::export::name_lock::DeviceNote;
 use crate::request::Serial;
 use crate::storage::{CacheMode, File, FileOptions};
 
@@ -28,9 +28,12 @@ pub(super) enum Device {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Notes {
     There,
-    /// Without a record: written by a guest that has taken the server over, perhaps, to name the device of another export.
+    /// Written by a guest that has taken the server over, perhaps, to name the device of another export: there is no record.
     Unrecorded,
+    /// There is the record alone.
     Lost,
+    /// There is nothing.
+    AllLost,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,11 +229,15 @@ impl World {
             mark: Some(MARK),
             storage: storage.identity(),
         };
-        if self.case.notes != Notes::Unrecorded {
-            let record = self.dir.device_record(NAME).unwrap();
-            record.replace(&marks_text(&[MARK]), || {}).unwrap();
+        if !matches!(self.case.notes, Notes::Unrecorded | Notes::AllLost) {
+            let record = DeviceRecord {
+                mark: MARK,
+                storage: note.storage.clone(),
+            };
+            let file = self.dir.device_record(NAME).unwrap();
+            file.replace(&DeviceRecord::text(&[record]), || {}).unwrap();
         }
-        if self.case.notes != Notes::Lost {
+        if !matches!(self.case.notes, Notes::Lost | Notes::AllLost) {
             name.note_device(&note).unwrap();
         }
         name.leave();
@@ -248,7 +255,7 @@ impl World {
             Command::Clean => match self
                 .dir
                 .claim(NAME)
-                .and_then(|name| clean(&self.driver, &name, &self.dir.device_marks(NAME)?))
+                .and_then(|name| clean(&self.driver, &name, &self.dir.devices(NAME)?))
             {
                 Ok(Some(_)) => (Outcome::Removes, String::new()),
                 Ok(None) => (Outcome::Nothing, String::new()),
@@ -293,7 +300,7 @@ impl World {
             block_bytes: (self.case.options == Options::BlockSize).then_some(4096),
             replace,
         };
-        begin(&self.driver, &name, &self.dir.device_marks(NAME)?, &wanted)
+        begin(&self.driver, &name, &self.dir.devices(NAME)?, &wanted)
     }
 }
 

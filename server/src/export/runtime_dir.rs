@@ -37,11 +37,14 @@ use rustix::io::Errno;
 use upgrade_proto::{Error, TrustedDir};
 
 use super::name_lock::{
-    CONTROL, DEVICES, DeviceNote, EXPORTS, LOCK, NameLock, RECORDS, SERVED, UBLK_ID, VHOST_SOCKET,
-    lock_exclusively, remove_links, remove_spares,
+    CONTROL, DEVICES, DeviceNote, DeviceRecord, LOCK, NameLock, RECORDS, SERVED, UBLK_ID,
+    VHOST_SOCKET, lock_exclusively, remove_links, remove_spares,
 };
 use crate::engine::durable::NoteFile;
 use crate::engine::wait::repeat_while;
+
+/// The folder of all exports in a runtime directory.
+pub(super) const EXPORTS: &str = "exports";
 
 /// The folder of all servers.
 const SERVERS: &str = "servers";
@@ -117,24 +120,35 @@ impl RuntimeDir {
         self.record(EXPORTS, name)
     }
 
-    /// The record of the marks that the block device of an export may have.
+    /// The record of the block devices that were made for an export.
     ///
     /// # Errors
     ///
-    /// When there can be no folder of records.
+    /// When there can be no folder of them.
     pub(super) fn device_record(&self, name: &str) -> Result<NoteFile, Error> {
-        self.record(DEVICES, name)
+        let devices = TrustedDir::open(&self.0)?.make_dir(DEVICES, DIR_MODE)?;
+        Ok(NoteFile::new(Arc::new(devices), name))
     }
 
-    /// The marks that the block device of an export may have: those that were recorded by programs that no guest had taken
-    /// over.
+    /// The block devices that were made for an export, of which one may be left: as recorded by programs that no guest can have
+    /// taken over.
     ///
     /// # Errors
     ///
-    /// When they cannot be read, or are not trusted.
-    pub fn device_marks(&self, name: &str) -> Result<Vec<u64>, Error> {
-        let text = self.read_record(DEVICES, name)?.unwrap_or_default();
-        Ok(marks(&text))
+    /// When the record cannot be read, or is not trusted.
+    pub fn devices(&self, name: &str) -> Result<Vec<DeviceRecord>, Error> {
+        let read = || TrustedDir::open(&self.0)?.dir(DEVICES)?.read(name);
+        match read() {
+            Err(error) if error.errno() == Errno::NOENT => Ok(Vec::new()),
+            other => other.map(|text| DeviceRecord::parse(&text)),
+        }
+    }
+
+    /// The names that a block device was made for, which has not been forgotten.
+    #[must_use]
+    pub(super) fn names_with_devices(&self) -> Vec<String> {
+        let names = || TrustedDir::open(&self.0)?.dir(DEVICES)?.names();
+        names().unwrap_or_default()
     }
 
     fn record(&self, kind: &str, name: &str) -> Result<NoteFile, Error> {
@@ -148,13 +162,9 @@ impl RuntimeDir {
     ///
     /// When it cannot be read, or is not trusted.
     pub fn read_export_record(&self, name: &str) -> Result<Option<String>, Error> {
-        self.read_record(EXPORTS, name)
-    }
-
-    fn read_record(&self, kind: &str, name: &str) -> Result<Option<String>, Error> {
         let read = || {
             let records = TrustedDir::open(&self.0)?.dir(RECORDS)?;
-            records.read(&format!("{kind}-{name}"))
+            records.read(&format!("{EXPORTS}-{name}"))
         };
         match read() {
             Err(error) if error.errno() == Errno::NOENT => Ok(None),
@@ -341,17 +351,6 @@ fn only_has_a_socket(exports: &TrustedDir, name: &str) -> bool {
     };
     let has_lock = statat(&dir, LOCK, AtFlags::SYMLINK_NOFOLLOW).is_ok();
     !has_lock && dir.names().is_ok_and(|entries| entries == [VHOST_SOCKET])
-}
-
-/// Marks in a record, as [`marks_text`] writes them.
-fn marks(text: &str) -> Vec<u64> {
-    let words = text.split_whitespace();
-    words.filter_map(|word| word.parse().ok()).collect()
-}
-
-/// Marks for a record.
-pub(super) fn marks_text(marks: &[u64]) -> String {
-    marks.iter().map(|mark| format!("{mark}\n")).collect()
 }
 
 /// Whether a server holds a name in a folder.

@@ -3,7 +3,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::*;
 use crate::engine::durable::unfinished;
-use crate::export::name_lock::{CONTROL, DeviceNote, NOTES, UBLK_ID};
+use crate::export::name_lock::{CONTROL, DeviceNote, DeviceRecord, NOTES, UBLK_ID};
 
 fn dir() -> (tempfile::TempDir, RuntimeDir) {
     let temp = tempfile::tempdir().unwrap();
@@ -41,7 +41,7 @@ fn what_a_dead_server_left_is_cleared_but_its_device_is_remembered() {
         id: Some(7),
         ..DeviceNote::default()
     };
-    assert_eq!(claim.left_device(), Some(noted));
+    assert_eq!(claim.left_device().unwrap(), Some(noted));
     claim.forget_device();
     drop(claim);
     assert!(!folder.exists());
@@ -82,7 +82,7 @@ fn leaving_releases_the_name_and_keeps_the_notes() {
         },
     ] {
         claim.note_device(&note).unwrap();
-        assert_eq!(claim.left_device(), Some(note.clone()));
+        assert_eq!(claim.left_device().unwrap(), Some(note.clone()));
         assert_eq!(dir.device("a"), Some(note));
     }
     claim.note_served("this").unwrap();
@@ -90,7 +90,7 @@ fn leaving_releases_the_name_and_keeps_the_notes() {
     assert!(!dir.is_alive("a").unwrap());
     assert_eq!(dir.served("a").unwrap(), "this");
     let claim = dir.claim_soon("a").unwrap();
-    assert_eq!(claim.left_device().unwrap().id, Some(3));
+    assert_eq!(claim.left_device().unwrap().unwrap().id, Some(3));
     claim.forget_device();
     drop(claim);
     assert!(!dir.folder("a").exists());
@@ -122,7 +122,7 @@ fn a_failed_start_keeps_the_notes_of_a_waiting_device() {
     assert!(!dir.is_alive("a").unwrap());
     assert_eq!(dir.served("a").unwrap(), "this");
     let next = dir.claim("a").unwrap();
-    assert_eq!(next.left_device(), Some(waiting));
+    assert_eq!(next.left_device().unwrap(), Some(waiting));
     assert!(next.was_upgraded());
     // Without the device they mean nothing.
     next.forget_device();
@@ -144,37 +144,41 @@ fn a_note_is_not_written_through_a_link_that_lies_there() {
 
 #[test]
 fn a_note_without_a_number_and_a_mark_is_none() {
-    assert_eq!(DeviceNote::parse("- 0\n"), None);
-    let noted = DeviceNote {
-        id: Some(3),
-        ..DeviceNote::default()
-    };
-    assert_eq!(DeviceNote::parse("3 0\n"), Some(noted));
+    assert_eq!(DeviceNote::parse("- - 0\n"), None);
+    // The second word was a number in earlier versions.
+    for text in ["3 - 0\n", "3 12 -\n", "3\n"] {
+        let noted = DeviceNote {
+            id: Some(3),
+            ..DeviceNote::default()
+        };
+        assert_eq!(DeviceNote::parse(text), Some(noted), "{text}");
+    }
 }
 
 #[test]
-fn the_marks_of_a_device_are_recorded_as_long_as_it_is_noted() {
+fn devices_are_recorded_until_they_are_forgotten() {
     let (_temp, dir) = dir();
-    assert!(dir.device_marks("a").unwrap().is_empty());
+    assert_eq!(dir.devices("a").unwrap(), []);
     let claim = dir.claim("a").unwrap();
+    let devices = [(7, None), (u64::MAX, Some("rbd:fsid:2:1abc@a snapshot"))];
+    let devices = devices.map(|(mark, storage)| DeviceRecord {
+        mark,
+        storage: storage.map(str::to_owned),
+    });
     let record = dir.device_record("a").unwrap();
-    record.replace(&marks_text(&[7, u64::MAX]), || {}).unwrap();
-    let noted = DeviceNote {
-        mark: Some(7),
-        ..DeviceNote::default()
-    };
-    claim.note_device(&noted).unwrap();
+    record
+        .replace(&DeviceRecord::text(&devices), || {})
+        .unwrap();
+    // Whether it is noted or not.
     drop(claim);
-    assert_eq!(dir.device_marks("a").unwrap(), [7, u64::MAX]);
+    assert_eq!(dir.devices("a").unwrap(), devices);
     // That of a server of the same name is something else.
     drop(dir.claim_server("a").unwrap());
-    assert_eq!(dir.device_marks("a").unwrap(), [7, u64::MAX]);
-    let claim = dir.claim("a").unwrap();
-    claim.forget_device();
-    assert!(dir.device_marks("a").unwrap().is_empty());
-    record.replace(&marks_text(&[7]), || {}).unwrap();
-    drop(claim);
-    assert!(dir.device_marks("a").unwrap().is_empty());
+    assert_eq!(dir.devices("a").unwrap(), devices);
+    assert_eq!(dir.names_with_devices(), ["a"]);
+    dir.claim("a").unwrap().forget_device();
+    assert_eq!(dir.devices("a").unwrap(), []);
+    assert_eq!(DeviceRecord::parse("0 x\n\nword y\n"), []);
 }
 
 #[test]
@@ -290,6 +294,6 @@ fn a_device_is_noted_with_the_identity_of_its_storage_whatever_that_is() {
             storage: Some(storage.to_owned()),
         };
         claim.note_device(&noted).unwrap();
-        assert_eq!(claim.left_device(), Some(noted));
+        assert_eq!(claim.left_device().unwrap(), Some(noted));
     }
 }

@@ -13,11 +13,10 @@ use rustix::fs::{AtFlags, OFlags, RenameFlags, renameat_with, statat};
 use rustix::io::Errno;
 use upgrade_proto::TrustedDir;
 
-use super::name_lock::EXPORTS;
 use super::name_lock::{
     LOCK, NOTES, NameLock, SPARE, VHOST_SOCKET, lock_exclusively, remove_spares,
 };
-use super::runtime_dir::{DIR_MODE, RuntimeDir, is_in, is_there};
+use super::runtime_dir::{DIR_MODE, EXPORTS, RuntimeDir, is_in, is_there};
 use crate::engine::durable::{NoteFile, unlink};
 use crate::engine::sandbox::{Access, Reach};
 

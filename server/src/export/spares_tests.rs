@@ -60,7 +60,7 @@ fn the_notes_of_a_dead_server_come_along() {
     old.note_served("text").unwrap();
     drop(old);
     let (claim, _) = dir.claim_in_server("s", true, "a").unwrap();
-    assert_eq!(claim.left_device(), Some(note));
+    assert_eq!(claim.left_device().unwrap(), Some(note));
     assert_eq!(dir.served("a").unwrap(), "text");
     assert!(spare_names(&dir).is_empty(), "the old folder is removed");
     drop(claim);
@@ -110,7 +110,7 @@ fn a_failure_leaves_the_notes_of_a_dead_server_and_a_spare_folder_has_none_of_an
         fs::write(spare.join(note), "of another").unwrap();
     }
     let (claim, _) = dir.claim_in_server("s", true, "b").unwrap();
-    assert!(!claim.was_served() && claim.left_device().is_none());
+    assert!(!claim.was_served() && !claim.has_device());
     let (kept, _) = dir.claim_in_server("s", true, "a").unwrap();
     drop(kept);
     assert_eq!(dir.served("a").unwrap(), "text");

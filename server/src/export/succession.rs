@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::admin::{self, ExportStatus};
 use super::name_lock::{CONTROL, DeviceNote, NameLock};
 use super::open::may_open_ublk;
+use super::recovery::{Kernel, is_recorded};
 use super::runtime_dir::RuntimeDir;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
 use crate::request::format_size;
@@ -49,7 +50,12 @@ pub(super) fn claim(dir: &RuntimeDir, config: &ExportConfig) -> Result<NameLock>
     let control = dir.folder(name).join(CONTROL);
     // A server that hangs up has died or is about to: it has left as well.
     match admin::stat(&control, STAT_LIMIT) {
-        Ok(status) => may_succeed(&status, dir.device(name).as_ref(), config)?,
+        Ok(status) => {
+            may_succeed(&status, dir.device(name).as_ref(), config)?;
+            if let Some(door) = &status.ublk {
+                is_recorded(&Kernel, &door.device, &dir.devices(name)?)?;
+            }
+        }
         Err(error) if hung_up(&error) => return dir.claim_soon(name),
         Err(error) => return Err(error.context("its server does not answer")),
     }

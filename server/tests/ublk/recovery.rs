@@ -285,7 +285,7 @@ fn a_note_that_names_the_device_of_another_export_gets_nothing_done_to_it() {
     disk.lab.serve(&["--ublk", "yes", &spec]).kill().unwrap();
     disk.serve(&[]).kill().unwrap();
     let note = |name: &str| disk.lab.path(&format!("run/exports/{name}/ublk-id"));
-    let record = disk.lab.path("run/records/devices-d");
+    let record = disk.lab.path("run/devices/d");
     let [own, others] = ["d", "other"].map(|name| std::fs::read_to_string(note(name)).unwrap());
     let words = others.split(' ').take(2).chain(own.split(' ').skip(2));
     let forged = words.collect::<Vec<_>>().join(" ");

@@ -81,7 +81,8 @@ pub fn context_switches(pid: u32) -> Result<u64> {
 pub fn stop(pid: u32) -> Result<()> {
     let process = Pid::from_raw(pid.cast_signed()).context("no number of a process")?;
     kill_process(process, Signal::STOP).with_context(|| format!("cannot stop process {pid}"))?;
-    until("all its threads have stopped", PATIENCE, || {
+    let stopped = until("all its threads have stopped", PATIENCE, || {
+        let mut stopped = 0;
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
             // One that has ended meanwhile does nothing either.
             let text = fs::read_to_string(task?.path().join("stat")).unwrap_or_default();
@@ -89,12 +90,20 @@ pub fn stop(pid: u32) -> Result<()> {
             let state = text
                 .rsplit_once(") ")
                 .and_then(|(_, rest)| rest.chars().next());
-            if !matches!(state, None | Some('T' | 't' | 'X' | 'Z')) {
-                return Ok(false);
+            match state {
+                Some('T' | 't') => stopped += 1,
+                None | Some('X' | 'Z') => {}
+                Some(_) => return Ok(false),
             }
         }
+        ensure!(stopped > 0, "process {pid} has ended");
         Ok(true)
-    })
+    });
+    if stopped.is_err() {
+        // Nothing else would.
+        let _gone = kill_process(process, Signal::CONT);
+    }
+    stopped
 }
 
 /// Waits until all threads sleep, then checks that none is scheduled for as long as something periodic

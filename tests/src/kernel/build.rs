@@ -95,6 +95,15 @@ pub fn ensure(repo: &Path, products: &[Product], yes: bool) -> Result<Vec<PathBu
     Ok(results(homes))
 }
 
+/// Whether a kernel is in the cache, and need not be built.
+pub fn is_cached(repo: &Path, kernel: Kernel) -> Result<bool> {
+    let patch = KernelPatch::of(repo);
+    let Some(source) = find::find_here(&patch)? else {
+        return Ok(false);
+    };
+    Ok(home(&patch, &source, Product::Kernel(kernel))?.exists())
+}
+
 fn homes(
     patch: &KernelPatch,
     source: &Source,

@@ -124,10 +124,8 @@ impl Apt {
     pub fn dependency_of(&self, package: &str) -> Result<String> {
         let told = Shell::new("apt-cache")
             .args(["depends", package])
-            .env(
-                "APT_CONFIG",
-                self.dir.join("apt.conf").display().to_string(),
-            )
+            .env("APT_CONFIG", self.dir.join("apt.conf"))
+            .env("LC_ALL", "C")
             .run()?;
         let mut lines = told.lines().map(str::trim);
         let name = lines.find_map(|line| line.strip_prefix("Depends: "));

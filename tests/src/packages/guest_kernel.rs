@@ -2,6 +2,7 @@
 //! file system that loads its modules and goes on with the host's files.
 
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -12,8 +13,8 @@ use testkit::shell::{Shell, sh};
 use super::apt::Apt;
 use crate::cache;
 
-/// The package that depends on the newest kernel for virtual machines.
-const NEWEST: &str = "linux-image-cloud-amd64";
+/// The package that depends on the newest kernel. The one for virtual machines, `linux-image-cloud-amd64`, has no 9p.
+const NEWEST: &str = "linux-image-amd64";
 
 /// What a guest of the lab needs that a kernel may have as modules.
 const MODULES: [&str; 7] = [
@@ -37,7 +38,7 @@ for word in $(cat /proc/cmdline); do
     esac
 done
 for module in /modules/*; do
-    insmod \"$module\"
+    insmod \"$module\" || echo \"init: cannot load $module\"
 done
 mount -t 9p -o \"ro,$flags\" root /root
 umount /proc
@@ -56,7 +57,10 @@ pub struct GuestKernel {
 impl GuestKernel {
     /// The one in the cache, which is filled if need be.
     pub fn get() -> Result<Self> {
-        let home = cache::dir()?.join("guest-kernel");
+        // One of another recipe is another one.
+        let mut recipe = DefaultHasher::new();
+        (NEWEST, MODULES, INIT).hash(&mut recipe);
+        let home = cache::dir()?.join(format!("guest-kernel-{:016x}", recipe.finish()));
         let _one_at_a_time = cache::lock("guest-kernel")?;
         if !home.exists() {
             make(&home).context("cannot get a kernel for guests from Debian's packages")?;
@@ -140,7 +144,15 @@ fn initramfs(all: &Path, modules: &Path) -> Result<PathBuf> {
     let found = ["bin", "usr/bin"].map(|dir| all.join(dir).join("busybox"));
     let found = found.iter().find(|file| file.exists());
     fs::copy(found.context("the package has no busybox")?, busybox)?;
-    for program in ["sh", "mount", "umount", "cat", "insmod", "switch_root"] {
+    for program in [
+        "sh",
+        "mount",
+        "umount",
+        "cat",
+        "echo",
+        "insmod",
+        "switch_root",
+    ] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(program))?;
     }
     let init = root.join("init");

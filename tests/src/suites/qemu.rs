@@ -12,12 +12,15 @@ use testkit::{proc, process};
 use super::guest::{DiskFacts, FilesOnDisk};
 use crate::kernel::Kernel;
 use crate::machine::{Board, Hypervisor, Machine, Qemu, Uml};
-use crate::test;
+use crate::packages::apt;
+use crate::packages::guest_kernel::GuestKernel;
 use crate::test::{Context, Test};
+use crate::{skip, test};
 
 /// On the host.
 pub const TESTS: &[Test] = &[
     test!(a_q35_guest_finds_the_files_on_a_vhost_user_disk).limit_s(400),
+    test!(a_guest_with_debians_kernel_finds_the_files_on_a_vhost_user_disk).limit_s(400),
     test!(a_microvm_guest_finds_the_files_on_a_vhost_user_disk).limit_s(400),
     test!(a_uml_guest_finds_the_files_on_a_vhost_user_disk).limit_s(200),
 ];
@@ -29,6 +32,20 @@ pub const NESTED: &[Test] =
 fn a_q35_guest_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
     guest_finds_files(cx, 4, |socket| {
         Ok(Qemu::client(cx.paths.kernel(Kernel::X86)?, socket).processors(4))
+    })
+}
+
+/// As in the demo.
+fn a_guest_with_debians_kernel_finds_the_files_on_a_vhost_user_disk(cx: &Context) -> Result<()> {
+    if apt::codename().is_none() {
+        skip!("the kernel comes from Debian's packages, and this is not Debian");
+    }
+    let kernel = match GuestKernel::get() {
+        Ok(kernel) => kernel,
+        Err(error) => skip!("{error:#}"),
+    };
+    guest_finds_files(cx, 1, |socket| {
+        Ok(Qemu::client(&kernel.image, socket).initramfs(&kernel.initramfs))
     })
 }
 

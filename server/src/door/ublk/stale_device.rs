@@ -105,7 +105,16 @@ pub fn marked(mark: u64) -> Result<Option<u32>, UblkError> {
     if mark == 0 {
         return Ok(None);
     }
-    let ours = devices(|info| info.ublksrv_flags == mark && may_be_ours(info))?;
+    let has_it =
+        |info: &sys::ublksrv_ctrl_dev_info| info.ublksrv_flags == mark && may_be_ours(info);
+    let ours = devices(has_it)?;
+    if ours.len() > 1 {
+        // Any program that can read a mark can make another device with it, and only one of them had users.
+        let waiting = devices(|info| has_it(info) && is_waiting(info))?;
+        if let Some(id) = waiting.first() {
+            return Ok(Some(*id));
+        }
+    }
     Ok(ours.first().copied())
 }
 

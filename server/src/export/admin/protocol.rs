@@ -127,10 +127,12 @@ pub struct NewExport {
     /// Which of the server's spare folders has become that of the export; none, if it was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spare: Option<u32>,
-    /// The marks that its block device may have, if there is to be one: those of devices that a dead server may have left,
-    /// and last the one with which a new device is to be made, a random number.
+    /// The mark with which its block device is to be made, if there is to be one: a random number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<u64>,
+    /// The marks of block devices that a dead server of the name may have left.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub marks: Vec<u64>,
+    pub left_marks: Vec<u64>,
     /// The descriptors that come with the first byte of the request, in their order.
     pub descriptors: Vec<HandedOver>,
 }
