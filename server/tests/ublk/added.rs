@@ -184,6 +184,37 @@ fn an_added_block_device_waits_for_the_next_server_of_the_name() {
     lab.is_clean();
 }
 
+/// What is noted of a device that is gone does not make the new one unknown.
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn an_added_block_device_is_recovered_also_where_an_earlier_one_was_removed_or_is_dead() {
+    let lab = sandbox();
+    let image = lab.image("b.img", 1 << 20).display().to_string();
+    for (earlier, removed) in [
+        (format!("b=file:{image}"), true),
+        ("b=mem:1M".into(), false),
+    ] {
+        let first = lab.serve(&["--ublk", "yes", &earlier]);
+        let disk = device(&lab, "b");
+        first.kill().unwrap();
+        if removed {
+            lab.ok(&["doctor", "--remove", disk.to_str().unwrap(), "--yes"]);
+        }
+        let server = lab.serve(&["--ublk", "yes", "--server-name", "s", "a=mem:1M"]);
+        let disk = add(&lab, &format!("b=file:{image}"));
+        let held = direct(&disk);
+        write_block(&held, 1, b'1').unwrap();
+        server.kill().unwrap();
+        let server = lab.recover(&["b"]);
+        assert_eq!(device(&lab, "b"), disk);
+        assert!(read_block(&held, 1).0.iter().all(|&found| found == b'1'));
+        drop(held);
+        server.stop().unwrap();
+        lab.ok(&["doctor", "--clean"]);
+        lab.is_clean();
+    }
+}
+
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_server_that_has_given_up_making_block_devices_says_so() {
