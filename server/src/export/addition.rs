@@ -227,11 +227,12 @@ pub(super) fn claims_later(config: &ExportConfig) -> bool {
     config.migration && config.ublk == DoorMode::No && !config.read_only
 }
 
-/// The devices that a dead server of the name has left.
+/// The devices that a dead server of the name has left. What is of use to no program is removed, which a confined server
+/// cannot do.
 fn left_devices(dir: &RuntimeDir, name: &str) -> Result<Vec<DeviceRecord>> {
     recovery::sweep(&Kernel, dir);
     let mut recorded = dir.devices(name)?;
-    recorded.retain(|device| !is_gone(device.mark));
+    recorded.retain(|device| !is_gone(device.mark) && !recovery::remove_dead(&Kernel, device.mark));
     Ok(recorded)
 }
 

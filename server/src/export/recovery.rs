@@ -190,6 +190,14 @@ pub(super) fn sweep(driver: &impl Driver, dir: &RuntimeDir) {
     }
 }
 
+/// Removes the device with a mark if it is dead; whether it was.
+pub(super) fn remove_dead(driver: &impl Driver, mark: u64) -> bool {
+    let id = existing(driver, mark).ok().flatten();
+    id.is_some_and(|id| {
+        matches!(driver.state(id), Ok(DeviceState::Dead)) && driver.remove(id).is_ok()
+    })
+}
+
 /// The device with a mark.
 pub(super) fn existing(driver: &impl Driver, mark: u64) -> Result<Option<u32>, UblkError> {
     match driver.marked(mark) {

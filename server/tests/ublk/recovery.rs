@@ -280,35 +280,51 @@ fn a_waiting_device_is_removed_when_a_person_says_so() {
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_note_that_names_the_device_of_another_export_gets_nothing_done_to_it() {
     let disk = Disk::new();
-    let other = disk.lab.image("other.img", 64 << 20);
+    let lab = &disk.lab;
+    let other = lab.image("other.img", 64 << 20);
     let spec = format!("other=file:{}", other.display());
-    disk.lab.serve(&["--ublk", "yes", &spec]).kill().unwrap();
-    disk.serve(&[]).kill().unwrap();
-    let note = |name: &str| disk.lab.path(&format!("run/exports/{name}/ublk-id"));
-    let record = disk.lab.path("run/devices/d");
-    let [own, others] = ["d", "other"].map(|name| std::fs::read_to_string(note(name)).unwrap());
-    let words = others.split(' ').take(2).chain(own.split(' ').skip(2));
+    let device = |name: &str| -> PathBuf {
+        let stat = lab.ok(&["stat", name, "--json"]);
+        let stat: serde_json::Value = serde_json::from_str(&stat).unwrap();
+        stat["ublk"]["device"].as_str().unwrap().into()
+    };
+    let server = lab.serve(&["--ublk", "yes", &spec]);
+    let others = device("other");
+    server.kill().unwrap();
+    let server = disk.serve(&[]);
+    let own = device("d");
+    server.kill().unwrap();
+    let note = |name: &str| lab.path(&format!("run/exports/{name}/ublk-id"));
+    let record = lab.path("run/devices/d");
+    let notes = ["d", "other"].map(|name| std::fs::read_to_string(note(name)).unwrap());
+    let words = notes[1]
+        .split(' ')
+        .take(3)
+        .chain(notes[0].split(' ').skip(3));
     let forged = words.collect::<Vec<_>>().join(" ");
     std::fs::write(note("d"), &forged).unwrap();
     // The record says which one it is.
-    let server = disk.lab.recover(&["d"]);
-    assert_eq!(disk.device(), Path::new("/dev/ublkb1"));
+    let server = lab.recover(&["d"]);
+    assert_eq!(device("d"), own);
     server.kill().unwrap();
     std::fs::write(note("d"), &forged).unwrap();
     // Without a record nothing does.
     std::fs::remove_file(&record).unwrap();
-    let refused = ["no record that it was made for this export", "/dev/ublkb0"];
-    disk.lab.fails(&["recover", "d"], 1, &refused);
-    disk.lab.ok(&["stop", "--force", "d"]);
-    assert!(
-        !super::is_gone(0),
-        "the device of another export was removed"
-    );
-    let server = disk.lab.recover(&["other"]);
+    let refused = [
+        "no record that it was made for this export",
+        others.to_str().unwrap(),
+    ];
+    lab.fails(&["recover", "d"], 1, &refused);
+    lab.fails(&["stop", "--force", "d"], 1, &refused);
+    assert!(others.exists(), "the device of another export was removed");
+    std::fs::remove_file(note("d")).unwrap();
+    lab.ok(&["stop", "--force", "d"]);
+    let server = lab.recover(&["other"]);
+    assert_eq!(device("other"), others);
     server.stop().unwrap();
-    assert!(super::is_gone(0) && !super::is_gone(1));
-    disk.lab.ok(&["doctor", "--remove", "/dev/ublkb1", "--yes"]);
-    disk.lab.is_clean();
+    assert!(!others.exists() && own.exists());
+    lab.ok(&["doctor", "--remove", own.to_str().unwrap(), "--yes"]);
+    lab.is_clean();
 }
 
 /// An image on XFS that was copied by reference while it was served: statx(2) now names larger blocks.
