@@ -97,7 +97,11 @@ impl fmt::Display for StorageSpec {
             }
             Self::Rbd(image) => write!(f, "rbd:{}", commas::escape(&image.to_string())),
             Self::VhostUser { socket } => {
-                write!(f, "vhost-user:{}", commas::escape(&socket.to_string_lossy()))
+                write!(
+                    f,
+                    "vhost-user:{}",
+                    commas::escape(&socket.to_string_lossy())
+                )
             }
         }
     }
@@ -214,7 +218,8 @@ fn parse(text: &str) -> Result<Spec, String> {
         }
         "vhost-user" if arg.is_empty() => {
             return Err(
-                "no socket after 'vhost-user:': write vhost-user:/run/disk.sock, for instance".into(),
+                "no socket after 'vhost-user:': write vhost-user:/run/disk.sock, for instance"
+                    .into(),
             );
         }
         "vhost-user" => StorageSpec::VhostUser { socket: arg.into() },

@@ -34,7 +34,9 @@ pub trait Sharing: Send + Sync {
 }
 
 /// Memory that a storage has handed on. Dropping it ends that.
-pub struct SharedMemory(#[allow(dead_code, reason = "kept for its drop")] Box<dyn Any + Send + Sync>);
+pub struct SharedMemory(
+    #[allow(dead_code, reason = "kept for its drop")] Box<dyn Any + Send + Sync>,
+);
 
 impl SharedMemory {
     /// Memory that is handed on as long as `hold` exists.

@@ -377,7 +377,11 @@ impl Watch {
     #[must_use]
     pub fn waits_for(&self) -> Option<String> {
         let what = self.0.doors().waits_for.clone()?;
-        let storage = self.0.storage().as_ref().and_then(|storage| storage.waits_for());
+        let storage = self
+            .0
+            .storage()
+            .as_ref()
+            .and_then(|storage| storage.waits_for());
         Some(match storage {
             Some(why) => format!("{what} ({why})"),
             None => what,

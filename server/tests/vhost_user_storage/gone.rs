@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use testkit::sandbox::Sandbox;
 
 use crate::common::*;
 use crate::peer::{Knobs, Mood, Peer};
@@ -12,6 +13,18 @@ use crate::{serve, size_bytes, stat};
 fn offer(driver: &mut Driver, byte: u8) {
     driver.memory.put(DATA + 4096, &[byte; 512]);
     driver.prepare(T_OUT, 0, &[(512, 0)]);
+}
+
+/// The server hangs up, and the one in front of it has noticed: the threads of the other end as late as they like.
+fn leave(lab: &Sandbox, peer: &Peer) {
+    peer.leave();
+    eventually("its absence is noticed", || {
+        let told = stat(lab)["last_error"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        told.contains("has been away for")
+    });
 }
 
 fn ended(driver: &mut Driver) -> u8 {
@@ -50,11 +63,7 @@ fn requests_wait_while_there_is_no_server_and_clients_come_and_go() {
     let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
     let server = serve(&lab, peer.socket());
     let mut driver = Driver::running(lab.connect("d"), USUAL);
-    peer.leave();
-    eventually("its absence is told", || {
-        let told = stat(&lab)["last_error"].as_str().unwrap_or_default().to_owned();
-        told.contains("has been away for")
-    });
+    leave(&lab, &peer);
     offer(&mut driver, 7);
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(driver.vrings[0].reap(&driver.memory), None);
@@ -63,10 +72,7 @@ fn requests_wait_while_there_is_no_server_and_clients_come_and_go() {
     // A client that comes meanwhile brings memory that the next server is to map.
     driver.frontend.get_vring_base(0).unwrap();
     drop(driver);
-    peer.leave();
-    eventually("its absence is noticed", || {
-        !stat(&lab)["last_error"].is_null()
-    });
+    leave(&lab, &peer);
     use vhost::VhostBackend;
     let mut driver = Driver::running(lab.connect("d"), USUAL);
     driver.prepare(T_IN, 0, &[(512, WRITE)]);
@@ -87,11 +93,13 @@ fn a_disk_that_comes_back_smaller_is_waited_for_and_a_larger_one_is_a_resize() {
     let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
     let server = serve(&lab, peer.socket());
     let mut driver = Driver::running(lab.connect("d"), USUAL);
-    peer.leave();
+    leave(&lab, &peer);
     peer.knobs().data.truncate(2 << 20);
     offer(&mut driver, 3);
     peer.come_back();
-    eventually("it is told", || server.log().contains("what is behind its end is missing"));
+    eventually("it is told", || {
+        server.log().contains("what is behind its end is missing")
+    });
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(driver.vrings[0].reap(&driver.memory), None);
     peer.knobs().data.resize(8 << 20, 0);
@@ -100,31 +108,45 @@ fn a_disk_that_comes_back_smaller_is_waited_for_and_a_larger_one_is_a_resize() {
     assert_eq!(driver.write((8 << 11) - 1, &[1; 512]), OK);
     drop(driver);
     let log = server.stop().unwrap();
-    assert_eq!(log.matches("what is behind its end is missing").count(), 1, "{log}");
+    assert_eq!(
+        log.matches("what is behind its end is missing").count(),
+        1,
+        "{log}"
+    );
     lab.is_clean();
 }
 
 #[test]
-fn a_server_that_tells_of_another_size_is_followed() {
+fn the_size_of_a_disk_is_its_server_s() {
+    let behind = sandbox();
+    let image = behind.image("disk.img", 4 << 20);
+    let spec = format!("p=file:{}", image.display());
+    let other = behind.serve(&["--ublk", "no", &spec]);
     let lab = sandbox();
-    let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
-    let server = serve(&lab, peer.socket());
+    let server = serve(&lab, &behind.path("run/exports/p/vhost-user-blk"));
     let mut driver = Driver::running(lab.connect("d"), USUAL);
-    peer.knobs().data.resize(6 << 20, 0);
-    peer.tell_change();
+    // It tells of it (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG).
+    behind.ok(&["resize", "p", "6M"]);
     eventually("the disk has grown", || size_bytes(&lab) == 6 << 20);
     assert_eq!(driver.write((6 << 11) - 1, &[1; 512]), OK);
-    // A server that does not tell is asked.
-    peer.knobs().data.resize(8 << 20, 0);
-    lab.fails(&["resize", "d", "16M"], 1, &["its size is changed at its server"]);
-    assert!(lab.ok(&["resize", "d"]).contains("8M"));
-    peer.knobs().data.resize(7 << 20, 0);
-    peer.tell_change();
-    eventually("a smaller one is told", || server.log().contains("smaller"));
-    assert_eq!(size_bytes(&lab), 8 << 20);
+    lab.fails(
+        &["resize", "d", "16M"],
+        1,
+        &["its size is changed at its server"],
+    );
+    assert_eq!(size_bytes(&lab), 6 << 20);
     drop(driver);
     server.stop().unwrap();
+    other.stop().unwrap();
+    // One that does not tell is asked.
+    let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
+    let server = serve(&lab, peer.socket());
+    peer.knobs().data.resize(8 << 20, 0);
+    assert!(lab.ok(&["resize", "d"]).contains("8M"));
+    assert_eq!(size_bytes(&lab), 8 << 20);
+    server.stop().unwrap();
     lab.is_clean();
+    behind.is_clean();
 }
 
 #[test]
@@ -137,7 +159,7 @@ fn while_a_server_does_not_answer_other_exports_are_served() {
     peer.set_mood(Mood::Hold);
     offer(&mut driver, 1);
     peer.wait_held(1);
-    let mut other = Driver::running(lab.connect("m"), USUAL);
+    let mut other = Driver::running(lab.connect("m"), VERSION_1 | PROTOCOL);
     for _ in 0..1000 {
         assert_eq!(other.write(0, &[3; 512]), OK);
     }
@@ -157,7 +179,7 @@ fn a_stop_says_what_it_waits_for_and_a_second_signal_ends_it() {
     let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
     let server = serve(&lab, peer.socket());
     let mut driver = Driver::running(lab.connect("d"), USUAL);
-    peer.leave();
+    leave(&lab, &peer);
     offer(&mut driver, 1);
     let process = Pid::from_raw(server.pid().cast_signed()).unwrap();
     kill_process(process, Signal::TERM).unwrap();
@@ -166,6 +188,7 @@ fn a_stop_says_what_it_waits_for_and_a_second_signal_ends_it() {
         log.contains("still waiting for the requests of its vhost-user clients (vhost-user:")
             && log.contains("has been away for")
     });
+
     let (status, log) = server.end_by(Signal::TERM).unwrap();
     assert_eq!(status.code(), Some(1), "{log}");
 }
@@ -176,7 +199,7 @@ fn a_stop_ends_when_the_server_is_back() {
     let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
     let server = serve(&lab, peer.socket());
     let mut driver = Driver::running(lab.connect("d"), USUAL);
-    peer.leave();
+    leave(&lab, &peer);
     offer(&mut driver, 1);
     let process = Pid::from_raw(server.pid().cast_signed()).unwrap();
     kill_process(process, Signal::TERM).unwrap();

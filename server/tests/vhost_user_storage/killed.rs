@@ -107,14 +107,20 @@ impl Pair {
     }
 
     fn serve_front(&self) -> Server {
-        serve(&self.front, &self.behind.path("run/exports/p/vhost-user-blk"))
+        serve(
+            &self.front,
+            &self.behind.path("run/exports/p/vhost-user-blk"),
+        )
     }
 }
 
 fn tell(pauses: &mut Vec<std::time::Duration>) {
     pauses.sort_unstable();
     let (median, longest) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
-    eprintln!("{} kills: a pause of {median:?} at the median, {longest:?} at the longest", pauses.len());
+    eprintln!(
+        "{} kills: a pause of {median:?} at the median, {longest:?} at the longest",
+        pauses.len()
+    );
 }
 
 #[test]

@@ -63,8 +63,6 @@ fn qemu_s_storage_daemon_is_served_killed_and_served_again() {
         drop(driver);
         // Another client brings other memory.
         driver = Driver::running(lab.connect("d"), USUAL);
-        let daemon_before = if round == 1 { None } else { Some(()) };
-        assert!(daemon_before.is_some() || round == 1);
         assert_eq!(driver.write(64, &[round; 4096]), OK);
         assert_eq!(driver.read(64, 4096), (OK, vec![round; 4096]));
     }
@@ -86,7 +84,7 @@ fn a_confined_server_connects_again() {
     let lab = sandbox();
     let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
     let spec = format!("d=vhost-user:{}", peer.socket().display());
-    let server = lab.serve(&["--sandbox", "yes", "--ublk", "no", &spec]);
+    let server = lab.serve(&["--sandbox=yes", "--ublk", "no", &spec]);
     let mut driver = Driver::running(lab.connect("d"), USUAL);
     assert_eq!(driver.write(0, &[1; 512]), OK);
     peer.hang_up();

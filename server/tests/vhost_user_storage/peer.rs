@@ -8,11 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use common::eventually;
+use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
-use vhost::vhost_user::{Backend, Listener, VhostUserFrontendReqHandler};
-use vhost_user_backend::{
-    ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringRwLock, VringT,
-};
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
 use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard,
@@ -24,7 +22,10 @@ use vmm_sys_util::event::{
 };
 
 use crate::common;
-use common::{DISCARD, FLUSH, INDIRECT, PROTOCOL, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, VERSION_1, WRITE_ZEROES};
+use common::{
+    DISCARD, FLUSH, INDIRECT, PROTOCOL, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, VERSION_1,
+    WRITE_ZEROES,
+};
 
 type Mem = GuestMemoryAtomic<GuestMemoryMmap>;
 type Vring = VringRwLock<Mem>;
@@ -72,7 +73,6 @@ pub struct Knobs {
     /// Requests done, by type.
     pub log: Vec<(u32, u64, usize)>,
     pub held: Vec<(Vring, u16)>,
-    pub backend: Option<Backend>,
 }
 
 impl Default for Knobs {
@@ -92,7 +92,6 @@ impl Default for Knobs {
             data: vec![0; 4 << 20],
             log: Vec::new(),
             held: Vec::new(),
-            backend: None,
         }
     }
 }
@@ -152,7 +151,6 @@ impl Peer {
                 }
                 let mut knobs = knobs.lock().unwrap();
                 knobs.held.clear();
-                knobs.backend = None;
             }
         });
         this
@@ -201,15 +199,13 @@ impl Peer {
         }
     }
 
-    /// Tells the client that the configuration has changed.
-    pub fn tell_change(&self) {
-        let backend = self.knobs().backend.clone();
-        backend.unwrap().handle_config_change().unwrap();
-    }
-
     /// How many requests of a type were done.
     pub fn count(&self, kind: u32) -> usize {
-        self.knobs().log.iter().filter(|done| done.0 == kind).count()
+        self.knobs()
+            .log
+            .iter()
+            .filter(|done| done.0 == kind)
+            .count()
     }
 }
 
@@ -240,7 +236,11 @@ impl Knobs {
         let at = GuestAddress(header.addr().0 + 8);
         let sector: u64 = memory.read_obj(at).unwrap();
         let data = &parts[1..parts.len() - 1];
-        assert!(data.len() <= self.seg_max as usize, "{} segments", data.len());
+        assert!(
+            data.len() <= self.seg_max as usize,
+            "{} segments",
+            data.len()
+        );
         let mut place = usize::try_from(sector).unwrap() * 512;
         let begin = place;
         for part in data {
@@ -311,22 +311,12 @@ impl VhostUserBackend for Disk {
         Ok(())
     }
 
-    fn set_backend_req_fd(&self, backend: Backend) {
-        self.knobs.lock().unwrap().backend = Some(backend);
-    }
-
     fn exit_event(&self, _: usize) -> Option<(EventConsumer, EventNotifier)> {
         let (consumer, notifier) = &*self.exit;
         Some((consumer.try_clone().unwrap(), notifier.try_clone().unwrap()))
     }
 
-    fn handle_event(
-        &self,
-        event: u16,
-        _: EventSet,
-        vrings: &[Vring],
-        _: usize,
-    ) -> io::Result<()> {
+    fn handle_event(&self, event: u16, _: EventSet, vrings: &[Vring], _: usize) -> io::Result<()> {
         let vring = &vrings[usize::from(event)];
         let memory = self.memory.lock().unwrap().clone().unwrap().memory();
         let mut chains = Vec::new();

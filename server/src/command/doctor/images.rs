@@ -31,7 +31,10 @@ fn examine(export: &ExportConfig) -> Option<Finding> {
         StorageSpec::VhostUser { socket } => match VhostUser::examine(socket) {
             Ok(size_bytes) => {
                 let size = format_size(size_bytes);
-                (Verdict::Ok, format!("vhost-user:{}, {size}", socket.display()))
+                (
+                    Verdict::Ok,
+                    format!("vhost-user:{}, {size}", socket.display()),
+                )
             }
             // It may be that the export is served, and has the server.
             Err(error @ VhostUserError::Step { .. }) => (Verdict::Warning, error.to_string()),

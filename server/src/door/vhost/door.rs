@@ -67,8 +67,7 @@ impl VhostDoor {
                     threads: queue_threads,
                 };
                 let connection = Arc::clone(connection);
-                let mut session =
-                    Session::new(connection, sizes, spawn, Arc::clone(&ownership));
+                let mut session = Session::new(connection, sizes, spawn, Arc::clone(&ownership));
                 session.share_memory(sharing.clone());
                 session.serve()
             }

@@ -131,7 +131,9 @@ pub(super) fn lacks(reach: &Reach) -> Vec<String> {
         true => "connect and send datagrams to",
         false => "send datagrams to",
     };
-    lacks.map(|(_, what)| format!("it can {how} {what}")).collect()
+    lacks
+        .map(|(_, what)| format!("it can {how} {what}"))
+        .collect()
 }
 
 /// A set of rules that a thread can put itself under.

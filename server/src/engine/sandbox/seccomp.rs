@@ -233,12 +233,7 @@ fn program(servers: Servers) -> Result<BpfProgram, seccompiler::BackendError> {
     ];
     let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
     let eperm = SeccompAction::Errno(libc::EPERM.cast_unsigned());
-    let filter = SeccompFilter::new(
-        rules(servers)?,
-        SeccompAction::Allow,
-        eperm,
-        architecture,
-    )?;
+    let filter = SeccompFilter::new(rules(servers)?, SeccompAction::Allow, eperm, architecture)?;
     program.extend(BpfProgram::try_from(filter)?);
     Ok(program)
 }

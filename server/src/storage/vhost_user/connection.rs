@@ -152,7 +152,10 @@ impl Peer {
             self.open_channel()?;
         }
         self.disk = self.read_disk(features)?;
-        self.queues = u16::try_from(queues).unwrap_or(u16::MAX).min(self.disk.queues).max(1);
+        self.queues = u16::try_from(queues)
+            .unwrap_or(u16::MAX)
+            .min(self.disk.queues)
+            .max(1);
         self.acknowledged = self.disk.features | PROTOCOL_FEATURES;
         let acknowledged = self.acknowledged;
         self.exchange("agree on features", |frontend| {
@@ -217,9 +220,9 @@ impl Peer {
         let config = self.exchange("read the configuration of its disk", |frontend| {
             // A server without discards may have a shorter one.
             read(frontend, CONFIG_BYTES).or_else(|error| match error {
-                vhost::Error::VhostUserProtocol(
-                    vhost::vhost_user::Error::BackendInternalError,
-                ) => read(frontend, SHORT_CONFIG_BYTES),
+                vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::BackendInternalError) => {
+                    read(frontend, SHORT_CONFIG_BYTES)
+                }
                 other => Err(other),
             })
         })?;
@@ -338,7 +341,12 @@ impl Peer {
 
 /// A region as the protocol has it. What the server is told of addresses here are those that it has in its own view: none
 /// that this process has concerns it.
-pub(super) fn described(guest: u64, len_bytes: u64, file: BorrowedFd<'_>, offset: u64) -> VhostUserMemoryRegionInfo {
+pub(super) fn described(
+    guest: u64,
+    len_bytes: u64,
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> VhostUserMemoryRegionInfo {
     VhostUserMemoryRegionInfo {
         guest_phys_addr: guest,
         memory_size: len_bytes,
@@ -370,7 +378,10 @@ fn connect_to(path: &Path) -> io::Result<UnixStream> {
 }
 
 /// Shuts a socket down when the limit is over, unless the value is dropped before.
-fn shut_down_after(limit: Duration, socket: BorrowedFd<'_>) -> Option<crate::engine::event_loop::Alarm> {
+fn shut_down_after(
+    limit: Duration,
+    socket: BorrowedFd<'_>,
+) -> Option<crate::engine::event_loop::Alarm> {
     let socket = UnixStream::from(socket.try_clone_to_owned().ok()?);
     let event_loop = EventLoop::get().ok()?;
     Some(event_loop.call_after(limit, move || {

@@ -105,8 +105,11 @@ impl Control {
         self.rings = Some(Arc::clone(&rings));
         let room = usize::try_from(peer.max_regions).unwrap_or(usize::MAX);
         let room = room.saturating_sub(OWN_REGIONS);
-        let (had, new): (Vec<_>, Vec<_>) =
-            shared.regions.present().into_iter().partition(|(_, was_mapped)| *was_mapped);
+        let (had, new): (Vec<_>, Vec<_>) = shared
+            .regions
+            .present()
+            .into_iter()
+            .partition(|(_, was_mapped)| *was_mapped);
         if had.len() > room {
             return Err(unusable(format!(
                 "the server takes {room} regions of clients' memory, and requests that wait need {}",
@@ -143,9 +146,10 @@ impl Control {
     fn table(&self) -> Vec<VhostUserMemoryRegionInfo> {
         let bounce = &self.shared.bounce;
         let copies = described(bounce.guest(), bounce.len_bytes(), bounce.file(), 0);
-        let rings = self.rings.as_ref().map(|rings| {
-            described(RINGS_GUEST, rings.len_bytes(), rings.file(), 0)
-        });
+        let rings = self
+            .rings
+            .as_ref()
+            .map(|rings| described(RINGS_GUEST, rings.len_bytes(), rings.file(), 0));
         let clients = self.mapped.iter().map(|region| described_region(region));
         rings.into_iter().chain([copies]).chain(clients).collect()
     }
@@ -177,7 +181,9 @@ impl Control {
         let limit = limit.map(|at| at.saturating_duration_since(Instant::now()));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         // SAFETY: both are open as long as `self`, which is not changed meanwhile.
-        let bell = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.bell)) };
+        let bell = unsafe {
+            std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.bell))
+        };
         let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
         let mut fds = vec![readable(bell)];
         if let Some(peer) = &self.peer {
@@ -256,7 +262,9 @@ impl Control {
         let shared = &self.shared;
         let violation = shared.disconnected();
         let why = match violation {
-            Some(violation) => format!("the server broke the protocol and was disconnected: {violation}"),
+            Some(violation) => {
+                format!("the server broke the protocol and was disconnected: {violation}")
+            }
             None => why.to_owned(),
         };
         shared.set_away(&why);
@@ -307,7 +315,7 @@ impl Control {
         let Some(peer) = self.peer.as_ref().filter(|_| !is_mapped) else {
             return;
         };
-        if self.mapped.len() + OWN_REGIONS >= usize::try_from(peer.max_regions).unwrap_or(usize::MAX) {
+        if !self.has_room() {
             if !std::mem::replace(&mut self.told_of_slots, true) {
                 tracing::warn!(
                     export = self.shared.export,
@@ -344,6 +352,16 @@ impl Control {
             }
         }
         self.shared.regions.forget(id);
+        // There may be room for one that found none.
+        let left = self.shared.regions.not_mapped();
+        if let Some(id) = left.filter(|_| self.has_room()) {
+            self.share(id);
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let most = self.peer.as_ref().map_or(0, |peer| peer.max_regions);
+        ((self.mapped.len() + OWN_REGIONS) as u64) < most
     }
 
     /// Replaces the memory table, when the server has no requests. Returns whether that was reached.

@@ -131,9 +131,10 @@ impl Disk {
                 "the server's disk has {sectors} sectors, which is not the size of a disk"
             ));
         }
-        let max_segment_bytes = match has(VIRTIO_BLK_F_SIZE_MAX) {
-            true => u64::from(config.word(8)),
-            false => u64::from(MAX_IO_BYTES),
+        // QEMU says that it has a limit, and then none.
+        let max_segment_bytes = match config.word(8) {
+            limit @ 1.. if has(VIRTIO_BLK_F_SIZE_MAX) => u64::from(limit),
+            _ => u64::from(MAX_IO_BYTES),
         };
         if max_segment_bytes < u64::from(block_bytes) {
             return Err(format!(
@@ -239,7 +240,9 @@ impl Disk {
             ));
         }
         if lacking != 0 {
-            return Err(format!("the server lacks features {lacking:#x} that it had"));
+            return Err(format!(
+                "the server lacks features {lacking:#x} that it had"
+            ));
         }
         if other.is_read_only() && !self.is_read_only() {
             return Err("the disk is read-only now".into());
@@ -278,11 +281,21 @@ mod tests {
 
     #[test]
     fn what_a_server_says_becomes_the_disks_limits() {
-        let words = [(20, 4096), (24, 1), (28, 16), (36, 1 << 20), (44, 64), (48, 9)];
+        let words = [
+            (20, 4096),
+            (24, 1),
+            (28, 16),
+            (36, 1 << 20),
+            (44, 64),
+            (48, 9),
+        ];
         let disk = Disk::parse(ALL, &config(&words)).unwrap();
         let limits = disk.limits(4096, false, Serial::new("s").unwrap());
         assert_eq!(limits.capacity.bytes(), 1 << 20);
-        assert_eq!((limits.block_bytes, limits.physical_block_bytes), (4096, 8192));
+        assert_eq!(
+            (limits.block_bytes, limits.physical_block_bytes),
+            (4096, 8192)
+        );
         assert_eq!(limits.optimal_io_bytes, 65536);
         assert_eq!(limits.discard_granularity_bytes, 32768);
         assert_eq!(limits.max_discard_bytes, 512 << 20);
@@ -296,8 +309,18 @@ mod tests {
 
     #[test]
     fn what_no_disk_has_is_refused() {
-        for (offset, word) in [(20, 0), (20, 768), (20, 8192), (0, 0), (4, u32::MAX), (8, 511)] {
-            assert!(Disk::parse(ALL, &config(&[(offset, word)])).is_err(), "{offset} {word}");
+        for (offset, word) in [
+            (20, 0),
+            (20, 768),
+            (20, 8192),
+            (0, 0),
+            (4, u32::MAX),
+            (8, 511),
+        ] {
+            assert!(
+                Disk::parse(ALL, &config(&[(offset, word)])).is_err(),
+                "{offset} {word}"
+            );
         }
         assert!(Disk::parse(0, &config(&[])).is_err());
         assert!(Disk::parse(ALL, &[]).is_err());
@@ -309,7 +332,10 @@ mod tests {
         let disk = Disk::parse(features, &config(&[])).unwrap();
         let again = |features, words: &[_]| Disk::parse(features, &config(words)).unwrap();
         let served = disk.size_bytes;
-        assert!(disk.may_become(&again(features, &[(0, 4096)]), served).is_ok());
+        assert!(
+            disk.may_become(&again(features, &[(0, 4096)]), served)
+                .is_ok()
+        );
         for (features, words) in [
             (features, &[(0, 2047)][..]),
             (features, &[(20, 1024)]),

@@ -80,7 +80,9 @@ impl Regions {
             guest = (end(entry).checked_next_multiple_of(ALIGNMENT)).ok_or_else(no_addresses)?;
             place += 1;
         }
-        guest.checked_add(memory.len_bytes).ok_or_else(no_addresses)?;
+        guest
+            .checked_add(memory.len_bytes)
+            .ok_or_else(no_addresses)?;
         let region = Arc::new(Region {
             id: self.last_id.fetch_add(1, Ordering::Relaxed) + 1,
             guest,
@@ -139,10 +141,21 @@ impl Regions {
         Some((Arc::clone(&entry.region), entry.is_mapped))
     }
 
+    /// A region that requests lie in and the server does not have.
+    pub(super) fn not_mapped(&self) -> Option<u64> {
+        let entries = self.entries();
+        let mut left = entries
+            .iter()
+            .filter(|entry| !entry.is_mapped && !entry.is_gone);
+        left.next().map(|entry| entry.region.id)
+    }
+
     /// What requests may name, in the order of addresses here.
     fn known(&self) -> Vec<Known> {
         let entries = self.entries();
-        let known = entries.iter().filter(|entry| entry.is_mapped && !entry.is_gone);
+        let known = entries
+            .iter()
+            .filter(|entry| entry.is_mapped && !entry.is_gone);
         let mut known: Vec<_> = known
             .map(|entry| Known {
                 address: entry.region.address,
@@ -344,7 +357,11 @@ mod tests {
         regions.set_gone(all[1].id);
         assert_ne!(add(&regions, 0, 1).guest, all[1].guest, "the server has it");
         regions.forget(all[1].id);
-        assert_ne!(add(&regions, 0, ALIGNMENT + 1).guest, all[1].guest, "too long");
+        assert_ne!(
+            add(&regions, 0, ALIGNMENT + 1).guest,
+            all[1].guest,
+            "too long"
+        );
         assert_eq!(add(&regions, 0, ALIGNMENT).guest, all[1].guest);
         assert_eq!(regions.present().len(), 6);
     }
@@ -364,7 +381,13 @@ mod tests {
         assert_eq!(guest(0x1000, 0x1000), Some(low.guest));
         assert_eq!(guest(0x27ff, 1), Some(high.guest + 0x7ff));
         assert_eq!(guest(0x1010, 0xff0), Some(low.guest + 0x10));
-        for (address, len) in [(0xfff, 1), (0x1fff, 2), (0x2800, 1), (0x2000, 0x801), (0, 0)] {
+        for (address, len) in [
+            (0xfff, 1),
+            (0x1fff, 2),
+            (0x2800, 1),
+            (0x2000, 0x801),
+            (0, 0),
+        ] {
             assert_eq!(guest(address, len), None, "{address:#x}+{len:#x}");
         }
         regions.set_gone(low.id);
@@ -375,7 +398,9 @@ mod tests {
     #[test]
     fn each_queue_has_buffers_of_its_own() {
         let memory = Arc::new(BounceMemory::new().unwrap());
-        let mut all: Vec<_> = (0..MAX_QUEUES).map(|_| Bounce::new(&memory).unwrap()).collect();
+        let mut all: Vec<_> = (0..MAX_QUEUES)
+            .map(|_| Bounce::new(&memory).unwrap())
+            .collect();
         let mut seen = std::collections::BTreeSet::new();
         for bounce in &mut all {
             while let Some(number) = bounce.take() {

@@ -93,7 +93,10 @@ impl VhostUser {
             match Self::connect(options) {
                 Err(error @ VhostUserError::Step { .. }) if Instant::now() < deadline => {
                     if !std::mem::replace(&mut is_told, true) {
-                        tracing::warn!(export = options.export, "{error}; trying again for a while");
+                        tracing::warn!(
+                            export = options.export,
+                            "{error}; trying again for a while"
+                        );
                     }
                     thread::sleep(OPEN_PAUSE);
                 }
@@ -116,9 +119,12 @@ impl VhostUser {
             )));
         }
         let failed = |error: io::Error| unusable(error.to_string());
-        let limits = peer.disk.limits(block_bytes, options.read_only, options.serial);
+        let limits = peer
+            .disk
+            .limits(block_bytes, options.read_only, options.serial);
         let count = peer.queues.min(options.queues.clamp(1, MAX_QUEUES));
-        let queues: io::Result<Vec<_>> = (0..count).map(|_| Virtqueue::new().map(Arc::new)).collect();
+        let queues: io::Result<Vec<_>> =
+            (0..count).map(|_| Virtqueue::new().map(Arc::new)).collect();
         let (orders, for_thread) = mpsc::channel();
         let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(failed)?;
         let other_bell = bell.try_clone().map_err(failed)?;
@@ -170,7 +176,11 @@ impl Drop for VhostUser {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            tracing::error!(export = self.shared.export, "the thread of {} panicked", self.shared.name());
+            tracing::error!(
+                export = self.shared.export,
+                "the thread of {} panicked",
+                self.shared.name()
+            );
         }
     }
 }

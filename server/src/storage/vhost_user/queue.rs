@@ -113,8 +113,18 @@ impl VhostUserQueue {
                     return Progress::Full;
                 };
                 let is_read = request.op() == Op::Read;
-                let kind = if is_read { VIRTIO_BLK_T_IN } else { VIRTIO_BLK_T_OUT };
-                (Command { is_read, ..plain(kind) }, piece_bytes)
+                let kind = if is_read {
+                    VIRTIO_BLK_T_IN
+                } else {
+                    VIRTIO_BLK_T_OUT
+                };
+                (
+                    Command {
+                        is_read,
+                        ..plain(kind)
+                    },
+                    piece_bytes,
+                )
             }
             Op::Flush => (plain(VIRTIO_BLK_T_FLUSH), 0),
             Op::Discard => {
@@ -123,7 +133,11 @@ impl VhostUserQueue {
                 (with_range(plain(kind), range), range.2)
             }
             Op::WriteZeroes { unmap, .. } => {
-                let flags = if unmap { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+                let flags = if unmap {
+                    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+                } else {
+                    0
+                };
                 let range = ranged(request, disk.max_write_zeroes_bytes, flags);
                 (with_range(plain(VIRTIO_BLK_T_WRITE_ZEROES), range), range.2)
             }
@@ -170,9 +184,11 @@ impl VhostUserQueue {
         let disk = &self.shared.disk;
         let number = self.bounce.take()?;
         self.shared.count_copy();
-        let most = (disk.max_segment_bytes.saturating_mul(disk.max_segments as u64))
-            .min(BUFFER_BYTES as u64)
-            .min(request.remaining_bytes());
+        let most = (disk
+            .max_segment_bytes
+            .saturating_mul(disk.max_segments as u64))
+        .min(BUFFER_BYTES as u64)
+        .min(request.remaining_bytes());
         let piece_bytes = most - most % u64::from(disk.block_bytes);
         if request.op() != Op::Read {
             let mut to = self.bounce.memory(number);

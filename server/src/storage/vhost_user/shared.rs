@@ -152,7 +152,10 @@ impl Shared {
     pub(super) fn set_away(&self, why: &str) -> (bool, Instant) {
         let mut connection = self.connection();
         let is_new = connection.away.as_ref().is_none_or(|(_, was)| was != why);
-        let since = connection.away.as_ref().map_or_else(Instant::now, |(since, _)| *since);
+        let since = connection
+            .away
+            .as_ref()
+            .map_or_else(Instant::now, |(since, _)| *since);
         connection.away = Some((since, why.to_owned()));
         (is_new, since)
     }

@@ -217,7 +217,9 @@ impl Vring {
         };
         let write = VRING_DESC_F_WRITE;
         let range = command.range.map(|_| (part(RANGE, RANGE_BYTES), 0));
-        let data = segments.iter().map(|segment| (*segment, if command.is_read { write } else { 0 }));
+        let data = segments
+            .iter()
+            .map(|segment| (*segment, if command.is_read { write } else { 0 }));
         let chain = [(part(HEADER, HEADER_BYTES), 0)]
             .into_iter()
             .chain(range)

@@ -121,7 +121,10 @@ fn descriptors_come_back_through_all_turns_of_the_indexes() {
             vring.submit(&READ, &[segment(1)]);
             given += 1;
         }
-        assert_eq!((vring.in_flight(), given), if indirect { (256, 256) } else { (85, 85) });
+        assert_eq!(
+            (vring.in_flight(), given),
+            if indirect { (256, 256) } else { (85, 85) }
+        );
     }
 }
 
@@ -139,11 +142,20 @@ fn what_no_server_does_is_noticed() {
     assert_eq!(answer(&|_| 17, 0, 0), Err(Violation::Head(17)));
     assert_eq!(answer(&|_| 256, 0, 0), Err(Violation::Head(256)));
     let own_and_more = |head: u16| u32::from(head) | 1 << 16;
-    assert!(matches!(answer(&own_and_more, 0, 0), Err(Violation::Head(_))));
+    assert!(matches!(
+        answer(&own_and_more, 0, 0),
+        Err(Violation::Head(_))
+    ));
     assert_eq!(answer(&own, 2, 0), Err(Violation::Index(3)));
-    assert_eq!(answer(&own, u16::MAX - 1, 0), Err(Violation::Index(u16::MAX)));
+    assert_eq!(
+        answer(&own, u16::MAX - 1, 0),
+        Err(Violation::Index(u16::MAX))
+    );
     assert_eq!(answer(&own, 0, 3), Err(Violation::Status(3)));
-    assert_eq!(answer(&own, 0, NO_STATUS), Err(Violation::Status(NO_STATUS)));
+    assert_eq!(
+        answer(&own, 0, NO_STATUS),
+        Err(Violation::Status(NO_STATUS))
+    );
     // Twice.
     let mut vring = vring(true);
     let first = vring.submit(&READ, &[segment(1)]);
