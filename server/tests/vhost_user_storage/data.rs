@@ -12,7 +12,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 fn pattern(seed: usize, len: usize) -> Vec<u8> {
     (0..len)
-        .map(|at| (at * 7 + seed * 31 + at / 512) as u8)
+        .map(|at| (at * 7 + seed * 31 + at / 512).to_le_bytes()[0])
         .collect()
 }
 
@@ -181,7 +181,7 @@ fn many_requests_at_once_end_each_with_its_own_data() {
         }
         for block in 0..40 {
             let found = driver.memory.get(DATA + 0x2000 * block + 4096, 4096);
-            assert!(found == pattern(round * 100 + block as usize, 4096));
+            assert!(found == pattern(round * 100 + usize::try_from(block).unwrap(), 4096));
         }
     }
 }

@@ -114,7 +114,7 @@ impl Pair {
     }
 }
 
-fn tell(pauses: &mut Vec<std::time::Duration>) {
+fn tell(pauses: &mut [std::time::Duration]) {
     pauses.sort_unstable();
     let (median, longest) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
     eprintln!(

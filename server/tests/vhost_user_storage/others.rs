@@ -53,7 +53,9 @@ fn qemu_s_storage_daemon_is_served_killed_and_served_again() {
     let server = serve(&lab, &socket);
     assert_eq!(size_bytes(&lab), 16 << 20);
     let mut driver = Driver::running(lab.connect("d"), USUAL);
-    let bytes: Vec<u8> = (0..1 << 20).map(|at| (at / 512) as u8).collect();
+    let bytes: Vec<u8> = (0..1 << 20u32)
+        .map(|at: u32| (at / 512).to_le_bytes()[0])
+        .collect();
     assert_eq!(driver.write(8, &bytes), OK);
     assert_eq!(driver.request(T_FLUSH, 0, &[]).0, OK);
     assert!(std::fs::read(&image).unwrap()[4096..][..1 << 20] == bytes);

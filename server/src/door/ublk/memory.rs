@@ -270,6 +270,45 @@ mod tests {
     }
 
     #[test]
+    fn a_storage_that_hands_memory_on_gets_the_buffers_until_they_go() {
+        use std::sync::{Arc, Mutex};
+
+        /// The address and length of what it has, and the file.
+        type Seen = Arc<Mutex<Option<(usize, u64, File)>>>;
+        struct Recorder(Seen);
+        struct Hold(Seen);
+        impl Drop for Hold {
+            fn drop(&mut self) {
+                self.0.lock().unwrap().take();
+            }
+        }
+        impl Sharing for Recorder {
+            fn share(&self, memory: MappedFile<'_>) -> io::Result<SharedMemory> {
+                let file = memory.file.try_clone_to_owned()?.into();
+                *self.0.lock().unwrap() = Some((memory.address, memory.len_bytes, file));
+                Ok(SharedMemory::new(Hold(Arc::clone(&self.0))))
+            }
+        }
+
+        let seen = Seen::default();
+        let each = page_bytes();
+        let buffers = IoBuffers::new(4, each, Some(&Recorder(Arc::clone(&seen)))).unwrap();
+        // SAFETY: memory of `buffers`, which nothing else uses.
+        unsafe { (buffers.address(3) as *mut u8).write_volatile(7) };
+        {
+            let seen = seen.lock().unwrap();
+            let (address, len_bytes, file) = seen.as_ref().unwrap();
+            assert_eq!(*address as u64, buffers.address(0));
+            assert_eq!(*len_bytes, 4 * u64::from(each));
+            let mut byte = [0];
+            pread(file, &mut byte, 3 * u64::from(each)).unwrap();
+            assert_eq!(byte, [7], "another process that maps it sees the data");
+        }
+        drop(buffers);
+        assert!(seen.lock().unwrap().is_none());
+    }
+
+    #[test]
     #[should_panic(expected = "longer than its buffer")]
     fn a_list_does_not_reach_into_the_next_buffer() {
         let buffers = IoBuffers::new(2, page_bytes(), None).unwrap();

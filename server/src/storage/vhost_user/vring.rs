@@ -247,7 +247,8 @@ impl Vring {
         }
         let whole = Segment {
             guest: self.memory.guest + (self.base + table) as u64,
-            len_bytes: u32::from(count) * DESCRIPTOR_BYTES as u32,
+            // A table has 2048 bytes at most.
+            len_bytes: u32::try_from(usize::from(count) * DESCRIPTOR_BYTES).unwrap_or(0),
         };
         let at = DESCRIPTORS + usize::from(head) * DESCRIPTOR_BYTES;
         self.write_descriptor(at, whole, VRING_DESC_F_INDIRECT, None);
