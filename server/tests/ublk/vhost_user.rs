@@ -15,9 +15,13 @@ fn serve_behind(lab: &Sandbox) -> Server {
 }
 
 fn serve_front(lab: &Sandbox, behind: &Sandbox) -> Server {
+    serve_front_with(lab, behind, &[])
+}
+
+fn serve_front_with(lab: &Sandbox, behind: &Sandbox, more: &[&str]) -> Server {
     let socket = behind.path("run/exports/p/vhost-user-blk");
     let spec = format!("vhost-user:{}", socket.display());
-    lab.serve(&["--ublk", "yes", "--name", "d", &spec])
+    lab.serve(&[&["--ublk", "yes", "--name", "d", &spec], more].concat())
 }
 
 /// Has a block written while a server starts.
@@ -62,6 +66,12 @@ fn a_block_device_outlives_both_of_its_servers() {
             assert!(found.0 == [byte; BLOCK], "{block} of {round}");
         }
     }
+    let before = server;
+    server = write_meanwhile(&held, b'x', || {
+        serve_front_with(&lab, &behind, &["--take-over"])
+    });
+    assert!(before.wait().unwrap().0.success());
+    assert!(read_block(&held, 2).0 == [b'x'; BLOCK]);
     assert_eq!(stat(&lab)["ublk"]["device"].as_str().unwrap(), device);
     behind.ok(&["resize", "p", "32M"]);
     eventually("the block device has grown", || {

@@ -149,6 +149,30 @@ fn a_client_loses_nothing_when_the_server_behind_is_killed_again_and_again() {
 }
 
 #[test]
+fn the_server_in_front_hands_over_to_another_one() {
+    let pair = Pair::new();
+    let behind = serve_behind(&pair.behind);
+    let front = pair.serve_front();
+    let mut client = Client::connect(pair.front.connect("d"), USUAL);
+    assert!(client.start());
+    let ended = write(&mut client, 7);
+    let socket = pair.behind.path("run/exports/p/vhost-user-blk");
+    let spec = format!("d=vhost-user:{}", socket.display());
+    let next = pair.front.serve(&["--take-over", "--ublk", "no", &spec]);
+    let (status, log) = front.wait().unwrap();
+    assert!(status.success(), "{log}");
+    client = client.reconnect(|| pair.front.connect("d"));
+    assert!(client.start());
+    finish(&mut client, ended);
+    check(&mut client, 7);
+    drop(client);
+    next.stop().unwrap();
+    behind.stop().unwrap();
+    pair.front.is_clean();
+    pair.behind.is_clean();
+}
+
+#[test]
 fn a_client_loses_nothing_when_the_server_in_front_is_killed_again_and_again() {
     let pair = Pair::new();
     let behind = serve_behind(&pair.behind);

@@ -332,7 +332,8 @@ impl Peer {
     }
 
     /// Stops the virtqueues, which have nothing in flight: for the server this is a client that leaves.
-    pub(super) fn leave(&mut self, queues: u16) -> Result<(), VhostUserError> {
+    pub(super) fn leave(&mut self, queues: u16, limit: Duration) -> Result<(), VhostUserError> {
+        self.limit = limit;
         self.exchange("stop the virtqueues", |frontend| {
             (0..queues).try_for_each(|index| frontend.get_vring_base(index.into()).map(drop))
         })

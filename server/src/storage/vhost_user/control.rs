@@ -22,6 +22,12 @@ use crate::engine::repeats::Repeats;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
+/// A connection that lasted so long was a good one: the next is made at once.
+const GOOD_CONNECTION: Duration = Duration::from_secs(1);
+
+/// How long the server may take to answer when it is left.
+const LEAVE_LIMIT: Duration = Duration::from_secs(2);
+
 /// How long requests in flight are waited for where the memory table cannot be changed with them.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 const DRAIN_INTERVAL: Duration = Duration::from_millis(1);
@@ -41,6 +47,7 @@ pub(super) struct Control {
     mapped: Vec<Arc<Region>>,
     pause: Duration,
     next_attempt: Option<Instant>,
+    connected_at: Instant,
     losses: Repeats,
     told_of_slots: bool,
 }
@@ -63,6 +70,7 @@ impl Control {
             mapped: Vec::new(),
             pause: FIRST_PAUSE,
             next_attempt: None,
+            connected_at: Instant::now(),
             losses: Repeats::new(1),
             told_of_slots: false,
         }
@@ -238,17 +246,18 @@ impl Control {
         match connected {
             Ok(size_bytes) => {
                 self.next_attempt = None;
-                self.pause = FIRST_PAUSE;
+                self.connected_at = Instant::now();
                 tracing::info!(export = shared.export, "{name}: the server is back");
                 self.note_size(size_bytes);
             }
             Err(error) => {
                 let why = error.to_string();
-                if shared.set_away(&why).0 {
-                    tracing::warn!(export = shared.export, "{why}");
+                if shared.set_away(&why)
+                    && let Some(omitted) = self.losses.due_whatever_numbers(&why)
+                {
+                    tracing::warn!(export = shared.export, "{why}{omitted}");
                 }
-                self.next_attempt = Instant::now().checked_add(self.pause);
-                self.pause = (2 * self.pause).min(LONGEST_PAUSE);
+                self.try_later();
             }
         }
     }
@@ -277,11 +286,20 @@ impl Control {
                 None => tracing::warn!(export, "{text}"),
             }
         }
-        // A server that breaks the protocol does so again.
-        self.next_attempt = violation.and_then(|_| Instant::now().checked_add(self.pause));
-        if violation.is_some() {
-            self.pause = (2 * self.pause).min(LONGEST_PAUSE);
+        match violation.is_none() && self.connected_at.elapsed() >= GOOD_CONNECTION {
+            true => {
+                self.pause = FIRST_PAUSE;
+                self.next_attempt = None;
+            }
+            // It may do the same again.
+            false => self.try_later(),
         }
+    }
+
+    /// Has the next attempt to connect wait, the longer the more there were.
+    fn try_later(&mut self) {
+        self.next_attempt = Instant::now().checked_add(self.pause);
+        self.pause = (2 * self.pause).min(LONGEST_PAUSE);
     }
 
     /// Lets go of the connection.
@@ -442,7 +460,7 @@ impl Control {
         let count = u16::try_from(self.shared.queues.len()).unwrap_or(u16::MAX);
         if let Some(peer) = &mut self.peer {
             // A server that does not answer finds the connection closed.
-            let _ = peer.leave(count);
+            let _ = peer.leave(count, LEAVE_LIMIT);
         }
         self.forget();
     }

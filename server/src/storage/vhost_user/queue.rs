@@ -338,12 +338,21 @@ fn cut(segments: &mut Vec<Segment>, len_bytes: u64) {
 
 impl StorageQueue for VhostUserQueue {
     fn start(&mut self, ring: &mut Ring, slot: Slot, request: &mut Request) -> Progress {
+        let disk = &self.shared.disk;
         let nothing = match request.op() {
-            Op::Flush => !self.shared.disk.has_cache(),
+            Op::Flush => !disk.has_cache(),
             _ => request.len_bytes() == 0,
         };
         if nothing {
             return Progress::Done(Ok(()));
+        }
+        let is_lacking = match request.op() {
+            Op::Discard => disk.max_discard_bytes == 0,
+            Op::WriteZeroes { .. } => disk.max_write_zeroes_bytes == 0,
+            _ => false,
+        };
+        if is_lacking {
+            return Progress::Done(Err(IoError::Unsupported));
         }
         self.next_piece(ring, slot, request)
     }

@@ -148,8 +148,8 @@ impl Shared {
         connection.violation.take()
     }
 
-    /// Notes why there is no server. Returns whether that is new, and since when there is none.
-    pub(super) fn set_away(&self, why: &str) -> (bool, Instant) {
+    /// Notes why there is no server. Returns whether that is new.
+    pub(super) fn set_away(&self, why: &str) -> bool {
         let mut connection = self.connection();
         let is_new = connection.away.as_ref().is_none_or(|(_, was)| was != why);
         let since = connection
@@ -157,7 +157,7 @@ impl Shared {
             .as_ref()
             .map_or_else(Instant::now, |(since, _)| *since);
         connection.away = Some((since, why.to_owned()));
-        (is_new, since)
+        is_new
     }
 
     /// The server broke the protocol in the connection with this number, which ends.
