@@ -1,5 +1,6 @@
 //! The thread that keeps the connection: it connects again, tells the server of memory, and hears of another size.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -39,7 +40,7 @@ const OWN_REGIONS: usize = 2;
 pub(super) struct Control {
     shared: Arc<Shared>,
     orders: Receiver<Order>,
-    bell: EventFd,
+    bell: Arc<OwnedFd>,
     peer: Option<Peer>,
     /// The rings of this connection.
     rings: Option<Arc<RingMemory>>,
@@ -60,7 +61,7 @@ enum Then {
 }
 
 impl Control {
-    pub(super) fn new(shared: Arc<Shared>, orders: Receiver<Order>, bell: EventFd) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, orders: Receiver<Order>, bell: Arc<OwnedFd>) -> Self {
         Self {
             shared,
             orders,
@@ -170,7 +171,7 @@ impl Control {
             }
             let ready = self.wait();
             if ready.bell {
-                let _ = self.bell.read();
+                let _ = rustix::io::read(&self.bell, &mut [0; 8]);
             }
             if self.obey() == Then::End {
                 return;
@@ -188,12 +189,8 @@ impl Control {
         let limit = self.next_attempt.filter(|_| self.peer.is_none());
         let limit = limit.map(|at| at.saturating_duration_since(Instant::now()));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
-        // SAFETY: both are open as long as `self`, which is not changed meanwhile.
-        let bell = unsafe {
-            std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.bell))
-        };
         let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-        let mut fds = vec![readable(bell)];
+        let mut fds = vec![readable(self.bell.as_fd())];
         if let Some(peer) = &self.peer {
             fds.push(readable(peer.socket()));
             fds.extend(peer.channel().map(readable));

@@ -31,7 +31,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use rustix::event::{EventfdFlags, eventfd};
 
 pub use error::VhostUserError;
 pub use queue::VhostUserQueue;
@@ -126,16 +126,16 @@ impl VhostUser {
         let queues: io::Result<Vec<_>> =
             (0..count).map(|_| Virtqueue::new().map(Arc::new)).collect();
         let (orders, for_thread) = mpsc::channel();
-        let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(failed)?;
-        let other_bell = bell.try_clone().map_err(failed)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell = Arc::new(bell.map_err(|error| failed(error.into()))?);
         let shared = Arc::new(Shared::new(
             (options.export.clone(), options.socket.clone()),
             (peer.disk.clone(), limits.capacity.clone()),
             queues.map_err(failed)?.into(),
             BounceMemory::new().map_err(failed)?,
-            (orders, bell),
+            (orders, Arc::clone(&bell)),
         ));
-        let mut control = Control::new(Arc::clone(&shared), for_thread, other_bell);
+        let mut control = Control::new(Arc::clone(&shared), for_thread, bell);
         control.begin(peer)?;
         let thread = Builder::new()
             .name("vhost-storage".into())

@@ -1,14 +1,13 @@
 //! What the queues of a disk and its control thread share.
 
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
-
-use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::Disk;
 use super::memory::{BounceMemory, Regions};
@@ -63,7 +62,7 @@ pub(super) struct Shared {
     pub(super) on_change: OnceLock<Changed>,
     orders: mpsc::Sender<Order>,
     /// Wakes the control thread.
-    bell: EventFd,
+    bell: Arc<OwnedFd>,
     connection: Mutex<Connection>,
 }
 
@@ -73,7 +72,7 @@ impl Shared {
         (disk, capacity): (Disk, Capacity),
         queues: Box<[Arc<Virtqueue>]>,
         bounce: BounceMemory,
-        (orders, bell): (mpsc::Sender<Order>, EventFd),
+        (orders, bell): (mpsc::Sender<Order>, Arc<OwnedFd>),
     ) -> Self {
         Self {
             export,
@@ -112,7 +111,7 @@ impl Shared {
     pub(super) fn ask(&self, order: Order) {
         if self.orders.send(order).is_ok() {
             // It fails only if the counter is at its end, and then it is readable.
-            let _ = self.bell.write(1);
+            let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
         }
     }
 
