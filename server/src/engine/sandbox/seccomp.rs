@@ -354,6 +354,25 @@ mod tests {
     }
 
     #[test]
+    fn only_the_kinds_of_sockets_that_servers_of_storages_need_are_connected() {
+        let eperm = Some(libc::EPERM);
+        let socket = |family: libc::c_int| {
+            errno_of(libc::SYS_socket, [family.cast_unsigned() as usize, 1]) == eperm
+        };
+        for (network, sockets) in [(true, false), (false, true), (true, true)] {
+            let confined = || {
+                confine(false, Servers { network, sockets }).unwrap();
+                assert_ne!(errno_of(libc::SYS_connect, [usize::MAX, 0]), eperm);
+                assert_eq!(socket(libc::AF_INET), !network);
+                assert_eq!(socket(libc::AF_INET6), !network);
+                assert_eq!(socket(libc::AF_UNIX), !sockets);
+                assert!(socket(libc::AF_NETLINK));
+            };
+            std::thread::scope(|scope| scope.spawn(confined).join().unwrap());
+        }
+    }
+
+    #[test]
     fn a_confined_thread_starts_threads_and_no_programs_and_reaches_no_others() {
         // Its own thread: there is no way back.
         let confined = || {

@@ -129,6 +129,48 @@ fn descriptors_come_back_through_all_turns_of_the_indexes() {
 }
 
 #[test]
+fn whatever_a_server_writes_each_request_ends_once_or_the_server_is_caught() {
+    let mut random = testkit::random::Random(7);
+    let mut caught = 0;
+    'rings: for _ in 0..2000 {
+        let mut vring = vring(random.below(2) == 0);
+        let mut given = std::collections::BTreeSet::new();
+        for _ in 0..200 {
+            while vring.has_room(2) && random.below(4) > 0 {
+                assert!(given.insert(vring.submit(&READ, &[segment(1), segment(2)])));
+            }
+            // Anywhere in the rings and in what belongs to the requests; mostly where it matters.
+            let at = match random.below(4) {
+                0 => USED + 2,
+                1 => USED + 4 + 8 * random.index(256),
+                2 => CONTROL + STATUS + CONTROL_BYTES * random.index(256),
+                _ => random.index(EACH_BYTES - 4),
+            };
+            let word = match random.below(3) {
+                0 => random.next_u64(),
+                _ => random.below(8),
+            };
+            let word = &word.to_le_bytes()[..4];
+            vring.slice().write_slice(word, at).unwrap();
+            loop {
+                match vring.reap() {
+                    Ok(None) => break,
+                    Ok(Some((head, status))) => {
+                        assert!(given.remove(&head) && status <= 2);
+                    }
+                    Err(_) => {
+                        caught += 1;
+                        continue 'rings;
+                    }
+                }
+            }
+            assert_eq!(usize::from(vring.in_flight()), given.len());
+        }
+    }
+    assert!(caught > 1000, "{caught}");
+}
+
+#[test]
 fn what_no_server_does_is_noticed() {
     let answer = |head: &dyn Fn(u16) -> u32, index: u16, status: u8| {
         let mut vring = vring(true);
