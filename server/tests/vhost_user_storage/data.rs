@@ -184,6 +184,42 @@ fn many_requests_at_once_end_each_with_its_own_data() {
 }
 
 #[test]
+fn threads_that_share_a_virtqueue_get_each_its_own_answers() {
+    for mood in [Mood::Serve, Mood::Backwards] {
+        let (_scratch, peer) = peer(Knobs {
+            queues: 1,
+            mood,
+            ..Knobs::default()
+        });
+        let fixture = Fixture::new(open(peer.socket()), 2);
+        let mut driver = Driver::running(fixture.connect(), USUAL);
+        driver.add_vring(128);
+        for round in 0..300u16 {
+            for (vring, block) in [(0, 0), (1, 1), (1, 2)] {
+                let at = DATA + 0x2000 * block;
+                driver.header(at, T_OUT, block * 8);
+                driver
+                    .memory
+                    .put(at + 4096, &pattern(usize::from(round), 4096));
+                let chain = [(at, 16, 0), (at + 4096, 4096, 0), (at + 16, 1, WRITE)];
+                let first = 3 * u16::try_from(block).unwrap();
+                driver.submit_on(vring, first, &chain);
+            }
+            assert_eq!(driver.vrings[0].wait(&driver.memory).0, 0);
+            let mut both = [1, 1].map(|vring: usize| driver.vrings[vring].wait(&driver.memory).0);
+            both.sort_unstable();
+            assert_eq!(both, [3, 6]);
+            if round % 50 == 0 {
+                // Long enough for both to sleep.
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        }
+        let found = &peer.knobs().data[..3 * 4096];
+        assert!(found.chunks(4096).all(|block| block == pattern(299, 4096)));
+    }
+}
+
+#[test]
 fn without_a_write_back_cache_each_write_is_flushed() {
     let (_scratch, peer) = peer(Knobs::default());
     let fixture = Fixture::new(open(peer.socket()), 1);
