@@ -174,13 +174,44 @@ fn while_a_server_does_not_answer_other_exports_are_served() {
 }
 
 #[test]
+fn a_server_that_is_stopped_holds_up_its_own_disk_alone() {
+    let (behind, lab) = (sandbox(), sandbox());
+    let image = behind.image("disk.img", 4 << 20);
+    let spec = format!("p=file:{}", image.display());
+    let other = behind.serve(&["--ublk", "no", &spec]);
+    let socket = behind.path("run/exports/p/vhost-user-blk");
+    let spec = format!("d=vhost-user:{}", socket.display());
+    let server = lab.serve(&["--ublk", "no", &spec, "m=mem:1M"]);
+    let process = Pid::from_raw(other.pid().cast_signed()).unwrap();
+    kill_process(process, Signal::STOP).unwrap();
+    // A client that comes meanwhile gets through the handshake, although its memory finds no taker.
+    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    offer(&mut driver, 5);
+    let mut memory = Driver::running(lab.connect("m"), VERSION_1 | PROTOCOL);
+    for _ in 0..1000 {
+        assert_eq!(memory.write(0, &[3; 512]), OK);
+    }
+    assert_eq!(driver.vrings[0].reap(&driver.memory), None);
+    kill_process(process, Signal::CONT).unwrap();
+    assert_eq!(ended(&mut driver), OK);
+    assert_eq!(driver.read(0, 512), (OK, vec![5; 512]));
+    drop((driver, memory));
+    let log = server.stop().unwrap();
+    assert!(!log.contains("requests wait until it is back"), "{log}");
+    other.stop().unwrap();
+    lab.is_clean();
+    behind.is_clean();
+}
+
+#[test]
 fn a_stop_says_what_it_waits_for_and_a_second_signal_ends_it() {
     let lab = sandbox();
     let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
     let server = serve(&lab, peer.socket());
-    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    let mut driver = Driver::running(lab.connect("d"), USUAL | EVENT_IDX);
     leave(&lab, &peer);
     offer(&mut driver, 1);
+    driver.vrings[0].wait_taken(&driver.memory);
     let process = Pid::from_raw(server.pid().cast_signed()).unwrap();
     kill_process(process, Signal::TERM).unwrap();
     eventually("it says what it waits for", || {
@@ -198,9 +229,10 @@ fn a_stop_ends_when_the_server_is_back() {
     let lab = sandbox();
     let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
     let server = serve(&lab, peer.socket());
-    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    let mut driver = Driver::running(lab.connect("d"), USUAL | EVENT_IDX);
     leave(&lab, &peer);
     offer(&mut driver, 1);
+    driver.vrings[0].wait_taken(&driver.memory);
     let process = Pid::from_raw(server.pid().cast_signed()).unwrap();
     kill_process(process, Signal::TERM).unwrap();
     eventually("it waits", || server.log().contains("still waiting for"));
