@@ -387,7 +387,8 @@ fn an_idle_server_is_never_scheduled_and_small() {
     let server = lab.serve(&["a=mem:1G", "b=null:1T"]);
     sleeps(server.pid()).expect("without a client");
     let resident_kib = Holdings::of(server.pid()).unwrap().resident_kib;
-    assert!(resident_kib < 16 << 10, "{resident_kib} KiB resident");
+    // Most of it is the program, which is large where it is not optimized.
+    assert!(resident_kib < 20 << 10, "{resident_kib} KiB resident");
     server.stop().unwrap();
 }
 

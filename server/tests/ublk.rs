@@ -39,6 +39,8 @@ mod resize;
 mod unprivileged;
 #[path = "ublk/upgrade.rs"]
 mod upgrade;
+#[path = "ublk/vhost_user.rs"]
+mod vhost_user;
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};

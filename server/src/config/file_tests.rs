@@ -62,7 +62,7 @@ fn a_bad_file_gets_one_line_with_line_key_and_what_is_allowed() {
         ),
         (
             "[[export]]\nspec = 3",
-            "f.toml:2: export 1: spec: '': no storage: write KIND:ARG with null:SIZE, mem:SIZE, file:PATH or rbd:POOL/IMAGE",
+            "f.toml:2: export 1: spec: '': no storage: write KIND:ARG with null:SIZE, mem:SIZE, file:PATH, rbd:POOL/IMAGE or vhost-user:SOCKET",
         ),
         (
             "[[export]]\nspec = 'mem:1G'\n[[export]]\nspec = 'mem:1X'",

@@ -39,6 +39,11 @@ pub enum StorageSpec {
     },
     /// `rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT]`: an image of a Ceph cluster.
     Rbd(ImageName),
+    /// `vhost-user:SOCKET`: the disk of another vhost-user-blk server.
+    VhostUser {
+        /// The server's socket.
+        socket: PathBuf,
+    },
 }
 
 impl StorageSpec {
@@ -48,7 +53,7 @@ impl StorageSpec {
         match self {
             Self::Null { .. } => "null".into(),
             Self::Memory { .. } => "mem".into(),
-            Self::File { path, .. } => path
+            Self::File { path, .. } | Self::VhostUser { socket: path } => path
                 .file_stem()
                 .unwrap_or_default()
                 .to_string_lossy()
@@ -74,6 +79,9 @@ impl StorageSpec {
                 conf: image.conf.map(|conf| folder.join(conf)),
                 ..image
             }),
+            Self::VhostUser { socket } => Self::VhostUser {
+                socket: folder.join(socket),
+            },
             other => other,
         }
     }
@@ -88,6 +96,13 @@ impl fmt::Display for StorageSpec {
                 write!(f, "file:{}", commas::escape(&path.to_string_lossy()))
             }
             Self::Rbd(image) => write!(f, "rbd:{}", commas::escape(&image.to_string())),
+            Self::VhostUser { socket } => {
+                write!(
+                    f,
+                    "vhost-user:{}",
+                    commas::escape(&socket.to_string_lossy())
+                )
+            }
         }
     }
 }
@@ -170,12 +185,13 @@ fn parse(text: &str) -> Result<Spec, String> {
     let arg = keys.remove(0);
     let pairs = keys.iter().map(|part| commas::key_value(part));
     let options = match kind {
-        "null" | "mem" => read_keys::<ExportOptions>(pairs),
+        "null" | "mem" | "vhost-user" => read_keys::<ExportOptions>(pairs),
         "file" => read_keys::<FileKeys>(pairs),
         "rbd" => read_keys::<RbdKeys>(pairs),
         _ => {
             return Err(format!(
-                "no storage is called '{kind}': there are null:SIZE, mem:SIZE, file:PATH and rbd:POOL/IMAGE"
+                "no storage is called '{kind}': there are null:SIZE, mem:SIZE, file:PATH, rbd:POOL/IMAGE and \
+                 vhost-user:SOCKET"
             ));
         }
     };
@@ -200,6 +216,13 @@ fn parse(text: &str) -> Result<Spec, String> {
                 ..image
             })
         }
+        "vhost-user" if arg.is_empty() => {
+            return Err(
+                "no socket after 'vhost-user:': write vhost-user:/run/disk.sock, for instance"
+                    .into(),
+            );
+        }
+        "vhost-user" => StorageSpec::VhostUser { socket: arg.into() },
         _ if arg.is_empty() => {
             return Err("no path after 'file:': write file:/srv/disk.img, for instance".into());
         }
@@ -229,7 +252,7 @@ fn is_path(part: &str) -> bool {
 fn parse_bare_path(text: &str) -> Result<Spec, String> {
     if text.is_empty() {
         return Err(
-            "no storage: write KIND:ARG with null:SIZE, mem:SIZE, file:PATH or rbd:POOL/IMAGE"
+            "no storage: write KIND:ARG with null:SIZE, mem:SIZE, file:PATH, rbd:POOL/IMAGE or vhost-user:SOCKET"
                 .into(),
         );
     }

@@ -42,7 +42,12 @@ fn specs_are_parsed() {
 
 #[test]
 fn a_path_is_shown_as_it_is_written_in_a_spec() {
-    for text in ["file:/srv/a,,b.img", "mem:1G", "null:1536"] {
+    for text in [
+        "file:/srv/a,,b.img",
+        "mem:1G",
+        "null:1536",
+        "vhost-user:/run/a,,b.sock",
+    ] {
         let spec: Spec = text.parse().unwrap();
         assert_eq!(spec.storage.to_string(), text);
     }
@@ -82,6 +87,19 @@ fn an_image_of_a_cluster_is_named_with_its_pool() {
         unreachable!("it is one")
     };
     assert_eq!(image.conf.as_deref(), Some("/srv/c.conf".as_ref()));
+}
+
+#[test]
+fn another_server_is_named_by_its_socket() {
+    let spec: Spec = "vhost-user:run/vm7.sock,queues=2".parse().unwrap();
+    assert_eq!(spec.storage.default_name(), "vm7");
+    assert_eq!(options(&spec).queues, Some(2));
+    let StorageSpec::VhostUser { socket } = spec.storage.resolved("/srv".as_ref()) else {
+        unreachable!("it is one")
+    };
+    assert_eq!(socket, std::path::Path::new("/srv/run/vm7.sock"));
+    let error = "vhost-user:".parse::<Spec>().unwrap_err();
+    assert!(error.to_string().contains("no socket after"), "{error}");
 }
 
 #[test]

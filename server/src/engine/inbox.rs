@@ -257,9 +257,12 @@ impl Inbox {
         false
     }
 
+    /// The kind of its operation's token.
+    pub const KIND: u16 = 0;
+
     const TOKEN: Token = Token {
         owner: Owner::Bell,
-        kind: 0,
+        kind: Self::KIND,
         index: 0,
     };
 }

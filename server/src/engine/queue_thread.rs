@@ -270,7 +270,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
                     let token = completion.token;
                     self.advance(token.index, token.kind, completion.result);
                 }
-                Owner::Bell => self.storage.rang(),
+                Owner::Bell => self.storage.rang(&mut self.ring, completion.token.kind),
             }
         }
         self.batch = batch;

@@ -1,8 +1,10 @@
 //! What doors and queue threads need of a storage.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::sharing::Sharing;
 use crate::io::{Ring, Slot};
 use crate::request::{Limits, Progress, Request};
 
@@ -33,6 +35,16 @@ pub trait StorageControl: Send + Sync + 'static {
     /// [`Buffers::ring`]: crate::request::Buffers::ring
     fn ring_buffers(&self) -> RingBuffers {
         RingBuffers::No
+    }
+
+    /// Takes the memory that requests will lie in, if the storage hands it on to another process.
+    fn sharing(&self) -> Option<Arc<dyn Sharing>> {
+        None
+    }
+
+    /// Why requests wait at present, if that is known: for messages.
+    fn waits_for(&self) -> Option<String> {
+        None
     }
 
     /// Makes the storage at least `wanted_bytes` long, if a length is given, and returns its length.
@@ -161,8 +173,8 @@ pub trait StorageQueue {
         true
     }
 
-    /// The operation of [`listen`](Self::listen) has completed.
-    fn rang(&mut self) {}
+    /// An operation of [`crate::io::Owner::Bell`], of this kind, has completed.
+    fn rang(&mut self, _ring: &mut Ring, _kind: u16) {}
 
     /// Waits, for at most `limit`, until nothing outside of this thread and its ring uses memory of a request. Returns
     /// whether that was reached; if not, the memory is leaked. The thread calls nothing else after it.

@@ -461,6 +461,15 @@ fn open_image(config: &ExportConfig, is_confined: bool) -> Result<Option<File>> 
             );
             return Ok(None);
         }
+        StorageSpec::VhostUser { socket } => {
+            ensure!(
+                !is_confined,
+                "a confined server makes no connection to another one for an export that is added: serve vhost-user:{} by \
+                 another server, or start this one with --sandbox=no",
+                socket.display()
+            );
+            return Ok(None);
+        }
         StorageSpec::Null { .. } | StorageSpec::Memory { .. } => return Ok(None),
     };
     let later = claims_later(config);

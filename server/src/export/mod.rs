@@ -244,7 +244,14 @@ impl Export {
                 },
             );
         }
-        reach.uses_network |= matches!(config.storage, StorageSpec::Rbd(_));
+        reach.servers.network |= matches!(config.storage, StorageSpec::Rbd(_));
+        if let StorageSpec::VhostUser { socket } = &config.storage {
+            reach.servers.sockets = true;
+            // A server that starts again makes its socket anew.
+            if let Some(folder) = socket.parent() {
+                add(folder, Access::Sockets);
+            }
+        }
         let folder = self.claim.folder();
         add(folder, Access::Folder);
         if let Some(exports) = folder.parent() {
@@ -369,7 +376,16 @@ impl Watch {
     /// What it waits for, if it is known.
     #[must_use]
     pub fn waits_for(&self) -> Option<String> {
-        self.0.doors().waits_for.clone()
+        let what = self.0.doors().waits_for.clone()?;
+        let storage = self
+            .0
+            .storage()
+            .as_ref()
+            .and_then(|storage| storage.waits_for());
+        Some(match storage {
+            Some(why) => format!("{what} ({why})"),
+            None => what,
+        })
     }
 
     /// Makes the disk as large as its storage, which another program may have changed.

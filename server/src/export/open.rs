@@ -27,7 +27,9 @@ use crate::request::Limits;
 use crate::request::format_size;
 #[cfg(feature = "testing")]
 use crate::storage::Fault;
-use crate::storage::{File, FileOptions, Memory, Null, Rbd, RbdOptions};
+use crate::storage::{
+    File, FileOptions, Memory, Null, Rbd, RbdOptions, VhostUser, VhostUserOptions,
+};
 
 /// Largest discard and write-zeroes that clients of null and memory disks are told of.
 const MAX_RANGE_BYTES: u64 = 1 << 30;
@@ -96,6 +98,18 @@ impl Opening<'_> {
                     claim_later: claims_later(config),
                     predecessor,
                     note_owner: Box::new(move |owner| note.replace(owner, || {})),
+                })?;
+                self.open(disk)
+            }
+            StorageSpec::VhostUser { socket } => {
+                let disk = VhostUser::open(&VhostUserOptions {
+                    export: config.name.clone(),
+                    socket: socket.clone(),
+                    read_only: config.read_only,
+                    block_bytes: config.block_bytes,
+                    serial: config.serial,
+                    // Those of both doors.
+                    queues: config.queues.saturating_add(config.vhost_threads),
                 })?;
                 self.open(disk)
             }
@@ -382,7 +396,7 @@ impl Opening<'_> {
 fn outlives_server(config: &ExportConfig) -> bool {
     matches!(
         config.storage,
-        StorageSpec::File { .. } | StorageSpec::Rbd(_)
+        StorageSpec::File { .. } | StorageSpec::Rbd(_) | StorageSpec::VhostUser { .. }
     )
 }
 

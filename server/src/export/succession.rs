@@ -17,7 +17,7 @@ use super::recovery::{Kernel, is_recorded};
 use super::runtime_dir::RuntimeDir;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
 use crate::request::format_size;
-use crate::storage::{Rbd, identity};
+use crate::storage::{Rbd, VhostUser, identity};
 
 /// What a new server does about an earlier one of the same name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -134,6 +134,16 @@ fn may_succeed(
                 "rbd:{image} is not the image that is served: it was replaced meanwhile"
             );
             size_bytes
+        }
+        // The server of the disk has one client at a time, and that is still the other server.
+        StorageSpec::VhostUser { socket } => {
+            let served = noted.and_then(|note| note.storage.as_deref());
+            ensure!(
+                served.is_none_or(|served| served == VhostUser::identity(socket)),
+                "vhost-user:{} is not the server whose disk is served",
+                socket.display()
+            );
+            old.size_bytes
         }
     };
     if size_bytes < old.size_bytes {

@@ -1,13 +1,15 @@
 //! Page-aligned memory of this process.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::ptr;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vm_memory::VolatileSlice;
 
-/// Private anonymous memory. It reads as zeroes until it is written to, and pages that were never
-/// touched take no room.
+/// Anonymous memory, private unless it is made [`shareable`](Self::shareable). It reads as zeroes until it is written to,
+/// and pages that were never touched take no room.
 #[derive(Debug)]
 pub struct AnonymousMemory {
     base: *mut u8,
@@ -40,6 +42,31 @@ impl AnonymousMemory {
             base: base.cast(),
             len_bytes,
         })
+    }
+
+    /// Maps `len_bytes` that another process can map as well: it is given the descriptor, and cannot take pages away
+    /// from here with it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and without a descriptor.
+    pub fn shareable(name: &str, len_bytes: usize) -> io::Result<(Self, OwnedFd)> {
+        let file = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        ftruncate(&file, len_bytes as u64)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        // SAFETY: as in `new`.
+        let base = unsafe {
+            mmap(
+                ptr::null_mut(),
+                len_bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                &file,
+                0,
+            )?
+        };
+        let base = base.cast();
+        Ok((Self { base, len_bytes }, file))
     }
 
     /// The first byte. Valid for as long as the value.

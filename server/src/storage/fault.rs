@@ -11,7 +11,7 @@ use io_uring::{opcode, types};
 
 use super::escape::Escape;
 
-use crate::engine::{Changed, Fenced, RingBuffers, Storage, StorageControl, StorageQueue};
+use crate::engine::{Changed, Fenced, RingBuffers, Sharing, Storage, StorageControl, StorageQueue};
 use crate::io::{Owner, Ring, Slot, Token};
 use crate::request::{IoError, Limits, Op, Progress, Request};
 
@@ -193,6 +193,14 @@ impl<B: Storage> StorageControl for Fault<B> {
 
     fn ring_buffers(&self) -> RingBuffers {
         self.disk.ring_buffers()
+    }
+
+    fn sharing(&self) -> Option<Arc<dyn Sharing>> {
+        self.disk.sharing()
+    }
+
+    fn waits_for(&self) -> Option<String> {
+        self.disk.waits_for()
     }
 
     fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
@@ -381,8 +389,8 @@ impl<Q: StorageQueue> StorageQueue for FaultQueue<Q> {
         self.disk.listen(ring)
     }
 
-    fn rang(&mut self) {
-        self.disk.rang();
+    fn rang(&mut self, ring: &mut Ring, kind: u16) {
+        self.disk.rang(ring, kind);
     }
 
     fn quiesce(&mut self, limit: Duration) -> bool {

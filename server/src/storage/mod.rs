@@ -13,6 +13,7 @@ mod file;
 mod memory;
 mod null;
 mod rbd;
+mod vhost_user;
 
 #[cfg(feature = "testing")]
 pub use escape::VARIABLE as ESCAPE_VARIABLE;
@@ -22,3 +23,4 @@ pub use file::{CacheMode, File, FileOptions, ImageFormat, OpenError, identity, o
 pub use memory::Memory;
 pub use null::Null;
 pub use rbd::{Examined, ImageName, Rbd, RbdError, RbdOptions};
+pub use vhost_user::{VhostUser, VhostUserError, VhostUserOptions};

@@ -212,7 +212,7 @@ impl StorageQueue for ElsewhereQueue {
         self.inbox.listen(ring)
     }
 
-    fn rang(&mut self) {
+    fn rang(&mut self, _: &mut Ring, _kind: u16) {
         self.inbox.rang();
     }
 

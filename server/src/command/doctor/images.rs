@@ -1,4 +1,4 @@
-//! Images of clusters that exports have.
+//! Storages beyond this machine's files that exports have: images of clusters, disks of other servers.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,7 +8,7 @@ use crate::command::left;
 use crate::config::{ExportConfig, ExportOptions, StorageSpec, is_configured, read_config};
 use crate::export::runtime_dir::RuntimeDir;
 use crate::request::format_size;
-use crate::storage::Rbd;
+use crate::storage::{ImageName, Rbd, VhostUser, VhostUserError};
 
 /// A finding for each export with such an image in `configuration`, or noted in the runtime directory. Without one nothing
 /// of Ceph is needed, and nothing is loaded.
@@ -26,10 +26,27 @@ pub(super) fn findings(dir: &RuntimeDir, configuration: &Path) -> Vec<Finding> {
 }
 
 fn examine(export: &ExportConfig) -> Option<Finding> {
-    let StorageSpec::Rbd(image) = &export.storage else {
-        return None;
+    let (verdict, finding) = match &export.storage {
+        StorageSpec::Rbd(image) => examine_image(image, export.read_only),
+        StorageSpec::VhostUser { socket } => match VhostUser::examine(socket) {
+            Ok(size_bytes) => {
+                let size = format_size(size_bytes);
+                (
+                    Verdict::Ok,
+                    format!("vhost-user:{}, {size}", socket.display()),
+                )
+            }
+            // It may be that the export is served, and has the server.
+            Err(error @ VhostUserError::Step { .. }) => (Verdict::Warning, error.to_string()),
+            Err(error) => (Verdict::Problem, error.to_string()),
+        },
+        _ => return None,
     };
-    let (verdict, finding) = match Rbd::check(image, export.read_only) {
+    Some((verdict, format!("{}: {finding}", export.name)))
+}
+
+fn examine_image(image: &ImageName, read_only: bool) -> (Verdict, String) {
+    match Rbd::check(image, read_only) {
         Ok(found) => {
             let size = format_size(found.size_bytes);
             let owner = match found.owner {
@@ -42,6 +59,5 @@ fn examine(export: &ExportConfig) -> Option<Finding> {
             }
         }
         Err(error) => (Verdict::Problem, error.to_string()),
-    };
-    Some((verdict, format!("{}: {finding}", export.name)))
+    }
 }

@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
+use std::os::fd::AsFd;
 use std::ptr;
 
 use libublk::sys::{self, ublksrv_io_desc};
 use rustix::io::{pread, pwrite};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
+use crate::engine::{MappedFile, SharedMemory, Sharing};
 use crate::io::AnonymousMemory;
 use crate::request::{Buffer, BufferLists, Buffers, IoError};
 
@@ -85,15 +87,33 @@ pub(super) struct IoBuffers {
     depth: u16,
     /// One list of one entry per tag, for the requests to borrow.
     lists: ManuallyDrop<BufferLists>,
+    /// Where the storage hands the memory on. It ends before the memory does.
+    shared: ManuallyDrop<Option<SharedMemory>>,
     leaked: bool,
 }
 
 impl IoBuffers {
-    /// `depth` buffers of `each_bytes`, a multiple of the page size.
-    pub(super) fn new(depth: u16, each_bytes: u32) -> io::Result<Self> {
+    /// `depth` buffers of `each_bytes`, a multiple of the page size, for a storage that may hand them on.
+    pub(super) fn new(
+        depth: u16,
+        each_bytes: u32,
+        sharing: Option<&dyn Sharing>,
+    ) -> io::Result<Self> {
         let each_bytes = each_bytes as usize;
         let len_bytes = each_bytes * usize::from(depth);
-        let memory = AnonymousMemory::new(len_bytes)?;
+        let (memory, shared) = match sharing {
+            None => (AnonymousMemory::new(len_bytes)?, None),
+            Some(sharing) => {
+                let (memory, file) = AnonymousMemory::shareable("ublkup-buffers", len_bytes)?;
+                let shared = sharing.share(MappedFile {
+                    file: file.as_fd(),
+                    offset_bytes: 0,
+                    address: memory.as_ptr().addr(),
+                    len_bytes: len_bytes as u64,
+                })?;
+                (memory, Some(shared))
+            }
+        };
         // Small requests must not cost a huge page each. Kernels without huge pages refuse the
         // advice, and need none.
         // SAFETY: the range is the new mapping; the advice changes no content.
@@ -103,6 +123,7 @@ impl IoBuffers {
             each_bytes,
             depth,
             lists: ManuallyDrop::new(BufferLists::new(depth.into(), 1)),
+            shared: ManuallyDrop::new(shared),
             leaked: false,
         })
     }
@@ -182,10 +203,11 @@ impl Drop for IoBuffers {
             // The driver may still write here. The memory stays.
             return;
         }
-        // SAFETY: neither is used after this. The queue thread drained its ring before it dropped the door, and it
+        // SAFETY: none is used after this. The queue thread drained its ring before it dropped the door, and it
         // does not drop the door when that failed.
         unsafe {
             ManuallyDrop::drop(&mut self.lists);
+            ManuallyDrop::drop(&mut self.shared);
             ManuallyDrop::drop(&mut self.memory);
         }
     }
@@ -198,7 +220,7 @@ mod tests {
     #[test]
     fn buffers_of_different_tags_do_not_overlap() {
         let each = page_bytes() * 2;
-        let buffers = IoBuffers::new(4, each).unwrap();
+        let buffers = IoBuffers::new(4, each, None).unwrap();
         for tag in 0..4 {
             // SAFETY: nothing else uses the tag or its buffer.
             let lent = unsafe { buffers.lend(tag, each as usize) };
@@ -220,7 +242,7 @@ mod tests {
     #[test]
     fn the_server_copies_to_and_from_the_place_of_a_tag() {
         let each = page_bytes();
-        let buffers = IoBuffers::new(4, each).unwrap();
+        let buffers = IoBuffers::new(4, each, None).unwrap();
         // A file with room for the pages of queue 1, tag 2, which begin here.
         let at = 0x8000_0000u64 + (1 << 41) + (2 << 25);
         let device: File = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)
@@ -248,9 +270,48 @@ mod tests {
     }
 
     #[test]
+    fn a_storage_that_hands_memory_on_gets_the_buffers_until_they_go() {
+        use std::sync::{Arc, Mutex};
+
+        /// The address and length of what it has, and the file.
+        type Seen = Arc<Mutex<Option<(usize, u64, File)>>>;
+        struct Recorder(Seen);
+        struct Hold(Seen);
+        impl Drop for Hold {
+            fn drop(&mut self) {
+                self.0.lock().unwrap().take();
+            }
+        }
+        impl Sharing for Recorder {
+            fn share(&self, memory: MappedFile<'_>) -> io::Result<SharedMemory> {
+                let file = memory.file.try_clone_to_owned()?.into();
+                *self.0.lock().unwrap() = Some((memory.address, memory.len_bytes, file));
+                Ok(SharedMemory::new(Hold(Arc::clone(&self.0))))
+            }
+        }
+
+        let seen = Seen::default();
+        let each = page_bytes();
+        let buffers = IoBuffers::new(4, each, Some(&Recorder(Arc::clone(&seen)))).unwrap();
+        // SAFETY: memory of `buffers`, which nothing else uses.
+        unsafe { (buffers.address(3) as *mut u8).write_volatile(7) };
+        {
+            let seen = seen.lock().unwrap();
+            let (address, len_bytes, file) = seen.as_ref().unwrap();
+            assert_eq!(*address as u64, buffers.address(0));
+            assert_eq!(*len_bytes, 4 * u64::from(each));
+            let mut byte = [0];
+            pread(file, &mut byte, 3 * u64::from(each)).unwrap();
+            assert_eq!(byte, [7], "another process that maps it sees the data");
+        }
+        drop(buffers);
+        assert!(seen.lock().unwrap().is_none());
+    }
+
+    #[test]
     #[should_panic(expected = "longer than its buffer")]
     fn a_list_does_not_reach_into_the_next_buffer() {
-        let buffers = IoBuffers::new(2, page_bytes()).unwrap();
+        let buffers = IoBuffers::new(2, page_bytes(), None).unwrap();
         // SAFETY: nothing else uses the tag.
         unsafe { buffers.lend(0, page_bytes() as usize + 1) };
     }

@@ -24,7 +24,7 @@ use crate::engine::counters::Counters;
 use crate::engine::cpus::{Cpus, is_bound_to_one};
 use crate::engine::threads::ThreadOptions;
 use crate::engine::throttle::Throttle;
-use crate::engine::{DoorQueue, Next};
+use crate::engine::{DoorQueue, Next, Sharing};
 use crate::io::{Completion, Full, Owner, Ring, Slot, Token};
 use crate::request::{Buffers, IoError, Limits, Op, Outcome, Range, Request, SECTOR_SHIFT};
 
@@ -71,6 +71,8 @@ pub(super) struct QueueConfig {
     pub(super) cpus: Option<Cpus>,
     /// Whether it must run there.
     pub(super) insists: bool,
+    /// Takes the buffers for data, where the storage hands them on.
+    pub(super) sharing: Option<Arc<dyn Sharing>>,
 }
 
 /// One queue of a ublk device. The slot of a request is its tag.
@@ -120,7 +122,11 @@ impl UblkQueue {
             buffers: match config.data {
                 DataPath::ZeroCopy if !config.may_copy => None,
                 // What is not used is no memory yet.
-                _ => Some(IoBuffers::new(depth, config.buffer_bytes)?),
+                _ => Some(IoBuffers::new(
+                    depth,
+                    config.buffer_bytes,
+                    config.sharing.as_deref(),
+                )?),
             },
             unregistered: vec![false; depth.into()].into_boxed_slice(),
             fetched: VecDeque::with_capacity(depth.into()),

@@ -43,6 +43,7 @@ fn queue() -> UblkQueue {
         longest_hold: Duration::MAX,
         cpus: None,
         insists: false,
+        sharing: None,
     })
     .unwrap()
 }

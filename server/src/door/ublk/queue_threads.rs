@@ -151,6 +151,7 @@ impl QueueThreads {
                 },
                 cpus: (facts.affinity.as_ref()).map(|cpus| cpus[usize::from(queue)].clone()),
                 insists: config.affinity == Some(true),
+                sharing: storage.sharing(),
             };
             let ring_places = config.ring_places.unwrap_or(info.queue_depth);
             let thread = self.spawn(queue_config, ring_places, storage);

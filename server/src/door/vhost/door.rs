@@ -51,6 +51,7 @@ impl VhostDoor {
             return Err(StartError::QueueThreads(queue_threads));
         }
         let limits = disk.limits().clone();
+        let sharing = disk.sharing();
         let serve = {
             let ownership = Arc::clone(&ownership);
             move |connection: &Arc<Connection>| {
@@ -66,7 +67,9 @@ impl VhostDoor {
                     threads: queue_threads,
                 };
                 let connection = Arc::clone(connection);
-                Session::new(connection, sizes, spawn, Arc::clone(&ownership)).serve()
+                let mut session = Session::new(connection, sizes, spawn, Arc::clone(&ownership));
+                session.share_memory(sharing.clone());
+                session.serve()
             }
         };
         let shared = Arc::new(Shared {

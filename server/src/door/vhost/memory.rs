@@ -6,6 +6,7 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use vm_memory::VolatileSlice;
 
 use super::access;
 use super::shared::Shared;
+use crate::engine::{MappedFile, SharedMemory, Sharing};
 
 /// `f_type` of hugetlbfs (`HUGETLBFS_MAGIC` in linux/magic.h).
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
@@ -40,6 +42,8 @@ pub(super) struct RegionAddress {
 #[derive(Clone, Debug)]
 pub(super) struct Region {
     address: RegionAddress,
+    /// Where the storage hands it on. Before the memory: that is unmapped after it.
+    shared: Option<Arc<SharedMemory>>,
     memory: Shared,
 }
 
@@ -88,7 +92,28 @@ impl Region {
         let memory = mapping
             .part(before, len_bytes)
             .ok_or_else(|| invalid("a memory region is too long"))?;
-        Ok(Self { address, memory })
+        Ok(Self {
+            address,
+            shared: None,
+            memory,
+        })
+    }
+
+    /// Shares it, the part of `file` from `offset`, with a storage that hands it on: before a request lies in it.
+    pub(super) fn share(
+        &mut self,
+        sharing: &dyn Sharing,
+        file: &File,
+        offset: u64,
+    ) -> io::Result<()> {
+        let shared = sharing.share(MappedFile {
+            file: file.as_fd(),
+            offset_bytes: offset,
+            address: self.memory.start().as_ptr().addr(),
+            len_bytes: self.address.len_bytes,
+        })?;
+        self.shared = Some(Arc::new(shared));
+        Ok(())
     }
 
     /// What the client said about it.

@@ -28,6 +28,7 @@ use super::queue::Command;
 use super::ring_layout::{RingAddresses, used_ring_bytes};
 use super::vring::Start;
 use crate::door::ownership::{Client, Identity, Lease, Ownership};
+use crate::engine::Sharing;
 use crate::engine::mailbox::Sender;
 
 /// `VHOST_F_LOG_ALL`: what requests write is marked in the log of dirty pages.
@@ -92,6 +93,8 @@ pub(super) struct Session {
     sizes: Sizes,
     spawn: Spawn,
     ownership: Arc<Ownership>,
+    /// Takes the client's memory, where the storage hands it on.
+    sharing: Option<Arc<dyn Sharing>>,
     /// The right to the disk, from the first vring on.
     lease: Option<Lease>,
     threads: BTreeMap<u16, QueueHandle>,
@@ -121,6 +124,7 @@ impl Session {
             sizes,
             spawn,
             ownership,
+            sharing: None,
             lease: None,
             threads: BTreeMap::new(),
             map: Arc::default(),
@@ -132,6 +136,11 @@ impl Session {
             status: 0,
             vrings: Vec::new(),
         }
+    }
+
+    /// Has `sharing` take the client's memory.
+    pub(super) fn share_memory(&mut self, sharing: Option<Arc<dyn Sharing>>) {
+        self.sharing = sharing;
     }
 
     /// Serves the client until either side disconnects, then ends the queue threads.

@@ -28,6 +28,8 @@ pub enum Access {
     Folder,
     /// Devices are read and written, and sockets bound to them (Linux with fd addresses); files are removed.
     Devices,
+    /// Sockets are connected to.
+    Sockets,
     /// Files and sockets are removed.
     RemoveFiles,
     /// Empty folders are removed, after a look.
@@ -57,6 +59,7 @@ impl Access {
             Self::Devices => {
                 data | AccessFs::IoctlDev | AccessFs::MakeSock | Self::RemoveFiles.rights()
             }
+            Self::Sockets => AccessFs::ResolveUnix.into(),
             Self::RemoveFiles => AccessFs::RemoveFile.into(),
             Self::RemoveFolders => AccessFs::ReadDir | AccessFs::RemoveDir,
             Self::MoveFolders => Self::RemoveFolders.rights() | AccessFs::Refer,
@@ -76,7 +79,16 @@ pub struct Reach {
     /// Commands to the ublk driver for devices of administrators.
     pub administers_devices: bool,
     /// Servers of a storage, to which connections are made again and again.
-    pub uses_network: bool,
+    pub servers: Servers,
+}
+
+/// How servers of storages are reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Servers {
+    /// By the network.
+    pub network: bool,
+    /// By sockets with a path, each in a folder with [`Access::Sockets`].
+    pub sockets: bool,
 }
 
 impl Reach {
@@ -93,7 +105,7 @@ impl Reach {
 }
 
 /// What rules of this kernel leave open that those of newer ones do not.
-pub(super) fn lacks() -> Vec<String> {
+pub(super) fn lacks(reach: &Reach) -> Vec<String> {
     // LANDLOCK_CREATE_RULESET_VERSION (include/uapi/linux/landlock.h) asks for the version.
     let (nothing, no_bytes, ask_version) = (std::ptr::null::<u8>(), 0usize, 1u32);
     // SAFETY: with this flag the call takes no memory.
@@ -114,8 +126,13 @@ pub(super) fn lacks() -> Vec<String> {
     let lacks = lacks
         .into_iter()
         .filter(|(since, _)| (1..*since).contains(&version));
+    // Datagrams are what the filter of system calls cannot tell; and it lets pass connections, if they are made again.
+    let how = match reach.servers.sockets {
+        true => "connect and send datagrams to",
+        false => "send datagrams to",
+    };
     lacks
-        .map(|(_, what)| format!("it can send datagrams to {what}"))
+        .map(|(_, what)| format!("it can {how} {what}"))
         .collect()
 }
 
@@ -151,7 +168,7 @@ impl Files {
 fn rules(reach: &Reach) -> Result<landlock::RulesetCreated, RulesetError> {
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
-        .handle_access(match reach.uses_network {
+        .handle_access(match reach.servers.network {
             true => AccessNet::BindTcp.into(),
             false => AccessNet::from_all(NEWEST),
         })?

@@ -25,7 +25,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use files::Files;
-pub use files::{Access, Reach};
+pub use files::{Access, Reach, Servers};
 use mounts::Namespace;
 use threads::{Change, Confinement, Lack};
 
@@ -126,7 +126,7 @@ fn confine(reach: &Reach, all_threads: bool) -> Status {
     if let Err(error) = &files {
         missing.push(format!("files stay open to it: {error}"));
     }
-    missing.extend(files::lacks());
+    missing.extend(files::lacks(reach));
     let confinement = Confinement {
         files: files.ok(),
         rings: ThreadRestrictions::default(),
@@ -157,7 +157,7 @@ fn confine(reach: &Reach, all_threads: bool) -> Status {
         }
         Err(error) => missing.push(format!("threads that ran before are as they were: {error}")),
     }
-    if let Err(error) = seccomp::confine(all_threads, reach.uses_network) {
+    if let Err(error) = seccomp::confine(all_threads, reach.servers) {
         missing.push(format!("all system calls stay open to it: {error}"));
     }
     let status = Status { on: true, missing };

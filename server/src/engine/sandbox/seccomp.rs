@@ -16,6 +16,8 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, sock_filter,
 };
 
+use super::files::Servers;
+
 /// The last system call that this list was made with (`file_setattr`, Linux 6.17). From 424 on all architectures have
 /// the same numbers. The other table of calls of x86 (x32) begins far above.
 const NEWEST: u32 = 469;
@@ -182,9 +184,9 @@ const NAMESPACES: [libc::c_int; 7] = [
 /// # Errors
 ///
 /// Why the kernel does not take it.
-pub(super) fn confine(all_threads: bool, uses_network: bool) -> io::Result<()> {
+pub(super) fn confine(all_threads: bool, servers: Servers) -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
-    let program = program(uses_network).map_err(io::Error::other)?;
+    let program = program(servers).map_err(io::Error::other)?;
     let len = u16::try_from(program.len()).map_err(io::Error::other)?;
     let program = libc::sock_fprog {
         len,
@@ -206,7 +208,7 @@ pub(super) fn confine(all_threads: bool, uses_network: bool) -> io::Result<()> {
     }
 }
 
-fn program(uses_network: bool) -> Result<BpfProgram, seccompiler::BackendError> {
+fn program(servers: Servers) -> Result<BpfProgram, seccompiler::BackendError> {
     let [load, jump_if_equal, jump_if_greater, answer] = [
         libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
         libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
@@ -231,12 +233,7 @@ fn program(uses_network: bool) -> Result<BpfProgram, seccompiler::BackendError> 
     ];
     let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
     let eperm = SeccompAction::Errno(libc::EPERM.cast_unsigned());
-    let filter = SeccompFilter::new(
-        rules(uses_network)?,
-        SeccompAction::Allow,
-        eperm,
-        architecture,
-    )?;
+    let filter = SeccompFilter::new(rules(servers)?, SeccompAction::Allow, eperm, architecture)?;
     program.extend(BpfProgram::try_from(filter)?);
     Ok(program)
 }
@@ -244,7 +241,7 @@ fn program(uses_network: bool) -> Result<BpfProgram, seccompiler::BackendError> 
 type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
 
 /// Which calls are forbidden, each with the arguments with which it is, if not with all.
-fn rules(uses_network: bool) -> Result<Rules, seccompiler::BackendError> {
+fn rules(servers: Servers) -> Result<Rules, seccompiler::BackendError> {
     let is = |argument, op, value| SeccompCondition::new(argument, Len::Dword, op, value);
     let number = |value: libc::c_int| u64::from(value.cast_unsigned());
     let always = [FORBIDDEN, OLD, &BY_NUMBER].concat();
@@ -267,14 +264,17 @@ fn rules(uses_network: bool) -> Result<Rules, seccompiler::BackendError> {
         SeccompRule::new(conditions.collect::<Result<_, _>>()?)
     };
     let local = other_than(&[libc::AF_UNIX])?;
-    rules.insert(libc::SYS_socketpair, vec![local.clone()]);
-    if uses_network {
-        // Which address is connected a filter does not see: none of AF_UNIX, so that no program of this machine is.
-        let families = [libc::AF_INET, libc::AF_INET6];
-        rules.insert(libc::SYS_socket, vec![other_than(&families)?]);
+    rules.insert(libc::SYS_socketpair, vec![local]);
+    // Which address is connected a filter does not see: so it is the kind of socket that decides. With the network alone
+    // none of AF_UNIX, so that no program of this machine is reached; with sockets Landlock decides which.
+    let families: &[libc::c_int] = match (servers.network, servers.sockets) {
+        (false, _) => &[libc::AF_UNIX],
+        (true, false) => &[libc::AF_INET, libc::AF_INET6],
+        (true, true) => &[libc::AF_INET, libc::AF_INET6, libc::AF_UNIX],
+    };
+    rules.insert(libc::SYS_socket, vec![other_than(families)?]);
+    if servers.network || servers.sockets {
         rules.remove(&libc::SYS_connect);
-    } else {
-        rules.insert(libc::SYS_socket, vec![local]);
     }
 
     // This process may signal itself; abort(3) does.
@@ -354,10 +354,29 @@ mod tests {
     }
 
     #[test]
+    fn only_the_kinds_of_sockets_that_servers_of_storages_need_are_connected() {
+        let eperm = Some(libc::EPERM);
+        let socket = |family: libc::c_int| {
+            errno_of(libc::SYS_socket, [family.cast_unsigned() as usize, 1]) == eperm
+        };
+        for (network, sockets) in [(true, false), (false, true), (true, true)] {
+            let confined = || {
+                confine(false, Servers { network, sockets }).unwrap();
+                assert_ne!(errno_of(libc::SYS_connect, [usize::MAX, 0]), eperm);
+                assert_eq!(socket(libc::AF_INET), !network);
+                assert_eq!(socket(libc::AF_INET6), !network);
+                assert_eq!(socket(libc::AF_UNIX), !sockets);
+                assert!(socket(libc::AF_NETLINK));
+            };
+            std::thread::scope(|scope| scope.spawn(confined).join().unwrap());
+        }
+    }
+
+    #[test]
     fn a_confined_thread_starts_threads_and_no_programs_and_reaches_no_others() {
         // Its own thread: there is no way back.
         let confined = || {
-            confine(false, false).unwrap();
+            confine(false, Servers::default()).unwrap();
             let eperm = Some(libc::EPERM);
             let denied = |error: io::Error| assert_eq!(error.raw_os_error(), eperm, "{error}");
             assert_eq!(std::thread::spawn(|| 7).join().unwrap(), 7);

@@ -92,11 +92,16 @@ fn region_address(region: &VhostUserMemoryRegion) -> RegionAddress {
     }
 }
 
-fn map_region(region: &VhostUserMemoryRegion, file: &File) -> io::Result<Region> {
-    Region::map(region_address(region), file, region.mmap_offset)
-}
-
 impl Session {
+    fn map_region(&self, region: &VhostUserMemoryRegion, file: &File) -> io::Result<Region> {
+        let offset = region.mmap_offset;
+        let mut mapped = Region::map(region_address(region), file, offset)?;
+        if let Some(sharing) = &self.sharing {
+            mapped.share(&**sharing, file, offset)?;
+        }
+        Ok(mapped)
+    }
+
     /// Does what a message asks for, and answers it.
     ///
     /// # Errors
@@ -215,7 +220,7 @@ impl Session {
                     let Some(region) = VhostUserMemoryRegion::from_slice(bytes) else {
                         return message.malformed();
                     };
-                    regions.push(map_region(region, &file.into())?);
+                    regions.push(self.map_region(region, &file.into())?);
                 }
                 self.use_map(regions)?;
             }
@@ -223,7 +228,7 @@ impl Session {
                 let file = message.file()?;
                 let added: VhostUserSingleMemoryRegion = message.body()?;
                 let mut regions = self.map.regions().to_vec();
-                regions.push(map_region(&added, &file)?);
+                regions.push(self.map_region(&added, &file)?);
                 self.use_map(regions)?;
             }
             Req::REM_MEM_REG => {

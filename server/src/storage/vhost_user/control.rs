@@ -1,0 +1,471 @@
+//! The thread that keeps the connection: it connects again, tells the server of memory, and hears of another size.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost::VhostUserMemoryRegionInfo;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use super::connection::{Peer, REPLY_LIMIT, described, described_region};
+use super::error::VhostUserError;
+use super::memory::{RINGS_GUEST, Region};
+use super::shared::{Order, Shared};
+use super::virtqueue::Live;
+use super::vring::{RingMemory, Vring};
+use crate::engine::repeats::Repeats;
+
+/// Pauses between attempts to connect: the first, and the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// A connection that lasted so long was a good one: the next is made at once.
+const GOOD_CONNECTION: Duration = Duration::from_secs(1);
+
+/// How long the server may take to answer when it is left.
+const LEAVE_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long requests in flight are waited for where the memory table cannot be changed with them.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+const DRAIN_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Regions that are always there: rings, and memory for copies.
+const OWN_REGIONS: usize = 2;
+
+/// The connection and what the server has.
+pub(super) struct Control {
+    shared: Arc<Shared>,
+    orders: Receiver<Order>,
+    bell: Arc<OwnedFd>,
+    peer: Option<Peer>,
+    /// The rings of this connection.
+    rings: Option<Arc<RingMemory>>,
+    /// Regions of clients that the server has mapped.
+    mapped: Vec<Arc<Region>>,
+    pause: Duration,
+    next_attempt: Option<Instant>,
+    connected_at: Instant,
+    losses: Repeats,
+    told_of_slots: bool,
+}
+
+/// What to do after the orders that there are.
+#[derive(PartialEq, Eq)]
+enum Then {
+    Serve,
+    End,
+}
+
+impl Control {
+    pub(super) fn new(shared: Arc<Shared>, orders: Receiver<Order>, bell: Arc<OwnedFd>) -> Self {
+        Self {
+            shared,
+            orders,
+            bell,
+            peer: None,
+            rings: None,
+            mapped: Vec::new(),
+            pause: FIRST_PAUSE,
+            next_attempt: None,
+            connected_at: Instant::now(),
+            losses: Repeats::new(1),
+            told_of_slots: false,
+        }
+    }
+
+    /// Has a server that was connected to serve the requests.
+    pub(super) fn begin(&mut self, mut peer: Peer) -> Result<(), VhostUserError> {
+        let stream = peer.stream().ok();
+        let epoch = self.shared.connected(stream);
+        let begun = self.start(&mut peer, epoch);
+        match begun {
+            Ok(()) => {
+                self.peer = Some(peer);
+                self.shared.arrived();
+            }
+            Err(_) => {
+                self.forget();
+                let _ = self.shared.disconnected();
+            }
+        }
+        begun
+    }
+
+    fn start(&mut self, peer: &mut Peer, epoch: u64) -> Result<(), VhostUserError> {
+        let shared = Arc::clone(&self.shared);
+        let unusable = |why: String| VhostUserError::Disk {
+            socket: shared.socket.clone(),
+            why,
+        };
+        let failed = |error: std::io::Error| unusable(error.to_string());
+        // The number was made from that of a server's queues, which are fewer.
+        let count = u16::try_from(shared.queues.len()).unwrap_or(u16::MAX);
+        if peer.queues < count {
+            return Err(unusable(format!(
+                "the server has {} queues now and had {count}",
+                peer.queues
+            )));
+        }
+        let rings = Arc::new(RingMemory::new(count, RINGS_GUEST).map_err(failed)?);
+        self.rings = Some(Arc::clone(&rings));
+        let room = usize::try_from(peer.max_regions).unwrap_or(usize::MAX);
+        let room = room.saturating_sub(OWN_REGIONS);
+        let (had, new): (Vec<_>, Vec<_>) = shared
+            .regions
+            .present()
+            .into_iter()
+            .partition(|(_, was_mapped)| *was_mapped);
+        if had.len() > room {
+            return Err(unusable(format!(
+                "the server takes {room} regions of clients' memory, and requests that wait need {}",
+                had.len()
+            )));
+        }
+        let regions = had.into_iter().chain(new).map(|(region, _)| region);
+        self.mapped = regions.take(room).collect();
+        let table = self.table();
+        match peer.has_slots() {
+            true => table.iter().try_for_each(|region| peer.add(region))?,
+            false => peer.set_table(&table)?,
+        }
+        let mut kicks = Vec::new();
+        for (index, queue) in (0..count).zip(&shared.queues) {
+            let kick = EventFd::new(EFD_CLOEXEC).map_err(failed)?;
+            peer.start(index, &rings, (&kick, queue.call()))?;
+            kicks.push(kick);
+        }
+        for region in &self.mapped {
+            shared.regions.set_mapped(region.id);
+        }
+        for ((index, queue), kick) in (0..count).zip(&shared.queues).zip(kicks) {
+            queue.begin(Live {
+                vring: Vring::new(Arc::clone(&rings), index, peer.disk.has_indirect()),
+                kick: Arc::new(kick),
+                epoch,
+            });
+        }
+        Ok(())
+    }
+
+    /// All regions that the server is to have.
+    fn table(&self) -> Vec<VhostUserMemoryRegionInfo> {
+        let bounce = &self.shared.bounce;
+        let copies = described(bounce.guest(), bounce.len_bytes(), bounce.file(), 0);
+        let rings = self
+            .rings
+            .as_ref()
+            .map(|rings| described(RINGS_GUEST, rings.len_bytes(), rings.file(), 0));
+        let clients = self.mapped.iter().map(|region| described_region(region));
+        rings.into_iter().chain([copies]).chain(clients).collect()
+    }
+
+    /// Serves until it is told to end.
+    pub(super) fn run(mut self) {
+        loop {
+            if self.peer.is_none() && self.next_attempt.is_none_or(|at| Instant::now() >= at) {
+                self.connect_again();
+            }
+            let ready = self.wait();
+            if ready.bell {
+                let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+            }
+            if self.obey() == Then::End {
+                return;
+            }
+            if ready.hang_up {
+                self.lost("the server hung up");
+            } else if ready.message {
+                self.take_message();
+            }
+        }
+    }
+
+    /// Waits until there is something to do.
+    fn wait(&self) -> Ready {
+        let limit = self.next_attempt.filter(|_| self.peer.is_none());
+        let limit = limit.map(|at| at.saturating_duration_since(Instant::now()));
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds = vec![readable(self.bell.as_fd())];
+        if let Some(peer) = &self.peer {
+            fds.push(readable(peer.socket()));
+            fds.extend(peer.channel().map(readable));
+        }
+        // An interrupted wait is a short one.
+        let _ = poll(&mut fds, limit.as_ref());
+        let is_ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+        Ready {
+            bell: is_ready(0),
+            hang_up: is_ready(1),
+            message: is_ready(2),
+        }
+    }
+
+    /// Does what was asked for.
+    fn obey(&mut self) -> Then {
+        loop {
+            match self.orders.try_recv() {
+                Ok(Order::Share(id, tried)) => {
+                    self.share(id);
+                    // It may not be waited for any more.
+                    let _ = tried.send(());
+                }
+                Ok(Order::Unshare(id)) => self.unshare(id),
+                Ok(Order::Look(answer)) => {
+                    let _ = answer.send(self.look());
+                }
+                Ok(Order::End) | Err(TryRecvError::Disconnected) => {
+                    self.leave();
+                    return Then::End;
+                }
+                Err(TryRecvError::Empty) => return Then::Serve,
+            }
+        }
+    }
+
+    fn connect_again(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let name = shared.name();
+        let connected = Peer::connect(&shared.socket, REPLY_LIMIT).and_then(|peer| {
+            let served_bytes = shared.capacity.bytes();
+            let fits = shared.disk.may_become(&peer.disk, served_bytes);
+            fits.map_err(|why| VhostUserError::Disk {
+                socket: shared.socket.clone(),
+                why: format!("{why}; requests wait for the disk of before"),
+            })?;
+            let size_bytes = peer.disk.size_bytes;
+            self.begin(peer).map(|()| size_bytes)
+        });
+        match connected {
+            Ok(size_bytes) => {
+                self.next_attempt = None;
+                self.connected_at = Instant::now();
+                tracing::info!(export = shared.export, "{name}: the server is back");
+                self.note_size(size_bytes);
+            }
+            Err(error) => {
+                let why = error.to_string();
+                if shared.set_away(&why)
+                    && let Some(omitted) = self.losses.due_whatever_numbers(&why)
+                {
+                    tracing::warn!(export = shared.export, "{why}{omitted}");
+                }
+                self.try_later();
+            }
+        }
+    }
+
+    /// The connection is lost. Requests wait for the next one.
+    fn lost(&mut self, why: &str) {
+        if self.peer.is_none() {
+            return;
+        }
+        self.forget();
+        let shared = &self.shared;
+        let violation = shared.disconnected();
+        let why = match violation {
+            Some(violation) => {
+                format!("the server broke the protocol and was disconnected: {violation}")
+            }
+            None => why.to_owned(),
+        };
+        shared.set_away(&why);
+        let waiting = shared.pending();
+        let (export, name) = (&shared.export, shared.name());
+        if let Some(omitted) = self.losses.due_whatever_numbers(&why) {
+            let text = format!("{name}: {why}; {waiting} requests wait until it is back{omitted}");
+            match violation {
+                Some(_) => tracing::error!(export, "{text}"),
+                None => tracing::warn!(export, "{text}"),
+            }
+        }
+        match violation.is_none() && self.connected_at.elapsed() >= GOOD_CONNECTION {
+            true => {
+                self.pause = FIRST_PAUSE;
+                self.next_attempt = None;
+            }
+            // It may do the same again.
+            false => self.try_later(),
+        }
+    }
+
+    /// Has the next attempt to connect wait, the longer the more there were.
+    fn try_later(&mut self) {
+        self.next_attempt = Instant::now().checked_add(self.pause);
+        self.pause = (2 * self.pause).min(LONGEST_PAUSE);
+    }
+
+    /// Lets go of the connection.
+    fn forget(&mut self) {
+        for queue in &self.shared.queues {
+            queue.end();
+        }
+        self.peer = None;
+        self.rings = None;
+        self.mapped.clear();
+    }
+
+    /// Does something with the server, which is lost if that fails.
+    fn with_peer(&mut self, act: impl FnOnce(&mut Peer) -> Result<(), VhostUserError>) -> bool {
+        let Some(peer) = &mut self.peer else {
+            return false;
+        };
+        match act(peer) {
+            Ok(()) => true,
+            Err(error) => {
+                self.lost(&error.to_string());
+                false
+            }
+        }
+    }
+
+    fn share(&mut self, id: u64) {
+        let Some((region, is_mapped)) = self.shared.regions.get(id) else {
+            return;
+        };
+        let Some(peer) = self.peer.as_ref().filter(|_| !is_mapped) else {
+            return;
+        };
+        if !self.has_room() {
+            if !std::mem::replace(&mut self.told_of_slots, true) {
+                tracing::warn!(
+                    export = self.shared.export,
+                    "{}: the server takes {} regions of memory: requests in others are copied",
+                    self.shared.name(),
+                    peer.max_regions
+                );
+            }
+            return;
+        }
+        let has_slots = peer.has_slots();
+        self.mapped.push(Arc::clone(&region));
+        let is_done = match has_slots {
+            true => self.with_peer(|peer| peer.add(&described_region(&region))),
+            false => self.replace_table(),
+        };
+        match is_done {
+            true => self.shared.regions.set_mapped(id),
+            false => self.mapped.retain(|one| one.id != id),
+        }
+    }
+
+    fn unshare(&mut self, id: u64) {
+        if let Some(place) = self.mapped.iter().position(|region| region.id == id) {
+            let region = self.mapped.remove(place);
+            let has_slots = self.peer.as_ref().is_some_and(Peer::has_slots);
+            let is_done = match has_slots {
+                true => self.with_peer(|peer| peer.remove(&described_region(&region))),
+                false => self.replace_table(),
+            };
+            if !is_done && self.peer.is_some() {
+                // Requests took too long. It goes with the next change.
+                return;
+            }
+        }
+        self.shared.regions.forget(id);
+        // There may be room for one that found none.
+        let left = self.shared.regions.not_mapped();
+        if let Some(id) = left.filter(|_| self.has_room()) {
+            self.share(id);
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let most = self.peer.as_ref().map_or(0, |peer| peer.max_regions);
+        ((self.mapped.len() + OWN_REGIONS) as u64) < most
+    }
+
+    /// Replaces the memory table, when the server has no requests. Returns whether that was reached.
+    fn replace_table(&mut self) -> bool {
+        for queue in &self.shared.queues {
+            queue.pause();
+        }
+        let table = self.table();
+        let is_done = self.drain(DRAIN_LIMIT) && self.with_peer(|peer| peer.set_table(&table));
+        for queue in &self.shared.queues {
+            queue.resume();
+        }
+        is_done
+    }
+
+    /// Waits until the server has no requests, while nothing is submitted.
+    fn drain(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        loop {
+            for queue in &self.shared.queues {
+                if let Err(violation) = queue.reap() {
+                    self.shared.violated(violation);
+                }
+            }
+            if self.shared.queues.iter().all(|queue| queue.counts().0 == 0) {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            thread::sleep(DRAIN_INTERVAL);
+        }
+    }
+
+    fn take_message(&mut self) {
+        let mut is_changed = false;
+        let taken = self.with_peer(|peer| {
+            is_changed = peer.take_message()?;
+            Ok(())
+        });
+        if taken && is_changed {
+            let _ = self.look();
+        }
+    }
+
+    /// Reads how large the disk is.
+    fn look(&mut self) -> Result<u64, String> {
+        let Some(peer) = &mut self.peer else {
+            return Err(self.shared.waits_for().unwrap_or_default());
+        };
+        match peer.look() {
+            Ok(disk) => {
+                self.note_size(disk.size_bytes);
+                Ok(disk.size_bytes)
+            }
+            Err(error) => {
+                let why = error.to_string();
+                self.lost(&why);
+                Err(why)
+            }
+        }
+    }
+
+    fn note_size(&self, size_bytes: u64) {
+        let before = self.shared.size_bytes.swap(size_bytes, Ordering::Relaxed);
+        if before != size_bytes
+            && let Some(tell) = self.shared.on_change.get()
+        {
+            tell();
+        }
+    }
+
+    /// Ends the session in order, if there is one: no request is under way.
+    fn leave(&mut self) {
+        if !self.drain(DRAIN_INTERVAL) {
+            return;
+        }
+        let count = u16::try_from(self.shared.queues.len()).unwrap_or(u16::MAX);
+        if let Some(peer) = &mut self.peer {
+            // A server that does not answer finds the connection closed.
+            let _ = peer.leave(count, LEAVE_LIMIT);
+        }
+        self.forget();
+    }
+}
+
+/// What can be read.
+struct Ready {
+    bell: bool,
+    hang_up: bool,
+    message: bool,
+}

@@ -1,0 +1,254 @@
+//! The disk of another vhost-user-blk server: SPDK, `qemu-storage-daemon`, another server of this program.
+//!
+//! | file            | tells                                                              |
+//! |-----------------|--------------------------------------------------------------------|
+//! | `disk.rs`       | what a server says of its disk                                     |
+//! | `connection.rs` | the protocol, as its front-end                                     |
+//! | `control.rs`    | the thread that connects, again and again, and hears of changes    |
+//! | `shared.rs`     | what that thread and the queues share                              |
+//! | `memory.rs`     | the memory of requests, as the server sees it                      |
+//! | `vring.rs`      | the driver's side of a virtqueue in shared memory                  |
+//! | `virtqueue.rs`  | which requests the server has, and which wait for one              |
+//! | `queue.rs`      | one request from start to end                                      |
+//!
+//! Data is not copied here: the memory that requests lie in is handed on to the server. When the server goes away,
+//! requests wait, and are submitted again to the one that comes back.
+
+mod connection;
+mod control;
+mod disk;
+mod error;
+mod memory;
+mod queue;
+mod shared;
+mod virtqueue;
+mod vring;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::{self, Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+pub use error::VhostUserError;
+pub use queue::VhostUserQueue;
+
+use crate::engine::{Changed, Sharing, Storage, StorageControl};
+use crate::io::Ring;
+use crate::request::{Limits, Serial, format_size};
+use connection::{Peer, REPLY_LIMIT};
+use control::Control;
+use memory::BounceMemory;
+use shared::{Memory, Order, Shared};
+use virtqueue::Virtqueue;
+
+/// How long a server that is there, and does not take a client, is tried again when an export is opened: it may keep the
+/// disk for a client that has died.
+const OPEN_LIMIT: Duration = Duration::from_secs(15);
+const OPEN_PAUSE: Duration = Duration::from_millis(250);
+
+/// How long an answer is waited for when a person asks how large the disk is, or whether there is a server.
+const LOOK_LIMIT: Duration = Duration::from_secs(3);
+
+/// Virtqueues at most. Threads beyond that share them.
+const MAX_QUEUES: u16 = 16;
+
+/// A server's disk, and how it is to be served.
+#[derive(Clone, Debug)]
+pub struct VhostUserOptions {
+    /// The export, for the log.
+    pub export: String,
+    /// The server's socket.
+    pub socket: PathBuf,
+    /// Without writes.
+    pub read_only: bool,
+    /// Size of the disk's blocks.
+    pub block_bytes: Option<u32>,
+    /// The disk's serial number.
+    pub serial: Serial,
+    /// Threads that are expected to use it.
+    pub queues: u16,
+}
+
+/// A disk that another server has.
+pub struct VhostUser {
+    limits: Limits,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VhostUser {
+    /// Connects to the server. One that takes no client at present is tried again for a while.
+    ///
+    /// # Errors
+    ///
+    /// One line that names the socket, what is wrong and what to do.
+    pub fn open(options: &VhostUserOptions) -> Result<Self, VhostUserError> {
+        let deadline = Instant::now() + OPEN_LIMIT;
+        let mut is_told = false;
+        loop {
+            match Self::connect(options) {
+                Err(error @ VhostUserError::Step { .. }) if Instant::now() < deadline => {
+                    if !std::mem::replace(&mut is_told, true) {
+                        tracing::warn!(
+                            export = options.export,
+                            "{error}; trying again for a while"
+                        );
+                    }
+                    thread::sleep(OPEN_PAUSE);
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    fn connect(options: &VhostUserOptions) -> Result<Self, VhostUserError> {
+        let peer = Peer::connect(&options.socket, REPLY_LIMIT)?;
+        let unusable = |why: String| VhostUserError::Disk {
+            socket: options.socket.clone(),
+            why,
+        };
+        let block_bytes = options.block_bytes.unwrap_or(peer.disk.block_bytes);
+        if block_bytes < peer.disk.block_bytes {
+            return Err(unusable(format!(
+                "blocks of {block_bytes} bytes were asked for (option block-size), and the server's disk has {}",
+                peer.disk.block_bytes
+            )));
+        }
+        let failed = |error: io::Error| unusable(error.to_string());
+        let limits = peer
+            .disk
+            .limits(block_bytes, options.read_only, options.serial);
+        let count = peer.queues.min(options.queues.clamp(1, MAX_QUEUES));
+        let queues: io::Result<Vec<_>> =
+            (0..count).map(|_| Virtqueue::new().map(Arc::new)).collect();
+        let (orders, for_thread) = mpsc::channel();
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell = Arc::new(bell.map_err(|error| failed(error.into()))?);
+        let shared = Arc::new(Shared::new(
+            (options.export.clone(), options.socket.clone()),
+            (peer.disk.clone(), limits.capacity.clone()),
+            queues.map_err(failed)?.into(),
+            BounceMemory::new().map_err(failed)?,
+            (orders, Arc::clone(&bell)),
+        ));
+        let mut control = Control::new(Arc::clone(&shared), for_thread, bell);
+        control.begin(peer)?;
+        let thread = Builder::new()
+            .name("vhost-storage".into())
+            .spawn(|| control.run())
+            .map_err(failed)?;
+        Ok(Self {
+            limits,
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Asks a server how large its disk is, without using it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open).
+    pub fn examine(socket: &Path) -> Result<u64, VhostUserError> {
+        Peer::connect(socket, LOOK_LIMIT).map(|peer| peer.disk.size_bytes)
+    }
+
+    /// How many requests had their data copied: those in memory that the server does not have mapped.
+    #[must_use]
+    pub fn copies(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.shared.copied)
+    }
+
+    /// What identifies the disk of the server at a socket: no more than that.
+    #[must_use]
+    pub fn identity(socket: &Path) -> String {
+        format!("vhost-user:{}", socket.display())
+    }
+}
+
+impl Drop for VhostUser {
+    fn drop(&mut self) {
+        self.shared.ask(Order::End);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(
+                export = self.shared.export,
+                "the thread of {} panicked",
+                self.shared.name()
+            );
+        }
+    }
+}
+
+impl StorageControl for VhostUser {
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn identity(&self) -> Option<String> {
+        Some(Self::identity(&self.shared.socket))
+    }
+
+    fn last_error(&self) -> Option<String> {
+        self.waits_for()
+            .map(|why| format!("requests wait: {why}"))
+            .or_else(|| self.shared.failures.last())
+    }
+
+    fn sharing(&self) -> Option<Arc<dyn Sharing>> {
+        Some(Arc::new(Memory(Arc::clone(&self.shared))))
+    }
+
+    fn waits_for(&self) -> Option<String> {
+        self.shared.waits_for()
+    }
+
+    fn on_change(&self, tell: Changed) {
+        // Set once, when the export is opened.
+        let _ = self.shared.on_change.set(tell);
+    }
+
+    fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
+        let block_bytes = u64::from(self.limits.block_bytes);
+        let found = match (self.shared.look(LOOK_LIMIT), wanted_bytes) {
+            (Ok(found), _) => found,
+            (Err(_), None) => self.shared.size_bytes.load(Ordering::Relaxed),
+            (Err(why), Some(_)) => return Err(io::Error::other(why)),
+        };
+        let found = found - found % block_bytes;
+        match wanted_bytes {
+            Some(wanted) if wanted != found => Err(io::Error::other(format!(
+                "{} has {}: its size is changed at its server, and the disk follows",
+                self.shared.name(),
+                format_size(found)
+            ))),
+            _ => Ok(found),
+        }
+    }
+
+    fn cut(&self, _: u64) -> io::Result<()> {
+        Err(io::Error::other(format!(
+            "{} cannot shrink: its size is its server's",
+            self.shared.name()
+        )))
+    }
+}
+
+impl Storage for VhostUser {
+    type Queue = VhostUserQueue;
+
+    const RING_OPERATIONS: u32 = VhostUserQueue::RING_OPERATIONS;
+
+    fn limits_mut(&mut self) -> &mut Limits {
+        &mut self.limits
+    }
+
+    fn queue(&self, _: &mut Ring, slots: u32) -> io::Result<VhostUserQueue> {
+        VhostUserQueue::new(Arc::clone(&self.shared), slots)
+    }
+}

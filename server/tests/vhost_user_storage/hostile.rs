@@ -1,0 +1,37 @@
+//! A server that breaks the protocol is disconnected; its clients notice a pause.
+
+use crate::common::*;
+use crate::peer::{Knobs, Mood, Peer};
+use crate::serve;
+
+#[test]
+fn a_server_that_answers_wrongly_is_disconnected_and_its_requests_wait() {
+    for (mood, told) in [
+        (Mood::WrongHead, "which it did not have"),
+        (Mood::Twice, "more than it was given"),
+        (Mood::WrongIndex, "more than it was given"),
+        (Mood::WrongStatus, "with status 0x7"),
+    ] {
+        let lab = sandbox();
+        let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
+        let server = serve(&lab, peer.socket());
+        let mut driver = Driver::running(lab.connect("d"), USUAL);
+        assert_eq!(driver.write(0, &[1; 512]), OK);
+        peer.set_mood(mood);
+        driver.memory.put(DATA + 4096, &[2; 512]);
+        driver.prepare(T_OUT, 0, &[(512, 0)]);
+        eventually("it is told", || {
+            let log = server.log();
+            log.contains("the server broke the protocol") && log.contains(told)
+        });
+        peer.set_mood(Mood::Serve);
+        assert_eq!(driver.vrings[0].wait(&driver.memory), (0, 1));
+        assert_eq!(driver.read(0, 512), (OK, vec![2; 512]));
+        drop(driver);
+        let log = server.stop().unwrap();
+        let times = log.matches("broke the protocol").count();
+        assert!(times <= 2, "{mood:?}: {times}\n{log}");
+        assert!(!log.contains("panicked"), "{log}");
+        lab.is_clean();
+    }
+}

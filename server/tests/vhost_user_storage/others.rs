@@ -1,0 +1,99 @@
+//! `qemu-storage-daemon` as the other server, where it is installed; and a confined server in front.
+
+use std::path::Path;
+use std::process::{Child, Command};
+
+use testkit::process::spawn_bound;
+
+use crate::common::*;
+use crate::peer::{Knobs, Peer};
+use crate::{serve, size_bytes};
+
+struct Daemon(Child);
+
+impl Daemon {
+    /// Serves an image at a socket, or says why that is not tested.
+    fn start(image: &Path, socket: &Path) -> Option<Self> {
+        let mut command = Command::new("qemu-storage-daemon");
+        command
+            .arg("--blockdev")
+            .arg(format!("file,node-name=n,filename={}", image.display()))
+            .arg("--export")
+            .arg(format!(
+                "vhost-user-blk,id=e,node-name=n,writable=on,addr.type=unix,addr.path={}",
+                socket.display()
+            ));
+        match spawn_bound(&mut command) {
+            Ok(child) => {
+                eventually("qemu-storage-daemon listens", || socket.exists());
+                Some(Self(child))
+            }
+            Err(error) => {
+                eprintln!("not tested with qemu-storage-daemon: {error}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn qemu_s_storage_daemon_is_served_killed_and_served_again() {
+    let lab = sandbox();
+    let (image, socket) = (lab.image("disk.img", 16 << 20), lab.path("qsd.sock"));
+    let Some(daemon) = Daemon::start(&image, &socket) else {
+        return;
+    };
+    let server = serve(&lab, &socket);
+    assert_eq!(size_bytes(&lab), 16 << 20);
+    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    let bytes: Vec<u8> = (0..1 << 20u32)
+        .map(|at: u32| (at / 512).to_le_bytes()[0])
+        .collect();
+    assert_eq!(driver.write(8, &bytes), OK);
+    assert_eq!(driver.request(T_FLUSH, 0, &[]).0, OK);
+    assert!(std::fs::read(&image).unwrap()[4096..][..1 << 20] == bytes);
+    assert_eq!(driver.segment(T_WRITE_ZEROES, 8, 8, 0), OK);
+    assert_eq!(driver.segment(T_DISCARD, 16, 8, 0), OK);
+    for round in 1..4 {
+        drop(driver);
+        // Another client brings other memory.
+        driver = Driver::running(lab.connect("d"), USUAL);
+        assert_eq!(driver.write(64, &[round; 4096]), OK);
+        assert_eq!(driver.read(64, 4096), (OK, vec![round; 4096]));
+    }
+    drop(daemon);
+    driver.memory.put(DATA + 4096, &[9; 512]);
+    driver.prepare(T_OUT, 0, &[(512, 0)]);
+    let _ = std::fs::remove_file(&socket);
+    let daemon = Daemon::start(&image, &socket).unwrap();
+    assert_eq!(driver.vrings[0].wait(&driver.memory), (0, 1));
+    assert_eq!(driver.read(0, 512), (OK, vec![9; 512]));
+    drop(driver);
+    server.stop().unwrap();
+    drop(daemon);
+    lab.is_clean();
+}
+
+#[test]
+fn a_confined_server_connects_again() {
+    let lab = sandbox();
+    let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
+    let spec = format!("d=vhost-user:{}", peer.socket().display());
+    let server = lab.serve(&["--sandbox=yes", "--ublk", "no", &spec]);
+    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    peer.hang_up();
+    eventually("it is back", || server.log().contains("the server is back"));
+    assert_eq!(driver.write(0, &[2; 512]), OK);
+    assert_eq!(driver.read(0, 512), (OK, vec![2; 512]));
+    drop(driver);
+    server.stop().unwrap();
+    lab.is_clean();
+}
