@@ -42,7 +42,7 @@ fn a_server_with_a_stuck_request_says_what_it_waits_for_and_a_second_signal_ends
 fn a_server_that_does_not_answer_is_not_waited_for_long() {
     let lab = sandbox();
     let server = lab.serve(&["--ublk", "no", "d=mem:1M"]);
-    signal(&server, Signal::STOP);
+    testkit::proc::stop(server.pid()).unwrap();
     let pid = format!("process {},", server.pid());
     let words = [
         &pid,

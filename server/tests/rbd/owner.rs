@@ -90,7 +90,7 @@ fn a_write_of_a_server_that_the_cluster_has_lost_changes_nothing_after_its_succe
     let mut driver = connect(&lab);
     assert_eq!(driver.write(0, &[1; 512]), OK);
     let process = Pid::from_raw(server.pid().cast_signed()).unwrap();
-    kill_process(process, Signal::STOP).unwrap();
+    testkit::proc::stop(server.pid()).unwrap();
     driver.memory.put(DATA + 4096, &[2; 512]);
     driver.prepare(T_OUT, 0, &[(512, 0)]);
     // The cluster forgets the client (osd_client_watch_timeout).

@@ -15,9 +15,9 @@ impl Stopped {
     fn new() -> Self {
         let conf = PathBuf::from(std::env::var("CEPH_CONF").unwrap());
         let pid = std::fs::read_to_string(conf.with_file_name("osd.0.pid")).unwrap();
-        let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
-        kill_process(pid, Signal::STOP).unwrap();
-        Self(pid)
+        let pid: u32 = pid.trim().parse().unwrap();
+        testkit::proc::stop(pid).unwrap();
+        Self(Pid::from_raw(pid.cast_signed()).unwrap())
     }
 }
 

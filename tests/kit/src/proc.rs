@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 
-use crate::wait::wait_for;
+use crate::wait::{PATIENCE, until, wait_for};
 
 /// A number in a `status` file, such as that of the line `VmRSS:`.
 ///
@@ -47,6 +48,30 @@ pub fn context_switches(pid: u32) -> Result<u64> {
         }
     }
     Ok(sum)
+}
+
+/// Stops a process (SIGSTOP), and waits until it is: kill(2) returns before that, and while one thread has yet to take the
+/// signal, on a busy machine for a tenth of a second, the others run.
+///
+/// # Errors
+/// The process is gone, or does not stop.
+pub fn stop(pid: u32) -> Result<()> {
+    let process = Pid::from_raw(pid.cast_signed()).context("no number of a process")?;
+    kill_process(process, Signal::STOP).with_context(|| format!("cannot stop process {pid}"))?;
+    until("all its threads have stopped", PATIENCE, || {
+        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+            // One that has ended meanwhile does nothing either.
+            let text = fs::read_to_string(task?.path().join("stat")).unwrap_or_default();
+            // The state follows the name, which is in brackets.
+            let state = text
+                .rsplit_once(") ")
+                .and_then(|(_, rest)| rest.chars().next());
+            if !matches!(state, None | Some('T' | 't' | 'X' | 'Z')) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    })
 }
 
 /// Waits until all threads sleep, then checks that none is scheduled for as long as something periodic
