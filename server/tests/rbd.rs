@@ -29,10 +29,18 @@ const PLAIN: u64 = VERSION_1 | INDIRECT | PROTOCOL | DISCARD | WRITE_ZEROES;
 /// An image in the pool `rbd` that is removed with the value.
 struct Image(String);
 
-fn rbd(args: &[&str]) -> String {
-    let output = Command::new("rbd").args(args).output().unwrap();
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
     assert!(output.status.success(), "{args:?}: {output:?}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+fn rbd(args: &[&str]) -> String {
+    run("rbd", args)
+}
+
+fn ceph(args: &[&str]) -> String {
+    run("ceph", args)
 }
 
 impl Image {
@@ -119,11 +127,12 @@ fn a_snapshot_is_read_only_and_an_image_grows() {
     assert!(rbd(&["info", "grown"]).contains("size 80 MiB"));
     // By another client, which nothing but the cluster tells.
     rbd(&["resize", "--no-progress", "--size", "96M", "grown"]);
-    eventually("the disk has grown, too", || {
-        let stat: serde_json::Value =
-            serde_json::from_str(&lab.ok(&["stat", "d", "--json"])).unwrap();
-        stat["size_bytes"] == 96 << 20
-    });
+    eventually("the disk has grown, too", || size_bytes(&lab) == 96 << 20);
     assert_eq!(connect(&lab).write((96 << 11) - 1, &[4; 512]), OK);
     server.stop().unwrap();
+}
+
+fn size_bytes(lab: &Sandbox) -> serde_json::Value {
+    let stat = lab.ok(&["stat", "d", "--json"]);
+    serde_json::from_str::<serde_json::Value>(&stat).unwrap()["size_bytes"].clone()
 }

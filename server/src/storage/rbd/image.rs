@@ -1,8 +1,8 @@
 //! An open image, and the client of the cluster that has it open.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::io;
-use std::path::PathBuf;
+use std::mem::ManuallyDrop;
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -10,74 +10,26 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use super::error::{RbdError, system_error};
-use super::library::{self, EXCLUSIVE, FEATURE_EXCLUSIVE_LOCK, Functions, Pool, Rados, Watcher};
+use super::cluster::{CAPS, Cluster, OWN_OPTIONS};
+use super::error::{RbdError, step, system_error, text};
+use super::library::{
+    self, EXCLUSIVE, FEATURE_EXCLUSIVE_LOCK, Functions, Pool, Watcher, read_text,
+};
+use super::name::ImageName;
 use super::update_watch::UpdateWatch;
-
 use crate::engine::Changed;
-
-/// What a user needs to open, write and lock images, and to bar a dead client from the cluster.
-pub(super) const CAPS: &str =
-    "; its user needs the caps mon 'profile rbd' osd 'profile rbd pool=POOL' (ceph auth caps)";
-
-/// Seconds until a connection fails if no monitor answers, and those that Ceph sets.
-const CONNECT_LIMIT: &CStr = c"30";
-const CONNECT_LIMIT_DEFAULT: &str = "300";
-
-/// What the promises of a disk depend on. Metadata of an image or a pool could say something else.
-const OWN_OPTIONS: [(&CStr, &CStr); 5] = [
-    // A request that has ended is durable.
-    (c"rbd_cache", c"false"),
-    (c"rbd_plugins", c""),
-    (c"rbd_persistent_cache_mode", c"disabled"),
-    // Data is copied before a write returns: its memory is the client's.
-    (c"rbd_disable_zero_copy_writes", c"true"),
-    // The owner of a lock that is broken is barred from the cluster.
-    (c"rbd_blocklist_on_break_lock", c"true"),
-];
 
 /// How long opening may take before the log says what it waits for.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Which image, and how its cluster is reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ImageName {
-    /// The pool.
-    pub pool: String,
-    /// The namespace in it; empty for the default one.
-    pub namespace: String,
-    /// The image.
-    pub image: String,
-    /// A snapshot of it, which cannot be written to.
-    pub snapshot: Option<String>,
-    /// The configuration of the cluster; by default where Ceph looks for it.
-    pub conf: Option<PathBuf>,
-    /// The user, without `client.`; by default the one that Ceph takes.
-    pub user: Option<String>,
-}
-
-impl std::fmt::Display for ImageName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/", self.pool)?;
-        if !self.namespace.is_empty() {
-            write!(f, "{}/", self.namespace)?;
-        }
-        f.write_str(&self.image)?;
-        match &self.snapshot {
-            Some(snapshot) => write!(f, "@{snapshot}"),
-            None => Ok(()),
-        }
-    }
-}
 
 /// The open image. Closing it waits for the cluster.
 pub(super) struct OpenImage {
     pub(super) functions: &'static Functions,
     name: ImageName,
-    rados: Rados,
+    /// Ends after the image and the pool.
+    cluster: ManuallyDrop<Cluster>,
     pool: Pool,
     image: library::Image,
-    cluster_id: String,
     /// Dropped before the image is closed.
     update_watch: Mutex<Option<UpdateWatch>>,
     abandoned: AtomicBool,
@@ -106,18 +58,16 @@ impl OpenImage {
         let mut this = Self {
             functions,
             name: name.clone(),
-            rados: null_mut(),
+            cluster: ManuallyDrop::new(Cluster::connect(functions, name)?),
             pool: null_mut(),
             image: null_mut(),
-            cluster_id: String::new(),
             update_watch: Mutex::new(None),
             abandoned: AtomicBool::new(false),
         };
-        this.connect()?;
         let pool = text(&name.pool)?;
         // SAFETY: the client is connected, and the text ends with a NUL.
         let result = unsafe {
-            (functions.rados_ioctx_create)(this.rados, pool.as_ptr(), &raw mut this.pool)
+            (functions.rados_ioctx_create)(this.cluster.handle(), pool.as_ptr(), &raw mut this.pool)
         };
         let hint = "; ceph osd lspools shows which there are";
         this.step("open the pool", result, hint)?;
@@ -187,82 +137,14 @@ impl OpenImage {
         Ok(())
     }
 
-    fn connect(&mut self) -> Result<(), RbdError> {
-        let functions = self.functions;
-        let user = self.name.user.as_deref().unwrap_or("admin");
-        let user = text(&format!("client.{user}"))?;
-        let conf = self
-            .name
-            .conf
-            .as_ref()
-            .map(|path| text(&path.to_string_lossy()));
-        let conf = conf.transpose()?;
-        // SAFETY: both texts end with a NUL, and the handle is written.
-        let result = unsafe {
-            (functions.rados_create2)(&raw mut self.rados, c"ceph".as_ptr(), user.as_ptr(), 0)
-        };
-        self.step("make a client of the cluster", result, "")?;
-        let path = conf.as_ref().map_or(null(), |path| path.as_ptr());
-        // SAFETY: the client was made; without a path the library looks where Ceph's programs look.
-        let result = unsafe { (functions.rados_conf_read_file)(self.rados, path) };
-        self.step(
-            "read the cluster's configuration",
-            result,
-            "; give the right one with conf=/etc/ceph/ceph.conf",
-        )?;
-        for (option, value) in OWN_OPTIONS {
-            // SAFETY: as above. Options that a version does not know are not needed there.
-            unsafe { (functions.rados_conf_set)(self.rados, option.as_ptr(), value.as_ptr()) };
-        }
-        for (option, value) in [
-            // What it has to say goes where this program's log goes.
-            (c"log_file", c""),
-            (c"log_to_stderr", c"true"),
-            (c"err_to_stderr", c"true"),
-        ] {
-            // SAFETY: as above. Options that a version does not know are not needed there.
-            unsafe { (functions.rados_conf_set)(self.rados, option.as_ptr(), value.as_ptr()) };
-        }
-        self.limit_connecting();
-        // SAFETY: as above.
-        let result = unsafe { (functions.rados_connect)(self.rados) };
-        let hint = match -result {
-            libc::ENOENT => {
-                "; its configuration names no monitor, or the keyring of its user is not there"
-            }
-            libc::EPERM | libc::EACCES => "; the cluster does not know its user's key",
-            libc::ETIMEDOUT => "; no monitor of the cluster answers",
-            _ => "",
-        };
-        if result < 0 {
-            // It must not be shut down.
-            self.rados = null_mut();
-        }
-        self.step("connect to the cluster", result, hint)?;
-        let mut id = [0; 64];
-        // SAFETY: the array is as long as is said.
-        unsafe { (functions.rados_cluster_fsid)(self.rados, id.as_mut_ptr(), id.len()) };
-        self.cluster_id = read_text(&id);
-        Ok(())
-    }
-
-    /// Has a connection without an answer fail after [`CONNECT_LIMIT`], unless the configuration sets a limit: a service
-    /// manager tries again.
-    fn limit_connecting(&self) {
-        let option = c"client_mount_timeout".as_ptr();
-        let mut value = [0; 32];
-        // SAFETY: the client was made, texts end with a NUL, and the array is as long as is said.
-        unsafe {
-            (self.functions.rados_conf_get)(self.rados, option, value.as_mut_ptr(), value.len());
-            if read_text(&value) == CONNECT_LIMIT_DEFAULT {
-                (self.functions.rados_conf_set)(self.rados, option, CONNECT_LIMIT.as_ptr());
-            }
-        }
-    }
-
     /// The handle for requests.
     pub(super) fn handle(&self) -> library::Image {
         self.image
+    }
+
+    /// The client that has it open.
+    pub(super) fn cluster(&self) -> &Cluster {
+        &self.cluster
     }
 
     /// The image's name.
@@ -312,7 +194,7 @@ impl OpenImage {
             )
         };
         let snapshot = self.name.snapshot.as_deref().unwrap_or_default();
-        let (cluster, id) = (&self.cluster_id, read_text(&id));
+        let (cluster, id) = (self.cluster.id(), read_text(&id));
         (result == 0).then(|| format!("rbd:{cluster}:{pool}:{id}@{snapshot}"))
     }
 
@@ -400,29 +282,6 @@ impl OpenImage {
         )
     }
 
-    /// Whether this user may bar a dead client from the cluster, without which its lock cannot be taken. The command is one
-    /// that `profile rbd` allows, with an address that the monitors do not take: what they check first is the right.
-    pub(super) fn may_bar(&self) -> bool {
-        let command =
-            c"{\"prefix\": \"osd blocklist\", \"blocklistop\": \"add\", \"addr\": \"none/1\"}";
-        let mut commands = [command.as_ptr()];
-        // SAFETY: the client is connected, the text ends with a NUL; no input is given and no output taken.
-        let result = unsafe {
-            (self.functions.rados_mon_command)(
-                self.rados,
-                commands.as_mut_ptr(),
-                commands.len(),
-                null(),
-                0,
-                null_mut(),
-                null_mut(),
-                null_mut(),
-                null_mut(),
-            )
-        };
-        !matches!(-result, libc::EACCES | libc::EPERM)
-    }
-
     /// Gives the lock back.
     pub(super) fn unlock(&self) -> io::Result<()> {
         // SAFETY: the image is open.
@@ -477,15 +336,7 @@ impl OpenImage {
     }
 
     fn step(&self, what: &'static str, result: c_int, hint: &'static str) -> Result<(), RbdError> {
-        if result >= 0 {
-            return Ok(());
-        }
-        Err(RbdError::Step {
-            image: format!("rbd:{}", self.name),
-            what,
-            source: system_error(result),
-            hint,
-        })
+        step(&self.name, what, result, hint)
     }
 }
 
@@ -506,9 +357,7 @@ impl Drop for OpenImage {
             if !self.pool.is_null() {
                 (self.functions.rados_ioctx_destroy)(self.pool);
             }
-            if !self.rados.is_null() {
-                (self.functions.rados_shutdown)(self.rados);
-            }
+            ManuallyDrop::drop(&mut self.cluster);
         }
     }
 }
@@ -546,15 +395,4 @@ fn check(result: c_int) -> io::Result<()> {
         0.. => Ok(()),
         error => Err(system_error(error)),
     }
-}
-
-fn text(text: &str) -> Result<CString, RbdError> {
-    CString::new(text).map_err(|_| RbdError::Nul(text.to_owned()))
-}
-
-/// The text in an array that a C function has filled.
-fn read_text(bytes: &[c_char]) -> String {
-    let bytes: Vec<u8> = bytes.iter().map(|byte| byte.cast_unsigned()).collect();
-    let text = CStr::from_bytes_until_nul(&bytes).unwrap_or_default();
-    text.to_string_lossy().into_owned()
 }

@@ -4,7 +4,7 @@
 //! functions since Ceph 16. A test in `tests/rbd.rs` has a C compiler compare them with the headers.
 
 use std::error::Error as _;
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
@@ -157,4 +157,11 @@ fn cause(error: &libloading::Error) -> String {
     error
         .source()
         .map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+/// The text in an array that a C function has filled.
+pub(super) fn read_text(bytes: &[c_char]) -> String {
+    let bytes: Vec<u8> = bytes.iter().map(|byte| byte.cast_unsigned()).collect();
+    let text = CStr::from_bytes_until_nul(&bytes).unwrap_or_default();
+    text.to_string_lossy().into_owned()
 }

@@ -3,7 +3,9 @@
 //! | file         | tells                                              |
 //! |--------------|----------------------------------------------------|
 //! | `library.rs` | Ceph's libraries, which are loaded when needed     |
-//! | `image.rs`   | the client of the cluster and the open image       |
+//! | `name.rs`    | which image                                        |
+//! | `cluster.rs` | the client of the cluster                          |
+//! | `image.rs`   | the open image                                     |
 //! | `shared.rs`  | the lock that keeps other writers out, and failures |
 //! | `update_watch.rs` | learning that another client has changed the image |
 //! | `queue.rs`   | one request from start to end                      |
@@ -11,9 +13,11 @@
 //! While a server has the image open for writing it holds the image's exclusive lock, so that no other client can write.
 //! What is written is durable when it has ended: the client's cache is off.
 
+mod cluster;
 mod error;
 mod image;
 mod library;
+mod name;
 mod queue;
 mod shared;
 mod update_watch;
@@ -23,7 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::RbdError;
-pub use image::ImageName;
+pub use name::ImageName;
 pub use queue::RbdQueue;
 
 use crate::engine::inbox::Inbox;
@@ -102,7 +106,7 @@ impl Rbd {
         if !read_only && !image.can_be_locked()? {
             return Err(RbdError::NoLock(options.image.to_string()));
         }
-        if !read_only && !image.may_bar() {
+        if !read_only && !image.cluster().may_bar() {
             let (export, image) = (&options.export, &options.image);
             tracing::warn!("{export}: rbd:{image}: {NO_BARRING}");
         }
@@ -161,7 +165,7 @@ impl Rbd {
                 true => image.lock_owner()?,
                 false => None,
             },
-            lacks: (is_written && !image.may_bar()).then_some(NO_BARRING),
+            lacks: (is_written && !image.cluster().may_bar()).then_some(NO_BARRING),
         })
     }
 

@@ -6,8 +6,9 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::cluster::CAPS;
 use super::error::RbdError;
-use super::image::{CAPS, OpenImage};
+use super::image::OpenImage;
 use crate::engine::Fenced;
 use crate::request::{IoError, Request};
 use crate::storage::failures::Failures;
