@@ -222,6 +222,16 @@ impl OpenImage {
         Ok(owner)
     }
 
+    /// Whether this client has it locked, as far as it knows.
+    pub(super) fn is_lock_owner(&self) -> Result<bool, RbdError> {
+        let mut is_owner = 0;
+        // SAFETY: the image is open, and the number is written.
+        let result =
+            unsafe { (self.functions.rbd_is_exclusive_lock_owner)(self.image, &raw mut is_owner) };
+        self.step("see whether the image is locked", result, "")?;
+        Ok(is_owner != 0)
+    }
+
     /// Whether a client is connected to the image. The cluster forgets one that has died, or cannot reach it, after 30
     /// seconds (`osd_client_watch_timeout`).
     pub(super) fn is_watched_by(&self, client: &str) -> Result<bool, RbdError> {

@@ -102,6 +102,7 @@ functions! {
         rbd_flush(Image) -> c_int;
         rbd_lock_acquire(Image, c_int) -> c_int;
         rbd_lock_release(Image) -> c_int;
+        rbd_is_exclusive_lock_owner(Image, *mut c_int) -> c_int;
         rbd_lock_get_owners(Image, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;
         rbd_lock_get_owners_cleanup(*mut *mut c_char, usize);
         rbd_watchers_list(Image, *mut Watcher, *mut usize) -> c_int;

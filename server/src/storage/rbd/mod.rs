@@ -202,17 +202,16 @@ impl StorageControl for Rbd {
     }
 
     fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
-        let image = &self.shared.image;
-        let now = image.size_bytes().map_err(io::Error::other)?;
+        let now = self.shared.image.size_bytes().map_err(io::Error::other)?;
         let now = now - now % u64::from(self.limits.block_bytes);
         match wanted_bytes {
-            Some(wanted) if wanted > now => image.resize(wanted, false).map(|()| wanted),
+            Some(wanted) if wanted > now => self.shared.resize(wanted, false).map(|()| wanted),
             _ => Ok(now),
         }
     }
 
     fn cut(&self, capacity_bytes: u64) -> io::Result<()> {
-        self.shared.image.resize(capacity_bytes, true)
+        self.shared.resize(capacity_bytes, true)
     }
 
     fn claim(&self, limit: Duration) -> Result<bool, String> {

@@ -64,13 +64,18 @@ impl Shared {
     /// The library is not asked to lock it before: it would ask the other client to give the lock away, and some do while
     /// they go on using the image.
     pub(super) fn lock(&self, limit: Duration) -> Result<bool, RbdError> {
-        let mut locked = self.is_locked();
+        self.take_lock(&mut self.is_locked(), limit)
+    }
+
+    fn take_lock(&self, locked: &mut bool, limit: Duration) -> Result<bool, RbdError> {
         if *locked {
             return Ok(false);
         }
         let deadline = Instant::now() + limit;
         loop {
-            if let Some(owner) = self.image.lock_owner()? {
+            if !self.image.is_lock_owner()?
+                && let Some(owner) = self.image.lock_owner()?
+            {
                 if self.predecessor.as_ref() == Some(&owner) || !self.image.is_watched_by(&owner)? {
                     self.image.break_lock(&owner)?;
                 } else if Instant::now() < deadline {
@@ -120,9 +125,31 @@ impl Shared {
         Ok(true)
     }
 
+    /// Gives the image another size. The library takes the lock for that: one that this server did not have is given back.
+    /// Another client that has it is asked to do it.
+    pub(super) fn resize(&self, size_bytes: u64, may_shrink: bool) -> io::Result<()> {
+        let mut locked = self.is_locked();
+        let is_new = match self.take_lock(&mut locked, Duration::ZERO) {
+            Ok(is_new) => is_new,
+            Err(RbdError::InUse { .. }) => false,
+            Err(error) => return Err(io::Error::other(error)),
+        };
+        let resized = self.image.resize(size_bytes, may_shrink);
+        // The other client may have given it back in between.
+        let is_unseen = !*locked && matches!(self.image.is_lock_owner(), Ok(true));
+        *locked |= is_unseen;
+        if is_new || is_unseen {
+            self.give_lock_back(&mut locked);
+        }
+        resized
+    }
+
     /// Flushes and gives the lock back.
     pub(super) fn unlock(&self) {
-        let mut locked = self.is_locked();
+        self.give_lock_back(&mut self.is_locked());
+    }
+
+    fn give_lock_back(&self, locked: &mut bool) {
         if !*locked {
             return;
         }
