@@ -8,6 +8,8 @@ mod common;
 mod declarations;
 #[path = "rbd/killed.rs"]
 mod killed;
+#[path = "rbd/lost_lock.rs"]
+mod lost_lock;
 #[path = "rbd/owner.rs"]
 mod owner;
 #[path = "common/recorded.rs"]
@@ -17,7 +19,8 @@ mod refused;
 #[path = "rbd/waiting.rs"]
 mod waiting;
 
-use std::process::Command;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 
 use common::*;
 use testkit::sandbox::Sandbox;
@@ -41,6 +44,23 @@ fn rbd(args: &[&str]) -> String {
 
 fn ceph(args: &[&str]) -> String {
     run("ceph", args)
+}
+
+/// A library of this source, to be loaded before others.
+fn preloaded(lab: &Sandbox, source: &str) -> String {
+    let path = lab.path("preloaded.so").display().to_string();
+    let mut compiler = Command::new("cc")
+        .args([
+            "-Wall", "-Werror", "-shared", "-fPIC", "-o", &path, "-xc", "-", "-ldl",
+        ])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = compiler.stdin.take().unwrap();
+    input.write_all(source.as_bytes()).unwrap();
+    drop(input);
+    assert!(compiler.wait().unwrap().success());
+    path
 }
 
 impl Image {

@@ -1,6 +1,6 @@
 //! An open image, and the client of the cluster that has it open.
 
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ptr::{null, null_mut};
@@ -18,6 +18,9 @@ use super::library::{
 use super::name::ImageName;
 use super::update_watch::UpdateWatch;
 use crate::engine::Changed;
+
+/// The image's metadatum that names the client of the last server that had its lock.
+const WRITER: &CStr = c"ublkup_writer";
 
 /// How long opening may take before the log says what it waits for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -290,6 +293,30 @@ impl OpenImage {
             result,
             CAPS,
         )
+    }
+
+    /// Notes in the image which client may write to it. Without effect on other clients.
+    pub(super) fn note_writer(&self, client: &str) -> io::Result<()> {
+        let client = CString::new(client)?;
+        // SAFETY: the image is open, and both texts end with a NUL.
+        check(unsafe {
+            (self.functions.rbd_metadata_set)(self.image, WRITER.as_ptr(), client.as_ptr())
+        })
+    }
+
+    /// The client that was noted last.
+    pub(super) fn writer(&self) -> io::Result<String> {
+        let (mut value, mut len) = ([0; 256], 256);
+        // SAFETY: the image is open, the text ends with a NUL, the array is as long as is said.
+        check(unsafe {
+            (self.functions.rbd_metadata_get)(
+                self.image,
+                WRITER.as_ptr(),
+                value.as_mut_ptr(),
+                &raw mut len,
+            )
+        })?;
+        Ok(read_text(&value))
     }
 
     /// Gives the lock back.

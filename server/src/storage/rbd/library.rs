@@ -94,6 +94,7 @@ functions! {
         rbd_get_features(Image, *mut u64) -> c_int;
         rbd_get_stripe_unit(Image, *mut u64) -> c_int;
         rbd_get_id(Image, *mut c_char, usize) -> c_int;
+        rbd_metadata_set(Image, *const c_char, *const c_char) -> c_int;
         rbd_metadata_get(Image, *const c_char, *mut c_char, *mut usize) -> c_int;
         rbd_pool_metadata_get(Pool, *const c_char, *mut c_char, *mut usize) -> c_int;
         rbd_resize2(Image, u64, bool, Progress, *mut c_void) -> c_int;
