@@ -156,3 +156,28 @@ fn size_bytes(lab: &Sandbox) -> serde_json::Value {
     let stat = lab.ok(&["stat", "d", "--json"]);
     serde_json::from_str::<serde_json::Value>(&stat).unwrap()["size_bytes"].clone()
 }
+
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn an_image_that_is_only_read_grows_with_its_writer() {
+    let image = Image::new("read", "64M");
+    let (lab, other) = (sandbox(), sandbox());
+    let writer = serve(&lab, &image);
+    let reader = other.serve(&[&ARGS[..], &["--read-only", &image.spec()]].concat());
+    let mut driver = connect(&other);
+    for (size, sectors) in [("80M", 80 << 11), ("96M", 96 << 11)] {
+        lab.ok(&["resize", "d", size]);
+        let last = sectors - 1;
+        assert_eq!(connect(&lab).write(last, &[1; 512]), OK);
+        eventually("the reader's disk has grown, too", || {
+            size_bytes(&other) == sectors * 512
+        });
+        assert_eq!(driver.read(last, 512), (OK, vec![1; 512]));
+        assert_eq!(driver.read(0, 512), (OK, vec![0; 512]));
+    }
+    drop(driver);
+    reader.stop().unwrap();
+    writer.stop().unwrap();
+    lab.is_clean();
+    other.is_clean();
+}

@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString, c_int, c_void};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ptr::{null, null_mut};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::cluster::{CAPS, Cluster, OWN_OPTIONS};
 use super::error::{RbdError, step, system_error, text};
+use super::header_watch::HeaderWatch;
 use super::library::{
     self, EXCLUSIVE, FEATURE_EXCLUSIVE_LOCK, Functions, Pool, Watcher, read_text,
 };
@@ -32,9 +33,14 @@ pub(super) struct OpenImage {
     /// Ends after the image and the pool.
     cluster: ManuallyDrop<Cluster>,
     pool: Pool,
-    image: library::Image,
-    /// Dropped before the image is closed.
+    image: AtomicPtr<c_void>,
+    /// Those that were replaced by `image`. Requests may be under way with them.
+    older: Mutex<Vec<library::Image>>,
+    read_only: bool,
+    /// Dropped before the image is closed, as the next.
     update_watch: Mutex<Option<UpdateWatch>>,
+    /// In its place where the image is only read.
+    header_watch: Mutex<Option<HeaderWatch>>,
     abandoned: AtomicBool,
 }
 
@@ -63,8 +69,11 @@ impl OpenImage {
             name: name.clone(),
             cluster: ManuallyDrop::new(Cluster::connect(functions, name)?),
             pool: null_mut(),
-            image: null_mut(),
-            update_watch: Mutex::new(None),
+            image: AtomicPtr::default(),
+            older: Mutex::default(),
+            read_only,
+            update_watch: Mutex::default(),
+            header_watch: Mutex::default(),
             abandoned: AtomicBool::new(false),
         };
         let pool = text(&name.pool)?;
@@ -85,7 +94,7 @@ impl OpenImage {
             false => functions.rbd_open,
         };
         // SAFETY: as above; a snapshot is a text or null.
-        let result = unsafe { open(this.pool, image.as_ptr(), &raw mut this.image, snapshot) };
+        let result = unsafe { open(this.pool, image.as_ptr(), this.image.get_mut(), snapshot) };
         let hint = match -result {
             libc::ENOENT if name.snapshot.is_some() => "; rbd snap ls shows its snapshots",
             libc::ENOENT => "; rbd ls shows which there are",
@@ -111,7 +120,7 @@ impl OpenImage {
                 let result = unsafe {
                     match place {
                         "image" => (self.functions.rbd_metadata_get)(
-                            self.image,
+                            self.handle(),
                             key.as_ptr(),
                             value.as_mut_ptr(),
                             &raw mut len,
@@ -142,7 +151,7 @@ impl OpenImage {
 
     /// The handle for requests.
     pub(super) fn handle(&self) -> library::Image {
-        self.image
+        self.image.load(Ordering::Relaxed)
     }
 
     /// The client that has it open.
@@ -158,6 +167,36 @@ impl OpenImage {
     /// Its size in bytes.
     pub(super) fn size_bytes(&self) -> Result<u64, RbdError> {
         self.number("read the size of the image", self.functions.rbd_get_size)
+    }
+
+    /// Its size in bytes, also if another client has changed it. The library does not look at an image that is only read
+    /// again: it is opened anew, and what is had open already is kept for requests that are under way.
+    pub(super) fn size_bytes_now(&self) -> Result<u64, RbdError> {
+        let was_bytes = self.size_bytes()?;
+        if !self.read_only || self.name.snapshot.is_some() {
+            return Ok(was_bytes);
+        }
+        if let Some(watch) = &mut *locked(&self.header_watch) {
+            self.warn_unwatched(watch.renew());
+        }
+        let id = text(&self.id()?)?;
+        let mut image = null_mut();
+        let open = self.functions.rbd_open_by_id_read_only;
+        // SAFETY: the pool is open, the text ends with a NUL, and the handle is written.
+        let result = unsafe { open(self.pool, id.as_ptr(), &raw mut image, null()) };
+        self.step("open the image again", result, "")?;
+        let mut now_bytes = 0;
+        // SAFETY: the image is open, and the number is written.
+        let result = unsafe { (self.functions.rbd_get_size)(image, &raw mut now_bytes) };
+        if result >= 0 && now_bytes > was_bytes {
+            let before = self.image.swap(image, Ordering::Relaxed);
+            locked(&self.older).push(before);
+        } else {
+            // SAFETY: it was opened above, and no request was made with it.
+            unsafe { (self.functions.rbd_close)(image) };
+        }
+        self.step("read the size of the image", result, "")?;
+        Ok(now_bytes)
     }
 
     /// The size of its objects, or of the stripes in them.
@@ -181,24 +220,28 @@ impl OpenImage {
     ) -> Result<u64, RbdError> {
         let mut number = 0;
         // SAFETY: the image is open, and the number is written.
-        let result = unsafe { get(self.image, &raw mut number) };
+        let result = unsafe { get(self.handle(), &raw mut number) };
         self.step(what, result, "")?;
         Ok(number)
     }
 
     /// What identifies it: cluster, pool and number of the image, which do not change when it is renamed.
     pub(super) fn identity(&self) -> Option<String> {
+        // SAFETY: the pool is open.
+        let pool = unsafe { (self.functions.rados_ioctx_get_id)(self.pool) };
+        let snapshot = self.name.snapshot.as_deref().unwrap_or_default();
+        let (cluster, id) = (self.cluster.id(), self.id().ok()?);
+        Some(format!("rbd:{cluster}:{pool}:{id}@{snapshot}"))
+    }
+
+    /// Its number in the pool.
+    fn id(&self) -> Result<String, RbdError> {
         let mut id = [0; 64];
         // SAFETY: the image is open, the array as long as is said.
-        let (pool, result) = unsafe {
-            (
-                (self.functions.rados_ioctx_get_id)(self.pool),
-                (self.functions.rbd_get_id)(self.image, id.as_mut_ptr(), id.len()),
-            )
-        };
-        let snapshot = self.name.snapshot.as_deref().unwrap_or_default();
-        let (cluster, id) = (self.cluster.id(), read_text(&id));
-        (result == 0).then(|| format!("rbd:{cluster}:{pool}:{id}@{snapshot}"))
+        let result =
+            unsafe { (self.functions.rbd_get_id)(self.handle(), id.as_mut_ptr(), id.len()) };
+        self.step("read the number of the image", result, "")?;
+        Ok(read_text(&id))
     }
 
     /// The client that has it locked.
@@ -207,7 +250,7 @@ impl OpenImage {
         // SAFETY: the image is open, the array has as many places as is said.
         let result = unsafe {
             (self.functions.rbd_lock_get_owners)(
-                self.image,
+                self.handle(),
                 &raw mut mode,
                 owners.as_mut_ptr(),
                 &raw mut count,
@@ -229,8 +272,9 @@ impl OpenImage {
     pub(super) fn is_lock_owner(&self) -> Result<bool, RbdError> {
         let mut is_owner = 0;
         // SAFETY: the image is open, and the number is written.
-        let result =
-            unsafe { (self.functions.rbd_is_exclusive_lock_owner)(self.image, &raw mut is_owner) };
+        let result = unsafe {
+            (self.functions.rbd_is_exclusive_lock_owner)(self.handle(), &raw mut is_owner)
+        };
         self.step("see whether the image is locked", result, "")?;
         Ok(is_owner != 0)
     }
@@ -249,7 +293,7 @@ impl OpenImage {
             // SAFETY: the image is open, the array has as many places as is said.
             let result = unsafe {
                 (self.functions.rbd_watchers_list)(
-                    self.image,
+                    self.handle(),
                     watchers.as_mut_ptr(),
                     &raw mut count,
                 )
@@ -274,7 +318,7 @@ impl OpenImage {
     /// Locks it; no other client can write then. EROFS if another one has it.
     pub(super) fn lock(&self) -> io::Result<()> {
         // SAFETY: the image is open.
-        check(unsafe { (self.functions.rbd_lock_acquire)(self.image, EXCLUSIVE) })
+        check(unsafe { (self.functions.rbd_lock_acquire)(self.handle(), EXCLUSIVE) })
     }
 
     /// Takes the lock from `owner`, which is gone, and bars it from the cluster: none of its writes is done after this.
@@ -283,7 +327,7 @@ impl OpenImage {
         let owner = text(owner)?;
         // SAFETY: the image is open, and the text ends with a NUL.
         let result =
-            unsafe { (self.functions.rbd_lock_break)(self.image, EXCLUSIVE, owner.as_ptr()) };
+            unsafe { (self.functions.rbd_lock_break)(self.handle(), EXCLUSIVE, owner.as_ptr()) };
         // It has been released meanwhile, or another client has taken it.
         if matches!(-result, libc::ENOENT | libc::EBUSY) {
             return Ok(());
@@ -300,7 +344,7 @@ impl OpenImage {
         let client = CString::new(client)?;
         // SAFETY: the image is open, and both texts end with a NUL.
         check(unsafe {
-            (self.functions.rbd_metadata_set)(self.image, WRITER.as_ptr(), client.as_ptr())
+            (self.functions.rbd_metadata_set)(self.handle(), WRITER.as_ptr(), client.as_ptr())
         })
     }
 
@@ -310,7 +354,7 @@ impl OpenImage {
         // SAFETY: the image is open, the text ends with a NUL, the array is as long as is said.
         check(unsafe {
             (self.functions.rbd_metadata_get)(
-                self.image,
+                self.handle(),
                 WRITER.as_ptr(),
                 value.as_mut_ptr(),
                 &raw mut len,
@@ -322,13 +366,13 @@ impl OpenImage {
     /// Gives the lock back.
     pub(super) fn unlock(&self) -> io::Result<()> {
         // SAFETY: the image is open.
-        check(unsafe { (self.functions.rbd_lock_release)(self.image) })
+        check(unsafe { (self.functions.rbd_lock_release)(self.handle()) })
     }
 
     /// Waits until all that was written is durable.
     pub(super) fn flush(&self) -> io::Result<()> {
         // SAFETY: the image is open.
-        check(unsafe { (self.functions.rbd_flush)(self.image) })
+        check(unsafe { (self.functions.rbd_flush)(self.handle()) })
     }
 
     /// Has `tell` called when another client changes it. A snapshot does not change.
@@ -336,15 +380,33 @@ impl OpenImage {
         if self.name.snapshot.is_some() {
             return;
         }
-        // SAFETY: the image is closed after the watch has ended.
-        match unsafe { UpdateWatch::new(self.functions, self.image, tell) } {
-            Ok(watch) => *self.watch() = Some(watch),
-            Err(result) => {
-                let (name, error) = (&self.name, system_error(result));
-                tracing::warn!(
-                    "rbd:{name}: another size is not noticed, but by 'ublkup resize': {error}"
-                );
+        let watched = match self.read_only {
+            true => self.watch_header(tell),
+            false => {
+                // SAFETY: the image is closed after the watch has ended.
+                let watch = unsafe { UpdateWatch::new(self.functions, self.handle(), tell) };
+                watch.map(|watch| *locked(&self.update_watch) = Some(watch))
             }
+        };
+        self.warn_unwatched(watched);
+    }
+
+    fn watch_header(&self, tell: Changed) -> Result<(), c_int> {
+        let header = (self.id().ok()).and_then(|id| text(&format!("rbd_header.{id}")).ok());
+        let header = header.ok_or(-libc::EIO)?;
+        let place = (self.cluster.handle(), self.pool);
+        // SAFETY: client and pool are closed after the watch has ended.
+        let watch = unsafe { HeaderWatch::new(self.functions, place, header, tell) };
+        *locked(&self.header_watch) = Some(watch?);
+        Ok(())
+    }
+
+    fn warn_unwatched(&self, watched: Result<(), c_int>) {
+        if let Err(result) = watched {
+            let (name, error) = (&self.name, system_error(result));
+            tracing::warn!(
+                "rbd:{name}: another size is not noticed, but by 'ublkup resize': {error}"
+            );
         }
     }
 
@@ -359,16 +421,11 @@ impl OpenImage {
         }
     }
 
-    fn watch(&self) -> MutexGuard<'_, Option<UpdateWatch>> {
-        // An `Option` is whole whatever panicked.
-        (self.update_watch.lock()).unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Gives it another size.
     pub(super) fn resize(&self, size_bytes: u64, may_shrink: bool) -> io::Result<()> {
         // SAFETY: the image is open; there is no callback.
         check(unsafe {
-            (self.functions.rbd_resize2)(self.image, size_bytes, may_shrink, None, null_mut())
+            (self.functions.rbd_resize2)(self.handle(), size_bytes, may_shrink, None, null_mut())
         })
     }
 
@@ -379,17 +436,26 @@ impl OpenImage {
 
 impl Drop for OpenImage {
     fn drop(&mut self) {
-        let watch = self.watch().take();
+        let watches = (
+            locked(&self.update_watch).take(),
+            locked(&self.header_watch).take(),
+        );
         if self.abandoned.load(Ordering::Relaxed) {
             // The library may still call it.
-            std::mem::forget(watch);
+            std::mem::forget(watches);
             return;
         }
-        drop(watch);
+        drop(watches);
         // SAFETY: what is not null was made, and no other code uses it: queues hold `self`.
         unsafe {
-            if !self.image.is_null() {
-                (self.functions.rbd_close)(self.image);
+            let older = std::mem::take(&mut *locked(&self.older));
+            let image = *self.image.get_mut();
+            for image in older
+                .into_iter()
+                .chain([image])
+                .filter(|image| !image.is_null())
+            {
+                (self.functions.rbd_close)(image);
             }
             if !self.pool.is_null() {
                 (self.functions.rados_ioctx_destroy)(self.pool);
@@ -425,6 +491,11 @@ fn reminded<T>(name: &ImageName, work: impl FnOnce() -> T) -> T {
         drop(done);
         result
     })
+}
+
+/// What is in these locks is whole whatever panicked.
+fn locked<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn check(result: c_int) -> io::Result<()> {

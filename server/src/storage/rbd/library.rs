@@ -34,6 +34,12 @@ pub(super) struct Watcher {
 /// `rbd_update_callback_t`.
 pub(super) type UpdateCallback = extern "C" fn(*mut c_void);
 
+/// `rados_watchcb2_t`.
+pub(super) type WatchCallback = extern "C" fn(*mut c_void, u64, u64, u64, *mut c_void, usize);
+
+/// `rados_watcherrcb_t`.
+pub(super) type LostCallback = extern "C" fn(*mut c_void, u64, c_int);
+
 /// `librbd_progress_fn_t`.
 pub(super) type Progress = Option<extern "C" fn(u64, u64, *mut c_void) -> c_int>;
 
@@ -85,10 +91,15 @@ functions! {
         rados_ioctx_set_namespace(Pool, *const c_char);
         rados_ioctx_get_id(Pool) -> i64;
         rados_ioctx_destroy(Pool);
+        rados_watch3(Pool, *const c_char, *mut u64, WatchCallback, LostCallback, u32, *mut c_void) -> c_int;
+        rados_unwatch2(Pool, u64) -> c_int;
+        rados_watch_flush(Rados) -> c_int;
+        rados_notify_ack(Pool, *const c_char, u64, u64, *const c_char, c_int) -> c_int;
     }
     "librbd.so.1" {
         rbd_open(Pool, *const c_char, *mut Image, *const c_char) -> c_int;
         rbd_open_read_only(Pool, *const c_char, *mut Image, *const c_char) -> c_int;
+        rbd_open_by_id_read_only(Pool, *const c_char, *mut Image, *const c_char) -> c_int;
         rbd_close(Image) -> c_int;
         rbd_get_size(Image, *mut u64) -> c_int;
         rbd_get_features(Image, *mut u64) -> c_int;

@@ -8,6 +8,7 @@
 //! | `image.rs`   | the open image                                     |
 //! | `shared.rs`  | the lock that keeps other writers out, and failures |
 //! | `update_watch.rs` | learning that another client has changed the image |
+//! | `header_watch.rs` | the same of one that is only read                |
 //! | `queue.rs`   | one request from start to end                      |
 //!
 //! While a server has the image open for writing it holds the image's exclusive lock, so that no other client can write.
@@ -15,6 +16,7 @@
 
 mod cluster;
 mod error;
+mod header_watch;
 mod image;
 mod library;
 mod name;
@@ -202,7 +204,11 @@ impl StorageControl for Rbd {
     }
 
     fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
-        let now = self.shared.image.size_bytes().map_err(io::Error::other)?;
+        let now = self
+            .shared
+            .image
+            .size_bytes_now()
+            .map_err(io::Error::other)?;
         let now = now - now % u64::from(self.limits.block_bytes);
         match wanted_bytes {
             Some(wanted) if wanted > now => self.shared.resize(wanted, false).map(|()| wanted),
