@@ -8,6 +8,8 @@ mod common;
 mod declarations;
 #[path = "rbd/killed.rs"]
 mod killed;
+#[path = "rbd/late.rs"]
+mod late;
 #[path = "rbd/lost_lock.rs"]
 mod lost_lock;
 #[path = "rbd/owner.rs"]
