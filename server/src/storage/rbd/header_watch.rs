@@ -123,9 +123,9 @@ extern "C" fn notified(
 ) {
     // SAFETY: it is freed after the registration has ended.
     let told = unsafe { &*told.cast::<Told>() };
-    // SAFETY: the library has so many bytes there until this returns.
     let data = match data.is_null() {
         true => &[],
+        // SAFETY: the library has so many bytes there until this returns.
         false => unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) },
     };
     // SAFETY: the pool is open, the text ends with a NUL, and the answer is empty.

@@ -36,6 +36,7 @@ pub(super) struct Shared {
     predecessor: Option<String>,
     note_owner: NoteOwner,
     fenced: AtomicBool,
+    told: AtomicBool,
     /// Called when the lock is lost.
     on_fenced: OnceLock<Fenced>,
     pub(super) failures: Failures,
@@ -56,6 +57,7 @@ impl Shared {
             predecessor,
             note_owner,
             fenced: AtomicBool::new(false),
+            told: AtomicBool::new(false),
             on_fenced: OnceLock::new(),
             failures: Failures::default(),
         }
@@ -202,7 +204,8 @@ impl Shared {
     }
 
     fn fence(&self) {
-        if !self.fenced.swap(true, Ordering::Relaxed) {
+        self.fenced.store(true, Ordering::Relaxed);
+        if !self.told.swap(true, Ordering::Relaxed) {
             self.image.abandon();
             self.tell_fenced();
         }
@@ -243,12 +246,16 @@ impl Shared {
     }
 
     fn end_waiting(&self, is_back: bool) {
-        if !is_back {
-            self.fence();
-        }
+        // A request that finds this is answered before the doors are told to close.
+        self.fenced.fetch_or(!is_back, Ordering::Relaxed);
         let waiting = self.waiting().take();
         for wake in waiting.into_iter().flatten() {
             wake();
+        }
+        if !is_back {
+            // Their client may have gone.
+            thread::sleep(PAUSE);
+            self.fence();
         }
     }
 
