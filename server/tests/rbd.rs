@@ -154,9 +154,12 @@ fn a_snapshot_is_read_only_and_an_image_grows() {
     server.stop().unwrap();
 }
 
+fn stat(lab: &Sandbox) -> serde_json::Value {
+    serde_json::from_str(&lab.ok(&["stat", "d", "--json"])).unwrap()
+}
+
 fn size_bytes(lab: &Sandbox) -> serde_json::Value {
-    let stat = lab.ok(&["stat", "d", "--json"]);
-    serde_json::from_str::<serde_json::Value>(&stat).unwrap()["size_bytes"].clone()
+    stat(lab)["size_bytes"].clone()
 }
 
 #[test]

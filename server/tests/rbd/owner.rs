@@ -118,15 +118,19 @@ fn a_guest_moves_between_two_servers_of_an_image_and_back() {
     let spec = image.spec();
     let args = [&ARGS[..], &["--migration", &spec]].concat();
     let servers = labs.each_ref().map(|lab| lab.serve(&args));
-    let mut source = connect(&labs[0]);
+    // With it the server says what it has taken.
+    let features = PLAIN | EVENT_IDX;
+    let mut source = Driver::running(labs[0].connect("d"), features);
     for round in 1..=6_u8 {
         let sector = u64::from(round) * 8;
         assert_eq!(source.write(sector, &[round; 4096]), OK);
         // Under way when the guest stops.
         source.memory.put(DATA + 4096, &[round; 4096]);
         source.prepare(T_OUT, 8 * 100, &[(4096, 0)]);
+        // What it has not, the target finds in the ring.
+        source.vrings[0].wait_taken(&source.memory);
         source.begin_migration();
-        let mut target = Driver::connect(labs[usize::from(round % 2)].connect("d"), PLAIN);
+        let mut target = Driver::connect(labs[usize::from(round % 2)].connect("d"), features);
         source.frontend.get_vring_base(0).unwrap();
         target.add_vring(128);
         assert_eq!(target.read(8 * 100, 4096), (OK, vec![round; 4096]));
