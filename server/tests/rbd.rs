@@ -8,6 +8,10 @@ mod common;
 mod declarations;
 #[path = "rbd/killed.rs"]
 mod killed;
+#[path = "rbd/late.rs"]
+mod late;
+#[path = "rbd/lost_lock.rs"]
+mod lost_lock;
 #[path = "rbd/owner.rs"]
 mod owner;
 #[path = "common/recorded.rs"]
@@ -17,7 +21,8 @@ mod refused;
 #[path = "rbd/waiting.rs"]
 mod waiting;
 
-use std::process::Command;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 
 use common::*;
 use testkit::sandbox::Sandbox;
@@ -29,10 +34,35 @@ const PLAIN: u64 = VERSION_1 | INDIRECT | PROTOCOL | DISCARD | WRITE_ZEROES;
 /// An image in the pool `rbd` that is removed with the value.
 struct Image(String);
 
-fn rbd(args: &[&str]) -> String {
-    let output = Command::new("rbd").args(args).output().unwrap();
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
     assert!(output.status.success(), "{args:?}: {output:?}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+fn rbd(args: &[&str]) -> String {
+    run("rbd", args)
+}
+
+fn ceph(args: &[&str]) -> String {
+    run("ceph", args)
+}
+
+/// A library of this source, to be loaded before others.
+fn preloaded(lab: &Sandbox, source: &str) -> String {
+    let path = lab.path("preloaded.so").display().to_string();
+    let mut compiler = Command::new("cc")
+        .args([
+            "-Wall", "-Werror", "-shared", "-fPIC", "-o", &path, "-xc", "-", "-ldl",
+        ])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = compiler.stdin.take().unwrap();
+    input.write_all(source.as_bytes()).unwrap();
+    drop(input);
+    assert!(compiler.wait().unwrap().success());
+    path
 }
 
 impl Image {
@@ -119,11 +149,40 @@ fn a_snapshot_is_read_only_and_an_image_grows() {
     assert!(rbd(&["info", "grown"]).contains("size 80 MiB"));
     // By another client, which nothing but the cluster tells.
     rbd(&["resize", "--no-progress", "--size", "96M", "grown"]);
-    eventually("the disk has grown, too", || {
-        let stat: serde_json::Value =
-            serde_json::from_str(&lab.ok(&["stat", "d", "--json"])).unwrap();
-        stat["size_bytes"] == 96 << 20
-    });
+    eventually("the disk has grown, too", || size_bytes(&lab) == 96 << 20);
     assert_eq!(connect(&lab).write((96 << 11) - 1, &[4; 512]), OK);
     server.stop().unwrap();
+}
+
+fn stat(lab: &Sandbox) -> serde_json::Value {
+    serde_json::from_str(&lab.ok(&["stat", "d", "--json"])).unwrap()
+}
+
+fn size_bytes(lab: &Sandbox) -> serde_json::Value {
+    stat(lab)["size_bytes"].clone()
+}
+
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn an_image_that_is_only_read_grows_with_its_writer() {
+    let image = Image::new("read", "64M");
+    let (lab, other) = (sandbox(), sandbox());
+    let writer = serve(&lab, &image);
+    let reader = other.serve(&[&ARGS[..], &["--read-only", &image.spec()]].concat());
+    let mut driver = connect(&other);
+    for (size, sectors) in [("80M", 80 << 11), ("96M", 96 << 11)] {
+        lab.ok(&["resize", "d", size]);
+        let last = sectors - 1;
+        assert_eq!(connect(&lab).write(last, &[1; 512]), OK);
+        eventually("the reader's disk has grown, too", || {
+            size_bytes(&other) == sectors * 512
+        });
+        assert_eq!(driver.read(last, 512), (OK, vec![1; 512]));
+        assert_eq!(driver.read(0, 512), (OK, vec![0; 512]));
+    }
+    drop(driver);
+    reader.stop().unwrap();
+    writer.stop().unwrap();
+    lab.is_clean();
+    other.is_clean();
 }

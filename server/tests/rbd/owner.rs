@@ -8,7 +8,7 @@ use testkit::server::Server;
 use vhost::VhostBackend;
 
 use crate::common::*;
-use crate::{ARGS, Image, PLAIN, connect, rbd, serve};
+use crate::{ARGS, Image, PLAIN, connect, rbd, serve, size_bytes};
 
 #[test]
 #[ignore = "needs a Ceph cluster"]
@@ -118,15 +118,19 @@ fn a_guest_moves_between_two_servers_of_an_image_and_back() {
     let spec = image.spec();
     let args = [&ARGS[..], &["--migration", &spec]].concat();
     let servers = labs.each_ref().map(|lab| lab.serve(&args));
-    let mut source = connect(&labs[0]);
+    // With it the server says what it has taken.
+    let features = PLAIN | EVENT_IDX;
+    let mut source = Driver::running(labs[0].connect("d"), features);
     for round in 1..=6_u8 {
         let sector = u64::from(round) * 8;
         assert_eq!(source.write(sector, &[round; 4096]), OK);
         // Under way when the guest stops.
         source.memory.put(DATA + 4096, &[round; 4096]);
         source.prepare(T_OUT, 8 * 100, &[(4096, 0)]);
+        // What it has not, the target finds in the ring.
+        source.vrings[0].wait_taken(&source.memory);
         source.begin_migration();
-        let mut target = Driver::connect(labs[usize::from(round % 2)].connect("d"), PLAIN);
+        let mut target = Driver::connect(labs[usize::from(round % 2)].connect("d"), features);
         source.frontend.get_vring_base(0).unwrap();
         target.add_vring(128);
         assert_eq!(target.read(8 * 100, 4096), (OK, vec![round; 4096]));
@@ -142,6 +146,48 @@ fn a_guest_moves_between_two_servers_of_an_image_and_back() {
         source = target;
     }
     drop(source);
+    for (server, lab) in servers.into_iter().zip(&labs) {
+        server.stop().unwrap();
+        lab.is_clean();
+    }
+}
+
+/// Two servers have the image, each for a guest that may come.
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn a_resize_where_no_guest_runs_leaves_the_image_to_other_servers() {
+    let image = Image::new("idle", "64M");
+    let labs = [sandbox(), sandbox()];
+    let spec = image.spec();
+    let args = [&ARGS[..], &["--migration", &spec]].concat();
+    let servers = labs.each_ref().map(|lab| lab.serve(&args));
+    let leave = |guest: Driver| guest.frontend.get_vring_base(0).unwrap();
+    // Of the other server, which the cluster tells.
+    let grows = |lab: &Sandbox, mebibytes: u64| {
+        eventually("the disk has grown", || size_bytes(lab) == mebibytes << 20);
+    };
+    labs[0].ok(&["resize", "d", "80M"]);
+    assert_eq!(rbd(&["lock", "ls", &image.0]), "", "it is locked");
+    grows(&labs[1], 80);
+    // The library knows by now that it does not take the lock by itself.
+    for lab in [1, 0, 1] {
+        let mut guest = connect(&labs[lab]);
+        assert_eq!(guest.write((80 << 11) - 1, &[1; 512]), OK);
+        leave(guest);
+    }
+    labs[0].ok(&["resize", "d", "96M"]);
+    assert_eq!(rbd(&["lock", "ls", &image.0]), "", "it is locked");
+    grows(&labs[1], 96);
+    let mut guest = connect(&labs[1]);
+    assert_eq!(guest.write((96 << 11) - 1, &[2; 512]), OK);
+    // The server of the guest does it.
+    labs[0].ok(&["resize", "d", "112M"]);
+    grows(&labs[1], 112);
+    assert_eq!(guest.write((112 << 11) - 1, &[3; 512]), OK);
+    leave(guest);
+    let mut guest = connect(&labs[0]);
+    assert_eq!(guest.read((112 << 11) - 1, 512), (OK, vec![3; 512]));
+    leave(guest);
     for (server, lab) in servers.into_iter().zip(&labs) {
         server.stop().unwrap();
         lab.is_clean();

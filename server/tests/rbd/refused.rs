@@ -1,8 +1,7 @@
 //! What keeps an image from being served.
 
-use std::process::Command;
-
 use testkit::sandbox::Sandbox;
+use ublkup::storage::{ImageName, Rbd};
 
 use crate::common::*;
 use crate::{ARGS, Image, serve};
@@ -111,12 +110,6 @@ fn the_doctor_looks_at_images_that_are_served() {
     assert!(!lab.finish(&["doctor"], &[]).stdout.contains("Ceph"));
 }
 
-fn ceph(args: &[&str]) -> String {
-    let output = Command::new("ceph").args(args).output().unwrap();
-    assert!(output.status.success(), "{args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
 #[test]
 #[ignore = "needs a Ceph cluster"]
 fn a_user_that_lacks_caps_is_told_which() {
@@ -137,9 +130,9 @@ fn a_user_that_lacks_caps_is_told_which() {
     ] {
         let entity = format!("client.{user}");
         // Of an earlier run, with other caps perhaps.
-        ceph(&["auth", "rm", &entity]);
+        crate::ceph(&["auth", "rm", &entity]);
         let caps = ["mon", "allow r", "osd", osd];
-        let key = ceph(&[&["auth", "get-or-create", &entity][..], &caps].concat());
+        let key = crate::ceph(&[&["auth", "get-or-create", &entity][..], &caps].concat());
         let keyring = lab.path(user);
         std::fs::write(&keyring, key).unwrap();
         let conf = std::fs::read_to_string(std::env::var("CEPH_CONF").unwrap()).unwrap();
@@ -174,4 +167,33 @@ fn a_cluster_that_does_not_answer_is_told_after_a_while() {
     let spec = format!("d=rbd:rbd/none,conf={}", path.display());
     let words = "cannot connect to the cluster: Connection timed out (os error 110); no monitor of the cluster answers";
     lab.serve_fails(&[&ARGS[..], &[&spec]].concat(), 1, &[words]);
+}
+
+/// A server may be asked again and again to add an export whose cluster cannot be reached.
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn a_client_that_cannot_connect_leaves_no_threads() {
+    let lab = sandbox();
+    let conf = lab.path("empty.conf");
+    std::fs::write(&conf, "[global]\n").unwrap();
+    let name = ImageName {
+        pool: "rbd".into(),
+        namespace: String::new(),
+        image: "none".into(),
+        snapshot: None,
+        conf: Some(conf),
+        user: None,
+    };
+    let attempt = || {
+        let error = Rbd::check(&name, true).unwrap_err().to_string();
+        assert!(error.contains("cannot connect to the cluster"), "{error}");
+    };
+    let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+    // The library may have some of its own.
+    attempt();
+    let before = threads();
+    for _ in 0..5 {
+        attempt();
+    }
+    assert_eq!(threads(), before);
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common::*;
-use crate::{ARGS, Image, PLAIN, connect, serve};
+use crate::{ARGS, Image, PLAIN, connect, serve, stat};
 
 /// The cluster's only OSD, stopped until the value goes.
 struct Stopped(Pid);
@@ -93,5 +93,49 @@ fn a_stop_says_what_it_waits_for_and_a_second_signal_ends_it() {
     assert_eq!(driver.read(0, 512), (OK, vec![3; 512]));
     drop(driver);
     server.stop().unwrap();
+    lab.is_clean();
+}
+
+/// Reads and writes of 64 KiB, which all go to the cluster.
+fn have_under_way(lab: &Sandbox, driver: &mut Driver) {
+    for at in 0..8_u16 {
+        let memory = DATA + 0x20000 * u64::from(at);
+        let (kind, flags) = match at % 2 {
+            0 => (T_IN, WRITE),
+            _ => (T_OUT, 0),
+        };
+        driver.header(memory, kind, u64::from(at) * 128);
+        let data = (memory + 4096, 65536, flags);
+        driver.submit_on(0, 3 * at, &[(memory, 16, 0), data, (memory + 16, 1, WRITE)]);
+    }
+    eventually("all have been taken", || {
+        stat(lab)["vhost"]["in_flight"] == 8
+    });
+}
+
+/// With its memory, or with a file that has become empty.
+#[test]
+#[ignore = "needs a Ceph cluster"]
+fn a_client_that_goes_with_requests_at_the_cluster_leaves_the_disk_to_the_next() {
+    let image = Image::new("left", "64M");
+    let lab = sandbox();
+    let server = serve(&lab, &image);
+    for takes_memory in [false, true, false, true] {
+        let mut driver = connect(&lab);
+        assert_eq!(driver.write(0, &[1; 512]), OK);
+        let stopped = Stopped::new();
+        have_under_way(&lab, &mut driver);
+        if takes_memory {
+            // From here on this process must not touch the memory either.
+            driver.memory.file.set_len(0).unwrap();
+        }
+        drop(driver);
+        drop(stopped);
+        let mut next = connect(&lab);
+        assert_eq!(next.write(8, &[2; 512]), OK);
+        assert_eq!(next.read(8, 512), (OK, vec![2; 512]));
+    }
+    let log = server.stop().unwrap();
+    assert!(!log.contains("panicked"), "{log}");
     lab.is_clean();
 }

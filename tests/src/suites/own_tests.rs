@@ -5,21 +5,40 @@ use testkit::shell::Shell;
 
 use crate::test::Context;
 
+/// How long a program may take.
+const LIMIT_S: u32 = 280;
+
 /// How much is told of what a test said before it failed, and of each end of the message it failed with.
 const SAID_LINES: usize = 5;
 const MESSAGE_LINES: usize = 8;
 
 /// Runs the ignored tests of a program; every one must run and pass.
 pub fn pass_ignored(cx: &Context, program: &str, env: &[(&str, &str)]) -> Result<()> {
-    pass(cx, program, &["--ignored"], env)
+    pass(cx, program, &["--ignored"], env, LIMIT_S)
+}
+
+/// As [`pass_ignored`], with a limit of seconds of its own.
+pub fn pass_ignored_within(
+    cx: &Context,
+    program: &str,
+    env: &[(&str, &str)],
+    limit_s: u32,
+) -> Result<()> {
+    pass(cx, program, &["--ignored"], env, limit_s)
 }
 
 /// Runs all tests of a program; every one must run and pass.
 pub fn pass_all(cx: &Context, program: &str, env: &[(&str, &str)]) -> Result<()> {
-    pass(cx, program, &[], env)
+    pass(cx, program, &[], env, LIMIT_S)
 }
 
-fn pass(cx: &Context, program: &str, which: &[&str], env: &[(&str, &str)]) -> Result<()> {
+fn pass(
+    cx: &Context,
+    program: &str,
+    which: &[&str],
+    env: &[(&str, &str)],
+    limit_s: u32,
+) -> Result<()> {
     let path = cx.paths.driver_tests.get(program);
     let path = path.with_context(|| format!("this run has no test program {program}"))?;
     let list = Shell::new(path).args(which).arg("--list").run()?;
@@ -28,7 +47,7 @@ fn pass(cx: &Context, program: &str, which: &[&str], env: &[(&str, &str)]) -> Re
     let mut tests = Shell::new(path)
         .args(which)
         .arg("--test-threads=1")
-        .limit(cx.patience(280));
+        .limit(cx.patience(limit_s));
     for (name, value) in env {
         tests = tests.env(name, value);
     }

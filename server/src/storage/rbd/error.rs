@@ -1,7 +1,9 @@
 //! Why an image cannot be served.
 
-use std::ffi::c_int;
+use std::ffi::{CString, c_int};
 use std::io;
+
+use super::name::ImageName;
 
 /// Why an image cannot be served. Each names it and says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -71,4 +73,27 @@ pub enum RbdError {
 /// The error that a function of the libraries returned as a negative number.
 pub(super) fn system_error(result: c_int) -> io::Error {
     io::Error::from_raw_os_error(-result)
+}
+
+/// Whether a step succeeded, by what a function of the libraries returned.
+pub(super) fn step(
+    image: &ImageName,
+    what: &'static str,
+    result: c_int,
+    hint: &'static str,
+) -> Result<(), RbdError> {
+    if result >= 0 {
+        return Ok(());
+    }
+    Err(RbdError::Step {
+        image: format!("rbd:{image}"),
+        what,
+        source: system_error(result),
+        hint,
+    })
+}
+
+/// A text for a C function.
+pub(super) fn text(text: &str) -> Result<CString, RbdError> {
+    CString::new(text).map_err(|_| RbdError::Nul(text.to_owned()))
 }

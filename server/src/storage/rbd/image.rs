@@ -1,85 +1,46 @@
 //! An open image, and the client of the cluster that has it open.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::io;
-use std::path::PathBuf;
+use std::mem::ManuallyDrop;
 use std::ptr::{null, null_mut};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use super::error::{RbdError, system_error};
-use super::library::{self, EXCLUSIVE, FEATURE_EXCLUSIVE_LOCK, Functions, Pool, Rados, Watcher};
+use super::cluster::{CAPS, Cluster, OWN_OPTIONS};
+use super::error::{RbdError, step, system_error, text};
+use super::header_watch::HeaderWatch;
+use super::library::{
+    self, EXCLUSIVE, FEATURE_EXCLUSIVE_LOCK, Functions, Pool, Watcher, read_text,
+};
+use super::name::ImageName;
 use super::update_watch::UpdateWatch;
-
 use crate::engine::Changed;
 
-/// What a user needs to open, write and lock images, and to bar a dead client from the cluster.
-pub(super) const CAPS: &str =
-    "; its user needs the caps mon 'profile rbd' osd 'profile rbd pool=POOL' (ceph auth caps)";
-
-/// Seconds until a connection fails if no monitor answers, and those that Ceph sets.
-const CONNECT_LIMIT: &CStr = c"30";
-const CONNECT_LIMIT_DEFAULT: &str = "300";
-
-/// What the promises of a disk depend on. Metadata of an image or a pool could say something else.
-const OWN_OPTIONS: [(&CStr, &CStr); 5] = [
-    // A request that has ended is durable.
-    (c"rbd_cache", c"false"),
-    (c"rbd_plugins", c""),
-    (c"rbd_persistent_cache_mode", c"disabled"),
-    // Data is copied before a write returns: its memory is the client's.
-    (c"rbd_disable_zero_copy_writes", c"true"),
-    // The owner of a lock that is broken is barred from the cluster.
-    (c"rbd_blocklist_on_break_lock", c"true"),
-];
+/// The image's metadatum that names the client of the last server that had its lock.
+const WRITER: &CStr = c"ublkup_writer";
 
 /// How long opening may take before the log says what it waits for.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Which image, and how its cluster is reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ImageName {
-    /// The pool.
-    pub pool: String,
-    /// The namespace in it; empty for the default one.
-    pub namespace: String,
-    /// The image.
-    pub image: String,
-    /// A snapshot of it, which cannot be written to.
-    pub snapshot: Option<String>,
-    /// The configuration of the cluster; by default where Ceph looks for it.
-    pub conf: Option<PathBuf>,
-    /// The user, without `client.`; by default the one that Ceph takes.
-    pub user: Option<String>,
-}
-
-impl std::fmt::Display for ImageName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/", self.pool)?;
-        if !self.namespace.is_empty() {
-            write!(f, "{}/", self.namespace)?;
-        }
-        f.write_str(&self.image)?;
-        match &self.snapshot {
-            Some(snapshot) => write!(f, "@{snapshot}"),
-            None => Ok(()),
-        }
-    }
-}
 
 /// The open image. Closing it waits for the cluster.
 pub(super) struct OpenImage {
     pub(super) functions: &'static Functions,
     name: ImageName,
-    rados: Rados,
+    /// Ends after the image and the pool.
+    cluster: ManuallyDrop<Cluster>,
     pool: Pool,
-    image: library::Image,
-    cluster_id: String,
-    /// Dropped before the image is closed.
+    image: AtomicPtr<c_void>,
+    /// Those that were replaced by `image`. Requests may be under way with them.
+    older: Mutex<Vec<library::Image>>,
+    read_only: bool,
+    /// Dropped before the image is closed, as the next.
     update_watch: Mutex<Option<UpdateWatch>>,
+    /// In its place where the image is only read.
+    header_watch: Mutex<Option<HeaderWatch>>,
     abandoned: AtomicBool,
 }
 
@@ -106,18 +67,19 @@ impl OpenImage {
         let mut this = Self {
             functions,
             name: name.clone(),
-            rados: null_mut(),
+            cluster: ManuallyDrop::new(Cluster::connect(functions, name)?),
             pool: null_mut(),
-            image: null_mut(),
-            cluster_id: String::new(),
-            update_watch: Mutex::new(None),
+            image: AtomicPtr::default(),
+            older: Mutex::default(),
+            read_only,
+            update_watch: Mutex::default(),
+            header_watch: Mutex::default(),
             abandoned: AtomicBool::new(false),
         };
-        this.connect()?;
         let pool = text(&name.pool)?;
         // SAFETY: the client is connected, and the text ends with a NUL.
         let result = unsafe {
-            (functions.rados_ioctx_create)(this.rados, pool.as_ptr(), &raw mut this.pool)
+            (functions.rados_ioctx_create)(this.cluster.handle(), pool.as_ptr(), &raw mut this.pool)
         };
         let hint = "; ceph osd lspools shows which there are";
         this.step("open the pool", result, hint)?;
@@ -132,7 +94,7 @@ impl OpenImage {
             false => functions.rbd_open,
         };
         // SAFETY: as above; a snapshot is a text or null.
-        let result = unsafe { open(this.pool, image.as_ptr(), &raw mut this.image, snapshot) };
+        let result = unsafe { open(this.pool, image.as_ptr(), this.image.get_mut(), snapshot) };
         let hint = match -result {
             libc::ENOENT if name.snapshot.is_some() => "; rbd snap ls shows its snapshots",
             libc::ENOENT => "; rbd ls shows which there are",
@@ -158,7 +120,7 @@ impl OpenImage {
                 let result = unsafe {
                     match place {
                         "image" => (self.functions.rbd_metadata_get)(
-                            self.image,
+                            self.handle(),
                             key.as_ptr(),
                             value.as_mut_ptr(),
                             &raw mut len,
@@ -187,82 +149,14 @@ impl OpenImage {
         Ok(())
     }
 
-    fn connect(&mut self) -> Result<(), RbdError> {
-        let functions = self.functions;
-        let user = self.name.user.as_deref().unwrap_or("admin");
-        let user = text(&format!("client.{user}"))?;
-        let conf = self
-            .name
-            .conf
-            .as_ref()
-            .map(|path| text(&path.to_string_lossy()));
-        let conf = conf.transpose()?;
-        // SAFETY: both texts end with a NUL, and the handle is written.
-        let result = unsafe {
-            (functions.rados_create2)(&raw mut self.rados, c"ceph".as_ptr(), user.as_ptr(), 0)
-        };
-        self.step("make a client of the cluster", result, "")?;
-        let path = conf.as_ref().map_or(null(), |path| path.as_ptr());
-        // SAFETY: the client was made; without a path the library looks where Ceph's programs look.
-        let result = unsafe { (functions.rados_conf_read_file)(self.rados, path) };
-        self.step(
-            "read the cluster's configuration",
-            result,
-            "; give the right one with conf=/etc/ceph/ceph.conf",
-        )?;
-        for (option, value) in OWN_OPTIONS {
-            // SAFETY: as above. Options that a version does not know are not needed there.
-            unsafe { (functions.rados_conf_set)(self.rados, option.as_ptr(), value.as_ptr()) };
-        }
-        for (option, value) in [
-            // What it has to say goes where this program's log goes.
-            (c"log_file", c""),
-            (c"log_to_stderr", c"true"),
-            (c"err_to_stderr", c"true"),
-        ] {
-            // SAFETY: as above. Options that a version does not know are not needed there.
-            unsafe { (functions.rados_conf_set)(self.rados, option.as_ptr(), value.as_ptr()) };
-        }
-        self.limit_connecting();
-        // SAFETY: as above.
-        let result = unsafe { (functions.rados_connect)(self.rados) };
-        let hint = match -result {
-            libc::ENOENT => {
-                "; its configuration names no monitor, or the keyring of its user is not there"
-            }
-            libc::EPERM | libc::EACCES => "; the cluster does not know its user's key",
-            libc::ETIMEDOUT => "; no monitor of the cluster answers",
-            _ => "",
-        };
-        if result < 0 {
-            // It must not be shut down.
-            self.rados = null_mut();
-        }
-        self.step("connect to the cluster", result, hint)?;
-        let mut id = [0; 64];
-        // SAFETY: the array is as long as is said.
-        unsafe { (functions.rados_cluster_fsid)(self.rados, id.as_mut_ptr(), id.len()) };
-        self.cluster_id = read_text(&id);
-        Ok(())
-    }
-
-    /// Has a connection without an answer fail after [`CONNECT_LIMIT`], unless the configuration sets a limit: a service
-    /// manager tries again.
-    fn limit_connecting(&self) {
-        let option = c"client_mount_timeout".as_ptr();
-        let mut value = [0; 32];
-        // SAFETY: the client was made, texts end with a NUL, and the array is as long as is said.
-        unsafe {
-            (self.functions.rados_conf_get)(self.rados, option, value.as_mut_ptr(), value.len());
-            if read_text(&value) == CONNECT_LIMIT_DEFAULT {
-                (self.functions.rados_conf_set)(self.rados, option, CONNECT_LIMIT.as_ptr());
-            }
-        }
-    }
-
     /// The handle for requests.
     pub(super) fn handle(&self) -> library::Image {
-        self.image
+        self.image.load(Ordering::Relaxed)
+    }
+
+    /// The client that has it open.
+    pub(super) fn cluster(&self) -> &Cluster {
+        &self.cluster
     }
 
     /// The image's name.
@@ -273,6 +167,36 @@ impl OpenImage {
     /// Its size in bytes.
     pub(super) fn size_bytes(&self) -> Result<u64, RbdError> {
         self.number("read the size of the image", self.functions.rbd_get_size)
+    }
+
+    /// Its size in bytes, also if another client has changed it. The library does not look at an image that is only read
+    /// again: it is opened anew, and what is had open already is kept for requests that are under way.
+    pub(super) fn size_bytes_now(&self) -> Result<u64, RbdError> {
+        let was_bytes = self.size_bytes()?;
+        if !self.read_only || self.name.snapshot.is_some() {
+            return Ok(was_bytes);
+        }
+        if let Some(watch) = &mut *locked(&self.header_watch) {
+            self.warn_unwatched(watch.renew());
+        }
+        let id = text(&self.id()?)?;
+        let mut image = null_mut();
+        let open = self.functions.rbd_open_by_id_read_only;
+        // SAFETY: the pool is open, the text ends with a NUL, and the handle is written.
+        let result = unsafe { open(self.pool, id.as_ptr(), &raw mut image, null()) };
+        self.step("open the image again", result, "")?;
+        let mut now_bytes = 0;
+        // SAFETY: the image is open, and the number is written.
+        let result = unsafe { (self.functions.rbd_get_size)(image, &raw mut now_bytes) };
+        if result >= 0 && now_bytes > was_bytes {
+            let before = self.image.swap(image, Ordering::Relaxed);
+            locked(&self.older).push(before);
+        } else {
+            // SAFETY: it was opened above, and no request was made with it.
+            unsafe { (self.functions.rbd_close)(image) };
+        }
+        self.step("read the size of the image", result, "")?;
+        Ok(now_bytes)
     }
 
     /// The size of its objects, or of the stripes in them.
@@ -296,24 +220,28 @@ impl OpenImage {
     ) -> Result<u64, RbdError> {
         let mut number = 0;
         // SAFETY: the image is open, and the number is written.
-        let result = unsafe { get(self.image, &raw mut number) };
+        let result = unsafe { get(self.handle(), &raw mut number) };
         self.step(what, result, "")?;
         Ok(number)
     }
 
     /// What identifies it: cluster, pool and number of the image, which do not change when it is renamed.
     pub(super) fn identity(&self) -> Option<String> {
+        // SAFETY: the pool is open.
+        let pool = unsafe { (self.functions.rados_ioctx_get_id)(self.pool) };
+        let snapshot = self.name.snapshot.as_deref().unwrap_or_default();
+        let (cluster, id) = (self.cluster.id(), self.id().ok()?);
+        Some(format!("rbd:{cluster}:{pool}:{id}@{snapshot}"))
+    }
+
+    /// Its number in the pool.
+    fn id(&self) -> Result<String, RbdError> {
         let mut id = [0; 64];
         // SAFETY: the image is open, the array as long as is said.
-        let (pool, result) = unsafe {
-            (
-                (self.functions.rados_ioctx_get_id)(self.pool),
-                (self.functions.rbd_get_id)(self.image, id.as_mut_ptr(), id.len()),
-            )
-        };
-        let snapshot = self.name.snapshot.as_deref().unwrap_or_default();
-        let (cluster, id) = (&self.cluster_id, read_text(&id));
-        (result == 0).then(|| format!("rbd:{cluster}:{pool}:{id}@{snapshot}"))
+        let result =
+            unsafe { (self.functions.rbd_get_id)(self.handle(), id.as_mut_ptr(), id.len()) };
+        self.step("read the number of the image", result, "")?;
+        Ok(read_text(&id))
     }
 
     /// The client that has it locked.
@@ -322,7 +250,7 @@ impl OpenImage {
         // SAFETY: the image is open, the array has as many places as is said.
         let result = unsafe {
             (self.functions.rbd_lock_get_owners)(
-                self.image,
+                self.handle(),
                 &raw mut mode,
                 owners.as_mut_ptr(),
                 &raw mut count,
@@ -340,6 +268,17 @@ impl OpenImage {
         Ok(owner)
     }
 
+    /// Whether this client has it locked, as far as it knows.
+    pub(super) fn is_lock_owner(&self) -> Result<bool, RbdError> {
+        let mut is_owner = 0;
+        // SAFETY: the image is open, and the number is written.
+        let result = unsafe {
+            (self.functions.rbd_is_exclusive_lock_owner)(self.handle(), &raw mut is_owner)
+        };
+        self.step("see whether the image is locked", result, "")?;
+        Ok(is_owner != 0)
+    }
+
     /// Whether a client is connected to the image. The cluster forgets one that has died, or cannot reach it, after 30
     /// seconds (`osd_client_watch_timeout`).
     pub(super) fn is_watched_by(&self, client: &str) -> Result<bool, RbdError> {
@@ -354,7 +293,7 @@ impl OpenImage {
             // SAFETY: the image is open, the array has as many places as is said.
             let result = unsafe {
                 (self.functions.rbd_watchers_list)(
-                    self.image,
+                    self.handle(),
                     watchers.as_mut_ptr(),
                     &raw mut count,
                 )
@@ -379,7 +318,7 @@ impl OpenImage {
     /// Locks it; no other client can write then. EROFS if another one has it.
     pub(super) fn lock(&self) -> io::Result<()> {
         // SAFETY: the image is open.
-        check(unsafe { (self.functions.rbd_lock_acquire)(self.image, EXCLUSIVE) })
+        check(unsafe { (self.functions.rbd_lock_acquire)(self.handle(), EXCLUSIVE) })
     }
 
     /// Takes the lock from `owner`, which is gone, and bars it from the cluster: none of its writes is done after this.
@@ -388,7 +327,7 @@ impl OpenImage {
         let owner = text(owner)?;
         // SAFETY: the image is open, and the text ends with a NUL.
         let result =
-            unsafe { (self.functions.rbd_lock_break)(self.image, EXCLUSIVE, owner.as_ptr()) };
+            unsafe { (self.functions.rbd_lock_break)(self.handle(), EXCLUSIVE, owner.as_ptr()) };
         // It has been released meanwhile, or another client has taken it.
         if matches!(-result, libc::ENOENT | libc::EBUSY) {
             return Ok(());
@@ -400,39 +339,40 @@ impl OpenImage {
         )
     }
 
-    /// Whether this user may bar a dead client from the cluster, without which its lock cannot be taken. The command is one
-    /// that `profile rbd` allows, with an address that the monitors do not take: what they check first is the right.
-    pub(super) fn may_bar(&self) -> bool {
-        let command =
-            c"{\"prefix\": \"osd blocklist\", \"blocklistop\": \"add\", \"addr\": \"none/1\"}";
-        let mut commands = [command.as_ptr()];
-        // SAFETY: the client is connected, the text ends with a NUL; no input is given and no output taken.
-        let result = unsafe {
-            (self.functions.rados_mon_command)(
-                self.rados,
-                commands.as_mut_ptr(),
-                commands.len(),
-                null(),
-                0,
-                null_mut(),
-                null_mut(),
-                null_mut(),
-                null_mut(),
+    /// Notes in the image which client may write to it. Without effect on other clients.
+    pub(super) fn note_writer(&self, client: &str) -> io::Result<()> {
+        let client = CString::new(client)?;
+        // SAFETY: the image is open, and both texts end with a NUL.
+        check(unsafe {
+            (self.functions.rbd_metadata_set)(self.handle(), WRITER.as_ptr(), client.as_ptr())
+        })
+    }
+
+    /// The client that was noted last.
+    pub(super) fn writer(&self) -> io::Result<String> {
+        let (mut value, mut len) = ([0; 256], 256);
+        // SAFETY: the image is open, the text ends with a NUL, the array is as long as is said.
+        check(unsafe {
+            (self.functions.rbd_metadata_get)(
+                self.handle(),
+                WRITER.as_ptr(),
+                value.as_mut_ptr(),
+                &raw mut len,
             )
-        };
-        !matches!(-result, libc::EACCES | libc::EPERM)
+        })?;
+        Ok(read_text(&value))
     }
 
     /// Gives the lock back.
     pub(super) fn unlock(&self) -> io::Result<()> {
         // SAFETY: the image is open.
-        check(unsafe { (self.functions.rbd_lock_release)(self.image) })
+        check(unsafe { (self.functions.rbd_lock_release)(self.handle()) })
     }
 
     /// Waits until all that was written is durable.
     pub(super) fn flush(&self) -> io::Result<()> {
         // SAFETY: the image is open.
-        check(unsafe { (self.functions.rbd_flush)(self.image) })
+        check(unsafe { (self.functions.rbd_flush)(self.handle()) })
     }
 
     /// Has `tell` called when another client changes it. A snapshot does not change.
@@ -440,15 +380,33 @@ impl OpenImage {
         if self.name.snapshot.is_some() {
             return;
         }
-        // SAFETY: the image is closed after the watch has ended.
-        match unsafe { UpdateWatch::new(self.functions, self.image, tell) } {
-            Ok(watch) => *self.watch() = Some(watch),
-            Err(result) => {
-                let (name, error) = (&self.name, system_error(result));
-                tracing::warn!(
-                    "rbd:{name}: another size is not noticed, but by 'ublkup resize': {error}"
-                );
+        let watched = match self.read_only {
+            true => self.watch_header(tell),
+            false => {
+                // SAFETY: the image is closed after the watch has ended.
+                let watch = unsafe { UpdateWatch::new(self.functions, self.handle(), tell) };
+                watch.map(|watch| *locked(&self.update_watch) = Some(watch))
             }
+        };
+        self.warn_unwatched(watched);
+    }
+
+    fn watch_header(&self, tell: Changed) -> Result<(), c_int> {
+        let header = (self.id().ok()).and_then(|id| text(&format!("rbd_header.{id}")).ok());
+        let header = header.ok_or(-libc::EIO)?;
+        let place = (self.cluster.handle(), self.pool);
+        // SAFETY: client and pool are closed after the watch has ended.
+        let watch = unsafe { HeaderWatch::new(self.functions, place, header, tell) };
+        *locked(&self.header_watch) = Some(watch?);
+        Ok(())
+    }
+
+    fn warn_unwatched(&self, watched: Result<(), c_int>) {
+        if let Err(result) = watched {
+            let (name, error) = (&self.name, system_error(result));
+            tracing::warn!(
+                "rbd:{name}: another size is not noticed, but by 'ublkup resize': {error}"
+            );
         }
     }
 
@@ -463,52 +421,46 @@ impl OpenImage {
         }
     }
 
-    fn watch(&self) -> MutexGuard<'_, Option<UpdateWatch>> {
-        // An `Option` is whole whatever panicked.
-        (self.update_watch.lock()).unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Gives it another size.
     pub(super) fn resize(&self, size_bytes: u64, may_shrink: bool) -> io::Result<()> {
         // SAFETY: the image is open; there is no callback.
         check(unsafe {
-            (self.functions.rbd_resize2)(self.image, size_bytes, may_shrink, None, null_mut())
+            (self.functions.rbd_resize2)(self.handle(), size_bytes, may_shrink, None, null_mut())
         })
     }
 
     fn step(&self, what: &'static str, result: c_int, hint: &'static str) -> Result<(), RbdError> {
-        if result >= 0 {
-            return Ok(());
-        }
-        Err(RbdError::Step {
-            image: format!("rbd:{}", self.name),
-            what,
-            source: system_error(result),
-            hint,
-        })
+        step(&self.name, what, result, hint)
     }
 }
 
 impl Drop for OpenImage {
     fn drop(&mut self) {
-        let watch = self.watch().take();
+        let watches = (
+            locked(&self.update_watch).take(),
+            locked(&self.header_watch).take(),
+        );
         if self.abandoned.load(Ordering::Relaxed) {
             // The library may still call it.
-            std::mem::forget(watch);
+            std::mem::forget(watches);
             return;
         }
-        drop(watch);
+        drop(watches);
         // SAFETY: what is not null was made, and no other code uses it: queues hold `self`.
         unsafe {
-            if !self.image.is_null() {
-                (self.functions.rbd_close)(self.image);
+            let older = std::mem::take(&mut *locked(&self.older));
+            let image = *self.image.get_mut();
+            for image in older
+                .into_iter()
+                .chain([image])
+                .filter(|image| !image.is_null())
+            {
+                (self.functions.rbd_close)(image);
             }
             if !self.pool.is_null() {
                 (self.functions.rados_ioctx_destroy)(self.pool);
             }
-            if !self.rados.is_null() {
-                (self.functions.rados_shutdown)(self.rados);
-            }
+            ManuallyDrop::drop(&mut self.cluster);
         }
     }
 }
@@ -541,20 +493,14 @@ fn reminded<T>(name: &ImageName, work: impl FnOnce() -> T) -> T {
     })
 }
 
+/// What is in these locks is whole whatever panicked.
+fn locked<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn check(result: c_int) -> io::Result<()> {
     match result {
         0.. => Ok(()),
         error => Err(system_error(error)),
     }
-}
-
-fn text(text: &str) -> Result<CString, RbdError> {
-    CString::new(text).map_err(|_| RbdError::Nul(text.to_owned()))
-}
-
-/// The text in an array that a C function has filled.
-fn read_text(bytes: &[c_char]) -> String {
-    let bytes: Vec<u8> = bytes.iter().map(|byte| byte.cast_unsigned()).collect();
-    let text = CStr::from_bytes_until_nul(&bytes).unwrap_or_default();
-    text.to_string_lossy().into_owned()
 }

@@ -4,7 +4,7 @@
 //! functions since Ceph 16. A test in `tests/rbd.rs` has a C compiler compare them with the headers.
 
 use std::error::Error as _;
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
@@ -33,6 +33,12 @@ pub(super) struct Watcher {
 
 /// `rbd_update_callback_t`.
 pub(super) type UpdateCallback = extern "C" fn(*mut c_void);
+
+/// `rados_watchcb2_t`.
+pub(super) type WatchCallback = extern "C" fn(*mut c_void, u64, u64, u64, *mut c_void, usize);
+
+/// `rados_watcherrcb_t`.
+pub(super) type LostCallback = extern "C" fn(*mut c_void, u64, c_int);
 
 /// `librbd_progress_fn_t`.
 pub(super) type Progress = Option<extern "C" fn(u64, u64, *mut c_void) -> c_int>;
@@ -85,15 +91,21 @@ functions! {
         rados_ioctx_set_namespace(Pool, *const c_char);
         rados_ioctx_get_id(Pool) -> i64;
         rados_ioctx_destroy(Pool);
+        rados_watch3(Pool, *const c_char, *mut u64, WatchCallback, LostCallback, u32, *mut c_void) -> c_int;
+        rados_unwatch2(Pool, u64) -> c_int;
+        rados_watch_flush(Rados) -> c_int;
+        rados_notify_ack(Pool, *const c_char, u64, u64, *const c_char, c_int) -> c_int;
     }
     "librbd.so.1" {
         rbd_open(Pool, *const c_char, *mut Image, *const c_char) -> c_int;
         rbd_open_read_only(Pool, *const c_char, *mut Image, *const c_char) -> c_int;
+        rbd_open_by_id_read_only(Pool, *const c_char, *mut Image, *const c_char) -> c_int;
         rbd_close(Image) -> c_int;
         rbd_get_size(Image, *mut u64) -> c_int;
         rbd_get_features(Image, *mut u64) -> c_int;
         rbd_get_stripe_unit(Image, *mut u64) -> c_int;
         rbd_get_id(Image, *mut c_char, usize) -> c_int;
+        rbd_metadata_set(Image, *const c_char, *const c_char) -> c_int;
         rbd_metadata_get(Image, *const c_char, *mut c_char, *mut usize) -> c_int;
         rbd_pool_metadata_get(Pool, *const c_char, *mut c_char, *mut usize) -> c_int;
         rbd_resize2(Image, u64, bool, Progress, *mut c_void) -> c_int;
@@ -102,6 +114,7 @@ functions! {
         rbd_flush(Image) -> c_int;
         rbd_lock_acquire(Image, c_int) -> c_int;
         rbd_lock_release(Image) -> c_int;
+        rbd_is_exclusive_lock_owner(Image, *mut c_int) -> c_int;
         rbd_lock_get_owners(Image, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;
         rbd_lock_get_owners_cleanup(*mut *mut c_char, usize);
         rbd_watchers_list(Image, *mut Watcher, *mut usize) -> c_int;
@@ -157,4 +170,11 @@ fn cause(error: &libloading::Error) -> String {
     error
         .source()
         .map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+/// The text in an array that a C function has filled.
+pub(super) fn read_text(bytes: &[c_char]) -> String {
+    let bytes: Vec<u8> = bytes.iter().map(|byte| byte.cast_unsigned()).collect();
+    let text = CStr::from_bytes_until_nul(&bytes).unwrap_or_default();
+    text.to_string_lossy().into_owned()
 }

@@ -3,17 +3,23 @@
 //! | file         | tells                                              |
 //! |--------------|----------------------------------------------------|
 //! | `library.rs` | Ceph's libraries, which are loaded when needed     |
-//! | `image.rs`   | the client of the cluster and the open image       |
+//! | `name.rs`    | which image                                        |
+//! | `cluster.rs` | the client of the cluster                          |
+//! | `image.rs`   | the open image                                     |
 //! | `shared.rs`  | the lock that keeps other writers out, and failures |
 //! | `update_watch.rs` | learning that another client has changed the image |
+//! | `header_watch.rs` | the same of one that is only read                |
 //! | `queue.rs`   | one request from start to end                      |
 //!
 //! While a server has the image open for writing it holds the image's exclusive lock, so that no other client can write.
 //! What is written is durable when it has ended: the client's cache is off.
 
+mod cluster;
 mod error;
+mod header_watch;
 mod image;
 mod library;
+mod name;
 mod queue;
 mod shared;
 mod update_watch;
@@ -23,7 +29,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::RbdError;
-pub use image::ImageName;
+pub use name::ImageName;
 pub use queue::RbdQueue;
 
 use crate::engine::inbox::Inbox;
@@ -102,7 +108,7 @@ impl Rbd {
         if !read_only && !image.can_be_locked()? {
             return Err(RbdError::NoLock(options.image.to_string()));
         }
-        if !read_only && !image.may_bar() {
+        if !read_only && !image.cluster().may_bar() {
             let (export, image) = (&options.export, &options.image);
             tracing::warn!("{export}: rbd:{image}: {NO_BARRING}");
         }
@@ -161,7 +167,7 @@ impl Rbd {
                 true => image.lock_owner()?,
                 false => None,
             },
-            lacks: (is_written && !image.may_bar()).then_some(NO_BARRING),
+            lacks: (is_written && !image.cluster().may_bar()).then_some(NO_BARRING),
         })
     }
 
@@ -198,17 +204,20 @@ impl StorageControl for Rbd {
     }
 
     fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
-        let image = &self.shared.image;
-        let now = image.size_bytes().map_err(io::Error::other)?;
+        let now = self
+            .shared
+            .image
+            .size_bytes_now()
+            .map_err(io::Error::other)?;
         let now = now - now % u64::from(self.limits.block_bytes);
         match wanted_bytes {
-            Some(wanted) if wanted > now => image.resize(wanted, false).map(|()| wanted),
+            Some(wanted) if wanted > now => self.shared.resize(wanted, false).map(|()| wanted),
             _ => Ok(now),
         }
     }
 
     fn cut(&self, capacity_bytes: u64) -> io::Result<()> {
-        self.shared.image.resize(capacity_bytes, true)
+        self.shared.resize(capacity_bytes, true)
     }
 
     fn claim(&self, limit: Duration) -> Result<bool, String> {

@@ -17,6 +17,9 @@ use crate::request::{IoError, Op, Progress, Request};
 /// slots, and several queues, it would add up.
 const KEPT_BYTES: usize = 128 << 10;
 
+/// In the place of a result: the request is to be done anew. Reads are shorter.
+const AGAIN: i32 = i32::MAX;
+
 /// One thread's access to an image.
 ///
 /// The library reads and writes only memory of this queue: the client's may go away at any time.
@@ -41,6 +44,14 @@ impl RbdQueue {
             inbox: Inbox::new(slots)?,
             data: (0..slots).map(|_| Vec::new()).collect(),
         })
+    }
+
+    /// Gives a request that was refused to the library again, when the lock is had that it was refused for. It had not
+    /// gone to the cluster: what has, and is still under way, is in no order with it, as with any other request under way.
+    fn wait_for_lock(&mut self, slot: Slot) {
+        let (ticket, post) = (self.inbox.expect(slot), self.inbox.post());
+        let wake = move || post.deliver(ticket, AGAIN);
+        self.shared.regain(Box::new(wake));
     }
 
     /// Gives a request to the library.
@@ -152,12 +163,22 @@ impl StorageQueue for RbdQueue {
 
     fn advance(
         &mut self,
-        _: &mut Ring,
+        ring: &mut Ring,
         slot: Slot,
         request: &mut Request,
         _kind: u16,
         result: i32,
     ) -> Progress {
+        let result = match result {
+            // Not had again.
+            AGAIN if self.shared.is_fenced() => -libc::EROFS,
+            AGAIN => return self.start(ring, slot, request),
+            result if -result == libc::EROFS && !self.shared.is_fenced() => {
+                self.wait_for_lock(slot);
+                return Progress::Pending;
+            }
+            result => result,
+        };
         let data = &mut self.data[slot as usize];
         // Negative for an error. A read returns how much there was.
         let outcome = match usize::try_from(result) {
