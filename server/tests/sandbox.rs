@@ -70,7 +70,7 @@ fn escape(args: &[&str]) -> Tried {
 #[test]
 fn a_server_in_its_sandbox_reaches_nothing_outside() {
     let tried = escape(&[]);
-    all_are_refused(&tried.ends, &tried.status);
+    all_are_refused(&tried.ends, &tried.status, &[]);
     assert!(!tried.target_has_gone);
     // All say the same of it.
     let said = format!("sandbox: {}", tried.status);

@@ -11,14 +11,24 @@ mod added;
 #[path = "ublk/broken.rs"]
 mod broken;
 mod common;
+#[path = "ublk/confined.rs"]
+mod confined;
 #[path = "ublk/data.rs"]
 mod data;
+#[path = "common/escape.rs"]
+mod escape;
 #[path = "ublk/failing.rs"]
 mod failing;
 #[path = "ublk/features.rs"]
 mod features;
 #[path = "ublk/intruders.rs"]
 mod intruders;
+#[path = "ublk/large.rs"]
+mod large;
+#[path = "ublk/log.rs"]
+mod log;
+#[path = "common/logs.rs"]
+mod logs;
 #[path = "ublk/many.rs"]
 mod many;
 #[path = "ublk/memory.rs"]
