@@ -45,6 +45,8 @@ mod recovery;
 mod replace;
 #[path = "ublk/resize.rs"]
 mod resize;
+#[path = "ublk/rings.rs"]
+mod rings;
 #[path = "ublk/unprivileged.rs"]
 mod unprivileged;
 #[path = "ublk/upgrade.rs"]
