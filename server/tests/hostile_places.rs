@@ -5,14 +5,16 @@
 mod common;
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use common::sandbox;
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::geteuid;
 use testkit::sandbox::Sandbox;
 
 /// The files of a folder, with their text.
@@ -63,6 +65,160 @@ fn every_command_refuses_a_link_in_place_of_an_exports_folder() {
         assert!(found.contains("run/exports/a is not trusted"), "{found}");
     }
     assert_eq!(contents(&precious), before);
+}
+
+#[test]
+fn commands_that_ask_a_running_server_do_not_follow_a_link_in_place_of_an_exports_folder() {
+    let lab = sandbox();
+    let precious = lab.path("precious");
+    fs::create_dir(&precious).unwrap();
+    let listener = UnixListener::bind(precious.join("control")).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let config = lab.path("ublkup.toml");
+    let text = "[defaults]\nublk = \"no\"\n[[export]]\nname = \"b\"\nspec = \"null:1G\"\n";
+    fs::write(&config, text).unwrap();
+    let config_arg = config.display().to_string();
+    let server = lab.serve(&["--server-name", "s", "--config", &config_arg]);
+    symlink(&precious, lab.path("run/exports/a")).unwrap();
+    let added = "[[export]]\nname = \"a\"\nspec = \"null:1G\"\n";
+    fs::write(&config, format!("{text}{added}")).unwrap();
+    let words = ["run/exports/a is not trusted", "symbolic link"];
+    for args in [
+        &["set", "a", "iops-total=5"][..],
+        &["add", "--ublk", "no", "a=null:1G"],
+        &["reload"],
+        &["stat", "a"],
+        &["list"],
+    ] {
+        lab.fails(args, 1, &words);
+    }
+    lab.fails(&["events", "a"], 1, &["has no export called 'a'"]);
+    let metrics = lab.finish(&["metrics"], &[]);
+    assert!(
+        words.iter().all(|word| metrics.stderr.contains(word)),
+        "{metrics:?}"
+    );
+    assert!(metrics.stdout.contains("export=\"b\""), "{metrics:?}");
+    let mut top = lab
+        .command(&["top"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(top.stdout.take().unwrap()).lines();
+    let told = lines
+        .map_while(Result::ok)
+        .any(|line| words.iter().all(|word| line.contains(word)));
+    top.kill().unwrap();
+    top.wait().unwrap();
+    assert!(told, "top ended");
+    let asked = listener.accept().unwrap_err();
+    assert_eq!(
+        asked.kind(),
+        ErrorKind::WouldBlock,
+        "a command asked what is not the server's"
+    );
+    let left: Vec<_> = fs::read_dir(&precious).unwrap().collect();
+    assert_eq!(left.len(), 1, "{left:?}");
+    fs::remove_file(lab.path("run/exports/a")).unwrap();
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+/// Another user who is not root.
+const OTHER: u32 = 65534;
+
+/// What may be wrong with a folder.
+#[derive(Clone, Copy, Debug)]
+enum Wrong {
+    Link,
+    Mode,
+    Owner,
+}
+
+/// Makes a folder untrusted while `body` runs; says why it is.
+fn while_wrong(lab: &Sandbox, folder: &Path, wrong: Wrong, body: impl FnOnce(&str)) {
+    let mode = |mode| fs::set_permissions(folder, fs::Permissions::from_mode(mode)).unwrap();
+    let away = lab.path("away");
+    match wrong {
+        Wrong::Link => {
+            fs::rename(folder, &away).unwrap();
+            symlink(&away, folder).unwrap();
+            body("symbolic link");
+            fs::remove_file(folder).unwrap();
+            fs::rename(&away, folder).unwrap();
+        }
+        Wrong::Mode => {
+            mode(0o777);
+            body("may write to it");
+            mode(0o755);
+        }
+        Wrong::Owner => {
+            chown(folder, Some(OTHER), None).unwrap();
+            body("belongs to");
+            chown(folder, Some(0), None).unwrap();
+        }
+    }
+}
+
+#[test]
+fn no_command_acts_on_folders_of_servers_spares_and_records_that_others_have_in_hand() {
+    const ADD: &[&str] = &["add", "--ublk", "no", "c=null:1G"];
+    const RELOAD: &[&str] = &["reload"];
+    const EVENTS: &[&str] = &["events"];
+    const SERVE: &[&str] = &["serve", "--ublk", "no", "--server-name", "t", "c=null:1G"];
+    const SERVE_SAME: &[&str] = &["serve", "--ublk", "no", "--server-name", "s", "c=null:1G"];
+    const RECOVER: &[&str] = &["recover", "d"];
+    let mut all = vec![Wrong::Link, Wrong::Mode];
+    // To give files away takes root.
+    all.extend(geteuid().is_root().then_some(Wrong::Owner));
+    let lab = sandbox();
+    let image = lab.image("d.img", 1 << 20).display().to_string();
+    let dead = lab.serve(&["--ublk", "no", &format!("d={image}")]);
+    dead.kill().unwrap();
+    let config = lab.path("ublkup.toml");
+    let text = "[defaults]\nublk = \"no\"\n[[export]]\nname = \"b\"\nspec = \"null:1G\"\n";
+    fs::write(&config, text).unwrap();
+    let config = config.display().to_string();
+    let server = lab.serve(&["--server-name", "s", "--config", &config]);
+    for (place, commands) in [
+        ("servers", &[SERVE, ADD, RELOAD, EVENTS][..]),
+        ("servers/s", &[SERVE_SAME, ADD, RELOAD, EVENTS]),
+        ("servers/s/spare", &[ADD]),
+        ("records", &[SERVE, ADD, RELOAD, RECOVER]),
+    ] {
+        let folder = lab.path("run").join(place);
+        for wrong in &all {
+            while_wrong(&lab, &folder, *wrong, |why| {
+                let before = names(&lab.path("run"));
+                for args in commands {
+                    let told = format!("run/{place} is not trusted");
+                    println!("{place}, {wrong:?}: {args:?}");
+                    lab.fails(args, 1, &[&told, why]);
+                }
+                assert_eq!(names(&lab.path("run")), before, "{place}, {wrong:?}");
+            });
+        }
+    }
+    // All is well again.
+    lab.ok(ADD);
+    assert_eq!(lab.ok(RELOAD), "nothing has changed\n");
+    server.stop().unwrap();
+    lab.ok(&["doctor", "--clean"]);
+    lab.is_clean();
+}
+
+/// All that is in a folder, by path.
+fn names(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(names(&path));
+        }
+        found.push(path);
+    }
+    found.sort();
+    found
 }
 
 /// A socket at `path` that no server accepts from, with a full backlog.

@@ -3,6 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
 mod common;
+#[path = "common/logs.rs"]
+mod logs;
+#[path = "common/recorded.rs"]
+mod recorded;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,6 +16,8 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
 use common::*;
+use logs::BAD_LOGS;
+use recorded::Client;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A server with this standard error, when it is ready.
@@ -45,7 +51,7 @@ fn is_as_ever(lab: &Sandbox, mut server: Child) {
 #[test]
 fn a_log_on_a_full_file_system_changes_nothing() {
     let lab = sandbox();
-    let full = || File::options().write(true).open("/dev/full").unwrap();
+    let full = logs::full;
     let server = serve(&lab, full(), "debug");
     is_as_ever(&lab, server);
     // Nor does it change how other commands end.
@@ -93,6 +99,46 @@ fn a_log_that_is_not_read_holds_up_no_thread() {
     let mut lines = String::new();
     reader.read_to_string(&mut lines).unwrap();
     assert!(!lines.is_empty());
+}
+
+/// A client writes, and reads what it wrote before.
+fn writes(client: &mut Client, round: u8) {
+    let driver = &mut client.driver;
+    if round > 0 {
+        assert_eq!(driver.read(0, 512), (OK, vec![round - 1; 512]));
+    }
+    assert_eq!(driver.write(0, &[round; 512]), OK);
+}
+
+#[test]
+fn servers_whose_log_cannot_be_written_take_over_and_recover() {
+    for (kind, log) in BAD_LOGS {
+        println!("a log: {kind}");
+        let lab = sandbox();
+        let spec = format!("d=file:{}", lab.image("disk.img", 1 << 20).display());
+        let serve = ["serve", "--ublk", "no", "--reconnect-grace", "3600", &spec];
+        let (errors, _reader) = log();
+        let first = logs::serve(&lab, &serve, errors);
+        let mut client = Client::connect(lab.connect("d"), USUAL);
+        assert!(client.start());
+        writes(&mut client, 0);
+        let (errors, _reader) = log();
+        let take_over = [&serve[..], &["--take-over"]].concat();
+        let second = logs::serve(&lab, &take_over, errors);
+        assert_eq!(logs::ended(first), Some(0));
+        let mut client = client.reconnect(|| lab.connect("d"));
+        assert!(client.start(), "after a take-over");
+        writes(&mut client, 1);
+        assert_eq!(logs::end_by(second, Signal::KILL), None);
+        let (errors, _reader) = log();
+        let third = logs::serve(&lab, &["recover", "d"], errors);
+        let mut client = client.reconnect(|| lab.connect("d"));
+        assert!(client.start(), "after a recovery");
+        writes(&mut client, 2);
+        drop(client);
+        assert_eq!(logs::end_by(third, Signal::TERM), Some(0));
+        lab.is_clean();
+    }
 }
 
 /// Standard error of a server in a file, after `body`, and after the server has ended.

@@ -3,41 +3,19 @@
 #![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
 mod common;
+#[path = "common/escape.rs"]
+mod escape;
 
 use std::collections::BTreeMap;
-use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use common::{Driver, OK, Sandbox, USUAL};
+use escape::{ATTEMPTS, Outside, all_are_refused};
 use testkit::sandbox::start;
 use testkit::seccomp::filter;
 use ublkup::engine::sandbox::{self, Status};
 use ublkup::storage::ESCAPE_VARIABLE;
-
-/// What is tried, each by what.
-const ATTEMPTS: [&str; 20] = [
-    "call: open",
-    "call: create",
-    "call: chmod",
-    "call: connect",
-    "call: udp",
-    "call: exec",
-    "call: ptrace",
-    "call: memory",
-    "call: descriptor",
-    "call: signal",
-    "call: unshare",
-    "call: setns",
-    "call: keys",
-    "call: environment",
-    "another ring: openat",
-    "another ring: connect",
-    "ring: openat",
-    "ring: socket",
-    "ring: connect",
-    "ring: unlinkat",
-];
 
 fn status(lab: &Sandbox, export: &str) -> Status {
     let stat = lab.ok(&["stat", export, "--json"]);
@@ -45,74 +23,73 @@ fn status(lab: &Sandbox, export: &str) -> Status {
     serde_json::from_value(stat["sandbox"].take()).unwrap()
 }
 
-/// Has a queue thread try everything: how each attempt ended, how the server is confined, and whether `target` has
-/// gone.
-fn escape(args: &[&str]) -> (BTreeMap<String, String>, Status, bool) {
+/// What the log of a server said.
+struct Tried {
+    ends: BTreeMap<String, String>,
+    status: Status,
+    target_has_gone: bool,
+    log: String,
+    /// What `doctor` says of the sandbox here.
+    doctor: String,
+}
+
+/// The line of `doctor` about the sandbox.
+fn of_doctor(found: &str) -> String {
+    let mut lines = found.lines();
+    lines
+        .find(|line| line.contains(" sandbox: "))
+        .unwrap()
+        .to_owned()
+}
+
+/// Has a queue thread try everything.
+fn escape(args: &[&str]) -> Tried {
     let lab = common::sandbox();
-    let outside = tempfile::tempdir().unwrap();
-    let path = |name| outside.path().join(name);
-    for file in ["secret", "target"] {
-        std::fs::write(path(file), "x").unwrap();
-    }
-    let _listener = UnixListener::bind(path("listener")).unwrap();
+    let outside = Outside::new();
     let image = lab.image("image", 1 << 20);
     let spec = format!("d=fault:write=escape*1;file:{}", image.display());
-    let folder = outside.path().display().to_string();
     let args = [args, &["--ublk", "no", &spec]].concat();
-    let server = lab.serve_with(&args, &[(ESCAPE_VARIABLE, &folder)]);
+    let server = lab.serve_with(&args, &[(ESCAPE_VARIABLE, &outside.path())]);
     let mut driver = Driver::running(lab.connect("d"), USUAL);
     assert_eq!(driver.write(0, &[7; 512]), OK);
     assert_eq!(driver.read(0, 512), (OK, vec![7; 512]));
     drop(driver);
     let status = status(&lab, "d");
+    let doctor = of_doctor(&lab.finish(&["doctor"], &[]).stdout);
     let log = server.stop().unwrap();
     lab.is_clean();
-    let told = log.lines().filter_map(|line| line.split_once("escape by "));
-    let ends = told.filter_map(|(_, text)| {
-        let (attempt, end) = text.split_once(" -> ")?;
-        Some((attempt.to_owned(), end.split(' ').next()?.to_owned()))
-    });
-    let ends = ends.collect();
-    (ends, status, !path("target").exists())
-}
-
-#[test]
-fn a_server_in_its_sandbox_reaches_nothing_outside() {
-    let (ends, status, target_has_gone) = escape(&[]);
-    assert!(status.on, "{status}");
-    assert!(!target_has_gone);
-    // A kernel before 7.0 cannot restrict rings that the server has not made, and says so.
-    let other_rings = status.missing.iter().any(|what| what.contains("rings"));
-    // Those depend on the kernel.
-    let datagrams = status
-        .missing
-        .iter()
-        .filter(|what| what.contains("datagrams"));
-    let known = usize::from(other_rings) + datagrams.count();
-    assert_eq!(status.missing.len(), known, "{status}");
-    for attempt in ATTEMPTS {
-        let expected = match attempt == "another ring: connect" && other_rings {
-            true => "possible",
-            false => "refused",
-        };
-        assert_eq!(
-            ends.get(attempt).map(String::as_str),
-            Some(expected),
-            "{attempt}: {ends:?}"
-        );
+    Tried {
+        ends: escape::ends(&log),
+        status,
+        target_has_gone: outside.target_has_gone(),
+        log,
+        doctor,
     }
 }
 
 #[test]
+fn a_server_in_its_sandbox_reaches_nothing_outside() {
+    let tried = escape(&[]);
+    all_are_refused(&tried.ends, &tried.status, &[]);
+    assert!(!tried.target_has_gone);
+    // All say the same of it.
+    let said = format!("sandbox: {}", tried.status);
+    assert!(tried.log.contains(&said), "{said}: {}", tried.log);
+    assert!(tried.doctor.ends_with(&said), "{said}: {}", tried.doctor);
+}
+
+#[test]
 fn without_the_sandbox_all_of_it_is_possible() {
-    let (ends, status, target_has_gone) = escape(&["--sandbox=no"]);
-    assert_eq!(status, Status::default());
-    assert!(target_has_gone);
+    let tried = escape(&["--sandbox=no"]);
+    assert_eq!(tried.status, Status::default());
+    assert!(tried.target_has_gone);
+    assert!(!tried.log.contains("sandbox: on"), "{}", tried.log);
     for attempt in ATTEMPTS {
         assert_eq!(
-            ends.get(attempt).map(String::as_str),
+            tried.ends.get(attempt).map(String::as_str),
             Some("possible"),
-            "{attempt}: {ends:?}"
+            "{attempt}: {:?}",
+            tried.ends
         );
     }
 }
@@ -120,17 +97,17 @@ fn without_the_sandbox_all_of_it_is_possible() {
 #[test]
 fn what_a_kernel_or_a_container_does_not_let_a_server_give_up_is_told() {
     let lab = common::sandbox();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ublkup"));
-    let spec = format!("d=file:{}", lab.image("image", 1 << 20).display());
-    command
-        .args(["serve", "--ublk", "no", &spec])
-        .env("UBLKUP_RUNTIME_DIR", lab.path("run"));
     let forbidden = [libc::SYS_landlock_create_ruleset, libc::SYS_seccomp];
     let forbidden = forbidden.map(|call| u32::try_from(call).unwrap());
     let [errno, allow] = [libc::SECCOMP_RET_ERRNO | 1, libc::SECCOMP_RET_ALLOW];
-    // SAFETY: the filter is made of system calls, and nothing is allocated.
-    unsafe { command.pre_exec(move || filter(forbidden, errno, allow)) };
-    let server = start(command);
+    let confined = |args: &[&str]| {
+        let mut command = lab.command(args);
+        // SAFETY: the filter is made of system calls, and nothing is allocated.
+        unsafe { command.pre_exec(move || filter(forbidden, errno, allow)) };
+        command
+    };
+    let spec = format!("d=file:{}", lab.image("image", 1 << 20).display());
+    let server = start(confined(&["serve", "--ublk", "no", &spec]));
     let mut driver = Driver::running(lab.connect("d"), USUAL);
     assert_eq!(driver.write(0, &[7; 512]), OK);
     drop(driver);
@@ -140,7 +117,15 @@ fn what_a_kernel_or_a_container_does_not_let_a_server_give_up_is_told() {
         let told = status.missing.iter().any(|what| what.contains(lack));
         assert!(told, "{lack}: {status}");
     }
-    server.stop().unwrap();
+    let said = format!("sandbox: {status}");
+    let found = confined(&["doctor"]).output().unwrap().stdout;
+    let doctor = of_doctor(&String::from_utf8(found).unwrap());
+    assert!(
+        doctor.starts_with("warning") && doctor.ends_with(&said),
+        "{said}: {doctor}"
+    );
+    let log = server.stop().unwrap();
+    assert!(log.contains(&said), "{said}: {log}");
     lab.is_clean();
 }
 

@@ -4,11 +4,13 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Driver, OK, Sandbox, USUAL, sandbox};
 use rustix::process::{getegid, geteuid};
@@ -246,5 +248,50 @@ fn a_socket_for_no_export_is_refused_for_its_clients_would_wait_for_ever() {
     let mut command = activated(&lab, &not_listening, "a", &["--ublk", "no", "a=mem:1M"]);
     let said = String::from_utf8(command.output().unwrap().stderr).unwrap();
     assert!(said.contains("socket 'a' cannot be used"), "{said}");
+    lab.is_clean();
+}
+
+/// The modes of all sockets in a folder, as far as they stay there.
+fn modes_of_sockets(folder: &Path, seen: &mut BTreeSet<(String, u32)>) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        match std::fs::symlink_metadata(&path) {
+            Ok(found) if found.is_dir() => modes_of_sockets(&path, seen),
+            Ok(found) if found.file_type().is_socket() => {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                seen.insert((name, found.permissions().mode() & 0o777));
+            }
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn no_socket_is_open_to_others_at_any_moment_of_a_start_without_an_umask() {
+    let lab = sandbox();
+    let run = lab.path("run");
+    let is_done = AtomicBool::new(false);
+    let seen = std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let mut seen = BTreeSet::new();
+            while !is_done.load(Ordering::Relaxed) {
+                modes_of_sockets(&run, &mut seen);
+            }
+            seen
+        });
+        for _ in 0..5 {
+            let mut command = Command::new("sh");
+            let program = env!("CARGO_BIN_EXE_ublkup");
+            command
+                .args(["-c", "umask 0; exec \"$0\" serve --ublk no \"$@\"", program])
+                .args(["a=mem:1M", "b=mem:1M", "c=mem:1M"])
+                .env("UBLKUP_RUNTIME_DIR", &run);
+            start(command).stop().unwrap();
+        }
+        is_done.store(true, Ordering::Relaxed);
+        watcher.join().unwrap()
+    });
+    let expected = ["control", "vhost-user-blk"].map(|name| (name.to_owned(), 0o600));
+    assert_eq!(seen, BTreeSet::from(expected));
     lab.is_clean();
 }

@@ -11,14 +11,24 @@ mod added;
 #[path = "ublk/broken.rs"]
 mod broken;
 mod common;
+#[path = "ublk/confined.rs"]
+mod confined;
 #[path = "ublk/data.rs"]
 mod data;
+#[path = "common/escape.rs"]
+mod escape;
 #[path = "ublk/failing.rs"]
 mod failing;
 #[path = "ublk/features.rs"]
 mod features;
 #[path = "ublk/intruders.rs"]
 mod intruders;
+#[path = "ublk/large.rs"]
+mod large;
+#[path = "ublk/log.rs"]
+mod log;
+#[path = "common/logs.rs"]
+mod logs;
 #[path = "ublk/many.rs"]
 mod many;
 #[path = "ublk/memory.rs"]
@@ -35,6 +45,10 @@ mod recovery;
 mod replace;
 #[path = "ublk/resize.rs"]
 mod resize;
+#[path = "ublk/rings.rs"]
+mod rings;
+#[path = "ublk/stopped.rs"]
+mod stopped;
 #[path = "ublk/unprivileged.rs"]
 mod unprivileged;
 #[path = "ublk/upgrade.rs"]
@@ -48,14 +62,10 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
-use std::time::{Duration, Instant};
 
 use common::sandbox;
-use libublk::ctrl::UblkCtrl;
 use testkit::proc::Holdings;
 use testkit::random::Random;
-use testkit::wait::{PATIENCE, wait_for};
 use ublkup::door::ublk::{self, DataPath, DoorEnd, UblkConfig, UblkDoor, UblkError};
 use ublkup::engine::Storage;
 use ublkup::engine::counters::{Counters, Totals};
@@ -411,87 +421,6 @@ fn impossible_devices_are_refused_in_one_line() {
         let text = start(config, limits);
         assert!(text.contains(word) && !text.contains('\n'), "{text}");
     }
-}
-
-#[test]
-#[ignore = "needs root and /dev/ublk-control"]
-fn a_device_stopped_by_somebody_else_is_removed_and_reported() {
-    for delete in [false, true] {
-        let (sender, ends) = channel();
-        let report = move |end| sender.send(end).unwrap();
-        let backend = Arc::new(Null::new(limits()));
-        let door = UblkDoor::start(&config(), &backend, Arc::default, report).unwrap();
-        let id = door.id();
-        // A peer that is not ours.
-        let other = UblkCtrl::new_simple(i32::try_from(id).unwrap()).unwrap();
-        if delete {
-            other.del_dev().unwrap();
-        } else {
-            other.kill_dev().unwrap();
-        }
-        let end = ends.recv_timeout(Duration::from_secs(20)).unwrap();
-        assert!(matches!(end, DoorEnd::Outside), "{end:?}");
-        assert!(is_gone(id));
-        door.stop().unwrap();
-    }
-}
-
-#[test]
-#[ignore = "needs root and /dev/ublk-control"]
-fn stopping_under_load_is_quick_and_clean() {
-    let door = serve(Memory::new(limits()).unwrap());
-    let of = format!("of={}", door.block_path().display());
-    let mut load: Vec<_> = (0..4)
-        .map(|_| {
-            Command::new("dd")
-                .args(["if=/dev/zero", &of, "bs=4k", "oflag=direct"])
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap()
-        })
-        .collect();
-    std::thread::sleep(Duration::from_millis(200));
-    let (id, begin) = (door.id(), Instant::now());
-    door.stop().unwrap();
-    assert!(begin.elapsed() < Duration::from_secs(10));
-    assert!(is_gone(id));
-    for dd in &mut load {
-        dd.wait().unwrap();
-    }
-}
-
-#[test]
-#[ignore = "needs root and /dev/ublk-control"]
-fn a_disk_that_somebody_has_open_is_taken_away_and_its_id_comes_back_later() {
-    let door = serve(Null::new(limits()));
-    let (id, begin) = (door.id(), Instant::now());
-    let hold = format!(
-        "exec 9<{} && echo held && exec cat",
-        door.block_path().display()
-    );
-    let mut holder = Command::new("sh")
-        .args(["-c", &hold])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    let mut output = BufReader::new(holder.stdout.take().unwrap());
-    output.read_line(&mut line).unwrap();
-    assert_eq!(line, "held\n");
-    door.stop().unwrap();
-    assert!(begin.elapsed() < Duration::from_secs(10));
-    assert!(is_gone(id));
-    let again = || {
-        let same = with_id(id);
-        UblkDoor::start(&same, &Arc::new(Null::new(limits())), Arc::default, no_end)
-    };
-    assert!(matches!(again(), Err(UblkError::IdInUse { .. })));
-    // The end of its input ends the holder.
-    drop(holder.stdin.take());
-    holder.wait().unwrap();
-    let door = wait_for("the id is free", PATIENCE, || Ok(again().ok()));
-    door.unwrap().stop().unwrap();
 }
 
 #[test]

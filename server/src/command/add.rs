@@ -1,10 +1,11 @@
 //! `ublkup add`: more exports for a server that runs.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use upgrade_proto::printable;
+use upgrade_proto::{TrustedDir, printable};
 
 use super::output::{complain, print_json_text, print_line};
 use crate::config::{ExportConfig, Origin};
@@ -78,7 +79,7 @@ pub(super) fn find(dir: &RuntimeDir, name: Option<&str>) -> Result<ServerStatus>
             servers.join(", ")
         ),
     };
-    let status = admin::server(&dir.server_socket(name), LIMIT)
+    let status = admin::server(&server_socket(dir, name)?, LIMIT)
         .with_context(|| format!("server '{name}' does not answer"))?;
     ensure!(
         status.server == *name,
@@ -86,4 +87,13 @@ pub(super) fn find(dir: &RuntimeDir, name: Option<&str>) -> Result<ServerStatus>
         status.server
     );
     Ok(status)
+}
+
+/// The admin socket of a server, in a folder that no other user can exchange.
+pub(super) fn server_socket(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
+    let socket = dir.server_socket(name);
+    if let Some(folder) = socket.parent() {
+        TrustedDir::open(folder)?;
+    }
+    Ok(socket)
 }

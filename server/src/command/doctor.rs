@@ -1,6 +1,7 @@
 //! `ublkup doctor`: what this machine can and cannot do, and what servers that died left behind.
 
 mod images;
+mod open_files;
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -58,6 +59,7 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
         ("sandbox", sandbox()),
         ("runtime directory", runtime_directory(dir)),
     ];
+    let files = open_files::findings(dir).into_iter();
     let images = images::findings(dir, CONFIG_FOLDER.as_ref()).into_iter();
     let exports = dead_exports(dir, clean).into_iter();
     let entries = stale_services(dir, clean).into_iter();
@@ -65,6 +67,7 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
     let waiting = waiting_devices(dir).into_iter();
     let checks: Vec<_> = machine
         .into_iter()
+        .chain(files.map(|finding| ("open files", finding)))
         .chain(images.map(|finding| ("Ceph image", finding)))
         .chain(exports.map(|finding| ("left by dead servers", finding)))
         .chain(entries.map(|finding| ("registry of services", finding)))

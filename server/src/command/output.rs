@@ -66,6 +66,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn one_thing_is_no_plural_and_none_is() {
+        let texts = [0, 1, 2, 11, 21].map(|number| count(number, "queue"));
+        assert_eq!(
+            texts,
+            ["0 queues", "1 queue", "2 queues", "11 queues", "21 queues"]
+        );
+    }
+
+    #[test]
     fn json_on_a_terminal_is_the_same_value_without_control_characters() {
         let value = "\u{1b}[2J \u{9b}2J \u{7f} größe\n";
         let text = escape_json(&serde_json::to_string(value).unwrap());

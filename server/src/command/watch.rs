@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::add::server_socket;
 use super::output::{complain, print_json_text, print_line};
 use crate::export::admin::{self, StreamLine, Watch};
 use crate::export::explain;
@@ -75,7 +76,8 @@ fn watches(
         _ => bail!("no server runs under {}", dir.path().display()),
     }
     let watch = |server: &String| {
-        admin::watch(&dir.server_socket(server), export, LIMIT)
+        server_socket(dir, server)
+            .and_then(|socket| admin::watch(&socket, export, LIMIT))
             .with_context(|| format!("server '{server}' cannot be watched"))
     };
     Ok(servers.iter().map(watch).collect())

@@ -133,6 +133,17 @@ impl Socket {
     ///
     /// When a server listens there, or it cannot be made.
     pub fn bind(path: &Path, access: &SocketAccess) -> Result<Self, SocketError> {
+        let socket = Self::prepare(path, access)?;
+        listen(&socket.listener, BACKLOG).map_err(|error| SocketError::System {
+            path: path.to_owned(),
+            what: "listen",
+            error: error.into(),
+        })?;
+        Ok(socket)
+    }
+
+    /// Makes the file, with its owner and its mode. It is not listened on yet.
+    fn prepare(path: &Path, access: &SocketAccess) -> Result<Self, SocketError> {
         let system = |what: &'static str| {
             move |error: io::Error| SocketError::System {
                 path: path.to_owned(),
@@ -163,7 +174,6 @@ impl Socket {
         if *access != SocketAccess::default() {
             socket.admit(access)?;
         }
-        listen(&socket.listener, BACKLOG).map_err(|error| system("listen")(error.into()))?;
         Ok(socket)
     }
 
@@ -389,6 +399,42 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         drop(socket);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_is_closed_to_others_from_bind_on_whatever_the_umask() {
+        if !is_inside() {
+            let test = "engine::socket::tests::a_socket_is_closed_to_others_from_bind_on_whatever_the_umask";
+            // Other tests make files meanwhile.
+            run_inside(["--mount"], test, std::process::Stdio::null());
+            return;
+        }
+        rustix::process::umask(Mode::empty());
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("s");
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        // Right after bind(2), before anything else is done to the file.
+        let address = SocketAddrUnix::new(path.as_os_str().as_bytes()).unwrap();
+        let bound = new_socket().unwrap();
+        bind(&bound, &address).unwrap();
+        assert_eq!(mode(), 0o600);
+        drop(bound);
+        let group = rustix::process::getegid().as_raw().to_string();
+        let for_group = SocketAccess {
+            group: Some(group.parse().unwrap()),
+            ..SocketAccess::default()
+        };
+        for (access, expected) in [(SocketAccess::default(), 0o600), (for_group, 0o660)] {
+            let prepared = Socket::prepare(&path, &access).unwrap();
+            // Its mode is final, and no client has come in before that.
+            assert_eq!(mode(), expected);
+            let refused = UnixStream::connect(&path).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+            drop(prepared);
+            let _bound = Socket::bind(&path, &access).unwrap();
+            assert_eq!(mode(), expected);
+            UnixStream::connect(&path).unwrap();
+        }
     }
 
     #[test]

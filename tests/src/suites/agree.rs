@@ -29,10 +29,12 @@ struct Facts {
 
 fn the_doors_agree_on_every_kind_of_disk(cx: &Context) -> Result<()> {
     let file = cx.file((64 << 20) + 4096)?;
-    let cases: [(String, bool, u64); 6] = [
+    let cases: [(String, bool, u64); 7] = [
         ("mem:64M".into(), false, 512),
         ("mem:64M,block-size=4096,serial=S-1".into(), false, 4096),
         ("null:16T".into(), false, 512),
+        // 2^63 - 4096: there is no larger disk.
+        ("null:9223372036854771712".into(), false, 512),
         (format!("{file},cache=buffered"), true, 512),
         (format!("{file},cache=buffered,block-size=4096"), true, 4096),
         (format!("{file},read-only"), true, 512),

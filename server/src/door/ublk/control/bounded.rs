@@ -1,6 +1,7 @@
-//! One operation on a ring of its own, with a time limit.
+//! One operation at a time on a ring, with a time limit.
 
 use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, squeue, types};
@@ -9,6 +10,10 @@ use crate::io::build_restricted;
 
 /// How often the cancellation of a command is polled.
 const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
+
+/// The ring of the last operation, when nothing is under way on it: a device can be stopped and removed when no more rings
+/// can be made, for want of descriptors or by `kernel.io_uring_disabled`.
+static SPARE: Mutex<Option<IoUring<squeue::Entry128>>> = Mutex::new(None);
 
 /// How an operation with a time limit ended.
 #[derive(Debug)]
@@ -25,7 +30,13 @@ pub(super) enum End {
     NoAnswer,
 }
 
-/// Runs one operation on a ring of its own for at most `limit`.
+fn spare_slot() -> MutexGuard<'static, Option<IoUring<squeue::Entry128>>> {
+    // A ring or none: both are whole after any panic.
+    SPARE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs one operation for at most `limit`, on a ring that no other operation uses meanwhile, or ever if this one does not
+/// complete.
 ///
 /// # Safety
 ///
@@ -36,10 +47,31 @@ pub(super) unsafe fn run_bounded(
     limit: Duration,
     cancel: Option<&dyn Fn() -> bool>,
 ) -> End {
-    let mut ring = match build_restricted(&mut IoUring::<squeue::Entry128>::builder(), 2) {
+    let spare = spare_slot().take();
+    let made = spare.map_or_else(|| build_restricted(&mut IoUring::builder(), 2), Ok);
+    let mut ring = match made {
         Ok(ring) => ring,
         Err(error) => return End::NoRing(error),
     };
+    // SAFETY: as for this function.
+    let end = unsafe { run_on(&mut ring, sqe, limit, cancel) };
+    if let End::Result(_) = end {
+        *spare_slot() = Some(ring);
+    }
+    end
+}
+
+/// [`run_bounded`] on a ring that is empty, and is again after [`End::Result`].
+///
+/// # Safety
+///
+/// As for `run_bounded`.
+unsafe fn run_on(
+    ring: &mut IoUring<squeue::Entry128>,
+    sqe: &squeue::Entry128,
+    limit: Duration,
+    cancel: Option<&dyn Fn() -> bool>,
+) -> End {
     // SAFETY: the caller keeps what the entry points to valid.
     if unsafe { ring.submission().push(sqe) }.is_err() {
         unreachable!("an empty ring has room for one entry");

@@ -1,8 +1,7 @@
 //! Commands to `/dev/ublk-control`, each with a time limit.
 //!
-//! A command runs on a ring of its own that is thrown away after it. That costs some tens of
-//! microseconds, a handful of times in the life of a device; in return a command that hangs
-//! (`DEL_DEV` after an oops, `STOP_DEV` while the storage does not answer) holds up no other.
+//! A command has a ring to itself while it runs, so that one that hangs (`DEL_DEV` after an oops, `STOP_DEV` while the
+//! storage does not answer) holds up no other. The ring of one that has completed is kept for the next.
 
 mod bounded;
 mod commands;
