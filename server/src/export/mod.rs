@@ -5,7 +5,8 @@
 //! | `open.rs`          | how it is opened: storage, doors, what an earlier server left |
 //! | `shared.rs`        | what its threads share, and how its doors are closed     |
 //! | `admin/`           | the admin sockets: protocol, server and client           |
-//! | `addition.rs`      | how one gets to a server that runs already               |
+//! | `add.rs`           | how a command adds one to a server that runs already     |
+//! | `addition.rs`      | what that server does with it                            |
 //! | `admin_service.rs` | what an export answers there                             |
 //! | `server.rs`        | what a server answers, and what its exports share        |
 //! | `succession.rs`    | how a server gets an export from another one             |
@@ -16,6 +17,7 @@
 //! | `spares.rs`        | folders for exports that are added later                 |
 //! | `explain.rs`       | errors as users read them                                |
 
+mod add;
 mod addition;
 pub mod admin;
 mod admin_service;
@@ -39,7 +41,8 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use anyhow::{Context, Result};
 
-pub use addition::{Addition, Answer, add};
+pub use add::add;
+pub use addition::{Addition, Answer};
 pub use event::{Door, Event};
 pub use explain::explain;
 pub use server::{Configuration, Server, ServerOptions, ServerSocket};
