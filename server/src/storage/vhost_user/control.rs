@@ -9,13 +9,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::VhostUserMemoryRegionInfo;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::connection::{Peer, REPLY_LIMIT, described, described_region};
 use super::error::VhostUserError;
 use super::memory::{RINGS_GUEST, Region};
 use super::shared::{Order, Shared};
-use super::virtqueue::Live;
+use super::virtqueue::{Live, new_eventfd};
 use super::vring::{RingMemory, Vring};
 use crate::engine::repeats::Repeats;
 
@@ -134,7 +133,7 @@ impl Control {
         }
         let mut kicks = Vec::new();
         for (index, queue) in (0..count).zip(&shared.queues) {
-            let kick = EventFd::new(EFD_CLOEXEC).map_err(failed)?;
+            let kick = new_eventfd().map_err(failed)?;
             peer.start(index, &rings, (&kick, queue.call()))?;
             kicks.push(kick);
         }

@@ -9,13 +9,32 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::vring::{Command, SIZE, Segment, Violation, Vring};
 use crate::engine::inbox::{Post, Ticket};
+
+/// An eventfd that the server gets too. Neither side waits for the other: io_uring tries a write to a blocking one again
+/// and again, and then on a thread of its own.
+pub(super) fn new_eventfd() -> io::Result<EventFd> {
+    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+}
+
+/// Writes to an eventfd that the server has too, without waiting. Its counter may be at the end, where it is readable;
+/// and the server can switch EFD_NONBLOCK off, which is a property of the file that both have.
+pub(super) fn notify(eventfd: &EventFd) {
+    // SAFETY: `eventfd` keeps it open.
+    let fd = unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) };
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    if poll(&mut fds, Some(&Timespec::default())) == Ok(1) {
+        let _ = eventfd.write(1);
+    }
+}
 
 /// A request.
 #[derive(Debug)]
@@ -72,8 +91,7 @@ impl Virtqueue {
             last_number: 0,
         };
         Ok(Self {
-            // Not EFD_NONBLOCK: the ring would not wait for it.
-            call: EventFd::new(EFD_CLOEXEC)?,
+            call: new_eventfd()?,
             state: Mutex::new(state),
         })
     }
@@ -114,8 +132,7 @@ impl Virtqueue {
         state.owners[owner] = None;
         state.waiting.retain(|entry| entry.owner != owner);
         drop(state);
-        // It fails only if the counter is at its end, and then it is readable.
-        let _ = self.call.write(1);
+        notify(&self.call);
     }
 
     /// Gives the server a request, or keeps it until there is a server with room. Returns what is to be written to for the
@@ -186,8 +203,7 @@ impl Virtqueue {
         };
         drop(state);
         if let Some(kick) = kick {
-            // As in `leave`.
-            let _ = kick.write(1);
+            notify(&kick);
         }
         Ok(())
     }
@@ -221,7 +237,7 @@ impl Virtqueue {
         let kick = state.submit_waiting();
         drop(state);
         if let Some(kick) = kick {
-            let _ = kick.write(1);
+            notify(&kick);
         }
     }
 
@@ -316,9 +332,31 @@ mod tests {
         let memory = RingMemory::new(1, 1 << 30).unwrap();
         Live {
             vring: Vring::new(Arc::new(memory), 0, true),
-            kick: Arc::new(EventFd::new(EFD_CLOEXEC).unwrap()),
+            kick: Arc::new(new_eventfd().unwrap()),
             epoch,
         }
+    }
+
+    #[test]
+    fn an_eventfd_that_the_server_has_filled_holds_nothing_up() {
+        let (sender, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let queue = Virtqueue::new().unwrap();
+            let mut inbox = Inbox::new(300).unwrap();
+            let owner = queue.join(inbox.post());
+            let live = live(1);
+            live.kick.write(u64::MAX - 1).unwrap();
+            queue.call().write(u64::MAX - 1).unwrap();
+            queue.pause();
+            queue.begin(live);
+            queue.pause();
+            queue.submit((owner, inbox.expect(0)), WRITE, &[]);
+            queue.resume();
+            queue.leave(owner);
+            sender.send(()).unwrap();
+        });
+        let limit = std::time::Duration::from_secs(20);
+        assert_eq!(done.recv_timeout(limit), Ok(()), "it waits for the server");
     }
 
     #[test]
