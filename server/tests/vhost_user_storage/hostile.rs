@@ -1,8 +1,10 @@
 //! A server that breaks the protocol is disconnected; its clients notice a pause.
 
+use std::time::Duration;
+
 use crate::common::*;
 use crate::peer::{Knobs, Mood, Peer};
-use crate::serve;
+use crate::{open, serve};
 
 #[test]
 fn a_server_that_answers_wrongly_is_disconnected_and_its_requests_wait() {
@@ -34,4 +36,19 @@ fn a_server_that_answers_wrongly_is_disconnected_and_its_requests_wait() {
         assert!(!log.contains("panicked"), "{log}");
         lab.is_clean();
     }
+}
+
+#[test]
+fn a_server_that_takes_long_to_map_memory_is_not_taken_for_dead() {
+    let scratch = tempfile::tempdir().unwrap();
+    let knobs = Knobs {
+        // Longer than the limit of other messages.
+        mapping_takes: Some(Duration::from_secs(11)),
+        ..Knobs::default()
+    };
+    let peer = Peer::start(&scratch.path().join("peer.sock"), knobs);
+    let fixture = Fixture::new(open(peer.socket()), 1);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    assert_eq!(peer.knobs().connections, 1);
 }

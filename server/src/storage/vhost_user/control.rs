@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::VhostUserMemoryRegionInfo;
 
-use super::connection::{Peer, REPLY_LIMIT, described, described_region};
+use super::connection::{MEMORY_LIMIT, Peer, REPLY_LIMIT, described, described_region};
 use super::error::VhostUserError;
 use super::memory::{RINGS_GUEST, Region};
 use super::shared::{Order, Shared};
@@ -78,11 +78,16 @@ impl Control {
 
     /// Has a server that was connected to serve the requests.
     pub(super) fn begin(&mut self, mut peer: Peer) -> Result<(), VhostUserError> {
-        let stream = peer.stream().ok();
+        let stream = peer.stream().map_err(|error| VhostUserError::Disk {
+            socket: self.shared.socket.clone(),
+            why: error.to_string(),
+        })?;
         let epoch = self.shared.connected(stream);
+        peer.limit_all(Some(MEMORY_LIMIT));
         let begun = self.start(&mut peer, epoch);
         match begun {
             Ok(()) => {
+                peer.limit_all(None);
                 self.peer = Some(peer);
                 self.shared.arrived();
             }
@@ -229,7 +234,10 @@ impl Control {
     fn connect_again(&mut self) {
         let shared = Arc::clone(&self.shared);
         let name = shared.name();
-        let connected = Peer::connect(&shared.socket, REPLY_LIMIT).and_then(|peer| {
+        let note = |stream| {
+            shared.connected(stream);
+        };
+        let connected = Peer::connect(&shared.socket, REPLY_LIMIT, note).and_then(|peer| {
             let served_bytes = shared.capacity.bytes();
             let fits = shared.disk.may_become(&peer.disk, served_bytes);
             fits.map_err(|why| VhostUserError::Disk {
@@ -247,6 +255,7 @@ impl Control {
                 self.note_size(size_bytes);
             }
             Err(error) => {
+                let _ = shared.disconnected();
                 let why = error.to_string();
                 if shared.set_away(&why)
                     && let Some(omitted) = self.losses.due_whatever_numbers(&why)

@@ -53,6 +53,10 @@ const OPEN_PAUSE: Duration = Duration::from_millis(250);
 /// How long an answer is waited for when a person asks how large the disk is, or whether there is a server.
 const LOOK_LIMIT: Duration = Duration::from_secs(3);
 
+/// How long the server may keep the control thread from its end.
+const END_LIMIT: Duration = Duration::from_secs(4);
+const END_INTERVAL: Duration = Duration::from_millis(2);
+
 /// Virtqueues at most. Threads beyond that share them.
 const MAX_QUEUES: u16 = 16;
 
@@ -106,7 +110,7 @@ impl VhostUser {
     }
 
     fn connect(options: &VhostUserOptions) -> Result<Self, VhostUserError> {
-        let peer = Peer::connect(&options.socket, REPLY_LIMIT)?;
+        let peer = Peer::connect(&options.socket, REPLY_LIMIT, drop)?;
         let unusable = |why: String| VhostUserError::Disk {
             socket: options.socket.clone(),
             why,
@@ -154,7 +158,7 @@ impl VhostUser {
     ///
     /// As for [`open`](Self::open).
     pub fn examine(socket: &Path) -> Result<u64, VhostUserError> {
-        Peer::connect(socket, LOOK_LIMIT).map(|peer| peer.disk.size_bytes)
+        Peer::connect(socket, LOOK_LIMIT, drop).map(|peer| peer.disk.size_bytes)
     }
 
     /// How many requests had their data copied: those in memory that the server does not have mapped.
@@ -173,9 +177,18 @@ impl VhostUser {
 impl Drop for VhostUser {
     fn drop(&mut self) {
         self.shared.ask(Order::End);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        let deadline = Instant::now() + END_LIMIT;
+        while !thread.is_finished() {
+            thread::sleep(END_INTERVAL);
+            if Instant::now() >= deadline {
+                // It waits for the server.
+                self.shared.hang_up();
+            }
+        }
+        if thread.join().is_err() {
             tracing::error!(
                 export = self.shared.export,
                 "the thread of {} panicked",

@@ -127,10 +127,10 @@ impl Shared {
     }
 
     /// There is a connection; returns its number.
-    pub(super) fn connected(&self, stream: Option<UnixStream>) -> u64 {
+    pub(super) fn connected(&self, stream: UnixStream) -> u64 {
         let mut connection = self.connection();
         connection.epoch += 1;
-        connection.stream = stream;
+        connection.stream = Some(stream);
         connection.violation = None;
         connection.epoch
     }
@@ -138,6 +138,13 @@ impl Shared {
     /// Requests are served.
     pub(super) fn arrived(&self) {
         self.connection().away = None;
+    }
+
+    /// Ends the connection, whatever the control thread waits for.
+    pub(super) fn hang_up(&self) {
+        if let Some(stream) = &self.connection().stream {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
     }
 
     /// There is none any more. Returns how the server broke the protocol, if it was that.
