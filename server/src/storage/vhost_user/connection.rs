@@ -307,10 +307,13 @@ impl Peer {
         self.protocol.contains(Protocol::CONFIGURE_MEM_SLOTS)
     }
 
-    /// Has the server map a region, in addition to others.
-    pub(super) fn add(&mut self, region: &VhostUserMemoryRegionInfo) -> Result<(), VhostUserError> {
+    /// Has the server map a region, in addition to others. Returns whether it took it.
+    pub(super) fn add(
+        &mut self,
+        region: &VhostUserMemoryRegionInfo,
+    ) -> Result<bool, VhostUserError> {
         self.exchange_within(MEMORY_LIMIT, "have it map memory", |frontend| {
-            frontend.add_mem_region(region).map(drop)
+            took(frontend.add_mem_region(region))
         })
     }
 
@@ -324,13 +327,13 @@ impl Peer {
         })
     }
 
-    /// Has the server map these regions and no others. Nothing is in flight.
+    /// Has the server map these regions and no others. Nothing is in flight. Returns whether it took them.
     pub(super) fn set_table(
         &mut self,
         regions: &[VhostUserMemoryRegionInfo],
-    ) -> Result<(), VhostUserError> {
+    ) -> Result<bool, VhostUserError> {
         self.exchange_within(MEMORY_LIMIT, "have it map memory", |frontend| {
-            frontend.set_mem_table(regions).map(drop)
+            took(frontend.set_mem_table(regions))
         })
     }
 
@@ -368,6 +371,17 @@ impl Peer {
         self.exchange("stop the virtqueues", |frontend| {
             (0..queues).try_for_each(|index| frontend.get_vring_base(index.into()).map(drop))
         })
+    }
+}
+
+/// Whether the server did what the message asked for, which it may refuse.
+fn took<T>(answer: vhost::Result<T>) -> vhost::Result<bool> {
+    match answer {
+        Ok(_) => Ok(true),
+        Err(vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::BackendInternalError)) => {
+            Ok(false)
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -129,13 +129,10 @@ impl Control {
                 had.len()
             )));
         }
-        let regions = had.into_iter().chain(new).map(|(region, _)| region);
-        self.mapped = regions.take(room).collect();
-        let table = self.table();
-        match peer.has_slots() {
-            true => table.iter().try_for_each(|region| peer.add(region))?,
-            false => peer.set_table(&table)?,
-        }
+        let regions = |list: Vec<(Arc<Region>, bool)>| list.into_iter().map(|(region, _)| region);
+        self.mapped = regions(had).collect();
+        let new = regions(new).take(room - self.mapped.len()).collect();
+        self.map_all(peer, new)?;
         let mut kicks = Vec::new();
         for (index, queue) in (0..count).zip(&shared.queues) {
             let kick = new_eventfd().map_err(failed)?;
@@ -153,6 +150,59 @@ impl Control {
             });
         }
         Ok(())
+    }
+
+    /// Has a new server map all memory: what waiting requests may name, and what it takes of the rest.
+    fn map_all(&mut self, peer: &mut Peer, new: Vec<Arc<Region>>) -> Result<(), VhostUserError> {
+        let regions = Arc::clone(&self.shared.regions);
+        let needed = |is_taken: bool| match is_taken {
+            true => Ok(()),
+            false => Err(VhostUserError::Disk {
+                socket: self.shared.socket.clone(),
+                why: "the server refuses memory that requests lie in".into(),
+            }),
+        };
+        if !peer.has_slots() {
+            let count = self.mapped.len();
+            self.mapped.extend(new);
+            match peer.set_table(&self.table()) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {
+                    (self.mapped[count..].iter()).for_each(|region| regions.set_refused(region.id))
+                }
+                Err(error) => {
+                    (self.mapped[count..].iter()).for_each(|region| regions.suspect(region.id));
+                    return Err(error);
+                }
+            }
+            self.mapped.truncate(count);
+            return needed(peer.set_table(&self.table())?);
+        }
+        for region in &self.table() {
+            needed(peer.add(region)?)?;
+        }
+        for region in new {
+            match peer.add(&described_region(&region)) {
+                Ok(true) => self.mapped.push(region),
+                Ok(false) => self.refused(&region),
+                Err(error) => {
+                    regions.suspect(region.id);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The server does not take a region: requests in it are copied.
+    fn refused(&self, region: &Region) {
+        self.shared.regions.set_refused(region.id);
+        tracing::warn!(
+            export = self.shared.export,
+            "{}: the server refuses {} bytes of a client's memory: requests in it are copied",
+            self.shared.name(),
+            region.len_bytes
+        );
     }
 
     /// All regions that the server is to have.
@@ -351,13 +401,27 @@ impl Control {
         }
         let has_slots = peer.has_slots();
         self.mapped.push(Arc::clone(&region));
+        let mut is_taken = true;
         let is_done = match has_slots {
-            true => self.with_peer(|peer| peer.add(&described_region(&region))),
-            false => self.replace_table(),
+            true => self.with_peer(|peer| {
+                is_taken = peer.add(&described_region(&region))?;
+                Ok(())
+            }),
+            false => self.replace_table(&mut is_taken),
         };
-        match is_done {
-            true => self.shared.regions.set_mapped(id),
-            false => self.mapped.retain(|one| one.id != id),
+        if is_done && is_taken {
+            self.shared.regions.set_mapped(id);
+            return;
+        }
+        self.mapped.retain(|one| one.id != id);
+        if self.peer.is_none() {
+            self.shared.regions.suspect(id);
+        } else if !is_taken {
+            self.refused(&region);
+            if !has_slots && !self.replace_table(&mut is_taken) {
+                // What it has mapped now is not known.
+                self.lost("the server cannot be told what memory it had");
+            }
         }
     }
 
@@ -367,7 +431,7 @@ impl Control {
             let has_slots = self.peer.as_ref().is_some_and(Peer::has_slots);
             let is_done = match has_slots {
                 true => self.with_peer(|peer| peer.remove(&described_region(&region))),
-                false => self.replace_table(),
+                false => self.replace_table(&mut true),
             };
             if !is_done && self.peer.is_some() {
                 // Requests took too long. It goes with the next change.
@@ -387,13 +451,18 @@ impl Control {
         ((self.mapped.len() + OWN_REGIONS) as u64) < most
     }
 
-    /// Replaces the memory table, when the server has no requests. Returns whether that was reached.
-    fn replace_table(&mut self) -> bool {
+    /// Replaces the memory table, when the server has no requests. Returns whether that was reached; if so, `is_taken`
+    /// becomes whether the server took it.
+    fn replace_table(&mut self, is_taken: &mut bool) -> bool {
         for queue in &self.shared.queues {
             queue.pause();
         }
         let table = self.table();
-        let is_done = self.drain(DRAIN_LIMIT) && self.with_peer(|peer| peer.set_table(&table));
+        let is_done = self.drain(DRAIN_LIMIT)
+            && self.with_peer(|peer| {
+                *is_taken = peer.set_table(&table)?;
+                Ok(())
+            });
         for queue in &self.shared.queues {
             queue.resume();
         }
