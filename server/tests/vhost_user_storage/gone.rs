@@ -242,3 +242,60 @@ fn a_stop_ends_when_the_server_is_back() {
     assert_eq!(peer.knobs().data[0], 1);
     lab.is_clean();
 }
+
+#[test]
+fn a_flush_fails_when_what_it_covers_went_away_with_the_server() {
+    let lab = sandbox();
+    let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
+    let server = serve(&lab, peer.socket());
+    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    let flush = |driver: &mut Driver| driver.request(T_FLUSH, 0, &[]).0;
+    // All is flushed: nothing can be lost.
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    assert_eq!(flush(&mut driver), OK);
+    leave(&lab, &peer);
+    peer.come_back();
+    assert_eq!(flush(&mut driver), OK);
+    // It was answered, and no flush came after it.
+    assert_eq!(driver.write(0, &[2; 512]), OK);
+    leave(&lab, &peer);
+    peer.come_back();
+    assert_eq!(driver.read(0, 512).0, OK);
+    assert_eq!(flush(&mut driver), IOERR);
+    assert_eq!(flush(&mut driver), OK);
+    // The same with a flush in flight.
+    assert_eq!(driver.write(0, &[3; 512]), OK);
+    peer.set_mood(Mood::Hold);
+    driver.prepare(T_FLUSH, 0, &[]);
+    peer.wait_held(1);
+    peer.set_mood(Mood::Serve);
+    peer.hang_up();
+    assert_eq!(ended(&mut driver), IOERR);
+    assert_eq!(flush(&mut driver), OK);
+    drop(driver);
+    let log = server.stop().unwrap();
+    let times = log.matches("writes were answered and not flushed").count();
+    assert_eq!(times, 2, "{log}");
+    lab.is_clean();
+}
+
+#[test]
+fn without_a_write_back_cache_a_server_that_goes_away_fails_no_flush() {
+    let lab = sandbox();
+    let features = Knobs::default().features & !FLUSH;
+    let knobs = Knobs {
+        features,
+        ..Knobs::default()
+    };
+    let peer = Peer::start(&lab.path("peer.sock"), knobs);
+    let server = serve(&lab, peer.socket());
+    let mut driver = Driver::running(lab.connect("d"), USUAL & !(FLUSH | CONFIG_WCE));
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    leave(&lab, &peer);
+    peer.come_back();
+    assert_eq!(driver.write(0, &[2; 512]), OK);
+    drop(driver);
+    let log = server.stop().unwrap();
+    assert!(!log.contains("not flushed"), "{log}");
+    lab.is_clean();
+}

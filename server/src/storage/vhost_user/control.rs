@@ -322,7 +322,7 @@ impl Control {
         if self.peer.is_none() {
             return;
         }
-        self.forget();
+        let lost = self.forget();
         let shared = &self.shared;
         let violation = shared.disconnected();
         let why = match violation {
@@ -341,6 +341,13 @@ impl Control {
                 None => tracing::warn!(export, "{text}"),
             }
         }
+        if lost > 0 {
+            tracing::error!(
+                export,
+                "{name}: {lost} writes were answered and not flushed when the server went away: it may have lost them, so \
+                 the next flush fails (a server without a write-back cache loses none)"
+            );
+        }
         match violation.is_none() && self.connected_at.elapsed() >= GOOD_CONNECTION {
             true => {
                 self.pause = FIRST_PAUSE;
@@ -357,14 +364,16 @@ impl Control {
         self.pause = (2 * self.pause).min(LONGEST_PAUSE);
     }
 
-    /// Lets go of the connection.
-    fn forget(&mut self) {
+    /// Lets go of the connection. Returns how many answered writes the server may have lost.
+    fn forget(&mut self) -> u64 {
         for queue in &self.shared.queues {
             queue.end();
         }
+        let lost = self.shared.fail_flushes();
         self.peer = None;
         self.rings = None;
         self.mapped.clear();
+        lost
     }
 
     /// Does something with the server, which is lost if that fails.

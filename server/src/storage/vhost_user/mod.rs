@@ -9,6 +9,7 @@
 //! | `memory.rs`     | the memory of requests, as the server sees it                      |
 //! | `vring.rs`      | the driver's side of a virtqueue in shared memory                  |
 //! | `virtqueue.rs`  | which requests the server has, and which wait for one              |
+//! | `flushes.rs`    | which writes a flush has to answer for                             |
 //! | `queue.rs`      | one request from start to end                                      |
 //!
 //! Data is not copied here: the memory that requests lie in is handed on to the server. When the server goes away,
@@ -18,6 +19,7 @@ mod connection;
 mod control;
 mod disk;
 mod error;
+mod flushes;
 mod memory;
 mod queue;
 mod shared;
@@ -41,6 +43,7 @@ use crate::io::Ring;
 use crate::request::{Limits, Serial, format_size};
 use connection::{Peer, REPLY_LIMIT};
 use control::Control;
+use flushes::Flushes;
 use memory::BounceMemory;
 use shared::{Memory, Order, Shared};
 use virtqueue::Virtqueue;
@@ -127,15 +130,17 @@ impl VhostUser {
             .disk
             .limits(block_bytes, options.read_only, options.serial);
         let count = peer.queues.min(options.queues.clamp(1, MAX_QUEUES));
-        let queues: io::Result<Vec<_>> =
-            (0..count).map(|_| Virtqueue::new().map(Arc::new)).collect();
+        let flushes = peer.disk.has_cache().then(Arc::<Flushes>::default);
+        let queues: io::Result<Vec<_>> = (0..count)
+            .map(|_| Virtqueue::new(flushes.clone()).map(Arc::new))
+            .collect();
         let (orders, for_thread) = mpsc::channel();
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let bell = Arc::new(bell.map_err(|error| failed(error.into()))?);
         let shared = Arc::new(Shared::new(
             (options.export.clone(), options.socket.clone()),
             (peer.disk.clone(), limits.capacity.clone()),
-            queues.map_err(failed)?.into(),
+            (queues.map_err(failed)?.into(), flushes),
             BounceMemory::new().map_err(failed)?,
             (orders, Arc::clone(&bell)),
         ));

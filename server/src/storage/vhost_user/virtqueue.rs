@@ -13,9 +13,12 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::flushes::Flushes;
 use super::vring::{Command, SIZE, Segment, Violation, Vring};
 use crate::engine::inbox::{Post, Ticket};
 
@@ -45,6 +48,8 @@ struct Entry {
     segments: Vec<Segment>,
     /// The order in which requests came.
     number: u64,
+    /// Of a flush that the server has: the writes that it covers.
+    covered: u64,
 }
 
 /// The server's side of it, while there is a server.
@@ -69,6 +74,8 @@ struct State {
     /// Lists for entries to come.
     lists: Vec<Vec<Segment>>,
     last_number: u64,
+    /// `None`: the disk has no cache.
+    flushes: Option<Arc<Flushes>>,
 }
 
 /// A virtqueue.
@@ -80,7 +87,7 @@ pub(super) struct Virtqueue {
 }
 
 impl Virtqueue {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(flushes: Option<Arc<Flushes>>) -> io::Result<Self> {
         let state = State {
             live: None,
             is_paused: false,
@@ -89,6 +96,7 @@ impl Virtqueue {
             owners: Vec::new(),
             lists: Vec::with_capacity(SIZE.into()),
             last_number: 0,
+            flushes,
         };
         Ok(Self {
             call: new_eventfd()?,
@@ -144,6 +152,17 @@ impl Virtqueue {
         segments: &[Segment],
     ) -> Option<Arc<EventFd>> {
         let mut state = self.state();
+        if command.kind == VIRTIO_BLK_T_FLUSH
+            && state
+                .flushes
+                .as_ref()
+                .is_some_and(|flushes| flushes.take_loss())
+        {
+            if let Some(Some(post)) = state.owners.get(owner) {
+                post.deliver(ticket, -libc::EIO);
+            }
+            return None;
+        }
         let mut list = state.lists.pop().unwrap_or_default();
         list.clear();
         list.extend_from_slice(segments);
@@ -154,6 +173,7 @@ impl Virtqueue {
             command,
             segments: list,
             number: state.last_number,
+            covered: 0,
         };
         state.waiting.push_back(entry);
         state.submit_waiting()
@@ -221,6 +241,23 @@ impl Virtqueue {
         self.state().end();
     }
 
+    /// Fails the flushes that wait. Returns how many that were.
+    pub(super) fn fail_flushes(&self) -> usize {
+        let mut state = self.state();
+        let State {
+            waiting, owners, ..
+        } = &mut *state;
+        let before = waiting.len();
+        waiting.retain(|entry| {
+            let is_flush = entry.command.kind == VIRTIO_BLK_T_FLUSH;
+            if is_flush && let Some(Some(post)) = owners.get(entry.owner) {
+                post.deliver(entry.ticket, -libc::EIO);
+            }
+            !is_flush
+        });
+        before - waiting.len()
+    }
+
     /// Submits nothing more for the time being.
     pub(super) fn pause(&self) {
         self.state().is_paused = true;
@@ -279,8 +316,13 @@ impl State {
         while !self.is_paused
             && let Some(entry) = self.waiting.front()
             && live.vring.has_room(entry.segments.len())
-            && let Some(entry) = self.waiting.pop_front()
+            && let Some(mut entry) = self.waiting.pop_front()
         {
+            if entry.command.kind == VIRTIO_BLK_T_FLUSH
+                && let Some(flushes) = &self.flushes
+            {
+                entry.covered = flushes.begin();
+            }
             let head = live.vring.submit(&entry.command, &entry.segments);
             self.in_flight[usize::from(head)] = Some(entry);
             any = true;
@@ -299,6 +341,13 @@ impl State {
             VIRTIO_BLK_S_IOERR => -libc::EIO,
             _ => -libc::EOPNOTSUPP,
         };
+        if let Some(flushes) = self.flushes.as_ref().filter(|_| result == 0) {
+            match entry.command.kind {
+                VIRTIO_BLK_T_FLUSH => flushes.ended(entry.covered),
+                VIRTIO_BLK_T_IN => {}
+                _ => flushes.answered(),
+            }
+        }
         if let Some(Some(post)) = self.owners.get(entry.owner) {
             post.deliver(entry.ticket, result);
         }
@@ -341,7 +390,7 @@ mod tests {
     fn an_eventfd_that_the_server_has_filled_holds_nothing_up() {
         let (sender, done) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
-            let queue = Virtqueue::new().unwrap();
+            let queue = Virtqueue::new(None).unwrap();
             let mut inbox = Inbox::new(300).unwrap();
             let owner = queue.join(inbox.post());
             let live = live(1);
@@ -361,7 +410,7 @@ mod tests {
 
     #[test]
     fn what_a_server_had_is_submitted_again_in_order_and_before_what_came_later() {
-        let queue = Virtqueue::new().unwrap();
+        let queue = Virtqueue::new(None).unwrap();
         let mut inbox = Inbox::new(300).unwrap();
         let owner = queue.join(inbox.post());
         let mut submit = |slot: u32| {
