@@ -535,17 +535,22 @@ impl Control {
         }
     }
 
-    /// Ends the session in order, if there is one: no request is under way.
+    /// Ends the session, in order if no request is under way. There is no other one after it.
     fn leave(&mut self) {
-        if !self.drain(DRAIN_INTERVAL) {
-            return;
+        for queue in &self.shared.queues {
+            queue.pause();
         }
         let count = u16::try_from(self.shared.queues.len()).unwrap_or(u16::MAX);
-        if let Some(peer) = &mut self.peer {
+        if self.drain(DRAIN_INTERVAL)
+            && let Some(peer) = &mut self.peer
+        {
             // A server that does not answer finds the connection closed.
             let _ = peer.leave(count, LEAVE_LIMIT);
         }
         self.forget();
+        // The others that have the socket let go of it too.
+        let _ = self.shared.disconnected();
+        self.shared.set_away("the export has ended");
     }
 }
 

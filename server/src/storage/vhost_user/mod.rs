@@ -29,7 +29,7 @@ mod vring;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -84,7 +84,7 @@ pub struct VhostUserOptions {
 pub struct VhostUser {
     limits: Limits,
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl VhostUser {
@@ -153,7 +153,7 @@ impl VhostUser {
         Ok(Self {
             limits,
             shared,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
         })
     }
 
@@ -179,10 +179,13 @@ impl VhostUser {
     }
 }
 
-impl Drop for VhostUser {
-    fn drop(&mut self) {
+impl VhostUser {
+    /// Leaves the server. Nothing is submitted after it.
+    fn leave(&self) {
         self.shared.ask(Order::End);
-        let Some(thread) = self.thread.take() else {
+        // An `Option` is valid whatever its holder panicked about.
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(thread) = thread.take() else {
             return;
         };
         let deadline = Instant::now() + END_LIMIT;
@@ -200,6 +203,12 @@ impl Drop for VhostUser {
                 self.shared.name()
             );
         }
+    }
+}
+
+impl Drop for VhostUser {
+    fn drop(&mut self) {
+        self.leave();
     }
 }
 
@@ -247,6 +256,10 @@ impl StorageControl for VhostUser {
             ))),
             _ => Ok(found),
         }
+    }
+
+    fn end(&self) {
+        self.leave();
     }
 
     fn cut(&self, _: u64) -> io::Result<()> {

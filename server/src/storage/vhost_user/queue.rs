@@ -417,6 +417,8 @@ impl StorageQueue for VhostUserQueue {
 
     fn abandon(&mut self) {
         self.abandoned = true;
+        // Without a server nothing outside works on them.
+        self.virtqueue.abandon(self.owner);
     }
 
     fn next_result(&mut self) -> Option<(Slot, i32)> {
@@ -463,7 +465,7 @@ impl StorageQueue for VhostUserQueue {
         loop {
             self.reap();
             // Without a server nothing outside works on them.
-            self.virtqueue.cancel(self.owner);
+            self.virtqueue.abandon(self.owner);
             if self.inbox.quiesce(LOOK_INTERVAL) {
                 return true;
             }

@@ -71,6 +71,8 @@ struct State {
     waiting: VecDeque<Entry>,
     /// Where the threads that use it get their results.
     owners: Vec<Option<Post>>,
+    /// By owner: its client is gone.
+    abandoned: Vec<bool>,
     /// Lists for entries to come.
     lists: Vec<Vec<Segment>>,
     last_number: u64,
@@ -94,6 +96,7 @@ impl Virtqueue {
             in_flight: (0..SIZE).map(|_| None).collect(),
             waiting: VecDeque::with_capacity(SIZE.into()),
             owners: Vec::new(),
+            abandoned: Vec::new(),
             lists: Vec::with_capacity(SIZE.into()),
             last_number: 0,
             flushes,
@@ -125,8 +128,12 @@ impl Virtqueue {
         let owner = free.unwrap_or(state.owners.len());
         match free {
             Some(owner) => state.owners[owner] = Some(post),
-            None => state.owners.push(Some(post)),
+            None => {
+                state.owners.push(Some(post));
+                state.abandoned.push(false);
+            }
         }
+        state.abandoned[owner] = false;
         if let Some(live) = &state.live {
             // Threads that share it cannot say when all of them are awake.
             live.vring.notify(true);
@@ -285,26 +292,34 @@ impl Virtqueue {
         (has, has + state.waiting.len())
     }
 
-    /// Fails the requests of a thread that ends, as far as no server has them.
-    pub(super) fn cancel(&self, owner: usize) {
+    /// The client of a thread's requests is gone: those that no server has fail, now and when a server goes away. Submitted
+    /// to the next one they could undo what another client has written meanwhile.
+    pub(super) fn abandon(&self, owner: usize) {
         let mut state = self.state();
-        if state.live.is_some() {
-            return;
+        state.abandoned[owner] = true;
+        if state.live.is_none() {
+            state.cancel_abandoned();
         }
-        let Some(post) = state.owners[owner].clone() else {
-            return;
-        };
-        state.waiting.retain(|entry| {
-            let is_own = entry.owner == owner;
-            if is_own {
-                post.deliver(entry.ticket, -libc::EIO);
-            }
-            !is_own
-        });
     }
 }
 
 impl State {
+    fn cancel_abandoned(&mut self) {
+        let State {
+            waiting,
+            owners,
+            abandoned,
+            ..
+        } = self;
+        waiting.retain(|entry| {
+            let is_abandoned = abandoned[entry.owner];
+            if is_abandoned && let Some(post) = &owners[entry.owner] {
+                post.deliver(entry.ticket, -libc::EIO);
+            }
+            !is_abandoned
+        });
+    }
+
     fn has_used(&self) -> bool {
         self.live.as_ref().is_some_and(|live| live.vring.has_used())
     }
@@ -361,6 +376,7 @@ impl State {
         for entry in had.into_iter().rev() {
             self.waiting.push_front(entry);
         }
+        self.cancel_abandoned();
     }
 }
 
@@ -437,7 +453,7 @@ mod tests {
         assert_eq!(queue.counts(), (256, 300));
         queue.end();
         assert!(sectors().is_sorted());
-        queue.cancel(owner);
+        queue.abandon(owner);
         assert_eq!(queue.counts(), (0, 0));
         let mut results = std::iter::from_fn(|| inbox.next_result());
         assert!(results.all(|(_, result)| result == -libc::EIO));
