@@ -4,16 +4,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vhost::VhostUserMemoryRegionInfo;
 
-use super::connection::{MEMORY_LIMIT, Peer, REPLY_LIMIT, described, described_region};
+use super::connection::{MEMORY_LIMIT, Peer, REPLY_LIMIT};
 use super::error::VhostUserError;
 use super::memory::{RINGS_GUEST, Region};
 use super::shared::{Order, Shared};
+use super::table::{DRAIN_INTERVAL, OWN_REGIONS};
 use super::virtqueue::{Live, new_eventfd};
 use super::vring::{RingMemory, Vring};
 use crate::engine::repeats::Repeats;
@@ -28,28 +27,21 @@ const GOOD_CONNECTION: Duration = Duration::from_secs(1);
 /// How long the server may take to answer when it is left.
 const LEAVE_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long requests in flight are waited for where the memory table cannot be changed with them.
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
-const DRAIN_INTERVAL: Duration = Duration::from_millis(1);
-
-/// Regions that are always there: rings, and memory for copies.
-const OWN_REGIONS: usize = 2;
-
 /// The connection and what the server has.
 pub(super) struct Control {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     orders: Receiver<Order>,
     bell: Arc<OwnedFd>,
-    peer: Option<Peer>,
+    pub(super) peer: Option<Peer>,
     /// The rings of this connection.
-    rings: Option<Arc<RingMemory>>,
+    pub(super) rings: Option<Arc<RingMemory>>,
     /// Regions of clients that the server has mapped.
-    mapped: Vec<Arc<Region>>,
+    pub(super) mapped: Vec<Arc<Region>>,
     pause: Duration,
     next_attempt: Option<Instant>,
     connected_at: Instant,
     losses: Repeats,
-    told_of_slots: bool,
+    pub(super) told_of_slots: bool,
 }
 
 /// What to do after the orders that there are.
@@ -150,71 +142,6 @@ impl Control {
             });
         }
         Ok(())
-    }
-
-    /// Has a new server map all memory: what waiting requests may name, and what it takes of the rest.
-    fn map_all(&mut self, peer: &mut Peer, new: Vec<Arc<Region>>) -> Result<(), VhostUserError> {
-        let regions = Arc::clone(&self.shared.regions);
-        let needed = |is_taken: bool| match is_taken {
-            true => Ok(()),
-            false => Err(VhostUserError::Disk {
-                socket: self.shared.socket.clone(),
-                why: "the server refuses memory that requests lie in".into(),
-            }),
-        };
-        if !peer.has_slots() {
-            let count = self.mapped.len();
-            self.mapped.extend(new);
-            match peer.set_table(&self.table()) {
-                Ok(true) => return Ok(()),
-                Ok(false) => {
-                    (self.mapped[count..].iter()).for_each(|region| regions.set_refused(region.id))
-                }
-                Err(error) => {
-                    (self.mapped[count..].iter()).for_each(|region| regions.suspect(region.id));
-                    return Err(error);
-                }
-            }
-            self.mapped.truncate(count);
-            return needed(peer.set_table(&self.table())?);
-        }
-        for region in &self.table() {
-            needed(peer.add(region)?)?;
-        }
-        for region in new {
-            match peer.add(&described_region(&region)) {
-                Ok(true) => self.mapped.push(region),
-                Ok(false) => self.refused(&region),
-                Err(error) => {
-                    regions.suspect(region.id);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The server does not take a region: requests in it are copied.
-    fn refused(&self, region: &Region) {
-        self.shared.regions.set_refused(region.id);
-        tracing::warn!(
-            export = self.shared.export,
-            "{}: the server refuses {} bytes of a client's memory: requests in it are copied",
-            self.shared.name(),
-            region.len_bytes
-        );
-    }
-
-    /// All regions that the server is to have.
-    fn table(&self) -> Vec<VhostUserMemoryRegionInfo> {
-        let bounce = &self.shared.bounce;
-        let copies = described(bounce.guest(), bounce.len_bytes(), bounce.file(), 0);
-        let rings = self
-            .rings
-            .as_ref()
-            .map(|rings| described(RINGS_GUEST, rings.len_bytes(), rings.file(), 0));
-        let clients = self.mapped.iter().map(|region| described_region(region));
-        rings.into_iter().chain([copies]).chain(clients).collect()
     }
 
     /// Serves until it is told to end.
@@ -318,7 +245,7 @@ impl Control {
     }
 
     /// The connection is lost. Requests wait for the next one.
-    fn lost(&mut self, why: &str) {
+    pub(super) fn lost(&mut self, why: &str) {
         if self.peer.is_none() {
             return;
         }
@@ -377,7 +304,10 @@ impl Control {
     }
 
     /// Does something with the server, which is lost if that fails.
-    fn with_peer(&mut self, act: impl FnOnce(&mut Peer) -> Result<(), VhostUserError>) -> bool {
+    pub(super) fn with_peer(
+        &mut self,
+        act: impl FnOnce(&mut Peer) -> Result<(), VhostUserError>,
+    ) -> bool {
         let Some(peer) = &mut self.peer else {
             return false;
         };
@@ -387,113 +317,6 @@ impl Control {
                 self.lost(&error.to_string());
                 false
             }
-        }
-    }
-
-    fn share(&mut self, id: u64) {
-        let Some((region, is_mapped)) = self.shared.regions.get(id) else {
-            return;
-        };
-        let Some(peer) = self.peer.as_ref().filter(|_| !is_mapped) else {
-            return;
-        };
-        if !self.has_room() {
-            if !std::mem::replace(&mut self.told_of_slots, true) {
-                tracing::warn!(
-                    export = self.shared.export,
-                    "{}: the server takes {} regions of memory: requests in others are copied",
-                    self.shared.name(),
-                    peer.max_regions
-                );
-            }
-            return;
-        }
-        let has_slots = peer.has_slots();
-        self.mapped.push(Arc::clone(&region));
-        let mut is_taken = true;
-        let is_done = match has_slots {
-            true => self.with_peer(|peer| {
-                is_taken = peer.add(&described_region(&region))?;
-                Ok(())
-            }),
-            false => self.replace_table(&mut is_taken),
-        };
-        if is_done && is_taken {
-            self.shared.regions.set_mapped(id);
-            return;
-        }
-        self.mapped.retain(|one| one.id != id);
-        if self.peer.is_none() {
-            self.shared.regions.suspect(id);
-        } else if !is_taken {
-            self.refused(&region);
-            if !has_slots && !self.replace_table(&mut is_taken) {
-                // What it has mapped now is not known.
-                self.lost("the server cannot be told what memory it had");
-            }
-        }
-    }
-
-    fn unshare(&mut self, id: u64) {
-        if let Some(place) = self.mapped.iter().position(|region| region.id == id) {
-            let region = self.mapped.remove(place);
-            let has_slots = self.peer.as_ref().is_some_and(Peer::has_slots);
-            let is_done = match has_slots {
-                true => self.with_peer(|peer| peer.remove(&described_region(&region))),
-                false => self.replace_table(&mut true),
-            };
-            if !is_done && self.peer.is_some() {
-                // Requests took too long. It goes with the next change.
-                return;
-            }
-        }
-        self.shared.regions.forget(id);
-        // There may be room for one that found none.
-        let left = self.shared.regions.not_mapped();
-        if let Some(id) = left.filter(|_| self.has_room()) {
-            self.share(id);
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        let most = self.peer.as_ref().map_or(0, |peer| peer.max_regions);
-        ((self.mapped.len() + OWN_REGIONS) as u64) < most
-    }
-
-    /// Replaces the memory table, when the server has no requests. Returns whether that was reached; if so, `is_taken`
-    /// becomes whether the server took it.
-    fn replace_table(&mut self, is_taken: &mut bool) -> bool {
-        for queue in &self.shared.queues {
-            queue.pause();
-        }
-        let table = self.table();
-        let is_done = self.drain(DRAIN_LIMIT)
-            && self.with_peer(|peer| {
-                *is_taken = peer.set_table(&table)?;
-                Ok(())
-            });
-        for queue in &self.shared.queues {
-            queue.resume();
-        }
-        is_done
-    }
-
-    /// Waits until the server has no requests, while nothing is submitted.
-    fn drain(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
-        loop {
-            for queue in &self.shared.queues {
-                if let Err(violation) = queue.reap() {
-                    self.shared.violated(violation);
-                }
-            }
-            if self.shared.queues.iter().all(|queue| queue.counts().0 == 0) {
-                return true;
-            }
-            if Instant::now() >= deadline {
-                return false;
-            }
-            thread::sleep(DRAIN_INTERVAL);
         }
     }
 

@@ -5,6 +5,8 @@
 //! | `disk.rs`       | what a server says of its disk                                     |
 //! | `connection.rs` | the protocol, as its front-end                                     |
 //! | `control.rs`    | the thread that connects, again and again, and hears of changes    |
+//! | `table.rs`      | what memory the server has mapped                                  |
+//! | `lock.rs`       | that no other export has the same disk                             |
 //! | `shared.rs`     | what that thread and the queues share                              |
 //! | `memory.rs`     | the memory of requests, as the server sees it                      |
 //! | `vring.rs`      | the driver's side of a virtqueue in shared memory                  |
@@ -20,9 +22,11 @@ mod control;
 mod disk;
 mod error;
 mod flushes;
+mod lock;
 mod memory;
 mod queue;
 mod shared;
+mod table;
 mod virtqueue;
 mod vring;
 
@@ -44,6 +48,7 @@ use crate::request::{Limits, Serial, format_size};
 use connection::{Peer, REPLY_LIMIT};
 use control::Control;
 use flushes::Flushes;
+use lock::{Lock, lock};
 use memory::BounceMemory;
 use shared::{Memory, Order, Shared};
 use virtqueue::Virtqueue;
@@ -70,6 +75,8 @@ pub struct VhostUserOptions {
     pub export: String,
     /// The server's socket.
     pub socket: PathBuf,
+    /// Folder with the locks of such disks. `None`: the disk is not locked.
+    pub locks: Option<PathBuf>,
     /// Without writes.
     pub read_only: bool,
     /// Size of the disk's blocks.
@@ -85,6 +92,8 @@ pub struct VhostUser {
     limits: Limits,
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// Until the server is left.
+    lock: Mutex<Option<Lock>>,
 }
 
 impl VhostUser {
@@ -112,7 +121,28 @@ impl VhostUser {
         }
     }
 
+    /// Locks the disk, so that no other export of the runtime directory has it.
+    fn lock(options: &VhostUserOptions) -> Result<Option<Lock>, VhostUserError> {
+        let Some(folder) = &options.locks else {
+            return Ok(None);
+        };
+        match lock(folder, &options.socket, options.read_only) {
+            // The attempt to connect says it better.
+            Err(_) if !options.socket.exists() => Ok(None),
+            Err(error) => Err(VhostUserError::Step {
+                socket: options.socket.clone(),
+                what: "lock the disk",
+                why: match error.kind() {
+                    io::ErrorKind::WouldBlock => "another export of this host has it".into(),
+                    _ => format!("{error} (lock file in {})", folder.display()),
+                },
+            }),
+            locked => Ok(locked.ok()),
+        }
+    }
+
     fn connect(options: &VhostUserOptions) -> Result<Self, VhostUserError> {
+        let lock = Self::lock(options)?;
         let peer = Peer::connect(&options.socket, REPLY_LIMIT, drop)?;
         let unusable = |why: String| VhostUserError::Disk {
             socket: options.socket.clone(),
@@ -154,6 +184,7 @@ impl VhostUser {
             limits,
             shared,
             thread: Mutex::new(Some(thread)),
+            lock: Mutex::new(lock),
         })
     }
 
@@ -196,7 +227,9 @@ impl VhostUser {
                 self.shared.hang_up();
             }
         }
-        if thread.join().is_err() {
+        let is_broken = thread.join().is_err();
+        drop((self.lock.lock().unwrap_or_else(PoisonError::into_inner)).take());
+        if is_broken {
             tracing::error!(
                 export = self.shared.export,
                 "the thread of {} panicked",
