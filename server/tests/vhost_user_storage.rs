@@ -44,6 +44,7 @@ fn options(socket: &Path) -> VhostUserOptions {
     VhostUserOptions {
         export: "test".into(),
         socket: socket.to_owned(),
+        locks: None,
         read_only: false,
         block_bytes: None,
         serial: Serial::new("test").unwrap(),

@@ -89,6 +89,10 @@ pub trait StorageControl: Send + Sync + 'static {
     /// Has `tell` called when another program may have changed the storage's size, where that can be learned.
     fn on_change(&self, _tell: Changed) {}
 
+    /// The export has ended, though threads may still wait for requests: nothing of these may reach the storage any more,
+    /// since another server may have it from now on.
+    fn end(&self) {}
+
     /// Flushes, then gives up a [claim](Self::claim), so that another server may take it.
     fn release(&self) {}
 }

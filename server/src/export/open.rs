@@ -105,6 +105,7 @@ impl Opening<'_> {
                 let disk = VhostUser::open(&VhostUserOptions {
                     export: config.name.clone(),
                     socket: socket.clone(),
+                    locks: Some(self.dir.path().to_owned()),
                     read_only: config.read_only,
                     block_bytes: config.block_bytes,
                     serial: config.serial,

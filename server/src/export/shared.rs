@@ -169,6 +169,10 @@ impl Shared {
         }
         // Not under the lock: to close a file may take time, and `stat` must not wait for it.
         let storage = self.storage().take();
+        if let Some(storage) = storage.as_ref().filter(|_| !all_ended) {
+            // Threads that are stuck keep it.
+            storage.end();
+        }
         drop(storage);
         all_ended
     }

@@ -223,6 +223,10 @@ impl<B: Storage> StorageControl for Fault<B> {
         self.disk.on_change(tell);
     }
 
+    fn end(&self) {
+        self.disk.end();
+    }
+
     fn release(&self) {
         self.disk.release();
     }

@@ -1,8 +1,13 @@
 //! A server that breaks the protocol is disconnected; its clients notice a pause.
 
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+
 use crate::common::*;
 use crate::peer::{Knobs, Mood, Peer};
-use crate::serve;
+use crate::{open, serve};
 
 #[test]
 fn a_server_that_answers_wrongly_is_disconnected_and_its_requests_wait() {
@@ -33,5 +38,51 @@ fn a_server_that_answers_wrongly_is_disconnected_and_its_requests_wait() {
         assert!(times <= 2, "{mood:?}: {times}\n{log}");
         assert!(!log.contains("panicked"), "{log}");
         lab.is_clean();
+    }
+}
+
+#[test]
+fn a_server_that_takes_long_to_map_memory_is_not_taken_for_dead() {
+    let scratch = tempfile::tempdir().unwrap();
+    let knobs = Knobs {
+        // Longer than the limit of other messages.
+        mapping_takes: Some(Duration::from_secs(11)),
+        ..Knobs::default()
+    };
+    let peer = Peer::start(&scratch.path().join("peer.sock"), knobs);
+    let fixture = Fixture::new(open(peer.socket()), 1);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    assert_eq!(peer.knobs().connections, 1);
+}
+
+#[test]
+fn a_region_that_the_server_refuses_is_copied_and_it_is_not_asked_again() {
+    let slots = Knobs::default().protocol;
+    for protocol in [slots, slots - Protocol::CONFIGURE_MEM_SLOTS] {
+        let scratch = tempfile::tempdir().unwrap();
+        let knobs = Knobs {
+            // Rings and the memory for copies.
+            max_regions: 2,
+            protocol,
+            ..Knobs::default()
+        };
+        let peer = Peer::start(&scratch.path().join("peer.sock"), knobs);
+        let disk = open(peer.socket());
+        let copies = disk.copies();
+        let fixture = Fixture::new(disk, 1);
+        let mut driver = Driver::running(fixture.connect(), USUAL);
+        for round in 1..=3 {
+            assert_eq!(driver.write(0, &[round; 512]), OK);
+            assert_eq!(driver.read(0, 512), (OK, vec![round; 512]));
+        }
+        assert_eq!(copies.load(Ordering::Relaxed), 6);
+        // This one hangs up after each refusal. Others stay.
+        assert_eq!(peer.knobs().connections, 2);
+        // The next connection, which has the same memory to map.
+        peer.hang_up();
+        eventually("it has connected again", || peer.knobs().connections == 3);
+        assert_eq!(driver.read(0, 512), (OK, vec![3; 512]));
+        assert_eq!(peer.knobs().connections, 3);
     }
 }

@@ -97,3 +97,24 @@ fn a_confined_server_connects_again() {
     server.stop().unwrap();
     lab.is_clean();
 }
+
+#[test]
+fn a_disk_is_one_export_s_even_if_its_server_takes_several_clients() {
+    let lab = sandbox();
+    let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
+    let server = serve(&lab, peer.socket());
+    // By another path. The server would take it: a client that waits is not told.
+    std::os::unix::fs::symlink(lab.path("peer.sock"), lab.path("again.sock")).unwrap();
+    let spec = format!("e=vhost-user:{}", lab.path("again.sock").display());
+    lab.serve_fails(
+        &["--ublk", "no", &spec],
+        1,
+        &["cannot lock the disk", "another export of this host has it"],
+    );
+    assert_eq!(peer.knobs().connections, 1);
+    server.stop().unwrap();
+    // It goes with its holder.
+    let server = lab.serve(&["--ublk", "no", &spec]);
+    server.stop().unwrap();
+    lab.is_clean();
+}

@@ -13,8 +13,8 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
 use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{
-    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard,
-    GuestMemoryMmap,
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend,
+    GuestMemoryLoadGuard, GuestMemoryMmap,
 };
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
@@ -73,6 +73,12 @@ pub struct Knobs {
     /// Requests done, by type.
     pub log: Vec<(u32, u64, usize)>,
     pub held: Vec<(Vring, u16)>,
+    /// How long it takes to map memory, once.
+    pub mapping_takes: Option<Duration>,
+    /// Regions that it takes.
+    pub max_regions: usize,
+    /// Connections of which a client set features.
+    pub connections: usize,
 }
 
 impl Default for Knobs {
@@ -92,6 +98,9 @@ impl Default for Knobs {
             data: vec![0; 4 << 20],
             log: Vec::new(),
             held: Vec::new(),
+            mapping_takes: None,
+            max_regions: usize::MAX,
+            connections: 0,
         }
     }
 }
@@ -297,6 +306,10 @@ impl VhostUserBackend for Disk {
         self.knobs.lock().unwrap().protocol
     }
 
+    fn acked_features(&self, _: u64) {
+        self.knobs.lock().unwrap().connections += 1;
+    }
+
     fn set_event_idx(&self, enabled: bool) {
         assert!(!enabled);
     }
@@ -307,6 +320,16 @@ impl VhostUserBackend for Disk {
     }
 
     fn update_memory(&self, memory: Mem) -> io::Result<()> {
+        let (pause, most) = {
+            let mut knobs = self.knobs.lock().unwrap();
+            (knobs.mapping_takes.take(), knobs.max_regions)
+        };
+        if let Some(pause) = pause {
+            thread::sleep(pause);
+        }
+        if memory.memory().num_regions() > most {
+            return Err(io::Error::other("too many regions"));
+        }
         *self.memory.lock().unwrap() = Some(memory);
         Ok(())
     }

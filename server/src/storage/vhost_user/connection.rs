@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
@@ -25,10 +25,13 @@ use super::disk::{CONFIG_BYTES, Disk, SHORT_CONFIG_BYTES};
 use super::error::{VhostUserError, explain};
 use super::memory::Region;
 use super::vring::{RingMemory, SIZE};
-use crate::engine::event_loop::EventLoop;
+use crate::engine::event_loop::{Alarm, EventLoop};
 
 /// How long the server may take to answer a message.
 pub(super) const REPLY_LIMIT: Duration = Duration::from_secs(10);
+
+/// The same for a message that has it map memory: it may pin all of it, which takes minutes for the memory of a large guest.
+pub(super) const MEMORY_LIMIT: Duration = Duration::from_secs(600);
 
 /// Regions that a server takes in one message that replaces them all (the least that all servers take).
 const TABLE_REGIONS: u64 = 8;
@@ -56,6 +59,8 @@ pub(super) struct Peer {
     frontend: Frontend,
     protocol: Protocol,
     limit: Duration,
+    /// When the connection has to be made, while it is.
+    deadline: Option<Instant>,
     pub(super) disk: Disk,
     /// Features with those that the disk does not have.
     acknowledged: u64,
@@ -76,7 +81,12 @@ struct Channel {
 
 impl Peer {
     /// Connects, agrees on features and reads the configuration. The server has no memory and no virtqueue yet.
-    pub(super) fn connect(path: &Path, limit: Duration) -> Result<Self, VhostUserError> {
+    /// `note` is told of the socket before the server is waited for, all in all for `limit`.
+    pub(super) fn connect(
+        path: &Path,
+        limit: Duration,
+        note: impl FnOnce(UnixStream),
+    ) -> Result<Self, VhostUserError> {
         let stream = connect_to(path).map_err(|source| VhostUserError::Connect {
             socket: path.to_owned(),
             hint: match source.raw_os_error() {
@@ -94,6 +104,7 @@ impl Peer {
                 why: source.to_string(),
             }
         };
+        note(stream.try_clone().map_err(step("use the socket"))?);
         let own = stream.try_clone().map_err(step("use the socket"))?;
         let mut this = Self {
             socket: path.to_owned(),
@@ -101,6 +112,7 @@ impl Peer {
             stream,
             protocol: Protocol::empty(),
             limit,
+            deadline: Instant::now().checked_add(limit),
             // Replaced below.
             disk: Disk::none(),
             acknowledged: 0,
@@ -169,13 +181,30 @@ impl Peer {
         what: &'static str,
         exchange: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, VhostUserError> {
-        let _alarm = shut_down_after(self.limit, self.stream.as_fd());
+        self.exchange_within(self.limit, what, exchange)
+    }
+
+    /// Sets a limit to all messages until it is set again or removed.
+    pub(super) fn limit_all(&mut self, limit: Option<Duration>) {
+        self.deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+    }
+
+    fn exchange_within<T>(
+        &mut self,
+        limit: Duration,
+        what: &'static str,
+        exchange: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, VhostUserError> {
         let step = |why| VhostUserError::Step {
             socket: self.socket.clone(),
             what,
             why,
         };
-        exchange(&mut self.frontend).map_err(|error| step(explain(&error, self.limit)))
+        let left = (self.deadline).map(|at| at.saturating_duration_since(Instant::now()));
+        let left = left.map_or(limit, |left| left.min(limit));
+        let _alarm = shut_down_after(left, self.stream.as_fd())
+            .map_err(|error| step(format!("no limit can be set: {error}")))?;
+        exchange(&mut self.frontend).map_err(|error| step(explain(&error, limit)))
     }
 
     fn unusable(&self, why: impl Into<String>) -> VhostUserError {
@@ -256,18 +285,20 @@ impl Peer {
         let Some(channel) = &mut self.messages else {
             return Ok(false);
         };
-        let _alarm = shut_down_after(self.limit, channel.other_end.as_fd());
+        let step = |why: String| VhostUserError::Step {
+            socket: self.socket.clone(),
+            what: "take a message of the server",
+            why,
+        };
+        let _alarm = shut_down_after(self.limit, channel.other_end.as_fd())
+            .map_err(|error| step(format!("no limit can be set: {error}")))?;
         let taken = channel.handler.handle_request();
         let changed = channel.messages.0.swap(false, Ordering::Relaxed);
         match taken {
             Ok(_) => Ok(changed),
             // A message that is of no use here, and has been answered.
             Err(vhost::vhost_user::Error::ReqHandlerError(_)) => Ok(false),
-            Err(error) => Err(VhostUserError::Step {
-                socket: self.socket.clone(),
-                what: "take a message of the server",
-                why: error.to_string(),
-            }),
+            Err(error) => Err(step(error.to_string())),
         }
     }
 
@@ -276,10 +307,13 @@ impl Peer {
         self.protocol.contains(Protocol::CONFIGURE_MEM_SLOTS)
     }
 
-    /// Has the server map a region, in addition to others.
-    pub(super) fn add(&mut self, region: &VhostUserMemoryRegionInfo) -> Result<(), VhostUserError> {
-        self.exchange("have it map memory", |frontend| {
-            frontend.add_mem_region(region).map(drop)
+    /// Has the server map a region, in addition to others. Returns whether it took it.
+    pub(super) fn add(
+        &mut self,
+        region: &VhostUserMemoryRegionInfo,
+    ) -> Result<bool, VhostUserError> {
+        self.exchange_within(MEMORY_LIMIT, "have it map memory", |frontend| {
+            took(frontend.add_mem_region(region))
         })
     }
 
@@ -288,18 +322,18 @@ impl Peer {
         &mut self,
         region: &VhostUserMemoryRegionInfo,
     ) -> Result<(), VhostUserError> {
-        self.exchange("have it unmap memory", |frontend| {
+        self.exchange_within(MEMORY_LIMIT, "have it unmap memory", |frontend| {
             frontend.remove_mem_region(region)
         })
     }
 
-    /// Has the server map these regions and no others. Nothing is in flight.
+    /// Has the server map these regions and no others. Nothing is in flight. Returns whether it took them.
     pub(super) fn set_table(
         &mut self,
         regions: &[VhostUserMemoryRegionInfo],
-    ) -> Result<(), VhostUserError> {
-        self.exchange("have it map memory", |frontend| {
-            frontend.set_mem_table(regions).map(drop)
+    ) -> Result<bool, VhostUserError> {
+        self.exchange_within(MEMORY_LIMIT, "have it map memory", |frontend| {
+            took(frontend.set_mem_table(regions))
         })
     }
 
@@ -337,6 +371,17 @@ impl Peer {
         self.exchange("stop the virtqueues", |frontend| {
             (0..queues).try_for_each(|index| frontend.get_vring_base(index.into()).map(drop))
         })
+    }
+}
+
+/// Whether the server did what the message asked for, which it may refuse.
+fn took<T>(answer: vhost::Result<T>) -> vhost::Result<bool> {
+    match answer {
+        Ok(_) => Ok(true),
+        Err(vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::BackendInternalError)) => {
+            Ok(false)
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -379,13 +424,9 @@ fn connect_to(path: &Path) -> io::Result<UnixStream> {
 }
 
 /// Shuts a socket down when the limit is over, unless the value is dropped before.
-fn shut_down_after(
-    limit: Duration,
-    socket: BorrowedFd<'_>,
-) -> Option<crate::engine::event_loop::Alarm> {
-    let socket = UnixStream::from(socket.try_clone_to_owned().ok()?);
-    let event_loop = EventLoop::get().ok()?;
-    Some(event_loop.call_after(limit, move || {
+fn shut_down_after(limit: Duration, socket: BorrowedFd<'_>) -> io::Result<Alarm> {
+    let socket = UnixStream::from(socket.try_clone_to_owned()?);
+    Ok(EventLoop::get()?.call_after(limit, move || {
         let _ = socket.shutdown(Shutdown::Both);
     }))
 }

@@ -4,18 +4,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vhost::VhostUserMemoryRegionInfo;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::connection::{Peer, REPLY_LIMIT, described, described_region};
+use super::connection::{MEMORY_LIMIT, Peer, REPLY_LIMIT};
 use super::error::VhostUserError;
 use super::memory::{RINGS_GUEST, Region};
 use super::shared::{Order, Shared};
-use super::virtqueue::Live;
+use super::table::{DRAIN_INTERVAL, OWN_REGIONS};
+use super::virtqueue::{Live, new_eventfd};
 use super::vring::{RingMemory, Vring};
 use crate::engine::repeats::Repeats;
 
@@ -29,28 +27,21 @@ const GOOD_CONNECTION: Duration = Duration::from_secs(1);
 /// How long the server may take to answer when it is left.
 const LEAVE_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long requests in flight are waited for where the memory table cannot be changed with them.
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
-const DRAIN_INTERVAL: Duration = Duration::from_millis(1);
-
-/// Regions that are always there: rings, and memory for copies.
-const OWN_REGIONS: usize = 2;
-
 /// The connection and what the server has.
 pub(super) struct Control {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     orders: Receiver<Order>,
     bell: Arc<OwnedFd>,
-    peer: Option<Peer>,
+    pub(super) peer: Option<Peer>,
     /// The rings of this connection.
-    rings: Option<Arc<RingMemory>>,
+    pub(super) rings: Option<Arc<RingMemory>>,
     /// Regions of clients that the server has mapped.
-    mapped: Vec<Arc<Region>>,
+    pub(super) mapped: Vec<Arc<Region>>,
     pause: Duration,
     next_attempt: Option<Instant>,
     connected_at: Instant,
     losses: Repeats,
-    told_of_slots: bool,
+    pub(super) told_of_slots: bool,
 }
 
 /// What to do after the orders that there are.
@@ -79,11 +70,16 @@ impl Control {
 
     /// Has a server that was connected to serve the requests.
     pub(super) fn begin(&mut self, mut peer: Peer) -> Result<(), VhostUserError> {
-        let stream = peer.stream().ok();
+        let stream = peer.stream().map_err(|error| VhostUserError::Disk {
+            socket: self.shared.socket.clone(),
+            why: error.to_string(),
+        })?;
         let epoch = self.shared.connected(stream);
+        peer.limit_all(Some(MEMORY_LIMIT));
         let begun = self.start(&mut peer, epoch);
         match begun {
             Ok(()) => {
+                peer.limit_all(None);
                 self.peer = Some(peer);
                 self.shared.arrived();
             }
@@ -125,16 +121,13 @@ impl Control {
                 had.len()
             )));
         }
-        let regions = had.into_iter().chain(new).map(|(region, _)| region);
-        self.mapped = regions.take(room).collect();
-        let table = self.table();
-        match peer.has_slots() {
-            true => table.iter().try_for_each(|region| peer.add(region))?,
-            false => peer.set_table(&table)?,
-        }
+        let regions = |list: Vec<(Arc<Region>, bool)>| list.into_iter().map(|(region, _)| region);
+        self.mapped = regions(had).collect();
+        let new = regions(new).take(room - self.mapped.len()).collect();
+        self.map_all(peer, new)?;
         let mut kicks = Vec::new();
         for (index, queue) in (0..count).zip(&shared.queues) {
-            let kick = EventFd::new(EFD_CLOEXEC).map_err(failed)?;
+            let kick = new_eventfd().map_err(failed)?;
             peer.start(index, &rings, (&kick, queue.call()))?;
             kicks.push(kick);
         }
@@ -149,18 +142,6 @@ impl Control {
             });
         }
         Ok(())
-    }
-
-    /// All regions that the server is to have.
-    fn table(&self) -> Vec<VhostUserMemoryRegionInfo> {
-        let bounce = &self.shared.bounce;
-        let copies = described(bounce.guest(), bounce.len_bytes(), bounce.file(), 0);
-        let rings = self
-            .rings
-            .as_ref()
-            .map(|rings| described(RINGS_GUEST, rings.len_bytes(), rings.file(), 0));
-        let clients = self.mapped.iter().map(|region| described_region(region));
-        rings.into_iter().chain([copies]).chain(clients).collect()
     }
 
     /// Serves until it is told to end.
@@ -230,7 +211,10 @@ impl Control {
     fn connect_again(&mut self) {
         let shared = Arc::clone(&self.shared);
         let name = shared.name();
-        let connected = Peer::connect(&shared.socket, REPLY_LIMIT).and_then(|peer| {
+        let note = |stream| {
+            shared.connected(stream);
+        };
+        let connected = Peer::connect(&shared.socket, REPLY_LIMIT, note).and_then(|peer| {
             let served_bytes = shared.capacity.bytes();
             let fits = shared.disk.may_become(&peer.disk, served_bytes);
             fits.map_err(|why| VhostUserError::Disk {
@@ -248,6 +232,7 @@ impl Control {
                 self.note_size(size_bytes);
             }
             Err(error) => {
+                let _ = shared.disconnected();
                 let why = error.to_string();
                 if shared.set_away(&why)
                     && let Some(omitted) = self.losses.due_whatever_numbers(&why)
@@ -260,11 +245,11 @@ impl Control {
     }
 
     /// The connection is lost. Requests wait for the next one.
-    fn lost(&mut self, why: &str) {
+    pub(super) fn lost(&mut self, why: &str) {
         if self.peer.is_none() {
             return;
         }
-        self.forget();
+        let lost = self.forget();
         let shared = &self.shared;
         let violation = shared.disconnected();
         let why = match violation {
@@ -283,6 +268,13 @@ impl Control {
                 None => tracing::warn!(export, "{text}"),
             }
         }
+        if lost > 0 {
+            tracing::error!(
+                export,
+                "{name}: {lost} writes were answered and not flushed when the server went away: it may have lost them, so \
+                 the next flush fails (a server without a write-back cache loses none)"
+            );
+        }
         match violation.is_none() && self.connected_at.elapsed() >= GOOD_CONNECTION {
             true => {
                 self.pause = FIRST_PAUSE;
@@ -299,18 +291,23 @@ impl Control {
         self.pause = (2 * self.pause).min(LONGEST_PAUSE);
     }
 
-    /// Lets go of the connection.
-    fn forget(&mut self) {
+    /// Lets go of the connection. Returns how many answered writes the server may have lost.
+    fn forget(&mut self) -> u64 {
         for queue in &self.shared.queues {
             queue.end();
         }
+        let lost = self.shared.fail_flushes();
         self.peer = None;
         self.rings = None;
         self.mapped.clear();
+        lost
     }
 
     /// Does something with the server, which is lost if that fails.
-    fn with_peer(&mut self, act: impl FnOnce(&mut Peer) -> Result<(), VhostUserError>) -> bool {
+    pub(super) fn with_peer(
+        &mut self,
+        act: impl FnOnce(&mut Peer) -> Result<(), VhostUserError>,
+    ) -> bool {
         let Some(peer) = &mut self.peer else {
             return false;
         };
@@ -320,94 +317,6 @@ impl Control {
                 self.lost(&error.to_string());
                 false
             }
-        }
-    }
-
-    fn share(&mut self, id: u64) {
-        let Some((region, is_mapped)) = self.shared.regions.get(id) else {
-            return;
-        };
-        let Some(peer) = self.peer.as_ref().filter(|_| !is_mapped) else {
-            return;
-        };
-        if !self.has_room() {
-            if !std::mem::replace(&mut self.told_of_slots, true) {
-                tracing::warn!(
-                    export = self.shared.export,
-                    "{}: the server takes {} regions of memory: requests in others are copied",
-                    self.shared.name(),
-                    peer.max_regions
-                );
-            }
-            return;
-        }
-        let has_slots = peer.has_slots();
-        self.mapped.push(Arc::clone(&region));
-        let is_done = match has_slots {
-            true => self.with_peer(|peer| peer.add(&described_region(&region))),
-            false => self.replace_table(),
-        };
-        match is_done {
-            true => self.shared.regions.set_mapped(id),
-            false => self.mapped.retain(|one| one.id != id),
-        }
-    }
-
-    fn unshare(&mut self, id: u64) {
-        if let Some(place) = self.mapped.iter().position(|region| region.id == id) {
-            let region = self.mapped.remove(place);
-            let has_slots = self.peer.as_ref().is_some_and(Peer::has_slots);
-            let is_done = match has_slots {
-                true => self.with_peer(|peer| peer.remove(&described_region(&region))),
-                false => self.replace_table(),
-            };
-            if !is_done && self.peer.is_some() {
-                // Requests took too long. It goes with the next change.
-                return;
-            }
-        }
-        self.shared.regions.forget(id);
-        // There may be room for one that found none.
-        let left = self.shared.regions.not_mapped();
-        if let Some(id) = left.filter(|_| self.has_room()) {
-            self.share(id);
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        let most = self.peer.as_ref().map_or(0, |peer| peer.max_regions);
-        ((self.mapped.len() + OWN_REGIONS) as u64) < most
-    }
-
-    /// Replaces the memory table, when the server has no requests. Returns whether that was reached.
-    fn replace_table(&mut self) -> bool {
-        for queue in &self.shared.queues {
-            queue.pause();
-        }
-        let table = self.table();
-        let is_done = self.drain(DRAIN_LIMIT) && self.with_peer(|peer| peer.set_table(&table));
-        for queue in &self.shared.queues {
-            queue.resume();
-        }
-        is_done
-    }
-
-    /// Waits until the server has no requests, while nothing is submitted.
-    fn drain(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
-        loop {
-            for queue in &self.shared.queues {
-                if let Err(violation) = queue.reap() {
-                    self.shared.violated(violation);
-                }
-            }
-            if self.shared.queues.iter().all(|queue| queue.counts().0 == 0) {
-                return true;
-            }
-            if Instant::now() >= deadline {
-                return false;
-            }
-            thread::sleep(DRAIN_INTERVAL);
         }
     }
 
@@ -449,17 +358,22 @@ impl Control {
         }
     }
 
-    /// Ends the session in order, if there is one: no request is under way.
+    /// Ends the session, in order if no request is under way. There is no other one after it.
     fn leave(&mut self) {
-        if !self.drain(DRAIN_INTERVAL) {
-            return;
+        for queue in &self.shared.queues {
+            queue.pause();
         }
         let count = u16::try_from(self.shared.queues.len()).unwrap_or(u16::MAX);
-        if let Some(peer) = &mut self.peer {
+        if self.drain(DRAIN_INTERVAL)
+            && let Some(peer) = &mut self.peer
+        {
             // A server that does not answer finds the connection closed.
             let _ = peer.leave(count, LEAVE_LIMIT);
         }
         self.forget();
+        // The others that have the socket let go of it too.
+        let _ = self.shared.disconnected();
+        self.shared.set_away("the export has ended");
     }
 }
 

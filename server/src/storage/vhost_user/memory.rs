@@ -22,6 +22,9 @@ const FIRST_GUEST: u64 = 4 << 30;
 /// What regions begin at multiples of, so that a server may use huge pages.
 const ALIGNMENT: u64 = 2 << 20;
 
+/// How often a server is asked to map a region that it has gone away over. One that says no is not asked again.
+const MAX_REFUSALS: u32 = 2;
+
 /// A region of memory that the server is to map.
 #[derive(Debug)]
 pub(super) struct Region {
@@ -48,6 +51,14 @@ struct Entry {
     is_mapped: bool,
     /// Requests lie in it no more. Its addresses are free when the server has forgotten it.
     is_gone: bool,
+    /// How often the server did not take it, or went away over it.
+    refusals: u32,
+}
+
+impl Entry {
+    fn is_refused(&self) -> bool {
+        self.refusals >= MAX_REFUSALS
+    }
 }
 
 /// All regions.
@@ -95,6 +106,7 @@ impl Regions {
             region: Arc::clone(&region),
             is_mapped: false,
             is_gone: false,
+            refusals: 0,
         };
         entries.insert(place, entry);
         Ok(region)
@@ -113,6 +125,16 @@ impl Regions {
         self.change(id, |entry| entry.is_mapped = true);
     }
 
+    /// The server does not map it: requests in it are copied.
+    pub(super) fn set_refused(&self, id: u64) {
+        self.change(id, |entry| entry.refusals = MAX_REFUSALS);
+    }
+
+    /// The server went away when it was to map it, perhaps because of it.
+    pub(super) fn suspect(&self, id: u64) {
+        self.change(id, |entry| entry.refusals += 1);
+    }
+
     /// It is about to be unmapped here.
     pub(super) fn set_gone(&self, id: u64) {
         self.change(id, |entry| entry.is_gone = true);
@@ -123,13 +145,14 @@ impl Regions {
         self.entries().retain(|entry| entry.region.id != id);
     }
 
-    /// Those that requests lie in, each with whether the server had it mapped; those that are gone are forgotten. For a
-    /// server that has none of them.
+    /// Those that requests lie in and that were not refused, each with whether the server had it mapped; those that are
+    /// gone are forgotten. For a server that has none of them.
     pub(super) fn present(&self) -> Vec<(Arc<Region>, bool)> {
         let mut entries = self.entries();
         entries.retain(|entry| !entry.is_gone);
         entries
             .iter()
+            .filter(|entry| entry.is_mapped || !entry.is_refused())
             .map(|entry| (Arc::clone(&entry.region), entry.is_mapped))
             .collect()
     }
@@ -146,7 +169,7 @@ impl Regions {
         let entries = self.entries();
         let mut left = entries
             .iter()
-            .filter(|entry| !entry.is_mapped && !entry.is_gone);
+            .filter(|entry| !entry.is_mapped && !entry.is_gone && !entry.is_refused());
         left.next().map(|entry| entry.region.id)
     }
 
@@ -364,6 +387,11 @@ mod tests {
         );
         assert_eq!(add(&regions, 0, ALIGNMENT).guest, all[1].guest);
         assert_eq!(regions.present().len(), 6);
+        regions.set_refused(all[0].id);
+        regions.suspect(all[2].id);
+        assert_eq!(regions.present().len(), 5);
+        regions.suspect(all[2].id);
+        assert_eq!(regions.present().len(), 4);
     }
 
     #[test]

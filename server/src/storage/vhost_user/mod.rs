@@ -5,10 +5,13 @@
 //! | `disk.rs`       | what a server says of its disk                                     |
 //! | `connection.rs` | the protocol, as its front-end                                     |
 //! | `control.rs`    | the thread that connects, again and again, and hears of changes    |
+//! | `table.rs`      | what memory the server has mapped                                  |
+//! | `lock.rs`       | that no other export has the same disk                             |
 //! | `shared.rs`     | what that thread and the queues share                              |
 //! | `memory.rs`     | the memory of requests, as the server sees it                      |
 //! | `vring.rs`      | the driver's side of a virtqueue in shared memory                  |
 //! | `virtqueue.rs`  | which requests the server has, and which wait for one              |
+//! | `flushes.rs`    | which writes a flush has to answer for                             |
 //! | `queue.rs`      | one request from start to end                                      |
 //!
 //! Data is not copied here: the memory that requests lie in is handed on to the server. When the server goes away,
@@ -18,16 +21,19 @@ mod connection;
 mod control;
 mod disk;
 mod error;
+mod flushes;
+mod lock;
 mod memory;
 mod queue;
 mod shared;
+mod table;
 mod virtqueue;
 mod vring;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -41,6 +47,8 @@ use crate::io::Ring;
 use crate::request::{Limits, Serial, format_size};
 use connection::{Peer, REPLY_LIMIT};
 use control::Control;
+use flushes::Flushes;
+use lock::{Lock, lock};
 use memory::BounceMemory;
 use shared::{Memory, Order, Shared};
 use virtqueue::Virtqueue;
@@ -53,6 +61,10 @@ const OPEN_PAUSE: Duration = Duration::from_millis(250);
 /// How long an answer is waited for when a person asks how large the disk is, or whether there is a server.
 const LOOK_LIMIT: Duration = Duration::from_secs(3);
 
+/// How long the server may keep the control thread from its end.
+const END_LIMIT: Duration = Duration::from_secs(4);
+const END_INTERVAL: Duration = Duration::from_millis(2);
+
 /// Virtqueues at most. Threads beyond that share them.
 const MAX_QUEUES: u16 = 16;
 
@@ -63,6 +75,8 @@ pub struct VhostUserOptions {
     pub export: String,
     /// The server's socket.
     pub socket: PathBuf,
+    /// Folder with the locks of such disks. `None`: the disk is not locked.
+    pub locks: Option<PathBuf>,
     /// Without writes.
     pub read_only: bool,
     /// Size of the disk's blocks.
@@ -77,7 +91,9 @@ pub struct VhostUserOptions {
 pub struct VhostUser {
     limits: Limits,
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Until the server is left.
+    lock: Mutex<Option<Lock>>,
 }
 
 impl VhostUser {
@@ -105,8 +121,29 @@ impl VhostUser {
         }
     }
 
+    /// Locks the disk, so that no other export of the runtime directory has it.
+    fn lock(options: &VhostUserOptions) -> Result<Option<Lock>, VhostUserError> {
+        let Some(folder) = &options.locks else {
+            return Ok(None);
+        };
+        match lock(folder, &options.socket, options.read_only) {
+            // The attempt to connect says it better.
+            Err(_) if !options.socket.exists() => Ok(None),
+            Err(error) => Err(VhostUserError::Step {
+                socket: options.socket.clone(),
+                what: "lock the disk",
+                why: match error.kind() {
+                    io::ErrorKind::WouldBlock => "another export of this host has it".into(),
+                    _ => format!("{error} (lock file in {})", folder.display()),
+                },
+            }),
+            locked => Ok(locked.ok()),
+        }
+    }
+
     fn connect(options: &VhostUserOptions) -> Result<Self, VhostUserError> {
-        let peer = Peer::connect(&options.socket, REPLY_LIMIT)?;
+        let lock = Self::lock(options)?;
+        let peer = Peer::connect(&options.socket, REPLY_LIMIT, drop)?;
         let unusable = |why: String| VhostUserError::Disk {
             socket: options.socket.clone(),
             why,
@@ -123,15 +160,17 @@ impl VhostUser {
             .disk
             .limits(block_bytes, options.read_only, options.serial);
         let count = peer.queues.min(options.queues.clamp(1, MAX_QUEUES));
-        let queues: io::Result<Vec<_>> =
-            (0..count).map(|_| Virtqueue::new().map(Arc::new)).collect();
+        let flushes = peer.disk.has_cache().then(Arc::<Flushes>::default);
+        let queues: io::Result<Vec<_>> = (0..count)
+            .map(|_| Virtqueue::new(flushes.clone()).map(Arc::new))
+            .collect();
         let (orders, for_thread) = mpsc::channel();
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let bell = Arc::new(bell.map_err(|error| failed(error.into()))?);
         let shared = Arc::new(Shared::new(
             (options.export.clone(), options.socket.clone()),
             (peer.disk.clone(), limits.capacity.clone()),
-            queues.map_err(failed)?.into(),
+            (queues.map_err(failed)?.into(), flushes),
             BounceMemory::new().map_err(failed)?,
             (orders, Arc::clone(&bell)),
         ));
@@ -144,7 +183,8 @@ impl VhostUser {
         Ok(Self {
             limits,
             shared,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
+            lock: Mutex::new(lock),
         })
     }
 
@@ -154,7 +194,7 @@ impl VhostUser {
     ///
     /// As for [`open`](Self::open).
     pub fn examine(socket: &Path) -> Result<u64, VhostUserError> {
-        Peer::connect(socket, LOOK_LIMIT).map(|peer| peer.disk.size_bytes)
+        Peer::connect(socket, LOOK_LIMIT, drop).map(|peer| peer.disk.size_bytes)
     }
 
     /// How many requests had their data copied: those in memory that the server does not have mapped.
@@ -170,18 +210,38 @@ impl VhostUser {
     }
 }
 
-impl Drop for VhostUser {
-    fn drop(&mut self) {
+impl VhostUser {
+    /// Leaves the server. Nothing is submitted after it.
+    fn leave(&self) {
         self.shared.ask(Order::End);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        // An `Option` is valid whatever its holder panicked about.
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(thread) = thread.take() else {
+            return;
+        };
+        let deadline = Instant::now() + END_LIMIT;
+        while !thread.is_finished() {
+            thread::sleep(END_INTERVAL);
+            if Instant::now() >= deadline {
+                // It waits for the server.
+                self.shared.hang_up();
+            }
+        }
+        let is_broken = thread.join().is_err();
+        drop((self.lock.lock().unwrap_or_else(PoisonError::into_inner)).take());
+        if is_broken {
             tracing::error!(
                 export = self.shared.export,
                 "the thread of {} panicked",
                 self.shared.name()
             );
         }
+    }
+}
+
+impl Drop for VhostUser {
+    fn drop(&mut self) {
+        self.leave();
     }
 }
 
@@ -229,6 +289,10 @@ impl StorageControl for VhostUser {
             ))),
             _ => Ok(found),
         }
+    }
+
+    fn end(&self) {
+        self.leave();
     }
 
     fn cut(&self, _: u64) -> io::Result<()> {

@@ -4,11 +4,12 @@
 //! lies in memory which the server has not mapped is copied.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io_uring::{opcode, types};
+use rustix::io::ReadWriteFlags;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -17,19 +18,22 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::memory::{BUFFER_BYTES, Bounce, View};
 use super::shared::Shared;
-use super::virtqueue::Virtqueue;
+use super::virtqueue::{Virtqueue, notify};
 use super::vring::{Command, MAX_SEGMENTS, Segment};
 use crate::engine::StorageQueue;
 use crate::engine::inbox::Inbox;
 use crate::io::{Owner, Ring, Slot, Token};
 use crate::request::{Buffer, IoError, Op, Progress, Request, SECTOR_SHIFT};
 
-/// Kinds of the operations on the ring, beside that of the inbox: a read of the call eventfd, a write of the kick eventfd.
+/// Kinds of the operations on the ring, beside that of the inbox: a poll of the call eventfd, a write of the kick eventfd.
 const CALL: u16 = Inbox::KIND + 1;
 const KICK: u16 = Inbox::KIND + 2;
 
 /// How often a thread that ends looks whether the server has used its requests.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+
+/// `POLLIN`, as the ring takes it.
+const POLL_READABLE: u32 = libc::POLLIN as u32;
 
 /// What is written to an eventfd.
 static ONE: u64 = 1;
@@ -57,8 +61,6 @@ pub struct VhostUserQueue {
     slots: Box<[SlotState]>,
     /// The segments of the piece that is being made.
     segments: Vec<Segment>,
-    /// Where the kernel puts the counter of the call eventfd. On the heap: its address must not change.
-    count: Box<u64>,
     is_call_armed: bool,
     /// Whether the server was asked for notifications.
     is_listening: bool,
@@ -86,7 +88,6 @@ impl VhostUserQueue {
             bounce,
             slots: vec![SlotState::default(); slots as usize].into(),
             segments: Vec::with_capacity(MAX_SEGMENTS),
-            count: Box::new(0),
             is_call_armed: false,
             is_listening: true,
             kicking: None,
@@ -237,7 +238,11 @@ impl VhostUserQueue {
     /// Tells the server of requests, with the next system call of the thread: once for all that are submitted until then.
     fn kick(&mut self, ring: &mut Ring, kick: Arc<EventFd>) {
         if let Some((kicking, entered)) = &self.kicking {
-            if *entered != ring.enters() || !Arc::ptr_eq(kicking, &kick) {
+            if !Arc::ptr_eq(kicking, &kick) {
+                // That of another connection must not be waited for.
+                self.kick_again = None;
+                notify(&kick);
+            } else if *entered != ring.enters() {
                 self.kick_again = Some(kick);
             }
             return;
@@ -247,10 +252,7 @@ impl VhostUserQueue {
         // SAFETY: `ONE` lives for ever, and the descriptor stays open in `kicking` until the completion.
         match unsafe { ring.push(write, token(KICK)) } {
             Ok(()) => self.kicking = Some((kick, ring.enters())),
-            Err(_) => {
-                // It fails only if the counter is at its end, and then it is readable.
-                let _ = kick.write(1);
-            }
+            Err(_) => notify(&kick),
         }
     }
 
@@ -260,17 +262,27 @@ impl VhostUserQueue {
         }
     }
 
-    /// Puts a read of the call eventfd on the ring. Returns whether there is one.
+    /// Puts a poll of the call eventfd on the ring. Returns whether there is one.
     fn arm_call(&mut self, ring: &mut Ring) -> bool {
         if !self.is_call_armed {
-            let fd = types::Fd(self.virtqueue.call().as_raw_fd());
-            let read = opcode::Read::new(fd, std::ptr::from_mut(&mut *self.count).cast(), 8);
-            // SAFETY: `count` is on the heap, `virtqueue` keeps the descriptor open, and the thread drains its ring before
-            // it drops the queue.
-            self.is_call_armed = unsafe { ring.push(read.build(), token(CALL)) }.is_ok();
+            let call = self.virtqueue.call();
+            clear(call);
+            let poll = opcode::PollAdd::new(types::Fd(call.as_raw_fd()), POLL_READABLE);
+            // SAFETY: `virtqueue` keeps the descriptor open, and the thread drains its ring before it drops the queue.
+            self.is_call_armed = unsafe { ring.push(poll.build(), token(CALL)) }.is_ok();
         }
         self.is_call_armed
     }
+}
+
+/// Sets the counter of an eventfd to zero. Without a wait even if the server has switched EFD_NONBLOCK off.
+fn clear(eventfd: &EventFd) {
+    // SAFETY: `eventfd` keeps it open.
+    let fd = unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) };
+    let mut counter = [0; 8];
+    let mut buffers = [io::IoSliceMut::new(&mut counter)];
+    // Nothing was written to it: the poll waits.
+    let _ = rustix::io::preadv2(fd, &mut buffers, u64::MAX, ReadWriteFlags::NOWAIT);
 }
 
 fn token(kind: u16) -> Token {
@@ -405,6 +417,8 @@ impl StorageQueue for VhostUserQueue {
 
     fn abandon(&mut self) {
         self.abandoned = true;
+        // Without a server nothing outside works on them.
+        self.virtqueue.abandon(self.owner);
     }
 
     fn next_result(&mut self) -> Option<(Slot, i32)> {
@@ -451,7 +465,7 @@ impl StorageQueue for VhostUserQueue {
         loop {
             self.reap();
             // Without a server nothing outside works on them.
-            self.virtqueue.cancel(self.owner);
+            self.virtqueue.abandon(self.owner);
             if self.inbox.quiesce(LOOK_INTERVAL) {
                 return true;
             }

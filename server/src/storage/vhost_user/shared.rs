@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::disk::Disk;
+use super::flushes::Flushes;
 use super::memory::{BounceMemory, Regions};
 use super::virtqueue::Virtqueue;
 use super::vring::Violation;
@@ -54,6 +55,8 @@ pub(super) struct Shared {
     pub(super) regions: Arc<Regions>,
     pub(super) bounce: Arc<BounceMemory>,
     pub(super) queues: Box<[Arc<Virtqueue>]>,
+    /// What flushes have to answer for, if the disk has a cache.
+    flushes: Option<Arc<Flushes>>,
     pub(super) failures: Failures,
     /// Requests whose data was copied.
     pub(super) copied: Arc<AtomicU64>,
@@ -70,7 +73,7 @@ impl Shared {
     pub(super) fn new(
         (export, socket): (String, PathBuf),
         (disk, capacity): (Disk, Capacity),
-        queues: Box<[Arc<Virtqueue>]>,
+        (queues, flushes): (Box<[Arc<Virtqueue>]>, Option<Arc<Flushes>>),
         bounce: BounceMemory,
         (orders, bell): (mpsc::Sender<Order>, Arc<OwnedFd>),
     ) -> Self {
@@ -83,6 +86,7 @@ impl Shared {
             regions: Arc::default(),
             bounce: Arc::new(bounce),
             queues,
+            flushes,
             failures: Failures::default(),
             copied: Arc::default(),
             on_change: OnceLock::new(),
@@ -127,10 +131,10 @@ impl Shared {
     }
 
     /// There is a connection; returns its number.
-    pub(super) fn connected(&self, stream: Option<UnixStream>) -> u64 {
+    pub(super) fn connected(&self, stream: UnixStream) -> u64 {
         let mut connection = self.connection();
         connection.epoch += 1;
-        connection.stream = stream;
+        connection.stream = Some(stream);
         connection.violation = None;
         connection.epoch
     }
@@ -138,6 +142,13 @@ impl Shared {
     /// Requests are served.
     pub(super) fn arrived(&self) {
         self.connection().away = None;
+    }
+
+    /// Ends the connection, whatever the control thread waits for.
+    pub(super) fn hang_up(&self) {
+        if let Some(stream) = &self.connection().stream {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
     }
 
     /// There is none any more. Returns how the server broke the protocol, if it was that.
@@ -170,6 +181,22 @@ impl Shared {
                 let _ = stream.shutdown(Shutdown::Both);
             }
         }
+    }
+
+    /// The server is gone, and no virtqueue has it any more. Flushes fail if it may have lost what it had answered; returns
+    /// how many writes these are.
+    pub(super) fn fail_flushes(&self) -> u64 {
+        let Some(flushes) = &self.flushes else {
+            return 0;
+        };
+        let lost = flushes.lost();
+        if lost > 0 {
+            let failed = self.queues.iter().map(|queue| queue.fail_flushes());
+            if failed.sum::<usize>() > 0 {
+                flushes.told();
+            }
+        }
+        lost
     }
 
     /// How many requests there are that have not ended.

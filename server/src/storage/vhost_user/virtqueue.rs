@@ -9,13 +9,35 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::flushes::Flushes;
 use super::vring::{Command, SIZE, Segment, Violation, Vring};
 use crate::engine::inbox::{Post, Ticket};
+
+/// An eventfd that the server gets too. Neither side waits for the other: io_uring tries a write to a blocking one again
+/// and again, and then on a thread of its own.
+pub(super) fn new_eventfd() -> io::Result<EventFd> {
+    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+}
+
+/// Writes to an eventfd that the server has too, without waiting. Its counter may be at the end, where it is readable;
+/// and the server can switch EFD_NONBLOCK off, which is a property of the file that both have.
+pub(super) fn notify(eventfd: &EventFd) {
+    // SAFETY: `eventfd` keeps it open.
+    let fd = unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) };
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    if poll(&mut fds, Some(&Timespec::default())) == Ok(1) {
+        let _ = eventfd.write(1);
+    }
+}
 
 /// A request.
 #[derive(Debug)]
@@ -26,6 +48,8 @@ struct Entry {
     segments: Vec<Segment>,
     /// The order in which requests came.
     number: u64,
+    /// Of a flush that the server has: the writes that it covers.
+    covered: u64,
 }
 
 /// The server's side of it, while there is a server.
@@ -47,9 +71,13 @@ struct State {
     waiting: VecDeque<Entry>,
     /// Where the threads that use it get their results.
     owners: Vec<Option<Post>>,
+    /// By owner: its client is gone.
+    abandoned: Vec<bool>,
     /// Lists for entries to come.
     lists: Vec<Vec<Segment>>,
     last_number: u64,
+    /// `None`: the disk has no cache.
+    flushes: Option<Arc<Flushes>>,
 }
 
 /// A virtqueue.
@@ -61,19 +89,20 @@ pub(super) struct Virtqueue {
 }
 
 impl Virtqueue {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(flushes: Option<Arc<Flushes>>) -> io::Result<Self> {
         let state = State {
             live: None,
             is_paused: false,
             in_flight: (0..SIZE).map(|_| None).collect(),
             waiting: VecDeque::with_capacity(SIZE.into()),
             owners: Vec::new(),
+            abandoned: Vec::new(),
             lists: Vec::with_capacity(SIZE.into()),
             last_number: 0,
+            flushes,
         };
         Ok(Self {
-            // Not EFD_NONBLOCK: the ring would not wait for it.
-            call: EventFd::new(EFD_CLOEXEC)?,
+            call: new_eventfd()?,
             state: Mutex::new(state),
         })
     }
@@ -99,8 +128,12 @@ impl Virtqueue {
         let owner = free.unwrap_or(state.owners.len());
         match free {
             Some(owner) => state.owners[owner] = Some(post),
-            None => state.owners.push(Some(post)),
+            None => {
+                state.owners.push(Some(post));
+                state.abandoned.push(false);
+            }
         }
+        state.abandoned[owner] = false;
         if let Some(live) = &state.live {
             // Threads that share it cannot say when all of them are awake.
             live.vring.notify(true);
@@ -114,8 +147,7 @@ impl Virtqueue {
         state.owners[owner] = None;
         state.waiting.retain(|entry| entry.owner != owner);
         drop(state);
-        // It fails only if the counter is at its end, and then it is readable.
-        let _ = self.call.write(1);
+        notify(&self.call);
     }
 
     /// Gives the server a request, or keeps it until there is a server with room. Returns what is to be written to for the
@@ -127,6 +159,17 @@ impl Virtqueue {
         segments: &[Segment],
     ) -> Option<Arc<EventFd>> {
         let mut state = self.state();
+        if command.kind == VIRTIO_BLK_T_FLUSH
+            && state
+                .flushes
+                .as_ref()
+                .is_some_and(|flushes| flushes.take_loss())
+        {
+            if let Some(Some(post)) = state.owners.get(owner) {
+                post.deliver(ticket, -libc::EIO);
+            }
+            return None;
+        }
         let mut list = state.lists.pop().unwrap_or_default();
         list.clear();
         list.extend_from_slice(segments);
@@ -137,6 +180,7 @@ impl Virtqueue {
             command,
             segments: list,
             number: state.last_number,
+            covered: 0,
         };
         state.waiting.push_back(entry);
         state.submit_waiting()
@@ -186,8 +230,7 @@ impl Virtqueue {
         };
         drop(state);
         if let Some(kick) = kick {
-            // As in `leave`.
-            let _ = kick.write(1);
+            notify(&kick);
         }
         Ok(())
     }
@@ -203,6 +246,23 @@ impl Virtqueue {
     /// The server is gone. What it had waits.
     pub(super) fn end(&self) {
         self.state().end();
+    }
+
+    /// Fails the flushes that wait. Returns how many that were.
+    pub(super) fn fail_flushes(&self) -> usize {
+        let mut state = self.state();
+        let State {
+            waiting, owners, ..
+        } = &mut *state;
+        let before = waiting.len();
+        waiting.retain(|entry| {
+            let is_flush = entry.command.kind == VIRTIO_BLK_T_FLUSH;
+            if is_flush && let Some(Some(post)) = owners.get(entry.owner) {
+                post.deliver(entry.ticket, -libc::EIO);
+            }
+            !is_flush
+        });
+        before - waiting.len()
     }
 
     /// Submits nothing more for the time being.
@@ -221,7 +281,7 @@ impl Virtqueue {
         let kick = state.submit_waiting();
         drop(state);
         if let Some(kick) = kick {
-            let _ = kick.write(1);
+            notify(&kick);
         }
     }
 
@@ -232,26 +292,34 @@ impl Virtqueue {
         (has, has + state.waiting.len())
     }
 
-    /// Fails the requests of a thread that ends, as far as no server has them.
-    pub(super) fn cancel(&self, owner: usize) {
+    /// The client of a thread's requests is gone: those that no server has fail, now and when a server goes away. Submitted
+    /// to the next one they could undo what another client has written meanwhile.
+    pub(super) fn abandon(&self, owner: usize) {
         let mut state = self.state();
-        if state.live.is_some() {
-            return;
+        state.abandoned[owner] = true;
+        if state.live.is_none() {
+            state.cancel_abandoned();
         }
-        let Some(post) = state.owners[owner].clone() else {
-            return;
-        };
-        state.waiting.retain(|entry| {
-            let is_own = entry.owner == owner;
-            if is_own {
-                post.deliver(entry.ticket, -libc::EIO);
-            }
-            !is_own
-        });
     }
 }
 
 impl State {
+    fn cancel_abandoned(&mut self) {
+        let State {
+            waiting,
+            owners,
+            abandoned,
+            ..
+        } = self;
+        waiting.retain(|entry| {
+            let is_abandoned = abandoned[entry.owner];
+            if is_abandoned && let Some(post) = &owners[entry.owner] {
+                post.deliver(entry.ticket, -libc::EIO);
+            }
+            !is_abandoned
+        });
+    }
+
     fn has_used(&self) -> bool {
         self.live.as_ref().is_some_and(|live| live.vring.has_used())
     }
@@ -263,8 +331,13 @@ impl State {
         while !self.is_paused
             && let Some(entry) = self.waiting.front()
             && live.vring.has_room(entry.segments.len())
-            && let Some(entry) = self.waiting.pop_front()
+            && let Some(mut entry) = self.waiting.pop_front()
         {
+            if entry.command.kind == VIRTIO_BLK_T_FLUSH
+                && let Some(flushes) = &self.flushes
+            {
+                entry.covered = flushes.begin();
+            }
             let head = live.vring.submit(&entry.command, &entry.segments);
             self.in_flight[usize::from(head)] = Some(entry);
             any = true;
@@ -283,6 +356,13 @@ impl State {
             VIRTIO_BLK_S_IOERR => -libc::EIO,
             _ => -libc::EOPNOTSUPP,
         };
+        if let Some(flushes) = self.flushes.as_ref().filter(|_| result == 0) {
+            match entry.command.kind {
+                VIRTIO_BLK_T_FLUSH => flushes.ended(entry.covered),
+                VIRTIO_BLK_T_IN => {}
+                _ => flushes.answered(),
+            }
+        }
         if let Some(Some(post)) = self.owners.get(entry.owner) {
             post.deliver(entry.ticket, result);
         }
@@ -296,6 +376,7 @@ impl State {
         for entry in had.into_iter().rev() {
             self.waiting.push_front(entry);
         }
+        self.cancel_abandoned();
     }
 }
 
@@ -316,14 +397,36 @@ mod tests {
         let memory = RingMemory::new(1, 1 << 30).unwrap();
         Live {
             vring: Vring::new(Arc::new(memory), 0, true),
-            kick: Arc::new(EventFd::new(EFD_CLOEXEC).unwrap()),
+            kick: Arc::new(new_eventfd().unwrap()),
             epoch,
         }
     }
 
     #[test]
+    fn an_eventfd_that_the_server_has_filled_holds_nothing_up() {
+        let (sender, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let queue = Virtqueue::new(None).unwrap();
+            let mut inbox = Inbox::new(300).unwrap();
+            let owner = queue.join(inbox.post());
+            let live = live(1);
+            live.kick.write(u64::MAX - 1).unwrap();
+            queue.call().write(u64::MAX - 1).unwrap();
+            queue.pause();
+            queue.begin(live);
+            queue.pause();
+            queue.submit((owner, inbox.expect(0)), WRITE, &[]);
+            queue.resume();
+            queue.leave(owner);
+            sender.send(()).unwrap();
+        });
+        let limit = std::time::Duration::from_secs(20);
+        assert_eq!(done.recv_timeout(limit), Ok(()), "it waits for the server");
+    }
+
+    #[test]
     fn what_a_server_had_is_submitted_again_in_order_and_before_what_came_later() {
-        let queue = Virtqueue::new().unwrap();
+        let queue = Virtqueue::new(None).unwrap();
         let mut inbox = Inbox::new(300).unwrap();
         let owner = queue.join(inbox.post());
         let mut submit = |slot: u32| {
@@ -350,7 +453,7 @@ mod tests {
         assert_eq!(queue.counts(), (256, 300));
         queue.end();
         assert!(sectors().is_sorted());
-        queue.cancel(owner);
+        queue.abandon(owner);
         assert_eq!(queue.counts(), (0, 0));
         let mut results = std::iter::from_fn(|| inbox.next_result());
         assert!(results.all(|(_, result)| result == -libc::EIO));
