@@ -12,7 +12,6 @@ use super::connection::{MEMORY_LIMIT, Peer, REPLY_LIMIT};
 use super::error::VhostUserError;
 use super::memory::{RINGS_GUEST, Region};
 use super::shared::{Order, Shared};
-use super::table::{DRAIN_INTERVAL, OWN_REGIONS};
 use super::virtqueue::{Live, new_eventfd};
 use super::vring::{RingMemory, Vring};
 use crate::engine::repeats::Repeats;
@@ -26,6 +25,12 @@ const GOOD_CONNECTION: Duration = Duration::from_secs(1);
 
 /// How long the server may take to answer when it is left.
 const LEAVE_LIMIT: Duration = Duration::from_secs(2);
+
+/// Pauses between two looks at requests that are waited for.
+pub(super) const DRAIN_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Regions that are always there: rings, and memory for copies.
+pub(super) const OWN_REGIONS: usize = 2;
 
 /// The connection and what the server has.
 pub(super) struct Control {

@@ -7,16 +7,12 @@ use std::time::{Duration, Instant};
 use vhost::VhostUserMemoryRegionInfo;
 
 use super::connection::{Peer, described, described_region};
-use super::control::Control;
+use super::control::{Control, DRAIN_INTERVAL, OWN_REGIONS};
 use super::error::VhostUserError;
 use super::memory::{RINGS_GUEST, Region};
 
 /// How long requests in flight are waited for where the memory table cannot be changed with them.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
-pub(super) const DRAIN_INTERVAL: Duration = Duration::from_millis(1);
-
-/// Regions that are always there: rings, and memory for copies.
-pub(super) const OWN_REGIONS: usize = 2;
 
 impl Control {
     /// Has a new server map all memory: what waiting requests may name, and what it takes of the rest.
