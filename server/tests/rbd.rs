@@ -18,6 +18,8 @@ mod owner;
 mod recorded;
 #[path = "rbd/refused.rs"]
 mod refused;
+#[path = "common/rounds.rs"]
+mod rounds;
 #[path = "rbd/waiting.rs"]
 mod waiting;
 

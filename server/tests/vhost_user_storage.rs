@@ -21,6 +21,8 @@ mod others;
 mod peer;
 #[path = "common/recorded.rs"]
 mod recorded;
+#[path = "common/rounds.rs"]
+mod rounds;
 
 use std::path::Path;
 
