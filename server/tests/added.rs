@@ -53,6 +53,10 @@ fn an_export_is_added_to_a_confined_server_and_to_one_that_is_not() {
                 "not the command that made it"
             );
         }
+        lab.ok(&["add", "d=mem:1M"]);
+        // What was not made is not recorded.
+        let is_recorded = lab.path("run/devices/d").exists();
+        assert_eq!(is_recorded, !stat(&lab, "d")["ublk"].is_null());
         lab.ok(&["set", "b", "iops-total=100"]);
         lab.ok(&["resize", "b", "2M"]);
         lab.ok(&["stop", "--force", "b"]);

@@ -20,7 +20,7 @@ use super::admin::{
     self, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, ServerStatus, Wanted,
 };
 use super::name_lock::{CONTROL, DeviceRecord, NameLock, VHOST_SOCKET, new_mark};
-use super::recovery::{self, Kernel};
+use super::recovery::{self, Kernel, is_same_storage};
 use super::runtime_dir::RuntimeDir;
 use super::upgrade;
 use crate::config::{DoorMode, ExportConfig, SavedExport, StorageSpec};
@@ -45,6 +45,7 @@ fn is_gone(mark: u64) -> bool {
 }
 
 /// What is recorded of an export out of the reach of its server, and was before.
+/// That of the block device comes last.
 struct Record(Vec<(NoteFile, Option<String>)>);
 
 impl Record {
@@ -80,10 +81,19 @@ impl Record {
 
     /// Makes it what it was.
     fn undo(&self) {
-        for (file, before) in &self.0 {
-            if let Err(error) = put(file, before.as_deref()) {
-                tracing::warn!("cannot restore the record of an export: {error:#}");
-            }
+        restore(&self.0);
+    }
+
+    /// Makes that of the block device what it was: none was made.
+    fn undo_device(&self) {
+        restore(&self.0[1..]);
+    }
+}
+
+fn restore(files: &[(NoteFile, Option<String>)]) {
+    for (file, before) in files {
+        if let Err(error) = put(file, before.as_deref()) {
+            tracing::warn!("cannot restore the record of an export: {error:#}");
         }
     }
 }
@@ -129,6 +139,12 @@ pub fn add(
         mark: new_mark(),
         storage: image.as_ref().and_then(identity),
     });
+    // The server has the image, and does not see the record.
+    let found = image.as_ref().and_then(identity);
+    for one in &left {
+        is_same_storage(one, found.as_deref())
+            .with_context(|| format!("{} is not added: its block device waits", config.name))?;
+    }
     let mark = device.as_ref().map(|device| device.mark);
     let left_marks: Vec<u64> = left.iter().map(|device| device.mark).collect();
     let record = Record::write(dir, &config.name, &served, &left, device)?;
@@ -148,6 +164,9 @@ pub fn add(
     };
     match admin::add(&socket, new, &descriptors, limit, helper) {
         Ok(status) => {
+            if status.ublk.is_none() {
+                record.undo_device();
+            }
             claim.leave();
             sockets.into_iter().for_each(Socket::hand_over);
             Ok(status)

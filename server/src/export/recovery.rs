@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::name_lock::{DeviceRecord, NameLock};
 use super::runtime_dir::RuntimeDir;
+use crate::config::check_name;
 use crate::door::ublk::{self, DeviceState, UblkError, Unavailable};
 use crate::request::{Limits, format_size};
 
@@ -173,17 +174,17 @@ pub(super) fn is_recorded(
 /// Forgets the devices of exports that are gone, which a confined server cannot do, if the devices are gone.
 pub(super) fn sweep(driver: &impl Driver, dir: &RuntimeDir) {
     let names = dir.names().unwrap_or_default();
+    let is_gone = |one: &DeviceRecord| matches!(existing(driver, one.mark), Ok(None));
+    let are_gone = |name: &str| dir.devices(name).is_ok_and(|all| all.iter().all(is_gone));
     for name in dir.names_with_devices() {
-        if names.contains(&name) {
+        // What is not a name is a record that is being written.
+        if names.contains(&name) || check_name(&name).is_err() || !are_gone(&name) {
             continue;
         }
-        // With the lock no other server writes a record. Dropping it removes the folder again.
-        let (Ok(lock), Ok(recorded)) = (dir.claim(&name), dir.devices(&name)) else {
-            continue;
-        };
-        if recorded
-            .iter()
-            .all(|one| matches!(existing(driver, one.mark), Ok(None)))
+        // With the lock no other server writes a record. It is held no longer than it takes to look again: others
+        // that want the name are refused meanwhile. Dropping it removes the folder again.
+        if let Ok(lock) = dir.claim(&name)
+            && are_gone(&name)
         {
             lock.forget_device();
         }
@@ -231,9 +232,10 @@ fn left(driver: &impl Driver, name: &NameLock, recorded: &[DeviceRecord]) -> Res
         .find(|(_, record)| note.mark == Some(record.mark));
     let one = match &found[..] {
         [] => {
-            let noted = note.mark.map(|mark| existing(driver, mark)).transpose()?;
+            // Who may not ask the driver recovers nothing, either.
+            let noted = note.mark.and_then(|mark| existing(driver, mark).ok()?);
             let waits = |id: &u32| matches!(driver.state(*id), Ok(DeviceState::Waiting(_)));
-            return Ok(match noted.flatten().filter(waits) {
+            return Ok(match noted.filter(waits) {
                 Some(id) => Left::Unrecorded(id),
                 None => Left::Nothing,
             });
@@ -260,6 +262,22 @@ fn unrecorded(id: u32) -> String {
     )
 }
 
+/// Checks that what is found at the path is what was served.
+///
+/// # Errors
+///
+/// When it is known not to be.
+pub(super) fn is_same_storage(record: &DeviceRecord, found: Option<&str>) -> Result<()> {
+    if let (Some(served), Some(found)) = (record.storage.as_deref(), found) {
+        ensure!(
+            served == found,
+            "the file or device at the path is not the one that was served ({found} instead of {served}): put \
+             the old one back"
+        );
+    }
+    Ok(())
+}
+
 /// The limits of an export that recovers a device; why it cannot, otherwise.
 fn recover(id: u32, record: &DeviceRecord, device: &Limits, wanted: &Wanted<'_>) -> Result<Limits> {
     ensure!(
@@ -269,13 +287,7 @@ fn recover(id: u32, record: &DeviceRecord, device: &Limits, wanted: &Wanted<'_>)
     if let Some(asked) = wanted.ublk_id.filter(|asked| *asked != id) {
         bail!("number {asked} was asked for (option ublk-id)");
     }
-    if let (Some(served), Some(found)) = (record.storage.as_deref(), wanted.storage) {
-        ensure!(
-            served == found,
-            "the file or device at the path is not the one that was served ({found} instead of {served}): put \
-             the old one back"
-        );
-    }
+    is_same_storage(record, wanted.storage)?;
     if let Some(asked) = wanted
         .block_bytes
         .filter(|asked| *asked != device.block_bytes)

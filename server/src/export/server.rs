@@ -17,7 +17,6 @@ use super::admin::{
 };
 use super::event::Event;
 use super::name_lock::{CONTROL, NameLock, remove_links};
-use super::recovery;
 use super::runtime_dir::RuntimeDir;
 use super::shared::Shared;
 use super::spares::Spares;
@@ -135,7 +134,6 @@ impl Server {
     /// When another server has the name, or there can be no socket.
     pub fn listen(self: &Arc<Self>, room: u32) -> Result<ServerSocket> {
         let claim = self.dir.claim_server(&self.name)?;
-        recovery::sweep(&recovery::Kernel, &self.dir);
         let record = self.dir.server_record(&self.name)?;
         match &self.configuration {
             Some(configuration) => {

@@ -215,6 +215,29 @@ fn an_added_block_device_is_recovered_also_where_an_earlier_one_was_removed_or_i
     }
 }
 
+/// The record says which file was served, with or without the note.
+#[test]
+#[ignore = "needs root and /dev/ublk-control"]
+fn a_waiting_block_device_gets_no_other_file_by_being_added() {
+    let lab = sandbox();
+    let image = lab.image("b.img", 1 << 20);
+    let spec = format!("b=file:{}", image.display());
+    let first = lab.serve(&["--ublk", "yes", &spec]);
+    let disk = device(&lab, "b");
+    first.kill().unwrap();
+    let kept = image.with_extension("kept");
+    std::fs::rename(&image, &kept).unwrap();
+    drop(lab.image("b.img", 1 << 20));
+    let server = lab.serve(&["--ublk", "yes", "a=mem:1M"]);
+    let words = ["b is not added", "not the one that was served"];
+    lab.fails(&["add", "--ublk", "yes", &spec], 1, &words);
+    assert!(disk.exists());
+    std::fs::rename(kept, &image).unwrap();
+    assert_eq!(add(&lab, &spec), disk);
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
 #[test]
 #[ignore = "needs root and /dev/ublk-control"]
 fn a_server_that_has_given_up_making_block_devices_says_so() {
