@@ -385,7 +385,7 @@ impl DeviceNote {
 pub struct DeviceRecord {
     /// Its mark.
     pub mark: u64,
-    /// The storage behind it, if it has an identity and who recorded it knew that.
+    /// The storage behind it, if it has an identity that was known when it was recorded.
     pub storage: Option<String>,
 }
 

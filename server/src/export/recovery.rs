@@ -119,7 +119,7 @@ pub(super) fn begin(
             }
         },
     }
-    // Not the record: who hands a mark over has written it already.
+    // Not the record: a command that hands a mark over has written it already.
     name.forget_device_note();
     Ok(Beginning::New)
 }
@@ -232,7 +232,7 @@ fn left(driver: &impl Driver, name: &NameLock, recorded: &[DeviceRecord]) -> Res
         .find(|(_, record)| note.mark == Some(record.mark));
     let one = match &found[..] {
         [] => {
-            // Who may not ask the driver recovers nothing, either.
+            // A server that may not ask the driver recovers nothing, either.
             let noted = note.mark.and_then(|mark| existing(driver, mark).ok()?);
             let waits = |id: &u32| matches!(driver.state(*id), Ok(DeviceState::Waiting(_)));
             return Ok(match noted.filter(waits) {

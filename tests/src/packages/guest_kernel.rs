@@ -1,5 +1,5 @@
 //! A kernel of this Debian release for emulated PCs, so that a guest needs none that was built here, and an initial RAM
-//! file system that loads its modules and goes on with the host's files.
+//! file system that loads its modules and then mounts the host's files.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
