@@ -44,8 +44,8 @@ fn is_gone(mark: u64) -> bool {
     matches!(recovery::existing(&Kernel, mark), Ok(None))
 }
 
-/// What is recorded of an export out of the reach of its server, and was before.
-/// That of the block device comes last.
+/// The records of an export, out of the reach of its server, with what they were before. That of the block device comes
+/// last.
 struct Record(Vec<(NoteFile, Option<String>)>);
 
 impl Record {

@@ -12,6 +12,7 @@ mod fault;
 mod file;
 mod memory;
 mod null;
+mod range_lock;
 mod rbd;
 mod vhost_user;
 

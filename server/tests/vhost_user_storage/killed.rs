@@ -37,6 +37,15 @@ impl Pair {
             &self.behind.path("run/exports/p/vhost-user-blk"),
         )
     }
+
+    /// Nothing is left of either.
+    fn end(&self, client: Client, front: Server, behind: Server) {
+        drop(client);
+        front.stop().unwrap();
+        behind.stop().unwrap();
+        self.front.is_clean();
+        self.behind.is_clean();
+    }
 }
 
 #[test]
@@ -57,11 +66,7 @@ fn a_client_loses_nothing_when_the_server_behind_is_killed_again_and_again() {
         check(&mut client, round);
     }
     tell(&mut pauses);
-    drop(client);
-    front.stop().unwrap();
-    behind.stop().unwrap();
-    pair.front.is_clean();
-    pair.behind.is_clean();
+    pair.end(client, front, behind);
 }
 
 #[test]
@@ -81,11 +86,7 @@ fn the_server_in_front_hands_over_to_another_one() {
     assert!(client.start());
     finish(&mut client, ended);
     check(&mut client, 7);
-    drop(client);
-    next.stop().unwrap();
-    behind.stop().unwrap();
-    pair.front.is_clean();
-    pair.behind.is_clean();
+    pair.end(client, next, behind);
 }
 
 #[test]
@@ -108,9 +109,5 @@ fn a_client_loses_nothing_when_the_server_in_front_is_killed_again_and_again() {
         check(&mut client, round);
     }
     tell(&mut pauses);
-    drop(client);
-    front.stop().unwrap();
-    behind.stop().unwrap();
-    pair.front.is_clean();
-    pair.behind.is_clean();
+    pair.end(client, front, behind);
 }

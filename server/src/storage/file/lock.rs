@@ -2,27 +2,20 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use crate::engine::wait::repeat_while;
+use crate::storage::range_lock;
+pub(super) use crate::storage::range_lock::Lock;
 
 /// How often a lock is tried again while another process has the file.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// A lock on a part of a file.
+/// What is locked.
 ///
 /// A writer locks the [data](Part::Data), so that programs which lock some bytes of their images (QEMU locks
 /// bytes 100 to 203) and this server keep each other out. Readers lock the first byte and keep out
 /// our writers only. The data of block devices is not locked: writers claim them with `O_EXCL`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lock {
-    Read,
-    Write,
-    None,
-}
-
-/// What is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
     /// The first byte.
@@ -56,24 +49,7 @@ impl Part {
 /// When another open file has a conflicting lock for longer than `limit` ([`is_taken`]), or the file
 /// system has no locks.
 pub(super) fn lock(file: &fs::File, lock: Lock, part: Part, limit: Duration) -> io::Result<()> {
-    // Lock types are small constants; the field is narrower than they are.
-    #[expect(clippy::cast_possible_truncation, reason = "0 to 2")]
-    let kind = match lock {
-        Lock::Read => libc::F_RDLCK as libc::c_short,
-        Lock::Write => libc::F_WRLCK as libc::c_short,
-        Lock::None => libc::F_UNLCK as libc::c_short,
-    };
-    // SAFETY: all zeroes is a valid `flock`: from the start of the file.
-    let mut range: libc::flock = unsafe { std::mem::zeroed() };
-    range.l_type = kind;
-    (range.l_start, range.l_len) = part.range();
-    let try_lock = || {
-        // SAFETY: `range` is a whole `struct flock` that lives through the call.
-        match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    };
+    let try_lock = || range_lock::set(file, lock, part.range());
     unless_taken(limit, try_lock, is_taken)
 }
 

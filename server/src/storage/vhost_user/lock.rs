@@ -7,9 +7,10 @@
 use std::fs::{self, File, OpenOptions};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+
+use crate::storage::range_lock;
 
 /// The name of the file in the runtime directory.
 const NAME: &str = "vhost-user-disks.lock";
@@ -32,21 +33,11 @@ pub(super) fn lock(folder: &Path, socket: &Path, is_shared: bool) -> io::Result<
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW)
         .open(folder.join(NAME))?;
-    // SAFETY: all zeroes is a valid `flock`.
-    let mut range: libc::flock = unsafe { std::mem::zeroed() };
-    let kind = if is_shared {
-        libc::F_RDLCK
-    } else {
-        libc::F_WRLCK
+    let kind = match is_shared {
+        true => range_lock::Lock::Read,
+        false => range_lock::Lock::Write,
     };
-    // The constants are small.
-    range.l_type = libc::c_short::try_from(kind).unwrap_or(0);
-    range.l_start = place;
-    range.l_len = 1;
-    // SAFETY: `range` is a whole `struct flock` that lives through the call.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    range_lock::set(&file, kind, (place, 1))?;
     Ok(Lock(file))
 }
 

@@ -1,0 +1,38 @@
+//! Locks on ranges of a file that belong to the open file (open-file-description locks, fcntl(2)): they end with its last
+//! descriptor, however the process ends.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// A lock on a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lock {
+    Read,
+    Write,
+    None,
+}
+
+/// Replaces the lock of this open file on so many bytes from `start` on.
+///
+/// # Errors
+///
+/// `EAGAIN` when another open file has a conflicting lock; otherwise the file system has no locks.
+pub(super) fn set(file: &File, lock: Lock, (start, len): (i64, i64)) -> io::Result<()> {
+    // Lock types are small constants; the field is narrower than they are.
+    #[expect(clippy::cast_possible_truncation, reason = "0 to 2")]
+    let kind = match lock {
+        Lock::Read => libc::F_RDLCK as libc::c_short,
+        Lock::Write => libc::F_WRLCK as libc::c_short,
+        Lock::None => libc::F_UNLCK as libc::c_short,
+    };
+    // SAFETY: all zeroes is a valid `flock`: from the start of the file.
+    let mut range: libc::flock = unsafe { std::mem::zeroed() };
+    range.l_type = kind;
+    (range.l_start, range.l_len) = (start, len);
+    // SAFETY: `range` is a whole `struct flock` that lives through the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
