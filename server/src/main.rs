@@ -15,6 +15,7 @@ use ublkup::command::{
 use ublkup::engine::log;
 use ublkup::export::explain;
 use ublkup::export::runtime_dir::RuntimeDir;
+use ublkup::storage::keep_qemu;
 
 fn main() -> ExitCode {
     shell::complete();
@@ -120,6 +121,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             ..
         } => doctor::remove(id, yes),
         Command::Doctor { json, clean, .. } => doctor::run(&dir()?, json, clean),
+        Command::QemuKeeper { folder, arguments } => {
+            keep_qemu(&folder, &arguments)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::DeviceOwner { kernel_name } => shell::device_owner(&kernel_name),
         Command::DeviceName { kernel_name } => shell::device_name(&dir()?, &kernel_name),
         Command::Completions { shell: wanted } => shell::completions(wanted),

@@ -219,6 +219,15 @@ pub enum Command {
         #[arg(long, requires = "remove")]
         yes: bool,
     },
+    /// Run qemu-storage-daemon for a server, until that ends
+    #[command(hide = true)]
+    QemuKeeper {
+        /// Folder of the export
+        folder: PathBuf,
+        /// Arguments of qemu-storage-daemon
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
     /// Print user and group of the ordinary user that made a ublk device, for udev rules; fails for devices of
     /// administrators
     #[command(hide = true)]

@@ -1,10 +1,11 @@
 //! `[NAME=]KIND:ARG[,key=value…]`, or a path in the place of `KIND:ARG`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use clap::{ArgMatches, Args};
+use clap::{ArgMatches, Args, Command};
 
 use super::commas;
 use super::error::ConfigError;
@@ -13,7 +14,7 @@ use super::options::{ExportOptions, read_keys};
 use crate::request::{MAX_DISK_BYTES, SECTOR_BYTES, format_size, parse_size};
 #[cfg(feature = "testing")]
 use crate::storage::Rule;
-use crate::storage::{CacheMode, ImageFormat, ImageName};
+use crate::storage::{CacheMode, ImageFormat, ImageName, QemuDisk};
 
 /// Where the data of an export lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub enum StorageSpec {
         /// The server's socket.
         socket: PathBuf,
     },
+    /// `qcow2:PATH` and `qemu:KEY=VALUE,…`: what QEMU reads, by a `qemu-storage-daemon`.
+    Qemu(QemuDisk),
 }
 
 impl StorageSpec {
@@ -59,6 +62,7 @@ impl StorageSpec {
                 .to_string_lossy()
                 .into_owned(),
             Self::Rbd(image) => image.image.clone(),
+            Self::Qemu(disk) => disk.default_name(),
         }
     }
 
@@ -82,6 +86,7 @@ impl StorageSpec {
             Self::VhostUser { socket } => Self::VhostUser {
                 socket: folder.join(socket),
             },
+            Self::Qemu(disk) => Self::Qemu(disk.resolved(folder)),
             other => other,
         }
     }
@@ -95,6 +100,7 @@ impl fmt::Display for StorageSpec {
             Self::File { path, .. } => {
                 write!(f, "file:{}", commas::escape(&path.to_string_lossy()))
             }
+            Self::Qemu(disk) => write!(f, "{disk}"),
             Self::Rbd(image) => write!(f, "rbd:{}", commas::escape(&image.to_string())),
             Self::VhostUser { socket } => {
                 write!(
@@ -182,16 +188,23 @@ fn parse(text: &str) -> Result<Spec, String> {
         });
     }
     let mut keys = commas::split(rest);
-    let arg = keys.remove(0);
+    let arg = match kind {
+        "qemu" => String::new(),
+        _ => keys.remove(0),
+    };
+    let blockdev = match kind {
+        "qemu" | "qcow2" => take_blockdev(&mut keys)?,
+        _ => BTreeMap::new(),
+    };
     let pairs = keys.iter().map(|part| commas::key_value(part));
     let options = match kind {
-        "null" | "mem" | "vhost-user" => read_keys::<ExportOptions>(pairs),
+        "null" | "mem" | "vhost-user" | "qcow2" | "qemu" => read_keys::<ExportOptions>(pairs),
         "file" => read_keys::<FileKeys>(pairs),
         "rbd" => read_keys::<RbdKeys>(pairs),
         _ => {
             return Err(format!(
-                "no storage is called '{kind}': there are null:SIZE, mem:SIZE, file:PATH, rbd:POOL/IMAGE and \
-                 vhost-user:SOCKET"
+                "no storage is called '{kind}': there are null:SIZE, mem:SIZE, file:PATH, rbd:POOL/IMAGE, \
+                 vhost-user:SOCKET, qcow2:PATH and qemu:KEY=VALUE,…"
             ));
         }
     };
@@ -222,6 +235,8 @@ fn parse(text: &str) -> Result<Spec, String> {
                     .into(),
             );
         }
+        "qcow2" => StorageSpec::Qemu(QemuDisk::qcow2(&arg, blockdev)?),
+        "qemu" => StorageSpec::Qemu(QemuDisk::new(blockdev)?),
         "vhost-user" => StorageSpec::VhostUser { socket: arg.into() },
         _ if arg.is_empty() => {
             return Err("no path after 'file:': write file:/srv/disk.img, for instance".into());
@@ -241,6 +256,33 @@ fn parse(text: &str) -> Result<Spec, String> {
         #[cfg(feature = "testing")]
         faults: Vec::new(),
     })
+}
+
+/// Takes the keys that are no export options: those are QEMU's.
+fn take_blockdev(keys: &mut Vec<String>) -> Result<BTreeMap<String, String>, String> {
+    let known = ExportOptions::augment_args(Command::new("keys"));
+    let is_own = |key: &str| {
+        known
+            .get_arguments()
+            .any(|known| known.get_long() == Some(key))
+    };
+    let mut taken = BTreeMap::new();
+    let mut own = Vec::new();
+    for part in keys.drain(..) {
+        match commas::key_value(&part) {
+            (key, _) if is_own(key) => own.push(part),
+            (key, Some(value)) if !key.is_empty() => {
+                taken.insert(key.to_owned(), value.to_owned());
+            }
+            _ => {
+                return Err(format!(
+                    "'{part}' is no KEY=VALUE (a comma in a path is written twice)"
+                ));
+            }
+        }
+    }
+    *keys = own;
+    Ok(taken)
 }
 
 /// Whether a part of a SPEC cannot be a NAME or a KIND: there is a folder in it, or it is followed by keys.

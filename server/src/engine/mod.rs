@@ -39,6 +39,7 @@ pub mod mailbox;
 pub mod open_files;
 pub mod polling;
 pub mod process;
+pub mod qmp;
 pub mod queue_thread;
 pub mod repeats;
 pub mod sandbox;

@@ -277,6 +277,14 @@ fn open_image(config: &ExportConfig, is_confined: bool) -> Result<Option<File>> 
             );
             return Ok(None);
         }
+        StorageSpec::Qemu(disk) => {
+            ensure!(
+                !is_confined,
+                "a confined server starts no program for an export that is added: serve {disk} by another server, or start \
+                 this one with --sandbox=no"
+            );
+            return Ok(None);
+        }
         StorageSpec::VhostUser { socket } => {
             ensure!(
                 !is_confined,

@@ -256,6 +256,10 @@ impl Export {
             }
         }
         let folder = self.claim.folder();
+        if matches!(config.storage, StorageSpec::Qemu(_)) {
+            reach.servers.sockets = true;
+            add(folder, Access::Sockets);
+        }
         add(folder, Access::Folder);
         if let Some(exports) = folder.parent() {
             add(exports, Access::RemoveFolders);

@@ -28,7 +28,8 @@ use crate::request::format_size;
 #[cfg(feature = "testing")]
 use crate::storage::Fault;
 use crate::storage::{
-    File, FileOptions, Memory, Null, Rbd, RbdOptions, VhostUser, VhostUserOptions,
+    File, FileOptions, Memory, Null, Qemu, QemuOptions, Rbd, RbdOptions, VhostUser,
+    VhostUserOptions,
 };
 
 /// Largest discard and write-zeroes that clients of null and memory disks are told of.
@@ -98,6 +99,19 @@ impl Opening<'_> {
                     claim_later: claims_later(config),
                     predecessor,
                     note_owner: Box::new(move |owner| note.replace(owner, || {})),
+                })?;
+                self.open(disk)
+            }
+            StorageSpec::Qemu(disk) => {
+                let disk = Qemu::open(&QemuOptions {
+                    export: config.name.clone(),
+                    disk: disk.clone(),
+                    folder: self.claim.folder().to_owned(),
+                    read_only: config.read_only,
+                    block_bytes: config.block_bytes,
+                    serial: config.serial,
+                    // As below.
+                    queues: config.queues.saturating_add(config.vhost_threads),
                 })?;
                 self.open(disk)
             }
@@ -397,7 +411,10 @@ impl Opening<'_> {
 fn outlives_server(config: &ExportConfig) -> bool {
     matches!(
         config.storage,
-        StorageSpec::File { .. } | StorageSpec::Rbd(_) | StorageSpec::VhostUser { .. }
+        StorageSpec::File { .. }
+            | StorageSpec::Rbd(_)
+            | StorageSpec::VhostUser { .. }
+            | StorageSpec::Qemu(_)
     )
 }
 

@@ -135,6 +135,15 @@ fn may_succeed(
             );
             size_bytes
         }
+        // The daemon of the other server has the image.
+        StorageSpec::Qemu(disk) => {
+            let served = noted.and_then(|note| note.storage.as_deref());
+            ensure!(
+                served.is_none_or(|served| served == disk.to_string()),
+                "{disk} is not the disk that is served"
+            );
+            old.size_bytes
+        }
         // The server of the disk has one client at a time, and that is still the other server.
         StorageSpec::VhostUser { socket } => {
             let served = noted.and_then(|note| note.storage.as_deref());

@@ -8,7 +8,7 @@ use crate::command::left;
 use crate::config::{ExportConfig, ExportOptions, StorageSpec, is_configured, read_config};
 use crate::export::runtime_dir::RuntimeDir;
 use crate::request::format_size;
-use crate::storage::{ImageName, Rbd, VhostUser, VhostUserError};
+use crate::storage::{ImageName, Qemu, Rbd, VhostUser, VhostUserError};
 
 /// A finding for each export with such an image in `configuration`, or noted in the runtime directory. Without one nothing
 /// of Ceph is needed, and nothing is loaded.
@@ -39,6 +39,10 @@ fn examine(export: &ExportConfig) -> Option<Finding> {
             // It may be that the export is served, and has the server.
             Err(error @ VhostUserError::Step { .. }) => (Verdict::Warning, error.to_string()),
             Err(error) => (Verdict::Problem, error.to_string()),
+        },
+        StorageSpec::Qemu(disk) => match Qemu::check_installed() {
+            Ok(program) => (Verdict::Ok, format!("{disk}, by {}", program.display())),
+            Err(why) => (Verdict::Problem, format!("{disk}: {why}")),
         },
         _ => return None,
     };

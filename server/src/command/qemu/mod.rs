@@ -7,13 +7,12 @@
 //! | `disk.rs`   | QEMU's options for a disk                                                  |
 //! | `memory.rs` | what a command line says of the guest's memory, which must be shared       |
 //! | `words.rs`  | the syntax of QEMU's options and of the shell                              |
-//! | `qmp.rs`    | a client of the monitor                                                    |
 
 mod disk;
 mod launch;
 mod live;
 mod memory;
-mod qmp;
+
 mod words;
 
 pub use launch::{Launch, launch};

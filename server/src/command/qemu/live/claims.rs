@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::disk::{Disk, list};
 use crate::command::qemu::disk::service_address;
-use crate::command::qemu::qmp::Qmp;
+use crate::engine::qmp::Qmp;
 
 /// Begins the text beside our descriptors.
 const OURS: &str = "ublkup ";

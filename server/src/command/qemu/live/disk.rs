@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::peer::Peer;
 use super::refusal::refuse;
-use crate::command::qemu::qmp::{Qmp, Refusal};
+use crate::engine::qmp::{Qmp, Refusal};
 
 /// A disk of the guest on a block device, and all that is needed to plug it in again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

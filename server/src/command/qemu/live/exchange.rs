@@ -13,7 +13,7 @@ use super::disk::{Disk, list};
 use super::refusal::{NotUpgradable, refuse};
 use crate::command::complain;
 use crate::command::qemu::disk::RECONNECT_MS;
-use crate::command::qemu::qmp::{Qmp, Refusal, Unanswered, Unplugged};
+use crate::engine::qmp::{Qmp, Refusal, Unanswered, Unplugged};
 
 /// How long a guest may take to release a disk.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(60);

@@ -37,10 +37,10 @@ use self::peer::{Access, Named, Peer, block_number};
 use self::refusal::{NotUpgradable, refuse};
 use self::watch::expect_quiet;
 use super::disk::registry_entry;
-use super::qmp::{Qmp, Refusal, Unanswered};
 use crate::command::cli::NOT_UPGRADABLE;
 use crate::command::complain;
 use crate::command::probe::{Found, lookup, service};
+use crate::engine::qmp::{Qmp, Refusal, Unanswered};
 use crate::export::explain;
 
 /// What `ublkup qemu --live` is asked for.

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::disk::{Disk, device_of, list};
 use super::refusal::refuse;
 use crate::command::complain;
-use crate::command::qemu::qmp::Qmp;
+use crate::engine::qmp::Qmp;
 
 /// How often the disk's counters are read.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);

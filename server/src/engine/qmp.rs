@@ -24,7 +24,7 @@ pub struct Qmp {
     stream: UnixStream,
     unread: Vec<u8>,
     /// How long an answer is waited for.
-    pub(super) answer_limit: Duration,
+    pub(crate) answer_limit: Duration,
     /// The `id` of the last command.
     last_id: u64,
     /// The device that was asked to leave last. No other event than its end is kept: the peer may send any number.

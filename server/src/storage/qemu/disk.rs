@@ -1,0 +1,174 @@
+//! What `qemu-storage-daemon` is to open, and its command line.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// The node that is exported.
+pub(super) const NODE: &str = "disk";
+
+/// Keys `secret.ID=FILE` make secrets.
+const SECRET: &str = "secret.";
+
+/// A disk that QEMU reads: options of its `--blockdev`, and files with secrets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QemuDisk {
+    /// The image of the short form, `qcow2:PATH`.
+    pub image: Option<PathBuf>,
+    /// Options of `--blockdev`, and `secret.ID` with a file.
+    pub options: BTreeMap<String, String>,
+}
+
+impl QemuDisk {
+    /// `qcow2:PATH`, with what is said beyond that.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn qcow2(path: &str, options: BTreeMap<String, String>) -> Result<Self, String> {
+        if path.is_empty() {
+            return Err("no path after 'qcow2:': write qcow2:/srv/disk.qcow2, for instance".into());
+        }
+        let image = Some(path.into());
+        Self { image, options }.checked()
+    }
+
+    /// `qemu:KEY=VALUE,…`
+    ///
+    /// # Errors
+    ///
+    /// What is missing, or must not be there.
+    pub fn new(options: BTreeMap<String, String>) -> Result<Self, String> {
+        if !options.contains_key("driver") {
+            return Err(
+                "no driver: write qemu:driver=vmdk,file.driver=file,file.filename=/srv/disk.vmdk, for instance".into(),
+            );
+        }
+        let image = None;
+        Self { image, options }.checked()
+    }
+
+    fn checked(self) -> Result<Self, String> {
+        match self.options.contains_key("node-name") {
+            true => Err("node-name: the server names the node".into()),
+            false => Ok(self),
+        }
+    }
+
+    /// The same with relative paths resolved from `folder`.
+    #[must_use]
+    pub fn resolved(self, folder: &Path) -> Self {
+        let resolve = |(key, value): (String, String)| {
+            let is_path = key == "filename" || key.ends_with(".filename");
+            let is_path = is_path && !value.contains(':') || key.starts_with(SECRET);
+            let path = || folder.join(&value).to_string_lossy().into_owned();
+            let value = if is_path { path() } else { value };
+            (key, value)
+        };
+        Self {
+            image: self.image.map(|path| folder.join(path)),
+            options: self.options.into_iter().map(resolve).collect(),
+        }
+    }
+
+    /// Name of an export that was given none.
+    #[must_use]
+    pub fn default_name(&self) -> String {
+        let path = self.path().unwrap_or_else(|| "qemu".into());
+        let stem = path.file_stem().unwrap_or_default();
+        stem.to_string_lossy().into_owned()
+    }
+
+    /// The file, if the disk is in one.
+    fn path(&self) -> Option<PathBuf> {
+        let named = |key: &str| self.options.get(key).map(PathBuf::from);
+        let options = || named("filename").or_else(|| named("file.filename"));
+        self.image.clone().or_else(options)
+    }
+
+    /// The options of `--blockdev`.
+    fn node(&self, read_only: bool) -> BTreeMap<&str, String> {
+        let mut all = BTreeMap::new();
+        if let Some(image) = &self.image {
+            all.extend([
+                ("driver", "qcow2".to_owned()),
+                ("discard", "unmap".into()),
+                ("file.driver", "file".into()),
+                ("file.filename", image.to_string_lossy().into_owned()),
+                ("file.discard", "unmap".into()),
+                ("file.cache.direct", "on".into()),
+                ("file.aio", "native".into()),
+            ]);
+        }
+        let given = self.options.iter();
+        let given = given.filter(|(key, _)| !key.starts_with(SECRET));
+        all.extend(given.map(|(key, value)| (key.as_str(), value.clone())));
+        all.insert("node-name", NODE.into());
+        if read_only {
+            all.insert("read-only", "on".into());
+        }
+        all
+    }
+
+    /// The arguments of `qemu-storage-daemon`. Its monitor is made after the export, so that one who finds it finds both.
+    pub(super) fn arguments(
+        &self,
+        (disk, monitor): (&Path, &Path),
+        (queues, read_only): (u16, bool),
+    ) -> Vec<OsString> {
+        let mut all = Vec::new();
+        let mut add = |option: &str, value: String| {
+            all.extend([OsString::from(option), OsString::from(value)]);
+        };
+        for (key, file) in &self.options {
+            if let Some(id) = key.strip_prefix(SECRET) {
+                let file = commas(file);
+                add("--object", format!("secret,id={id},file={file}"));
+            }
+        }
+        let node = self.node(read_only);
+        let node = node
+            .iter()
+            .map(|(key, value)| format!("{key}={}", commas(value)));
+        add("--blockdev", node.collect::<Vec<_>>().join(","));
+        let writable = if read_only { "off" } else { "on" };
+        let path = |path: &Path| commas(&path.to_string_lossy());
+        let disk = path(disk);
+        add(
+            "--export",
+            format!(
+                "type=vhost-user-blk,id=export,node-name={NODE},addr.type=unix,addr.path={disk},writable={writable},\
+                 num-queues={queues}"
+            ),
+        );
+        let monitor = path(monitor);
+        add(
+            "--chardev",
+            format!("socket,id=monitor,path={monitor},server=on,wait=off"),
+        );
+        add("--monitor", "chardev=monitor,mode=control".into());
+        all
+    }
+}
+
+impl fmt::Display for QemuDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        let kind = match &self.image {
+            Some(image) => {
+                parts.push(commas(&image.to_string_lossy()));
+                "qcow2"
+            }
+            None => "qemu",
+        };
+        let options = self.options.iter();
+        parts.extend(options.map(|(key, value)| format!("{key}={}", commas(value))));
+        write!(f, "{kind}:{}", parts.join(","))
+    }
+}
+
+/// Commas in values are written twice, by QEMU as by SPECs.
+fn commas(text: &str) -> String {
+    text.replace(',', ",,")
+}

@@ -1,0 +1,238 @@
+//! The process that starts `qemu-storage-daemon`, and starts it again: a server in its sandbox starts no programs.
+//!
+//! It is this program with a hidden subcommand. It ends when the server's end of its socket is closed, and has ended the daemon
+//! by then. A lock file, whose descriptor the daemon inherits, keeps a successor's daemon waiting until this one is gone.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, Mode, flock};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, getpid, getppid, kill_process, pidfd_open,
+    set_parent_process_death_signal, umask,
+};
+
+/// The program.
+pub(super) const PROGRAM: &str = "qemu-storage-daemon";
+
+/// How long the daemon of an earlier server may take to end.
+const LOCK_LIMIT: Duration = Duration::from_secs(20);
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// How long the daemon may take to end after SIGTERM, at which it flushes what it has.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// Pauses before the daemon is started again: the first, and the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// A daemon that ran so long is started again without a longer pause than the first.
+const GOOD_RUN: Duration = Duration::from_secs(10);
+
+/// Names in the folder of an export.
+pub(super) const DISK: &str = "qemu-disk";
+pub(super) const MONITOR: &str = "qemu-monitor";
+const LOCK: &str = "qemu.lock";
+
+/// Starts and watches a daemon until the other end of standard input, a socket, is closed. Its ends are told there, a line
+/// each.
+///
+/// # Errors
+///
+/// When the process cannot be set up.
+pub fn keep(folder: &Path, arguments: &[OsString]) -> io::Result<()> {
+    // A terminal's and a service manager's signals go to all processes; this one ends with its server.
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
+    }
+    // The sockets are for this user alone.
+    umask(Mode::from_raw_mode(0o077));
+    let server = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let Some(_lock) = lock(&folder.join(LOCK), &server)? else {
+        let why = "the qemu-storage-daemon of an earlier server still runs and does not end";
+        return tell(&server, why);
+    };
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let started = Instant::now();
+        let Some(end) = run(arguments, &server)? else {
+            break;
+        };
+        // The server may have gone.
+        let _ = tell(&server, &end);
+        if started.elapsed() >= GOOD_RUN {
+            pause = FIRST_PAUSE;
+        }
+        if wait(&[server.as_fd()], pause)? == Some(0) {
+            break;
+        }
+        pause = (2 * pause).min(LONGEST_PAUSE);
+    }
+    for name in [DISK, MONITOR, LOCK] {
+        let _ = fs::remove_file(folder.join(name));
+    }
+    Ok(())
+}
+
+fn tell(mut server: &UnixStream, line: &str) -> io::Result<()> {
+    server.write_all(format!("{line}\n").as_bytes())
+}
+
+/// Takes the lock, which is inherited by the daemon. `None`: another one has it for too long, or the server is gone.
+fn lock(path: &Path, server: &UnixStream) -> io::Result<Option<File>> {
+    let deadline = Instant::now() + LOCK_LIMIT;
+    while Instant::now() < deadline {
+        let mut options = File::options();
+        let options = options.write(true).create(true).truncate(false).mode(0o600);
+        let file = options.custom_flags(libc::O_NOFOLLOW).open(path)?;
+        let is_locked = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        // Its holder before has removed it.
+        let is_there = fs::metadata(path).is_ok_and(|there| {
+            file.metadata()
+                .is_ok_and(|own| (own.dev(), own.ino()) == (there.dev(), there.ino()))
+        });
+        if is_locked && is_there {
+            fcntl_setfd(&file, FdFlags::empty())?;
+            return Ok(Some(file));
+        }
+        if wait(&[server.as_fd()], LOCK_INTERVAL)?.is_some() {
+            break;
+        }
+    }
+    Ok(None)
+}
+
+/// Runs the daemon. Returns how it ended; `None` when it was ended because the server is gone.
+fn run(arguments: &[OsString], server: &UnixStream) -> io::Result<Option<String>> {
+    let mut command = Command::new(PROGRAM);
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let own = getpid();
+    let bind = move || {
+        set_parent_process_death_signal(Some(Signal::TERM))?;
+        // It may have died before.
+        match getppid() == Some(own) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    };
+    // SAFETY: between fork and exec it makes two system calls and allocates nothing.
+    unsafe { command.pre_exec(bind) };
+    let mut child = match command.spawn() {
+        Ok(child) => child,
+        Err(error) => return Ok(Some(format!("cannot start {PROGRAM}: {error}"))),
+    };
+    let words = child.stderr.take().map(|words| {
+        thread::spawn(move || {
+            let lines = BufReader::new(words).lines().map_while(Result::ok);
+            lines.filter(|line| !line.trim().is_empty()).last()
+        })
+    });
+    let pid = Pid::from_child(&child);
+    let ended = pidfd_open(pid, PidfdFlags::empty())?;
+    loop {
+        match wait(&[server.as_fd(), ended.as_fd()], Duration::from_secs(3600))? {
+            Some(0) => return end(&mut child, ended.as_fd()).map(|()| None),
+            Some(_) => break,
+            None => {}
+        }
+    }
+    let status = child.wait()?;
+    let last = words.and_then(|words| words.join().ok()).flatten();
+    let last = last.map_or(String::new(), |last| {
+        let own = format!("{PROGRAM}: ");
+        format!(": {}", last.strip_prefix(&own).unwrap_or(&last))
+    });
+    Ok(Some(format!("{PROGRAM} ended ({status}){last}")))
+}
+
+fn end(child: &mut Child, ended: BorrowedFd<'_>) -> io::Result<()> {
+    // It was not waited for: the number is its own.
+    let _ = kill_process(Pid::from_child(child), Signal::TERM);
+    let deadline = Instant::now() + END_LIMIT;
+    while Instant::now() < deadline {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if wait(&[ended], left)?.is_some() {
+            break;
+        }
+    }
+    let _ = child.kill();
+    child.wait().map(drop)
+}
+
+/// Waits until one of these can be read or is at its end; which one. A signal may end it early.
+fn wait(fds: &[BorrowedFd<'_>], limit: Duration) -> io::Result<Option<usize>> {
+    let mut fds: Vec<_> = (fds.iter())
+        .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
+        .collect();
+    let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
+    match poll(&mut fds, Some(&limit)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(fds.iter().position(|fd| !fd.revents().is_empty()))
+}
+
+/// The keeper as its server has it.
+pub(super) struct Keeper {
+    child: Option<Child>,
+    /// Closed, it ends the keeper.
+    socket: UnixStream,
+}
+
+impl Keeper {
+    /// Starts a keeper, whose daemon has these arguments.
+    pub(super) fn start(folder: &PathBuf, arguments: &[OsString]) -> io::Result<Self> {
+        let (socket, theirs) = UnixStream::pair()?;
+        let child = Command::new("/proc/self/exe")
+            .arg("qemu-keeper")
+            .arg(folder)
+            .arg("--")
+            .args(arguments)
+            .stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        let child = Some(child);
+        Ok(Self { child, socket })
+    }
+
+    /// The lines that it tells.
+    pub(super) fn lines(&self) -> io::Result<impl Iterator<Item = String> + use<>> {
+        let socket = BufReader::new(self.socket.try_clone()?);
+        Ok(socket.lines().map_while(Result::ok))
+    }
+
+    /// Ends keeper and daemon, and waits for that. Without effect when that was done.
+    pub(super) fn stop(&mut self) {
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        // It limits how long the daemon may take.
+        let _ = child.wait();
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

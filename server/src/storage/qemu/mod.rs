@@ -1,0 +1,269 @@
+//! Everything that QEMU reads: a `qemu-storage-daemon` per export, which this program starts, watches and starts again, and
+//! whose disk is the storage `vhost-user`.
+//!
+//! | file        | tells                                                                  |
+//! |-------------|------------------------------------------------------------------------|
+//! | `disk.rs`   | what the daemon is to open, and its command line                       |
+//! | `keeper.rs` | the process that starts the daemon, and ends it when the server is gone |
+
+mod disk;
+mod keeper;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+pub use disk::QemuDisk;
+pub use keeper::keep;
+
+use super::vhost_user::{VhostUser, VhostUserError, VhostUserOptions, VhostUserQueue};
+use crate::engine::qmp::Qmp;
+use crate::engine::{Changed, Sharing, Storage, StorageControl};
+use crate::io::Ring;
+use crate::request::{Limits, Serial, format_size};
+use disk::NODE;
+use keeper::{DISK, Keeper, MONITOR, PROGRAM};
+
+/// How long the daemon may take to open the image, with what an earlier one takes to end.
+const START_LIMIT: Duration = Duration::from_secs(60);
+const START_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Virtqueues at most.
+const MAX_QUEUES: u16 = 16;
+
+/// A disk, and how it is to be served.
+#[derive(Clone, Debug)]
+pub struct QemuOptions {
+    /// The export, for the log.
+    pub export: String,
+    /// What QEMU opens.
+    pub disk: QemuDisk,
+    /// Folder for the daemon's sockets.
+    pub folder: PathBuf,
+    /// Without writes.
+    pub read_only: bool,
+    /// Size of the disk's blocks.
+    pub block_bytes: Option<u32>,
+    /// The disk's serial number.
+    pub serial: Serial,
+    /// Threads that are expected to use it.
+    pub queues: u16,
+}
+
+/// Why a disk cannot be served. Each names it and says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum QemuError {
+    /// There is no daemon, or it does not serve the disk.
+    #[error("{disk}: {why}")]
+    Daemon {
+        /// The disk.
+        disk: String,
+        /// What is wrong, and what to do.
+        why: String,
+    },
+    /// The daemon's disk cannot be used.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
+}
+
+/// A disk that a `qemu-storage-daemon` has.
+pub struct Qemu {
+    name: String,
+    monitor: PathBuf,
+    vhost: VhostUser,
+    keeper: Mutex<Keeper>,
+}
+
+impl Qemu {
+    /// Starts a daemon and connects to it.
+    ///
+    /// # Errors
+    ///
+    /// One line that names the disk, what is wrong and what to do.
+    pub fn open(options: &QemuOptions) -> Result<Self, QemuError> {
+        let name = options.disk.to_string();
+        let failed = |why: String| QemuError::Daemon {
+            disk: name.clone(),
+            why,
+        };
+        Self::check_installed().map_err(failed)?;
+        let [disk, monitor] = [DISK, MONITOR].map(|name| options.folder.join(name));
+        let queues = options.queues.clamp(1, MAX_QUEUES);
+        let arguments = options
+            .disk
+            .arguments((&disk, &monitor), (queues, options.read_only));
+        let cannot_start = |error: io::Error| failed(format!("cannot start its keeper: {error}"));
+        let keeper = Keeper::start(&options.folder, &arguments).map_err(cannot_start)?;
+        let lines = keeper.lines().map_err(cannot_start)?;
+        let (first, told) = mpsc::channel();
+        let export = options.export.clone();
+        let watch = move || {
+            for line in lines {
+                if let Err(mpsc::SendError(line)) = first.send(line) {
+                    tracing::error!(
+                        export,
+                        "{line}; it is started again, and requests wait until then"
+                    );
+                }
+            }
+        };
+        let thread = thread::Builder::new().name("qemu-daemon".into());
+        thread.spawn(watch).map_err(cannot_start)?;
+        let deadline = Instant::now() + START_LIMIT;
+        loop {
+            match told.recv_timeout(START_INTERVAL) {
+                Ok(why) => return Err(failed(with_hint(why))),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(failed("the process that starts it ended".into()));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            // It is made last.
+            if UnixStream::connect(&monitor).is_ok() {
+                break;
+            }
+            if Instant::now() >= deadline {
+                return Err(failed(format!("{PROGRAM} does not open it")));
+            }
+        }
+        let vhost = VhostUser::open(&VhostUserOptions {
+            export: options.export.clone(),
+            socket: disk,
+            // QEMU locks the image.
+            locks: None,
+            read_only: options.read_only,
+            block_bytes: options.block_bytes,
+            serial: options.serial,
+            queues,
+        })?;
+        drop(told);
+        Ok(Self {
+            name,
+            monitor,
+            vhost,
+            keeper: Mutex::new(keeper),
+        })
+    }
+
+    /// Whether there is a daemon to be started.
+    ///
+    /// # Errors
+    ///
+    /// How to get it.
+    pub fn check_installed() -> Result<PathBuf, String> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let found = std::env::split_paths(&path)
+            .map(|folder| folder.join(PROGRAM))
+            .find(|program| program.is_file());
+        found.ok_or_else(|| {
+            format!("{PROGRAM} is not installed: Debian and Ubuntu have it in qemu-utils or qemu-system-common, Fedora in qemu-img")
+        })
+    }
+
+    fn stop(&self) {
+        // It is whole after any panic.
+        let keeper = self.keeper.lock();
+        keeper.unwrap_or_else(PoisonError::into_inner).stop();
+    }
+}
+
+/// What the daemon said, with what to do.
+fn with_hint(why: String) -> String {
+    let has = |text: &str| why.contains(text);
+    let hint = if has("Failed to get") && has("lock") {
+        "; another process has the image open: end it first"
+    } else if has("No such file") {
+        "; make the image first (qemu-img create), or correct the path"
+    } else if has("is not in") {
+        "; see what it is: qemu-img info"
+    } else if has("encrypt.key-secret") || has("key-secret") {
+        "; it is encrypted: give its key by a file: encrypt.key-secret=k (luks: key-secret=k),secret.k=FILE"
+    } else if has("O_DIRECT") {
+        "; its file system has no direct I/O: give file.cache.direct=off,file.aio=threads"
+    } else {
+        ""
+    };
+    format!("{why}{hint}")
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl StorageControl for Qemu {
+    fn limits(&self) -> &Limits {
+        self.vhost.limits()
+    }
+
+    fn identity(&self) -> Option<String> {
+        Some(self.name.clone())
+    }
+
+    fn last_error(&self) -> Option<String> {
+        self.vhost.last_error()
+    }
+
+    fn sharing(&self) -> Option<Arc<dyn Sharing>> {
+        self.vhost.sharing()
+    }
+
+    fn waits_for(&self) -> Option<String> {
+        self.vhost.waits_for()
+    }
+
+    fn on_change(&self, tell: Changed) {
+        self.vhost.on_change(tell);
+    }
+
+    fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
+        let Some(wanted) = wanted_bytes else {
+            return self.vhost.grow(None);
+        };
+        let now = self.vhost.grow(None)?;
+        if wanted < now {
+            return Err(io::Error::other(format!(
+                "{} has {} and does not shrink",
+                self.name,
+                format_size(now)
+            )));
+        }
+        if wanted > now {
+            let resized = Qmp::connect(&self.monitor).and_then(|mut qmp| {
+                qmp.command("block_resize", json!({ "node-name": NODE, "size": wanted }))
+            });
+            resized.map_err(|error| io::Error::other(format!("{}: {error:#}", self.name)))?;
+        }
+        self.vhost.grow(Some(wanted))
+    }
+
+    fn end(&self) {
+        self.vhost.end();
+        self.stop();
+    }
+
+    fn cut(&self, _: u64) -> io::Result<()> {
+        Err(io::Error::other(format!("{} does not shrink", self.name)))
+    }
+}
+
+impl Storage for Qemu {
+    type Queue = VhostUserQueue;
+
+    const RING_OPERATIONS: u32 = VhostUser::RING_OPERATIONS;
+
+    fn limits_mut(&mut self) -> &mut Limits {
+        self.vhost.limits_mut()
+    }
+
+    fn queue(&self, ring: &mut Ring, slots: u32) -> io::Result<VhostUserQueue> {
+        self.vhost.queue(ring, slots)
+    }
+}
