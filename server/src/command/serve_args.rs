@@ -23,8 +23,8 @@ const MAX_ROOM: i64 = 100_000;
 /// `serve`
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE, file:PATH, rbd:POOL/IMAGE, vhost-user:SOCKET, or
-    /// just the path of a file; keys are the export options below, for files cache=auto|direct|buffered and format=raw,
+    /// [NAME=]KIND:ARG[,key=value…]; KIND:ARG is null:SIZE, mem:SIZE, file:PATH, rbd:POOL/IMAGE, vhost-user:SOCKET, qcow2:PATH,
+    /// qemu:KEY=VALUE,…, or just the path of a file; keys are the export options below, for files cache=auto|direct|buffered and format=raw,
     /// and for images of Ceph conf=FILE and user=NAME
     #[arg(value_name = "SPEC")]
     pub specs: Vec<String>,

@@ -13,7 +13,7 @@ pub mod namespaces;
 pub mod proc;
 pub mod process;
 /// The launcher's client of QEMU's monitor.
-#[path = "../../../server/src/command/qemu/qmp.rs"]
+#[path = "../../../server/src/engine/qmp.rs"]
 pub mod qmp;
 pub mod random;
 pub mod sandbox;

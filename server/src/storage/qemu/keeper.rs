@@ -28,6 +28,9 @@ use rustix::process::{
 /// The program.
 pub(super) const PROGRAM: &str = "qemu-storage-daemon";
 
+/// What its errors begin with.
+const PREFIX: &str = "qemu-storage-daemon: ";
+
 /// How long the daemon of an earlier server may take to end.
 const LOCK_LIMIT: Duration = Duration::from_secs(20);
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
@@ -141,7 +144,12 @@ fn run(arguments: &[OsString], server: &UnixStream) -> io::Result<Option<String>
     let words = child.stderr.take().map(|words| {
         thread::spawn(move || {
             let lines = BufReader::new(words).lines().map_while(Result::ok);
-            lines.filter(|line| !line.trim().is_empty()).last()
+            let lines = lines.filter(|line| !line.trim().is_empty());
+            // Hints come after an error, without its prefix.
+            lines.reduce(|last, line| match is_error(&last) && !is_error(&line) {
+                true => last,
+                false => line,
+            })
         })
     });
     let pid = Pid::from_child(&child);
@@ -156,10 +164,13 @@ fn run(arguments: &[OsString], server: &UnixStream) -> io::Result<Option<String>
     let status = child.wait()?;
     let last = words.and_then(|words| words.join().ok()).flatten();
     let last = last.map_or(String::new(), |last| {
-        let own = format!("{PROGRAM}: ");
-        format!(": {}", last.strip_prefix(&own).unwrap_or(&last))
+        format!(": {}", last.strip_prefix(PREFIX).unwrap_or(&last))
     });
     Ok(Some(format!("{PROGRAM} ended ({status}){last}")))
+}
+
+fn is_error(line: &str) -> bool {
+    line.starts_with(PREFIX)
 }
 
 fn end(child: &mut Child, ended: BorrowedFd<'_>) -> io::Result<()> {

@@ -9,6 +9,7 @@
 mod disk;
 mod keeper;
 
+use std::ffi::OsString;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -118,7 +119,7 @@ impl Qemu {
         let deadline = Instant::now() + START_LIMIT;
         loop {
             match told.recv_timeout(START_INTERVAL) {
-                Ok(why) => return Err(failed(with_hint(why))),
+                Ok(why) => return Err(failed(with_hint(without_option(why, &arguments)))),
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(failed("the process that starts it ended".into()));
                 }
@@ -171,6 +172,15 @@ impl Qemu {
         let keeper = self.keeper.lock();
         keeper.unwrap_or_else(PoisonError::into_inner).stop();
     }
+}
+
+/// What the daemon said, without the option that it says it of.
+fn without_option(why: String, arguments: &[OsString]) -> String {
+    let pairs = arguments.windows(2);
+    pairs.fold(why, |why, pair| {
+        let [option, value] = [&pair[0], &pair[1]].map(|part| part.to_string_lossy());
+        why.replace(&format!("{option} {value}: "), "")
+    })
 }
 
 /// What the daemon said, with what to do.

@@ -1,0 +1,122 @@
+//! Daemons and servers that are killed while a client writes.
+
+use std::time::Instant;
+
+use crate::common::*;
+use crate::recorded::Client;
+use crate::rounds::*;
+use crate::{daemons, has_qemu, image, is_over, kill, serve};
+
+#[test]
+fn a_client_loses_nothing_that_was_flushed_when_the_daemon_is_killed_again_and_again() {
+    if !has_qemu() {
+        return;
+    }
+    let lab = sandbox();
+    let (path, spec) = image(&lab);
+    let server = serve(&lab, &spec);
+    let mut client = Client::connect(lab.connect("d"), USUAL);
+    assert!(client.start());
+    let kill_it = || {
+        let [daemon] = daemons(&lab)[..] else {
+            panic!("{:?}", daemons(&lab));
+        };
+        kill(daemon);
+    };
+    let mut failed_flushes = 0;
+    for round in 1..=kills("QEMU_KILLS") {
+        let ended = write(&mut client, round);
+        kill_it();
+        finish(&mut client, ended);
+        // What was answered before may be lost, and the flush says so.
+        if client.driver.request(T_FLUSH, 0, &[]).0 != OK {
+            failed_flushes += 1;
+            let ended = write(&mut client, round);
+            finish(&mut client, ended);
+            assert_eq!(client.driver.request(T_FLUSH, 0, &[]).0, OK, "once");
+        }
+        check(&mut client, round);
+        // What was flushed is there.
+        kill_it();
+        check(&mut client, round);
+    }
+    eprintln!("{failed_flushes} flushes failed");
+    drop(client);
+    let log = server.log();
+    assert!(
+        log.contains("qemu-storage-daemon ended (signal: 9"),
+        "{log}"
+    );
+    server.stop().unwrap();
+    is_over(&lab, &path);
+}
+
+#[test]
+fn a_client_loses_nothing_when_the_server_is_killed_again_and_again() {
+    if !has_qemu() {
+        return;
+    }
+    let lab = sandbox();
+    let (path, spec) = image(&lab);
+    let mut server = serve(&lab, &spec);
+    let mut pauses = Vec::new();
+    let mut client = Client::connect(lab.connect("d"), USUAL);
+    assert!(client.start());
+    for round in 1..=kills("QEMU_KILLS") {
+        let ended = write(&mut client, round);
+        server.kill().unwrap();
+        let died = Instant::now();
+        server = serve(&lab, &spec);
+        assert_eq!(
+            daemons(&lab).len(),
+            1,
+            "one of the two servers has a daemon"
+        );
+        client = client.reconnect(|| lab.connect("d"));
+        assert!(client.start());
+        finish(&mut client, ended);
+        pauses.push(died.elapsed());
+        check(&mut client, round);
+    }
+    tell(&mut pauses);
+    drop(client);
+    server.stop().unwrap();
+    is_over(&lab, &path);
+}
+
+#[test]
+fn the_daemon_ends_with_a_server_that_is_killed() {
+    if !has_qemu() {
+        return;
+    }
+    let lab = sandbox();
+    let (_, spec) = image(&lab);
+    let server = serve(&lab, &spec);
+    assert_eq!(daemons(&lab).len(), 1);
+    server.kill().unwrap();
+    eventually("the daemon ends", || daemons(&lab).is_empty());
+}
+
+#[test]
+fn another_server_takes_over() {
+    if !has_qemu() {
+        return;
+    }
+    let lab = sandbox();
+    let (path, spec) = image(&lab);
+    let server = serve(&lab, &spec);
+    let mut client = Client::connect(lab.connect("d"), USUAL);
+    assert!(client.start());
+    let ended = write(&mut client, 7);
+    let next = lab.serve(&["--take-over", "--ublk", "no", &spec]);
+    let (status, log) = server.wait().unwrap();
+    assert!(status.success(), "{log}");
+    client = client.reconnect(|| lab.connect("d"));
+    assert!(client.start());
+    finish(&mut client, ended);
+    check(&mut client, 7);
+    assert_eq!(daemons(&lab).len(), 1);
+    drop(client);
+    next.stop().unwrap();
+    is_over(&lab, &path);
+}
