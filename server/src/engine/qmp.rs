@@ -63,6 +63,15 @@ impl Qmp {
     pub fn connect(socket: &Path) -> Result<Self> {
         let stream = connect_within(socket, ANSWER_LIMIT)
             .with_context(|| format!("cannot connect to QEMU at {}", socket.display()))?;
+        Self::over(stream).with_context(|| format!("{} is no monitor of QEMU", socket.display()))
+    }
+
+    /// Completes the capabilities negotiation on a connection.
+    ///
+    /// # Errors
+    ///
+    /// As for [`connect`](Self::connect).
+    pub fn over(stream: UnixStream) -> Result<Self> {
         stream.set_write_timeout(Some(ANSWER_LIMIT))?;
         let mut qmp = Self {
             stream,
@@ -76,7 +85,7 @@ impl Qmp {
             .message(Instant::now() + ANSWER_LIMIT)?
             .context("it does not greet: another client may be connected to this monitor")?;
         if greeting.get("QMP").is_none() {
-            bail!("{} is not a QMP socket", socket.display());
+            bail!("it is not a QMP socket");
         }
         qmp.command("qmp_capabilities", json!({}))?;
         Ok(qmp)

@@ -3,10 +3,14 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 /// The node that is exported.
 pub(super) const NODE: &str = "disk";
+
+/// The descriptor by which the daemon has its monitor.
+pub(super) const MONITOR: RawFd = 100;
 
 /// Keys `secret.ID=FILE` make secrets.
 const SECRET: &str = "secret.";
@@ -111,12 +115,9 @@ impl QemuDisk {
         all
     }
 
-    /// The arguments of `qemu-storage-daemon`. Its monitor is made after the export, so that one who finds it finds both.
-    pub(super) fn arguments(
-        &self,
-        (disk, monitor): (&Path, &Path),
-        (queues, read_only): (u16, bool),
-    ) -> Vec<OsString> {
+    /// The arguments of `qemu-storage-daemon`, whose monitor is a socket that it inherits: one with a name could be used by a
+    /// guest that has taken the server over, to have the daemon open any file.
+    pub(super) fn arguments(&self, disk: &Path, (queues, read_only): (u16, bool)) -> Vec<OsString> {
         let mut all = Vec::new();
         let mut add = |option: &str, value: String| {
             all.extend([OsString::from(option), OsString::from(value)]);
@@ -142,11 +143,7 @@ impl QemuDisk {
                  num-queues={queues}"
             ),
         );
-        let monitor = path(monitor);
-        add(
-            "--chardev",
-            format!("socket,id=monitor,path={monitor},server=on,wait=off"),
-        );
+        add("--chardev", format!("socket,id=monitor,fd={MONITOR}"));
         add("--monitor", "chardev=monitor,mode=control".into());
         all
     }

@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -24,6 +24,11 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, getpid, getppid, kill_process, pidfd_open,
     set_parent_process_death_signal, umask,
 };
+
+use serde_json::json;
+
+use super::disk::{MONITOR, NODE};
+use crate::engine::qmp::Qmp;
 
 /// The program.
 pub(super) const PROGRAM: &str = "qemu-storage-daemon";
@@ -47,11 +52,44 @@ const GOOD_RUN: Duration = Duration::from_secs(10);
 
 /// Names in the folder of an export.
 pub(super) const DISK: &str = "qemu-disk";
-pub(super) const MONITOR: &str = "qemu-monitor";
 const LOCK: &str = "qemu.lock";
 
-/// Starts and watches a daemon until the other end of standard input, a socket, is closed. Its ends are told there, a line
-/// each.
+/// What the keeper tells its server, a line each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// The daemon serves the disk.
+    Ready,
+    /// It has ended, or was never there.
+    Ended(String),
+    /// The answer to [`Keeper::resize`].
+    Resized(Result<(), String>),
+}
+
+impl Told {
+    fn line(&self) -> String {
+        match self {
+            Self::Ready => "ready\n".into(),
+            Self::Ended(why) => format!("ended {why}\n"),
+            Self::Resized(Ok(())) => "resized\n".into(),
+            Self::Resized(Err(why)) => format!("refused {why}\n"),
+        }
+    }
+
+    fn parse(line: &str) -> Self {
+        match line.split_once(' ').unwrap_or((line, "")) {
+            ("ready", _) => Self::Ready,
+            ("resized", _) => Self::Resized(Ok(())),
+            ("refused", why) => Self::Resized(Err(why.into())),
+            (_, why) => Self::Ended(why.into()),
+        }
+    }
+}
+
+/// The command of a server that resizes the disk, before the number of bytes.
+const RESIZE: &str = "resize ";
+
+/// Starts and watches a daemon until the other end of standard input, a socket, is closed. What happens is told there, and
+/// the disk resized when that is asked for: it is all that the server, which may be a guest's, can have done.
 ///
 /// # Errors
 ///
@@ -66,16 +104,17 @@ pub fn keep(folder: &Path, arguments: &[OsString]) -> io::Result<()> {
     let server = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let Some(_lock) = lock(&folder.join(LOCK), &server)? else {
         let why = "the qemu-storage-daemon of an earlier server still runs and does not end";
-        return tell(&server, why);
+        return tell(&server, &Told::Ended(why.into()));
     };
+    let mut commands = BufReader::new(server.try_clone()?);
     let mut pause = FIRST_PAUSE;
     loop {
         let started = Instant::now();
-        let Some(end) = run(arguments, &server)? else {
+        let Some(end) = run(arguments, &mut commands)? else {
             break;
         };
         // The server may have gone.
-        let _ = tell(&server, &end);
+        let _ = tell(&server, &Told::Ended(end));
         if started.elapsed() >= GOOD_RUN {
             pause = FIRST_PAUSE;
         }
@@ -84,14 +123,14 @@ pub fn keep(folder: &Path, arguments: &[OsString]) -> io::Result<()> {
         }
         pause = (2 * pause).min(LONGEST_PAUSE);
     }
-    for name in [DISK, MONITOR, LOCK] {
+    for name in [DISK, LOCK] {
         let _ = fs::remove_file(folder.join(name));
     }
     Ok(())
 }
 
-fn tell(mut server: &UnixStream, line: &str) -> io::Result<()> {
-    server.write_all(format!("{line}\n").as_bytes())
+fn tell(mut server: &UnixStream, told: &Told) -> io::Result<()> {
+    server.write_all(told.line().as_bytes())
 }
 
 /// Takes the lock, which is inherited by the daemon. `None`: another one has it for too long, or the server is gone.
@@ -119,7 +158,8 @@ fn lock(path: &Path, server: &UnixStream) -> io::Result<Option<File>> {
 }
 
 /// Runs the daemon. Returns how it ended; `None` when it was ended because the server is gone.
-fn run(arguments: &[OsString], server: &UnixStream) -> io::Result<Option<String>> {
+fn run(arguments: &[OsString], commands: &mut BufReader<UnixStream>) -> io::Result<Option<String>> {
+    let (monitor, theirs) = UnixStream::pair()?;
     let mut command = Command::new(PROGRAM);
     command
         .args(arguments)
@@ -127,20 +167,27 @@ fn run(arguments: &[OsString], server: &UnixStream) -> io::Result<Option<String>
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     let own = getpid();
+    let monitors = theirs.as_raw_fd();
     let bind = move || {
         set_parent_process_death_signal(Some(Signal::TERM))?;
+        // SAFETY: nothing else has this number: the process has a handful of descriptors.
+        if unsafe { libc::dup2(monitors, MONITOR) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
         // It may have died before.
         match getppid() == Some(own) {
             true => Ok(()),
             false => Err(io::ErrorKind::BrokenPipe.into()),
         }
     };
-    // SAFETY: between fork and exec it makes two system calls and allocates nothing.
+    // SAFETY: between fork and exec it makes three system calls and allocates nothing.
     unsafe { command.pre_exec(bind) };
     let mut child = match command.spawn() {
         Ok(child) => child,
         Err(error) => return Ok(Some(format!("cannot start {PROGRAM}: {error}"))),
     };
+    // The other end is the daemon's alone.
+    drop(theirs);
     let words = child.stderr.take().map(|words| {
         thread::spawn(move || {
             let lines = BufReader::new(words).lines().map_while(Result::ok);
@@ -154,9 +201,22 @@ fn run(arguments: &[OsString], server: &UnixStream) -> io::Result<Option<String>
     });
     let pid = Pid::from_child(&child);
     let ended = pidfd_open(pid, PidfdFlags::empty())?;
+    // It answers when it has done all that its arguments say. If it does not it has ended, as a rule.
+    let mut monitor = Qmp::over(monitor);
+    if monitor.is_ok() {
+        let _ = tell(commands.get_ref(), &Told::Ready);
+    }
     loop {
-        match wait(&[server.as_fd(), ended.as_fd()], Duration::from_secs(3600))? {
-            Some(0) => return end(&mut child, ended.as_fd()).map(|()| None),
+        let server = commands.get_ref().as_fd();
+        match wait(&[server, ended.as_fd()], Duration::from_secs(3600))? {
+            Some(0) => {
+                let mut line = String::new();
+                if commands.read_line(&mut line).unwrap_or(0) == 0 {
+                    return end(&mut child, ended.as_fd()).map(|()| None);
+                }
+                let done = resize(monitor.as_mut().ok(), &line);
+                let _ = tell(commands.get_ref(), &Told::Resized(done));
+            }
             Some(_) => break,
             None => {}
         }
@@ -167,6 +227,16 @@ fn run(arguments: &[OsString], server: &UnixStream) -> io::Result<Option<String>
         format!(": {}", last.strip_prefix(PREFIX).unwrap_or(&last))
     });
     Ok(Some(format!("{PROGRAM} ended ({status}){last}")))
+}
+
+fn resize(monitor: Option<&mut Qmp>, line: &str) -> Result<(), String> {
+    let size: Option<u64> = line
+        .strip_prefix(RESIZE)
+        .and_then(|size| size.trim().parse().ok());
+    let size = size.ok_or("a command that is not known")?;
+    let monitor = monitor.ok_or("the daemon does not answer at its monitor")?;
+    let resized = monitor.command("block_resize", json!({ "node-name": NODE, "size": size }));
+    resized.map(drop).map_err(|error| format!("{error:#}"))
 }
 
 fn is_error(line: &str) -> bool {
@@ -225,10 +295,16 @@ impl Keeper {
         Ok(Self { child, socket })
     }
 
-    /// The lines that it tells.
-    pub(super) fn lines(&self) -> io::Result<impl Iterator<Item = String> + use<>> {
+    /// What it tells.
+    pub(super) fn told(&self) -> io::Result<impl Iterator<Item = Told> + use<>> {
         let socket = BufReader::new(self.socket.try_clone()?);
-        Ok(socket.lines().map_while(Result::ok))
+        let lines = socket.lines().map_while(Result::ok);
+        Ok(lines.map(|line| Told::parse(&line)))
+    }
+
+    /// Has the daemon give the disk another size. The answer is told.
+    pub(super) fn resize(&self, size_bytes: u64) -> io::Result<()> {
+        (&self.socket).write_all(format!("{RESIZE}{size_bytes}\n").as_bytes())
     }
 
     /// Ends keeper and daemon, and waits for that. Without effect when that was done.

@@ -11,29 +11,26 @@ mod keeper;
 
 use std::ffi::OsString;
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
-
-use serde_json::json;
+use std::time::Duration;
 
 pub use disk::QemuDisk;
 pub use keeper::keep;
 
 use super::vhost_user::{VhostUser, VhostUserError, VhostUserOptions, VhostUserQueue};
-use crate::engine::qmp::Qmp;
 use crate::engine::{Changed, Sharing, Storage, StorageControl};
 use crate::io::Ring;
 use crate::request::{Limits, Serial, format_size};
-use disk::NODE;
-use keeper::{DISK, Keeper, MONITOR, PROGRAM};
+use keeper::{DISK, Keeper, PROGRAM, Told};
 
 /// How long the daemon may take to open the image, with what an earlier one takes to end.
 const START_LIMIT: Duration = Duration::from_secs(60);
-const START_INTERVAL: Duration = Duration::from_millis(5);
+
+/// How long it may take to give the disk another size.
+const RESIZE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Virtqueues at most.
 const MAX_QUEUES: u16 = 16;
@@ -76,9 +73,9 @@ pub enum QemuError {
 /// A disk that a `qemu-storage-daemon` has.
 pub struct Qemu {
     name: String,
-    monitor: PathBuf,
     vhost: VhostUser,
-    keeper: Mutex<Keeper>,
+    /// With the answers to resizes.
+    keeper: Mutex<(Keeper, Receiver<Result<(), String>>)>,
 }
 
 impl Qemu {
@@ -94,42 +91,41 @@ impl Qemu {
             why,
         };
         Self::check_installed().map_err(failed)?;
-        let [disk, monitor] = [DISK, MONITOR].map(|name| options.folder.join(name));
+        let disk = options.folder.join(DISK);
         let queues = options.queues.clamp(1, MAX_QUEUES);
-        let arguments = options
-            .disk
-            .arguments((&disk, &monitor), (queues, options.read_only));
+        let arguments = options.disk.arguments(&disk, (queues, options.read_only));
         let cannot_start = |error: io::Error| failed(format!("cannot start its keeper: {error}"));
         let keeper = Keeper::start(&options.folder, &arguments).map_err(cannot_start)?;
-        let lines = keeper.lines().map_err(cannot_start)?;
+        let all = keeper.told().map_err(cannot_start)?;
         let (first, told) = mpsc::channel();
+        let (answers, answered) = mpsc::channel();
         let export = options.export.clone();
         let watch = move || {
-            for line in lines {
-                if let Err(mpsc::SendError(line)) = first.send(line) {
-                    tracing::error!(
-                        export,
-                        "{line}; it is started again, and requests wait until then"
-                    );
+            for one in all {
+                match one {
+                    Told::Resized(answer) => drop(answers.send(answer)),
+                    one => {
+                        if let Err(mpsc::SendError(Told::Ended(why))) = first.send(one) {
+                            tracing::error!(
+                                export,
+                                "{why}; it is started again, and requests wait until then"
+                            );
+                        }
+                    }
                 }
             }
         };
         let thread = thread::Builder::new().name("qemu-daemon".into());
         thread.spawn(watch).map_err(cannot_start)?;
-        let deadline = Instant::now() + START_LIMIT;
-        loop {
-            match told.recv_timeout(START_INTERVAL) {
-                Ok(why) => return Err(failed(with_hint(without_option(why, &arguments)))),
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(failed("the process that starts it ended".into()));
-                }
-                Err(RecvTimeoutError::Timeout) => {}
+        match told.recv_timeout(START_LIMIT) {
+            Ok(Told::Ended(why)) => {
+                return Err(failed(with_hint(without_option(why, &arguments))));
             }
-            // It is made last.
-            if UnixStream::connect(&monitor).is_ok() {
-                break;
+            Ok(_) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(failed("the process that starts it ended".into()));
             }
-            if Instant::now() >= deadline {
+            Err(RecvTimeoutError::Timeout) => {
                 return Err(failed(format!("{PROGRAM} does not open it")));
             }
         }
@@ -146,9 +142,8 @@ impl Qemu {
         drop(told);
         Ok(Self {
             name,
-            monitor,
             vhost,
-            keeper: Mutex::new(keeper),
+            keeper: Mutex::new((keeper, answered)),
         })
     }
 
@@ -167,10 +162,19 @@ impl Qemu {
         })
     }
 
-    fn stop(&self) {
-        // It is whole after any panic.
-        let keeper = self.keeper.lock();
-        keeper.unwrap_or_else(PoisonError::into_inner).stop();
+    fn keeper(&self) -> MutexGuard<'_, (Keeper, Receiver<Result<(), String>>)> {
+        // Both are whole after any panic.
+        self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn resize(&self, size_bytes: u64) -> io::Result<()> {
+        let keeper = self.keeper();
+        // Of one that was not waited for.
+        keeper.1.try_iter().for_each(drop);
+        keeper.0.resize(size_bytes)?;
+        let answer = keeper.1.recv_timeout(RESIZE_LIMIT);
+        let answer = answer.unwrap_or_else(|_| Err(format!("{PROGRAM} does not answer")));
+        answer.map_err(|why| io::Error::other(format!("{}: {why}", self.name)))
     }
 }
 
@@ -246,17 +250,14 @@ impl StorageControl for Qemu {
             )));
         }
         if wanted > now {
-            let resized = Qmp::connect(&self.monitor).and_then(|mut qmp| {
-                qmp.command("block_resize", json!({ "node-name": NODE, "size": wanted }))
-            });
-            resized.map_err(|error| io::Error::other(format!("{}: {error:#}", self.name)))?;
+            self.resize(wanted)?;
         }
         self.vhost.grow(Some(wanted))
     }
 
     fn end(&self) {
         self.vhost.end();
-        self.stop();
+        self.keeper().0.stop();
     }
 
     fn cut(&self, _: u64) -> io::Result<()> {
