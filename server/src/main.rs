@@ -118,7 +118,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             remove: Some(id),
             yes,
             ..
-        } => doctor::remove(id, yes),
+        } => doctor::remove(&dir()?, id, yes),
         Command::Doctor { json, clean, .. } => doctor::run(&dir()?, json, clean),
         Command::DeviceOwner { kernel_name } => shell::device_owner(&kernel_name),
         Command::DeviceName { kernel_name } => shell::device_name(&dir()?, &kernel_name),
