@@ -157,7 +157,9 @@ fn a_client_that_may_come_back_finds_the_file_that_it_had_or_no_server() {
             None => disk.lab.recover(&["d"]),
         };
         let mut owner = owner.reconnect(|| disk.connect());
-        assert_eq!(owner.driver.write(0, &[2; 512]), OK);
+        assert!(owner.start(), "after {way}");
+        assert_eq!(owner.driver.read(0, 512), (OK, vec![1; 512]));
+        drop(owner);
         server.stop().unwrap();
     }
 }

@@ -268,7 +268,6 @@ fn a_waiting_device_is_removed_when_a_person_says_so() {
                     "--ublk",
                     "yes",
                     "--read-only",
-                    "yes",
                     &format!("d={spec}"),
                 ];
                 disk.lab.fails(&refused, 1, &[name, "waits for a server"]);
