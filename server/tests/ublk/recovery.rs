@@ -307,8 +307,8 @@ fn a_waiting_device_is_removed_when_a_person_says_so() {
         env!("CARGO_BIN_EXE_ublkup"),
         disk.lab.path("run").display()
     );
-    let hidden = std::process::Command::new("unshare")
-        .args(["-m", "sh", "-c", &hidden])
+    let hidden = std::process::Command::new("timeout")
+        .args(["60", "unshare", "-m", "sh", "-c", &hidden])
         .output();
     let hidden = hidden.unwrap();
     assert_eq!(hidden.status.code(), Some(1), "{hidden:?}");
