@@ -1,8 +1,10 @@
 //! The storage `rbd:` against a real cluster.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, ensure};
+use testkit::shell::Shell;
 
 use super::{migration, own_tests};
+use crate::bench::record::Document;
 use crate::kit::ceph::Cluster;
 use crate::kit::load;
 use crate::test;
@@ -21,6 +23,9 @@ pub const TESTS: &[Test] = &[
     )
     .limit_s(LIMIT_S)
     .full(),
+    test!(all_candidates_of_the_storage_lane_are_measured)
+        .limit_s(300)
+        .full(),
     test!(a_guest_moves_between_two_servers_of_an_image)
         .limit_s(600)
         .full(),
@@ -38,6 +43,28 @@ fn a_guest_moves_between_two_servers_of_an_image(cx: &Context) -> Result<()> {
             .fold(cx.serve(), |serve, (name, value)| serve.env(name, value))
     };
     migration::a_guest_moves_between_servers(cx, "rbd:rbd/guest", serve)
+}
+
+fn all_candidates_of_the_storage_lane_are_measured(cx: &Context) -> Result<()> {
+    let server = cx.paths.server.to_str().context("a path that is no text")?;
+    let printed = Shell::new("/proc/self/exe")
+        .args([
+            "bench",
+            "storage",
+            "--quick",
+            "--no-counts",
+            "--json",
+            "--yes",
+        ])
+        .args(["--server", server, "--output"])
+        .arg(cx.scratch().join("bench"))
+        .limit(cx.patience(250))
+        .run()?;
+    let document: Document = serde_json::from_str(&printed).context("no document was printed")?;
+    let measured = document.rows.iter().map(|row| row.candidates.len());
+    let measured: Vec<_> = measured.collect();
+    ensure!(measured == [2, 2, 3, 3], "{measured:?}");
+    Ok(())
 }
 
 fn pass(cx: &Context, more: &[(&str, &str)]) -> Result<()> {
