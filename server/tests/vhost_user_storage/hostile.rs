@@ -1,8 +1,10 @@
 //! A server that breaks the protocol is disconnected; its clients notice a pause.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use ublkup::engine::StorageControl;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 use crate::common::*;
@@ -85,4 +87,33 @@ fn a_region_that_the_server_refuses_is_copied_and_it_is_not_asked_again() {
         assert_eq!(driver.read(0, 512), (OK, vec![3; 512]));
         assert_eq!(peer.knobs().connections, 3);
     }
+}
+
+#[test]
+fn a_server_that_changes_its_size_all_the_time_is_followed_once_at_a_time() {
+    let scratch = tempfile::tempdir().unwrap();
+    let peer = Peer::start(&scratch.path().join("peer.sock"), Knobs::default());
+    let disk = open(peer.socket());
+    let told = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&told);
+    disk.on_change(Box::new(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+    }));
+    let change = |connections: usize| {
+        peer.knobs().data.resize((4 + connections) << 20, 0);
+        peer.hang_up();
+        eventually("it has connected again", || {
+            peer.knobs().connections == connections
+        });
+    };
+    (2..6).for_each(change);
+    eventually("it is told", || told.load(Ordering::Relaxed) > 0);
+    assert_eq!(disk.grow(None).unwrap(), 9 << 20);
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+    // What is asked for is not told too.
+    peer.knobs().data.resize(16 << 20, 0);
+    assert_eq!(disk.grow(None).unwrap(), 16 << 20);
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+    change(6);
+    eventually("it is told again", || told.load(Ordering::Relaxed) == 2);
 }

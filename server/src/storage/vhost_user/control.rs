@@ -49,6 +49,14 @@ pub(super) struct Control {
     pub(super) told_of_slots: bool,
 }
 
+/// What the export is told when the server's disk has another size.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tell {
+    Change,
+    /// It has asked.
+    Nothing,
+}
+
 /// What to do after the orders that there are.
 #[derive(PartialEq, Eq)]
 enum Then {
@@ -202,7 +210,7 @@ impl Control {
                 }
                 Ok(Order::Unshare(id)) => self.unshare(id),
                 Ok(Order::Look(answer)) => {
-                    let _ = answer.send(self.look());
+                    let _ = answer.send(self.look(Tell::Nothing));
                 }
                 Ok(Order::End) | Err(TryRecvError::Disconnected) => {
                     self.leave();
@@ -234,7 +242,7 @@ impl Control {
                 self.next_attempt = None;
                 self.connected_at = Instant::now();
                 tracing::info!(export = shared.export, "{name}: the server is back");
-                self.note_size(size_bytes);
+                self.note_size(size_bytes, Tell::Change);
             }
             Err(error) => {
                 let _ = shared.disconnected();
@@ -332,18 +340,18 @@ impl Control {
             Ok(())
         });
         if taken && is_changed {
-            let _ = self.look();
+            let _ = self.look(Tell::Change);
         }
     }
 
     /// Reads how large the disk is.
-    fn look(&mut self) -> Result<u64, String> {
+    fn look(&mut self, tell: Tell) -> Result<u64, String> {
         let Some(peer) = &mut self.peer else {
             return Err(self.shared.waits_for().unwrap_or_default());
         };
         match peer.look() {
             Ok(disk) => {
-                self.note_size(disk.size_bytes);
+                self.note_size(disk.size_bytes, tell);
                 Ok(disk.size_bytes)
             }
             Err(error) => {
@@ -354,10 +362,14 @@ impl Control {
         }
     }
 
-    fn note_size(&self, size_bytes: u64) {
+    fn note_size(&self, size_bytes: u64, tell: Tell) {
         let before = self.shared.size_bytes.swap(size_bytes, Ordering::Relaxed);
-        if before != size_bytes
-            && let Some(tell) = self.shared.on_change.get()
+        if before == size_bytes || tell == Tell::Nothing {
+            return;
+        }
+        let told = &self.shared.is_told_of_change;
+        if let Some(tell) = self.shared.on_change.get()
+            && !told.swap(true, Ordering::AcqRel)
         {
             tell();
         }

@@ -320,6 +320,11 @@ impl Bounce {
         })
     }
 
+    /// The number of the thread that has it: no other one has the same.
+    pub(super) fn number(&self) -> usize {
+        self.share
+    }
+
     pub(super) fn take(&mut self) -> Option<usize> {
         self.free.pop()
     }

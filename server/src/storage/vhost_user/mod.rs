@@ -107,7 +107,7 @@ impl VhostUser {
         let mut is_told = false;
         loop {
             match Self::connect(options) {
-                Err(error @ VhostUserError::Step { .. }) if Instant::now() < deadline => {
+                Err(error) if error.may_pass() && Instant::now() < deadline => {
                     if !std::mem::replace(&mut is_told, true) {
                         tracing::warn!(
                             export = options.export,
@@ -275,6 +275,10 @@ impl StorageControl for VhostUser {
 
     fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
         let block_bytes = u64::from(self.limits.block_bytes);
+        // What changes from here on is told again.
+        self.shared
+            .is_told_of_change
+            .store(false, Ordering::Release);
         let found = match (self.shared.look(LOOK_LIMIT), wanted_bytes) {
             (Ok(found), _) => found,
             (Err(_), None) => self.shared.size_bytes.load(Ordering::Relaxed),

@@ -79,7 +79,8 @@ impl VhostUserQueue {
     pub(super) fn new(shared: Arc<Shared>, slots: u32) -> io::Result<Self> {
         let inbox = Inbox::new(slots)?;
         let bounce = Bounce::new(&shared.bounce)?;
-        let virtqueue = Arc::clone(shared.least_used());
+        // Threads have numbers from 0 on: none shares a virtqueue while another one is free.
+        let virtqueue = Arc::clone(&shared.queues[bounce.number() % shared.queues.len()]);
         Ok(Self {
             owner: virtqueue.join(inbox.post()),
             virtqueue,

@@ -116,11 +116,6 @@ impl Virtqueue {
         &self.call
     }
 
-    /// How many threads use it.
-    pub(super) fn users(&self) -> usize {
-        self.state().owners.iter().flatten().count()
-    }
-
     /// A thread that gets its results here begins to use it. Returns its number.
     pub(super) fn join(&self, post: Post) -> usize {
         let mut state = self.state();
