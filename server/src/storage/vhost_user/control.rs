@@ -138,19 +138,21 @@ impl Control {
         self.mapped = regions(had).collect();
         let new = regions(new).take(room - self.mapped.len()).collect();
         self.map_all(peer, new)?;
-        let mut kicks = Vec::new();
-        for (index, queue) in (0..count).zip(&shared.queues) {
+        let mut eventfds = Vec::new();
+        for index in 0..count {
             let kick = new_eventfd().map_err(failed)?;
-            peer.start(index, &rings, (&kick, queue.call()))?;
-            kicks.push(kick);
+            let call = new_eventfd().map_err(failed)?;
+            peer.start(index, &rings, (&kick, &call))?;
+            eventfds.push((kick, call));
         }
         for region in &self.mapped {
             shared.regions.set_mapped(region.id);
         }
-        for ((index, queue), kick) in (0..count).zip(&shared.queues).zip(kicks) {
+        for ((index, queue), (kick, call)) in (0..count).zip(&shared.queues).zip(eventfds) {
             queue.begin(Live {
                 vring: Vring::new(Arc::clone(&rings), index, peer.disk.has_indirect()),
                 kick: Arc::new(kick),
+                call: Arc::new(call),
                 epoch,
             });
         }
