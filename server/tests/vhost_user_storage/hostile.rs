@@ -117,3 +117,51 @@ fn a_server_that_changes_its_size_all_the_time_is_followed_once_at_a_time() {
     change(6);
     eventually("it is told again", || told.load(Ordering::Relaxed) == 2);
 }
+
+#[test]
+fn a_memory_table_that_requests_were_too_slow_for_is_changed_later() {
+    let lab = sandbox();
+    let protocol = Knobs::default().protocol - Protocol::CONFIGURE_MEM_SLOTS;
+    let knobs = Knobs {
+        protocol,
+        ..Knobs::default()
+    };
+    let peer = Peer::start(&lab.path("peer.sock"), knobs);
+    let server = serve(&lab, peer.socket());
+    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    let before = peer.knobs().regions;
+    peer.set_mood(Mood::Hold);
+    let submit = |driver: &mut Driver, head: u16, at: u64| {
+        driver.memory.put(at, &[0; 1024]);
+        driver.header(at, T_OUT, 0);
+        let chain = [(at, 16, 0), (at + 512, 512, 0), (at + 16, 1, WRITE)];
+        driver.submit_on(0, head, &chain);
+    };
+    submit(&mut driver, 0, DATA);
+    peer.wait_held(1);
+    // The server cannot have the new table while it has the request.
+    let half = MEMORY_BYTES / 2;
+    let parts = [0, half].map(|at| driver.memory.part(at, half));
+    vhost::VhostBackend::set_mem_table(&driver.frontend, &parts).unwrap();
+    submit(&mut driver, 3, DATA + 4096);
+    peer.wait_held(2);
+    assert_eq!(peer.knobs().regions, before);
+    // Nor when the memory of before could go.
+    let first = peer.knobs().held.remove(0);
+    let later = std::mem::replace(&mut peer.knobs().held, vec![first]);
+    peer.release();
+    std::thread::sleep(Duration::from_secs(6));
+    peer.knobs().held = later;
+    assert_eq!(peer.knobs().regions, before);
+    peer.set_mood(Mood::Serve);
+    peer.release();
+    eventually("the table is changed", || {
+        peer.knobs().regions == before + 1
+    });
+    for _ in 0..2 {
+        driver.vrings[0].wait(&driver.memory);
+    }
+    drop(driver);
+    server.stop().unwrap();
+}

@@ -46,7 +46,13 @@ pub(super) struct Control {
     next_attempt: Option<Instant>,
     connected_at: Instant,
     losses: Repeats,
+    /// Whether the log says that the server is away.
+    told_of_loss: bool,
     pub(super) told_of_slots: bool,
+    /// Regions that the server still has and must not, since requests took too long for another memory table.
+    pub(super) not_taken_back: Vec<u64>,
+    /// When the memory table is changed that could not be.
+    pub(super) next_table: Option<Instant>,
 }
 
 /// What the export is told when the server's disk has another size.
@@ -77,7 +83,10 @@ impl Control {
             next_attempt: None,
             connected_at: Instant::now(),
             losses: Repeats::new(1),
+            told_of_loss: false,
             told_of_slots: false,
+            not_taken_back: Vec::new(),
+            next_table: None,
         }
     }
 
@@ -165,6 +174,9 @@ impl Control {
             if self.peer.is_none() && self.next_attempt.is_none_or(|at| Instant::now() >= at) {
                 self.connect_again();
             }
+            if self.next_table.is_some_and(|at| Instant::now() >= at) {
+                self.change_table();
+            }
             let ready = self.wait();
             if ready.bell {
                 let _ = rustix::io::read(&self.bell, &mut [0; 8]);
@@ -173,7 +185,11 @@ impl Control {
                 return;
             }
             if ready.hang_up {
-                self.lost("the server hung up");
+                let said = self.peer.as_ref().is_some_and(Peer::has_said_something);
+                self.lost(match said {
+                    true => "the server broke the protocol: it sent what it was not asked for",
+                    false => "the server hung up",
+                });
             } else if ready.message {
                 self.take_message();
             }
@@ -183,6 +199,7 @@ impl Control {
     /// Waits until there is something to do.
     fn wait(&self) -> Ready {
         let limit = self.next_attempt.filter(|_| self.peer.is_none());
+        let limit = limit.into_iter().chain(self.next_table).min();
         let limit = limit.map(|at| at.saturating_duration_since(Instant::now()));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
@@ -243,7 +260,9 @@ impl Control {
             Ok(size_bytes) => {
                 self.next_attempt = None;
                 self.connected_at = Instant::now();
-                tracing::info!(export = shared.export, "{name}: the server is back");
+                if std::mem::take(&mut self.told_of_loss) {
+                    tracing::info!(export = shared.export, "{name}: the server is back");
+                }
                 self.note_size(size_bytes, Tell::Change);
             }
             Err(error) => {
@@ -252,6 +271,7 @@ impl Control {
                 if shared.set_away(&why)
                     && let Some(omitted) = self.losses.due_whatever_numbers(&why)
                 {
+                    self.told_of_loss = true;
                     tracing::warn!(export = shared.export, "{why}{omitted}");
                 }
                 self.try_later();
@@ -277,6 +297,7 @@ impl Control {
         let waiting = shared.pending();
         let (export, name) = (&shared.export, shared.name());
         if let Some(omitted) = self.losses.due_whatever_numbers(&why) {
+            self.told_of_loss = true;
             let text = format!("{name}: {why}; {waiting} requests wait until it is back{omitted}");
             match violation {
                 Some(_) => tracing::error!(export, "{text}"),
@@ -315,6 +336,10 @@ impl Control {
         self.peer = None;
         self.rings = None;
         self.mapped.clear();
+        for id in std::mem::take(&mut self.not_taken_back) {
+            self.shared.regions.forget(id);
+        }
+        self.next_table = None;
         lost
     }
 

@@ -171,7 +171,8 @@ impl VhostUser {
             (options.export.clone(), options.socket.clone()),
             (peer.disk.clone(), limits.capacity.clone()),
             (queues.map_err(failed)?.into(), flushes),
-            BounceMemory::new().map_err(failed)?,
+            // Clients of before may be about to end.
+            BounceMemory::new(2 * usize::from(options.queues.max(MAX_QUEUES))).map_err(failed)?,
             (orders, Arc::clone(&bell)),
         ));
         let mut control = Control::new(Arc::clone(&shared), for_thread, bell);
