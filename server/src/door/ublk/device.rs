@@ -244,7 +244,9 @@ impl Device {
             self.char_device = None;
             return self.queues.take_failure().and(ended);
         }
-        if let Err(stuck) = self.queues.await_answers(ANSWER_LIMIT)
+        // A queue that has failed answers nothing.
+        if !self.queues.any_failed()
+            && let Err(stuck) = self.queues.await_answers(ANSWER_LIMIT)
             && !self.queues.any_failed()
         {
             self.queues.quit();
