@@ -119,7 +119,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             remove: Some(id),
             yes,
             ..
-        } => doctor::remove(id, yes),
+        } => doctor::remove(&dir()?, id, yes),
         Command::Doctor { json, clean, .. } => doctor::run(&dir()?, json, clean),
         Command::QemuKeeper { folder, arguments } => {
             keep_qemu(&folder, &arguments)?;

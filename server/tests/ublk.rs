@@ -49,6 +49,8 @@ mod resize;
 mod rings;
 #[path = "ublk/stopped.rs"]
 mod stopped;
+#[path = "ublk/stuck.rs"]
+mod stuck;
 #[path = "ublk/unprivileged.rs"]
 mod unprivileged;
 #[path = "ublk/upgrade.rs"]

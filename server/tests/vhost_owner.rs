@@ -121,6 +121,50 @@ fn another_process() {
 }
 
 #[test]
+fn a_client_that_may_come_back_finds_the_file_that_it_had_or_no_server() {
+    for way in WAYS {
+        let (disk, server, mut owner) = Disk::with_client(&[]);
+        assert_eq!(owner.driver.write(0, &[1; 512]), OK);
+        let (image, aside) = (disk.lab.path("disk.img"), disk.lab.path("aside.img"));
+        std::fs::rename(&image, &aside).unwrap();
+        let _other = disk.lab.image("disk.img", 1 << 20);
+        let other = "is not the one that was served";
+        let grace = ["--ublk", "no", "--reconnect-grace", GRACE];
+        let next = match way {
+            "take-over" => [&["serve"], &grace[..], &[&disk.spec, "--take-over"]].concat(),
+            "recover" => vec!["recover", "d"],
+            _ => [&["serve"], &grace[..], &[&disk.spec]].concat(),
+        };
+        let mut old = None;
+        match way {
+            "take-over" => old = Some(server),
+            _ => drop(server.kill().unwrap()),
+        }
+        // Also at the second attempt.
+        for _ in 0..2 {
+            disk.lab.fails(&next, 1, &[other]);
+        }
+        if way == "serve" {
+            // On a person's word, who knows that the client has ended.
+            let server = disk.serve(&["--replace"]);
+            assert_eq!(disk.stat()["access"], "free");
+            server.stop().unwrap();
+            continue;
+        }
+        std::fs::rename(&aside, &image).unwrap();
+        let server = match old {
+            Some(old) => disk.next(way, old, &[]),
+            None => disk.lab.recover(&["d"]),
+        };
+        let mut owner = owner.reconnect(|| disk.connect());
+        assert!(owner.start(), "after {way}");
+        assert_eq!(owner.driver.read(0, 512), (OK, vec![1; 512]));
+        drop(owner);
+        server.stop().unwrap();
+    }
+}
+
+#[test]
 fn a_client_with_memory_gets_its_disk_back_from_the_next_server_and_no_other_does() {
     for way in WAYS {
         let (disk, server, mut owner) = Disk::with_client(&[]);

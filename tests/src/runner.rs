@@ -16,7 +16,7 @@ use crate::job::{self, Job};
 use crate::kernel::build::{self, Product};
 use crate::machine::{Hypervisor, Machine, Qemu, Uml};
 use crate::packages::crates::FSX;
-use crate::packages::unpacked::HERD7;
+use crate::packages::unpacked::{CEPH, HERD7};
 use crate::packages::{self, Purpose};
 use crate::report::{Outcome, SuiteResult, TestResult, Totals, line};
 use crate::suites::{self, Need, SUITES, Suite};
@@ -196,6 +196,13 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
             Err(error) => eprintln!("lab: {error:#}"),
         }
     }
+    if needs(Need::Ceph) {
+        match CEPH.dir() {
+            Ok(home) => paths.ceph = Some(home),
+            // As above.
+            Err(error) => eprintln!("lab: {error:#}"),
+        }
+    }
     let mut products: Vec<Product> = Vec::new();
     for need in wanted {
         let product = match need {
@@ -206,6 +213,7 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
             | Need::Tools
             | Need::Fsx
             | Need::Herd7
+            | Need::Ceph
             | Need::Fuzzers
             | Need::Packager => continue,
         };

@@ -156,6 +156,8 @@ pub struct Paths {
     pub fsx: Option<PathBuf>,
     /// Where herd7 is unpacked, if it was asked for and can be had.
     pub herd7: Option<PathBuf>,
+    /// Where Ceph is unpacked, if it was asked for and can be had.
+    pub ceph: Option<PathBuf>,
     /// The folder of the fuzz targets' programs, if they were built for this run.
     pub fuzzers: Option<PathBuf>,
 }

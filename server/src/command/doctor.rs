@@ -3,6 +3,7 @@
 mod images;
 mod open_files;
 
+use std::collections::BTreeSet;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,8 +18,8 @@ use super::output::{print, print_json};
 use super::serve_args::CONFIG_FOLDER;
 use crate::door::ublk::{self, DeviceState};
 use crate::engine::{io_flusher, sandbox};
-use crate::export::explain;
 use crate::export::runtime_dir::RuntimeDir;
+use crate::export::{explain, recorded_devices};
 use crate::io::Ring;
 
 /// How one check ended.
@@ -238,7 +239,14 @@ fn runtime_directory(dir: &RuntimeDir) -> Finding {
 
 fn dead_exports(dir: &RuntimeDir, clean: bool) -> Vec<Finding> {
     let names = match dir.names() {
-        Ok(names) => names,
+        // Also of those whose folders are lost.
+        Ok(names) => {
+            let with_devices = recorded_devices(dir).into_iter().map(|(name, _)| name);
+            names
+                .into_iter()
+                .chain(with_devices)
+                .collect::<BTreeSet<_>>()
+        }
         Err(error) => {
             let path = dir.path().display();
             return vec![(
@@ -309,14 +317,10 @@ fn dead_devices(clean: bool) -> Vec<Finding> {
 /// Devices that wait for a server, and that no export has a note of. They may be another program's: they are
 /// removed by name only.
 fn waiting_devices(dir: &RuntimeDir) -> Vec<Finding> {
-    let names = dir.names().unwrap_or_default();
-    let recorded = names.iter().filter_map(|name| dir.devices(name).ok());
-    let recorded: Vec<_> = recorded
-        .flatten()
-        .filter_map(|device| ublk::marked(device.mark).ok()?)
-        .collect();
+    let recorded = recorded_devices(dir);
+    let is_recorded = |id| recorded.iter().any(|(_, recorded)| *recorded == id);
     let waiting = ublk::waiting_devices().unwrap_or_default();
-    let others = waiting.into_iter().filter(|id| !recorded.contains(id));
+    let others = waiting.into_iter().filter(|id| !is_recorded(*id));
     let tell = |id| {
         let path = dir.path().display();
         let finding = format!(
@@ -333,16 +337,25 @@ fn waiting_devices(dir: &RuntimeDir) -> Vec<Finding> {
 /// # Errors
 ///
 /// When it has one, or the removal is not confirmed.
-pub fn remove(id: u32, yes: bool) -> Result<ExitCode> {
+pub fn remove(dir: &RuntimeDir, id: u32, yes: bool) -> Result<ExitCode> {
     let state = ublk::device_state(id)?;
     ensure!(state != DeviceState::Gone, "there is no /dev/ublkc{id}");
+    let owners = recorded_devices(dir).into_iter();
+    let owners: Vec<_> = owners
+        .filter(|(_, recorded)| *recorded == id)
+        .map(|(name, _)| name)
+        .collect();
+    let whose = match owners.is_empty() {
+        true => String::new(),
+        false => format!(", which was made for the export '{}'", owners.join("', '")),
+    };
     if !yes {
         ensure!(
             std::io::stdin().is_terminal(),
-            "standard input is no terminal, so the question cannot be asked: say --yes to remove /dev/ublkb{id}"
+            "standard input is no terminal, so the question cannot be asked: say --yes to remove /dev/ublkb{id}{whose}"
         );
         let question = format!(
-            "Requests to /dev/ublkb{id} that wait will fail, and a file system on it loses what it had not \
+            "Requests to /dev/ublkb{id}{whose}, that wait will fail, and a file system on it loses what it had not \
              written. Remove it? [y/N] "
         );
         let _unseen = std::io::stderr().write_all(question.as_bytes());

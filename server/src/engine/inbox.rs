@@ -58,6 +58,12 @@ impl Post {
         drop(results);
         // The thread says that it sleeps and looks into the inbox after that, under the lock: it sees this result, or
         // it is seen here to sleep.
+        self.wake();
+    }
+
+    /// Wakes the queue thread if it sleeps. It has to look for what there is to see after it has said that it sleeps, under
+    /// a lock that the caller has held for the change.
+    pub fn wake(&self) {
         if self.0.asleep.swap(false, Ordering::Relaxed) {
             // The write fails only if the counter is at its end, and then the eventfd is readable already.
             let _ = rustix::io::write(&self.0.bell, &1u64.to_ne_bytes());

@@ -24,7 +24,7 @@ use super::recovery::{self, Kernel, is_same_storage};
 use super::runtime_dir::RuntimeDir;
 use super::upgrade;
 use crate::config::{DoorMode, ExportConfig, SavedExport, StorageSpec};
-use crate::door::ublk::is_marked;
+use crate::door::ublk::{self, is_marked};
 use crate::engine::durable::NoteFile;
 use crate::engine::socket::Socket;
 use crate::engine::wait::repeat_while;
@@ -41,7 +41,7 @@ fn left_devices(dir: &RuntimeDir, name: &str) -> Result<Vec<DeviceRecord>> {
 
 /// Whether there is no device with a mark. Where that cannot be known there may be one.
 fn is_gone(mark: u64) -> bool {
-    matches!(recovery::existing(&Kernel, mark), Ok(None))
+    matches!(ublk::marked(mark), Ok(None))
 }
 
 /// The records of an export, out of the reach of its server, with what they were before. That of the block device comes
@@ -142,7 +142,7 @@ pub fn add(
     // The server has the image, and does not see the record.
     let found = image.as_ref().and_then(identity);
     for one in &left {
-        is_same_storage(one, found.as_deref())
+        is_same_storage(one.storage.as_deref(), found.as_deref())
             .with_context(|| format!("{} is not added: its block device waits", config.name))?;
     }
     let mark = device.as_ref().map(|device| device.mark);

@@ -49,7 +49,7 @@ pub use server::{Configuration, Server, ServerOptions, ServerSocket};
 pub use succession::Predecessor;
 
 use crate::config::{ExportConfig, Origin, StorageSpec};
-use crate::door::ublk::UblkDoor;
+use crate::door::ublk::{self, UblkDoor};
 use crate::engine::crash;
 use crate::engine::events::{self, What};
 use crate::engine::sandbox::{self, Access, Reach};
@@ -165,8 +165,12 @@ impl Export {
                         "no server has it now, and its block device waits (ublkup recover {name})"
                     ));
                 }
-                if claim.was_upgraded() || must_stay {
-                    // The next server keeps the disk for the client that had it.
+                let note_is_lost = || {
+                    let recorded = dir.devices(claim.name()).unwrap_or_default();
+                    !claim.has_device() && recovery::any_exists(&recovery::Kernel, &recorded)
+                };
+                // The next server keeps the disk for the client that had it, and recovers its block device.
+                if claim.was_upgraded() || must_stay || note_is_lost() {
                     claim.leave();
                 }
                 Err(error)
@@ -403,6 +407,19 @@ impl Watch {
     pub fn follow_growth(&self) -> Result<()> {
         self.0.follow_growth()
     }
+}
+
+/// The names of exports whose block devices are there, whether they have a server or not, with the numbers of the devices.
+#[must_use]
+pub fn recorded_devices(dir: &RuntimeDir) -> Vec<(String, u32)> {
+    let of = |name: String| {
+        let recorded = dir.devices(&name).unwrap_or_default();
+        let ids = recorded
+            .into_iter()
+            .filter_map(|one| ublk::marked(one.mark).ok()?);
+        ids.map(|id| (name.clone(), id)).collect::<Vec<_>>()
+    };
+    dir.names_with_devices().into_iter().flat_map(of).collect()
 }
 
 /// Removes the block device that a killed server of this name left behind, waiting or dead. Returns its number.

@@ -31,7 +31,7 @@ pub(super) const SPARE: &str = "spare";
 
 pub(super) const LOCK: &str = "lock";
 pub(super) const UBLK_ID: &str = "ublk-id";
-const UPGRADED: &str = "upgraded";
+pub(super) const UPGRADED: &str = "upgraded";
 const LOCKED_BY: &str = "locked-by";
 pub(super) const SERVED: &str = "served";
 /// The folder of records in a runtime directory.

@@ -14,7 +14,7 @@ use super::server::Server;
 use super::shared::{Counted, Doors};
 use super::upgrade::{Registry, UpgradeListener};
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
-use crate::door::ownership::Ownership;
+use crate::door::ownership::{ClientNote, Ownership};
 use crate::door::ublk::{self, DoorEnd, Recovery, UblkConfig, UblkDoor};
 use crate::door::vhost::{VhostConfig, VhostDoor};
 use crate::engine::counters::CounterSet;
@@ -168,11 +168,13 @@ impl Opening<'_> {
         if !outlives_server(config) {
             self.claim.forget_client();
         }
+        let note = ClientNote::new(self.claim.upgraded_note(), disk.identity());
+        self.check_client(&note, disk.identity().as_deref())?;
         let access = Ownership::new(
             &config.name,
             limits.read_only,
             config.live.reconnect_grace(),
-            Some(self.claim.upgraded_note()),
+            Some(note),
         );
         if config.migration {
             let claimed = || Arc::clone(&disk) as Arc<dyn StorageControl>;
@@ -209,6 +211,19 @@ impl Opening<'_> {
             replace: self.replace,
         };
         recovery::begin(&Kernel, self.claim, &self.recorded()?, &wanted)
+    }
+
+    /// Checks that a client of an earlier server, which may come back with requests under way, finds the storage that it
+    /// had. If a person has said that it is not to be waited for, it is forgotten.
+    fn check_client(&self, note: &ClientNote, found: Option<&str>) -> Result<()> {
+        match recovery::is_same_storage(note.noted_storage().as_deref(), found) {
+            Err(_) if self.replace => self.claim.forget_client(),
+            same => same.context(
+                "a vhost-user client that had the disk may come back with requests under way; if it has ended, --replace \
+                 serves what is there",
+            )?,
+        }
+        Ok(())
     }
 
     fn open_vhost<B: Storage>(

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::name_lock::{DeviceRecord, NameLock};
 use super::runtime_dir::RuntimeDir;
 use crate::config::check_name;
-use crate::door::ublk::{self, DeviceState, UblkError, Unavailable};
+use crate::door::ublk::{self, DeviceState, UblkError};
 use crate::request::{Limits, format_size};
 
 /// What has to be known of, and done to, devices without a server.
@@ -174,8 +174,7 @@ pub(super) fn is_recorded(
 /// Forgets the devices of exports that are gone, which a confined server cannot do, if the devices are gone.
 pub(super) fn sweep(driver: &impl Driver, dir: &RuntimeDir) {
     let names = dir.names().unwrap_or_default();
-    let is_gone = |one: &DeviceRecord| matches!(existing(driver, one.mark), Ok(None));
-    let are_gone = |name: &str| dir.devices(name).is_ok_and(|all| all.iter().all(is_gone));
+    let are_gone = |name: &str| dir.devices(name).is_ok_and(|all| !any_exists(driver, &all));
     for name in dir.names_with_devices() {
         // What is not a name is a record that is being written.
         if names.contains(&name) || check_name(&name).is_err() || !are_gone(&name) {
@@ -191,21 +190,18 @@ pub(super) fn sweep(driver: &impl Driver, dir: &RuntimeDir) {
     }
 }
 
+/// Whether there is one of these devices, or that cannot be known.
+pub(super) fn any_exists(driver: &impl Driver, recorded: &[DeviceRecord]) -> bool {
+    let is_gone = |one: &DeviceRecord| matches!(driver.marked(one.mark), Ok(None));
+    !recorded.iter().all(is_gone)
+}
+
 /// Removes the device with a mark if it is dead; whether it was.
 pub(super) fn remove_dead(driver: &impl Driver, mark: u64) -> bool {
-    let id = existing(driver, mark).ok().flatten();
+    let id = driver.marked(mark).ok().flatten();
     id.is_some_and(|id| {
         matches!(driver.state(id), Ok(DeviceState::Dead)) && driver.remove(id).is_ok()
     })
-}
-
-/// The device with a mark.
-pub(super) fn existing(driver: &impl Driver, mark: u64) -> Result<Option<u32>, UblkError> {
-    match driver.marked(mark) {
-        // No driver, no devices: the machine was rebooted.
-        Err(UblkError::Unavailable(Unavailable::NoDriver)) => Ok(None),
-        other => other,
-    }
 }
 
 /// What there is of the device that an earlier server made.
@@ -223,7 +219,10 @@ fn left(driver: &impl Driver, name: &NameLock, recorded: &[DeviceRecord]) -> Res
     let note = name.left_device()?.unwrap_or_default();
     let mut found = Vec::new();
     for record in recorded {
-        if let Some(id) = existing(driver, record.mark)? {
+        let id = driver.marked(record.mark);
+        if let Some(id) =
+            id.context("it cannot be known whether its block device waits for a server")?
+        {
             found.push((id, record));
         }
     }
@@ -233,7 +232,7 @@ fn left(driver: &impl Driver, name: &NameLock, recorded: &[DeviceRecord]) -> Res
     let one = match &found[..] {
         [] => {
             // A server that may not ask the driver recovers nothing, either.
-            let noted = note.mark.and_then(|mark| existing(driver, mark).ok()?);
+            let noted = note.mark.and_then(|mark| driver.marked(mark).ok()?);
             let waits = |id: &u32| matches!(driver.state(*id), Ok(DeviceState::Waiting(_)));
             return Ok(match noted.filter(waits) {
                 Some(id) => Left::Unrecorded(id),
@@ -267,12 +266,12 @@ fn unrecorded(id: u32) -> String {
 /// # Errors
 ///
 /// When it is known not to be.
-pub(super) fn is_same_storage(record: &DeviceRecord, found: Option<&str>) -> Result<()> {
-    if let (Some(served), Some(found)) = (record.storage.as_deref(), found) {
+pub(super) fn is_same_storage(served: Option<&str>, found: Option<&str>) -> Result<()> {
+    if let (Some(served), Some(found)) = (served, found) {
         ensure!(
             served == found,
-            "the file or device at the path is not the one that was served ({found} instead of {served}): put \
-             the old one back"
+            "the file, device or image that is there now is not the one that was served ({found} instead of {served}): \
+             put the old one back"
         );
     }
     Ok(())
@@ -287,7 +286,7 @@ fn recover(id: u32, record: &DeviceRecord, device: &Limits, wanted: &Wanted<'_>)
     if let Some(asked) = wanted.ublk_id.filter(|asked| *asked != id) {
         bail!("number {asked} was asked for (option ublk-id)");
     }
-    is_same_storage(record, wanted.storage)?;
+    is_same_storage(record.storage.as_deref(), wanted.storage)?;
     if let Some(asked) = wanted
         .block_bytes
         .filter(|asked| *asked != device.block_bytes)

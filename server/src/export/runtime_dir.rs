@@ -37,9 +37,10 @@ use rustix::io::Errno;
 use upgrade_proto::{Error, TrustedDir};
 
 use super::name_lock::{
-    CONTROL, DEVICES, DeviceNote, DeviceRecord, LOCK, NameLock, RECORDS, SERVED, UBLK_ID,
+    CONTROL, DEVICES, DeviceNote, DeviceRecord, LOCK, NameLock, RECORDS, SERVED, UBLK_ID, UPGRADED,
     VHOST_SOCKET, lock_exclusively, remove_links, remove_spares,
 };
+use crate::door::ownership::ClientNote;
 use crate::engine::durable::NoteFile;
 use crate::engine::wait::repeat_while;
 
@@ -271,6 +272,17 @@ impl RuntimeDir {
     #[must_use]
     pub fn device(&self, name: &str) -> Option<DeviceNote> {
         DeviceNote::parse(&self.exports().ok()?.dir(name).ok()?.read(UBLK_ID).ok()?)
+    }
+
+    /// Which storage is noted under a name: that of its block device, or of the vhost-user client that has the disk.
+    #[must_use]
+    pub fn storage(&self, name: &str) -> Option<String> {
+        let of_client = || {
+            let folder = self.exports().ok()?.dir(name).ok()?;
+            ClientNote::new(NoteFile::new(Arc::new(folder), UPGRADED), None).noted_storage()
+        };
+        let device = self.device(name);
+        device.and_then(|note| note.storage).or_else(of_client)
     }
 
     /// As [`claim`](Self::claim), for a name that its server is about to release.

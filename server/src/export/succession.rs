@@ -8,12 +8,12 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use super::admin::{self, ExportStatus};
-use super::name_lock::{CONTROL, DeviceNote, NameLock};
+use super::name_lock::{CONTROL, NameLock};
 use super::open::may_open_ublk;
-use super::recovery::{Kernel, is_recorded};
+use super::recovery::{Kernel, is_recorded, is_same_storage};
 use super::runtime_dir::RuntimeDir;
 use crate::config::{DoorMode, ExportConfig, StorageSpec};
 use crate::request::format_size;
@@ -51,7 +51,7 @@ pub(super) fn claim(dir: &RuntimeDir, config: &ExportConfig) -> Result<NameLock>
     // A server that hangs up has died or is about to: it has left as well.
     match admin::stat(&control, STAT_LIMIT) {
         Ok(status) => {
-            may_succeed(&status, dir.device(name).as_ref(), config)?;
+            may_succeed(&status, dir.storage(name).as_deref(), config)?;
             if let Some(door) = &status.ublk {
                 is_recorded(&Kernel, &door.device, &dir.devices(name)?)?;
             }
@@ -80,11 +80,7 @@ fn hung_up(error: &anyhow::Error) -> bool {
 }
 
 /// Whether a server with this configuration could take over from another one.
-fn may_succeed(
-    old: &ExportStatus,
-    noted: Option<&DeviceNote>,
-    config: &ExportConfig,
-) -> Result<()> {
+fn may_succeed(old: &ExportStatus, served: Option<&str>, config: &ExportConfig) -> Result<()> {
     if let Some(door) = &old.ublk {
         let device = door.device.display();
         if config.ublk == DoorMode::No || !may_open_ublk(config)? {
@@ -109,52 +105,24 @@ fn may_succeed(
     if old.read_only != config.read_only {
         bail!("read-only or not, it must be as it was");
     }
-    let size_bytes = match &config.storage {
+    let (size_bytes, found) = match &config.storage {
         StorageSpec::Memory { .. } => bail!("what is in memory goes with its server"),
-        StorageSpec::Null { size_bytes } => *size_bytes,
+        StorageSpec::Null { size_bytes } => (*size_bytes, None),
         StorageSpec::File { path, .. } => {
             let cannot_open = || format!("cannot open {}", path.display());
             let mut options = File::options();
             let opened = options.read(true).write(!config.read_only).open(path);
             let mut file = opened.with_context(cannot_open)?;
-            if let Some(served) = noted.and_then(|note| note.storage.as_deref()) {
-                ensure!(
-                    identity(&file).is_none_or(|found| found == served),
-                    "{} is not the file that is served: it was replaced meanwhile",
-                    path.display()
-                );
-            }
-            file.seek(SeekFrom::End(0)).with_context(cannot_open)?
-        }
-        StorageSpec::Rbd(image) => {
-            let (size_bytes, found) = Rbd::examine(image)?;
-            let served = noted.and_then(|note| note.storage.as_deref());
-            ensure!(
-                served.is_none() || found.is_none() || found.as_deref() == served,
-                "rbd:{image} is not the image that is served: it was replaced meanwhile"
-            );
-            size_bytes
+            let size_bytes = file.seek(SeekFrom::End(0)).with_context(cannot_open)?;
+            (size_bytes, identity(&file))
         }
         // The daemon of the other server has the image.
-        StorageSpec::Qemu(disk) => {
-            let served = noted.and_then(|note| note.storage.as_deref());
-            ensure!(
-                served.is_none_or(|served| served == disk.to_string()),
-                "{disk} is not the disk that is served"
-            );
-            old.size_bytes
-        }
+        StorageSpec::Qemu(disk) => (old.size_bytes, Some(disk.to_string())),
+        StorageSpec::Rbd(image) => Rbd::examine(image)?,
         // The server of the disk has one client at a time, and that is still the other server.
-        StorageSpec::VhostUser { socket } => {
-            let served = noted.and_then(|note| note.storage.as_deref());
-            ensure!(
-                served.is_none_or(|served| served == VhostUser::identity(socket)),
-                "vhost-user:{} is not the server whose disk is served",
-                socket.display()
-            );
-            old.size_bytes
-        }
+        StorageSpec::VhostUser { socket } => (old.size_bytes, Some(VhostUser::identity(socket))),
     };
+    is_same_storage(served, found.as_deref())?;
     if size_bytes < old.size_bytes {
         bail!(
             "the disk would be smaller: {} instead of {}",

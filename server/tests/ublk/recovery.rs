@@ -226,7 +226,13 @@ fn a_restart_that_finds_something_else_leaves_the_mounted_file_system_waiting() 
 fn a_waiting_device_is_removed_when_a_person_says_so() {
     let disk = Disk::new();
     let spec = format!("file:{}", disk.image.display());
-    for how in ["--replace", "stop", "doctor", "by name"] {
+    for how in [
+        "--replace",
+        "stop",
+        "doctor",
+        "without its folder",
+        "by name",
+    ] {
         disk.serve(&[]).kill().unwrap();
         let (id, name) = (0, "/dev/ublkb0");
         assert!(!super::is_gone(id), "it does not wait");
@@ -253,9 +259,36 @@ fn a_waiting_device_is_removed_when_a_person_says_so() {
                 assert_eq!(problem.status.code(), Some(1), "{problem:?}");
                 disk.lab.ok(&["doctor", "--clean"]);
             }
+            "without its folder" => {
+                let folder = disk.lab.path("run/exports/d");
+                std::fs::remove_dir_all(&folder).unwrap();
+                // A server that cannot recover it does not make it a device of no known export.
+                let refused = [
+                    "serve",
+                    "--ublk",
+                    "yes",
+                    "--read-only",
+                    &format!("d={spec}"),
+                ];
+                disk.lab.fails(&refused, 1, &[name, "waits for a server"]);
+                let advice = disk.lab.finish(&["doctor"], &[]);
+                assert_eq!(advice.status.code(), Some(1), "{advice:?}");
+                assert!(advice.stdout.contains("'ublkup recover d'"), "{advice:?}");
+                assert!(!advice.stdout.contains("doctor --remove"), "{advice:?}");
+                disk.lab.recover(&["d"]).kill().unwrap();
+                std::fs::remove_dir_all(&folder).unwrap();
+                let whose = "made for the export 'd'";
+                disk.lab
+                    .fails(&["doctor", "--remove", name], 1, &["--yes", whose]);
+                disk.lab.ok(&["doctor", "--clean"]);
+            }
             _ => {
-                // Its note is lost.
-                std::fs::remove_dir_all(disk.lab.path("run/exports/d")).unwrap();
+                // Nothing is known of it.
+                for lost in ["exports", "devices"] {
+                    let lost = disk.lab.path(&format!("run/{lost}/d"));
+                    let lost = [std::fs::remove_dir_all(&lost), std::fs::remove_file(&lost)];
+                    assert!(lost.iter().any(Result::is_ok), "{lost:?}");
+                }
                 let seen = disk.lab.finish(&["doctor", "--clean"], &[]);
                 assert_eq!(seen.status.code(), Some(1), "{seen:?}");
                 assert!(seen.stdout.contains(name), "{seen:?}");
@@ -267,6 +300,20 @@ fn a_waiting_device_is_removed_when_a_person_says_so() {
         assert!(super::is_gone(id), "{how}: the device is left");
         disk.lab.is_clean();
     }
+    disk.serve(&[]).kill().unwrap();
+    // The driver is there, and where only its control device is hidden nothing is known.
+    let hidden = format!(
+        "mount -t tmpfs none /dev && exec {} --runtime-dir {} serve --ublk no d={spec}",
+        env!("CARGO_BIN_EXE_ublkup"),
+        disk.lab.path("run").display()
+    );
+    let hidden = std::process::Command::new("timeout")
+        .args(["60", "unshare", "-m", "sh", "-c", &hidden])
+        .output();
+    let hidden = hidden.unwrap();
+    assert_eq!(hidden.status.code(), Some(1), "{hidden:?}");
+    assert!(!super::is_gone(0), "{hidden:?}");
+    disk.lab.recover(&["d"]).stop().unwrap();
     let server = disk.lab.serve(&["--ublk", "yes", &spec]);
     let living = disk
         .lab

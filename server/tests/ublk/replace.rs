@@ -240,7 +240,7 @@ fn a_server_does_not_leave_to_one_that_could_not_go_on() {
         (&["--read-only", &spec], "read-only"),
         (&["d=file:/nowhere"], "cannot open /nowhere"),
         (&["d=mem:64M"], "goes with its server"),
-        (&[&smaller], "is not the file that is served"),
+        (&[&smaller], "is not the one that was served"),
         (&["--block-size", "4096", &spec], "blocks of 512 bytes"),
     ] {
         let args = [&["--take-over"], args].concat();

@@ -54,8 +54,10 @@ fn what_a_server_had_when_it_hung_up_is_submitted_again() {
     }
     drop(driver);
     let log = server.stop().unwrap();
-    assert_eq!(log.matches("the server is back").count(), 3, "{log}");
-    assert!(log.contains("1 requests wait until it is back"), "{log}");
+    // Losses of one kind are told now and then, and their ends likewise.
+    let told = log.matches("1 requests wait until it is back").count();
+    assert!(told > 0, "{log}");
+    assert_eq!(log.matches("the server is back").count(), told, "{log}");
     lab.is_clean();
 }
 

@@ -1,8 +1,10 @@
 //! A server that breaks the protocol is disconnected; its clients notice a pause.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use ublkup::engine::StorageControl;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 use crate::common::*;
@@ -85,4 +87,81 @@ fn a_region_that_the_server_refuses_is_copied_and_it_is_not_asked_again() {
         assert_eq!(driver.read(0, 512), (OK, vec![3; 512]));
         assert_eq!(peer.knobs().connections, 3);
     }
+}
+
+#[test]
+fn a_server_that_changes_its_size_all_the_time_is_followed_once_at_a_time() {
+    let scratch = tempfile::tempdir().unwrap();
+    let peer = Peer::start(&scratch.path().join("peer.sock"), Knobs::default());
+    let disk = open(peer.socket());
+    let told = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&told);
+    disk.on_change(Box::new(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+    }));
+    let change = |connections: usize| {
+        peer.knobs().data.resize((4 + connections) << 20, 0);
+        peer.hang_up();
+        eventually("it has connected again", || {
+            peer.knobs().connections == connections
+        });
+    };
+    (2..6).for_each(change);
+    eventually("it is told", || told.load(Ordering::Relaxed) > 0);
+    assert_eq!(disk.grow(None).unwrap(), 9 << 20);
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+    // What is asked for is not told too.
+    peer.knobs().data.resize(16 << 20, 0);
+    assert_eq!(disk.grow(None).unwrap(), 16 << 20);
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+    change(6);
+    eventually("it is told again", || told.load(Ordering::Relaxed) == 2);
+}
+
+#[test]
+fn a_memory_table_that_requests_were_too_slow_for_is_changed_later() {
+    let lab = sandbox();
+    let protocol = Knobs::default().protocol - Protocol::CONFIGURE_MEM_SLOTS;
+    let knobs = Knobs {
+        protocol,
+        ..Knobs::default()
+    };
+    let peer = Peer::start(&lab.path("peer.sock"), knobs);
+    let server = serve(&lab, peer.socket());
+    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    let before = peer.knobs().regions;
+    peer.set_mood(Mood::Hold);
+    let submit = |driver: &mut Driver, head: u16, at: u64| {
+        driver.memory.put(at, &[0; 1024]);
+        driver.header(at, T_OUT, 0);
+        let chain = [(at, 16, 0), (at + 512, 512, 0), (at + 16, 1, WRITE)];
+        driver.submit_on(0, head, &chain);
+    };
+    submit(&mut driver, 0, DATA);
+    peer.wait_held(1);
+    // The server cannot have the new table while it has the request.
+    let half = MEMORY_BYTES / 2;
+    let parts = [0, half].map(|at| driver.memory.part(at, half));
+    vhost::VhostBackend::set_mem_table(&driver.frontend, &parts).unwrap();
+    submit(&mut driver, 3, DATA + 4096);
+    peer.wait_held(2);
+    assert_eq!(peer.knobs().regions, before);
+    // Nor when the memory of before could go.
+    let first = peer.knobs().held.remove(0);
+    let later = std::mem::replace(&mut peer.knobs().held, vec![first]);
+    peer.release();
+    std::thread::sleep(Duration::from_secs(6));
+    peer.knobs().held = later;
+    assert_eq!(peer.knobs().regions, before);
+    peer.set_mood(Mood::Serve);
+    peer.release();
+    eventually("the table is changed", || {
+        peer.knobs().regions == before + 1
+    });
+    for _ in 0..2 {
+        driver.vrings[0].wait(&driver.memory);
+    }
+    drop(driver);
+    server.stop().unwrap();
 }

@@ -7,7 +7,7 @@ use testkit::process::spawn_bound;
 
 use crate::common::*;
 use crate::peer::{Knobs, Peer};
-use crate::{serve, size_bytes};
+use crate::{open, serve, size_bytes};
 
 struct Daemon(Child);
 
@@ -117,4 +117,19 @@ fn a_disk_is_one_export_s_even_if_its_server_takes_several_clients() {
     let server = lab.serve(&["--ublk", "no", &spec]);
     server.stop().unwrap();
     lab.is_clean();
+}
+
+#[test]
+fn a_server_that_does_not_listen_yet_is_waited_for() {
+    let lab = sandbox();
+    let socket = lab.path("peer.sock");
+    // The socket is there, and its server is not.
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    std::thread::scope(|scope| {
+        let opening = scope.spawn(|| open(&socket));
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert!(!opening.is_finished());
+        let _peer = Peer::start(&socket, Knobs::default());
+        drop(opening.join().unwrap());
+    });
 }

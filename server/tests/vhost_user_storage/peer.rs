@@ -75,6 +75,8 @@ pub struct Knobs {
     pub held: Vec<(Vring, u16)>,
     /// How long it takes to map memory, once.
     pub mapping_takes: Option<Duration>,
+    /// Regions that it has mapped.
+    pub regions: usize,
     /// Regions that it takes.
     pub max_regions: usize,
     /// Connections of which a client set features.
@@ -99,6 +101,7 @@ impl Default for Knobs {
             log: Vec::new(),
             held: Vec::new(),
             mapping_takes: None,
+            regions: 0,
             max_regions: usize::MAX,
             connections: 0,
         }
@@ -330,6 +333,7 @@ impl VhostUserBackend for Disk {
         if memory.memory().num_regions() > most {
             return Err(io::Error::other("too many regions"));
         }
+        self.knobs.lock().unwrap().regions = memory.memory().num_regions();
         *self.memory.lock().unwrap() = Some(memory);
         Ok(())
     }

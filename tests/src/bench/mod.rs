@@ -10,6 +10,7 @@ pub mod machine;
 pub mod native;
 pub mod record;
 pub mod ring;
+pub mod storage;
 pub mod table;
 pub mod upgrade;
 pub mod usage;
@@ -46,6 +47,8 @@ pub enum Lane {
     Upgrade,
     /// Many exports in one process, idle and busy
     Exports,
+    /// An image of Ceph and a disk of a vhost-user server, against qemu-storage-daemon and fio
+    Storage,
     /// Records through a pipe and through rings in its place, on three kernels
     Ring,
 }
@@ -229,7 +232,7 @@ fn measure(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Document
         .duration_since(UNIX_EPOCH)
         .context("the clock is before 1970")?;
     let mut purposes = vec![Purpose::Tests];
-    if !arguments.no_counts {
+    if !arguments.no_counts || chosen(arguments).contains(&Lane::Storage) {
         purposes.push(Purpose::Bench);
     }
     packages::ensure(&purposes, arguments.yes)?;
@@ -251,6 +254,7 @@ fn measure(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Document
             Lane::Vm => vm::run(&settings, &mut document)?,
             Lane::Upgrade => upgrade::run(&settings, &mut document)?,
             Lane::Exports => exports::run(&settings, &mut document)?,
+            Lane::Storage => storage::run(&settings, &mut document)?,
             Lane::Ring => ring::run(&settings, &mut document)?,
         }
     }

@@ -33,7 +33,7 @@ impl Cluster {
         if apt::codename().is_none() {
             skip!("Ceph comes from Debian's packages, and this is not Debian");
         }
-        let packages = match CEPH.dir() {
+        let packages = match cx.paths.ceph.clone().map_or_else(|| CEPH.dir(), Ok) {
             Ok(packages) => packages,
             Err(error) => skip!("{error:#}"),
         };

@@ -13,6 +13,7 @@ use testkit::shell::{Shell, last_lines};
 #[derive(Debug)]
 pub struct Fio {
     options: Vec<(String, String)>,
+    env: Vec<(String, String)>,
     file: PathBuf,
     limit: Duration,
 }
@@ -22,6 +23,7 @@ impl Fio {
     pub fn new(file: &Path) -> Self {
         Fio {
             options: Vec::new(),
+            env: Vec::new(),
             file: file.to_owned(),
             limit: Duration::from_secs(120),
         }
@@ -40,6 +42,12 @@ impl Fio {
             self.options.retain(|(known, _)| known != "bs");
         }
         self.options.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Sets a variable of its environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -82,6 +90,9 @@ impl Fio {
             .arg(format!("--filename={}", self.file.display()))
             .dir(dir.path())
             .limit(self.limit);
+        for (name, value) in &self.env {
+            fio = fio.env(name, value);
+        }
         for (name, value) in &self.options {
             fio = fio.arg(format!("--{name}={value}"));
         }

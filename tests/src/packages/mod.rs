@@ -40,7 +40,7 @@ use Purpose::{Bench, Fuzz, KernelBuild, Package, ServerBuild, Tests};
 
 /// Each Debian package, and a shell command that succeeds where its content is there. A bare word is
 /// a program to be found.
-const NEEDED: [(Purpose, &str, &str); 38] = [
+const NEEDED: [(Purpose, &str, &str); 39] = [
     (KernelBuild, "make", "make"),
     (KernelBuild, "gcc", "gcc"),
     (KernelBuild, "flex", "flex"),
@@ -93,12 +93,16 @@ const NEEDED: [(Purpose, &str, &str); 38] = [
     (Tests, "systemd", "systemd-analyze"),
     (Bench, "linux-perf", "perf"),
     (Bench, "strace", "strace"),
+    (Bench, "qemu-block-extra", QEMU_RBD),
     (Fuzz, "g++", "c++"),
     (Package, "binutils", "strip"),
     (Package, "dpkg-dev", "dpkg-shlibdeps"),
     (Package, "rpm", "rpmbuild"),
     (Package, "mmdebstrap", "mmdebstrap"),
 ];
+
+/// QEMU's driver for images of Ceph.
+const QEMU_RBD: &str = "ls /usr/lib/*/qemu/block-rbd.so";
 
 /// The library as bindgen looks for it, and the compiler's own headers (`stddef.h` and the like), which
 /// the library does not come with.

@@ -96,6 +96,8 @@ pub enum Need {
     Fsx,
     /// herd7, if this system can have it.
     Herd7,
+    /// Daemons and programs of Ceph, if this system can have them.
+    Ceph,
     /// The fuzz targets.
     Fuzzers,
     /// What builds packages, and fresh systems to install them in.
@@ -232,8 +234,17 @@ pub const SUITES: &[Suite] = &[
         name: "ceph",
         about: "images of a Ceph cluster on this machine",
         place: Place::Host,
-        needs: &[Need::Kernel(X86), Server, DriverTests, Tools],
+        needs: &[Need::Kernel(X86), Need::Ceph, Server, DriverTests, Tools],
         tests: &[ceph::TESTS],
+        ..SUITE
+    },
+    Suite {
+        name: "ceph-block",
+        about: "the block device of an image of Ceph, with its cluster in User Mode Linux",
+        place: Place::Uml,
+        needs: &[Need::Kernel(Uml), Need::Ceph, Server, Tools],
+        tests: &[ceph::BLOCK_TESTS],
+        full: true,
         ..SUITE
     },
     Suite {

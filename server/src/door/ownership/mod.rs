@@ -35,5 +35,6 @@ mod types;
 
 pub use identity::{Identity, MemoryId};
 pub use lease::Lease;
+pub use note::ClientNote;
 pub use state::Ownership;
 pub use types::{BlockDoor, Client, KeptFor, OwnershipState, Refused};

@@ -78,15 +78,48 @@ pub(super) trait Machine: Send + Sync {
     fn is_running(&self, process: Process) -> bool;
 }
 
-/// This machine, and the file of the note; without one nothing is noted.
-pub(super) struct Folder(pub(super) Option<NoteFile>);
+/// The note of which client has the disk.
+#[derive(Debug)]
+pub struct ClientNote {
+    file: NoteFile,
+    /// Which storage it is, as far as one can be told from another.
+    storage: Option<String>,
+}
+
+impl ClientNote {
+    /// The note in this file.
+    #[must_use]
+    pub fn new(file: NoteFile, storage: Option<String>) -> Self {
+        Self { file, storage }
+    }
+
+    /// The storage of which a client of an earlier server has the disk, if that is known.
+    #[must_use]
+    pub fn noted_storage(&self) -> Option<String> {
+        let text = self.file.read().ok().flatten()?;
+        let noted = Noted::of_this_boot(&text).ok().flatten()?;
+        noted.note.holder.and(noted.storage)
+    }
+}
+
+/// This machine, and the note; without one nothing is noted.
+pub(super) struct Folder(pub(super) Option<ClientNote>);
 
 /// The file: inodes and processes are known only until the machine restarts.
 #[derive(Serialize, Deserialize)]
 struct Noted {
     boot: String,
+    storage: Option<String>,
     #[serde(flatten)]
     note: Note,
+}
+
+impl Noted {
+    /// What a file says, if it is of this boot.
+    fn of_this_boot(text: &str) -> serde_json::Result<Option<Self>> {
+        let noted: Self = serde_json::from_str(text)?;
+        Ok(Some(noted).filter(|noted| boot().is_ok_and(|boot| boot == noted.boot)))
+    }
 }
 
 fn boot() -> io::Result<String> {
@@ -97,7 +130,7 @@ fn boot() -> io::Result<String> {
 
 impl Machine for Folder {
     fn read_note(&self) -> Note {
-        let Some(file) = &self.0 else {
+        let Some(ClientNote { file, .. }) = &self.0 else {
             return Note::default();
         };
         match file.read() {
@@ -106,9 +139,8 @@ impl Machine for Folder {
                 tracing::warn!("which client has the disk cannot be known: {error}");
                 unknown()
             }
-            Ok(Some(text)) => match serde_json::from_str::<Noted>(&text) {
-                Ok(noted) if boot().is_ok_and(|boot| boot == noted.boot) => noted.note,
-                Ok(_) => Note::default(),
+            Ok(Some(text)) => match Noted::of_this_boot(&text) {
+                Ok(noted) => noted.map_or_else(Note::default, |noted| noted.note),
                 // Of a server of another version.
                 Err(_) => unknown(),
             },
@@ -116,7 +148,7 @@ impl Machine for Folder {
     }
 
     fn write_note(&self, note: &Note) -> io::Result<()> {
-        let Some(file) = &self.0 else {
+        let Some(ClientNote { file, storage }) = &self.0 else {
             return Ok(());
         };
         if *note == Note::default() {
@@ -124,6 +156,7 @@ impl Machine for Folder {
         }
         let noted = Noted {
             boot: boot()?,
+            storage: storage.clone(),
             note: note.clone(),
         };
         file.replace(&serde_json::to_string(&noted)?, || {})

@@ -5,10 +5,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::identity::Identity;
-use super::note::{Folder, Holder, Machine, Note};
+use super::note::{ClientNote, Folder, Holder, Machine, Note};
 use super::types::{BlockDoor, Client, KeptFor, OwnershipState, Refused};
 use crate::engine::StorageControl;
-use crate::engine::durable::NoteFile;
 use crate::engine::events::{self, What};
 use crate::engine::repeats::{Omitted, Repeats};
 
@@ -131,7 +130,7 @@ impl Ownership {
         export: &str,
         read_only: bool,
         grace: Duration,
-        note: Option<NoteFile>,
+        note: Option<ClientNote>,
     ) -> Arc<Self> {
         Self::on(Box::new(Folder(note)), export, read_only, grace)
     }

@@ -64,8 +64,9 @@ fn export(grace: Duration) -> (Arc<Ownership>, Arc<Door>) {
     (access, door)
 }
 
-fn noted_in(folder: &Path) -> NoteFile {
-    NoteFile::new(Arc::new(TrustedDir::open(folder).unwrap()), "note")
+fn noted_in(folder: &Path) -> ClientNote {
+    let file = NoteFile::new(Arc::new(TrustedDir::open(folder).unwrap()), "note");
+    ClientNote::new(file, None)
 }
 
 const LONG: Duration = Duration::from_secs(3600);

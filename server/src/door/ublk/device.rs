@@ -4,7 +4,9 @@
 //! `STOP_DEV` completes only after all in-flight requests were answered, so the queue threads must
 //! still run; `DEL_DEV` only after the character device was closed, so they must have ended. After a
 //! queue thread failed its requests have no answer, and only closing the character device makes the
-//! driver fail them: then `STOP_DEV` is left out.
+//! driver fail them: then `STOP_DEV` is left out. So it is while the storage does not answer: a process that waits for
+//! `STOP_DEV` cannot be killed, not by SIGKILL either, for its end waits for the command, the command for the requests, and
+//! only the end of the process would close the character device.
 
 use std::fs::{File, OpenOptions};
 use std::sync::{Arc, Weak};
@@ -31,6 +33,9 @@ use crate::engine::{RingBuffers, Storage};
 
 /// How long the driver may wait for an idle request before a device is left.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long requests may take to end before a device is stopped.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long the character device may take to appear.
 const NODE_LIMIT: Duration = Duration::from_secs(5);
@@ -238,6 +243,15 @@ impl Device {
             let ended = self.queues.wait_ended();
             self.char_device = None;
             return self.queues.take_failure().and(ended);
+        }
+        // A queue that has failed answers nothing.
+        if !self.queues.any_failed()
+            && let Err(stuck) = self.queues.await_answers(ANSWER_LIMIT)
+            && !self.queues.any_failed()
+        {
+            self.queues.quit();
+            self.char_device = None;
+            return Err(stuck);
         }
         let stopped = if !self.queues.any_failed() && self.char_device.is_some() {
             gone_is_fine(self.control.stop(self.id))

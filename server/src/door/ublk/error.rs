@@ -121,6 +121,16 @@ pub enum UblkError {
         /// How long we waited.
         limit: Duration,
     },
+    /// Requests that the storage does not answer, when the device is to be stopped.
+    #[error("requests of queue {queue} of ublk{id} did not end within {} s: they are stuck in the storage behind the disk; the device is left as after a crash (`ublkup doctor` lists it)", limit.as_secs())]
+    Unanswered {
+        /// The device.
+        id: u32,
+        /// The queue.
+        queue: u16,
+        /// How long we waited.
+        limit: Duration,
+    },
     /// The device to be removed, or to be recovered, is not dead.
     #[error("ublk{id} is left alone: {why}")]
     Alive {

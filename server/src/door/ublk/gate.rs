@@ -24,32 +24,40 @@ impl WriteGate {
     }
 
     fn await_drained(&self, limit: Duration) -> Result<(), String> {
-        let drained: Vec<_> = self
-            .queues
-            .iter()
-            .map(|queue| {
-                let (reply, drained) = mpsc::channel();
-                // One that has ended drops the reply channel, which hangs up.
-                let _ = queue.send(Command::RefuseWrites(reply));
-                drained
-            })
-            .collect();
-        let deadline = Instant::now() + limit;
-        for (queue, drained) in drained.iter().enumerate() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            drained.recv_timeout(left).map_err(|error| match error {
-                RecvTimeoutError::Timeout => format!(
-                    "writes of queue {queue} of /dev/ublkb{} did not end within {} s",
-                    self.id,
-                    limit.as_secs()
-                ),
-                RecvTimeoutError::Disconnected => {
-                    format!("queue {queue} of /dev/ublkb{} has ended", self.id)
-                }
-            })?;
-        }
-        Ok(())
+        let drained = await_all(&self.queues, limit, Command::RefuseWrites);
+        drained.map_err(|(queue, error)| match error {
+            RecvTimeoutError::Timeout => format!(
+                "writes of queue {queue} of /dev/ublkb{} did not end within {} s",
+                self.id,
+                limit.as_secs()
+            ),
+            RecvTimeoutError::Disconnected => {
+                format!("queue {queue} of /dev/ublkb{} has ended", self.id)
+            }
+        })
     }
+}
+
+/// Gives all queues a command with a sender for the answer, and waits until all have answered. The error names the
+/// first queue that did not.
+pub(super) fn await_all(
+    queues: &[mailbox::Sender<Command>],
+    limit: Duration,
+    command: impl Fn(mpsc::Sender<()>) -> Command,
+) -> Result<(), (u16, RecvTimeoutError)> {
+    let ask = |queue: &mailbox::Sender<Command>| {
+        let (reply, answer) = mpsc::channel();
+        // One that has ended drops the reply channel, which hangs up.
+        let _ = queue.send(command(reply));
+        answer
+    };
+    let answers: Vec<_> = queues.iter().map(ask).collect();
+    let deadline = Instant::now() + limit;
+    for (queue, answer) in (0..).zip(&answers) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        answer.recv_timeout(left).map_err(|error| (queue, error))?;
+    }
+    Ok(())
 }
 
 impl BlockDoor for WriteGate {

@@ -3,11 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
 
 use libublk::sys::{self, ublksrv_io_desc};
-use rustix::io::{pread, pwrite};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 use crate::engine::{MappedFile, SharedMemory, Sharing};
@@ -166,25 +165,38 @@ impl IoBuffers {
         direction: Direction,
     ) -> Result<(), IoError> {
         assert!(len_bytes <= self.each_bytes, "longer than its buffer");
-        // SAFETY: the buffer is mapped as long as `self` and belongs to the request of its tag,
-        // which no other code uses between its fetch and its start, and between its end and
-        // its commit.
-        let buffer = unsafe { std::slice::from_raw_parts_mut(self.start(tag), len_bytes) };
         let first = u64::from(sys::UBLKSRV_IO_BUF_OFFSET)
             + (u64::from(queue) << sys::UBLK_QID_OFF)
             + (u64::from(tag) << sys::UBLK_TAG_OFF);
+        let buffer = self.start(tag);
         let mut done = 0;
         while done < len_bytes {
-            let (rest, at) = (&mut buffer[done..], first + done as u64);
-            let moved = match direction {
-                Direction::FromRequest => pread(char_device, rest, at),
-                Direction::ToRequest => pwrite(char_device, rest, at),
+            let (fd, rest, left) = (
+                char_device.as_raw_fd(),
+                buffer.wrapping_add(done),
+                len_bytes - done,
+            );
+            // The last byte of a buffer of the driver is below 2^63.
+            let at = (first + done as u64).cast_signed();
+            // SAFETY: the buffer is mapped as long as `self`, and no request of this process uses it before its start and
+            // after its end. It is no slice: where it is shared, another process can write to it meanwhile.
+            let moved = unsafe {
+                match direction {
+                    Direction::FromRequest => libc::pread(fd, rest.cast(), left, at),
+                    Direction::ToRequest => libc::pwrite(fd, rest.cast(), left, at),
+                }
             };
-            match moved {
+            match usize::try_from(moved) {
                 Ok(0) => return Err(IoError::Io),
                 Ok(moved) => done += moved,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(IoError::from_errno(error.raw_os_error())),
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => {
+                        return Err(IoError::from_errno(
+                            error.raw_os_error().unwrap_or(libc::EIO),
+                        ));
+                    }
+                },
             }
         }
         Ok(())
@@ -215,6 +227,8 @@ impl Drop for IoBuffers {
 
 #[cfg(test)]
 mod tests {
+    use rustix::io::{pread, pwrite};
+
     use super::*;
 
     #[test]

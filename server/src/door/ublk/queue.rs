@@ -40,6 +40,8 @@ pub(super) enum Command {
     RefuseWrites(mpsc::Sender<()>),
     /// Take writes again.
     AcceptWrites,
+    /// Say when the requests that are under way now have ended; later ones may be.
+    AwaitAnswers(mpsc::Sender<()>),
 }
 
 /// What a queue is made of.
@@ -88,14 +90,25 @@ pub(super) struct UblkQueue {
     unregistered: Box<[bool]>,
     /// Tags with a request that was not begun.
     fetched: VecDeque<u16>,
-    /// Tags with an answer for the driver, and the answers by tag.
+    /// Tags with an answer for the driver, and the answers by tag: [`UNANSWERED`] from when the driver hands out a
+    /// request.
     answered: Vec<u16>,
     answers: Box<[i32]>,
+    awaited: Vec<Awaited>,
     writes: Writes,
     /// Tags whose command came back for good.
     ended: u16,
     quit: bool,
     leaving: Option<Leaving>,
+}
+
+/// What is no answer.
+const UNANSWERED: i32 = i32::MIN;
+
+/// Requests whose ends another thread waits for, by tag.
+struct Awaited {
+    tags: Vec<u16>,
+    ended: mpsc::Sender<()>,
 }
 
 /// A queue that ends with the device alive.
@@ -132,6 +145,7 @@ impl UblkQueue {
             fetched: VecDeque::with_capacity(depth.into()),
             answered: Vec::with_capacity(depth.into()),
             answers: vec![0; depth.into()].into_boxed_slice(),
+            awaited: Vec::new(),
             writes: Writes::new(config.refuse_writes),
             ended: 0,
             quit: false,
@@ -176,6 +190,20 @@ impl UblkQueue {
     fn answer(&mut self, tag: u16, result: i32) {
         self.answers[usize::from(tag)] = result;
         self.answered.push(tag);
+    }
+
+    /// Tells the threads that wait for requests when the last of them has an answer; before the answers are given to the
+    /// driver, which may then hand out the tags again.
+    fn tell_answered(&mut self) {
+        let answers = &self.answers;
+        self.awaited.retain_mut(|awaited| {
+            (awaited.tags).retain(|&tag| answers[usize::from(tag)] == UNANSWERED);
+            if awaited.tags.is_empty() {
+                // A receiver that no longer waits needs no answer.
+                let _ = awaited.ended.send(());
+            }
+            !awaited.tags.is_empty()
+        });
     }
 
     /// Whether a queue that leaves has begun all that it was handed; at the end of a round.
@@ -264,6 +292,12 @@ impl DoorQueue for UblkQueue {
             }
             Command::RefuseWrites(drained) => self.writes.refuse(drained),
             Command::AcceptWrites => self.writes.accept(),
+            Command::AwaitAnswers(ended) => {
+                let tags = 0..self.config.depth;
+                let tags = tags.filter(|&tag| self.answers[usize::from(tag)] == UNANSWERED);
+                let tags = tags.collect();
+                self.awaited.push(Awaited { tags, ended });
+            }
         }
     }
 
@@ -273,7 +307,10 @@ impl DoorQueue for UblkQueue {
             leaving.heard = true;
         }
         match completion.result {
-            0 => self.fetched.push_back(tag),
+            0 => {
+                self.answers[usize::from(tag)] = UNANSWERED;
+                self.fetched.push_back(tag);
+            }
             sys::UBLK_IO_RES_ABORT => self.ended += 1,
             refused => {
                 self.config.fault.store(-refused, Ordering::Relaxed);
@@ -331,6 +368,9 @@ impl DoorQueue for UblkQueue {
     }
 
     fn end_batch(&mut self, ring: &mut Ring) -> Next {
+        if !self.awaited.is_empty() {
+            self.tell_answered();
+        }
         while let Some(&tag) = self.answered.last() {
             let result = self.answers[usize::from(tag)];
             let commit = sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ;
@@ -356,7 +396,7 @@ impl DoorQueue for UblkQueue {
     }
 
     fn drains(&self) -> bool {
-        self.quit || self.leaving.is_some() || self.writes.drain()
+        self.quit || self.leaving.is_some() || self.writes.drain() || !self.awaited.is_empty()
     }
 
     fn longest_hold(&self) -> Duration {

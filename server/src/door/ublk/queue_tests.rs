@@ -101,6 +101,37 @@ fn a_queue_that_leaves_asks_the_kernel_in_each_quiet_round() {
 }
 
 #[test]
+fn who_waits_for_requests_hears_of_the_end_of_those_that_were_under_way() {
+    let (mut ring, mut queue) = (Ring::new(8).unwrap(), queue());
+    let await_answers = |queue: &mut UblkQueue, ring: &mut Ring| {
+        let (reply, answer) = mpsc::channel();
+        queue.command(ring, Command::AwaitAnswers(reply));
+        let _next = queue.end_batch(ring);
+        answer
+    };
+    let none = await_answers(&mut queue, &mut ring);
+    assert_eq!(none.try_recv(), Ok(()));
+    assert!(!queue.drains());
+    queue.event(&mut ring, ended(0));
+    let fetched = await_answers(&mut queue, &mut ring);
+    let (slot, request) = queue.next(&mut ring).expect("a request");
+    let begun = await_answers(&mut queue, &mut ring);
+    assert!(queue.drains());
+    for waiting in [&fetched, &begun] {
+        assert_eq!(waiting.try_recv(), Err(mpsc::TryRecvError::Empty));
+    }
+    queue.complete(&mut ring, slot, request, Ok(()));
+    let _next = queue.end_batch(&mut ring);
+    for waiting in [&fetched, &begun] {
+        assert_eq!(waiting.try_recv(), Ok(()));
+    }
+    // The driver hands out the tag again.
+    queue.event(&mut ring, ended(0));
+    let later = await_answers(&mut queue, &mut ring);
+    assert_eq!(later.try_recv(), Err(mpsc::TryRecvError::Empty));
+}
+
+#[test]
 fn a_queue_with_a_refused_command_leaves_the_others_to_the_kernel() {
     let (mut ring, mut queue) = (Ring::new(8).unwrap(), queue());
     queue.event(&mut ring, ended(-libc::EINVAL));

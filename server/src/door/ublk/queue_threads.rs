@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use libublk::sys;
 
 use super::config::{DataPath, Facts, UblkConfig};
 use super::error::UblkError;
-use super::gate::WriteGate;
+use super::gate::{WriteGate, await_all};
 use super::queue::{Command, QueueConfig, UblkQueue};
 use super::refusals::Refusals;
 use crate::engine::counters::Counters;
@@ -248,6 +249,22 @@ impl QueueThreads {
     /// Ends the threads after what the driver has handed out; see [`Command::Leave`].
     pub(super) fn leave(&self) {
         self.tell(|| Command::Leave);
+    }
+
+    /// Waits until the requests that are under way now have ended. Also a queue that has ended has none.
+    ///
+    /// # Errors
+    ///
+    /// When they have not after `limit`.
+    pub(super) fn await_answers(&self, limit: Duration) -> Result<(), UblkError> {
+        match await_all(&self.commands, limit, Command::AwaitAnswers) {
+            Err((queue, RecvTimeoutError::Timeout)) => Err(UblkError::Unanswered {
+                id: self.id,
+                queue,
+                limit,
+            }),
+            Ok(()) | Err((_, RecvTimeoutError::Disconnected)) => Ok(()),
+        }
     }
 
     fn tell(&self, command: impl Fn() -> Command) {

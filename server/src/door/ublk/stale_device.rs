@@ -38,9 +38,14 @@ pub fn stale_devices() -> Result<Vec<u32>, UblkError> {
 
 /// The ids of devices that are as wanted.
 fn devices(wanted: impl Fn(&sys::ublksrv_ctrl_dev_info) -> bool) -> Result<Vec<u32>, UblkError> {
+    let ids = known_ids().map_err(Unavailable::Other)?;
+    if ids.is_empty() {
+        // Also without a driver. Where only its control device is missing, it is not known what there is.
+        return Ok(Vec::new());
+    }
     let control = Control::open()?;
     let mut found = Vec::new();
-    for id in known_ids().map_err(Unavailable::Other)? {
+    for id in ids {
         match control.info(id) {
             Ok(info) if wanted(&info) => found.push(id),
             // Gone meanwhile, or the device of an unprivileged user, which is not ours to judge.

@@ -126,9 +126,10 @@ pub(super) fn lacks(reach: &Reach) -> Vec<String> {
     let lacks = lacks
         .into_iter()
         .filter(|(since, _)| (1..*since).contains(&version));
-    // Datagrams are what the filter of system calls cannot tell; and it lets pass connections, if they are made again.
+    // Datagrams are what the filter of system calls cannot tell, unless it refuses their sockets because it lets pass
+    // connections, which are made again.
     let how = match reach.servers.sockets {
-        true => "connect and send datagrams to",
+        true => "connect to",
         false => "send datagrams to",
     };
     lacks

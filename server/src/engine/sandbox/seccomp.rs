@@ -208,6 +208,9 @@ pub(super) fn confine(all_threads: bool, servers: Servers) -> io::Result<()> {
     }
 }
 
+/// The bits of the second argument of socket(2) that are the kind (`SOCK_TYPE_MASK`); others are flags.
+const SOCKET_KINDS: u64 = 0xf;
+
 fn program(servers: Servers) -> Result<BpfProgram, seccompiler::BackendError> {
     let [load, jump_if_equal, jump_if_greater, answer] = [
         libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
@@ -272,7 +275,17 @@ fn rules(servers: Servers) -> Result<Rules, seccompiler::BackendError> {
         (true, false) => &[libc::AF_INET, libc::AF_INET6],
         (true, true) => &[libc::AF_INET, libc::AF_INET6, libc::AF_UNIX],
     };
-    rules.insert(libc::SYS_socket, vec![other_than(families)?]);
+    let mut sockets = vec![other_than(families)?];
+    if servers.sockets {
+        // Streams alone: a log or a manager that takes datagrams is not reached.
+        for kind in [libc::SOCK_DGRAM, libc::SOCK_SEQPACKET, libc::SOCK_RAW] {
+            sockets.push(SeccompRule::new(vec![
+                is(0, Op::Eq, number(libc::AF_UNIX))?,
+                is(1, Op::MaskedEq(SOCKET_KINDS), number(kind))?,
+            ])?);
+        }
+    }
+    rules.insert(libc::SYS_socket, sockets);
     if servers.network || servers.sockets {
         rules.remove(&libc::SYS_connect);
     }
@@ -367,6 +380,10 @@ mod tests {
                 assert_eq!(socket(libc::AF_INET6), !network);
                 assert_eq!(socket(libc::AF_UNIX), !sockets);
                 assert!(socket(libc::AF_NETLINK));
+                for kind in [libc::SOCK_DGRAM, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC] {
+                    let words = [libc::AF_UNIX, kind].map(|word| word.cast_unsigned() as usize);
+                    assert_eq!(errno_of(libc::SYS_socket, words), eperm);
+                }
             };
             std::thread::scope(|scope| scope.spawn(confined).join().unwrap());
         }

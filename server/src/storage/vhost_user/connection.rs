@@ -12,7 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with,
+};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{
     Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandler,
@@ -154,6 +156,9 @@ impl Peer {
             queues = self.exchange("read how many queues it has", |frontend| {
                 frontend.get_queue_num()
             })?;
+            if queues == 0 {
+                return Err(self.unusable("the server has no queues (GET_QUEUE_NUM)"));
+            }
         }
         if protocol.contains(Protocol::CONFIGURE_MEM_SLOTS) {
             self.max_regions = self.exchange("read how much memory it takes", |frontend| {
@@ -273,6 +278,12 @@ impl Peer {
         self.stream.as_fd()
     }
 
+    /// Whether there is something to read in place of an end.
+    pub(super) fn has_said_something(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        matches!(recv(&self.stream, &mut [0; 1][..], flags), Ok((1.., _)))
+    }
+
     /// What can be read when the server has a message.
     pub(super) fn channel(&self) -> Option<BorrowedFd<'_>> {
         let channel = self.messages.as_ref()?;
@@ -302,6 +313,16 @@ impl Peer {
         }
     }
 
+    /// Waits until the server has done what it was told, where it does not acknowledge messages: any answer will do, as it
+    /// answers in order.
+    fn confirm(&self) -> impl Fn(&mut Frontend) -> vhost::Result<()> + use<> {
+        let is_acknowledged = self.protocol.contains(Protocol::REPLY_ACK);
+        move |frontend| match is_acknowledged {
+            true => Ok(()),
+            false => frontend.get_features().map(drop),
+        }
+    }
+
     /// Whether regions are added and removed one by one, while requests are in flight.
     pub(super) fn has_slots(&self) -> bool {
         self.protocol.contains(Protocol::CONFIGURE_MEM_SLOTS)
@@ -312,8 +333,11 @@ impl Peer {
         &mut self,
         region: &VhostUserMemoryRegionInfo,
     ) -> Result<bool, VhostUserError> {
+        let confirm = self.confirm();
         self.exchange_within(MEMORY_LIMIT, "have it map memory", |frontend| {
-            took(frontend.add_mem_region(region))
+            let is_taken = took(frontend.add_mem_region(region))?;
+            confirm(frontend)?;
+            Ok(is_taken)
         })
     }
 
@@ -322,8 +346,10 @@ impl Peer {
         &mut self,
         region: &VhostUserMemoryRegionInfo,
     ) -> Result<(), VhostUserError> {
+        let confirm = self.confirm();
         self.exchange_within(MEMORY_LIMIT, "have it unmap memory", |frontend| {
-            frontend.remove_mem_region(region)
+            frontend.remove_mem_region(region)?;
+            confirm(frontend)
         })
     }
 
@@ -332,8 +358,11 @@ impl Peer {
         &mut self,
         regions: &[VhostUserMemoryRegionInfo],
     ) -> Result<bool, VhostUserError> {
+        let confirm = self.confirm();
         self.exchange_within(MEMORY_LIMIT, "have it map memory", |frontend| {
-            took(frontend.set_mem_table(regions))
+            let is_taken = took(frontend.set_mem_table(regions))?;
+            confirm(frontend)?;
+            Ok(is_taken)
         })
     }
 

@@ -46,7 +46,21 @@ pub(super) struct Control {
     next_attempt: Option<Instant>,
     connected_at: Instant,
     losses: Repeats,
+    /// Whether the log says that the server is away.
+    told_of_loss: bool,
     pub(super) told_of_slots: bool,
+    /// Regions that the server still has and must not, since requests took too long for another memory table.
+    pub(super) not_taken_back: Vec<u64>,
+    /// When the memory table is changed that could not be.
+    pub(super) next_table: Option<Instant>,
+}
+
+/// What the export is told when the server's disk has another size.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tell {
+    Change,
+    /// It has asked.
+    Nothing,
 }
 
 /// What to do after the orders that there are.
@@ -69,7 +83,10 @@ impl Control {
             next_attempt: None,
             connected_at: Instant::now(),
             losses: Repeats::new(1),
+            told_of_loss: false,
             told_of_slots: false,
+            not_taken_back: Vec::new(),
+            next_table: None,
         }
     }
 
@@ -130,19 +147,21 @@ impl Control {
         self.mapped = regions(had).collect();
         let new = regions(new).take(room - self.mapped.len()).collect();
         self.map_all(peer, new)?;
-        let mut kicks = Vec::new();
-        for (index, queue) in (0..count).zip(&shared.queues) {
+        let mut eventfds = Vec::new();
+        for index in 0..count {
             let kick = new_eventfd().map_err(failed)?;
-            peer.start(index, &rings, (&kick, queue.call()))?;
-            kicks.push(kick);
+            let call = new_eventfd().map_err(failed)?;
+            peer.start(index, &rings, (&kick, &call))?;
+            eventfds.push((kick, call));
         }
         for region in &self.mapped {
             shared.regions.set_mapped(region.id);
         }
-        for ((index, queue), kick) in (0..count).zip(&shared.queues).zip(kicks) {
+        for ((index, queue), (kick, call)) in (0..count).zip(&shared.queues).zip(eventfds) {
             queue.begin(Live {
                 vring: Vring::new(Arc::clone(&rings), index, peer.disk.has_indirect()),
                 kick: Arc::new(kick),
+                call: Arc::new(call),
                 epoch,
             });
         }
@@ -155,6 +174,9 @@ impl Control {
             if self.peer.is_none() && self.next_attempt.is_none_or(|at| Instant::now() >= at) {
                 self.connect_again();
             }
+            if self.next_table.is_some_and(|at| Instant::now() >= at) {
+                self.change_table();
+            }
             let ready = self.wait();
             if ready.bell {
                 let _ = rustix::io::read(&self.bell, &mut [0; 8]);
@@ -163,7 +185,11 @@ impl Control {
                 return;
             }
             if ready.hang_up {
-                self.lost("the server hung up");
+                let said = self.peer.as_ref().is_some_and(Peer::has_said_something);
+                self.lost(match said {
+                    true => "the server broke the protocol: it sent what it was not asked for",
+                    false => "the server hung up",
+                });
             } else if ready.message {
                 self.take_message();
             }
@@ -173,6 +199,7 @@ impl Control {
     /// Waits until there is something to do.
     fn wait(&self) -> Ready {
         let limit = self.next_attempt.filter(|_| self.peer.is_none());
+        let limit = limit.into_iter().chain(self.next_table).min();
         let limit = limit.map(|at| at.saturating_duration_since(Instant::now()));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
@@ -202,7 +229,7 @@ impl Control {
                 }
                 Ok(Order::Unshare(id)) => self.unshare(id),
                 Ok(Order::Look(answer)) => {
-                    let _ = answer.send(self.look());
+                    let _ = answer.send(self.look(Tell::Nothing));
                 }
                 Ok(Order::End) | Err(TryRecvError::Disconnected) => {
                     self.leave();
@@ -233,8 +260,10 @@ impl Control {
             Ok(size_bytes) => {
                 self.next_attempt = None;
                 self.connected_at = Instant::now();
-                tracing::info!(export = shared.export, "{name}: the server is back");
-                self.note_size(size_bytes);
+                if std::mem::take(&mut self.told_of_loss) {
+                    tracing::info!(export = shared.export, "{name}: the server is back");
+                }
+                self.note_size(size_bytes, Tell::Change);
             }
             Err(error) => {
                 let _ = shared.disconnected();
@@ -242,6 +271,7 @@ impl Control {
                 if shared.set_away(&why)
                     && let Some(omitted) = self.losses.due_whatever_numbers(&why)
                 {
+                    self.told_of_loss = true;
                     tracing::warn!(export = shared.export, "{why}{omitted}");
                 }
                 self.try_later();
@@ -267,6 +297,7 @@ impl Control {
         let waiting = shared.pending();
         let (export, name) = (&shared.export, shared.name());
         if let Some(omitted) = self.losses.due_whatever_numbers(&why) {
+            self.told_of_loss = true;
             let text = format!("{name}: {why}; {waiting} requests wait until it is back{omitted}");
             match violation {
                 Some(_) => tracing::error!(export, "{text}"),
@@ -305,6 +336,10 @@ impl Control {
         self.peer = None;
         self.rings = None;
         self.mapped.clear();
+        for id in std::mem::take(&mut self.not_taken_back) {
+            self.shared.regions.forget(id);
+        }
+        self.next_table = None;
         lost
     }
 
@@ -332,18 +367,18 @@ impl Control {
             Ok(())
         });
         if taken && is_changed {
-            let _ = self.look();
+            let _ = self.look(Tell::Change);
         }
     }
 
     /// Reads how large the disk is.
-    fn look(&mut self) -> Result<u64, String> {
+    fn look(&mut self, tell: Tell) -> Result<u64, String> {
         let Some(peer) = &mut self.peer else {
             return Err(self.shared.waits_for().unwrap_or_default());
         };
         match peer.look() {
             Ok(disk) => {
-                self.note_size(disk.size_bytes);
+                self.note_size(disk.size_bytes, tell);
                 Ok(disk.size_bytes)
             }
             Err(error) => {
@@ -354,10 +389,14 @@ impl Control {
         }
     }
 
-    fn note_size(&self, size_bytes: u64) {
+    fn note_size(&self, size_bytes: u64, tell: Tell) {
         let before = self.shared.size_bytes.swap(size_bytes, Ordering::Relaxed);
-        if before != size_bytes
-            && let Some(tell) = self.shared.on_change.get()
+        if before == size_bytes || tell == Tell::Nothing {
+            return;
+        }
+        let told = &self.shared.is_told_of_change;
+        if let Some(tell) = self.shared.on_change.get()
+            && !told.swap(true, Ordering::AcqRel)
         {
             tell();
         }

@@ -226,7 +226,17 @@ impl Disk {
     ///
     /// Why not.
     pub(super) fn may_become(&self, other: &Self, served_bytes: u64) -> Result<(), String> {
-        let lacking = self.features & !other.features & !mask(VIRTIO_RING_F_INDIRECT_DESC);
+        // What the limits below are about, and hints.
+        let others = [
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_BLK_F_SIZE_MAX,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_TOPOLOGY,
+            VIRTIO_BLK_F_MQ,
+        ];
+        let others = others.iter().fold(0, |all, bit| all | mask(*bit));
+        let lacking = self.features & !other.features & !others;
         if other.size_bytes < served_bytes {
             return Err(format!(
                 "the disk has {} bytes now and had {served_bytes}: what is behind its end is missing",
@@ -324,6 +334,16 @@ mod tests {
         }
         assert!(Disk::parse(0, &config(&[])).is_err());
         assert!(Disk::parse(ALL, &[]).is_err());
+    }
+
+    #[test]
+    fn a_disk_that_comes_back_need_not_give_the_same_hints() {
+        let disk = Disk::parse(ALL, &config(&[(24, 3)])).unwrap();
+        let hints = mask(VIRTIO_BLK_F_TOPOLOGY) | mask(VIRTIO_BLK_F_SIZE_MAX);
+        let again = Disk::parse(ALL & !hints, &config(&[])).unwrap();
+        assert_eq!(disk.may_become(&again, disk.size_bytes), Ok(()));
+        let one_segment = Disk::parse(ALL & !mask(VIRTIO_BLK_F_SEG_MAX), &config(&[])).unwrap();
+        assert!(disk.may_become(&one_segment, disk.size_bytes).is_err());
     }
 
     #[test]

@@ -37,6 +37,20 @@ pub enum VhostUserError {
     },
 }
 
+impl VhostUserError {
+    /// Whether another attempt may succeed: a server that is being started listens late, or has the client of before.
+    pub(super) fn may_pass(&self) -> bool {
+        match self {
+            Self::Step { .. } => true,
+            Self::Connect { source, .. } => matches!(
+                source.raw_os_error(),
+                Some(libc::EAGAIN | libc::ECONNREFUSED)
+            ),
+            Self::Disk { .. } => false,
+        }
+    }
+}
+
 /// Why a message of the protocol has failed, in a user's words.
 pub(super) fn explain(error: &vhost::Error, limit: Duration) -> String {
     use vhost::vhost_user::Error as Protocol;

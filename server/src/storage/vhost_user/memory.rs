@@ -255,29 +255,27 @@ impl View {
 pub(super) const BUFFER_BYTES: usize = 256 << 10;
 const BUFFERS: usize = 4;
 
-/// Queues that there can be.
-const MAX_QUEUES: usize = 64;
-
 /// The memory for data that is copied, of all queues. Pages that are not used take no room.
 #[derive(Debug)]
 pub(super) struct BounceMemory {
     memory: AnonymousMemory,
     file: OwnedFd,
-    taken: Mutex<[bool; MAX_QUEUES]>,
+    taken: Mutex<Box<[bool]>>,
 }
 
 impl BounceMemory {
-    pub(super) fn new() -> io::Result<Self> {
+    /// For so many threads.
+    pub(super) fn new(threads: usize) -> io::Result<Self> {
         let (memory, file) =
-            AnonymousMemory::shareable("ublkup-bounce", MAX_QUEUES * BUFFERS * BUFFER_BYTES)?;
+            AnonymousMemory::shareable("ublkup-bounce", threads * BUFFERS * BUFFER_BYTES)?;
         Ok(Self {
             memory,
             file,
-            taken: Mutex::new([false; MAX_QUEUES]),
+            taken: Mutex::new(vec![false; threads].into()),
         })
     }
 
-    fn taken(&self) -> MutexGuard<'_, [bool; MAX_QUEUES]> {
+    fn taken(&self) -> MutexGuard<'_, Box<[bool]>> {
         // Each change is one store.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -308,7 +306,8 @@ impl Bounce {
         let mut taken = memory.taken();
         let share = taken.iter().position(|taken| !taken).ok_or_else(|| {
             io::Error::other(format!(
-                "the disk of another vhost-user server is used by {MAX_QUEUES} threads already"
+                "the disk of another vhost-user server is used by {} threads already",
+                taken.len()
             ))
         })?;
         taken[share] = true;
@@ -318,6 +317,11 @@ impl Bounce {
             share,
             free: (0..BUFFERS).collect(),
         })
+    }
+
+    /// The number of the thread that has it: no other one has the same.
+    pub(super) fn number(&self) -> usize {
+        self.share
     }
 
     pub(super) fn take(&mut self) -> Option<usize> {
@@ -425,10 +429,8 @@ mod tests {
 
     #[test]
     fn each_queue_has_buffers_of_its_own() {
-        let memory = Arc::new(BounceMemory::new().unwrap());
-        let mut all: Vec<_> = (0..MAX_QUEUES)
-            .map(|_| Bounce::new(&memory).unwrap())
-            .collect();
+        let memory = Arc::new(BounceMemory::new(2).unwrap());
+        let mut all: Vec<_> = (0..2).map(|_| Bounce::new(&memory).unwrap()).collect();
         let mut seen = std::collections::BTreeSet::new();
         for bounce in &mut all {
             while let Some(number) = bounce.take() {
@@ -436,7 +438,7 @@ mod tests {
                 assert_eq!(bounce.memory(number).len(), BUFFER_BYTES);
             }
         }
-        assert_eq!(seen.len(), MAX_QUEUES * BUFFERS);
+        assert_eq!(seen.len(), 2 * BUFFERS);
         assert!(Bounce::new(&memory).is_err());
         all.pop();
         assert!(Bounce::new(&memory).is_ok());

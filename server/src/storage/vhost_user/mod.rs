@@ -107,7 +107,7 @@ impl VhostUser {
         let mut is_told = false;
         loop {
             match Self::connect(options) {
-                Err(error @ VhostUserError::Step { .. }) if Instant::now() < deadline => {
+                Err(error) if error.may_pass() && Instant::now() < deadline => {
                     if !std::mem::replace(&mut is_told, true) {
                         tracing::warn!(
                             export = options.export,
@@ -171,7 +171,8 @@ impl VhostUser {
             (options.export.clone(), options.socket.clone()),
             (peer.disk.clone(), limits.capacity.clone()),
             (queues.map_err(failed)?.into(), flushes),
-            BounceMemory::new().map_err(failed)?,
+            // Clients of before may be about to end.
+            BounceMemory::new(2 * usize::from(options.queues.max(MAX_QUEUES))).map_err(failed)?,
             (orders, Arc::clone(&bell)),
         ));
         let mut control = Control::new(Arc::clone(&shared), for_thread, bell);
@@ -275,6 +276,10 @@ impl StorageControl for VhostUser {
 
     fn grow(&self, wanted_bytes: Option<u64>) -> io::Result<u64> {
         let block_bytes = u64::from(self.limits.block_bytes);
+        // What changes from here on is told again.
+        self.shared
+            .is_told_of_change
+            .store(false, Ordering::Release);
         let found = match (self.shared.look(LOOK_LIMIT), wanted_bytes) {
             (Ok(found), _) => found,
             (Err(_), None) => self.shared.size_bytes.load(Ordering::Relaxed),

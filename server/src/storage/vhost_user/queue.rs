@@ -61,7 +61,8 @@ pub struct VhostUserQueue {
     slots: Box<[SlotState]>,
     /// The segments of the piece that is being made.
     segments: Vec<Segment>,
-    is_call_armed: bool,
+    /// The eventfd that the ring has a poll of, and whether that is being cancelled.
+    armed: Option<(Arc<EventFd>, bool)>,
     /// Whether the server was asked for notifications.
     is_listening: bool,
     /// The kick on the ring, and how often the kernel had been entered when it was put there.
@@ -79,7 +80,8 @@ impl VhostUserQueue {
     pub(super) fn new(shared: Arc<Shared>, slots: u32) -> io::Result<Self> {
         let inbox = Inbox::new(slots)?;
         let bounce = Bounce::new(&shared.bounce)?;
-        let virtqueue = Arc::clone(shared.least_used());
+        // Threads have numbers from 0 on: none shares a virtqueue while another one is free.
+        let virtqueue = Arc::clone(&shared.queues[bounce.number() % shared.queues.len()]);
         Ok(Self {
             owner: virtqueue.join(inbox.post()),
             virtqueue,
@@ -88,7 +90,7 @@ impl VhostUserQueue {
             bounce,
             slots: vec![SlotState::default(); slots as usize].into(),
             segments: Vec::with_capacity(MAX_SEGMENTS),
-            is_call_armed: false,
+            armed: None,
             is_listening: true,
             kicking: None,
             kick_again: None,
@@ -264,14 +266,30 @@ impl VhostUserQueue {
 
     /// Puts a poll of the call eventfd on the ring. Returns whether there is one.
     fn arm_call(&mut self, ring: &mut Ring) -> bool {
-        if !self.is_call_armed {
-            let call = self.virtqueue.call();
-            clear(call);
-            let poll = opcode::PollAdd::new(types::Fd(call.as_raw_fd()), POLL_READABLE);
-            // SAFETY: `virtqueue` keeps the descriptor open, and the thread drains its ring before it drops the queue.
-            self.is_call_armed = unsafe { ring.push(poll.build(), token(CALL)) }.is_ok();
+        let call = self.virtqueue.call();
+        match &mut self.armed {
+            Some((armed, _)) if Arc::ptr_eq(armed, &call) => true,
+            // That of a server that has gone, which may keep it silent.
+            Some((_, is_cancelled)) => {
+                *is_cancelled = *is_cancelled || ring.cancel(token(CALL)).is_ok();
+                false
+            }
+            None => {
+                clear(&call);
+                let poll = opcode::PollAdd::new(types::Fd(call.as_raw_fd()), POLL_READABLE);
+                // SAFETY: `armed` keeps the descriptor open until the poll has ended, and the thread drains its ring
+                // before it drops the queue.
+                let is_armed = unsafe { ring.push(poll.build(), token(CALL)) }.is_ok();
+                self.armed = is_armed.then_some((call, false));
+                is_armed
+            }
         }
-        self.is_call_armed
+    }
+
+    /// Whether the ring has a poll of the eventfd that the server notifies by.
+    fn hears_calls(&self) -> bool {
+        let call = self.virtqueue.call();
+        (self.armed.as_ref()).is_some_and(|(armed, _)| Arc::ptr_eq(armed, &call))
     }
 }
 
@@ -443,12 +461,13 @@ impl StorageQueue for VhostUserQueue {
             return false;
         }
         self.is_listening = true;
-        !self.virtqueue.notify(true)
+        // After the thread has said that it sleeps.
+        !self.virtqueue.notify(true) && self.hears_calls()
     }
 
     fn rang(&mut self, ring: &mut Ring, kind: u16) {
         match kind {
-            CALL => self.is_call_armed = false,
+            CALL => self.armed = None,
             KICK => {
                 self.kicking = None;
                 if let Some(kick) = self.kick_again.take() {

@@ -4,7 +4,7 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -63,6 +63,9 @@ pub(super) struct Shared {
     /// The size of the disk as the server told it last.
     pub(super) size_bytes: AtomicU64,
     pub(super) on_change: OnceLock<Changed>,
+    /// The export was told that the size has changed, and has not asked for it yet: it follows in a thread each time that
+    /// it is told.
+    pub(super) is_told_of_change: AtomicBool,
     orders: mpsc::Sender<Order>,
     /// Wakes the control thread.
     bell: Arc<OwnedFd>,
@@ -90,6 +93,7 @@ impl Shared {
             failures: Failures::default(),
             copied: Arc::default(),
             on_change: OnceLock::new(),
+            is_told_of_change: AtomicBool::new(false),
             orders,
             bell,
             connection: Mutex::new(Connection {
@@ -212,12 +216,6 @@ impl Shared {
         let name = self.name();
         let why = why.strip_prefix(&format!("{name}: ")).unwrap_or(why);
         Some(format!("{name} has been away for {seconds} s: {why}"))
-    }
-
-    /// The queue that the fewest threads use.
-    pub(super) fn least_used(&self) -> &Arc<Virtqueue> {
-        let least = self.queues.iter().min_by_key(|queue| queue.users());
-        least.expect("there is at least one")
     }
 
     /// Counts a request whose data is copied.

@@ -14,6 +14,9 @@ use super::memory::{RINGS_GUEST, Region};
 /// How long requests in flight are waited for where the memory table cannot be changed with them.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long requests have the server to themselves again after that.
+const TABLE_PAUSE: Duration = Duration::from_secs(10);
+
 impl Control {
     /// Has a new server map all memory: what waiting requests may name, and what it takes of the rest.
     pub(super) fn map_all(
@@ -139,16 +142,34 @@ impl Control {
                 false => self.replace_table(&mut true),
             };
             if !is_done && self.peer.is_some() {
-                // Requests took too long. It goes with the next change.
+                self.not_taken_back.push(id);
                 return;
             }
         }
         self.shared.regions.forget(id);
-        // There may be room for one that found none.
+        self.share_another();
+    }
+
+    /// Has the server map a region that it has not, if there is one and room for it.
+    fn share_another(&mut self) {
         let left = self.shared.regions.not_mapped();
         if let Some(id) = left.filter(|_| self.has_room()) {
             self.share(id);
         }
+    }
+
+    /// Makes the change of the memory table for which requests took too long.
+    pub(super) fn change_table(&mut self) {
+        self.next_table = None;
+        if !self.not_taken_back.is_empty() {
+            if !self.replace_table(&mut true) {
+                return;
+            }
+            for id in std::mem::take(&mut self.not_taken_back) {
+                self.shared.regions.forget(id);
+            }
+        }
+        self.share_another();
     }
 
     fn has_room(&self) -> bool {
@@ -163,7 +184,11 @@ impl Control {
             queue.pause();
         }
         let table = self.table();
-        let is_done = self.drain(DRAIN_LIMIT)
+        let is_drained = self.drain(DRAIN_LIMIT);
+        if !is_drained {
+            self.next_table = Instant::now().checked_add(TABLE_PAUSE);
+        }
+        let is_done = is_drained
             && self.with_peer(|peer| {
                 *is_taken = peer.set_table(&table)?;
                 Ok(())

@@ -56,8 +56,10 @@ struct Entry {
 #[derive(Debug)]
 pub(super) struct Live {
     pub vring: Vring,
-    /// Not that of the server before: it could take what is meant for this one.
+    /// Not those of the server before: it could take what is meant for this one. The server writes to `call` when it has
+    /// used requests.
     pub kick: Arc<EventFd>,
+    pub call: Arc<EventFd>,
     /// Which connection it is.
     pub epoch: u64,
 }
@@ -65,6 +67,8 @@ pub(super) struct Live {
 #[derive(Debug)]
 struct State {
     live: Option<Live>,
+    /// That of the last server.
+    call: Arc<EventFd>,
     is_paused: bool,
     /// By head of its chain.
     in_flight: Box<[Option<Entry>]>,
@@ -83,8 +87,6 @@ struct State {
 /// A virtqueue.
 #[derive(Debug)]
 pub(super) struct Virtqueue {
-    /// Written to by the server when it has used requests.
-    call: EventFd,
     state: Mutex<State>,
 }
 
@@ -92,6 +94,7 @@ impl Virtqueue {
     pub(super) fn new(flushes: Option<Arc<Flushes>>) -> io::Result<Self> {
         let state = State {
             live: None,
+            call: Arc::new(new_eventfd()?),
             is_paused: false,
             in_flight: (0..SIZE).map(|_| None).collect(),
             waiting: VecDeque::with_capacity(SIZE.into()),
@@ -102,7 +105,6 @@ impl Virtqueue {
             flushes,
         };
         Ok(Self {
-            call: new_eventfd()?,
             state: Mutex::new(state),
         })
     }
@@ -112,13 +114,9 @@ impl Virtqueue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn call(&self) -> &EventFd {
-        &self.call
-    }
-
-    /// How many threads use it.
-    pub(super) fn users(&self) -> usize {
-        self.state().owners.iter().flatten().count()
+    /// Where the server notifies of used requests. A thread that sleeps is woken when it becomes another one.
+    pub(super) fn call(&self) -> Arc<EventFd> {
+        Arc::clone(&self.state().call)
     }
 
     /// A thread that gets its results here begins to use it. Returns its number.
@@ -146,8 +144,7 @@ impl Virtqueue {
         let mut state = self.state();
         state.owners[owner] = None;
         state.waiting.retain(|entry| entry.owner != owner);
-        drop(state);
-        notify(&self.call);
+        state.wake_owners();
     }
 
     /// Gives the server a request, or keeps it until there is a server with room. Returns what is to be written to for the
@@ -238,8 +235,10 @@ impl Virtqueue {
     /// There is a server.
     pub(super) fn begin(&self, live: Live) {
         let mut state = self.state();
+        state.call = Arc::clone(&live.call);
         state.live = Some(live);
         state.is_paused = false;
+        state.wake_owners();
         self.resume_with(state);
     }
 
@@ -304,6 +303,10 @@ impl Virtqueue {
 }
 
 impl State {
+    fn wake_owners(&self) {
+        self.owners.iter().flatten().for_each(Post::wake);
+    }
+
     fn cancel_abandoned(&mut self) {
         let State {
             waiting,
@@ -382,8 +385,11 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::engine::inbox::Inbox;
+    use crate::io::Ring;
     use crate::storage::vhost_user::vring::RingMemory;
 
     const WRITE: Command = Command {
@@ -398,6 +404,7 @@ mod tests {
         Live {
             vring: Vring::new(Arc::new(memory), 0, true),
             kick: Arc::new(new_eventfd().unwrap()),
+            call: Arc::new(new_eventfd().unwrap()),
             epoch,
         }
     }
@@ -411,7 +418,7 @@ mod tests {
             let owner = queue.join(inbox.post());
             let live = live(1);
             live.kick.write(u64::MAX - 1).unwrap();
-            queue.call().write(u64::MAX - 1).unwrap();
+            live.call.write(u64::MAX - 1).unwrap();
             queue.pause();
             queue.begin(live);
             queue.pause();
@@ -422,6 +429,29 @@ mod tests {
         });
         let limit = std::time::Duration::from_secs(20);
         assert_eq!(done.recv_timeout(limit), Ok(()), "it waits for the server");
+    }
+
+    #[test]
+    fn a_server_notifies_by_an_eventfd_that_none_had_before_and_sleeping_threads_hear_of_it() {
+        let queue = Virtqueue::new(None).unwrap();
+        let mut ring = Ring::new(8).unwrap();
+        let mut inbox = Inbox::new(1).unwrap();
+        let owner = queue.join(inbox.post());
+        let mut before = queue.call();
+        for epoch in 1..4 {
+            assert!(inbox.listen(&mut ring));
+            let live = live(epoch);
+            let call = Arc::clone(&live.call);
+            queue.begin(live);
+            assert!(!Arc::ptr_eq(&before, &call) && Arc::ptr_eq(&queue.call(), &call));
+            ring.submit_and_wait_for(Duration::from_secs(20)).unwrap();
+            let mut completions = Vec::with_capacity(8);
+            ring.reap(&mut completions);
+            assert_eq!(completions.len(), 1, "the thread sleeps");
+            inbox.rang();
+            before = call;
+        }
+        queue.leave(owner);
     }
 
     #[test]
