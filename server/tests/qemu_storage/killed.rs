@@ -120,3 +120,30 @@ fn another_server_takes_over() {
     next.stop().unwrap();
     is_over(&lab, &path);
 }
+
+#[test]
+fn a_server_waits_until_the_daemon_of_the_one_before_has_ended() {
+    if !has_qemu() {
+        return;
+    }
+    let lab = sandbox();
+    let (path, spec) = image(&lab);
+    let server = serve(&lab, &spec);
+    server.kill().unwrap();
+    let lock = lab.path("run/exports/d/qemu.lock");
+    eventually("the daemon ends", || !lock.exists());
+    // As if it had not.
+    let lock = std::fs::File::create(lock).unwrap();
+    lock.lock().unwrap();
+    let next = std::thread::scope(|scope| {
+        let next = scope.spawn(|| serve(&lab, &spec));
+        // Long enough for a daemon that does not wait.
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        assert!(daemons(&lab).is_empty());
+        drop(lock);
+        next.join().unwrap()
+    });
+    assert_eq!(daemons(&lab).len(), 1);
+    next.stop().unwrap();
+    is_over(&lab, &path);
+}
