@@ -169,8 +169,8 @@ impl Shared {
         }
         // Not under the lock: to close a file may take time, and `stat` must not wait for it.
         let storage = self.storage().take();
-        if let Some(storage) = storage.as_ref().filter(|_| !all_ended) {
-            // Threads that are stuck keep it.
+        if let Some(storage) = &storage {
+            // Threads that are stuck, or about to end, keep it.
             storage.end();
         }
         drop(storage);

@@ -1,10 +1,11 @@
 //! A server that breaks the protocol is disconnected; its clients notice a pause.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use ublkup::engine::StorageControl;
+use ublkup::engine::{MappedFile, StorageControl};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 use crate::common::*;
@@ -119,49 +120,46 @@ fn a_server_that_changes_its_size_all_the_time_is_followed_once_at_a_time() {
 }
 
 #[test]
-fn a_memory_table_that_requests_were_too_slow_for_is_changed_later() {
-    let lab = sandbox();
-    let protocol = Knobs::default().protocol - Protocol::CONFIGURE_MEM_SLOTS;
+fn a_memory_table_that_requests_in_flight_have_kept_is_changed_after_them() {
+    let scratch = tempfile::tempdir().unwrap();
     let knobs = Knobs {
-        protocol,
+        protocol: Knobs::default().protocol - Protocol::CONFIGURE_MEM_SLOTS,
         ..Knobs::default()
     };
-    let peer = Peer::start(&lab.path("peer.sock"), knobs);
-    let server = serve(&lab, peer.socket());
-    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    let peer = Peer::start(&scratch.path().join("peer.sock"), knobs);
+    let disk = open(peer.socket());
+    let sharing = disk.sharing().unwrap();
+    let fixture = Fixture::new(disk, 1);
+    let mut driver = Driver::running(fixture.connect(), USUAL);
     assert_eq!(driver.write(0, &[1; 512]), OK);
     let before = peer.knobs().regions;
-    peer.set_mood(Mood::Hold);
-    let submit = |driver: &mut Driver, head: u16, at: u64| {
-        driver.memory.put(at, &[0; 1024]);
-        driver.header(at, T_OUT, 0);
-        let chain = [(at, 16, 0), (at + 512, 512, 0), (at + 16, 1, WRITE)];
-        driver.submit_on(0, head, &chain);
+    let held = |driver: &mut Driver, act: &mut dyn FnMut()| {
+        peer.set_mood(Mood::Hold);
+        driver.prepare(T_OUT, 0, &[(512, 0)]);
+        peer.wait_held(1);
+        act();
+        // Longer than requests in flight are waited for.
+        std::thread::sleep(Duration::from_secs(6));
+        peer.set_mood(Mood::Serve);
+        peer.release();
+        assert_eq!(driver.vrings[0].wait(&driver.memory).0, 0);
     };
-    submit(&mut driver, 0, DATA);
-    peer.wait_held(1);
-    // The server cannot have the new table while it has the request.
-    let half = MEMORY_BYTES / 2;
-    let parts = [0, half].map(|at| driver.memory.part(at, half));
-    vhost::VhostBackend::set_mem_table(&driver.frontend, &parts).unwrap();
-    submit(&mut driver, 3, DATA + 4096);
-    peer.wait_held(2);
-    assert_eq!(peer.knobs().regions, before);
-    // Nor when the memory of before could go.
-    let first = peer.knobs().held.remove(0);
-    let later = std::mem::replace(&mut peer.knobs().held, vec![first]);
-    peer.release();
-    std::thread::sleep(Duration::from_secs(6));
-    peer.knobs().held = later;
-    assert_eq!(peer.knobs().regions, before);
-    peer.set_mood(Mood::Serve);
-    peer.release();
-    eventually("the table is changed", || {
-        peer.knobs().regions == before + 1
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let mut shared = None;
+    held(&mut driver, &mut || {
+        let memory = MappedFile {
+            file: file.as_fd(),
+            offset_bytes: 0,
+            address: 0x10000,
+            len_bytes: 1 << 20,
+        };
+        shared = Some(sharing.share(memory).unwrap());
     });
-    for _ in 0..2 {
-        driver.vrings[0].wait(&driver.memory);
-    }
-    drop(driver);
-    server.stop().unwrap();
+    eventually("the server has it", || peer.knobs().regions == before + 1);
+    held(&mut driver, &mut || drop(shared.take()));
+    eventually("the server lets go of it", || {
+        peer.knobs().regions == before
+    });
+    assert_eq!(peer.knobs().connections, 1);
 }

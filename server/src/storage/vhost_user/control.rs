@@ -49,9 +49,7 @@ pub(super) struct Control {
     /// Whether the log says that the server is away.
     told_of_loss: bool,
     pub(super) told_of_slots: bool,
-    /// Regions that the server still has and must not, since requests took too long for another memory table.
-    pub(super) not_taken_back: Vec<u64>,
-    /// When the memory table is changed that could not be.
+    /// When the memory table is to be changed, which requests in flight have prevented.
     pub(super) next_table: Option<Instant>,
 }
 
@@ -85,7 +83,6 @@ impl Control {
             losses: Repeats::new(1),
             told_of_loss: false,
             told_of_slots: false,
-            not_taken_back: Vec::new(),
             next_table: None,
         }
     }
@@ -174,9 +171,6 @@ impl Control {
             if self.peer.is_none() && self.next_attempt.is_none_or(|at| Instant::now() >= at) {
                 self.connect_again();
             }
-            if self.next_table.is_some_and(|at| Instant::now() >= at) {
-                self.change_table();
-            }
             let ready = self.wait();
             if ready.bell {
                 let _ = rustix::io::read(&self.bell, &mut [0; 8]);
@@ -193,13 +187,16 @@ impl Control {
             } else if ready.message {
                 self.take_message();
             }
+            self.finish_table();
         }
     }
 
     /// Waits until there is something to do.
     fn wait(&self) -> Ready {
-        let limit = self.next_attempt.filter(|_| self.peer.is_none());
-        let limit = limit.into_iter().chain(self.next_table).min();
+        let limit = match self.peer {
+            None => self.next_attempt,
+            Some(_) => self.next_table,
+        };
         let limit = limit.map(|at| at.saturating_duration_since(Instant::now()));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
@@ -229,7 +226,10 @@ impl Control {
                 }
                 Ok(Order::Unshare(id)) => self.unshare(id),
                 Ok(Order::Look(answer)) => {
-                    let _ = answer.send(self.look(Tell::Nothing));
+                    if answer.send(self.look(Tell::Nothing)).is_err() {
+                        // It is not waited for any more.
+                        self.tell_change();
+                    }
                 }
                 Ok(Order::End) | Err(TryRecvError::Disconnected) => {
                     self.leave();
@@ -336,9 +336,6 @@ impl Control {
         self.peer = None;
         self.rings = None;
         self.mapped.clear();
-        for id in std::mem::take(&mut self.not_taken_back) {
-            self.shared.regions.forget(id);
-        }
         self.next_table = None;
         lost
     }
@@ -391,9 +388,12 @@ impl Control {
 
     fn note_size(&self, size_bytes: u64, tell: Tell) {
         let before = self.shared.size_bytes.swap(size_bytes, Ordering::Relaxed);
-        if before == size_bytes || tell == Tell::Nothing {
-            return;
+        if before != size_bytes && tell == Tell::Change {
+            self.tell_change();
         }
+    }
+
+    fn tell_change(&self) {
         let told = &self.shared.is_told_of_change;
         if let Some(tell) = self.shared.on_change.get()
             && !told.swap(true, Ordering::AcqRel)

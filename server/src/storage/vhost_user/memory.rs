@@ -145,6 +145,12 @@ impl Regions {
         self.entries().retain(|entry| entry.region.id != id);
     }
 
+    /// The server has these and no others: what is gone of the rest is forgotten.
+    pub(super) fn forget_gone(&self, mapped: &[Arc<Region>]) {
+        let has = |id| mapped.iter().any(|region| region.id == id);
+        (self.entries()).retain(|entry| !entry.is_gone || has(entry.region.id));
+    }
+
     /// Those that requests lie in and that were not refused, each with whether the server had it mapped; those that are
     /// gone are forgotten. For a server that has none of them.
     pub(super) fn present(&self) -> Vec<(Arc<Region>, bool)> {

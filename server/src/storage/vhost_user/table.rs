@@ -14,8 +14,10 @@ use super::memory::{RINGS_GUEST, Region};
 /// How long requests in flight are waited for where the memory table cannot be changed with them.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long requests have the server to themselves again after that.
-const TABLE_PAUSE: Duration = Duration::from_secs(10);
+/// The pause before it is tried again, and how long requests are held back then: one that the server does not answer must
+/// not hold up the rest.
+const TABLE_PAUSE: Duration = Duration::from_secs(2);
+const SHORT_DRAIN_LIMIT: Duration = Duration::from_millis(100);
 
 impl Control {
     /// Has a new server map all memory: what waiting requests may name, and what it takes of the rest.
@@ -89,6 +91,10 @@ impl Control {
 
     /// Has the server map a region, if there is a server with room for it.
     pub(super) fn share(&mut self, id: u64) {
+        self.share_within(id, DRAIN_LIMIT);
+    }
+
+    fn share_within(&mut self, id: u64, limit: Duration) {
         let Some((region, is_mapped)) = self.shared.regions.get(id) else {
             return;
         };
@@ -114,7 +120,7 @@ impl Control {
                 is_taken = peer.add(&described_region(&region))?;
                 Ok(())
             }),
-            false => self.replace_table(&mut is_taken),
+            false => self.replace_table(&mut is_taken, limit),
         };
         if is_done && is_taken {
             self.shared.regions.set_mapped(id);
@@ -125,7 +131,7 @@ impl Control {
             self.shared.regions.suspect(id);
         } else if !is_taken {
             self.refused(&region);
-            if !has_slots && !self.replace_table(&mut is_taken) {
+            if !has_slots && !self.replace_table(&mut is_taken, DRAIN_LIMIT) {
                 // What it has mapped now is not known.
                 self.lost("the server cannot be told what memory it had");
             }
@@ -139,37 +145,41 @@ impl Control {
             let has_slots = self.peer.as_ref().is_some_and(Peer::has_slots);
             let is_done = match has_slots {
                 true => self.with_peer(|peer| peer.remove(&described_region(&region))),
-                false => self.replace_table(&mut true),
+                false => self.replace_table(&mut true, DRAIN_LIMIT),
             };
             if !is_done && self.peer.is_some() {
-                self.not_taken_back.push(id);
+                // Requests took too long.
                 return;
             }
         }
         self.shared.regions.forget(id);
-        self.share_another();
+        self.share_left(DRAIN_LIMIT);
     }
 
-    /// Has the server map a region that it has not, if there is one and room for it.
-    fn share_another(&mut self) {
-        let left = self.shared.regions.not_mapped();
-        if let Some(id) = left.filter(|_| self.has_room()) {
-            self.share(id);
+    /// Changes the memory table, if requests in flight have prevented that and it is time to try again.
+    pub(super) fn finish_table(&mut self) {
+        if self.peer.is_some() && self.next_table.is_some_and(|at| Instant::now() >= at) {
+            self.next_table = None;
+            let mut is_taken = true;
+            if self.replace_table(&mut is_taken, SHORT_DRAIN_LIMIT) {
+                match is_taken {
+                    true => self.share_left(SHORT_DRAIN_LIMIT),
+                    // What it has mapped now is not known.
+                    false => self.lost("the server refuses memory that it had"),
+                }
+            }
         }
     }
 
-    /// Makes the change of the memory table for which requests took too long.
-    pub(super) fn change_table(&mut self) {
-        self.next_table = None;
-        if !self.not_taken_back.is_empty() {
-            if !self.replace_table(&mut true) {
-                return;
-            }
-            for id in std::mem::take(&mut self.not_taken_back) {
-                self.shared.regions.forget(id);
-            }
+    /// There may be room for regions that found none.
+    fn share_left(&mut self, limit: Duration) {
+        while self.next_table.is_none()
+            && self.has_room()
+            && let Some(id) = self.shared.regions.not_mapped()
+        {
+            // After this the server has it or has refused it, or there is no server, or it is tried again later.
+            self.share_within(id, limit);
         }
-        self.share_another();
     }
 
     fn has_room(&self) -> bool {
@@ -178,21 +188,23 @@ impl Control {
     }
 
     /// Replaces the memory table, when the server has no requests. Returns whether that was reached; if so, `is_taken`
-    /// becomes whether the server took it.
-    fn replace_table(&mut self, is_taken: &mut bool) -> bool {
+    /// becomes whether the server took it. If requests take longer than `limit`, it is tried again later.
+    fn replace_table(&mut self, is_taken: &mut bool, limit: Duration) -> bool {
         for queue in &self.shared.queues {
             queue.pause();
         }
         let table = self.table();
-        let is_drained = self.drain(DRAIN_LIMIT);
-        if !is_drained {
-            self.next_table = Instant::now().checked_add(TABLE_PAUSE);
-        }
+        let is_drained = self.drain(limit);
         let is_done = is_drained
             && self.with_peer(|peer| {
                 *is_taken = peer.set_table(&table)?;
                 Ok(())
             });
+        if !is_drained {
+            self.next_table = Instant::now().checked_add(TABLE_PAUSE);
+        } else if is_done && *is_taken {
+            self.shared.regions.forget_gone(&self.mapped);
+        }
         for queue in &self.shared.queues {
             queue.resume();
         }
