@@ -148,3 +148,33 @@ fn what_cannot_be_served_is_said_and_leaves_nothing() {
     server.stop().unwrap();
     is_over(&lab, &path);
 }
+
+#[test]
+fn a_backing_file_whose_format_would_be_guessed_is_refused() {
+    if !has_qemu() {
+        return;
+    }
+    let lab = sandbox();
+    let (base, top) = (lab.image("base.img", 1 << 20), lab.path("top.qcow2"));
+    let [base_text, top_text] = [&base, &top].map(|path| path.to_str().unwrap());
+    let options = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base_text];
+    qemu_img(&[&options[..], &[top_text]].concat());
+    // The header's word of the format is an end of its extensions now, as in images of old.
+    let mut image = std::fs::read(&top).unwrap();
+    let word = 0xe279_2acau32.to_be_bytes();
+    let at = image.windows(4).position(|bytes| bytes == word).unwrap();
+    image[at..at + 4].fill(0);
+    std::fs::write(&top, image).unwrap();
+    let spec = format!("d=qcow2:{top_text}");
+    let why = [
+        "does not say what format its backing file has",
+        "qemu-img rebase -u -F",
+    ];
+    lab.fails(&["serve", "--ublk", "no", &spec], 1, &why);
+    lab.is_clean();
+    let said = format!(
+        "{spec},backing.driver=raw,backing.file.driver=file,backing.file.filename={base_text}"
+    );
+    serve(&lab, &said).stop().unwrap();
+    is_over(&lab, &top);
+}

@@ -13,7 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -203,7 +203,11 @@ fn run(arguments: &[OsString], commands: &mut BufReader<UnixStream>) -> io::Resu
     let ended = pidfd_open(pid, PidfdFlags::empty())?;
     // It answers when it has done all that its arguments say. If it does not it has ended, as a rule.
     let mut monitor = Qmp::over(monitor);
-    if monitor.is_ok() {
+    if let Ok(monitor) = &mut monitor {
+        if let Some(why) = guessed_format(monitor, arguments) {
+            end(&mut child, ended.as_fd())?;
+            return Ok(Some(why));
+        }
         let _ = tell(commands.get_ref(), &Told::Ready);
     }
     loop {
@@ -227,6 +231,38 @@ fn run(arguments: &[OsString], commands: &mut BufReader<UnixStream>) -> io::Resu
         format!(": {}", last.strip_prefix(PREFIX).unwrap_or(&last))
     });
     Ok(Some(format!("{PROGRAM} ended ({status}){last}")))
+}
+
+/// Why the daemon must not serve what it has opened: the format of a backing file was guessed from its first bytes, which a
+/// guest may have written, and which then name any file.
+fn guessed_format(monitor: &mut Qmp, arguments: &[OsString]) -> Option<String> {
+    let nodes = monitor.command("query-named-block-nodes", json!({ "flat": true }));
+    let nodes = match nodes {
+        Ok(nodes) => nodes,
+        Err(error) => return Some(format!("{error:#}")),
+    };
+    let all = nodes
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|node| &node["image"]);
+    let mut guessed = all.filter(|image| {
+        image["backing-filename"].is_string() && !image["backing-filename-format"].is_string()
+    });
+    // In the options of the disk, one for each backing file.
+    let said = arguments.iter().map(|argument| argument.to_string_lossy());
+    let said: usize = said
+        .map(|argument| argument.matches("backing.driver=").count())
+        .sum();
+    let image = guessed.nth(said)?;
+    let name = |key: &str| image[key].as_str().unwrap_or("an image").to_owned();
+    Some(format!(
+        "{} does not say what format its backing file has, and a guest may have made it look like another one: \
+         qemu-img rebase -u -F FORMAT -b {} {}",
+        name("filename"),
+        name("backing-filename"),
+        name("filename")
+    ))
 }
 
 fn resize(monitor: Option<&mut Qmp>, line: &str) -> Result<(), String> {
@@ -275,6 +311,8 @@ pub(super) struct Keeper {
     child: Option<Child>,
     /// Closed, it ends the keeper.
     socket: UnixStream,
+    /// Whether its end is expected.
+    stopped: Arc<AtomicBool>,
 }
 
 impl Keeper {
@@ -292,7 +330,17 @@ impl Keeper {
             .process_group(0)
             .spawn()?;
         let child = Some(child);
-        Ok(Self { child, socket })
+        Ok(Self {
+            child,
+            socket,
+            stopped: Arc::default(),
+        })
+    }
+
+    /// Whether it was told to end.
+    pub(super) fn is_stopped(&self) -> impl Fn() -> bool + use<> {
+        let stopped = Arc::clone(&self.stopped);
+        move || stopped.load(Ordering::Acquire)
     }
 
     /// What it tells.
@@ -312,6 +360,7 @@ impl Keeper {
         let Some(mut child) = self.child.take() else {
             return;
         };
+        self.stopped.store(true, Ordering::Release);
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
         // It limits how long the daemon may take.
         let _ = child.wait();

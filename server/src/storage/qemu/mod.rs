@@ -97,6 +97,7 @@ impl Qemu {
         let cannot_start = |error: io::Error| failed(format!("cannot start its keeper: {error}"));
         let keeper = Keeper::start(&options.folder, &arguments).map_err(cannot_start)?;
         let all = keeper.told().map_err(cannot_start)?;
+        let is_stopped = keeper.is_stopped();
         let (first, told) = mpsc::channel();
         let (answers, answered) = mpsc::channel();
         let export = options.export.clone();
@@ -113,6 +114,12 @@ impl Qemu {
                         }
                     }
                 }
+            }
+            if !is_stopped() {
+                tracing::error!(
+                    export,
+                    "the process that starts {PROGRAM} has ended: requests wait until this server is started again"
+                );
             }
         };
         let thread = thread::Builder::new().name("qemu-daemon".into());
