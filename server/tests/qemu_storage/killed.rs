@@ -147,3 +147,65 @@ fn a_server_waits_until_the_daemon_of_the_one_before_has_ended() {
     next.stop().unwrap();
     is_over(&lab, &path);
 }
+
+/// What a service manager does with `KillSignal=SIGUSR2`, and all processes of a unit get it.
+#[test]
+fn a_signal_to_hand_over_ends_the_server_before_its_daemon() {
+    if !has_qemu() {
+        return;
+    }
+    let lab = sandbox();
+    let (path, spec) = image(&lab);
+    let server = serve(&lab, &spec);
+    let mut client = Client::connect(lab.connect("d"), USUAL);
+    assert!(client.start());
+    let ended = write(&mut client, 3);
+    finish(&mut client, ended);
+    let [daemon] = daemons(&lab)[..] else {
+        panic!("{:?}", daemons(&lab));
+    };
+    let status = std::fs::read_to_string(format!("/proc/{daemon}/status")).unwrap();
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    let keeper: i32 = parent.unwrap().trim().parse().unwrap();
+    for pid in [daemon, keeper] {
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::USR2).unwrap();
+    }
+    check(&mut client, 3);
+    assert_eq!(daemons(&lab), [daemon]);
+    let (status, log) = server.end_by(rustix::process::Signal::USR2).unwrap();
+    assert!(status.success(), "{log}");
+    assert!(daemons(&lab).is_empty());
+    let next = serve(&lab, &spec);
+    let mut client = client.reconnect(|| lab.connect("d"));
+    assert!(client.start());
+    check(&mut client, 3);
+    drop(client);
+    next.stop().unwrap();
+    is_over(&lab, &path);
+}
+
+#[test]
+fn a_resize_while_there_is_no_daemon_is_refused_and_the_next_daemon_comes() {
+    if !has_qemu() {
+        return;
+    }
+    let lab = sandbox();
+    let (path, spec) = image(&lab);
+    let server = serve(&lab, &spec);
+    let mut client = Client::connect(lab.connect("d"), USUAL);
+    assert!(client.start());
+    let aside = lab.path("aside");
+    std::fs::rename(&path, &aside).unwrap();
+    daemons(&lab).into_iter().for_each(kill);
+    eventually("it cannot be started", || {
+        server.log().contains("No such file")
+    });
+    lab.fails(&["resize", "d", "32M"], 1, &["d"]);
+    std::fs::rename(&aside, &path).unwrap();
+    assert_eq!(client.driver.read(0, 512).0, OK);
+    lab.ok(&["resize", "d", "32M"]);
+    drop(client);
+    server.stop().unwrap();
+    is_over(&lab, &path);
+}

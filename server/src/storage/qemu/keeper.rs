@@ -43,12 +43,19 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 /// How long the daemon may take to end after SIGTERM, at which it flushes what it has.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long one may take to end that has closed its monitor.
+const DEATH_LIMIT: Duration = Duration::from_secs(1);
+
 /// Pauses before the daemon is started again: the first, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// A daemon that ran so long is started again without a longer pause than the first.
 const GOOD_RUN: Duration = Duration::from_secs(10);
+
+/// What servers are told by service managers to hand over, or to read their configuration again: the daemon, which knows neither,
+/// would end without a flush.
+const HAND_OVER: [i32; 2] = [libc::SIGUSR1, libc::SIGUSR2];
 
 /// Names in the folder of an export.
 pub(super) const DISK: &str = "qemu-disk";
@@ -96,7 +103,8 @@ const RESIZE: &str = "resize ";
 /// When the process cannot be set up.
 pub fn keep(folder: &Path, arguments: &[OsString]) -> io::Result<()> {
     // A terminal's and a service manager's signals go to all processes; this one ends with its server.
-    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+    let others = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+    for signal in others.into_iter().chain(HAND_OVER) {
         signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
     }
     // The sockets are for this user alone.
@@ -118,7 +126,15 @@ pub fn keep(folder: &Path, arguments: &[OsString]) -> io::Result<()> {
         if started.elapsed() >= GOOD_RUN {
             pause = FIRST_PAUSE;
         }
-        if wait(&[server.as_fd()], pause)? == Some(0) {
+        let until = Instant::now() + pause;
+        let mut is_over = false;
+        while !is_over && Instant::now() < until {
+            let left = until.saturating_duration_since(Instant::now());
+            if wait(&[server.as_fd()], left)? == Some(0) {
+                is_over = !obey(&mut commands, None);
+            }
+        }
+        if is_over {
             break;
         }
         pause = (2 * pause).min(LONGEST_PAUSE);
@@ -174,13 +190,17 @@ fn run(arguments: &[OsString], commands: &mut BufReader<UnixStream>) -> io::Resu
         if unsafe { libc::dup2(monitors, MONITOR) } < 0 {
             return Err(io::Error::last_os_error());
         }
+        for signal in HAND_OVER {
+            // SAFETY: no handler is involved. It stays so in the daemon.
+            unsafe { libc::signal(signal, libc::SIG_IGN) };
+        }
         // It may have died before.
         match getppid() == Some(own) {
             true => Ok(()),
             false => Err(io::ErrorKind::BrokenPipe.into()),
         }
     };
-    // SAFETY: between fork and exec it makes three system calls and allocates nothing.
+    // SAFETY: between fork and exec it makes a few system calls and allocates nothing.
     unsafe { command.pre_exec(bind) };
     let mut child = match command.spawn() {
         Ok(child) => child,
@@ -202,27 +222,33 @@ fn run(arguments: &[OsString], commands: &mut BufReader<UnixStream>) -> io::Resu
     let pid = Pid::from_child(&child);
     let ended = pidfd_open(pid, PidfdFlags::empty())?;
     // It answers when it has done all that its arguments say. If it does not it has ended, as a rule.
-    let mut monitor = Qmp::over(monitor);
-    if let Ok(monitor) = &mut monitor {
-        if let Some(why) = guessed_format(monitor, arguments) {
-            end(&mut child, ended.as_fd())?;
-            return Ok(Some(why));
+    let mut monitor = match Qmp::over(monitor) {
+        Ok(mut monitor) => match guessed_format(&mut monitor, arguments) {
+            Some(why) => {
+                end(&mut child, ended.as_fd())?;
+                return Ok(Some(why));
+            }
+            None => Some(monitor),
+        },
+        Err(error) => {
+            if wait(&[ended.as_fd()], DEATH_LIMIT)?.is_none() {
+                end(&mut child, ended.as_fd())?;
+                return Ok(Some(format!("{PROGRAM} was ended: {error:#}")));
+            }
+            None
         }
+    };
+    if monitor.is_some() {
         let _ = tell(commands.get_ref(), &Told::Ready);
     }
     loop {
         let server = commands.get_ref().as_fd();
         match wait(&[server, ended.as_fd()], Duration::from_secs(3600))? {
-            Some(0) => {
-                let mut line = String::new();
-                if commands.read_line(&mut line).unwrap_or(0) == 0 {
-                    return end(&mut child, ended.as_fd()).map(|()| None);
-                }
-                let done = resize(monitor.as_mut().ok(), &line);
-                let _ = tell(commands.get_ref(), &Told::Resized(done));
+            Some(0) if !obey(commands, monitor.as_mut()) => {
+                return end(&mut child, ended.as_fd()).map(|()| None);
             }
-            Some(_) => break,
-            None => {}
+            Some(1) => break,
+            _ => {}
         }
     }
     let status = child.wait()?;
@@ -233,29 +259,49 @@ fn run(arguments: &[OsString], commands: &mut BufReader<UnixStream>) -> io::Resu
     Ok(Some(format!("{PROGRAM} ended ({status}){last}")))
 }
 
+/// Does what the server has asked for. False when that has gone.
+fn obey(commands: &mut BufReader<UnixStream>, mut monitor: Option<&mut Qmp>) -> bool {
+    loop {
+        let mut line = String::new();
+        if commands.read_line(&mut line).unwrap_or(0) == 0 {
+            return false;
+        }
+        let done = resize(monitor.as_deref_mut(), &line);
+        let _ = tell(commands.get_ref(), &Told::Resized(done));
+        if commands.buffer().is_empty() {
+            return true;
+        }
+    }
+}
+
 /// Why the daemon must not serve what it has opened: the format of a backing file was guessed from its first bytes, which a
 /// guest may have written, and which then name any file.
 fn guessed_format(monitor: &mut Qmp, arguments: &[OsString]) -> Option<String> {
-    let nodes = monitor.command("query-named-block-nodes", json!({ "flat": true }));
-    let nodes = match nodes {
+    let nodes = match monitor.command("query-named-block-nodes", json!({})) {
         Ok(nodes) => nodes,
         Err(error) => return Some(format!("{error:#}")),
     };
-    let all = nodes
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|node| &node["image"]);
-    let mut guessed = all.filter(|image| {
-        image["backing-filename"].is_string() && !image["backing-filename-format"].is_string()
-    });
-    // In the options of the disk, one for each backing file.
-    let said = arguments.iter().map(|argument| argument.to_string_lossy());
-    let said: usize = said
-        .map(|argument| argument.matches("backing.driver=").count())
-        .sum();
-    let image = guessed.nth(said)?;
-    let name = |key: &str| image[key].as_str().unwrap_or("an image").to_owned();
+    let nodes = nodes.as_array().map_or(&[][..], Vec::as_slice);
+    let disk = nodes.iter().find(|node| node["node-name"] == NODE);
+    // Those for which the options of the disk say it.
+    let mut said = Vec::new();
+    let (mut image, mut key) = (
+        disk.map(|disk| &disk["image"]),
+        String::from("backing.driver"),
+    );
+    while let Some(one) = image.filter(|image| image.is_object()) {
+        if has_key(arguments, &key) {
+            said.push(&one["filename"]);
+        }
+        image = Some(&one["backing-image"]);
+        key.insert_str(0, "backing.");
+    }
+    let guessed = nodes.iter().map(|node| &node["image"]).find(|image| {
+        image["backing-filename"].is_string()
+            && !image["backing-filename-format"].is_string()
+            && !said.contains(&&image["filename"])
+    })?;
+    let name = |key: &str| guessed[key].as_str().unwrap_or("an image").to_owned();
     Some(format!(
         "{} does not say what format its backing file has, and a guest may have made it look like another one: \
          qemu-img rebase -u -F FORMAT -b {} {}",
@@ -263,6 +309,19 @@ fn guessed_format(monitor: &mut Qmp, arguments: &[OsString]) -> Option<String> {
         name("backing-filename"),
         name("filename")
     ))
+}
+
+/// Whether the options of the disk have a key.
+fn has_key(arguments: &[OsString], key: &str) -> bool {
+    let disk = arguments.windows(2).find(|pair| pair[0] == "--blockdev");
+    disk.is_some_and(|pair| {
+        // Commas in values are written twice.
+        let options = pair[1].to_string_lossy().replace(",,", "");
+        let mut keys = options
+            .split(',')
+            .filter_map(|option| option.split_once('='));
+        keys.any(|(known, _)| known == key)
+    })
 }
 
 fn resize(monitor: Option<&mut Qmp>, line: &str) -> Result<(), String> {
