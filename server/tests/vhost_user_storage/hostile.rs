@@ -117,6 +117,10 @@ fn a_server_that_changes_its_size_all_the_time_is_followed_once_at_a_time() {
     assert_eq!(told.load(Ordering::Relaxed), 1);
     change(6);
     eventually("it is told again", || told.load(Ordering::Relaxed) == 2);
+    // The one who asked for another size does not follow.
+    peer.knobs().data.resize(32 << 20, 0);
+    disk.grow(Some(1 << 30)).unwrap_err();
+    assert_eq!(told.load(Ordering::Relaxed), 3);
 }
 
 #[test]

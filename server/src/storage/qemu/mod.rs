@@ -248,7 +248,7 @@ impl StorageControl for Qemu {
         let Some(wanted) = wanted_bytes else {
             return self.vhost.grow(None);
         };
-        let now = self.vhost.grow(None)?;
+        let now = self.limits().capacity.bytes();
         if wanted < now {
             return Err(io::Error::other(format!(
                 "{} has {} and does not shrink",

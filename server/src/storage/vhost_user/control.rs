@@ -228,7 +228,7 @@ impl Control {
                 Ok(Order::Look(answer)) => {
                     if answer.send(self.look(Tell::Nothing)).is_err() {
                         // It is not waited for any more.
-                        self.tell_change();
+                        self.shared.tell_change();
                     }
                 }
                 Ok(Order::End) | Err(TryRecvError::Disconnected) => {
@@ -389,16 +389,7 @@ impl Control {
     fn note_size(&self, size_bytes: u64, tell: Tell) {
         let before = self.shared.size_bytes.swap(size_bytes, Ordering::Relaxed);
         if before != size_bytes && tell == Tell::Change {
-            self.tell_change();
-        }
-    }
-
-    fn tell_change(&self) {
-        let told = &self.shared.is_told_of_change;
-        if let Some(tell) = self.shared.on_change.get()
-            && !told.swap(true, Ordering::AcqRel)
-        {
-            tell();
+            self.shared.tell_change();
         }
     }
 

@@ -287,11 +287,16 @@ impl StorageControl for VhostUser {
         };
         let found = found - found % block_bytes;
         match wanted_bytes {
-            Some(wanted) if wanted != found => Err(io::Error::other(format!(
-                "{} has {}: its size is changed at its server, and the disk follows",
-                self.shared.name(),
-                format_size(found)
-            ))),
+            Some(wanted) if wanted != found => {
+                if found != self.shared.capacity.bytes() {
+                    self.shared.tell_change();
+                }
+                Err(io::Error::other(format!(
+                    "{} has {}: its size is changed at its server, and the disk follows",
+                    self.shared.name(),
+                    format_size(found)
+                )))
+            }
             _ => Ok(found),
         }
     }

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::memory::{BUFFER_BYTES, Bounce, View};
 use super::shared::Shared;
-use super::virtqueue::{Virtqueue, notify};
+use super::virtqueue::{Listening, Virtqueue, notify};
 use super::vring::{Command, MAX_SEGMENTS, Segment};
 use crate::engine::StorageQueue;
 use crate::engine::inbox::Inbox;
@@ -264,32 +264,18 @@ impl VhostUserQueue {
         }
     }
 
-    /// Puts a poll of the call eventfd on the ring. Returns whether there is one.
+    /// Puts a poll of the call eventfd on the ring. Returns whether there is one, perhaps of a server that has gone.
     fn arm_call(&mut self, ring: &mut Ring) -> bool {
-        let call = self.virtqueue.call();
-        match &mut self.armed {
-            Some((armed, _)) if Arc::ptr_eq(armed, &call) => true,
-            // That of a server that has gone, which may keep it silent.
-            Some((_, is_cancelled)) => {
-                *is_cancelled = *is_cancelled || ring.cancel(token(CALL)).is_ok();
-                false
-            }
-            None => {
-                clear(&call);
-                let poll = opcode::PollAdd::new(types::Fd(call.as_raw_fd()), POLL_READABLE);
-                // SAFETY: `armed` keeps the descriptor open until the poll has ended, and the thread drains its ring
-                // before it drops the queue.
-                let is_armed = unsafe { ring.push(poll.build(), token(CALL)) }.is_ok();
-                self.armed = is_armed.then_some((call, false));
-                is_armed
-            }
+        if self.armed.is_none() {
+            let call = self.virtqueue.call();
+            clear(&call);
+            let poll = opcode::PollAdd::new(types::Fd(call.as_raw_fd()), POLL_READABLE);
+            // SAFETY: `armed` keeps the descriptor open until the poll has ended, and the thread drains its ring before it
+            // drops the queue.
+            let is_armed = unsafe { ring.push(poll.build(), token(CALL)) }.is_ok();
+            self.armed = is_armed.then_some((call, false));
         }
-    }
-
-    /// Whether the ring has a poll of the eventfd that the server notifies by.
-    fn hears_calls(&self) -> bool {
-        let call = self.virtqueue.call();
-        (self.armed.as_ref()).is_some_and(|(armed, _)| Arc::ptr_eq(armed, &call))
+        self.armed.is_some()
     }
 }
 
@@ -461,8 +447,19 @@ impl StorageQueue for VhostUserQueue {
             return false;
         }
         self.is_listening = true;
-        // After the thread has said that it sleeps.
-        !self.virtqueue.notify(true) && self.hears_calls()
+        let Some((call, is_cancelled)) = &mut self.armed else {
+            return false;
+        };
+        // After the thread has said that it sleeps: who changes the eventfd wakes it.
+        match self.virtqueue.listen(call) {
+            Listening::Sleep => true,
+            Listening::Used => false,
+            Listening::OtherCall => {
+                // The server that has gone may keep the old one silent.
+                *is_cancelled = *is_cancelled || ring.cancel(token(CALL)).is_ok();
+                false
+            }
+        }
     }
 
     fn rang(&mut self, ring: &mut Ring, kind: u16) {

@@ -123,6 +123,15 @@ impl Shared {
         }
     }
 
+    /// Tells the export that the disk has another size, once until it has looked.
+    pub(super) fn tell_change(&self) {
+        if let Some(tell) = self.on_change.get()
+            && !self.is_told_of_change.swap(true, Ordering::AcqRel)
+        {
+            tell();
+        }
+    }
+
     /// Asks the server how large the disk is.
     pub(super) fn look(&self, limit: Duration) -> Result<u64, String> {
         let (sender, answer) = mpsc::channel();

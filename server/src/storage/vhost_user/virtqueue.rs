@@ -84,6 +84,16 @@ struct State {
     flushes: Option<Arc<Flushes>>,
 }
 
+/// Whether a thread may sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Listening {
+    Sleep,
+    /// The server has used something.
+    Used,
+    /// There is another server, which notifies elsewhere.
+    OtherCall,
+}
+
 /// A virtqueue.
 #[derive(Debug)]
 pub(super) struct Virtqueue {
@@ -196,6 +206,20 @@ impl Virtqueue {
         match &state.live {
             Some(live) if on || !is_shared() => live.vring.notify(on),
             _ => state.has_used(),
+        }
+    }
+
+    /// Prepares for the sleep of a thread that hears of `call`.
+    pub(super) fn listen(&self, call: &Arc<EventFd>) -> Listening {
+        let state = self.state();
+        let has_used = state
+            .live
+            .as_ref()
+            .is_some_and(|live| live.vring.notify(true));
+        match Arc::ptr_eq(call, &state.call) {
+            false => Listening::OtherCall,
+            true if has_used => Listening::Used,
+            true => Listening::Sleep,
         }
     }
 
