@@ -164,7 +164,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
             self.begun = false;
             self.now_ns = None;
             let before = self.answered;
-            self.dispatch();
+            self.dispatch()?;
             let completed = self.answered - before;
             self.start_requests();
             let in_flight = self.in_flight + self.gate.len();
@@ -258,7 +258,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
     }
 
     /// Hands each completion of the batch to its owner.
-    fn dispatch(&mut self) {
+    fn dispatch(&mut self) -> io::Result<()> {
         // Taken out so that the owners can be called; put back with its capacity.
         let mut batch = std::mem::take(&mut self.batch);
         for completion in batch.drain(..) {
@@ -270,6 +270,12 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
                     let token = completion.token;
                     self.advance(token.index, token.kind, completion.result);
                 }
+                // A thread that nothing wakes would have to look again and again.
+                Owner::Bell if completion.result == -libc::EACCES => {
+                    return Err(io::Error::other(
+                        "the ring may not do what the storage is to wake the thread by",
+                    ));
+                }
                 Owner::Bell => self.storage.rang(&mut self.ring, completion.token.kind),
             }
         }
@@ -277,6 +283,7 @@ impl<D: DoorQueue, B: Storage> QueueThread<D, B> {
         while let Some((slot, result)) = self.storage.next_result() {
             self.advance(slot, 0, result);
         }
+        Ok(())
     }
 
     #[inline(always)]

@@ -14,7 +14,7 @@ use io_uring::{Builder, IoUring, cqueue, opcode, squeue};
 
 /// Operations on descriptors that are open already, and on what is under way. `Nop` and `Timeout` reach nothing;
 /// fault injection and tests use them.
-const OPERATIONS: [u8; 12] = [
+const OPERATIONS: [u8; 13] = [
     opcode::Nop::CODE,
     opcode::Read::CODE,
     opcode::Readv::CODE,
@@ -24,6 +24,7 @@ const OPERATIONS: [u8; 12] = [
     opcode::WriteFixed::CODE,
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
+    opcode::PollAdd::CODE,
     opcode::AsyncCancel::CODE,
     opcode::Timeout::CODE,
     // Of 80 bytes as well.

@@ -178,6 +178,43 @@ fn while_a_server_does_not_answer_other_exports_are_served() {
 }
 
 #[test]
+fn a_thread_sleeps_while_it_waits_for_the_other_server() {
+    let lab = sandbox();
+    let peer = Peer::start(&lab.path("peer.sock"), Knobs::default());
+    let server = serve(&lab, peer.socket());
+    let mut driver = Driver::running(lab.connect("d"), USUAL);
+    let sleeps = || {
+        let rounds = || stat(&lab)["vhost"]["counters"]["enters"].as_u64().unwrap();
+        eventually("the thread makes no system calls", || {
+            let before = rounds();
+            std::thread::sleep(Duration::from_millis(300));
+            rounds() == before
+        });
+    };
+    assert_eq!(driver.write(0, &[1; 512]), OK);
+    sleeps();
+    peer.set_mood(Mood::Hold);
+    offer(&mut driver, 2);
+    peer.wait_held(1);
+    sleeps();
+    peer.set_mood(Mood::Serve);
+    // It is woken by this server, and by the next.
+    peer.release();
+    assert_eq!(ended(&mut driver), OK);
+    sleeps();
+    peer.set_mood(Mood::Hold);
+    offer(&mut driver, 3);
+    peer.wait_held(1);
+    peer.set_mood(Mood::Serve);
+    peer.hang_up();
+    assert_eq!(ended(&mut driver), OK);
+    sleeps();
+    drop(driver);
+    server.stop().unwrap();
+    lab.is_clean();
+}
+
+#[test]
 fn a_server_that_is_stopped_holds_up_its_own_disk_alone() {
     let (behind, lab) = (sandbox(), sandbox());
     let image = behind.image("disk.img", 4 << 20);
