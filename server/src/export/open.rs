@@ -1,6 +1,7 @@
 //! Opening an export: its storage, its doors, and what an earlier server left of them.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::sync::{Arc, Once};
 
 use anyhow::{Context, Result, bail};
@@ -28,8 +29,7 @@ use crate::request::format_size;
 #[cfg(feature = "testing")]
 use crate::storage::Fault;
 use crate::storage::{
-    File, FileOptions, Memory, Null, Qemu, QemuOptions, Rbd, RbdOptions, VhostUser,
-    VhostUserOptions,
+    File, FileOptions, Memory, Null, Qemu, Rbd, RbdOptions, VhostUser, VhostUserOptions,
 };
 
 /// Largest discard and write-zeroes that clients of null and memory disks are told of.
@@ -103,31 +103,30 @@ impl Opening<'_> {
                 self.open(disk)
             }
             StorageSpec::Qemu(disk) => {
-                let disk = Qemu::open(&QemuOptions {
-                    export: config.name.clone(),
-                    disk: disk.clone(),
-                    folder: self.claim.folder().to_owned(),
-                    read_only: config.read_only,
-                    block_bytes: config.block_bytes,
-                    serial: config.serial,
-                    // As below.
-                    queues: config.queues.saturating_add(config.vhost_threads),
-                })?;
-                self.open(disk)
+                let folder = self.claim.folder();
+                // QEMU locks the image.
+                let options = self.vhost_user(Qemu::socket(folder), None);
+                self.open(Qemu::open(disk, folder, &options)?)
             }
             StorageSpec::VhostUser { socket } => {
-                let disk = VhostUser::open(&VhostUserOptions {
-                    export: config.name.clone(),
-                    socket: socket.clone(),
-                    locks: Some(self.dir.path().to_owned()),
-                    read_only: config.read_only,
-                    block_bytes: config.block_bytes,
-                    serial: config.serial,
-                    // Those of both doors.
-                    queues: config.queues.saturating_add(config.vhost_threads),
-                })?;
-                self.open(disk)
+                let locks = Some(self.dir.path().to_owned());
+                let options = self.vhost_user(socket.clone(), locks);
+                self.open(VhostUser::open(&options)?)
             }
+        }
+    }
+
+    fn vhost_user(&self, socket: PathBuf, locks: Option<PathBuf>) -> VhostUserOptions {
+        let config = self.config;
+        VhostUserOptions {
+            export: config.name.clone(),
+            socket,
+            locks,
+            read_only: config.read_only,
+            block_bytes: config.block_bytes,
+            serial: config.serial,
+            // Those of both doors.
+            queues: config.queues.saturating_add(config.vhost_threads),
         }
     }
 

@@ -24,6 +24,6 @@ pub use fault::{BadRule, Fault, Rule};
 pub use file::{CacheMode, File, FileOptions, ImageFormat, OpenError, identity, open_file};
 pub use memory::Memory;
 pub use null::Null;
-pub use qemu::{Qemu, QemuDisk, QemuError, QemuOptions, keep as keep_qemu};
+pub use qemu::{Qemu, QemuDisk, QemuError, keep as keep_qemu};
 pub use rbd::{Examined, ImageName, Rbd, RbdError, RbdOptions};
 pub use vhost_user::{VhostUser, VhostUserError, VhostUserOptions};

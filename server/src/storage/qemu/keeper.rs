@@ -5,12 +5,12 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,11 +24,11 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, getpid, getppid, kill_process, pidfd_open,
     set_parent_process_death_signal, umask,
 };
-
 use serde_json::json;
 
 use super::disk::{MONITOR, NODE};
 use crate::engine::qmp::Qmp;
+use crate::engine::wait::repeat_while;
 
 /// The program.
 pub(super) const PROGRAM: &str = "qemu-storage-daemon";
@@ -42,6 +42,10 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How long the daemon may take to end after SIGTERM, at which it flushes what it has.
 const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the keeper may take to end: its daemon may be opening an image, or giving it another size.
+const STOP_LIMIT: Duration = Duration::from_secs(75);
+const STOP_INTERVAL: Duration = Duration::from_millis(2);
 
 /// How long one may take to end that has closed its monitor.
 const DEATH_LIMIT: Duration = Duration::from_secs(1);
@@ -82,6 +86,14 @@ impl Told {
         }
     }
 
+    /// How the daemon ended, if that is told.
+    pub(super) fn end(self) -> Option<String> {
+        match self {
+            Self::Ended(why) => Some(why),
+            _ => None,
+        }
+    }
+
     fn parse(line: &str) -> Self {
         match line.split_once(' ').unwrap_or((line, "")) {
             ("ready", _) => Self::Ready,
@@ -94,6 +106,9 @@ impl Told {
 
 /// The command of a server that resizes the disk, before the number of bytes.
 const RESIZE: &str = "resize ";
+
+/// No command is longer.
+const COMMAND_BYTES: u64 = 64;
 
 /// Starts and watches a daemon until the other end of standard input, a socket, is closed. What happens is told there, and
 /// the disk resized when that is asked for: it is all that the server, which may be a guest's, can have done.
@@ -110,9 +125,17 @@ pub fn keep(folder: &Path, arguments: &[OsString]) -> io::Result<()> {
     // The sockets are for this user alone.
     umask(Mode::from_raw_mode(0o077));
     let server = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let Some(_lock) = lock(&folder.join(LOCK), &server)? else {
-        let why = "the qemu-storage-daemon of an earlier server still runs and does not end";
-        return tell(&server, &Told::Ended(why.into()));
+    let path = folder.join(LOCK);
+    let _lock = match lock(&path, &server) {
+        Ok(Some(lock)) => lock,
+        Ok(None) => {
+            let why = "the qemu-storage-daemon of an earlier server still runs and does not end";
+            return tell(&server, &Told::Ended(why.into()));
+        }
+        Err(error) => {
+            let why = format!("cannot lock {}: {error}", path.display());
+            return tell(&server, &Told::Ended(why));
+        }
     };
     let mut commands = BufReader::new(server.try_clone()?);
     let mut pause = FIRST_PAUSE;
@@ -155,7 +178,10 @@ fn lock(path: &Path, server: &UnixStream) -> io::Result<Option<File>> {
     while Instant::now() < deadline {
         let mut options = File::options();
         let options = options.write(true).create(true).truncate(false).mode(0o600);
-        let file = options.custom_flags(libc::O_NOFOLLOW).open(path)?;
+        // What a guest has put there that had taken a server over holds nothing up.
+        let file = options
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(path)?;
         let is_locked = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
         // Its holder before has removed it.
         let is_there = fs::metadata(path).is_ok_and(|there| {
@@ -263,7 +289,8 @@ fn run(arguments: &[OsString], commands: &mut BufReader<UnixStream>) -> io::Resu
 fn obey(commands: &mut BufReader<UnixStream>, mut monitor: Option<&mut Qmp>) -> bool {
     loop {
         let mut line = String::new();
-        if commands.read_line(&mut line).unwrap_or(0) == 0 {
+        let mut bounded = commands.by_ref().take(COMMAND_BYTES);
+        if bounded.read_line(&mut line).unwrap_or(0) == 0 {
             return false;
         }
         let done = resize(monitor.as_deref_mut(), &line);
@@ -376,7 +403,7 @@ pub(super) struct Keeper {
 
 impl Keeper {
     /// Starts a keeper, whose daemon has these arguments.
-    pub(super) fn start(folder: &PathBuf, arguments: &[OsString]) -> io::Result<Self> {
+    pub(super) fn start(folder: &Path, arguments: &[OsString]) -> io::Result<Self> {
         let (socket, theirs) = UnixStream::pair()?;
         let child = Command::new("/proc/self/exe")
             .arg("qemu-keeper")
@@ -421,8 +448,17 @@ impl Keeper {
         };
         self.stopped.store(true, Ordering::Release);
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
-        // It limits how long the daemon may take.
-        let _ = child.wait();
+        // It limits how long the daemon may take. In the sandbox it cannot be killed.
+        let ended = || child.try_wait();
+        let waited = repeat_while(STOP_LIMIT, STOP_INTERVAL, ended, |one| {
+            matches!(one, Ok(None))
+        });
+        if let Ok(None) = waited {
+            tracing::error!(
+                "{PROGRAM} and its keeper (process {}) do not end",
+                child.id()
+            );
+        }
     }
 }
 

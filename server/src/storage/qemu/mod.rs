@@ -11,7 +11,7 @@ mod keeper;
 
 use std::ffi::OsString;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -23,7 +23,7 @@ pub use keeper::keep;
 use super::vhost_user::{VhostUser, VhostUserError, VhostUserOptions, VhostUserQueue};
 use crate::engine::{Changed, Sharing, Storage, StorageControl};
 use crate::io::Ring;
-use crate::request::{Limits, Serial, format_size};
+use crate::request::{Limits, format_size};
 use keeper::{DISK, Keeper, PROGRAM, Told};
 
 /// How long the daemon may take to open the image, with what an earlier one takes to end.
@@ -32,27 +32,8 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 /// How long it may take to give the disk another size.
 const RESIZE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Virtqueues at most.
-const MAX_QUEUES: u16 = 16;
-
-/// A disk, and how it is to be served.
-#[derive(Clone, Debug)]
-pub struct QemuOptions {
-    /// The export, for the log.
-    pub export: String,
-    /// What QEMU opens.
-    pub disk: QemuDisk,
-    /// Folder for the daemon's sockets.
-    pub folder: PathBuf,
-    /// Without writes.
-    pub read_only: bool,
-    /// Size of the disk's blocks.
-    pub block_bytes: Option<u32>,
-    /// The disk's serial number.
-    pub serial: Serial,
-    /// Threads that are expected to use it.
-    pub queues: u16,
-}
+/// Virtqueues at most, as many as the storage uses.
+const MAX_QUEUES: u16 = super::vhost_user::MAX_QUEUES;
 
 /// Why a disk cannot be served. Each names it and says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -79,23 +60,34 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts a daemon and connects to it.
+    /// The socket of the daemon's disk, in the folder of an export.
+    #[must_use]
+    pub fn socket(folder: &Path) -> PathBuf {
+        folder.join(DISK)
+    }
+
+    /// Starts a daemon and connects to it. What it needs besides its [disk](Self::socket) is in the same folder.
     ///
     /// # Errors
     ///
     /// One line that names the disk, what is wrong and what to do.
-    pub fn open(options: &QemuOptions) -> Result<Self, QemuError> {
-        let name = options.disk.to_string();
+    pub fn open(
+        disk: &QemuDisk,
+        folder: &Path,
+        options: &VhostUserOptions,
+    ) -> Result<Self, QemuError> {
+        let name = disk.to_string();
         let failed = |why: String| QemuError::Daemon {
             disk: name.clone(),
             why,
         };
         Self::check_installed().map_err(failed)?;
-        let disk = options.folder.join(DISK);
-        let queues = options.queues.clamp(1, MAX_QUEUES);
-        let arguments = options.disk.arguments(&disk, (queues, options.read_only));
+        let arguments = disk.arguments(
+            &options.socket,
+            (options.queues.clamp(1, MAX_QUEUES), options.read_only),
+        );
         let cannot_start = |error: io::Error| failed(format!("cannot start its keeper: {error}"));
-        let keeper = Keeper::start(&options.folder, &arguments).map_err(cannot_start)?;
+        let keeper = Keeper::start(folder, &arguments).map_err(cannot_start)?;
         let all = keeper.told().map_err(cannot_start)?;
         let is_stopped = keeper.is_stopped();
         let (first, told) = mpsc::channel();
@@ -136,15 +128,12 @@ impl Qemu {
                 return Err(failed(format!("{PROGRAM} does not open it")));
             }
         }
-        let vhost = VhostUser::open(&VhostUserOptions {
-            export: options.export.clone(),
-            socket: disk,
-            // QEMU locks the image.
-            locks: None,
-            read_only: options.read_only,
-            block_bytes: options.block_bytes,
-            serial: options.serial,
-            queues,
+        let vhost = VhostUser::open(options).map_err(|error| {
+            // The daemon's own words are better.
+            match told.try_iter().find_map(Told::end) {
+                Some(why) => failed(with_hint(without_option(why, &arguments))),
+                None => error.into(),
+            }
         })?;
         drop(told);
         Ok(Self {

@@ -66,7 +66,7 @@ const END_LIMIT: Duration = Duration::from_secs(4);
 const END_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Virtqueues at most. Threads beyond that share them.
-const MAX_QUEUES: u16 = 16;
+pub(super) const MAX_QUEUES: u16 = 16;
 
 /// A server's disk, and how it is to be served.
 #[derive(Clone, Debug)]
