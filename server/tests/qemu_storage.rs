@@ -18,15 +18,13 @@ use std::process::{Command, Output};
 
 use testkit::sandbox::Sandbox;
 use testkit::server::Server;
+use testkit::shell::has_programs;
 
-/// Whether QEMU's programs are here.
-fn has_qemu() -> bool {
-    let found = ["qemu-storage-daemon", "qemu-img"]
-        .map(|program| Command::new(program).arg("--version").output().is_ok());
-    if found != [true; 2] {
-        eprintln!("not tested: no qemu-storage-daemon or qemu-img here");
-    }
-    found == [true; 2]
+use recorded::Client;
+
+/// A directory for servers, where QEMU's programs are.
+fn lab() -> Option<Sandbox> {
+    has_programs(&["qemu-storage-daemon", "qemu-img"]).then(common::sandbox)
 }
 
 fn qemu_img(arguments: &[&str]) -> Output {
@@ -36,11 +34,44 @@ fn qemu_img(arguments: &[&str]) -> Output {
 }
 
 /// An image of 16 MiB, and its SPEC as export `d`.
-fn image(lab: &Sandbox) -> (PathBuf, String) {
-    let path = lab.path("disk.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "16M"]);
-    let spec = format!("d=qcow2:{}", path.display());
-    (path, spec)
+struct Disk {
+    lab: Sandbox,
+    path: PathBuf,
+    spec: String,
+}
+
+impl Disk {
+    /// A new one, where that can be tested.
+    fn new() -> Option<Self> {
+        let lab = lab()?;
+        let path = lab.path("disk.qcow2");
+        qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "16M"]);
+        let spec = format!("d=qcow2:{}", path.display());
+        Some(Self { lab, path, spec })
+    }
+
+    fn serve(&self) -> Server {
+        serve(&self.lab, &self.spec)
+    }
+
+    /// Its server, and a client that has it.
+    fn serve_client(&self) -> (Server, Client) {
+        (self.serve(), rounds::client(&self.lab, common::USUAL))
+    }
+
+    /// Its only daemon.
+    fn daemon(&self) -> i32 {
+        let [daemon] = daemons(&self.lab)[..] else {
+            panic!("{:?}", daemons(&self.lab));
+        };
+        daemon
+    }
+
+    fn end(&self, client: Client, server: Server) {
+        drop(client);
+        server.stop().unwrap();
+        is_over(&self.lab, &self.path);
+    }
 }
 
 fn serve(lab: &Sandbox, spec: &str) -> Server {

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use testkit::shell::last_lines;
+use testkit::shell::{COMPLETE, last_lines};
 
 use crate::progress;
 use crate::report::{Outcome, TestResult, Totals, line, show};
@@ -227,6 +227,7 @@ pub fn test_workspace(repo: &Path) -> Result<(Totals, Option<TestResult>)> {
         "--target-dir",
     ])
     .arg(&target)
+    .env(COMPLETE, "1")
     .stdin(Stdio::null());
     let ran = progress::run("cargo test --workspace", test, &log, HOUR);
     let output = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;

@@ -1,6 +1,11 @@
 //! Rounds of writes to the same blocks, all at once, in which servers are killed.
 
-use std::time::Duration;
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+use std::time::{Duration, Instant};
+
+use testkit::sandbox::Sandbox;
+use testkit::server::Server;
 
 use crate::common::*;
 use crate::recorded::Client;
@@ -89,4 +94,50 @@ pub fn tell(pauses: &mut [Duration]) {
         "{} kills: a pause of {median:?} at the median, {longest:?} at the longest",
         pauses.len()
     );
+}
+
+/// Kills the server of export `d` in each round, while its client writes, and starts the next. The last server, and the client.
+pub fn kill_servers(
+    (lab, variable): (&Sandbox, &str),
+    (mut server, mut client): (Server, Client),
+    serve: impl Fn() -> Server,
+) -> (Server, Client) {
+    let mut pauses = Vec::new();
+    for round in 1..=kills(variable) {
+        let ended = write(&mut client, round);
+        server.kill().unwrap();
+        let died = Instant::now();
+        server = serve();
+        client = client.reconnect(|| lab.connect("d"));
+        assert!(client.start());
+        finish(&mut client, ended);
+        pauses.push(died.elapsed());
+        check(&mut client, round);
+    }
+    tell(&mut pauses);
+    (server, client)
+}
+
+/// Has another server take export `d` over while its client writes. That server, and the client.
+pub fn hand_over(
+    lab: &Sandbox,
+    (server, mut client): (Server, Client),
+    take_over: impl FnOnce() -> Server,
+) -> (Server, Client) {
+    let ended = write(&mut client, 7);
+    let next = take_over();
+    let (status, log) = server.wait().unwrap();
+    assert!(status.success(), "{log}");
+    client = client.reconnect(|| lab.connect("d"));
+    assert!(client.start());
+    finish(&mut client, ended);
+    check(&mut client, 7);
+    (next, client)
+}
+
+/// A client that has the disk of export `d`.
+pub fn client(lab: &Sandbox, features: u64) -> Client {
+    let mut client = Client::connect(lab.connect("d"), features);
+    assert!(client.start());
+    client
 }

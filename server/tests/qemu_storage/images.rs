@@ -4,15 +4,13 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 
 use crate::common::*;
-use crate::{daemons, has_qemu, image, is_over, kill, qemu_img, serve};
+use crate::{Disk, daemons, is_over, kill, lab, qemu_img, serve};
 
 #[test]
 fn an_image_is_read_written_flushed_discarded_and_grown() {
-    if !has_qemu() {
+    let Some(Disk { lab, path, spec }) = Disk::new() else {
         return;
-    }
-    let lab = sandbox();
-    let (path, spec) = image(&lab);
+    };
     let server = lab.serve(&["--sandbox=yes", "--ublk", "no", &spec]);
     let mut driver = Driver::running(lab.connect("d"), USUAL);
     assert_eq!(driver.write(8, &[5; 65536]), OK);
@@ -41,10 +39,7 @@ fn an_image_is_read_written_flushed_discarded_and_grown() {
 
 #[test]
 fn an_image_over_another_one_leaves_that_as_it_is() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
+    let Some(lab) = lab() else { return };
     let base = lab.image("base.img", 16 << 20);
     let file = fs::File::options().write(true).open(&base).unwrap();
     file.write_all_at(&[3; 8192], 4096).unwrap();
@@ -66,10 +61,7 @@ fn an_image_over_another_one_leaves_that_as_it_is() {
 
 #[test]
 fn an_encrypted_image_is_served_with_its_key_only() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
+    let Some(lab) = lab() else { return };
     let (path, key) = (lab.path("disk.luks"), lab.path("key"));
     fs::write(&key, "a key that is long enough").unwrap();
     let secret = format!("secret,id=k,file={}", key.display());
@@ -113,11 +105,9 @@ fn an_encrypted_image_is_served_with_its_key_only() {
 
 #[test]
 fn what_cannot_be_served_is_said_and_leaves_nothing() {
-    if !has_qemu() {
+    let Some(Disk { lab, path, spec }) = Disk::new() else {
         return;
-    }
-    let lab = sandbox();
-    let (path, spec) = image(&lab);
+    };
     let fails = |spec: &str, words: &[&str]| {
         lab.serve_fails(&["--ublk", "no", spec], 1, words);
         assert!(daemons(&lab).is_empty());
@@ -151,10 +141,7 @@ fn what_cannot_be_served_is_said_and_leaves_nothing() {
 
 #[test]
 fn a_backing_file_whose_format_would_be_guessed_is_refused() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
+    let Some(lab) = lab() else { return };
     let (base, top) = (lab.image("base.img", 1 << 20), lab.path("top.qcow2"));
     let [base_text, top_text] = [&base, &top].map(|path| path.to_str().unwrap());
     let options = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base_text];

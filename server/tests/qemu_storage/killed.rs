@@ -1,28 +1,14 @@
 //! Daemons and servers that are killed while a client writes.
 
-use std::time::Instant;
-
 use crate::common::*;
-use crate::recorded::Client;
 use crate::rounds::*;
-use crate::{daemons, has_qemu, image, is_over, kill, serve};
+use crate::{Disk, daemons, is_over, kill};
 
 #[test]
 fn a_client_loses_nothing_that_was_flushed_when_the_daemon_is_killed_again_and_again() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
-    let (path, spec) = image(&lab);
-    let server = serve(&lab, &spec);
-    let mut client = Client::connect(lab.connect("d"), USUAL);
-    assert!(client.start());
-    let kill_it = || {
-        let [daemon] = daemons(&lab)[..] else {
-            panic!("{:?}", daemons(&lab));
-        };
-        kill(daemon);
-    };
+    let Some(disk) = Disk::new() else { return };
+    let (server, mut client) = disk.serve_client();
+    let kill_it = || kill(disk.daemon());
     let mut failed_flushes = 0;
     for round in 1..=kills("QEMU_KILLS") {
         let ended = write(&mut client, round);
@@ -41,129 +27,89 @@ fn a_client_loses_nothing_that_was_flushed_when_the_daemon_is_killed_again_and_a
         check(&mut client, round);
     }
     eprintln!("{failed_flushes} flushes failed");
-    drop(client);
     let log = server.log();
     assert!(
         log.contains("qemu-storage-daemon ended (signal: 9"),
         "{log}"
     );
-    server.stop().unwrap();
-    is_over(&lab, &path);
+    disk.end(client, server);
 }
 
 #[test]
 fn a_client_loses_nothing_when_the_server_is_killed_again_and_again() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
-    let (path, spec) = image(&lab);
-    let mut server = serve(&lab, &spec);
-    let mut pauses = Vec::new();
-    let mut client = Client::connect(lab.connect("d"), USUAL);
-    assert!(client.start());
-    for round in 1..=kills("QEMU_KILLS") {
-        let ended = write(&mut client, round);
-        server.kill().unwrap();
-        let died = Instant::now();
-        server = serve(&lab, &spec);
-        assert_eq!(
-            daemons(&lab).len(),
-            1,
-            "one of the two servers has a daemon"
-        );
-        client = client.reconnect(|| lab.connect("d"));
-        assert!(client.start());
-        finish(&mut client, ended);
-        pauses.push(died.elapsed());
-        check(&mut client, round);
-    }
-    tell(&mut pauses);
-    drop(client);
-    server.stop().unwrap();
-    is_over(&lab, &path);
+    let Some(disk) = Disk::new() else { return };
+    let serve = || {
+        let server = disk.serve();
+        // One of the two servers has one.
+        disk.daemon();
+        server
+    };
+    let kills = (&disk.lab, "QEMU_KILLS");
+    let (server, client) = kill_servers(kills, disk.serve_client(), serve);
+    disk.end(client, server);
 }
 
 #[test]
 fn the_daemon_ends_with_a_server_that_is_killed() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
-    let (_, spec) = image(&lab);
-    let server = serve(&lab, &spec);
-    assert_eq!(daemons(&lab).len(), 1);
+    let Some(disk) = Disk::new() else { return };
+    let server = disk.serve();
+    disk.daemon();
     server.kill().unwrap();
-    eventually("the daemon ends", || daemons(&lab).is_empty());
+    eventually("the daemon ends", || daemons(&disk.lab).is_empty());
 }
 
 #[test]
 fn another_server_takes_over() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
-    let (path, spec) = image(&lab);
-    let server = serve(&lab, &spec);
-    let mut client = Client::connect(lab.connect("d"), USUAL);
-    assert!(client.start());
-    let ended = write(&mut client, 7);
-    let next = lab.serve(&["--take-over", "--ublk", "no", &spec]);
-    let (status, log) = server.wait().unwrap();
-    assert!(status.success(), "{log}");
-    client = client.reconnect(|| lab.connect("d"));
-    assert!(client.start());
-    finish(&mut client, ended);
-    check(&mut client, 7);
-    assert_eq!(daemons(&lab).len(), 1);
-    drop(client);
-    next.stop().unwrap();
-    is_over(&lab, &path);
+    let Some(disk) = Disk::new() else { return };
+    let options = ["--take-over", "--ublk", "no", &disk.spec];
+    let take_over = || disk.lab.serve(&options);
+    let (next, client) = hand_over(&disk.lab, disk.serve_client(), take_over);
+    disk.daemon();
+    disk.end(client, next);
 }
 
 #[test]
 fn a_server_waits_until_the_daemon_of_the_one_before_has_ended() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
-    let (path, spec) = image(&lab);
-    let server = serve(&lab, &spec);
-    server.kill().unwrap();
-    let lock = lab.path("run/exports/d/qemu.lock");
+    let Some(disk) = Disk::new() else { return };
+    disk.serve().kill().unwrap();
+    let lock = disk.lab.path("run/exports/d/qemu.lock");
     eventually("the daemon ends", || !lock.exists());
-    // As if it had not.
+    // What a guest could put there that has taken the server over: it is told, and waited for by no program.
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &lock,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    let serve = ["serve", "--ublk", "no", &disk.spec];
+    disk.lab.fails(&serve, 1, &["cannot lock", "qemu.lock"]);
+    std::fs::remove_file(&lock).unwrap();
+    // As if the daemon had not ended.
     let lock = std::fs::File::create(lock).unwrap();
     lock.lock().unwrap();
     let next = std::thread::scope(|scope| {
-        let next = scope.spawn(|| serve(&lab, &spec));
+        let next = scope.spawn(|| disk.serve());
         // Long enough for a daemon that does not wait.
         std::thread::sleep(std::time::Duration::from_millis(700));
-        assert!(daemons(&lab).is_empty());
+        assert!(daemons(&disk.lab).is_empty());
         drop(lock);
         next.join().unwrap()
     });
-    assert_eq!(daemons(&lab).len(), 1);
+    disk.daemon();
     next.stop().unwrap();
-    is_over(&lab, &path);
+    is_over(&disk.lab, &disk.path);
 }
 
 /// What a service manager does with `KillSignal=SIGUSR2`, and all processes of a unit get it.
 #[test]
 fn a_signal_to_hand_over_ends_the_server_before_its_daemon() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
-    let (path, spec) = image(&lab);
-    let server = serve(&lab, &spec);
-    let mut client = Client::connect(lab.connect("d"), USUAL);
-    assert!(client.start());
+    let Some(disk) = Disk::new() else { return };
+    let (server, mut client) = disk.serve_client();
     let ended = write(&mut client, 3);
     finish(&mut client, ended);
-    let [daemon] = daemons(&lab)[..] else {
-        panic!("{:?}", daemons(&lab));
-    };
+    let daemon = disk.daemon();
     let status = std::fs::read_to_string(format!("/proc/{daemon}/status")).unwrap();
     let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
     let keeper: i32 = parent.unwrap().trim().parse().unwrap();
@@ -172,40 +118,30 @@ fn a_signal_to_hand_over_ends_the_server_before_its_daemon() {
         rustix::process::kill_process(pid, rustix::process::Signal::USR2).unwrap();
     }
     check(&mut client, 3);
-    assert_eq!(daemons(&lab), [daemon]);
+    assert_eq!(daemons(&disk.lab), [daemon]);
     let (status, log) = server.end_by(rustix::process::Signal::USR2).unwrap();
     assert!(status.success(), "{log}");
-    assert!(daemons(&lab).is_empty());
-    let next = serve(&lab, &spec);
-    let mut client = client.reconnect(|| lab.connect("d"));
+    assert!(daemons(&disk.lab).is_empty());
+    let next = disk.serve();
+    let mut client = client.reconnect(|| disk.lab.connect("d"));
     assert!(client.start());
     check(&mut client, 3);
-    drop(client);
-    next.stop().unwrap();
-    is_over(&lab, &path);
+    disk.end(client, next);
 }
 
 #[test]
 fn a_resize_while_there_is_no_daemon_is_refused_and_the_next_daemon_comes() {
-    if !has_qemu() {
-        return;
-    }
-    let lab = sandbox();
-    let (path, spec) = image(&lab);
-    let server = serve(&lab, &spec);
-    let mut client = Client::connect(lab.connect("d"), USUAL);
-    assert!(client.start());
-    let aside = lab.path("aside");
-    std::fs::rename(&path, &aside).unwrap();
-    daemons(&lab).into_iter().for_each(kill);
+    let Some(disk) = Disk::new() else { return };
+    let (server, mut client) = disk.serve_client();
+    let aside = disk.lab.path("aside");
+    std::fs::rename(&disk.path, &aside).unwrap();
+    daemons(&disk.lab).into_iter().for_each(kill);
     eventually("it cannot be started", || {
         server.log().contains("No such file")
     });
-    lab.fails(&["resize", "d", "32M"], 1, &["d"]);
-    std::fs::rename(&aside, &path).unwrap();
+    disk.lab.fails(&["resize", "d", "32M"], 1, &["d"]);
+    std::fs::rename(&aside, &disk.path).unwrap();
     assert_eq!(client.driver.read(0, 512).0, OK);
-    lab.ok(&["resize", "d", "32M"]);
-    drop(client);
-    server.stop().unwrap();
-    is_over(&lab, &path);
+    disk.lab.ok(&["resize", "d", "32M"]);
+    disk.end(client, server);
 }

@@ -53,8 +53,7 @@ fn a_client_loses_nothing_when_the_server_behind_is_killed_again_and_again() {
     let pair = Pair::new();
     let mut behind = serve_behind(&pair.behind);
     let front = pair.serve_front();
-    let mut client = Client::connect(pair.front.connect("d"), USUAL);
-    assert!(client.start());
+    let mut client = client(&pair.front, USUAL);
     let mut pauses = Vec::new();
     for round in 1..=kills("VHOST_USER_KILLS") {
         let ended = write(&mut client, round);
@@ -73,19 +72,11 @@ fn a_client_loses_nothing_when_the_server_behind_is_killed_again_and_again() {
 fn the_server_in_front_hands_over_to_another_one() {
     let pair = Pair::new();
     let behind = serve_behind(&pair.behind);
-    let front = pair.serve_front();
-    let mut client = Client::connect(pair.front.connect("d"), USUAL);
-    assert!(client.start());
-    let ended = write(&mut client, 7);
+    let begun = (pair.serve_front(), client(&pair.front, USUAL));
     let socket = pair.behind.path("run/exports/p/vhost-user-blk");
     let spec = format!("d=vhost-user:{}", socket.display());
-    let next = pair.front.serve(&["--take-over", "--ublk", "no", &spec]);
-    let (status, log) = front.wait().unwrap();
-    assert!(status.success(), "{log}");
-    client = client.reconnect(|| pair.front.connect("d"));
-    assert!(client.start());
-    finish(&mut client, ended);
-    check(&mut client, 7);
+    let take_over = || pair.front.serve(&["--take-over", "--ublk", "no", &spec]);
+    let (next, client) = hand_over(&pair.front, begun, take_over);
     pair.end(client, next, behind);
 }
 
@@ -93,21 +84,8 @@ fn the_server_in_front_hands_over_to_another_one() {
 fn a_client_loses_nothing_when_the_server_in_front_is_killed_again_and_again() {
     let pair = Pair::new();
     let behind = serve_behind(&pair.behind);
-    let mut front = pair.serve_front();
-    let mut client = Client::connect(pair.front.connect("d"), USUAL);
-    assert!(client.start());
-    let mut pauses = Vec::new();
-    for round in 1..=kills("VHOST_USER_KILLS") {
-        let ended = write(&mut client, round);
-        front.kill().unwrap();
-        let died = Instant::now();
-        front = pair.serve_front();
-        client = client.reconnect(|| pair.front.connect("d"));
-        assert!(client.start());
-        finish(&mut client, ended);
-        pauses.push(died.elapsed());
-        check(&mut client, round);
-    }
-    tell(&mut pauses);
+    let begun = (pair.serve_front(), client(&pair.front, USUAL));
+    let kills = (&pair.front, "VHOST_USER_KILLS");
+    let (front, client) = kill_servers(kills, begun, || pair.serve_front());
     pair.end(client, front, behind);
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 use testkit::process::spawn_bound;
+use testkit::shell::has_programs;
 
 use crate::common::*;
 use crate::peer::{Knobs, Peer};
@@ -12,8 +13,11 @@ use crate::{open, serve, size_bytes};
 struct Daemon(Child);
 
 impl Daemon {
-    /// Serves an image at a socket, or says why that is not tested.
+    /// Serves an image at a socket, where that can be tested.
     fn start(image: &Path, socket: &Path) -> Option<Self> {
+        if !has_programs(&["qemu-storage-daemon"]) {
+            return None;
+        }
         let mut command = Command::new("qemu-storage-daemon");
         command
             .arg("--blockdev")
@@ -23,16 +27,9 @@ impl Daemon {
                 "vhost-user-blk,id=e,node-name=n,writable=on,addr.type=unix,addr.path={}",
                 socket.display()
             ));
-        match spawn_bound(&mut command) {
-            Ok(child) => {
-                eventually("qemu-storage-daemon listens", || socket.exists());
-                Some(Self(child))
-            }
-            Err(error) => {
-                eprintln!("not tested with qemu-storage-daemon: {error}");
-                None
-            }
-        }
+        let child = spawn_bound(&mut command).unwrap();
+        eventually("qemu-storage-daemon listens", || socket.exists());
+        Some(Self(child))
     }
 }
 

@@ -11,6 +11,33 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::process;
 
+/// The variable by which the lab says that it has installed what tests need.
+pub const COMPLETE: &str = "UBLKUP_TESTS_COMPLETE";
+
+/// Whether these programs are here; says which are not. A lack is a failure where the lab runs the tests.
+///
+/// # Panics
+/// The lab runs the tests and one is missing.
+#[must_use]
+pub fn has_programs(programs: &[&str]) -> bool {
+    let is_here = |program: &&&str| {
+        let mut command = Command::new(**program);
+        command.arg("--version").output().is_ok()
+    };
+    let missing: Vec<_> = programs
+        .iter()
+        .filter(|program| !is_here(program))
+        .collect();
+    assert!(
+        missing.is_empty() || std::env::var_os(COMPLETE).is_none(),
+        "missing: {missing:?}"
+    );
+    if !missing.is_empty() {
+        eprintln!("not tested: {missing:?} missing");
+    }
+    missing.is_empty()
+}
+
 /// A command being put together. Its standard input is empty, its output is
 /// kept, and it is killed when the limit (60 s unless said otherwise) passes.
 #[derive(Debug)]
