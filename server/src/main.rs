@@ -10,7 +10,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use ublkup::command::cli::{Cli, Command, Qemu, USAGE};
 use ublkup::command::{
-    add, client, complain, doctor, metrics, probe, qemu, reload, serve, shell, top, watch,
+    add, client, complain, doctor, metrics, probe, qemu, reload, serve, shell, snapshot, top, watch,
 };
 use ublkup::engine::log;
 use ublkup::export::explain;
@@ -101,6 +101,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             shrink,
             json,
         } => client::resize(&dir()?, &name, size, shrink, json),
+        Command::Snapshot(asked) => snapshot::run(&dir()?, &asked),
         Command::Set { name, options } => client::set(&dir()?, &name, &options),
         Command::Reload {
             server,

@@ -12,6 +12,8 @@ mod killed;
 mod recorded;
 #[path = "common/rounds.rs"]
 mod rounds;
+#[path = "qemu_storage/snapshots.rs"]
+mod snapshots;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

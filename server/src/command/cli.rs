@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::ArgValueCandidates;
 
 use super::names::{export_names, server_names};
@@ -61,6 +61,71 @@ pub struct Cli {
         default_value = "text"
     )]
     pub log_format: LogFormat,
+}
+
+/// The commands of `ublkup snapshot`.
+#[derive(Debug, Subcommand)]
+pub enum Snapshot {
+    /// Keep what the disk holds now as FILE; requests wait for a moment
+    ///
+    /// FILE is the image as it was, and must not be changed from then on: a new image over it has its place. A guest that
+    /// has a file system mounted should have it frozen meanwhile (fsfreeze), or FILE is like the disk of a machine that lost
+    /// power.
+    Create {
+        /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
+        name: String,
+        /// The snapshot, a new file on the file system of the image
+        file: PathBuf,
+    },
+    /// Write what was written since a snapshot into it, which then is the image again
+    ///
+    /// The disk holds what it held; the snapshot is gone. Other images over the snapshot are destroyed by that. If the command
+    /// is interrupted, merging goes on, and the same command finishes it.
+    Commit {
+        /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
+        name: String,
+        /// The snapshot, the backing file of the image
+        file: PathBuf,
+    },
+    /// End merging that a commit has begun; the image stays over its snapshot
+    ///
+    /// What was written into the snapshot so far is in it: it is no picture of the moment any more.
+    Cancel {
+        /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
+        name: String,
+    },
+    /// Write what the disk holds now into a file of its own, by a snapshot that is merged again
+    Backup {
+        /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
+        name: String,
+        /// The backup, a new file
+        file: PathBuf,
+        /// Format of the backup
+        #[arg(long, value_enum, default_value = "qcow2")]
+        format: BackupFormat,
+    },
+    /// List the image and the files that it lies over
+    List {
+        /// The export
+        #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]
+        name: String,
+        /// Print JSON, as qemu-img info does
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What a backup can be.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum BackupFormat {
+    /// Compact
+    Qcow2,
+    /// The disk's bytes, with holes
+    Raw,
 }
 
 /// The commands.
@@ -127,6 +192,12 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Make snapshots of a qcow2 image while it is served, merge them again, and make backups
+    ///
+    /// For exports of `qcow2:`. The export keeps the path of its image: a snapshot is what the disk held, in a file of
+    /// another name, and the image is a new one over it, with what is written from then on.
+    #[command(subcommand)]
+    Snapshot(Snapshot),
     /// Change options of an export while it is served
     ///
     /// The limits (iops-total, bps-read, …) and reconnect-grace can be changed; recover and the commands that follow

@@ -232,7 +232,7 @@ pub fn set(dir: &RuntimeDir, name: &str, options: &[(String, String)]) -> Result
 }
 
 /// The admin socket of an export.
-fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
+pub(super) fn served(dir: &RuntimeDir, name: &str) -> Result<PathBuf> {
     check_name(name)?;
     let folder = dir.folder(name);
     let control = folder.join(CONTROL);

@@ -124,6 +124,35 @@ const PAGES: &[Page] = &[
         exit_status: &[],
     },
     Page {
+        name: "ublkup-snapshot",
+        examples: &[
+            (
+                "Keep what a disk holds before an upgrade of its guest:",
+                &["ublkup snapshot create vm7 /srv/vm7-before.qcow2"],
+            ),
+            (
+                "It went well: the snapshot is not needed any more:",
+                &["ublkup snapshot commit vm7 /srv/vm7-before.qcow2"],
+            ),
+            (
+                "It did not: go back, with the guest stopped:",
+                &[
+                    "ublkup stop vm7",
+                    "mv /srv/vm7-before.qcow2 /srv/vm7.qcow2",
+                    "ublkup serve vm7=qcow2:/srv/vm7.qcow2",
+                ],
+            ),
+            (
+                "Make a backup of a guest that runs:",
+                &["ublkup snapshot backup vm7 /backup/vm7.qcow2"],
+            ),
+        ],
+        exit_status: &[(
+            "1",
+            "failed: the message says whether the disk is as before",
+        )],
+    },
+    Page {
         name: "ublkup-set",
         examples: &[
             (
@@ -329,8 +358,9 @@ const OTHERS: [(&str, &str); 2] = [
 pub(super) fn write_pages(command: Command, folder: &Path) -> io::Result<()> {
     let mut command = command.disable_help_subcommand(true);
     command.build();
-    let commands = command.get_subcommands().filter(|one| !one.is_hide_set());
-    for one in commands.chain([&command]) {
+    let mut pages = vec![&command];
+    while let Some(one) = pages.pop() {
+        pages.extend(one.get_subcommands().filter(|one| !one.is_hide_set()));
         let man = Man::new(one.clone());
         fs::write(folder.join(man.get_filename()), page(&man, one)?)?;
     }
@@ -352,7 +382,7 @@ fn page(man: &Man, command: &Command) -> io::Result<Vec<u8>> {
         man.render_subcommands_section(&mut text)?;
     }
     let name = command.get_display_name().unwrap_or(command.get_name());
-    let serves = has_commands || matches!(name, "ublkup-serve" | "ublkup-recover");
+    let serves = matches!(name, "ublkup" | "ublkup-serve" | "ublkup-recover");
     let mut roff = Roff::new();
     let page = PAGES.iter().find(|page| page.name == name);
     if let Some(page) = page {

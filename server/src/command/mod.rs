@@ -21,6 +21,7 @@ pub mod serve_args;
 mod service;
 pub mod shell;
 mod signals;
+pub mod snapshot;
 pub mod top;
 pub mod watch;
 

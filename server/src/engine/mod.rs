@@ -33,6 +33,7 @@ pub mod events;
 pub mod inbox;
 pub mod io_flusher;
 pub mod latency;
+pub mod line;
 mod listen;
 pub mod log;
 pub mod mailbox;
@@ -56,4 +57,7 @@ pub use end::End;
 pub use listen::{Accept, listen};
 pub use sharing::{MappedFile, SharedMemory, Sharing};
 pub use spawn::{Spawned, spawn_queue};
-pub use storage::{Changed, Fenced, RingBuffers, Storage, StorageControl, StorageQueue};
+pub use storage::{
+    Changed, Fenced, RingBuffers, SnapshotProgress, SnapshotStep, Storage, StorageControl,
+    StorageQueue,
+};

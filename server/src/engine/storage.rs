@@ -1,6 +1,7 @@
 //! What doors and queue threads need of a storage.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,50 @@ pub type Fenced = Box<dyn Fn(String) + Send + Sync>;
 
 /// Called, from any thread, when another program may have changed a storage's size. It does not wait.
 pub type Changed = Box<dyn Fn() + Send + Sync>;
+
+/// The steps of a snapshot. The program that asks for them exchanges the image's file between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotStep {
+    /// Flush the image, and write nothing to it any more: requests wait.
+    Begin,
+    /// Write what the image has over its backing file into that, or say how far that is.
+    Merge,
+    /// When all is merged: write nothing to the image any more; requests wait.
+    Finish,
+    /// End merging. The image is what it was.
+    Cancel,
+    /// Serve the requests again, from the image that is there now.
+    Resume,
+}
+
+impl SnapshotStep {
+    /// What has been done, for the log.
+    #[must_use]
+    pub fn past(self) -> &'static str {
+        match self {
+            Self::Begin => "the image is flushed, requests wait",
+            Self::Merge => "the image is being merged",
+            Self::Finish => "the image is merged, requests wait",
+            Self::Cancel => "merging was ended",
+            Self::Resume => "requests are served again",
+        }
+    }
+}
+
+/// How far a step of a snapshot is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SnapshotProgress {
+    /// Bytes that were merged.
+    pub done_bytes: u64,
+    /// Of how many. Writes of clients add to them.
+    pub total_bytes: u64,
+    /// Whether all are, and those that clients write are merged at once.
+    pub is_ready: bool,
+    /// Why requests still wait: the image that is there cannot be served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
+}
 
 /// A disk as a whole: what does not concern a single request.
 pub trait StorageControl: Send + Sync + 'static {
@@ -70,6 +115,23 @@ pub trait StorageControl: Send + Sync + 'static {
     /// When that cannot be done.
     fn cut(&self, _capacity_bytes: u64) -> io::Result<()> {
         Err(io::Error::other("this disk cannot shrink"))
+    }
+
+    /// Does a step of a snapshot. Whoever asks for the first [`SnapshotStep::Merge`] has to show a descriptor of the backing
+    /// file that can be written. Returns what there is to say: to `Merge`, how many bytes of how many are merged, and whether
+    /// it is ready.
+    ///
+    /// # Errors
+    ///
+    /// When the storage has no snapshots, or the step cannot be done.
+    fn snapshot(
+        &self,
+        _step: SnapshotStep,
+        _proof: Option<OwnedFd>,
+    ) -> io::Result<SnapshotProgress> {
+        Err(io::Error::other(
+            "snapshots are made of images of qcow2: (those of Ceph by rbd snap create, of others by their file system)",
+        ))
     }
 
     /// Claims storage that was opened without a claim: no other process may write to it. Returns whether it was

@@ -1,6 +1,7 @@
 //! What an export answers at its admin socket.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use crate::engine::counters::CounterSet;
 use crate::engine::events::{self, What};
 use crate::engine::throttle::RateLimits;
 use crate::engine::wait::repeat_while;
+use crate::engine::{SnapshotProgress, SnapshotStep};
 use crate::engine::{log, sandbox};
 use crate::request::MAX_DISK_BYTES;
 use crate::request::format_size;
@@ -302,6 +304,17 @@ impl admin::Service for Shared {
     fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized> {
         let one = self.resizing();
         self.resize_alone(&one, size_bytes, shrink)
+    }
+
+    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> Result<SnapshotProgress> {
+        let _one = self.resizing();
+        let storage = (self.storage().clone()).context("it is being stopped")?;
+        ensure!(!self.limits.read_only, "it is served without writes");
+        let done = storage.snapshot(step, proof)?;
+        if step != SnapshotStep::Merge {
+            tracing::info!("{}: snapshot: {}", self.config.name, step.past());
+        }
+        Ok(done)
     }
 
     fn set(&self, mut options: BTreeMap<String, String>) -> Result<()> {

@@ -289,7 +289,7 @@ impl Answerer for Server {
                 self.lets(&client, &export),
                 "'{name}' has other users than this socket: ask at its own"
             );
-            return admin::answer_for(&*export, request.command);
+            return admin::answer_for(&*export, request.command, client);
         }
         let answer = match request.command {
             Command::Server {} => serde_json::to_value(self.status(&client)),
@@ -313,6 +313,7 @@ impl Answerer for Server {
             Command::Stop { .. }
             | Command::Leave {}
             | Command::Resize { .. }
+            | Command::Snapshot { .. }
             | Command::Set { .. } => {
                 bail!("of which export? Give its name as \"export\"")
             }

@@ -24,6 +24,9 @@ pub use fault::{BadRule, Fault, Rule};
 pub use file::{CacheMode, File, FileOptions, ImageFormat, OpenError, identity, open_file};
 pub use memory::Memory;
 pub use null::Null;
-pub use qemu::{Qemu, QemuDisk, QemuError, keep as keep_qemu};
+pub use qemu::{
+    HELD_LIMIT, NEW_IMAGE, Qemu, QemuDisk, QemuError, image_of as qemu_image_of, keep as keep_qemu,
+    lock_image as lock_qemu_image,
+};
 pub use rbd::{Examined, ImageName, Rbd, RbdError, RbdOptions};
 pub use vhost_user::{VhostUser, VhostUserError, VhostUserOptions};

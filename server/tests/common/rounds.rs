@@ -20,7 +20,7 @@ fn memory_of(block: u16) -> u64 {
 }
 
 /// What a block holds after a round.
-fn pattern(round: u32, block: u16) -> Vec<u8> {
+pub fn pattern(round: u32, block: u16) -> Vec<u8> {
     let seed = u64::from(round) << 32 | u64::from(block) << 16;
     let words = (0..LEN as u64 / 8).map(|at| (seed | at).to_le_bytes());
     words.flatten().collect()

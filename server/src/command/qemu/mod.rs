@@ -15,5 +15,7 @@ mod memory;
 
 mod words;
 
+pub(super) use words::quote;
+
 pub use launch::{Launch, launch};
 pub use live::{Move, move_disk};

@@ -12,14 +12,15 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Deserialize;
 use upgrade_proto::{Peer, connect_within};
 
-use super::line::{read_line, send_line};
 use super::protocol::{
     Changed, Command, ExportStatus, Left, MAX_ANSWER_BYTES, NewExport, OPEN_INTERVAL, OPEN_LIMIT,
     Opened, Request, Resized, ServerStatus, Stopped, StreamLine, Wanted, Wants, answer_with,
     understand,
 };
 use crate::door::ublk::openers_of;
+use crate::engine::line::{read_line, send_line};
 use crate::engine::wait::repeat_while;
+use crate::engine::{SnapshotProgress, SnapshotStep};
 
 /// What takes longer than this is a delay.
 const DELAY: Duration = Duration::from_secs(5);
@@ -83,6 +84,30 @@ pub fn resize(
     limit: Duration,
 ) -> Result<Resized> {
     ask(path, Command::Resize { size_bytes, shrink }, limit)
+}
+
+/// Has an export do a step of a snapshot.
+///
+/// # Errors
+///
+/// When the server refuses or does not answer.
+pub fn snapshot(
+    path: &Path,
+    step: SnapshotStep,
+    proof: Option<BorrowedFd<'_>>,
+    limit: Duration,
+) -> Result<SnapshotProgress> {
+    let asked = (Command::Snapshot { step }, proof.as_slice());
+    ask_patiently(path, asked, limit, || {})
+}
+
+/// The process that answers at an admin socket, as the kernel tells it.
+///
+/// # Errors
+///
+/// When it cannot be connected to.
+pub fn server_process(path: &Path, limit: Duration) -> Result<i32> {
+    Ok(Peer::of(&connect_within(path, limit)?)?.pid)
 }
 
 /// Changes options of an export while it is served.

@@ -2,14 +2,15 @@
 //! docs/admin.md has the protocol.
 
 mod client;
-mod line;
 mod protocol;
 mod server;
 mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use client::{Help, Watch, add, leave, resize, server, set, stat, stop, watch};
+pub use client::{
+    Help, Watch, add, leave, resize, server, server_process, set, snapshot, stat, stop, watch,
+};
 pub use protocol::{
     AllStatus, Command, ExportStatus, HandedOver, NewExport, OPEN_INTERVAL, OPEN_LIMIT,
     RefusalStatus, Request, Resized, SCHEMA, ServerStatus, SessionStatus, StreamLine, UblkStatus,

@@ -12,6 +12,7 @@ use crate::config::SavedExport;
 use crate::door::ownership::{KeptFor, OwnershipState};
 use crate::door::ublk::DataPath;
 use crate::door::vhost::SessionState;
+use crate::engine::SnapshotStep;
 use crate::engine::counters::Totals;
 use crate::engine::latency::Latency;
 use crate::engine::sandbox;
@@ -104,6 +105,12 @@ pub enum Command {
         size_bytes: Option<u64>,
         /// Whether something may be cut off.
         shrink: bool,
+    },
+    /// Do a step of a snapshot of its image. The first `merge` comes with a descriptor of the backing file that can be
+    /// written.
+    Snapshot {
+        /// Which.
+        step: SnapshotStep,
     },
     /// Change options while it is served.
     Set {

@@ -13,7 +13,6 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use upgrade_proto::Peer;
 
-use super::line::read_line;
 use super::protocol::{
     Changed, Command, ExportStatus, Left, MAX_LINE_BYTES, Opened, Request, Resized, Stopped,
     Wanted, Wants, answer_with, understand,
@@ -21,8 +20,10 @@ use super::protocol::{
 use super::stream;
 use crate::engine::event_loop::Registration;
 use crate::engine::events::{Ender, Reader};
+use crate::engine::line::read_line;
 use crate::engine::listen;
 use crate::engine::socket::{Socket, SocketAccess};
+use crate::engine::{SnapshotProgress, SnapshotStep};
 
 /// How long a client may take to say what it wants, and to read the answer.
 const CLIENT_LIMIT: Duration = Duration::from_secs(5);
@@ -83,12 +84,12 @@ impl Client {
 }
 
 impl<S: Service> Answerer for S {
-    fn answer(&self, request: Request, _: Client) -> Result<Reply> {
+    fn answer(&self, request: Request, client: Client) -> Result<Reply> {
         let name = self.name();
         if let Some(other) = request.export.filter(|export| export != name) {
             bail!("this is the admin socket of '{name}', not of '{other}'");
         }
-        answer_for(self, request.command)
+        answer_for(self, request.command, client)
     }
 }
 
@@ -97,7 +98,7 @@ impl<S: Service> Answerer for S {
 /// # Errors
 ///
 /// Why not.
-pub fn answer_for(export: &impl Service, command: Command) -> Result<Reply> {
+pub fn answer_for(export: &impl Service, command: Command, client: Client) -> Result<Reply> {
     let answer = match command {
         Command::Stat {} => serde_json::to_value(export.status()),
         Command::Stop { force, openers } => {
@@ -110,6 +111,10 @@ pub fn answer_for(export: &impl Service, command: Command) -> Result<Reply> {
         }
         Command::Resize { size_bytes, shrink } => {
             serde_json::to_value(export.resize(size_bytes, shrink)?)
+        }
+        Command::Snapshot { step } => {
+            let proof = client.descriptors.into_iter().next();
+            serde_json::to_value(export.snapshot(step, proof)?)
         }
         Command::Set { options } => {
             export.set(options)?;
@@ -138,6 +143,12 @@ pub trait Service: Send + Sync + 'static {
     ///
     /// Why it keeps its size.
     fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized>;
+    /// Answers `snapshot`, which may come with a descriptor.
+    ///
+    /// # Errors
+    ///
+    /// Why the step is not done.
+    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> Result<SnapshotProgress>;
     /// Answers `stop`: returns when the export is gone. `openers` are the processes that have the block device open.
     ///
     /// # Errors

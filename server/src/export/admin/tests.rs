@@ -11,6 +11,8 @@ use anyhow::{Context, Result};
 use super::*;
 use crate::door::ownership::OwnershipState;
 use crate::engine::socket::SocketAccess;
+use crate::engine::{SnapshotProgress, SnapshotStep};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 #[derive(Default)]
@@ -29,6 +31,10 @@ impl Service for Slow {
     }
     fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized> {
         self.0.resize(size_bytes, shrink)
+    }
+
+    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> Result<SnapshotProgress> {
+        self.0.snapshot(step, proof)
     }
     fn stop(&self, _: bool, _: Option<String>) -> Result<()> {
         self.2.fetch_add(1, Ordering::SeqCst);
@@ -82,6 +88,10 @@ impl Service for Fake {
             untold_clients: 0,
         })
     }
+    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> Result<SnapshotProgress> {
+        anyhow::ensure!(step == SnapshotStep::Merge && proof.is_some(), "no");
+        Ok(SnapshotProgress::default())
+    }
     fn stop(&self, force: bool, _: Option<String>) -> Result<()> {
         anyhow::ensure!(force, "in use");
         self.0.store(true, Ordering::SeqCst);
@@ -113,6 +123,9 @@ fn commands_are_answered_and_nonsense_is_refused() {
     set(&path, one("depth"), LIMIT).unwrap();
     let refused = set(&path, one("x"), LIMIT).unwrap_err();
     assert_eq!(refused.to_string(), "unknown");
+    let (proof, _other_end) = std::io::pipe().unwrap();
+    snapshot(&path, SnapshotStep::Merge, Some(proof.as_fd()), LIMIT).unwrap();
+    assert!(snapshot(&path, SnapshotStep::Merge, None, LIMIT).is_err());
     assert_eq!(leave(&path, LIMIT).unwrap_err().to_string(), "not yet");
     assert_eq!(
         stop(&path, false, LIMIT, || {}).unwrap_err().to_string(),

@@ -3,11 +3,28 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::storage::range_lock;
 
 /// The node that is exported.
 pub(super) const NODE: &str = "disk";
+
+/// The export of the daemon.
+pub(super) const EXPORT: &str = "export";
+
+/// What follows the name of an image in that of the one that is to replace it.
+pub const NEW_IMAGE: &str = ".ublkup-new";
+
+/// The bytes that QEMU locks in images (`docs/system/qemu-block-drivers.rst.inc`, "Disk image file locking"): from, and how many.
+const QEMU_LOCKS: (i64, i64) = (100, 200);
+
+/// How long the disk has no daemon at most, while its image is being exchanged.
+pub const HELD_LIMIT: Duration = Duration::from_secs(10);
 
 /// The descriptor by which the daemon has its monitor.
 pub(super) const MONITOR: RawFd = 100;
@@ -139,7 +156,7 @@ impl QemuDisk {
         add(
             "--export",
             format!(
-                "type=vhost-user-blk,id=export,node-name={NODE},addr.type=unix,addr.path={disk},writable={writable},\
+                "type=vhost-user-blk,id={EXPORT},node-name={NODE},addr.type=unix,addr.path={disk},writable={writable},\
                  num-queues={queues}"
             ),
         );
@@ -163,6 +180,44 @@ impl fmt::Display for QemuDisk {
         parts.extend(options.map(|(key, value)| format!("{key}={}", commas(value))));
         write!(f, "{kind}:{}", parts.join(","))
     }
+}
+
+/// The options of `--blockdev` in the arguments of a daemon.
+pub(super) fn blockdev(arguments: &[OsString]) -> BTreeMap<String, String> {
+    let pair = arguments.windows(2).find(|pair| pair[0] == "--blockdev");
+    let text = pair.map_or_else(Default::default, |pair| pair[1].to_string_lossy());
+    // Commas in values are written twice; no argument has a NUL.
+    let text = text.replace(",,", "\0");
+    let options = text.split(',').filter_map(|option| option.split_once('='));
+    options
+        .map(|(key, value)| (key.to_owned(), value.replace('\0', ",")))
+        .collect()
+}
+
+/// The file of a qcow2 image that the server may exchange for another: one that has all in that file, and in its backing files.
+#[must_use]
+pub fn image_of(arguments: &[OsString]) -> Option<String> {
+    let mut options = blockdev(arguments);
+    let is = |key: &str, value: &str| options.get(key).is_some_and(|is| is == value);
+    let is_plain = is("driver", "qcow2") && is("file.driver", "file");
+    let is_other = |key: &String| {
+        ["backing", "encrypt", "data-file", "read-only"]
+            .iter()
+            .any(|other| key.starts_with(other))
+    };
+    let is_plain = is_plain && !options.keys().any(is_other);
+    is_plain.then(|| options.remove("file.filename")).flatten()
+}
+
+/// Locks an image, so that no QEMU opens it as long as the file that is returned is open.
+///
+/// # Errors
+///
+/// When a program has it open.
+pub fn lock_image(image: &Path) -> io::Result<File> {
+    let file = File::options().read(true).write(true).open(image)?;
+    range_lock::set(&file, range_lock::Lock::Write, QEMU_LOCKS)?;
+    Ok(file)
 }
 
 /// Commas in values are written twice, by QEMU as by SPECs.

@@ -5,8 +5,8 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -17,7 +17,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, flock};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{
@@ -26,9 +25,14 @@ use rustix::process::{
 };
 use serde_json::json;
 
-use super::disk::{MONITOR, NODE};
+use super::disk::{HELD_LIMIT, MONITOR, NODE};
+use super::format::guessed_format;
+use super::messages::{Heard, ORDER_LIMIT, Order, Told, hear, tell, wait};
+use super::snapshot::{Done, Snapshot};
+use crate::engine::line::send_line;
 use crate::engine::qmp::Qmp;
 use crate::engine::wait::repeat_while;
+use crate::engine::{SnapshotProgress, SnapshotStep};
 
 /// The program.
 pub(super) const PROGRAM: &str = "qemu-storage-daemon";
@@ -65,53 +69,20 @@ const HAND_OVER: [i32; 2] = [libc::SIGUSR1, libc::SIGUSR2];
 pub(super) const DISK: &str = "qemu-disk";
 const LOCK: &str = "qemu.lock";
 
-/// What the keeper tells its server, a line each.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Told {
-    /// The daemon serves the disk.
-    Ready,
-    /// It has ended, or was never there.
-    Ended(String),
-    /// The answer to [`Keeper::resize`].
-    Resized(Result<(), String>),
+/// What the keeper does when a daemon has ended.
+enum Then {
+    /// It is started again after a pause: how it ended.
+    Restart(String),
+    /// It has not served the image. It is started again after a pause, if it was not started to end a snapshot.
+    NotStarted(String),
+    /// It was ended for a snapshot, with all flushed: it is started again when that is said, or after a while.
+    Hold,
+    /// The server is gone.
+    End,
 }
-
-impl Told {
-    fn line(&self) -> String {
-        match self {
-            Self::Ready => "ready\n".into(),
-            Self::Ended(why) => format!("ended {why}\n"),
-            Self::Resized(Ok(())) => "resized\n".into(),
-            Self::Resized(Err(why)) => format!("refused {why}\n"),
-        }
-    }
-
-    /// How the daemon ended, if that is told.
-    pub(super) fn end(self) -> Option<String> {
-        match self {
-            Self::Ended(why) => Some(why),
-            _ => None,
-        }
-    }
-
-    fn parse(line: &str) -> Self {
-        match line.split_once(' ').unwrap_or((line, "")) {
-            ("ready", _) => Self::Ready,
-            ("resized", _) => Self::Resized(Ok(())),
-            ("refused", why) => Self::Resized(Err(why.into())),
-            (_, why) => Self::Ended(why.into()),
-        }
-    }
-}
-
-/// The command of a server that resizes the disk, before the number of bytes.
-const RESIZE: &str = "resize ";
-
-/// No command is longer.
-const COMMAND_BYTES: u64 = 64;
 
 /// Starts and watches a daemon until the other end of standard input, a socket, is closed. What happens is told there, and
-/// the disk resized when that is asked for: it is all that the server, which may be a guest's, can have done.
+/// an [`Order`] done when it comes: it is all that the server, which may be a guest's, can have done.
 ///
 /// # Errors
 ///
@@ -137,30 +108,47 @@ pub fn keep(folder: &Path, arguments: &[OsString]) -> io::Result<()> {
             return tell(&server, &Told::Ended(why));
         }
     };
-    let mut commands = BufReader::new(server.try_clone()?);
+    let daemon = Daemon {
+        arguments,
+        server: &server,
+    };
     let mut pause = FIRST_PAUSE;
+    // Whether the server waits for the daemon to serve what was exchanged.
+    let mut is_asked = false;
     loop {
         let started = Instant::now();
-        let Some(end) = run(arguments, &mut commands)? else {
-            break;
+        let why = match daemon.run(is_asked)? {
+            Then::End => break,
+            Then::Restart(why) => Some(why),
+            Then::NotStarted(why) if !is_asked => Some(why),
+            Then::NotStarted(why) => {
+                let failed = SnapshotProgress {
+                    failed: Some(why),
+                    ..SnapshotProgress::default()
+                };
+                // The server may have gone.
+                let _ = tell(&server, &Told::Answer(Ok(failed)));
+                None
+            }
+            Then::Hold => None,
         };
-        // The server may have gone.
-        let _ = tell(&server, &Told::Ended(end));
-        if started.elapsed() >= GOOD_RUN {
-            pause = FIRST_PAUSE;
-        }
-        let until = Instant::now() + pause;
-        let mut is_over = false;
-        while !is_over && Instant::now() < until {
-            let left = until.saturating_duration_since(Instant::now());
-            if wait(&[server.as_fd()], left)? == Some(0) {
-                is_over = !obey(&mut commands, None);
+        match why {
+            None => match hold(&server)? {
+                Resumed::Gone => break,
+                resumed => is_asked = resumed == Resumed::Asked,
+            },
+            Some(why) => {
+                is_asked = false;
+                let _ = tell(&server, &Told::Ended(why));
+                if started.elapsed() >= GOOD_RUN {
+                    pause = FIRST_PAUSE;
+                }
+                if !refuse_all(&server, pause)? {
+                    break;
+                }
+                pause = (2 * pause).min(LONGEST_PAUSE);
             }
         }
-        if is_over {
-            break;
-        }
-        pause = (2 * pause).min(LONGEST_PAUSE);
     }
     for name in [DISK, LOCK] {
         let _ = fs::remove_file(folder.join(name));
@@ -168,8 +156,44 @@ pub fn keep(folder: &Path, arguments: &[OsString]) -> io::Result<()> {
     Ok(())
 }
 
-fn tell(mut server: &UnixStream, told: &Told) -> io::Result<()> {
-    server.write_all(told.line().as_bytes())
+/// How a pause for a snapshot ended.
+#[derive(PartialEq, Eq)]
+enum Resumed {
+    Asked,
+    /// It lasted too long.
+    Late,
+    /// The server is gone.
+    Gone,
+}
+
+/// Waits until the daemon is to be started again.
+fn hold(server: &UnixStream) -> io::Result<Resumed> {
+    let until = Instant::now() + HELD_LIMIT;
+    loop {
+        match hear(server, until)? {
+            Heard::Gone => return Ok(Resumed::Gone),
+            Heard::Nothing => return Ok(Resumed::Late),
+            Heard::Order(Order::Snapshot(SnapshotStep::Resume), _) => return Ok(Resumed::Asked),
+            Heard::Order(..) => refuse(server),
+        }
+    }
+}
+
+/// Waits so long, and refuses what is asked meanwhile. False when the server has gone.
+fn refuse_all(server: &UnixStream, pause: Duration) -> io::Result<bool> {
+    let until = Instant::now() + pause;
+    loop {
+        match hear(server, until)? {
+            Heard::Gone => return Ok(false),
+            Heard::Nothing => return Ok(true),
+            Heard::Order(..) => refuse(server),
+        }
+    }
+}
+
+fn refuse(server: &UnixStream) {
+    let why = format!("there is no {PROGRAM} at present");
+    let _ = tell(server, &Told::Answer(Err(why)));
 }
 
 /// Takes the lock, which is inherited by the daemon. `None`: another one has it for too long, or the server is gone.
@@ -199,166 +223,152 @@ fn lock(path: &Path, server: &UnixStream) -> io::Result<Option<File>> {
     Ok(None)
 }
 
-/// Runs the daemon. Returns how it ended; `None` when it was ended because the server is gone.
-fn run(arguments: &[OsString], commands: &mut BufReader<UnixStream>) -> io::Result<Option<String>> {
-    let (monitor, theirs) = UnixStream::pair()?;
-    let mut command = Command::new(PROGRAM);
-    command
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let own = getpid();
-    let monitors = theirs.as_raw_fd();
-    let bind = move || {
-        set_parent_process_death_signal(Some(Signal::TERM))?;
-        // SAFETY: nothing else has this number: the process has a handful of descriptors.
-        if unsafe { libc::dup2(monitors, MONITOR) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        for signal in HAND_OVER {
-            // SAFETY: no handler is involved. It stays so in the daemon.
-            unsafe { libc::signal(signal, libc::SIG_IGN) };
-        }
-        // It may have died before.
-        match getppid() == Some(own) {
-            true => Ok(()),
-            false => Err(io::ErrorKind::BrokenPipe.into()),
-        }
-    };
-    // SAFETY: between fork and exec it makes a few system calls and allocates nothing.
-    unsafe { command.pre_exec(bind) };
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => return Ok(Some(format!("cannot start {PROGRAM}: {error}"))),
-    };
-    // The other end is the daemon's alone.
-    drop(theirs);
-    let words = child.stderr.take().map(|words| {
-        thread::spawn(move || {
-            let lines = BufReader::new(words).lines().map_while(Result::ok);
-            let lines = lines.filter(|line| !line.trim().is_empty());
-            // Hints come after an error, without its prefix.
-            lines.reduce(|last, line| match is_error(&last) && !is_error(&line) {
-                true => last,
-                false => line,
+/// What a daemon is run with.
+struct Daemon<'a> {
+    arguments: &'a [OsString],
+    server: &'a UnixStream,
+}
+
+impl Daemon<'_> {
+    /// Runs a daemon until it ends, or has to. Its start is an answer to the server if that has asked for it.
+    fn run(&self, is_asked: bool) -> io::Result<Then> {
+        let arguments = self.arguments;
+        let (monitor, theirs) = UnixStream::pair()?;
+        let mut command = Command::new(PROGRAM);
+        command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let own = getpid();
+        let monitors = theirs.as_raw_fd();
+        let bind = move || {
+            set_parent_process_death_signal(Some(Signal::TERM))?;
+            // SAFETY: nothing else has this number: the process has a handful of descriptors.
+            if unsafe { libc::dup2(monitors, MONITOR) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            for signal in HAND_OVER {
+                // SAFETY: no handler is involved. It stays so in the daemon.
+                unsafe { libc::signal(signal, libc::SIG_IGN) };
+            }
+            // It may have died before.
+            match getppid() == Some(own) {
+                true => Ok(()),
+                false => Err(io::ErrorKind::BrokenPipe.into()),
+            }
+        };
+        // SAFETY: between fork and exec it makes a few system calls and allocates nothing.
+        unsafe { command.pre_exec(bind) };
+        let mut child = match command.spawn() {
+            Ok(child) => child,
+            Err(error) => return Ok(Then::NotStarted(format!("cannot start {PROGRAM}: {error}"))),
+        };
+        // The other end is the daemon's alone.
+        drop(theirs);
+        let words = child.stderr.take().map(|words| {
+            thread::spawn(move || {
+                let lines = BufReader::new(words).lines().map_while(Result::ok);
+                let lines = lines.filter(|line| !line.trim().is_empty());
+                // Hints come after an error, without its prefix.
+                lines.reduce(|last, line| match is_error(&last) && !is_error(&line) {
+                    true => last,
+                    false => line,
+                })
             })
+        });
+        let pid = Pid::from_child(&child);
+        let ended = pidfd_open(pid, PidfdFlags::empty())?;
+        // It answers when it has done all that its arguments say. If it does not it has ended, as a rule.
+        let mut monitor = match Qmp::over(monitor) {
+            Ok(mut monitor) => match guessed_format(&mut monitor, arguments) {
+                Some(why) => {
+                    end(&mut child, ended.as_fd())?;
+                    return Ok(Then::NotStarted(why));
+                }
+                None => Some(monitor),
+            },
+            Err(error) => {
+                if wait(&[ended.as_fd()], DEATH_LIMIT)?.is_none() {
+                    end(&mut child, ended.as_fd())?;
+                    return Ok(Then::NotStarted(format!("{PROGRAM} was ended: {error:#}")));
+                }
+                None
+            }
+        };
+        if monitor.is_some() {
+            let _ = tell(self.server, &Told::Ready);
+            if is_asked {
+                let _ = tell(self.server, &Told::Answer(Ok(SnapshotProgress::default())));
+            }
+        }
+        loop {
+            match wait(
+                &[self.server.as_fd(), ended.as_fd()],
+                Duration::from_secs(3600),
+            )? {
+                Some(0) => {
+                    let (order, descriptors) =
+                        match hear(self.server, Instant::now() + ORDER_LIMIT)? {
+                            Heard::Nothing => continue,
+                            Heard::Gone => {
+                                end(&mut child, ended.as_fd())?;
+                                return Ok(Then::End);
+                            }
+                            Heard::Order(order, descriptors) => (order, descriptors),
+                        };
+                    let done = match &mut monitor {
+                        Some(monitor) => obey(monitor, arguments, order, &descriptors),
+                        None => Done::Answer(Err("it does not answer at its monitor".into())),
+                    };
+                    match done {
+                        Done::Answer(answer) => {
+                            let _ = tell(self.server, &Told::Answer(answer));
+                        }
+                        Done::Flushed => {
+                            end(&mut child, ended.as_fd())?;
+                            let _ =
+                                tell(self.server, &Told::Answer(Ok(SnapshotProgress::default())));
+                            return Ok(Then::Hold);
+                        }
+                        Done::Failed(why) => {
+                            let _ = tell(self.server, &Told::Answer(Err(why.clone())));
+                            end(&mut child, ended.as_fd())?;
+                            return Ok(Then::Restart(format!("{PROGRAM} was ended: {why}")));
+                        }
+                    }
+                }
+                Some(1) => break,
+                _ => {}
+            }
+        }
+        let status = child.wait()?;
+        let last = words.and_then(|words| words.join().ok()).flatten();
+        let last = last.map_or(String::new(), |last| {
+            format!(": {}", last.strip_prefix(PREFIX).unwrap_or(&last))
+        });
+        let why = format!("{PROGRAM} ended ({status}){last}");
+        Ok(match monitor {
+            Some(_) => Then::Restart(why),
+            None => Then::NotStarted(why),
         })
-    });
-    let pid = Pid::from_child(&child);
-    let ended = pidfd_open(pid, PidfdFlags::empty())?;
-    // It answers when it has done all that its arguments say. If it does not it has ended, as a rule.
-    let mut monitor = match Qmp::over(monitor) {
-        Ok(mut monitor) => match guessed_format(&mut monitor, arguments) {
-            Some(why) => {
-                end(&mut child, ended.as_fd())?;
-                return Ok(Some(why));
-            }
-            None => Some(monitor),
-        },
-        Err(error) => {
-            if wait(&[ended.as_fd()], DEATH_LIMIT)?.is_none() {
-                end(&mut child, ended.as_fd())?;
-                return Ok(Some(format!("{PROGRAM} was ended: {error:#}")));
-            }
-            None
-        }
-    };
-    if monitor.is_some() {
-        let _ = tell(commands.get_ref(), &Told::Ready);
-    }
-    loop {
-        let server = commands.get_ref().as_fd();
-        match wait(&[server, ended.as_fd()], Duration::from_secs(3600))? {
-            Some(0) if !obey(commands, monitor.as_mut()) => {
-                return end(&mut child, ended.as_fd()).map(|()| None);
-            }
-            Some(1) => break,
-            _ => {}
-        }
-    }
-    let status = child.wait()?;
-    let last = words.and_then(|words| words.join().ok()).flatten();
-    let last = last.map_or(String::new(), |last| {
-        format!(": {}", last.strip_prefix(PREFIX).unwrap_or(&last))
-    });
-    Ok(Some(format!("{PROGRAM} ended ({status}){last}")))
-}
-
-/// Does what the server has asked for. False when that has gone.
-fn obey(commands: &mut BufReader<UnixStream>, mut monitor: Option<&mut Qmp>) -> bool {
-    loop {
-        let mut line = String::new();
-        let mut bounded = commands.by_ref().take(COMMAND_BYTES);
-        if bounded.read_line(&mut line).unwrap_or(0) == 0 {
-            return false;
-        }
-        let done = resize(monitor.as_deref_mut(), &line);
-        let _ = tell(commands.get_ref(), &Told::Resized(done));
-        if commands.buffer().is_empty() {
-            return true;
-        }
     }
 }
 
-/// Why the daemon must not serve what it has opened: the format of a backing file was guessed from its first bytes, which a
-/// guest may have written, and which then name any file.
-fn guessed_format(monitor: &mut Qmp, arguments: &[OsString]) -> Option<String> {
-    let nodes = match monitor.command("query-named-block-nodes", json!({})) {
-        Ok(nodes) => nodes,
-        Err(error) => return Some(format!("{error:#}")),
-    };
-    let nodes = nodes.as_array().map_or(&[][..], Vec::as_slice);
-    let disk = nodes.iter().find(|node| node["node-name"] == NODE);
-    // Those for which the options of the disk say it.
-    let mut said = Vec::new();
-    let (mut image, mut key) = (
-        disk.map(|disk| &disk["image"]),
-        String::from("backing.driver"),
-    );
-    while let Some(one) = image.filter(|image| image.is_object()) {
-        if has_key(arguments, &key) {
-            said.push(&one["filename"]);
+/// Does what the server has asked for.
+fn obey(monitor: &mut Qmp, arguments: &[OsString], order: Order, descriptors: &[OwnedFd]) -> Done {
+    match order {
+        Order::Resize(size_bytes) => {
+            let resize = json!({ "node-name": NODE, "size": size_bytes });
+            let resized = monitor.command("block_resize", resize);
+            Done::Answer(
+                resized
+                    .map(|_| SnapshotProgress::default())
+                    .map_err(|error| format!("{error:#}")),
+            )
         }
-        image = Some(&one["backing-image"]);
-        key.insert_str(0, "backing.");
+        Order::Snapshot(step) => Snapshot { monitor, arguments }.step(step, descriptors),
     }
-    let guessed = nodes.iter().map(|node| &node["image"]).find(|image| {
-        image["backing-filename"].is_string()
-            && !image["backing-filename-format"].is_string()
-            && !said.contains(&&image["filename"])
-    })?;
-    let name = |key: &str| guessed[key].as_str().unwrap_or("an image").to_owned();
-    Some(format!(
-        "{} does not say what format its backing file has, and a guest may have made it look like another one: \
-         qemu-img rebase -u -F FORMAT -b {} {}",
-        name("filename"),
-        name("backing-filename"),
-        name("filename")
-    ))
-}
-
-/// Whether the options of the disk have a key.
-fn has_key(arguments: &[OsString], key: &str) -> bool {
-    let disk = arguments.windows(2).find(|pair| pair[0] == "--blockdev");
-    disk.is_some_and(|pair| {
-        // Commas in values are written twice.
-        let options = pair[1].to_string_lossy().replace(",,", "");
-        let mut keys = options
-            .split(',')
-            .filter_map(|option| option.split_once('='));
-        keys.any(|(known, _)| known == key)
-    })
-}
-
-fn resize(monitor: Option<&mut Qmp>, line: &str) -> Result<(), String> {
-    let size: Option<u64> = line
-        .strip_prefix(RESIZE)
-        .and_then(|size| size.trim().parse().ok());
-    let size = size.ok_or("a command that is not known")?;
-    let monitor = monitor.ok_or("the daemon does not answer at its monitor")?;
-    let resized = monitor.command("block_resize", json!({ "node-name": NODE, "size": size }));
-    resized.map(drop).map_err(|error| format!("{error:#}"))
 }
 
 fn is_error(line: &str) -> bool {
@@ -377,19 +387,6 @@ fn end(child: &mut Child, ended: BorrowedFd<'_>) -> io::Result<()> {
     }
     let _ = child.kill();
     child.wait().map(drop)
-}
-
-/// Waits until one of these can be read or is at its end; which one. A signal may end it early.
-fn wait(fds: &[BorrowedFd<'_>], limit: Duration) -> io::Result<Option<usize>> {
-    let mut fds: Vec<_> = (fds.iter())
-        .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
-        .collect();
-    let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
-    match poll(&mut fds, Some(&limit)) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
-        Err(error) => return Err(error.into()),
-    }
-    Ok(fds.iter().position(|fd| !fd.revents().is_empty()))
 }
 
 /// The keeper as its server has it.
@@ -433,12 +430,17 @@ impl Keeper {
     pub(super) fn told(&self) -> io::Result<impl Iterator<Item = Told> + use<>> {
         let socket = BufReader::new(self.socket.try_clone()?);
         let lines = socket.lines().map_while(Result::ok);
-        Ok(lines.map(|line| Told::parse(&line)))
+        Ok(lines.map_while(|line| serde_json::from_str(&line).ok()))
     }
 
-    /// Has the daemon give the disk another size. The answer is told.
-    pub(super) fn resize(&self, size_bytes: u64) -> io::Result<()> {
-        (&self.socket).write_all(format!("{RESIZE}{size_bytes}\n").as_bytes())
+    /// Asks for something. The answer is told.
+    pub(super) fn ask(&self, order: Order, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let line = serde_json::to_string(&order)?;
+        send_line(
+            &self.socket,
+            format!("{line}\n").as_bytes(),
+            descriptor.as_slice(),
+        )
     }
 
     /// Ends keeper and daemon, and waits for that. Without effect when that was done.

@@ -1,36 +1,44 @@
 //! Everything that QEMU reads: a `qemu-storage-daemon` per export, which this program starts, watches and starts again, and
 //! whose disk is the storage `vhost-user`.
 //!
-//! | file        | tells                                                                  |
-//! |-------------|------------------------------------------------------------------------|
-//! | `disk.rs`   | what the daemon is to open, and its command line                       |
-//! | `keeper.rs` | the process that starts the daemon, and ends it when the server is gone |
+//! | file          | tells                                                                  |
+//! |---------------|------------------------------------------------------------------------|
+//! | `disk.rs`     | what the daemon is to open, and its command line                       |
+//! | `format.rs`   | images that are refused because their format would be guessed          |
+//! | `keeper.rs`   | the process that starts the daemon, and ends it when the server is gone |
+//! | `messages.rs` | what that process and the server say to each other                     |
+//! | `snapshot.rs` | the steps of a snapshot                                                |
 
 mod disk;
+mod format;
 mod keeper;
+mod messages;
+mod snapshot;
 
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-pub use disk::QemuDisk;
+pub use disk::{HELD_LIMIT, NEW_IMAGE, QemuDisk, image_of, lock_image};
 pub use keeper::keep;
 
 use super::vhost_user::{VhostUser, VhostUserError, VhostUserOptions, VhostUserQueue};
-use crate::engine::{Changed, Sharing, Storage, StorageControl};
+use crate::engine::{Changed, Sharing, SnapshotProgress, SnapshotStep, Storage, StorageControl};
 use crate::io::Ring;
 use crate::request::{Limits, format_size};
-use keeper::{DISK, Keeper, PROGRAM, Told};
+use keeper::{DISK, Keeper, PROGRAM};
+use messages::{Answer, Order, Told};
 
 /// How long the daemon may take to open the image, with what an earlier one takes to end.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// How long it may take to give the disk another size.
-const RESIZE_LIMIT: Duration = Duration::from_secs(60);
+/// How long it may take to do what it is asked for. It limits its steps itself.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 /// Virtqueues at most, as many as the storage uses.
 const MAX_QUEUES: u16 = super::vhost_user::MAX_QUEUES;
@@ -55,8 +63,8 @@ pub enum QemuError {
 pub struct Qemu {
     name: String,
     vhost: VhostUser,
-    /// With the answers to resizes.
-    keeper: Mutex<(Keeper, Receiver<Result<(), String>>)>,
+    /// With the answers to orders.
+    keeper: Mutex<(Keeper, Receiver<Answer>)>,
 }
 
 impl Qemu {
@@ -96,7 +104,7 @@ impl Qemu {
         let watch = move || {
             for one in all {
                 match one {
-                    Told::Resized(answer) => drop(answers.send(answer)),
+                    Told::Answer(answer) => drop(answers.send(answer)),
                     one => {
                         if let Err(mpsc::SendError(Told::Ended(why))) = first.send(one) {
                             tracing::error!(
@@ -158,17 +166,18 @@ impl Qemu {
         })
     }
 
-    fn keeper(&self) -> MutexGuard<'_, (Keeper, Receiver<Result<(), String>>)> {
+    fn keeper(&self) -> MutexGuard<'_, (Keeper, Receiver<Answer>)> {
         // Both are whole after any panic.
         self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn resize(&self, size_bytes: u64) -> io::Result<()> {
+    /// Has the keeper do something.
+    fn ask(&self, order: Order, descriptor: Option<&OwnedFd>) -> io::Result<SnapshotProgress> {
         let keeper = self.keeper();
         // Of one that was not waited for.
         keeper.1.try_iter().for_each(drop);
-        keeper.0.resize(size_bytes)?;
-        let answer = keeper.1.recv_timeout(RESIZE_LIMIT);
+        keeper.0.ask(order, descriptor.map(AsFd::as_fd))?;
+        let answer = keeper.1.recv_timeout(ANSWER_LIMIT);
         let answer = answer.unwrap_or_else(|_| Err(format!("{PROGRAM} does not answer")));
         answer.map_err(|why| io::Error::other(format!("{}: {why}", self.name)))
     }
@@ -246,9 +255,21 @@ impl StorageControl for Qemu {
             )));
         }
         if wanted > now {
-            self.resize(wanted)?;
+            self.ask(Order::Resize(wanted), None)?;
         }
         self.vhost.grow(Some(wanted))
+    }
+
+    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> io::Result<SnapshotProgress> {
+        let ends = matches!(step, SnapshotStep::Begin | SnapshotStep::Finish);
+        if ends {
+            self.vhost.pause();
+        }
+        let done = self.ask(Order::Snapshot(step), proof.as_ref());
+        if ends {
+            self.vhost.settle(done.is_ok());
+        }
+        done
     }
 
     fn end(&self) {

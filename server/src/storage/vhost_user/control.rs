@@ -112,6 +112,7 @@ impl Control {
 
     fn start(&mut self, peer: &mut Peer, epoch: u64) -> Result<(), VhostUserError> {
         let shared = Arc::clone(&self.shared);
+        shared.end_pause();
         let unusable = |why: String| VhostUserError::Disk {
             socket: shared.socket.clone(),
             why,
@@ -268,7 +269,12 @@ impl Control {
             Err(error) => {
                 let _ = shared.disconnected();
                 let why = error.to_string();
+                let is_paused = shared.is_paused();
+                if is_paused {
+                    self.pause = FIRST_PAUSE;
+                }
                 if shared.set_away(&why)
+                    && !is_paused
                     && let Some(omitted) = self.losses.due_whatever_numbers(&why)
                 {
                     self.told_of_loss = true;
@@ -287,6 +293,13 @@ impl Control {
         let lost = self.forget();
         let shared = &self.shared;
         let violation = shared.disconnected();
+        if violation.is_none() && shared.is_paused() {
+            self.told_of_loss = false;
+            shared.set_away("it is being restarted for a snapshot");
+            self.pause = FIRST_PAUSE;
+            self.next_attempt = None;
+            return;
+        }
         let why = match violation {
             Some(violation) => {
                 format!("the server broke the protocol and was disconnected: {violation}")
@@ -332,7 +345,11 @@ impl Control {
         for queue in &self.shared.queues {
             queue.end();
         }
-        let lost = self.shared.fail_flushes();
+        let lost = match self.shared.is_paused() {
+            // It is said later.
+            true => 0,
+            false => self.shared.fail_flushes(),
+        };
         self.peer = None;
         self.rings = None;
         self.mapped.clear();

@@ -33,6 +33,12 @@ impl Flushes {
         self.flushed.fetch_max(covered, Ordering::AcqRel);
     }
 
+    /// The server had flushed all that it had answered, and is gone.
+    pub(super) fn all_flushed(&self) {
+        let answered = self.answered.load(Ordering::Acquire);
+        self.flushed.store(answered, Ordering::Release);
+    }
+
     /// The server is gone, and no virtqueue counts for it any more. Returns how many answered writes it may have lost: if
     /// there are any, the next flush fails.
     pub(super) fn lost(&self) -> u64 {

@@ -212,6 +212,16 @@ impl VhostUser {
 }
 
 impl VhostUser {
+    /// The server is about to be ended by who started it, after a flush. [`settle`](Self::settle) has to follow.
+    pub(super) fn pause(&self) {
+        self.shared.pause();
+    }
+
+    /// Whether the server has flushed all that it had answered before it ended. If not, the next flush fails.
+    pub(super) fn settle(&self, is_flushed: bool) {
+        self.shared.settle(is_flushed);
+    }
+
     /// Leaves the server. Nothing is submitted after it.
     fn leave(&self) {
         self.shared.ask(Order::End);

@@ -33,10 +33,22 @@ pub(super) enum Order {
     End,
 }
 
+/// What is known of the next end of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pause {
+    /// Nothing: what was answered and not flushed may be lost with it.
+    None,
+    /// The server is being ended. Whether it has flushed all that it had answered is said later.
+    Begun,
+    /// It has, and has taken no request since.
+    Flushed,
+}
+
 /// The connection as others see it.
 #[derive(Debug)]
 struct Connection {
     epoch: u64,
+    pause: Pause,
     /// To end it.
     stream: Option<UnixStream>,
     /// Since when there is none, and why.
@@ -98,6 +110,7 @@ impl Shared {
             bell,
             connection: Mutex::new(Connection {
                 epoch: 0,
+                pause: Pause::None,
                 stream: None,
                 away: None,
                 violation: None,
@@ -210,6 +223,46 @@ impl Shared {
             }
         }
         lost
+    }
+
+    /// The server is about to be ended by who started it. Says [`settle`](Self::settle) with what came of it.
+    pub(super) fn pause(&self) {
+        self.connection().pause = Pause::Begun;
+    }
+
+    /// The server has flushed all that it had answered before it ended, or that is not known.
+    pub(super) fn settle(&self, is_flushed: bool) {
+        let mut connection = self.connection();
+        if connection.pause != Pause::Begun {
+            // There was another connection meanwhile, which has seen to it.
+            return;
+        }
+        connection.pause = match is_flushed {
+            true => Pause::Flushed,
+            false => Pause::None,
+        };
+        let is_away = connection.stream.is_none();
+        drop(connection);
+        if !is_flushed && is_away {
+            self.fail_flushes();
+        }
+    }
+
+    /// Whether the connection ends because the server is being ended on purpose.
+    pub(super) fn is_paused(&self) -> bool {
+        self.connection().pause != Pause::None
+    }
+
+    /// No server has requests, and one is about to get them: what the one before may have lost is settled now.
+    pub(super) fn end_pause(&self) {
+        let pause = std::mem::replace(&mut self.connection().pause, Pause::None);
+        match (pause, &self.flushes) {
+            (Pause::Begun, _) => {
+                self.fail_flushes();
+            }
+            (Pause::Flushed, Some(flushes)) => flushes.all_flushed(),
+            _ => {}
+        }
     }
 
     /// How many requests there are that have not ended.

@@ -21,7 +21,7 @@ const MAX_DESCRIPTORS: usize = 8;
 ///
 /// [`io::ErrorKind::WouldBlock`] when `deadline` has passed, [`io::ErrorKind::InvalidData`] if it is no text; else what
 /// the system said.
-pub(super) fn read_line(
+pub fn read_line(
     stream: &UnixStream,
     max_bytes: usize,
     deadline: Instant,
@@ -76,7 +76,7 @@ fn receive(
 /// # Errors
 ///
 /// When there are too many, or what the system said.
-pub(super) fn send_line(
+pub fn send_line(
     mut stream: &UnixStream,
     line: &[u8],
     descriptors: &[BorrowedFd<'_>],
