@@ -4,6 +4,8 @@
 
 mod common;
 
+#[path = "qemu_storage/formats.rs"]
+mod formats;
 #[path = "qemu_storage/images.rs"]
 mod images;
 #[path = "qemu_storage/killed.rs"]

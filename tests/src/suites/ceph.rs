@@ -1,18 +1,15 @@
 //! The storage `rbd:` against a real cluster.
 
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
 use testkit::server::Serve;
 use testkit::shell::{Shell, sh};
 
+use super::formats::both_doors;
 use super::{migration, own_tests};
-use crate::bench::attach::Client;
-use crate::bench::client::{End, Op, Order};
 use crate::bench::record::Document;
 use crate::kit::ceph::Cluster;
-use crate::kit::fio::Fio;
 use crate::kit::load;
 use crate::test;
 use crate::test::{Context, Test};
@@ -42,8 +39,6 @@ pub const TESTS: &[Test] = &[
 pub const BLOCK_TESTS: &[Test] =
     &[test!(an_image_has_both_doors_the_upgrade_and_outlives_its_servers).limit_s(900)];
 
-const KILLS: usize = 10;
-
 fn an_image_has_both_doors_the_upgrade_and_outlives_its_servers(cx: &Context) -> Result<()> {
     sh("ip link set lo up").run()?;
     let cluster = Cluster::start(cx)?;
@@ -52,46 +47,8 @@ fn an_image_has_both_doors_the_upgrade_and_outlives_its_servers(cx: &Context) ->
         .args(["create", "--size", "64M", "disk"])
         .run()?;
     let set = |serve: Serve, (name, value): (&str, &str)| serve.env(name, value);
-    let serve = || {
-        let serve = cluster.env().fold(cx.serve(), set);
-        serve.ublk("yes").name("disk").arg("rbd:rbd/disk").start()
-    };
-    let mut server = serve()?;
-    let device = server.block_device()?;
-    let (written, server) = thread::scope(|scope| {
-        let fio = scope.spawn(|| {
-            Fio::new(&device)
-                .option("rw", "randwrite")
-                .option("loops", 2)
-                .depth(8)
-                .verify()
-                .limit(cx.patience(300))
-                .run()
-        });
-        for _ in 0..KILLS {
-            thread::sleep(Duration::from_secs(2));
-            server.kill()?;
-            server = serve()?;
-            ensure!(server.block_device()? == device, "another device");
-        }
-        ensure!(!fio.is_finished(), "it has written for too short a time");
-        let written = fio.join().map_err(|_| anyhow!("fio's thread panicked"))?;
-        anyhow::Ok((written?, server))
-    })?;
-    ensure!(written.jobs.iter().all(|job| job.error == 0), "{written:?}");
-    // A client comes from the block device to the vhost-user door.
-    let order = Order {
-        upgrades: true,
-        op: Op::RandWrite,
-        ..Order::reads(&device, server.pid(), End::Requests(200))
-    };
-    let answer = Client::start(&order)?.finish()?;
-    ensure!(answer.requests >= 200, "{answer:?}");
-    let stat = cx.stat("disk")?;
-    let writes = &stat["vhost"]["counters"]["writes"];
-    ensure!(writes.as_u64() == Some(answer.all_requests), "{stat}");
-    server.stop()?;
-    ensure!(!device.exists(), "the block device is left");
+    let serve = || cluster.env().fold(cx.serve(), set).arg("rbd:rbd/disk");
+    both_doors(cx, serve, (10, Duration::from_secs(2)), |_| Ok(()))?;
     let locks = cluster.shell("rbd").args(["lock", "ls", "disk"]).run()?;
     ensure!(locks.trim().is_empty(), "{locks}");
     Ok(())

@@ -14,6 +14,7 @@ mod compare;
 mod debug;
 mod docs;
 mod fd_address;
+mod formats;
 mod fsx;
 mod fuzzing;
 mod guest;
@@ -236,6 +237,14 @@ pub const SUITES: &[Suite] = &[
         place: Place::Host,
         needs: &[Need::Kernel(X86), Need::Ceph, Server, DriverTests, Tools],
         tests: &[ceph::TESTS],
+        ..SUITE
+    },
+    Suite {
+        name: "formats",
+        about: "the block device of an image that qemu-storage-daemon reads",
+        place: Place::Uml,
+        needs: &[Need::Kernel(Uml), Server, Tools],
+        tests: &[formats::TESTS],
         ..SUITE
     },
     Suite {

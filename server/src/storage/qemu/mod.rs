@@ -201,8 +201,8 @@ fn with_hint(why: String) -> String {
         "; make the image first (qemu-img create), or correct the path"
     } else if has("is not in") {
         "; see what it is: qemu-img info"
-    } else if has("encrypt.key-secret") || has("key-secret") {
-        "; it is encrypted: give its key by a file: encrypt.key-secret=k (luks: key-secret=k),secret.k=FILE"
+    } else if has("key-secret") || has("encrypt.format") {
+        "; it is encrypted: give its key by a file: encrypt.format=luks,encrypt.key-secret=k,secret.k=FILE (driver luks: key-secret=k,secret.k=FILE)"
     } else if has("O_DIRECT") {
         "; its file system has no direct I/O: give file.cache.direct=off,file.aio=threads"
     } else {
