@@ -66,14 +66,14 @@ pub enum UblkError {
         source: io::Error,
     },
     /// The driver did not answer.
-    #[error("{command} of {device} did not answer within {} s: the driver waits for something, perhaps for storage behind the disk; see `dmesg`, and reboot if it shows an oops", limit.as_secs())]
+    #[error("{command} of {device} did not answer within {} s: the driver waits for something, perhaps for storage behind the disk; see `dmesg`, and reboot if it shows an oops", waited.as_secs())]
     NoAnswer {
         /// The command as the driver calls it.
         command: &'static str,
         /// The device.
         device: DeviceName,
-        /// How long we waited.
-        limit: Duration,
+        /// How long it was waited for.
+        waited: Duration,
     },
     /// The character device did not open.
     #[error("cannot open /dev/ublkc{id}: {source}; is /dev a devtmpfs, or udev running?")]
@@ -199,7 +199,7 @@ mod tests {
                 UblkError::NoAnswer {
                     command: "STOP_DEV",
                     device: DeviceName(Some(3)),
-                    limit: Duration::from_secs(30),
+                    waited: Duration::from_secs(30),
                 },
                 &["STOP_DEV", "ublk3", "30 s", "dmesg"],
             ),

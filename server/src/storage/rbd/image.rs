@@ -6,7 +6,7 @@ use std::mem::ManuallyDrop;
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -63,6 +63,7 @@ impl OpenImage {
 
     fn connect_and_open(name: &ImageName, read_only: bool) -> Result<Self, RbdError> {
         let functions = library::functions().map_err(RbdError::Library)?;
+        end_without_destructors();
         // From here on dropping it undoes what has been done.
         let mut this = Self {
             functions,
@@ -411,14 +412,10 @@ impl OpenImage {
     }
 
     /// The cluster has barred this client, or its lock is gone, which comes just before or after: it is not closed, but left
-    /// to the end of the process, which does not wait for the library's threads. Closing a barred one ends the process
-    /// (std::out_of_range in librbd 16.2) or does not return, in one case of three. Others are not hindered: it has no lock.
+    /// to the end of the process. Closing a barred one ends the process (std::out_of_range in librbd 16.2) or does not
+    /// return, in one case of three. Others are not hindered: it has no lock.
     pub(super) fn abandon(&self) {
-        if !self.abandoned.swap(true, Ordering::Relaxed) {
-            // SAFETY: the handler is a function for that, and has no argument. If there is no room for it the process
-            // ends as it would without it.
-            let _ = unsafe { on_exit(end_at_once, null_mut()) };
-        }
+        self.abandoned.store(true, Ordering::Relaxed);
     }
 
     /// Gives it another size.
@@ -470,7 +467,16 @@ unsafe extern "C" {
     fn on_exit(handler: extern "C" fn(c_int, *mut c_void), argument: *mut c_void) -> c_int;
 }
 
-/// Ends the process without the destructors of libraries, whose threads still run.
+/// Has the process end without the destructors of the library: its threads may still run, and use what is destroyed. Then the
+/// process is aborted, or does not end.
+fn end_without_destructors() {
+    static ONCE: Once = Once::new();
+    // SAFETY: the handler is a function for that, and has no argument. If there is no room for it the process ends as it would
+    // without it. It is called before those of the library, which was loaded before.
+    ONCE.call_once(|| drop(unsafe { on_exit(end_at_once, null_mut()) }));
+}
+
+/// Ends the process without any destructors.
 extern "C" fn end_at_once(status: c_int, _: *mut c_void) {
     // SAFETY: ends the process; all that is to be written has been, as after exit(3) nothing of this program runs.
     unsafe { libc::_exit(status) }

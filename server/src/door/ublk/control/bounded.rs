@@ -15,6 +15,13 @@ const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
 /// can be made, for want of descriptors or by `kernel.io_uring_disabled`.
 static SPARE: Mutex<Option<IoUring<squeue::Entry128>>> = Mutex::new(None);
 
+/// When an operation was answered last. The driver does one after the other, more or less: a thousand devices that are removed
+/// at once take more than the limit of one.
+static LAST_ANSWER: Mutex<Option<Instant>> = Mutex::new(None);
+
+/// How many limits an operation may take while others are answered.
+const PATIENCE: u32 = 20;
+
 /// How an operation with a time limit ended.
 #[derive(Debug)]
 pub(super) enum End {
@@ -35,7 +42,12 @@ fn spare_slot() -> MutexGuard<'static, Option<IoUring<squeue::Entry128>>> {
     SPARE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs one operation for at most `limit`, on a ring that no other operation uses meanwhile, or ever if this one does not
+fn last_answer() -> MutexGuard<'static, Option<Instant>> {
+    // A time is whole after any panic.
+    LAST_ANSWER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs one operation until neither it nor another one was answered for `limit`, and [`PATIENCE`] times that at most, on a ring that no other operation uses meanwhile, or ever if this one does not
 /// complete.
 ///
 /// # Safety
@@ -56,6 +68,7 @@ pub(super) unsafe fn run_bounded(
     // SAFETY: as for this function.
     let end = unsafe { run_on(&mut ring, sqe, limit, cancel) };
     if let End::Result(_) = end {
+        *last_answer() = Some(Instant::now());
         *spare_slot() = Some(ring);
     }
     end
@@ -76,8 +89,10 @@ unsafe fn run_on(
     if unsafe { ring.submission().push(sqe) }.is_err() {
         unreachable!("an empty ring has room for one entry");
     }
-    let deadline = Instant::now() + limit;
+    let begun = Instant::now();
     loop {
+        let last = last_answer().map_or(begun, |answered| answered.max(begun));
+        let deadline = (last + limit).min(begun + PATIENCE * limit);
         let mut left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return End::NoAnswer;
@@ -129,6 +144,28 @@ mod tests {
         assert!(matches!(end, End::NoAnswer), "{end:?}");
         assert!(begin.elapsed() >= Duration::from_millis(50));
         assert!(begin.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_command_is_waited_for_while_others_are_answered_but_not_for_ever() {
+        const LIMIT: Duration = Duration::from_millis(50);
+        let (sqe, _eventfd) = endless_read();
+        let waits = std::thread::spawn(move || {
+            let begin = Instant::now();
+            // SAFETY: the read points to leaked memory.
+            let end = unsafe { run_bounded(&sqe, LIMIT, None) };
+            assert!(matches!(end, End::NoAnswer), "{end:?}");
+            begin.elapsed()
+        });
+        let nothing = opcode::Nop::new().build().into();
+        while !waits.is_finished() {
+            // SAFETY: it points to nothing.
+            let end = unsafe { run_bounded(&nothing, Duration::from_secs(60), None) };
+            assert!(matches!(end, End::Result(0)), "{end:?}");
+            std::thread::sleep(LIMIT / 10);
+        }
+        let waited = waits.join().unwrap();
+        assert!(waited >= 2 * LIMIT, "{waited:?}");
     }
 
     #[test]

@@ -376,6 +376,7 @@ impl Control {
             .cmd(command_bytes(words))
             .build();
         // SAFETY: `payload` lives until the command completed, or for ever (below).
+        let begun = Instant::now();
         let end = unsafe { run_bounded(&sqe, LIMIT, cancel) };
         let failed = |source| UblkError::Command {
             command: command.name,
@@ -391,7 +392,7 @@ impl Control {
             End::NoAnswer => UblkError::NoAnswer {
                 command: command.name,
                 device: DeviceName(id),
-                limit: LIMIT,
+                waited: begun.elapsed(),
             },
         };
         Box::leak(payload);
