@@ -471,9 +471,11 @@ unsafe extern "C" {
 /// process is aborted, or does not end.
 fn end_without_destructors() {
     static ONCE: Once = Once::new();
-    // SAFETY: the handler is a function for that, and has no argument. If there is no room for it the process ends as it would
-    // without it. It is called before those of the library, which was loaded before.
-    ONCE.call_once(|| drop(unsafe { on_exit(end_at_once, null_mut()) }));
+    ONCE.call_once(|| {
+        // SAFETY: the handler is a function for that, and has no argument. If there is no room for it the process ends as it
+        // would without it. It is called before those of the library, which was loaded before.
+        let _ = unsafe { on_exit(end_at_once, null_mut()) };
+    });
 }
 
 /// Ends the process without any destructors.

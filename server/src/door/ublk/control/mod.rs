@@ -375,8 +375,8 @@ impl Control {
         let sqe = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), command.number)
             .cmd(command_bytes(words))
             .build();
-        // SAFETY: `payload` lives until the command completed, or for ever (below).
         let begun = Instant::now();
+        // SAFETY: `payload` lives until the command completed, or for ever (below).
         let end = unsafe { run_bounded(&sqe, LIMIT, cancel) };
         let failed = |source| UblkError::Command {
             command: command.name,
