@@ -11,6 +11,6 @@ exec qemu-system-x86_64 \
     -object memory-backend-memfd,id=guest-memory,size="$MEMORY",share=on \
     -machine microvm,memory-backend=guest-memory,rtc=on \
     -global virtio-mmio.force-legacy=false \
-    -chardev socket,id=disk,path="$SOCKET",reconnect-ms=1000 \
+    -chardev socket,id=disk,path="$SOCKET",reconnect-ms=10 \
     -device vhost-user-blk,chardev=disk \
     "$@"

@@ -16,7 +16,7 @@ exec qemu-system-x86_64 \
     -m "$MEMORY" \
     -object memory-backend-memfd,id=guest-memory,size="$MEMORY",share=on \
     -machine q35,memory-backend=guest-memory \
-    -chardev socket,id=disk,path="$SOCKET",reconnect-ms=1000 \
+    -chardev socket,id=disk,path="$SOCKET",reconnect-ms=10 \
     -device vhost-user-blk-pci,chardev=disk \
     -qmp unix:"$QMP",server=on,wait=off \
     "$@"

@@ -3,7 +3,7 @@
 #
 #   DEVICE=/dev/ublkb0 MEMORY=1G qemu-config/raw-microvm.sh -kernel … -append …
 set -eu
-: "${DEVICE:=/dev/ublkb0}" "${MEMORY:=1G}" "${RECONNECT=,reconnect-ms=1000}"
+: "${DEVICE:=/dev/ublkb0}" "${MEMORY:=1G}" "${RECONNECT=,reconnect-ms=10}"
 blockdev --flushbufs "$DEVICE"
 exec qemu-system-x86_64 \
     -m "$MEMORY" \

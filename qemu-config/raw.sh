@@ -9,7 +9,7 @@
 #
 # Unlike the launcher (launcher-q35.sh) this takes no claim: see "The raw recipe" in README.md.
 set -eu
-: "${DEVICE:=/dev/ublkb0}" "${MEMORY:=1G}" "${RECONNECT=,reconnect-ms=1000}"
+: "${DEVICE:=/dev/ublkb0}" "${MEMORY:=1G}" "${RECONNECT=,reconnect-ms=10}"
 blockdev --flushbufs "$DEVICE"
 exec qemu-system-x86_64 \
     -m "$MEMORY" \

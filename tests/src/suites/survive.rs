@@ -319,7 +319,7 @@ fn reconnecting(cx: &Context, socket: &Path, board: Board) -> Result<Qemu> {
         .memory_mib(512)
         .argument("-chardev")
         .argument(format!(
-            "socket,id=disk,path={},reconnect-ms=100",
+            "socket,id=disk,path={},reconnect-ms=10",
             socket.display()
         ))
         .argument("-device")

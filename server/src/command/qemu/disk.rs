@@ -59,8 +59,9 @@ pub enum Target {
     },
 }
 
-/// QEMU's pause between attempts to connect again to a server that went away.
-pub const RECONNECT_MS: u32 = 1000;
+/// QEMU's pause before the first attempt to connect again to a server that went away, and between later ones: what a guest
+/// notices of a planned restart is this and about as much again.
+pub const RECONNECT_MS: u32 = 10;
 
 /// The socket's path in the registry, where the service was found there; `None` where the kernel knows it.
 ///
@@ -152,7 +153,7 @@ mod tests {
             address: fd_address(9),
         };
         let chardev =
-            "-chardev socket,id=ublkup-1,path=/dev/self/fd/9/vhost-user-blk,reconnect-ms=1000";
+            "-chardev socket,id=ublkup-1,path=/dev/self/fd/9/vhost-user-blk,reconnect-ms=10";
         for (disk, bus, device) in [
             (
                 "/dev/ublkb0",
