@@ -60,25 +60,6 @@ fn a_server_that_takes_long_to_map_memory_is_not_taken_for_dead() {
 }
 
 #[test]
-fn requests_wait_until_a_server_without_acknowledgements_has_mapped_their_memory() {
-    let scratch = tempfile::tempdir().unwrap();
-    let knobs = Knobs {
-        protocol: Knobs::default().protocol - Protocol::REPLY_ACK,
-        ..Knobs::default()
-    };
-    let peer = Peer::start(&scratch.path().join("peer.sock"), knobs);
-    let disk = open(peer.socket());
-    let copies = disk.copies();
-    let fixture = Fixture::new(disk, 1);
-    peer.knobs().mapping_takes = Some(Duration::from_millis(500));
-    let mut driver = Driver::running(fixture.connect(), USUAL);
-    assert_eq!(driver.write(0, &[1; 512]), OK);
-    assert_eq!(driver.read(0, 512), (OK, vec![1; 512]));
-    assert_eq!(peer.knobs().connections, 1);
-    assert_eq!(copies.load(Ordering::Relaxed), 0);
-}
-
-#[test]
 fn a_region_that_the_server_refuses_is_copied_and_it_is_not_asked_again() {
     let slots = Knobs::default().protocol;
     for protocol in [slots, slots - Protocol::CONFIGURE_MEM_SLOTS] {
