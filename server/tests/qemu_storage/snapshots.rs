@@ -107,7 +107,10 @@ fn snapshots_are_made_and_merged_while_a_client_writes() {
     };
     let server = serve();
     let mut client = client(&disk.lab, USUAL);
-    let (first, second) = (disk.lab.path("first.qcow2"), disk.lab.path("second.qcow2"));
+    let (first, second) = (
+        disk.lab.path("first, at 10:30.qcow2"),
+        disk.lab.path("second.qcow2"),
+    );
     write_all(&mut client, 1);
     disk.snapshot(&["create", "d", text(&first)]);
     // Nothing was lost, so nothing is said to be.
@@ -155,14 +158,14 @@ fn snapshots_are_made_and_merged_while_a_client_writes() {
 fn a_backup_is_what_the_disk_held() {
     let Some(disk) = Disk::new() else { return };
     let (server, mut client) = disk.serve_client();
-    let backup = disk.lab.path("backup.qcow2");
+    let backup = disk.lab.path("backup-10:30.qcow2");
     write_all(&mut client, 1);
     disk.snapshot(&["backup", "d", text(&backup)]);
     write_all(&mut client, 2);
     shows(&backup, &disk.lab.path("raw"), 1);
     disk.snapshot_fails(
         &["backup", "d", text(&backup)],
-        &["File exists", "backup.qcow2"],
+        &["File exists", "backup-10:30.qcow2"],
     );
     let raw = disk.lab.path("backup.raw");
     disk.snapshot(&["backup", "d", text(&raw), "--format", "raw"]);

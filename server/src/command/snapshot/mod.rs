@@ -12,9 +12,11 @@
 mod image;
 mod qemu_img;
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -65,7 +67,7 @@ pub fn run(dir: &RuntimeDir, asked: &Snapshot) -> Result<ExitCode> {
             disk(name)?.step(SnapshotStep::Cancel)?;
         }
         Snapshot::Backup { name, file, format } => {
-            disk(name)?.back_up(file, *format)?;
+            disk(name)?.back_up(&absolute(file)?, *format)?;
             print_line(&format!("{name}: {} is its backup", file.display()))?;
         }
         Snapshot::List { name, json } => {
@@ -168,7 +170,10 @@ impl Disk {
         let _lock = lock(&self.image)?;
         fs::hard_link(&self.image, snapshot).with_context(|| snapshot.display().to_string())?;
         let files = [&*self.image, snapshot];
-        let renamed = in_time(begun).and_then(|()| Ok(fs::rename(new, &self.image)?));
+        // QEMU has had it open.
+        let synced = File::open(new).and_then(|new| new.sync_all());
+        let renamed = synced.map_err(Into::into).and_then(|()| in_time(begun));
+        let renamed = renamed.and_then(|()| Ok(fs::rename(new, &self.image)?));
         if renamed.is_err() {
             let _ = fs::remove_file(snapshot);
         }
@@ -185,9 +190,10 @@ impl Disk {
     fn make(&self, new: &Path, snapshot: &Path) -> Result<()> {
         let size_bytes = qemu_img::info(&self.image)?.virtual_size;
         let is_beside = parent(&self.image)? == fs::canonicalize(parent(snapshot)?)?;
-        // QEMU looks for it beside the image then, also when both are moved.
-        let backing = match (is_beside, snapshot.file_name()) {
-            (true, Some(name)) => Path::new(name),
+        // QEMU looks for it beside the image then, also when both are moved. With a colon it would be a protocol's.
+        let has_colon = |name: &OsStr| name.as_bytes().contains(&b':');
+        let backing = match snapshot.file_name() {
+            Some(name) if is_beside && !has_colon(name) => Path::new(name),
             _ => snapshot,
         };
         qemu_img::create(new, backing, size_bytes)?;
