@@ -200,8 +200,8 @@ pub enum Command {
     Snapshot(Snapshot),
     /// Change options of an export while it is served
     ///
-    /// The limits (iops-total, bps-read, …) and reconnect-grace can be changed; recover and the commands that follow
-    /// know what was changed. log=LEVEL changes the log of the export's server, until that ends.
+    /// The limits (iops-total, bps-read, …, burst-ms), poll-us and reconnect-grace can be changed; recover and the commands that
+    /// follow know what was changed. log=LEVEL changes the log of the export's server, until that ends.
     Set {
         /// The export
         #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]

@@ -69,7 +69,7 @@ pub fn run(dir: &RuntimeDir, json: bool, clean: bool) -> Result<ExitCode> {
     let checks: Vec<_> = machine
         .into_iter()
         .chain(files.map(|finding| ("open files", finding)))
-        .chain(images.map(|finding| ("Ceph image", finding)))
+        .chain(images.map(|finding| ("image", finding)))
         .chain(exports.map(|finding| ("left by dead servers", finding)))
         .chain(entries.map(|finding| ("registry of services", finding)))
         .chain(dead.map(|finding| ("dead block devices", finding)))

@@ -74,8 +74,8 @@ impl Outcome {
         }
         if !self.needs_restart.is_empty() {
             complain(&format!(
-                "{name}: cannot be changed while it is served: {}: restart the server (systemctl restart hands over, and \
-                 guests see a pause)",
+                "{name}: cannot be changed while it is served: {}: that takes a new server: systemctl restart, or by hand ublkup \
+                 serve --take-over with the same configuration (guests see a pause)",
                 self.needs_restart.join(", ")
             ));
         }

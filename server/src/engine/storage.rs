@@ -1,7 +1,6 @@
 //! What doors and queue threads need of a storage.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -117,18 +116,13 @@ pub trait StorageControl: Send + Sync + 'static {
         Err(io::Error::other("this disk cannot shrink"))
     }
 
-    /// Does a step of a snapshot. Whoever asks for the first [`SnapshotStep::Merge`] has to show a descriptor of the backing
-    /// file that can be written. Returns what there is to say: to `Merge`, how many bytes of how many are merged, and whether
-    /// it is ready.
+    /// Does a step of a snapshot. For the first [`SnapshotStep::Merge`] the backing file has to be locked by a program that can
+    /// write to it. Returns what there is to say: to `Merge`, how many bytes of how many are merged, and whether it is ready.
     ///
     /// # Errors
     ///
     /// When the storage has no snapshots, or the step cannot be done.
-    fn snapshot(
-        &self,
-        _step: SnapshotStep,
-        _proof: Option<OwnedFd>,
-    ) -> io::Result<SnapshotProgress> {
+    fn snapshot(&self, _step: SnapshotStep) -> io::Result<SnapshotProgress> {
         Err(io::Error::other(
             "snapshots are made of images of qcow2: (those of Ceph by rbd snap create, of others by their file system)",
         ))

@@ -1,7 +1,6 @@
 //! What an export answers at its admin socket.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -306,11 +305,11 @@ impl admin::Service for Shared {
         self.resize_alone(&one, size_bytes, shrink)
     }
 
-    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> Result<SnapshotProgress> {
+    fn snapshot(&self, step: SnapshotStep) -> Result<SnapshotProgress> {
         let _one = self.resizing();
         let storage = (self.storage().clone()).context("it is being stopped")?;
         ensure!(!self.limits.read_only, "it is served without writes");
-        let done = storage.snapshot(step, proof)?;
+        let done = storage.snapshot(step)?;
         if step != SnapshotStep::Merge {
             tracing::info!("{}: snapshot: {}", self.config.name, step.past());
         }

@@ -289,7 +289,7 @@ impl Answerer for Server {
                 self.lets(&client, &export),
                 "'{name}' has other users than this socket: ask at its own"
             );
-            return admin::answer_for(&*export, request.command, client);
+            return admin::answer_for(&*export, request.command);
         }
         let answer = match request.command {
             Command::Server {} => serde_json::to_value(self.status(&client)),

@@ -25,8 +25,8 @@ pub use file::{CacheMode, File, FileOptions, ImageFormat, OpenError, identity, o
 pub use memory::Memory;
 pub use null::Null;
 pub use qemu::{
-    HELD_LIMIT, NEW_IMAGE, Qemu, QemuDisk, QemuError, image_of as qemu_image_of, keep as keep_qemu,
-    lock_image as lock_qemu_image,
+    HELD_LIMIT, Locked as LockedOfImage, NEW_IMAGE, Qemu, QemuDisk, QemuError,
+    image_of as qemu_image_of, keep as keep_qemu, lock_image as lock_qemu_image,
 };
 pub use rbd::{Examined, ImageName, Rbd, RbdError, RbdOptions};
 pub use vhost_user::{VhostUser, VhostUserError, VhostUserOptions};

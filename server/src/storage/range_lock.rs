@@ -19,6 +19,30 @@ pub(super) enum Lock {
 ///
 /// `EAGAIN` when another open file has a conflicting lock; otherwise the file system has no locks.
 pub(super) fn set(file: &File, lock: Lock, (start, len): (i64, i64)) -> io::Result<()> {
+    let range = described(lock, (start, len));
+    // SAFETY: `range` is a whole `struct flock` that lives through the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether another open file has a lock for writing on this range.
+///
+/// # Errors
+///
+/// When the file system has no locks.
+pub(super) fn is_locked_for_writing(file: &File, range: (i64, i64)) -> io::Result<bool> {
+    // Locks for reading do not conflict with this one.
+    let mut range = described(Lock::Read, range);
+    // SAFETY: as above; the kernel writes a whole one.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut range) } {
+        0 => Ok(i32::from(range.l_type) == libc::F_WRLCK),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn described(lock: Lock, (start, len): (i64, i64)) -> libc::flock {
     // Lock types are small constants; the field is narrower than they are.
     #[expect(clippy::cast_possible_truncation, reason = "0 to 2")]
     let kind = match lock {
@@ -30,9 +54,5 @@ pub(super) fn set(file: &File, lock: Lock, (start, len): (i64, i64)) -> io::Resu
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
     range.l_type = kind;
     (range.l_start, range.l_len) = (start, len);
-    // SAFETY: `range` is a whole `struct flock` that lives through the call.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    range
 }

@@ -1,14 +1,16 @@
 //! Snapshots of an image that is served.
 
 use std::fs::{self, File};
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use testkit::server::Server;
 use ublkup::engine::{SnapshotProgress, SnapshotStep};
 use ublkup::export::admin;
+use ublkup::storage::{LockedOfImage, lock_qemu_image};
 
 use crate::common::*;
 use crate::recorded::Client;
@@ -30,10 +32,10 @@ impl Disk {
         self.lab.fails(&[&["snapshot"], words].concat(), 1, why);
     }
 
-    /// A step without the command, with a descriptor beside it.
-    fn step(&self, step: SnapshotStep, proof: Option<&File>) -> Result<SnapshotProgress, String> {
+    /// A step without the command.
+    fn step(&self, step: SnapshotStep) -> Result<SnapshotProgress, String> {
         let control = self.lab.path("run/exports/d/control");
-        let done = admin::snapshot(&control, step, proof.map(AsFd::as_fd), LIMIT);
+        let done = admin::snapshot(&control, step, LIMIT);
         done.map_err(|error| format!("{error:#}"))
     }
 
@@ -56,7 +58,7 @@ impl Disk {
             format!("#!/bin/bash\ncd {}\n{script}\n", folder.display()),
         )
         .unwrap();
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        let mode = fs::Permissions::from_mode(0o755);
         fs::set_permissions(&program, mode).unwrap();
         let path = format!("{}:{}", folder.display(), std::env::var("PATH").unwrap());
         let server = self
@@ -160,12 +162,14 @@ fn a_backup_is_what_the_disk_held() {
     let (server, mut client) = disk.serve_client();
     let backup = disk.lab.path("backup-10:30.qcow2");
     write_all(&mut client, 1);
+    fs::set_permissions(&disk.path, fs::Permissions::from_mode(0o600)).unwrap();
     disk.snapshot(&["backup", "d", text(&backup)]);
+    assert_eq!(backup.metadata().unwrap().mode() & 0o777, 0o600);
     write_all(&mut client, 2);
     shows(&backup, &disk.lab.path("raw"), 1);
     disk.snapshot_fails(
         &["backup", "d", text(&backup)],
-        &["File exists", "backup-10:30.qcow2"],
+        &["is there already", "backup-10:30.qcow2"],
     );
     let raw = disk.lab.path("backup.raw");
     disk.snapshot(&["backup", "d", text(&raw), "--format", "raw"]);
@@ -214,7 +218,7 @@ fn what_is_no_snapshot_is_refused() {
         &["exports of qcow2:"],
     );
     assert!(
-        disk.step(SnapshotStep::Begin, None)
+        disk.step(SnapshotStep::Begin)
             .unwrap_err()
             .contains("qcow2:")
     );
@@ -222,11 +226,21 @@ fn what_is_no_snapshot_is_refused() {
     let spec = format!("d={},read-only", disk.spec.strip_prefix("d=").unwrap());
     let read_only = disk.lab.serve(&["--ublk", "no", &spec]);
     assert!(
-        disk.step(SnapshotStep::Begin, None)
+        disk.step(SnapshotStep::Begin)
             .unwrap_err()
             .contains("without writes")
     );
     read_only.stop().unwrap();
+}
+
+/// What a process can lock that may not write.
+fn lock_for_reading(file: &File) {
+    // SAFETY: all zeroes is a valid `flock`.
+    let mut range: libc::flock = unsafe { std::mem::zeroed() };
+    (range.l_type, range.l_len) = (i16::try_from(libc::F_RDLCK).unwrap(), 0);
+    // SAFETY: it lives through the call.
+    let locked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) };
+    assert_eq!(locked, 0);
 }
 
 /// A guest that has taken a server over can ask for any step.
@@ -237,21 +251,23 @@ fn merging_takes_the_right_to_write_what_is_merged_into() {
     let snapshot = disk.lab.path("s.qcow2");
     disk.snapshot(&["create", "d", text(&snapshot)]);
     write_all(&mut client, 1);
-    let read_only = File::open(&snapshot).unwrap();
-    let other = File::options()
-        .read(true)
-        .write(true)
-        .open(&disk.path)
-        .unwrap();
-    for proof in [None, Some(&read_only), Some(&other)] {
-        let why = disk.step(SnapshotStep::Merge, proof).unwrap_err();
-        assert!(why.contains("takes a descriptor by which"), "{why}");
-    }
+    let refused = || {
+        let why = disk.step(SnapshotStep::Merge).unwrap_err();
+        assert!(why.contains("takes a lock on"), "{why}");
+    };
+    refused();
+    let other = lock_qemu_image(&disk.path, LockedOfImage::Merge).unwrap();
+    refused();
+    // Who can only read it has no such lock: this one is for reading.
+    let reader = File::open(&snapshot).unwrap();
+    lock_for_reading(&reader);
+    refused();
+    drop((other, reader));
     for step in [SnapshotStep::Finish, SnapshotStep::Resume] {
-        disk.step(step, None).unwrap_err();
+        disk.step(step).unwrap_err();
     }
     // No image lies where the new one has to be.
-    let why = disk.step(SnapshotStep::Begin, None).unwrap_err();
+    let why = disk.step(SnapshotStep::Begin).unwrap_err();
     assert!(why.contains("has to be there"), "{why}");
     check(&mut client, 1);
     flush(&mut client);
@@ -265,30 +281,32 @@ fn a_command_that_dies_leaves_a_disk_that_is_served_again() {
     write_all(&mut client, 1);
     let new = disk.lab.path("disk.qcow2.ublkup-new");
     qemu_img(&["create", "-q", "-f", "qcow2", text(&new), "16M"]);
-    disk.step(SnapshotStep::Begin, None).unwrap();
+    disk.step(SnapshotStep::Begin).unwrap();
     assert!(daemons(&disk.lab).is_empty());
     // It waits for what does not come, and is served then.
     let ended = write(&mut client, 16);
     finish(&mut client, ended);
     flush(&mut client);
     check(&mut client, 16);
-    let why = disk.step(SnapshotStep::Resume, None).unwrap_err();
+    let why = disk.step(SnapshotStep::Resume).unwrap_err();
     assert!(why.contains("took too long"), "{why}");
+    // An image of another size, as if the disk was made larger meanwhile.
+    qemu_img(&["create", "-q", "-f", "qcow2", text(&new), "8M"]);
+    let why = disk.step(SnapshotStep::Begin).unwrap_err();
+    assert!(why.contains("another size"), "{why}");
+    flush(&mut client);
     // What was left is no obstacle.
     let snapshot = disk.lab.path("s.qcow2");
     disk.snapshot(&["create", "d", text(&snapshot)]);
     // Of a daemon that dies while it merges.
-    let proof = File::options()
-        .read(true)
-        .write(true)
-        .open(&snapshot)
-        .unwrap();
-    disk.step(SnapshotStep::Merge, Some(&proof)).unwrap();
+    let lock = lock_qemu_image(&snapshot, LockedOfImage::Merge).unwrap();
+    disk.step(SnapshotStep::Merge).unwrap();
     kill(disk.daemon());
     check(&mut client, 16);
-    disk.step(SnapshotStep::Merge, Some(&proof)).unwrap();
+    disk.step(SnapshotStep::Merge).unwrap();
+    drop(lock);
     disk.snapshot(&["cancel", "d"]);
-    disk.step(SnapshotStep::Finish, None).unwrap_err();
+    disk.step(SnapshotStep::Finish).unwrap_err();
     disk.snapshot(&["commit", "d", text(&snapshot)]);
     check(&mut client, 16);
     assert_eq!(disk.files(), std::slice::from_ref(&disk.path));
@@ -314,5 +332,120 @@ fn a_new_image_that_cannot_be_served_is_taken_back() {
     assert_eq!(disk.files(), std::slice::from_ref(&disk.path));
     disk.snapshot(&["create", "d", text(&snapshot)]);
     check(&mut client, 1);
+    disk.end(client, server);
+}
+
+#[test]
+fn files_that_would_be_lost_or_found_elsewhere_are_refused() {
+    let Some(lab) = crate::lab() else { return };
+    let folder = |name: &str| {
+        fs::create_dir(lab.path(name)).unwrap();
+        lab.path(name)
+    };
+    let (here, there) = (folder("here"), folder("there"));
+    let (base, path) = (here.join("base.qcow2"), here.join("disk.qcow2"));
+    qemu_img(&["create", "-q", "-f", "qcow2", text(&base), "16M"]);
+    let over = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    qemu_img(&[&over[..], &[text(&base), text(&path)]].concat());
+    // By a link.
+    let link = lab.path("link.qcow2");
+    symlink(&path, &link).unwrap();
+    let spec = format!("d=qcow2:{}", link.display());
+    let disk = Disk { lab, path, spec };
+    let (server, mut client) = disk.serve_client();
+    write_all(&mut client, 1);
+    for suffix in [".ublkup-old", ".ublkup-new"] {
+        let own = format!("{}{suffix}", disk.path.display());
+        for command in ["create", "backup"] {
+            disk.snapshot_fails(&[command, "d", &own], &["use that name themselves"]);
+        }
+    }
+    // On the same file system: the new image names the snapshot by its whole path.
+    let elsewhere = there.join("s.qcow2");
+    disk.snapshot(&["create", "d", text(&elsewhere)]);
+    check(&mut client, 1);
+    disk.snapshot(&["commit", "d", text(&elsewhere)]);
+    check(&mut client, 1);
+    let odd = std::ffi::OsStr::from_bytes(b"odd\xff");
+    let output = disk
+        .lab
+        .command(&["snapshot", "create", "d"])
+        .arg(odd)
+        .output()
+        .unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("UTF-8"));
+    // Two commands at once.
+    let names = lock_qemu_image(&disk.path, LockedOfImage::Names).unwrap();
+    let beside = here.join("s.qcow2");
+    disk.snapshot_fails(
+        &["create", "d", text(&beside)],
+        &["another command is at work"],
+    );
+    drop(names);
+    // A command that was killed when the image had both names.
+    fs::hard_link(&disk.path, &beside).unwrap();
+    disk.snapshot(&["create", "d", text(&beside)]);
+    check(&mut client, 1);
+    disk.snapshot(&["commit", "d", text(&beside)]);
+    check(&mut client, 1);
+    flush(&mut client);
+    disk.end(client, server);
+    assert_eq!(disk.files(), [base, disk.path.clone()]);
+}
+
+/// An image over a template in another folder, which names what it lies over from there.
+#[test]
+fn a_template_that_would_find_another_file_is_not_moved() {
+    let Some(lab) = crate::lab() else { return };
+    let template = lab.path("template");
+    fs::create_dir(&template).unwrap();
+    let [base, middle] = ["base.qcow2", "middle.qcow2"].map(|name| template.join(name));
+    let path = lab.path("disk.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", text(&base), "16M"]);
+    let over = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    qemu_img(&[&over[..], &["base.qcow2", text(&middle)]].concat());
+    qemu_img(&[&over[..], &[text(&middle), text(&path)]].concat());
+    let spec = format!("d=qcow2:{}", path.display());
+    let disk = Disk { lab, path, spec };
+    let (server, mut client) = disk.serve_client();
+    write_all(&mut client, 1);
+    disk.snapshot_fails(
+        &["commit", "d", text(&middle)],
+        &["as seen from its own folder"],
+    );
+    // An image that names it so must not go elsewhere, either.
+    let beside = disk.lab.path("s.qcow2");
+    disk.snapshot(&["create", "d", text(&beside)]);
+    let elsewhere = template.join("s2.qcow2");
+    disk.snapshot_fails(
+        &["create", "d", text(&elsewhere)],
+        &["as seen from its own folder"],
+    );
+    check(&mut client, 1);
+    disk.snapshot(&["commit", "d", text(&beside)]);
+    assert!(middle.exists());
+    disk.end(client, server);
+}
+
+#[test]
+fn a_merged_image_that_cannot_be_served_is_taken_back() {
+    let Some(disk) = Disk::new() else { return };
+    // The third start fails: that after the merge.
+    let script = "echo >>starts
+        [ $(wc -l <starts) = 3 ] && { echo 'qemu-storage-daemon: it cannot be' >&2; exit 1; }
+        exec -a qemu-storage-daemon /usr/bin/qemu-storage-daemon \"$@\"";
+    let (server, mut client) = disk.serve_by(script);
+    let snapshot = disk.lab.path("s.qcow2");
+    disk.snapshot(&["create", "d", text(&snapshot)]);
+    write_all(&mut client, 1);
+    disk.snapshot_fails(
+        &["commit", "d", text(&snapshot)],
+        &["it cannot be", "as before"],
+    );
+    check(&mut client, 1);
+    disk.snapshot(&["commit", "d", text(&snapshot)]);
+    check(&mut client, 1);
+    flush(&mut client);
+    assert_eq!(disk.files(), std::slice::from_ref(&disk.path));
     disk.end(client, server);
 }

@@ -96,12 +96,12 @@ fn the_doctor_looks_at_images_that_are_served() {
     let lab = sandbox();
     let server = serve(&lab, &image);
     let told = lab.finish(&["doctor"], &[]).stdout;
-    let words = "Ceph image: d: rbd:rbd/examined, 64M, client 127.0.0.1:0/";
+    let words = "image: d: rbd:rbd/examined, 64M, client 127.0.0.1:0/";
     assert!(told.contains(words), "{told}");
     let folder = without_library(&lab);
     let env = [("LD_LIBRARY_PATH", folder.as_str())];
     let told = lab.finish(&["doctor"], &env).stdout;
-    let words = "Ceph image: d: rbd: needs Ceph's client library: ";
+    let words = "image: d: rbd: needs Ceph's client library: ";
     assert!(told.contains(words), "{told}");
     server.stop().unwrap();
     let refused = lab.finish(&["serve", "--ublk", "no", &image.spec()], &env);

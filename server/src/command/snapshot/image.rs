@@ -3,11 +3,11 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rustix::process::getpid;
 
 use crate::export::admin;
 use crate::storage::qemu_image_of;
@@ -15,7 +15,8 @@ use crate::storage::qemu_image_of;
 /// How long a server may take to accept.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// The image of the export whose admin socket and folder these are, without links in its path.
+/// The image of the export whose admin socket and folder these are, without links in its path, and whether QEMU has the same
+/// path.
 ///
 /// The server is not asked: it may be a guest's that has taken it over, and the file is about to be renamed. It was started with
 /// the path, as its keeper was: a child of the server, made before the server confined itself, which confined servers cannot make.
@@ -23,7 +24,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// # Errors
 ///
 /// When it cannot be found out, or the export has no image that snapshots are made of.
-pub(super) fn image(name: &str, control: &Path, folder: &Path) -> Result<PathBuf> {
+pub(super) fn image(name: &str, control: &Path, folder: &Path) -> Result<(PathBuf, bool)> {
     let server = admin::server_process(control, LIMIT)?;
     let folder = fs::canonicalize(folder)?;
     let keepers = (fs::read_dir("/proc")?.flatten())
@@ -37,8 +38,8 @@ pub(super) fn image(name: &str, control: &Path, folder: &Path) -> Result<PathBuf
     };
     if !keeper.is_older_than_sandbox() {
         bail!(
-            "process {} may have been started by a guest that has taken the server over: its filters of system calls are no \
-             fewer than those of the server",
+            "process {} may have been started by a guest that has taken the server over: it has as many filters of system calls as \
+             the server",
             keeper.pid
         );
     }
@@ -48,7 +49,23 @@ pub(super) fn image(name: &str, control: &Path, folder: &Path) -> Result<PathBuf
              its snapshots are made with qemu-img while it is not served"
         )
     })?;
-    fs::canonicalize(&image).with_context(|| image)
+    if !image.starts_with('/') {
+        bail!("{name}: snapshots take the whole path of the image in its SPEC: {image}");
+    }
+    // The server may have another root, or a mount of its own.
+    let theirs = fs::metadata(format!("/proc/{}/root{image}", keeper.pid));
+    let (ours, theirs) = (fs::metadata(&image), theirs);
+    match (ours, theirs) {
+        (Ok(ours), Ok(theirs)) if (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()) => {
+            let path = fs::canonicalize(&image).with_context(|| image.clone())?;
+            let is_direct = path == Path::new(&image);
+            Ok((path, is_direct))
+        }
+        (Err(error), _) => Err(error).with_context(|| image),
+        _ => bail!(
+            "{image} is another file for the server than here: run this in the server's mount namespace"
+        ),
+    }
 }
 
 /// `ublkup qemu-keeper`, for one export.
@@ -77,12 +94,14 @@ impl Keeper {
     }
 
     /// Whether it was made before its server confined itself: children inherit filters of system calls, and nothing takes one
-    /// away.
+    /// away. A confined server has given up new privileges; one that has not is not confined, and could do all itself.
     fn is_older_than_sandbox(&self) -> bool {
-        let filters = |pid| status(pid, "Seccomp_filters:").unwrap_or_default();
-        let (keeper, own) = (filters(self.pid), filters(getpid().as_raw_nonzero().get()));
-        // All have those of a container.
-        keeper <= own || keeper < filters(self.server)
+        let filters = |pid| status(pid, "Seccomp_filters:");
+        let has_fewer = match (filters(self.pid), filters(self.server)) {
+            (Some(keeper), Some(server)) => keeper < server,
+            _ => false,
+        };
+        has_fewer || status(self.server, "NoNewPrivs:") == Some(0)
     }
 }
 

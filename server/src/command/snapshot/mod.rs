@@ -15,14 +15,15 @@ mod qemu_img;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 
 use super::cli::{BackupFormat, Snapshot};
 use super::client::served;
@@ -32,7 +33,7 @@ use crate::engine::{SnapshotProgress, SnapshotStep};
 use crate::export::admin;
 use crate::export::runtime_dir::RuntimeDir;
 use crate::request::format_size;
-use crate::storage::{HELD_LIMIT, NEW_IMAGE, lock_qemu_image};
+use crate::storage::{HELD_LIMIT, LockedOfImage, NEW_IMAGE, lock_qemu_image};
 use image::image;
 
 /// How long a step may take: the server limits what its daemon does.
@@ -47,6 +48,9 @@ const BACKUP: &str = ".ublkup-backup";
 /// What follows it in that of one that was merged, until nothing uses it.
 const OLD: &str = ".ublkup-old";
 
+/// What follows the name of a backup until it is whole.
+const PART: &str = ".ublkup-part";
+
 /// Runs one of the commands.
 ///
 /// # Errors
@@ -57,11 +61,17 @@ pub fn run(dir: &RuntimeDir, asked: &Snapshot) -> Result<ExitCode> {
     match asked {
         Snapshot::Create { name, file } => {
             disk(name)?.create(&absolute(file)?)?;
-            print_line(&format!("{name}: {} is what it holds now", file.display()))?;
+            let file = file.display();
+            print_line(&format!(
+                "{name}: {file} is what it holds now; what is written from now on is over it"
+            ))?;
         }
         Snapshot::Commit { name, file } => {
             disk(name)?.commit(file)?;
-            print_line(&format!("{name}: {} is merged", file.display()))?;
+            let file = file.display();
+            print_line(&format!(
+                "{name}: {file} is the image again, with what was written over it"
+            ))?;
         }
         Snapshot::Cancel { name } => {
             disk(name)?.step(SnapshotStep::Cancel)?;
@@ -98,67 +108,76 @@ struct Disk {
     name: String,
     control: PathBuf,
     image: PathBuf,
+    /// Whether QEMU looks for what the image lies over from its folder, and not from that of a link.
+    is_direct: bool,
 }
 
 impl Disk {
     fn find(dir: &RuntimeDir, name: &str) -> Result<Self> {
         let control = served(dir, name)?;
-        let image = image(name, &control, &dir.folder(name))?;
+        let (image, is_direct) = image(name, &control, &dir.folder(name))?;
         Ok(Self {
             name: name.to_owned(),
             control,
             image,
+            is_direct,
         })
     }
 
     fn step(&self, step: SnapshotStep) -> Result<SnapshotProgress> {
-        admin::snapshot(&self.control, step, None, STEP_LIMIT)
+        admin::snapshot(&self.control, step, STEP_LIMIT)
     }
 
     /// Puts an empty image over the one that is there, which is `snapshot` from then on.
     fn create(&self, snapshot: &Path) -> Result<()> {
         let image = &self.image;
+        let _alone = self.alone()?;
         ensure!(
-            fs::symlink_metadata(snapshot).is_err(),
+            snapshot.to_str().is_some(),
+            "{}: QEMU takes names in UTF-8 only",
+            snapshot.display()
+        );
+        self.check_name(snapshot)?;
+        // A command before may have been killed when the image had both names.
+        let is_begun = is_same(snapshot, image) && in_its_folder(snapshot)? != *image;
+        ensure!(
+            is_begun || fs::symlink_metadata(snapshot).is_err(),
             "{} is there already",
             snapshot.display()
         );
         self.check_file_system(parent(snapshot)?)?;
+        let info = qemu_img::info(image)?;
+        let is_beside = self.is_direct && parent(image)? == parent(&in_its_folder(snapshot)?)?;
+        check_movable(&info, is_beside)?;
         let new = self.beside(NEW_IMAGE);
-        // Of a command that was killed.
-        remove(&new)?;
-        let made = self
-            .make(&new, snapshot)
-            .and_then(|()| self.step(SnapshotStep::Begin));
-        if let Err(error) = made {
+        let made = self.make(&new, snapshot, (info.virtual_size, is_beside));
+        // What comes later must not come after the end of the pause.
+        let begun = Instant::now();
+        if let Err(error) = made.and_then(|()| self.step(SnapshotStep::Begin)) {
             let _ = remove(&new);
             return Err(error);
         }
-        let begun = Instant::now();
-        if let Err(error) = self.put_over(&new, snapshot, begun) {
+        if let Err(error) = self.put_over(&new, snapshot, (begun, is_begun)) {
             let _ = remove(&new);
             let _ = self.step(SnapshotStep::Resume);
             return Err(error.context(format!("{} is as before", self.name)));
         }
-        let resumed = self.step(SnapshotStep::Resume).with_context(|| {
-            format!(
-                "{} lies over {}, and is not served",
-                image.display(),
-                snapshot.display()
-            )
-        })?;
+        let over = || format!("{} lies over {}", image.display(), snapshot.display());
+        let resumed = self
+            .step(SnapshotStep::Resume)
+            .with_context(|| format!("{}, and is not served", over()))?;
         let Some(why) = resumed.failed else {
             return Ok(());
         };
         // Requests still wait, and what is there shows what the snapshot has.
-        let taken_back = in_time(begun).and_then(|()| {
-            let _lock = lock(image)?;
+        let begun = Instant::now();
+        let taken_back = lock_for_names(image).and_then(|_lock| {
+            in_time(begun)?;
             fs::rename(snapshot, image)?;
             Ok(sync_folders(&[image, snapshot])?)
         });
         let _ = self.step(SnapshotStep::Resume);
-        taken_back
-            .with_context(|| format!("{} lies over {}", image.display(), snapshot.display()))?;
+        taken_back.with_context(over)?;
         bail!(
             "{} is as before: the new image cannot be served: {why}",
             self.name
@@ -166,15 +185,21 @@ impl Disk {
     }
 
     /// Gives the image the name of the snapshot, and its own to the new one. On an error nothing has changed.
-    fn put_over(&self, new: &Path, snapshot: &Path, begun: Instant) -> Result<()> {
-        let _lock = lock(&self.image)?;
-        fs::hard_link(&self.image, snapshot).with_context(|| snapshot.display().to_string())?;
-        let files = [&*self.image, snapshot];
+    fn put_over(
+        &self,
+        new: &Path,
+        snapshot: &Path,
+        (begun, is_begun): (Instant, bool),
+    ) -> Result<()> {
+        let _lock = lock_for_names(&self.image)?;
         // QEMU has had it open.
-        let synced = File::open(new).and_then(|new| new.sync_all());
-        let renamed = synced.map_err(Into::into).and_then(|()| in_time(begun));
-        let renamed = renamed.and_then(|()| Ok(fs::rename(new, &self.image)?));
-        if renamed.is_err() {
+        File::open(new)?.sync_all()?;
+        if !is_begun {
+            fs::hard_link(&self.image, snapshot).with_context(|| snapshot.display().to_string())?;
+        }
+        let files = [&*self.image, snapshot];
+        let renamed = in_time(begun).and_then(|()| Ok(fs::rename(new, &self.image)?));
+        if renamed.is_err() && !is_begun {
             let _ = fs::remove_file(snapshot);
         }
         renamed?;
@@ -187,9 +212,12 @@ impl Disk {
     }
 
     /// Makes the new image, with owner and mode of the old one.
-    fn make(&self, new: &Path, snapshot: &Path) -> Result<()> {
-        let size_bytes = qemu_img::info(&self.image)?.virtual_size;
-        let is_beside = parent(&self.image)? == fs::canonicalize(parent(snapshot)?)?;
+    fn make(
+        &self,
+        new: &Path,
+        snapshot: &Path,
+        (size_bytes, is_beside): (u64, bool),
+    ) -> Result<()> {
         // QEMU looks for it beside the image then, also when both are moved. With a colon it would be a protocol's.
         let has_colon = |name: &OsStr| name.as_bytes().contains(&b':');
         let backing = match snapshot.file_name() {
@@ -197,25 +225,30 @@ impl Disk {
             _ => snapshot,
         };
         qemu_img::create(new, backing, size_bytes)?;
-        let old = fs::metadata(&self.image)?;
-        chown(new, Some(old.uid()), Some(old.gid()))?;
-        fs::set_permissions(new, old.permissions())?;
+        self.give_owner(new)?;
         Ok(File::open(new)?.sync_all()?)
+    }
+
+    /// Gives a file owner and mode of the image.
+    fn give_owner(&self, file: &Path) -> Result<()> {
+        let old = fs::metadata(&self.image)?;
+        chown(file, Some(old.uid()), Some(old.gid()))?;
+        Ok(fs::set_permissions(file, old.permissions())?)
     }
 
     /// Has the image written into the snapshot that it lies over, which takes its place.
     fn commit(&self, snapshot: &Path) -> Result<()> {
+        let _alone = self.alone()?;
+        self.check_name(snapshot)?;
         let info = qemu_img::info(&self.image)?;
-        let backing = info
-            .full_backing_filename
-            .with_context(|| format!("{} lies over no snapshot", self.image.display()))?;
+        let image = self.image.display();
+        let backing = (info.full_backing_filename)
+            .with_context(|| format!("{image} lies over no snapshot"))?;
         let shown = snapshot.display();
-        let proof = File::options()
-            .read(true)
-            .write(true)
-            .open(snapshot)
-            .with_context(|| shown.to_string())?;
-        let there = proof.metadata()?;
+        // Without it the keeper does not merge: who has it may write to the file. It is not handed to the server.
+        let lock =
+            lock_qemu_image(snapshot, LockedOfImage::Merge).with_context(|| shown.to_string())?;
+        let there = lock.metadata()?;
         let is_there = |path: &Path| {
             fs::metadata(path)
                 .is_ok_and(|file| (file.dev(), file.ino()) == (there.dev(), there.ino()))
@@ -232,20 +265,36 @@ impl Disk {
             quote(&self.image.to_string_lossy())
         );
         self.check_file_system(snapshot)?;
-        self.merge(&proof)?;
-        self.step(SnapshotStep::Finish)?;
+        let is_beside =
+            self.is_direct && parent(&self.image)? == parent(&fs::canonicalize(snapshot)?)?;
+        check_movable(&qemu_img::info(snapshot)?, is_beside)?;
+        self.merge()?;
         let begun = Instant::now();
+        self.step(SnapshotStep::Finish)?;
         let exchanged = self.put_in_place(snapshot, is_there, begun);
         let resumed = self.step(SnapshotStep::Resume);
-        // It was locked until now: no QEMU uses it any more.
-        let _old =
-            exchanged.with_context(|| format!("{} is as before, over {shown}", self.name))?;
-        let _ = fs::remove_file(self.beside(OLD));
+        // It is locked until now: no QEMU uses it any more.
+        let old = exchanged.with_context(|| format!("{} is as before, over {shown}", self.name))?;
         let merged = format!("{shown} is merged, and has the name of the image");
-        match resumed.with_context(|| merged.clone())?.failed {
-            Some(why) => bail!("{merged}, which cannot be served: {why}"),
-            None => Ok(()),
-        }
+        let Some(why) = resumed.with_context(|| merged.clone())?.failed else {
+            let _ = fs::remove_file(self.beside(OLD));
+            return Ok(());
+        };
+        // Requests still wait, and the image that was merged shows the same.
+        let begun = Instant::now();
+        let taken_back = lock_for_names(&self.image).and_then(|_lock| {
+            in_time(begun)?;
+            fs::hard_link(&self.image, snapshot)?;
+            fs::rename(self.beside(OLD), &self.image)?;
+            Ok(sync_folders(&[&self.image, snapshot])?)
+        });
+        drop(old);
+        let _ = self.step(SnapshotStep::Resume);
+        taken_back.with_context(|| merged)?;
+        bail!(
+            "{} is as before, over {shown}: that cannot be served as the image: {why}",
+            self.name
+        )
     }
 
     /// Gives the snapshot the name of the image. Returns the image that was merged, locked; on an error nothing has changed.
@@ -255,16 +304,15 @@ impl Disk {
         is_there: impl Fn(&Path) -> bool,
         begun: Instant,
     ) -> Result<File> {
-        let locked = lock(&self.image)?;
-        let _lock = lock(snapshot)?;
+        let locked = lock_for_names(&self.image)?;
+        let _lock = lock_for_names(snapshot)?;
         ensure!(
             is_there(snapshot),
             "{} is another file now",
             snapshot.display()
         );
         let (files, old) = ([&*self.image, snapshot], self.beside(OLD));
-        remove(&old)?;
-        fs::hard_link(&self.image, &old)?;
+        fs::hard_link(&self.image, &old).with_context(|| old.display().to_string())?;
         let renamed = in_time(begun).and_then(|()| Ok(fs::rename(snapshot, &self.image)?));
         if renamed.is_err() {
             let _ = fs::remove_file(&old);
@@ -281,6 +329,34 @@ impl Disk {
         Ok(locked)
     }
 
+    /// Keeps other commands out, and removes what one that was killed has left.
+    fn alone(&self) -> Result<File> {
+        let alone = lock_qemu_image(&self.image, LockedOfImage::Names)
+            .with_context(|| format!("another command is at work on {}", self.image.display()))?;
+        let chain = qemu_img::chain(&self.image)?;
+        for left in [NEW_IMAGE, OLD].map(|suffix| self.beside(suffix)) {
+            ensure!(
+                !chain.iter().any(|one| is_same(&one.filename, &left)),
+                "{} is in use: give it another name (qemu-img rebase -u)",
+                left.display()
+            );
+            remove(&left)?;
+        }
+        Ok(alone)
+    }
+
+    /// Whether a file may have this name: those beside the image are this command's.
+    fn check_name(&self, file: &Path) -> Result<()> {
+        let is_own = [NEW_IMAGE, OLD].map(|suffix| self.beside(suffix));
+        let file = in_its_folder(file)?;
+        ensure!(
+            !is_own.contains(&file),
+            "{}: the commands use that name themselves",
+            file.display()
+        );
+        Ok(())
+    }
+
     /// A file beside the image.
     fn beside(&self, suffix: &str) -> PathBuf {
         let mut path = self.image.clone().into_os_string();
@@ -288,11 +364,10 @@ impl Disk {
         path.into()
     }
 
-    fn merge(&self, proof: &File) -> Result<()> {
+    fn merge(&self) -> Result<()> {
         let progress = io::stderr().is_terminal();
         loop {
-            let proof = Some(proof.as_fd());
-            let merged = admin::snapshot(&self.control, SnapshotStep::Merge, proof, STEP_LIMIT)?;
+            let merged = self.step(SnapshotStep::Merge)?;
             if progress {
                 let [done, total] = [merged.done_bytes, merged.total_bytes].map(format_size);
                 let end = if merged.is_ready { "\n" } else { "" };
@@ -315,25 +390,44 @@ impl Disk {
             quote(&snapshot.to_string_lossy())
         );
         ensure!(
-            !snapshot.exists(),
+            !snapshot.exists() || is_same(&snapshot, &self.image),
             "a backup before was interrupted: {commit}"
         );
-        // Made first, so that nothing is begun for a file that cannot be.
-        File::create_new(file).with_context(|| file.display().to_string())?;
-        let created = self.create(&snapshot);
+        self.check_name(file)?;
+        ensure!(
+            *file != snapshot,
+            "{}: the commands use that name themselves",
+            file.display()
+        );
+        ensure!(
+            fs::symlink_metadata(file).is_err(),
+            "{} is there already",
+            file.display()
+        );
+        // It has its name when it is whole.
+        let mut part = file.as_os_str().to_owned();
+        part.push(PART);
+        let part = PathBuf::from(part);
+        let mut options = File::options();
+        let made = options.write(true).create_new(true).mode(0o600).open(&part);
+        made.with_context(|| part.display().to_string())?;
+        let created = self.give_owner(&part).and_then(|()| self.create(&snapshot));
         if created.is_err() {
-            let _ = fs::remove_file(file);
+            let _ = fs::remove_file(&part);
         }
         created?;
         let format = match format {
             BackupFormat::Qcow2 => "qcow2",
             BackupFormat::Raw => "raw",
         };
-        let copied = qemu_img::convert(&snapshot, file, format, io::stdout().is_terminal())
-            .and_then(|()| Ok(File::open(file)?.sync_all()?))
-            .and_then(|()| Ok(sync_folders(&[file])?));
+        let copied = qemu_img::convert(&snapshot, &part, format, io::stdout().is_terminal())
+            .and_then(|()| Ok(File::open(&part)?.sync_all()?))
+            .and_then(|()| {
+                name_whole(&part, file).with_context(|| file.display().to_string())?;
+                Ok(sync_folders(&[file])?)
+            });
         if copied.is_err() {
-            let _ = fs::remove_file(file);
+            let _ = fs::remove_file(&part);
         }
         let committed = self.commit(&snapshot);
         if let Err(error) = committed {
@@ -341,10 +435,9 @@ impl Disk {
                 "{} still lies over the snapshot of the backup: {commit}",
                 self.name
             ));
-            if copied.is_err() {
-                complain(&crate::export::explain(&error));
-            } else {
-                return Err(error);
+            match copied {
+                Ok(()) => return Err(error),
+                Err(_) => complain(&crate::export::explain(&error)),
             }
         }
         copied
@@ -372,9 +465,39 @@ fn remove(file: &Path) -> Result<()> {
     }
 }
 
+/// Whether an image may get a name in another folder.
+fn check_movable(info: &qemu_img::Info, is_beside: bool) -> Result<()> {
+    let file = info.filename.display();
+    if let Some(data) = info.data_file() {
+        bail!("{file} has its data in another file, {data}");
+    }
+    ensure!(
+        is_beside || !info.is_bound_to_its_folder(),
+        "{file} names its backing file as seen from its own folder: keep the snapshot in the folder of the image, or have it say the \
+         whole path (qemu-img rebase -u)"
+    );
+    Ok(())
+}
+
+/// Gives a file its name, which nothing has.
+fn name_whole(part: &Path, file: &Path) -> io::Result<()> {
+    match renameat_with(CWD, part, CWD, file, RenameFlags::NOREPLACE) {
+        // NFS has no such rename.
+        Err(Errno::INVAL) if fs::symlink_metadata(file).is_err() => fs::rename(part, file),
+        other => Ok(other?),
+    }
+}
+
+/// Whether these are names of the same file.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let identity = |path| fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()));
+    matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
+}
+
 /// Keeps QEMU from opening an image.
-fn lock(image: &Path) -> Result<File> {
-    lock_qemu_image(image).with_context(|| format!("cannot lock {}", image.display()))
+fn lock_for_names(image: &Path) -> Result<File> {
+    lock_qemu_image(image, LockedOfImage::Qemu)
+        .with_context(|| format!("cannot lock {}", image.display()))
 }
 
 /// Whether the server certainly waits still. It does not wait for a command that was stopped.
@@ -387,6 +510,14 @@ fn in_time(begun: Instant) -> Result<()> {
 
 fn absolute(file: &Path) -> Result<PathBuf> {
     std::path::absolute(file).with_context(|| file.display().to_string())
+}
+
+/// The path of a file that need not be there, without links to its folder.
+fn in_its_folder(file: &Path) -> Result<PathBuf> {
+    let file = absolute(file)?;
+    let folder = parent(&file)?;
+    let folder = fs::canonicalize(folder).with_context(|| folder.display().to_string())?;
+    Ok(folder.join(file.file_name().unwrap_or_default()))
 }
 
 fn parent(file: &Path) -> Result<&Path> {

@@ -16,10 +16,28 @@ pub(super) struct Info {
     pub virtual_size: u64,
     #[serde(default)]
     pub actual_size: u64,
+    /// As the image has it.
+    #[serde(default)]
+    pub backing_filename: Option<PathBuf>,
     #[serde(default)]
     pub full_backing_filename: Option<PathBuf>,
     #[serde(default)]
     pub backing_filename_format: Option<String>,
+    #[serde(default)]
+    format_specific: serde_json::Value,
+}
+
+impl Info {
+    /// Whether the image names other files as they are seen from its own folder, or has its data in another one.
+    pub fn is_bound_to_its_folder(&self) -> bool {
+        let is_relative = |path: &PathBuf| path.is_relative();
+        self.backing_filename.as_ref().is_some_and(is_relative)
+    }
+
+    /// The file with its data, if that is another one.
+    pub fn data_file(&self) -> Option<&str> {
+        self.format_specific["data"]["data-file"].as_str()
+    }
 }
 
 /// What `qemu-img info` says of an image that may be in use, and of the files that it lies over if these are wanted: JSON.
@@ -30,6 +48,11 @@ pub(super) fn info_text(image: &Path, with_chain: bool) -> Result<String> {
         command.arg("--backing-chain");
     }
     run(command.arg(image))
+}
+
+/// The files that an image lies over, and itself.
+pub(super) fn chain(image: &Path) -> Result<Vec<Info>> {
+    serde_json::from_str(&info_text(image, true)?).context("cannot read what qemu-img says")
 }
 
 /// The same, of the image alone.

@@ -91,14 +91,8 @@ pub fn resize(
 /// # Errors
 ///
 /// When the server refuses or does not answer.
-pub fn snapshot(
-    path: &Path,
-    step: SnapshotStep,
-    proof: Option<BorrowedFd<'_>>,
-    limit: Duration,
-) -> Result<SnapshotProgress> {
-    let asked = (Command::Snapshot { step }, proof.as_slice());
-    ask_patiently(path, asked, limit, || {})
+pub fn snapshot(path: &Path, step: SnapshotStep, limit: Duration) -> Result<SnapshotProgress> {
+    ask(path, Command::Snapshot { step }, limit)
 }
 
 /// The process that answers at an admin socket, as the kernel tells it.

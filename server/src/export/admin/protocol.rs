@@ -106,8 +106,7 @@ pub enum Command {
         /// Whether something may be cut off.
         shrink: bool,
     },
-    /// Do a step of a snapshot of its image. The first `merge` comes with a descriptor of the backing file that can be
-    /// written.
+    /// Do a step of a snapshot of its image.
     Snapshot {
         /// Which.
         step: SnapshotStep,

@@ -84,12 +84,12 @@ impl Client {
 }
 
 impl<S: Service> Answerer for S {
-    fn answer(&self, request: Request, client: Client) -> Result<Reply> {
+    fn answer(&self, request: Request, _: Client) -> Result<Reply> {
         let name = self.name();
         if let Some(other) = request.export.filter(|export| export != name) {
             bail!("this is the admin socket of '{name}', not of '{other}'");
         }
-        answer_for(self, request.command, client)
+        answer_for(self, request.command)
     }
 }
 
@@ -98,7 +98,7 @@ impl<S: Service> Answerer for S {
 /// # Errors
 ///
 /// Why not.
-pub fn answer_for(export: &impl Service, command: Command, client: Client) -> Result<Reply> {
+pub fn answer_for(export: &impl Service, command: Command) -> Result<Reply> {
     let answer = match command {
         Command::Stat {} => serde_json::to_value(export.status()),
         Command::Stop { force, openers } => {
@@ -112,10 +112,7 @@ pub fn answer_for(export: &impl Service, command: Command, client: Client) -> Re
         Command::Resize { size_bytes, shrink } => {
             serde_json::to_value(export.resize(size_bytes, shrink)?)
         }
-        Command::Snapshot { step } => {
-            let proof = client.descriptors.into_iter().next();
-            serde_json::to_value(export.snapshot(step, proof)?)
-        }
+        Command::Snapshot { step } => serde_json::to_value(export.snapshot(step)?),
         Command::Set { options } => {
             export.set(options)?;
             serde_json::to_value(Changed { changed: true })
@@ -143,12 +140,12 @@ pub trait Service: Send + Sync + 'static {
     ///
     /// Why it keeps its size.
     fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> Result<Resized>;
-    /// Answers `snapshot`, which may come with a descriptor.
+    /// Answers `snapshot`.
     ///
     /// # Errors
     ///
     /// Why the step is not done.
-    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> Result<SnapshotProgress>;
+    fn snapshot(&self, step: SnapshotStep) -> Result<SnapshotProgress>;
     /// Answers `stop`: returns when the export is gone. `openers` are the processes that have the block device open.
     ///
     /// # Errors

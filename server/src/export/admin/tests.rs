@@ -12,7 +12,6 @@ use super::*;
 use crate::door::ownership::OwnershipState;
 use crate::engine::socket::SocketAccess;
 use crate::engine::{SnapshotProgress, SnapshotStep};
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 #[derive(Default)]
@@ -33,8 +32,8 @@ impl Service for Slow {
         self.0.resize(size_bytes, shrink)
     }
 
-    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> Result<SnapshotProgress> {
-        self.0.snapshot(step, proof)
+    fn snapshot(&self, step: SnapshotStep) -> Result<SnapshotProgress> {
+        self.0.snapshot(step)
     }
     fn stop(&self, _: bool, _: Option<String>) -> Result<()> {
         self.2.fetch_add(1, Ordering::SeqCst);
@@ -88,8 +87,8 @@ impl Service for Fake {
             untold_clients: 0,
         })
     }
-    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> Result<SnapshotProgress> {
-        anyhow::ensure!(step == SnapshotStep::Merge && proof.is_some(), "no");
+    fn snapshot(&self, step: SnapshotStep) -> Result<SnapshotProgress> {
+        anyhow::ensure!(step == SnapshotStep::Merge, "no");
         Ok(SnapshotProgress::default())
     }
     fn stop(&self, force: bool, _: Option<String>) -> Result<()> {
@@ -123,9 +122,8 @@ fn commands_are_answered_and_nonsense_is_refused() {
     set(&path, one("depth"), LIMIT).unwrap();
     let refused = set(&path, one("x"), LIMIT).unwrap_err();
     assert_eq!(refused.to_string(), "unknown");
-    let (proof, _other_end) = std::io::pipe().unwrap();
-    snapshot(&path, SnapshotStep::Merge, Some(proof.as_fd()), LIMIT).unwrap();
-    assert!(snapshot(&path, SnapshotStep::Merge, None, LIMIT).is_err());
+    snapshot(&path, SnapshotStep::Merge, LIMIT).unwrap();
+    assert!(snapshot(&path, SnapshotStep::Begin, LIMIT).is_err());
     assert_eq!(leave(&path, LIMIT).unwrap_err().to_string(), "not yet");
     assert_eq!(
         stop(&path, false, LIMIT, || {}).unwrap_err().to_string(),

@@ -40,9 +40,13 @@ pub(super) fn warn_unless_raw(file: &fs::File, path: &Path) {
     let read = file.read_at(&mut first, 0).unwrap_or(0);
     if let Some(format) = recognize(&first[..read]) {
         let path = path.display();
+        let instead = match format {
+            "qcow2" => format!("qcow2:{path}"),
+            _ => format!("qemu:driver={format},file.driver=file,file.filename={path}"),
+        };
         tracing::warn!(
             "{path}: it looks like a {format} image and is served as it is: guests see its headers instead of the \
-             disk in it; convert it (qemu-img convert -O raw), or say format=raw if it is a raw disk"
+             disk in it, and destroy it when they write; serve {instead}, or say format=raw if these bytes are the disk"
         );
     }
 }

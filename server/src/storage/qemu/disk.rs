@@ -20,9 +20,6 @@ pub(super) const EXPORT: &str = "export";
 /// What follows the name of an image in that of the one that is to replace it.
 pub const NEW_IMAGE: &str = ".ublkup-new";
 
-/// The bytes that QEMU locks in images (`docs/system/qemu-block-drivers.rst.inc`, "Disk image file locking"): from, and how many.
-const QEMU_LOCKS: (i64, i64) = (100, 200);
-
 /// How long the disk has no daemon at most, while its image is being exchanged.
 pub const HELD_LIMIT: Duration = Duration::from_secs(10);
 
@@ -209,15 +206,44 @@ pub fn image_of(arguments: &[OsString]) -> Option<String> {
     is_plain.then(|| options.remove("file.filename")).flatten()
 }
 
-/// Locks an image, so that no QEMU opens it as long as the file that is returned is open.
+/// What is locked of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Locked {
+    /// What QEMU locks: none opens it as long as the lock is there.
+    Qemu,
+    /// That something may be merged into it. A process that cannot write to it cannot have this lock.
+    Merge,
+    /// That names are exchanged for it: one program does that at a time.
+    Names,
+}
+
+impl Locked {
+    /// The bytes: from, and how many.
+    fn range(self) -> (i64, i64) {
+        match self {
+            // docs/system/qemu-block-drivers.rst.inc, "Disk image file locking".
+            Self::Qemu => (100, 200),
+            // Behind those that servers of plain files lock.
+            Self::Merge => ((1 << 62) + 16, 1),
+            Self::Names => ((1 << 62) + 17, 1),
+        }
+    }
+}
+
+/// Locks an image, until the file that is returned is closed.
 ///
 /// # Errors
 ///
-/// When a program has it open.
-pub fn lock_image(image: &Path) -> io::Result<File> {
+/// When another program has it locked, or it cannot be written to.
+pub fn lock_image(image: &Path, what: Locked) -> io::Result<File> {
     let file = File::options().read(true).write(true).open(image)?;
-    range_lock::set(&file, range_lock::Lock::Write, QEMU_LOCKS)?;
+    range_lock::set(&file, range_lock::Lock::Write, what.range())?;
     Ok(file)
+}
+
+/// Whether a program has the lock [`Locked::Merge`] of an image.
+pub(super) fn is_locked_for_merge(image: &Path) -> io::Result<bool> {
+    range_lock::is_locked_for_writing(&File::open(image)?, Locked::Merge.range())
 }
 
 /// Commas in values are written twice, by QEMU as by SPECs.

@@ -5,8 +5,8 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -29,7 +29,6 @@ use super::disk::{HELD_LIMIT, MONITOR, NODE};
 use super::format::guessed_format;
 use super::messages::{Heard, ORDER_LIMIT, Order, Told, hear, tell, wait};
 use super::snapshot::{Done, Snapshot};
-use crate::engine::line::send_line;
 use crate::engine::qmp::Qmp;
 use crate::engine::wait::repeat_while;
 use crate::engine::{SnapshotProgress, SnapshotStep};
@@ -173,8 +172,8 @@ fn hold(server: &UnixStream) -> io::Result<Resumed> {
         match hear(server, until)? {
             Heard::Gone => return Ok(Resumed::Gone),
             Heard::Nothing => return Ok(Resumed::Late),
-            Heard::Order(Order::Snapshot(SnapshotStep::Resume), _) => return Ok(Resumed::Asked),
-            Heard::Order(..) => refuse(server),
+            Heard::Order(Order::Snapshot(SnapshotStep::Resume)) => return Ok(Resumed::Asked),
+            Heard::Order(_) => refuse(server),
         }
     }
 }
@@ -186,7 +185,7 @@ fn refuse_all(server: &UnixStream, pause: Duration) -> io::Result<bool> {
         match hear(server, until)? {
             Heard::Gone => return Ok(false),
             Heard::Nothing => return Ok(true),
-            Heard::Order(..) => refuse(server),
+            Heard::Order(_) => refuse(server),
         }
     }
 }
@@ -308,17 +307,16 @@ impl Daemon<'_> {
                 Duration::from_secs(3600),
             )? {
                 Some(0) => {
-                    let (order, descriptors) =
-                        match hear(self.server, Instant::now() + ORDER_LIMIT)? {
-                            Heard::Nothing => continue,
-                            Heard::Gone => {
-                                end(&mut child, ended.as_fd())?;
-                                return Ok(Then::End);
-                            }
-                            Heard::Order(order, descriptors) => (order, descriptors),
-                        };
+                    let order = match hear(self.server, Instant::now() + ORDER_LIMIT)? {
+                        Heard::Nothing => continue,
+                        Heard::Gone => {
+                            end(&mut child, ended.as_fd())?;
+                            return Ok(Then::End);
+                        }
+                        Heard::Order(order) => order,
+                    };
                     let done = match &mut monitor {
-                        Some(monitor) => obey(monitor, arguments, order, &descriptors),
+                        Some(monitor) => obey(monitor, arguments, order),
                         None => Done::Answer(Err("it does not answer at its monitor".into())),
                     };
                     match done {
@@ -356,7 +354,7 @@ impl Daemon<'_> {
 }
 
 /// Does what the server has asked for.
-fn obey(monitor: &mut Qmp, arguments: &[OsString], order: Order, descriptors: &[OwnedFd]) -> Done {
+fn obey(monitor: &mut Qmp, arguments: &[OsString], order: Order) -> Done {
     match order {
         Order::Resize(size_bytes) => {
             let resize = json!({ "node-name": NODE, "size": size_bytes });
@@ -367,7 +365,7 @@ fn obey(monitor: &mut Qmp, arguments: &[OsString], order: Order, descriptors: &[
                     .map_err(|error| format!("{error:#}")),
             )
         }
-        Order::Snapshot(step) => Snapshot { monitor, arguments }.step(step, descriptors),
+        Order::Snapshot(step) => Snapshot { monitor, arguments }.step(step),
     }
 }
 
@@ -434,13 +432,9 @@ impl Keeper {
     }
 
     /// Asks for something. The answer is told.
-    pub(super) fn ask(&self, order: Order, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    pub(super) fn ask(&self, order: Order) -> io::Result<()> {
         let line = serde_json::to_string(&order)?;
-        send_line(
-            &self.socket,
-            format!("{line}\n").as_bytes(),
-            descriptor.as_slice(),
-        )
+        (&self.socket).write_all(format!("{line}\n").as_bytes())
     }
 
     /// Ends keeper and daemon, and waits for that. Without effect when that was done.

@@ -1,7 +1,7 @@
 //! What keeper and server say to each other, and waiting for it.
 
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -58,8 +58,8 @@ pub(super) fn tell(mut server: &UnixStream, told: &Told) -> io::Result<()> {
 
 /// What comes from the server.
 pub(super) enum Heard {
-    /// What it wants, with the descriptors that came beside it.
-    Order(Order, Vec<OwnedFd>),
+    /// What it wants.
+    Order(Order),
     /// Nothing in time.
     Nothing,
     /// Its end.
@@ -77,12 +77,12 @@ pub(super) fn hear(server: &UnixStream, until: Instant) -> io::Result<Heard> {
             continue;
         }
         let line = read_line(server, ORDER_BYTES, Instant::now() + ORDER_LIMIT);
-        let (line, descriptors) = match line {
-            Ok((line, descriptors)) if !line.is_empty() => (line, descriptors),
+        let line = match line {
+            Ok((line, _)) if !line.is_empty() => line,
             _ => return Ok(Heard::Gone),
         };
         match serde_json::from_str(&line) {
-            Ok(order) => return Ok(Heard::Order(order, descriptors)),
+            Ok(order) => return Ok(Heard::Order(order)),
             Err(error) => {
                 let why = format!("not an order: {error}");
                 let _ = tell(server, &Told::Answer(Err(why)));

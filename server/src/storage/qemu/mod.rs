@@ -17,14 +17,13 @@ mod snapshot;
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-pub use disk::{HELD_LIMIT, NEW_IMAGE, QemuDisk, image_of, lock_image};
+pub use disk::{HELD_LIMIT, Locked, NEW_IMAGE, QemuDisk, image_of, lock_image};
 pub use keeper::keep;
 
 use super::vhost_user::{VhostUser, VhostUserError, VhostUserOptions, VhostUserQueue};
@@ -172,11 +171,11 @@ impl Qemu {
     }
 
     /// Has the keeper do something.
-    fn ask(&self, order: Order, descriptor: Option<&OwnedFd>) -> io::Result<SnapshotProgress> {
+    fn ask(&self, order: Order) -> io::Result<SnapshotProgress> {
         let keeper = self.keeper();
         // Of one that was not waited for.
         keeper.1.try_iter().for_each(drop);
-        keeper.0.ask(order, descriptor.map(AsFd::as_fd))?;
+        keeper.0.ask(order)?;
         let answer = keeper.1.recv_timeout(ANSWER_LIMIT);
         let answer = answer.unwrap_or_else(|_| Err(format!("{PROGRAM} does not answer")));
         answer.map_err(|why| io::Error::other(format!("{}: {why}", self.name)))
@@ -255,17 +254,18 @@ impl StorageControl for Qemu {
             )));
         }
         if wanted > now {
-            self.ask(Order::Resize(wanted), None)?;
+            self.ask(Order::Resize(wanted))?;
         }
         self.vhost.grow(Some(wanted))
     }
 
-    fn snapshot(&self, step: SnapshotStep, proof: Option<OwnedFd>) -> io::Result<SnapshotProgress> {
+    fn snapshot(&self, step: SnapshotStep) -> io::Result<SnapshotProgress> {
         let ends = matches!(step, SnapshotStep::Begin | SnapshotStep::Finish);
-        if ends {
-            self.vhost.pause();
+        if ends && !self.vhost.pause() {
+            let why = "requests wait for a snapshot already";
+            return Err(io::Error::other(format!("{}: {why}", self.name)));
         }
-        let done = self.ask(Order::Snapshot(step), proof.as_ref());
+        let done = self.ask(Order::Snapshot(step));
         if ends {
             self.vhost.settle(done.is_ok());
         }

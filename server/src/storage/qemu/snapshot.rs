@@ -5,15 +5,12 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::{OFlags, fcntl_getfl, fstat};
 use serde_json::{Value, json};
 
-use super::disk::{EXPORT, NEW_IMAGE, NODE, image_of};
+use super::disk::{EXPORT, NEW_IMAGE, NODE, image_of, is_locked_for_merge};
 use crate::engine::qmp::Qmp;
 use crate::engine::wait::repeat_while;
 use crate::engine::{SnapshotProgress, SnapshotStep};
@@ -42,11 +39,11 @@ pub(super) struct Snapshot<'a> {
 }
 
 impl Snapshot<'_> {
-    pub(super) fn step(&mut self, step: SnapshotStep, proof: &[OwnedFd]) -> Done {
+    pub(super) fn step(&mut self, step: SnapshotStep) -> Done {
         let begun = match step {
             SnapshotStep::Begin => self.begin(),
             SnapshotStep::Finish => self.finish(),
-            SnapshotStep::Merge => return Done::Answer(self.merge(proof.first())),
+            SnapshotStep::Merge => return Done::Answer(self.merge()),
             SnapshotStep::Cancel => return Done::Answer(self.cancel()),
             SnapshotStep::Resume => {
                 Err("requests are served: it took too long, or none was begun".into())
@@ -62,7 +59,9 @@ impl Snapshot<'_> {
     /// Has all flushed. The outer error is that of a daemon that serves as before.
     fn begin(&mut self) -> Result<Result<(), String>, String> {
         let image = image_of(self.arguments).ok_or("it is no qcow2 image in a file of its own")?;
-        let new = format!("{image}{NEW_IMAGE}");
+        // The command follows links, too.
+        let image = fs::canonicalize(&image).map_err(|error| format!("{image}: {error}"))?;
+        let new = format!("{}{NEW_IMAGE}", image.display());
         if !Path::new(&new).is_file() {
             return Err(format!("{new} has to be there"));
         }
@@ -73,6 +72,16 @@ impl Snapshot<'_> {
             "driver": "qcow2", "node-name": "new", "backing": null, "file": {"driver": "file", "filename": new},
         });
         self.command("blockdev-add", overlay)?;
+        let nodes = self.command("query-named-block-nodes", json!({}))?;
+        let size = |name: &str| {
+            let nodes = nodes.as_array()?;
+            let node = nodes.iter().find(|node| node["node-name"] == name)?;
+            node["image"]["virtual-size"].as_u64()
+        };
+        if size("new").is_none_or(|new| Some(new) != size(NODE)) {
+            self.command("blockdev-del", json!({"node-name": "new"}))?;
+            return Err("the disk has got another size meanwhile: try again".into());
+        }
         if let Err(why) = self.take_export() {
             return Ok(Err(why));
         }
@@ -81,11 +90,11 @@ impl Snapshot<'_> {
         Ok(switched.map(drop))
     }
 
-    fn merge(&mut self, proof: Option<&OwnedFd>) -> Result<SnapshotProgress, String> {
+    fn merge(&mut self) -> Result<SnapshotProgress, String> {
         let job = match self.job()? {
             Some(job) => job,
             None => {
-                self.begin_merge(proof)?;
+                self.begin_merge()?;
                 self.job()?.ok_or("the job is gone")?
             }
         };
@@ -101,7 +110,7 @@ impl Snapshot<'_> {
         })
     }
 
-    fn begin_merge(&mut self, proof: Option<&OwnedFd>) -> Result<(), String> {
+    fn begin_merge(&mut self) -> Result<(), String> {
         let nodes = self.command("query-named-block-nodes", json!({}))?;
         let nodes = nodes.as_array().map_or(&[][..], Vec::as_slice);
         let find = |key: &str, value: &Value| {
@@ -113,16 +122,10 @@ impl Snapshot<'_> {
         let backing = &disk["image"]["backing-image"]["filename"];
         let base = find("file", backing).ok_or("the image has no backing file")?;
         let path = backing.as_str().unwrap_or_default();
-        // The server may be a guest's: what it cannot reach it has nothing written to.
-        let is_writable = |proof: &OwnedFd| {
-            let mode = fcntl_getfl(proof)? & OFlags::ACCMODE;
-            let (one, other) = (fstat(proof)?, fs::metadata(path)?);
-            let is_same = (one.st_dev, one.st_ino) == (other.dev(), other.ino());
-            std::io::Result::Ok(is_same && mode == OFlags::RDWR)
-        };
-        if !proof.is_some_and(|proof| is_writable(proof).unwrap_or(false)) {
+        // The server may be a guest's: what it cannot open it cannot lock, and not have written to.
+        if !is_locked_for_merge(Path::new(path)).unwrap_or(false) {
             return Err(format!(
-                "that takes a descriptor by which {path} can be written"
+                "that takes a lock on {path} (ublkup snapshot commit has it)"
             ));
         }
         let commit = json!({"job-id": MERGE, "device": NODE, "base-node": base["node-name"], "auto-dismiss": false});

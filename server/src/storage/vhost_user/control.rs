@@ -273,8 +273,9 @@ impl Control {
                 if is_paused {
                     self.pause = FIRST_PAUSE;
                 }
+                // In a pause there is none for a while.
                 if shared.set_away(&why)
-                    && !is_paused
+                    && (!is_paused || shared.socket.exists())
                     && let Some(omitted) = self.losses.due_whatever_numbers(&why)
                 {
                     self.told_of_loss = true;
@@ -345,11 +346,7 @@ impl Control {
         for queue in &self.shared.queues {
             queue.end();
         }
-        let lost = match self.shared.is_paused() {
-            // It is said later.
-            true => 0,
-            false => self.shared.fail_flushes(),
-        };
+        let lost = self.shared.forgotten();
         self.peer = None;
         self.rings = None;
         self.mapped.clear();

@@ -212,9 +212,10 @@ impl VhostUser {
 }
 
 impl VhostUser {
-    /// The server is about to be ended by who started it, after a flush. [`settle`](Self::settle) has to follow.
-    pub(super) fn pause(&self) {
-        self.shared.pause();
+    /// The server is about to be ended by who started it, after a flush. [`settle`](Self::settle) has to follow, unless this
+    /// is false: it is so already.
+    pub(super) fn pause(&self) -> bool {
+        self.shared.pause()
     }
 
     /// Whether the server has flushed all that it had answered before it ended. If not, the next flush fails.

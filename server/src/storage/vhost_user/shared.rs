@@ -49,6 +49,8 @@ enum Pause {
 struct Connection {
     epoch: u64,
     pause: Pause,
+    /// The connection has ended in a pause, and whether that has lost something is not settled.
+    is_unsettled: bool,
     /// To end it.
     stream: Option<UnixStream>,
     /// Since when there is none, and why.
@@ -111,6 +113,7 @@ impl Shared {
             connection: Mutex::new(Connection {
                 epoch: 0,
                 pause: Pause::None,
+                is_unsettled: false,
                 stream: None,
                 away: None,
                 violation: None,
@@ -225,9 +228,15 @@ impl Shared {
         lost
     }
 
-    /// The server is about to be ended by who started it. Says [`settle`](Self::settle) with what came of it.
-    pub(super) fn pause(&self) {
-        self.connection().pause = Pause::Begun;
+    /// The server is about to be ended by who started it, who says [`settle`](Self::settle) with what came of it. False if that
+    /// is so already.
+    pub(super) fn pause(&self) -> bool {
+        let mut connection = self.connection();
+        let is_new = connection.pause == Pause::None;
+        if is_new {
+            connection.pause = Pause::Begun;
+        }
+        is_new
     }
 
     /// The server has flushed all that it had answered before it ended, or that is not known.
@@ -241,9 +250,9 @@ impl Shared {
             true => Pause::Flushed,
             false => Pause::None,
         };
-        let is_away = connection.stream.is_none();
+        let is_lost = !is_flushed && std::mem::take(&mut connection.is_unsettled);
         drop(connection);
-        if !is_flushed && is_away {
+        if is_lost {
             self.fail_flushes();
         }
     }
@@ -253,11 +262,25 @@ impl Shared {
         self.connection().pause != Pause::None
     }
 
+    /// No virtqueue has the server any more. Returns how many answered writes it may have lost, if that is settled now.
+    pub(super) fn forgotten(&self) -> u64 {
+        let mut connection = self.connection();
+        if connection.pause != Pause::None {
+            connection.is_unsettled = true;
+            return 0;
+        }
+        drop(connection);
+        self.fail_flushes()
+    }
+
     /// No server has requests, and one is about to get them: what the one before may have lost is settled now.
     pub(super) fn end_pause(&self) {
-        let pause = std::mem::replace(&mut self.connection().pause, Pause::None);
+        let mut connection = self.connection();
+        let pause = std::mem::replace(&mut connection.pause, Pause::None);
+        let is_unsettled = std::mem::take(&mut connection.is_unsettled);
+        drop(connection);
         match (pause, &self.flushes) {
-            (Pause::Begun, _) => {
+            (Pause::Begun, _) if is_unsettled => {
                 self.fail_flushes();
             }
             (Pause::Flushed, Some(flushes)) => flushes.all_flushed(),

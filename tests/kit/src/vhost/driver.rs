@@ -63,10 +63,10 @@ impl Driver {
         let mut frontend = Frontend::from_stream(stream, 0x8000);
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
+        let missing = features & !offered;
         assert_eq!(
-            features & !offered,
-            0,
-            "features that the device does not offer"
+            missing, 0,
+            "the device does not offer {missing:#x}: leave them out"
         );
         let protocol = frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(protocol).unwrap();
