@@ -161,7 +161,10 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
     if needs(Need::Tools) {
         purposes.push(Purpose::Tests);
     }
-    if needs(Need::Server) || needs(Need::DriverTests) {
+    if [Need::Server, Need::Product, Need::DriverTests]
+        .into_iter()
+        .any(needs)
+    {
         purposes.push(Purpose::ServerBuild);
     }
     if needs(Need::Fuzzers) {
@@ -179,6 +182,9 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
     };
     if needs(Need::Server) {
         cargo::build_server(repo, server)?;
+    }
+    if needs(Need::Product) {
+        paths.product = Some(cargo::build_server(repo, Build::Product)?);
     }
     if needs(Need::DriverTests) {
         paths.driver_tests = cargo::build_driver_tests(repo)?;
@@ -209,6 +215,7 @@ pub fn prepare(repo: &Path, wanted: &[Need], server: Build, yes: bool) -> Result
             Need::Kernel(kernel) => Product::Kernel(*kernel),
             Need::Selftests => Product::Selftests,
             Need::Server
+            | Need::Product
             | Need::DriverTests
             | Need::Tools
             | Need::Fsx

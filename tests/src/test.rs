@@ -144,6 +144,8 @@ pub struct Paths {
     pub repo: PathBuf,
     /// The server's binary, `ublkup`.
     pub server: PathBuf,
+    /// The server without its test equipment, if it was built for this run.
+    pub product: Option<PathBuf>,
     /// Cargo's test programs that need a guest, by target name, if they were built for this run.
     pub driver_tests: BTreeMap<String, PathBuf>,
     /// The images of the kernels that were built for this run.

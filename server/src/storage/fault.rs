@@ -54,6 +54,8 @@ enum Action {
     Fail(IoError),
     Wait(Duration),
     Escape,
+    /// Makes the request cost more than it should: a system call and an allocation.
+    Spend,
 }
 
 /// `OP=ACTION[@FROM-END][/EVERY][*TIMES]`: what is done to which requests.
@@ -110,6 +112,7 @@ fn rule(text: &str) -> Option<Rule> {
             "enospc" => Action::Fail(IoError::NoSpace),
             "eopnotsupp" => Action::Fail(IoError::Unsupported),
             "escape" => Action::Escape,
+            "spend" => Action::Spend,
             "stall" => Action::Wait(STALL),
             _ => Action::Wait(Duration::from_millis(
                 action.strip_prefix("delay")?.parse().ok()?,
@@ -348,6 +351,10 @@ impl<Q: StorageQueue> StorageQueue for FaultQueue<Q> {
             None => self.pass(ring, slot, request),
             Some(Action::Fail(error)) => Progress::Done(Err(error)),
             Some(Action::Escape) => self.escape(ring, slot, request),
+            Some(Action::Spend) => {
+                std::hint::black_box(Box::new(rustix::thread::gettid()));
+                self.pass(ring, slot, request)
+            }
             Some(Action::Wait(time)) => {
                 self.waits[slot as usize].time = time.into();
                 self.wait(ring, slot)

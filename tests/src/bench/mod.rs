@@ -6,6 +6,7 @@ pub mod compare;
 pub mod exports;
 pub mod figures;
 pub mod goals;
+pub mod guard;
 pub mod machine;
 pub mod native;
 pub mod record;
@@ -51,6 +52,8 @@ pub enum Lane {
     Storage,
     /// Records through a pipe and through rings in its place, on three kernels
     Ring,
+    /// Costs of a request, counted and compared with the last landed tree; alone, and only if it is named
+    Guard,
 }
 
 /// The command line.
@@ -88,6 +91,9 @@ pub struct Arguments {
     /// Compare the servers of two revisions, or of one and of this checkout, with each other
     #[arg(long, value_name = "REV", num_args = 1..=2, conflicts_with = "server")]
     pub compare: Vec<String>,
+    /// guard: make the costs of this tree those that others are compared with (tests/guard.toml)
+    #[arg(long)]
+    pub update: bool,
     /// Where results go [default: bench in the target directory]
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
@@ -188,6 +194,10 @@ impl Settings {
 
 /// Measures and writes everything down.
 pub fn run(repo: &Path, arguments: &Arguments) -> Result<ExitCode> {
+    if arguments.lanes.contains(&Lane::Guard) {
+        return guard::run(repo, arguments);
+    }
+    ensure!(!arguments.update, "--update is for the lane guard");
     let output = match &arguments.output {
         Some(output) => output.clone(),
         None => cargo::target_dir()?.join("bench"),
@@ -256,6 +266,7 @@ fn measure(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Document
             Lane::Exports => exports::run(&settings, &mut document)?,
             Lane::Storage => storage::run(&settings, &mut document)?,
             Lane::Ring => ring::run(&settings, &mut document)?,
+            Lane::Guard => bail!("guard has no document"),
         }
     }
     if let [(first, _), (second, _)] = &settings.servers[..] {
@@ -273,7 +284,8 @@ fn chosen(arguments: &Arguments) -> Vec<Lane> {
     if !arguments.compare.is_empty() && arguments.lanes.is_empty() {
         vec![Lane::Native]
     } else if arguments.lanes.is_empty() {
-        Lane::value_variants().to_vec()
+        let all = Lane::value_variants().iter().copied();
+        all.filter(|lane| *lane != Lane::Guard).collect()
     } else {
         arguments.lanes.clone()
     }

@@ -136,7 +136,7 @@ pub fn markdown(document: &Document) -> String {
 }
 
 /// A number that may be close to zero.
-fn small(value: f64) -> String {
+pub fn small(value: f64) -> String {
     if value.abs() < 1.0 {
         format!("{value:.3}")
     } else {

@@ -8,6 +8,7 @@ use testkit::shell::Shell;
 
 use crate::bench::attach::Client;
 use crate::bench::client::{End, Op, Order, Waiting};
+use crate::bench::guard;
 use crate::bench::record::Document;
 use crate::bench::ring;
 use crate::test;
@@ -19,7 +20,38 @@ pub const TESTS: &[Test] = &[
     test!(a_quick_run_leaves_a_document_with_every_sample).limit_s(240),
     test!(the_ring_lane_counts_what_its_two_ends_did).limit_s(240),
     test!(fio_understands_the_job_files),
+    test!(a_request_costs_no_more_than_on_the_last_landed_tree).limit_s(600),
+    test!(a_request_that_costs_more_is_noticed).limit_s(240),
 ];
+
+fn a_request_costs_no_more_than_on_the_last_landed_tree(cx: &Context) -> Result<()> {
+    let product = cx
+        .paths
+        .product
+        .as_deref()
+        .context("the product was not built")?;
+    guard::check(&cx.paths.repo, product)
+}
+
+fn a_request_that_costs_more_is_noticed(cx: &Context) -> Result<()> {
+    let noticed = guard::check_is_noticed(&cx.paths.server)?;
+    for figure in [
+        "spend: instructions",
+        "spend: system-calls",
+        "spend: allocations",
+        "delay1: sleeps",
+    ] {
+        ensure!(
+            noticed.iter().any(|one| one == figure),
+            "{figure} are not in {noticed:?}"
+        );
+    }
+    ensure!(
+        !noticed.iter().any(|one| one == "spend: sleeps"),
+        "{noticed:?}"
+    );
+    Ok(())
+}
 
 fn the_client_and_the_server_count_the_same_requests(cx: &Context) -> Result<()> {
     let socket = cx.scratch().join("s");

@@ -89,6 +89,8 @@ pub enum Need {
     Selftests,
     /// The `ublkup` binary.
     Server,
+    /// The `ublkup` binary without its test equipment, as it is used.
+    Product,
     /// Cargo's test programs whose ignored tests need a ublk driver or root.
     DriverTests,
     /// QEMU, its storage daemon, fio, e2fsprogs, strace, libvirt's schemas.
@@ -122,7 +124,7 @@ pub const SUITES: &[Suite] = &[
         name: "host",
         about: "unit tests of every package, and tests that need no other kernel",
         place: Place::Host,
-        needs: &[Server, Tools],
+        needs: &[Server, Need::Product, Tools],
         tests: &[docs::TESTS, package::UNITS, handshakes::TESTS, bench::TESTS],
         with_cargo_test: true,
         ..SUITE

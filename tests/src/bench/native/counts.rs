@@ -68,7 +68,7 @@ fn steps_for_one(settings: &Settings, files: &Files, who: &Who, load: &Load) -> 
         let stepper = Stepper::start(server.pid())?;
         let window = End::Requests(requests);
         let answer = attach(settings, load, &socket, server.pid(), window)?;
-        let steps = stepper.stop()?;
+        let steps = stepper.stop()?.instructions;
         server.stop()?;
         Ok((steps, answer.all_requests))
     };

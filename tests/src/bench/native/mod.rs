@@ -1,6 +1,7 @@
 //! The vhost door as two host processes see it: a client on one processor, a server on another,
 //! ublkup and qemu-storage-daemon in turn.
 
+pub mod allocator;
 pub mod counts;
 pub mod servers;
 pub mod steps;

@@ -1,8 +1,11 @@
-//! Instructions of a process, one by one: for machines whose processor has no counter to be read.
+//! Instructions of a process, one by one: for machines whose processor has no counter to be read, and for
+//! counts that do not depend on time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -12,6 +15,8 @@ use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+
+use super::allocator;
 
 /// How long a thread may need to come to rest.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -23,13 +28,48 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Stepper {
     /// Closing it ends the counting: who traces can wait for children only, and this is one's input.
     bell: Option<ChildStdin>,
-    thread: Option<JoinHandle<Result<u64>>>,
+    thread: Option<JoinHandle<Result<()>>>,
+    counters: Arc<Counters>,
+    counts_allocations: bool,
+}
+
+/// What has been counted so far; the thread that traces writes it.
+#[derive(Debug, Default)]
+struct Counters {
+    instructions: AtomicU64,
+    system_calls: AtomicU64,
+    allocations: AtomicU64,
+}
+
+/// What the threads of a process have executed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Steps {
+    /// Instructions in user mode.
+    pub instructions: u64,
+    /// Those of them that call the kernel.
+    pub system_calls: u64,
+    /// Calls of the C library's allocator; `None` if it is not to be found in the process.
+    pub allocations: Option<u64>,
+}
+
+/// What the instruction at an address does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    SystemCall,
+    Allocation,
 }
 
 impl Stepper {
     /// Begins with a process. Threads that come later are counted too.
     pub fn start(pid: u32) -> Result<Self> {
+        let counters = Arc::<Counters>::default();
+        let allocator = allocator::entries(pid);
+        let counts_allocations = !allocator.is_empty();
+        let known = allocator.into_iter().map(|at| (at, Kind::Allocation));
+        let mut code = Code(known.collect());
         let (told, begun) = std::sync::mpsc::channel();
+        let counting = Arc::clone(&counters);
         // All that is traced is traced by one thread, which alone may wait for it.
         let thread = thread::Builder::new().name("steps".into()).spawn(move || {
             let mut bell = Command::new("cat")
@@ -39,11 +79,13 @@ impl Stepper {
                 .context("cannot run cat")?;
             let mut traced = Traced::all_of(pid)?;
             let _nobody_waits = told.send(bell.stdin.take());
-            traced.count(bell)
+            traced.count(bell, &mut code, &counting)
         })?;
         let mut stepper = Self {
             bell: None,
             thread: Some(thread),
+            counters,
+            counts_allocations,
         };
         if let Ok(bell) = begun.recv() {
             stepper.bell = bell;
@@ -53,12 +95,23 @@ impl Stepper {
         Err(why.unwrap_or_else(|| anyhow!("there is nothing to count")))
     }
 
-    /// Lets the process run freely again; how many instructions there were.
-    pub fn stop(mut self) -> Result<u64> {
-        self.end()
+    /// What has been counted so far. It is exact while all threads of the process sleep.
+    pub fn counts(&self) -> Steps {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Acquire);
+        Steps {
+            instructions: read(&self.counters.instructions),
+            system_calls: read(&self.counters.system_calls),
+            allocations: (self.counts_allocations).then(|| read(&self.counters.allocations)),
+        }
     }
 
-    fn end(&mut self) -> Result<u64> {
+    /// Lets the process run freely again; what was counted.
+    pub fn stop(mut self) -> Result<Steps> {
+        self.end()?;
+        Ok(self.counts())
+    }
+
+    fn end(&mut self) -> Result<()> {
         drop(self.bell.take());
         let thread = self.thread.take().context("it has been stopped")?;
         thread.join().map_err(|_| anyhow!("the tracer panicked"))?
@@ -103,10 +156,10 @@ impl Traced {
     }
 
     /// Counts until a child of this thread, which is not traced, has ended.
-    fn count(&mut self, mut bell: Child) -> Result<u64> {
+    fn count(&mut self, mut bell: Child, code: &mut Code, counters: &Counters) -> Result<()> {
         let bell_id = Pid::from_raw(bell.id().cast_signed());
         let ours = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
-        let mut steps = 0;
+        let add = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Release);
         let (mut asked, mut ending) = (Instant::now(), None::<Instant>);
         while !self.0.is_empty() {
             let flags = match ending {
@@ -142,7 +195,12 @@ impl Traced {
                     continue;
                 }
                 WaitStatus::Stopped(_, Signal::SIGTRAP) => {
-                    steps += 1;
+                    add(&counters.instructions);
+                    match code.next_of(thread) {
+                        Kind::Plain => {}
+                        Kind::SystemCall => drop(add(&counters.system_calls)),
+                        Kind::Allocation => drop(add(&counters.allocations)),
+                    }
                     None
                 }
                 WaitStatus::Stopped(_, signal) => Some(signal),
@@ -169,7 +227,33 @@ impl Traced {
             let _gone = bell.kill();
             bell.wait()?;
         }
-        Ok(steps)
+        Ok(())
+    }
+}
+
+/// What is known of the code of the process, by address.
+struct Code(BTreeMap<u64, Kind>);
+
+/// `syscall` (Intel's manual, volume 2B) as the two bytes at an address are read.
+const SYSCALL: u16 = 0x050f;
+
+impl Code {
+    /// The instruction that a stopped thread executes next.
+    fn next_of(&mut self, thread: Pid) -> Kind {
+        let offset = std::mem::offset_of!(libc::user_regs_struct, rip);
+        let offset = std::ptr::without_provenance_mut(offset);
+        // It may have been killed meanwhile.
+        let Ok(at) = ptrace::read_user(thread, offset) else {
+            return Kind::Plain;
+        };
+        let at = at.cast_unsigned();
+        *self.0.entry(at).or_insert_with(|| {
+            let place = std::ptr::with_exposed_provenance_mut(usize::try_from(at).unwrap_or(0));
+            match ptrace::read(thread, place) {
+                Ok(word) if (word & 0xffff) == i64::from(SYSCALL) => Kind::SystemCall,
+                _ => Kind::Plain,
+            }
+        })
     }
 }
 
@@ -199,6 +283,8 @@ mod tests {
         output.read_line(&mut line).expect("it writes");
         assert_eq!(line, "done\n");
         let steps = stepper.stop().expect("it comes to rest");
+        // At least those that read and write the lines.
+        assert!(steps.system_calls >= 2, "{steps:?}");
         // It runs on as if nothing had been.
         writeln!(input, "1").expect("it reads");
         line.clear();
@@ -206,7 +292,7 @@ mod tests {
         assert_eq!(line, "done\n");
         drop(input);
         assert!(shell.wait().expect("it ends").success());
-        steps
+        steps.instructions
     }
 
     #[test]
