@@ -18,6 +18,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use blkio::{Blkio, Blkioq, Completion, ReqFlags};
 use serde::{Deserialize, Serialize};
 
+use super::figures::percentiles;
 use super::usage::Usage;
 
 /// The hidden subcommand that makes the lab a client.
@@ -33,7 +34,13 @@ pub enum Op {
     RandWrite,
     /// Reads one after the other.
     Read,
+    /// Seven reads at random places to three writes, and a flush after each [`WRITES_TO_A_FLUSH`] writes; how
+    /// long each read and write took is noted.
+    Mixed,
 }
+
+/// Writes between two flushes of [`Op::Mixed`].
+pub const WRITES_TO_A_FLUSH: u32 = 32;
 
 /// How the client waits for completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +123,28 @@ pub struct Answer {
     pub server: Usage,
     /// What the client used for `requests`.
     pub client: Usage,
+    /// How long reads and writes took, in microseconds; of [`Op::Mixed`] alone.
+    #[serde(default)]
+    pub latency_us: Option<Percentiles>,
+}
+
+/// The times below which so many requests out of a hundred are, in microseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Percentiles {
+    /// 50.
+    pub p50: f64,
+    /// 99.
+    pub p99: f64,
+    /// 99.9.
+    pub p99_9: f64,
+}
+
+impl Percentiles {
+    /// Of times in microseconds; `None` if there are none.
+    pub fn of(times: &[f64]) -> Option<Self> {
+        let [p50, p99, p99_9] = percentiles(times, [50.0, 99.0, 99.9])?;
+        Some(Self { p50, p99, p99_9 })
+    }
 }
 
 /// The child's side: order from standard input, answer to standard output.
@@ -137,6 +166,7 @@ pub fn child_main() -> Result<ExitCode> {
 
 fn run(order: &Order, load: &mut Load) -> Result<Answer> {
     let warm_up = load.phase(order.warm_up)?;
+    load.times_us.clear();
     let me = std::process::id();
     let before = (Usage::of(order.server)?, Usage::of(me)?);
     let counted = load.phase(order.window)?;
@@ -147,6 +177,7 @@ fn run(order: &Order, load: &mut Load) -> Result<Answer> {
         all_requests: warm_up.all + counted.all,
         server: after.0.since(before.0),
         client: after.1.since(before.1),
+        latency_us: Percentiles::of(&load.times_us),
     })
 }
 
@@ -180,6 +211,11 @@ struct Load {
     blocks: u64,
     random: u64,
     next_block: u64,
+    /// Of each slot of [`Op::Mixed`]: when its request was sent, unless that is a flush.
+    sent: Vec<Option<Instant>>,
+    /// How long those that have completed took.
+    times_us: Vec<f64>,
+    unflushed: u32,
     _blkio: Blkio,
     _claim: Option<File>,
 }
@@ -238,6 +274,9 @@ impl Load {
             blocks,
             random: 0x9e37_79b9_7f4a_7c15,
             next_block: 0,
+            sent: vec![None; order.depth],
+            times_us: Vec::new(),
+            unflushed: 0,
             _blkio: blkio,
             _claim: claim,
         })
@@ -285,6 +324,9 @@ impl Load {
                 let completion = unsafe { self.completions[index].assume_init_ref() };
                 ensure!(completion.ret == 0, "a request failed: {}", completion.ret);
                 let slot = completion.user_data;
+                if let Some(sent) = self.sent[slot].take() {
+                    self.times_us.push(sent.elapsed().as_nanos() as f64 / 1e3);
+                }
                 if in_time.is_none() {
                     self.submit(slot);
                     in_flight += 1;
@@ -305,13 +347,7 @@ impl Load {
                 self.next_block = (self.next_block + 1) % self.blocks;
                 self.next_block
             }
-            Op::RandRead | Op::RandWrite => {
-                // xorshift64
-                self.random ^= self.random << 13;
-                self.random ^= self.random >> 7;
-                self.random ^= self.random << 17;
-                self.random % self.blocks
-            }
+            Op::RandRead | Op::RandWrite | Op::Mixed => self.next_random() % self.blocks,
         };
         let start = block * self.block_bytes as u64;
         // SAFETY: slots are below `depth`, and the region has a block for each.
@@ -320,7 +356,29 @@ impl Load {
         match self.op {
             Op::RandRead | Op::Read => self.queue.read(start, buffer, len, slot, none),
             Op::RandWrite => self.queue.write(start, buffer, len, slot, none),
+            Op::Mixed if self.unflushed == WRITES_TO_A_FLUSH => {
+                self.unflushed = 0;
+                self.queue.flush(slot, none);
+            }
+            Op::Mixed => {
+                self.sent[slot] = Some(Instant::now());
+                // Other bits than those that chose the place.
+                if (self.random >> 32) % 10 < 7 {
+                    self.queue.read(start, buffer, len, slot, none);
+                } else {
+                    self.unflushed += 1;
+                    self.queue.write(start, buffer, len, slot, none);
+                }
+            }
         }
+    }
+
+    /// xorshift64
+    fn next_random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
     }
 }
 

@@ -45,17 +45,25 @@ impl Samples {
 
 /// The value below which `percent` of the samples are, interpolated between neighbours.
 pub fn percentile(samples: &[f64], percent: f64) -> Option<f64> {
+    percentiles(samples, [percent]).map(|[value]| value)
+}
+
+/// Several of them; the samples are put in order once.
+pub fn percentiles<const N: usize>(samples: &[f64], percents: [f64; N]) -> Option<[f64; N]> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
     let last = sorted.len().checked_sub(1)?;
-    let place = (percent / 100.0).clamp(0.0, 1.0) * last as f64;
-    let below = sorted
-        .iter()
-        .enumerate()
-        .rev()
-        .find(|(index, _)| *index as f64 <= place)?;
-    let above = sorted.get(below.0 + 1).unwrap_or(below.1);
-    Some(below.1 + (above - below.1) * (place - below.0 as f64))
+    Some(percents.map(|percent| {
+        let place = (percent / 100.0).clamp(0.0, 1.0) * last as f64;
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a place in the samples"
+        )]
+        let below = place as usize;
+        let above = sorted[(below + 1).min(last)];
+        sorted[below] + (above - sorted[below]) * (place - below as f64)
+    }))
 }
 
 #[cfg(test)]

@@ -2,9 +2,9 @@
 //! of a run; a goal whose rows were not measured is not mentioned.
 
 use super::figures::Samples;
-use super::record::{Bound, Document, Goal};
+use super::record::{Bound, Document, Goal, Latency};
 use super::ring::{self, Where};
-use super::{exports, upgrade, vm};
+use super::{exports, mixed, upgrade, vm};
 use crate::suites::upgraded::{GUEST, GUEST_UPGRADED, PROGRAM, PROGRAM_UPGRADED};
 
 use Bound::{AtLeast, AtMost};
@@ -27,8 +27,42 @@ pub fn of(document: &Document) -> Vec<Goal> {
     goals.extend(upgraded(document));
     goals.extend(many_exports(document));
     goals.extend(rings(document));
+    goals.extend(tails(document));
     goals
 }
+
+/// The slowest requests of ours under a mixed load, against the best of the others in the median. Ours is the row
+/// without options, which users get.
+fn tails(document: &Document) -> Vec<Goal> {
+    let mut goals = Vec::new();
+    for row in document.rows.iter().filter(|row| row.lane == mixed::LANE) {
+        for (name, of) in TAILS {
+            let ours = row
+                .candidate(ADAPTIVE)
+                .and_then(|one| one.latency_us.as_ref());
+            let others = row.candidates.iter();
+            let others = others.filter(|one| !one.name.starts_with(ADAPTIVE) && one.name != FIO);
+            let others = others.filter_map(|one| Some((&one.name, of(one.latency_us.as_ref()?))));
+            let best = others.min_by(|one, other| one.1.median.total_cmp(&other.1.median));
+            if let Some(((best, theirs), ours)) = best.zip(ours.map(of))
+                && let Some(ratio) = ours.ratio(theirs)
+            {
+                let what = format!("{}, {}: {name} of {ADAPTIVE} ÷ {best}", row.title, row.load);
+                goals.push(Goal::new(&what, AtMost(1.1), &ratio));
+            }
+        }
+    }
+    goals
+}
+
+/// Takes a percentile out of all.
+type OfLatency = fn(&Latency) -> &Samples;
+
+/// Percentiles that have goals.
+const TAILS: [(&str, OfLatency); 2] = [
+    ("p99", |latency| &latency.p99),
+    ("p99.9", |latency| &latency.p99_9),
+];
 
 /// Records of 16 bytes through a ring with both ends mapped, against the pipe in the same round.
 fn rings(document: &Document) -> Vec<Goal> {
@@ -198,6 +232,7 @@ fn many_exports(document: &Document) -> Vec<Goal> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::client::Percentiles;
     use super::super::native;
     use super::super::record::{Candidate, Row};
     use super::*;
@@ -230,6 +265,36 @@ mod tests {
         assert_eq!(goals[0].spread, Some((1.0, 3.0)));
         assert!((goals[1].reached - 0.25).abs() < 1e-9 && goals[1].met);
         assert_eq!(goals[1].goal, "<= 0.5");
+    }
+
+    #[test]
+    fn tails_are_compared_with_the_best_of_the_other_servers() {
+        let one = |name: &str, p99: f64| Candidate {
+            latency_us: Latency::of(&[Percentiles {
+                p99,
+                ..Percentiles::default()
+            }]),
+            ..candidate(name, &[1.0], &[1.0])
+        };
+        let goals = of(&Document {
+            rows: vec![Row {
+                lane: mixed::LANE.to_owned(),
+                title: "t".to_owned(),
+                load: "l".to_owned(),
+                candidates: vec![
+                    one(ADAPTIVE, 12.0),
+                    one(ALWAYS, 1.0),
+                    one(QEMU, 10.0),
+                    one("loop driver", 20.0),
+                    one(FIO, 2.0),
+                ],
+            }],
+            ..Document::default()
+        });
+        // Nothing is known of the others' p99.9.
+        assert_eq!(goals.len(), 1, "{goals:?}");
+        assert!(goals[0].what.ends_with(QEMU), "{goals:?}");
+        assert!((goals[0].reached - 1.2).abs() < 1e-9 && !goals[0].met);
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod figures;
 pub mod goals;
 pub mod guard;
 pub mod machine;
+pub mod mixed;
 pub mod native;
 pub mod record;
 pub mod ring;
@@ -52,6 +53,8 @@ pub enum Lane {
     Storage,
     /// Records through a pipe and through rings in its place, on three kernels
     Ring,
+    /// How long requests take under reads, writes and flushes, at both doors
+    Mixed,
     /// Costs of a request, counted and compared with the last landed tree; alone, and only if it is named
     Guard,
 }
@@ -146,7 +149,7 @@ impl Settings {
     /// The server of the lanes that measure one only.
     pub fn server(&self) -> Result<&Path> {
         let [(_, server)] = &self.servers[..] else {
-            bail!("--compare is for the native lane");
+            bail!("--compare is for the lanes native and mixed");
         };
         Ok(server)
     }
@@ -266,6 +269,7 @@ fn measure(repo: &Path, arguments: &Arguments, output: &Path) -> Result<Document
             Lane::Exports => exports::run(&settings, &mut document)?,
             Lane::Storage => storage::run(&settings, &mut document)?,
             Lane::Ring => ring::run(&settings, &mut document)?,
+            Lane::Mixed => mixed::run(&settings, &mut document)?,
             Lane::Guard => bail!("guard has no document"),
         }
     }

@@ -3,6 +3,7 @@
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::client::Percentiles;
 use super::figures::Samples;
 use super::machine::Facts;
 use super::table;
@@ -71,6 +72,31 @@ pub struct Candidate {
     /// Instructions of the server in user mode for a request, in the same run as the system calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instructions_per_io: Option<f64>,
+    /// How long requests took, in the lane that measures that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_us: Option<Latency>,
+}
+
+/// Percentiles of the time that a request takes, in microseconds, one sample for each round.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Latency {
+    /// Half of the requests are faster.
+    pub p50: Samples,
+    /// One of a hundred is slower.
+    pub p99: Samples,
+    /// One of a thousand is slower.
+    pub p99_9: Samples,
+}
+
+impl Latency {
+    /// Those of the rounds; `None` without rounds.
+    pub fn of(rounds: &[Percentiles]) -> Option<Self> {
+        Some(Self {
+            p50: Samples::of_each(rounds, |one| one.p50)?,
+            p99: Samples::of_each(rounds, |one| one.p99)?,
+            p99_9: Samples::of_each(rounds, |one| one.p99_9)?,
+        })
+    }
 }
 
 /// A figure by itself.

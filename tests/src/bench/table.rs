@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::figures::Samples;
-use super::record::{Document, Row};
+use super::record::{Document, Latency, Row};
 
 /// A number with as many digits as it is worth.
 pub fn number(value: f64) -> String {
@@ -60,13 +60,21 @@ pub fn markdown(document: &Document) -> String {
         let this = (&row.lane, &row.title);
         if title != Some(this) {
             title = Some(this);
-            let _ = write!(
-                text,
-                "\n### {}: {}\n\n\
-                 | load | server | IOPS | CPU µs/IO | sleeps/IO | syscalls/IO | instr./IO |\n\
-                 |---|---|---:|---:|---:|---:|---:|\n",
-                row.lane, row.title
-            );
+            let columns = match has_latency(row) {
+                true => {
+                    "| load | server | IOPS | p50 µs | p99 µs | p99.9 µs | CPU µs/IO |\n\
+                         |---|---|---:|---:|---:|---:|---:|\n"
+                }
+                false => {
+                    "| load | server | IOPS | CPU µs/IO | sleeps/IO | syscalls/IO | instr./IO |\n\
+                          |---|---|---:|---:|---:|---:|---:|\n"
+                }
+            };
+            let _ = write!(text, "\n### {}: {}\n\n{columns}", row.lane, row.title);
+        }
+        if has_latency(row) {
+            latencies(&mut text, row);
+            continue;
         }
         for one in &row.candidates {
             let median = |samples: &Option<Samples>| {
@@ -135,6 +143,32 @@ pub fn markdown(document: &Document) -> String {
     text
 }
 
+fn has_latency(row: &Row) -> bool {
+    row.candidates.iter().any(|one| one.latency_us.is_some())
+}
+
+/// A row of a lane that measures how long requests take.
+fn latencies(text: &mut String, row: &Row) {
+    for one in &row.candidates {
+        let spread_of = |of: fn(&Latency) -> &Samples| {
+            let latency = one.latency_us.as_ref().map(of);
+            latency.map_or_else(String::new, spread)
+        };
+        let cpu = one.cpu_us_per_io.as_ref().map(|cpu| number(cpu.median));
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} | {} |",
+            row.load,
+            one.name,
+            spread(&one.iops),
+            spread_of(|latency| &latency.p50),
+            spread_of(|latency| &latency.p99),
+            spread_of(|latency| &latency.p99_9),
+            cpu.unwrap_or_default(),
+        );
+    }
+}
+
 /// A number that may be close to zero.
 pub fn small(value: f64) -> String {
     if value.abs() < 1.0 {
@@ -146,6 +180,7 @@ pub fn small(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::client::Percentiles;
     use super::super::record::{Bound, Candidate, Goal};
     use super::*;
 
@@ -182,6 +217,23 @@ mod tests {
         assert!(text.contains(row), "{text}");
         assert!(text.contains("| twice as fast | >= 2 |"), "{text}");
         assert!(text.contains("- rublk: no compiler"), "{text}");
+    }
+
+    #[test]
+    fn a_row_with_latencies_has_columns_for_them() {
+        let mut document = sample();
+        let one = Percentiles {
+            p50: 10.0,
+            p99: 20.0,
+            p99_9: 30.0,
+        };
+        document.rows[0].candidates[0].latency_us = Latency::of(&[one]);
+        let text = markdown(&document);
+        let row = "| depth 32 | ublkup | 1.00 M (900 k–1.10 M) | 10.0 | 20.0 | 30.0 |  |";
+        assert!(
+            text.contains(row) && text.contains("| p99.9 µs |"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -13,6 +13,7 @@ use testkit::shell::{Shell, last_lines};
 use testkit::wait::until;
 
 use super::Settings;
+use super::client::Percentiles;
 use super::figures::Samples;
 use super::record::{Candidate, Document, Row};
 use super::usage::Usage;
@@ -59,16 +60,20 @@ const FILE: &str = "file on tmpfs: 4 KiB random reads of the block device";
 
 /// Who serves a block device in the machine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-enum Peer {
-    /// Ours, and what it is told beyond the usual.
+pub enum Peer {
+    /// Ours.
     Ublkup {
+        /// What it is told beyond the usual.
         args: Vec<String>,
     },
-    /// kublk or rublk, and what it is told beyond the usual.
+    /// kublk or rublk.
     Ublk {
+        /// The program.
         binary: PathBuf,
+        /// What it is told beyond the usual; the file comes last.
         args: Vec<String>,
     },
+    /// The loop driver.
     Loop,
 }
 
@@ -81,13 +86,18 @@ struct Job {
     depth: u32,
     block_bytes: u32,
     milliseconds: u64,
+    /// Reads, writes and flushes, as [`mixed`](super::mixed) says.
+    mixed: bool,
 }
 
 /// What it found.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-struct Found {
-    iops: f64,
-    cpu_us_per_io: Option<f64>,
+pub struct Found {
+    /// Requests per second.
+    pub iops: f64,
+    /// Microseconds of processor time of the server for a request.
+    pub cpu_us_per_io: Option<f64>,
+    latency: Option<Percentiles>,
 }
 
 /// A table's row before it is measured.
@@ -103,18 +113,11 @@ struct Load {
 /// Measures; what cannot be built is left out.
 pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     let paths = settings.prepare(&[Kernel::X86], true)?;
-    let mut others = |name: &str, built: Result<PathBuf>| match built {
-        Ok(binary) => Some(binary),
-        Err(error) => {
-            document.leave_out(format!("vm: {name}: {error:#}").replace('\n', "; "));
-            None
-        }
+    let kublk = kublk(settings, document, LANE);
+    let rublk = match settings.no_peers {
+        true => None,
+        false => peer_program(document, LANE, "rublk", crates::RUBLK.program()),
     };
-    let (mut kublk, mut rublk) = (None, None);
-    if !settings.no_peers {
-        kublk = others("kublk", kublk_program(settings));
-        rublk = others("rublk", crates::RUBLK.program());
-    }
     let mut loads = loads(settings, kublk.as_deref(), rublk.as_deref());
     loads.retain(|load| settings.wants(LANE, load.title, &load.words));
     if loads.is_empty() {
@@ -136,10 +139,64 @@ pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
     Ok(())
 }
 
-/// The kernel's own ublk server, of the same source as the kernel.
-fn kublk_program(settings: &Settings) -> Result<PathBuf> {
-    let made = build::ensure(&settings.repo, &[Product::Kublk], settings.yes)?;
-    made.into_iter().next().context("nothing was built")
+/// What was built of a peer; the document says why it is left out.
+fn peer_program(
+    document: &mut Document,
+    lane: &str,
+    name: &str,
+    built: Result<PathBuf>,
+) -> Option<PathBuf> {
+    built
+        .map_err(|error| {
+            document.leave_out(format!("{lane}: {name}: {error:#}").replace('\n', "; "));
+        })
+        .ok()
+}
+
+/// The kernel's own ublk server, of the same source as the kernel, if it is wanted and can be built.
+pub fn kublk(settings: &Settings, document: &mut Document, lane: &str) -> Option<PathBuf> {
+    if settings.no_peers {
+        return None;
+    }
+    let made = build::ensure(&settings.repo, &[Product::Kublk], settings.yes)
+        .and_then(|made| made.into_iter().next().context("nothing was built"));
+    peer_program(document, lane, KUBLK, made)
+}
+
+/// Who serves a file as a block device, ours first.
+pub fn peers_of_a_file(kublk: Option<&Path>, others: bool) -> Vec<(&'static str, Peer)> {
+    let ours = |name, args: &[&str]| {
+        let args = args.iter().map(ToString::to_string).collect();
+        (name, Peer::Ublkup { args })
+    };
+    let mut peers = vec![ours(OURS, &[]), ours(OURS_SLEEPING, &["--poll-us", "0"])];
+    peers.extend(kublk.map(|binary| {
+        let args = ["-t", "loop"].map(str::to_owned).to_vec();
+        let binary = binary.to_owned();
+        (KUBLK, Peer::Ublk { binary, args })
+    }));
+    peers.extend(others.then_some((LOOP, Peer::Loop)));
+    peers
+}
+
+/// A mixed load on a file that a peer serves in a machine.
+pub fn mixed(
+    machine: &mut Machine,
+    peer: &Peer,
+    milliseconds: u64,
+) -> Result<(Found, Percentiles)> {
+    let job = Job {
+        peer: peer.clone(),
+        file: true,
+        queues: 1,
+        depth: u32::try_from(super::mixed::DEPTH)?,
+        block_bytes: 4096,
+        milliseconds,
+        mixed: true,
+    };
+    let found: Found = machine.run_step("bench_block_device", &job)?;
+    let latency = found.latency.context("fio told no percentiles")?;
+    Ok((found, latency))
 }
 
 fn loads(settings: &Settings, kublk: Option<&Path>, rublk: Option<&Path>) -> Vec<Load> {
@@ -199,6 +256,7 @@ fn measure(settings: &Settings, machine: &mut Machine, load: &Load) -> Result<Ro
             depth: load.depth,
             block_bytes: load.block_bytes,
             milliseconds: settings.window_ms * 2,
+            mixed: false,
         };
         let one = machine.run_step("bench_block_device", &job);
         one.with_context(|| (*name).to_owned()).map(Some)
@@ -244,7 +302,11 @@ fn bench_block_device(cx: &Context) -> Result<()> {
     let device = start(cx, &job)?;
     let used = || device.pid.map(Usage::of).transpose();
     let before = used()?;
-    let report = Fio::new(&device.path)
+    let mut fio = Fio::new(&device.path);
+    if job.mixed {
+        fio = super::mixed::job(fio);
+    }
+    let report = fio
         .option("bs", job.block_bytes)
         .option("numjobs", job.queues)
         .option("time_based", 1)
@@ -255,11 +317,12 @@ fn bench_block_device(cx: &Context) -> Result<()> {
         .run()?;
     let cpu_us_per_io = used()?
         .zip(before)
-        .map(|(after, before)| after.since(before).cpu_ns as f64 / 1e3 / report.reads() as f64);
+        .map(|(after, before)| after.since(before).cpu_ns as f64 / 1e3 / report.requests() as f64);
     stop(cx, device)?;
     cx.reply(&Found {
         iops: report.iops(),
         cpu_us_per_io,
+        latency: super::mixed::percentiles(&report),
     })
 }
 
@@ -295,11 +358,13 @@ fn start(cx: &Context, job: &Job) -> Result<Device> {
         Peer::Ublk { binary, args } => {
             let log = cx.scratch().join("peer.log");
             let output = File::create(&log).context("cannot create a log")?;
+            let file = job.file.then_some(&image);
             let mut child = process::spawn_bound(
                 Command::new(binary)
                     .arg("add")
                     .args(args)
                     .args(["-n", NUMBER, "-q", &queues, "-d", "128", "--foreground"])
+                    .args(file)
                     .stdin(Stdio::null())
                     .stdout(output.try_clone().context("cannot share a log")?)
                     .stderr(output),

@@ -124,15 +124,21 @@ pub struct Job {
     /// The first error (errno), or zero.
     pub error: i32,
     /// Reads, including those that verify.
+    #[serde(default)]
     pub read: Direction,
     /// Writes.
+    #[serde(default)]
     pub write: Direction,
     /// Discards.
+    #[serde(default)]
     pub trim: Direction,
+    /// All of them together, instead of each (`unified_rw_reporting`).
+    #[serde(default)]
+    pub mixed: Direction,
 }
 
 /// The figures of one direction.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 pub struct Direction {
     /// Requests completed.
     pub total_ios: u64,
@@ -187,11 +193,24 @@ impl Report {
         })
     }
 
+    /// Completed requests of all jobs.
+    pub fn requests(&self) -> u64 {
+        let mixed = self.jobs.iter().map(|job| job.mixed.total_ios);
+        self.reads() + self.writes() + self.trims() + mixed.sum::<u64>()
+    }
+
+    /// A percentile of the completion latency, in fio's notation (`99.900000`), of the first job's reads and writes
+    /// together (`unified_rw_reporting`).
+    pub fn mixed_percentile_us(&self, percent: &str) -> Option<f64> {
+        let latency = &self.jobs.first()?.mixed.clat_ns;
+        latency.percentile.get(percent).map(|ns| *ns as f64 / 1e3)
+    }
+
     /// Reads, writes and discards per second of all jobs together.
     pub fn iops(&self) -> f64 {
         self.jobs
             .iter()
-            .map(|job| job.read.iops + job.write.iops + job.trim.iops)
+            .map(|job| job.read.iops + job.write.iops + job.trim.iops + job.mixed.iops)
             .sum()
     }
 }
@@ -215,10 +234,7 @@ fn parse(text: &str) -> Result<Report> {
             last_lines(&text[..start], 10)
         );
     }
-    ensure!(
-        report.reads() + report.writes() + report.trims() > 0,
-        "fio completed no request"
-    );
+    ensure!(report.requests() > 0, "fio completed no request");
     Ok(report)
 }
 
@@ -262,6 +278,16 @@ mod tests {
         let whole = recorded(0, 3);
         assert!(parse(&whole[..whole.len() / 2]).is_err());
         assert!(parse("").is_err());
+    }
+
+    #[test]
+    fn reads_and_writes_together_have_percentiles() {
+        let text = r#"{ "jobs": [ { "error": 0, "mixed": { "total_ios": 7, "iops": 2.0,
+            "clat_ns": { "mean": 1.0, "percentile": { "99.900000": 8000 } } } } ] }"#;
+        let report = parse(text).expect("a good result");
+        assert_eq!((report.requests(), report.iops()), (7, 2.0));
+        assert_eq!(report.mixed_percentile_us("99.900000"), Some(8.0));
+        assert_eq!(report.mixed_percentile_us("50.000000"), None);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::test::{Context, Test};
 pub const TESTS: &[Test] = &[
     test!(the_client_and_the_server_count_the_same_requests).limit_s(120),
     test!(a_quick_run_leaves_a_document_with_every_sample).limit_s(240),
+    test!(the_mixed_lane_notes_how_long_requests_take).limit_s(240),
     test!(the_ring_lane_counts_what_its_two_ends_did).limit_s(240),
     test!(fio_understands_the_job_files),
     test!(a_request_costs_no_more_than_on_the_last_landed_tree).limit_s(600),
@@ -80,6 +81,7 @@ fn the_client_and_the_server_count_the_same_requests(cx: &Context) -> Result<()>
                 match op {
                     Op::RandRead | Op::Read => reads += answer.all_requests,
                     Op::RandWrite => writes += answer.all_requests,
+                    Op::Mixed => {}
                 }
             }
         }
@@ -124,6 +126,59 @@ fn a_quick_run_leaves_a_document_with_every_sample(cx: &Context) -> Result<()> {
     let table = fs::read_to_string(output.join("bench.md")).context("no table was kept")?;
     ensure!(table.contains("| qemu-storage-daemon |"), "{table}");
     Ok(())
+}
+
+fn the_mixed_lane_notes_how_long_requests_take(cx: &Context) -> Result<()> {
+    let output = cx.scratch().join("bench");
+    let server = cx.paths.server.to_str().context("a path that is no text")?;
+    let printed = Shell::new("/proc/self/exe")
+        .args(["bench", "mixed", "--quick", "--no-counts", "--json"])
+        .args(["--only", "vhost-user, file, tmpfs", "--server", server])
+        .args(["--client-cpu", "0", "--server-cpu", "0", "--output"])
+        .arg(&output)
+        .limit(cx.patience(200))
+        .run()?;
+    let document: Document = serde_json::from_str(&printed).context("no document was printed")?;
+    let [row] = &document.rows[..] else {
+        anyhow::bail!("{} rows", document.rows.len());
+    };
+    ensure!(row.candidates.len() == 5, "{row:?}");
+    for one in &row.candidates {
+        let times = one.latency_us.as_ref();
+        let times = times.with_context(|| format!("no times of {}", one.name))?;
+        let (half, tail, last) = (&times.p50, &times.p99, &times.p99_9);
+        ensure!(half.samples.len() == 2 && half.min > 0.0, "{one:?}");
+        let rounds = half.samples.iter().zip(&tail.samples).zip(&last.samples);
+        for ((half, tail), last) in rounds {
+            ensure!(half <= tail && tail <= last, "{one:?}");
+        }
+    }
+    let table = fs::read_to_string(output.join("bench.md")).context("no table was kept")?;
+    ensure!(table.contains("| p99.9 µs |"), "{table}");
+    // What the client asks for is what the server counts.
+    let socket = cx.scratch().join("s");
+    let file = cx.file(16 << 20)?;
+    let server = (cx.serve().ublk("no").name("disk"))
+        .vhost_socket(&socket)
+        .arg(file)
+        .start()?;
+    let order = Order {
+        op: Op::Mixed,
+        depth: 8,
+        ..Order::reads(&socket, server.pid(), End::Requests(4_000))
+    };
+    let answer = Client::start(&order)?.finish()?;
+    let stat = cx.stat("disk")?;
+    let counted = |name: &str| stat["vhost"]["counters"][name].as_u64().unwrap_or(0);
+    let [reads, writes, flushes] = ["reads", "writes", "flushes"].map(counted);
+    ensure!(reads + writes + flushes == answer.all_requests, "{stat}");
+    ensure!(
+        writes / 32 - flushes <= 1,
+        "{writes} writes, {flushes} flushes"
+    );
+    let share = writes as f64 / (reads + writes) as f64;
+    ensure!((0.25..0.35).contains(&share), "{share} of them are writes");
+    server.stop().map(drop)
 }
 
 fn the_ring_lane_counts_what_its_two_ends_did(cx: &Context) -> Result<()> {

@@ -44,6 +44,7 @@ impl Load {
             Op::RandRead => "4 KiB random reads",
             Op::RandWrite => "4 KiB random writes",
             Op::Read => "128 KiB sequential reads",
+            Op::Mixed => "4 KiB random reads and writes, flushes",
         };
         format!("{}: {op}", self.backend.name())
     }
@@ -59,7 +60,7 @@ impl Load {
 
     fn block_bytes(&self) -> usize {
         match self.op {
-            Op::RandRead | Op::RandWrite => 4 << 10,
+            Op::RandRead | Op::RandWrite | Op::Mixed => 4 << 10,
             Op::Read => 128 << 10,
         }
     }
@@ -119,21 +120,28 @@ pub fn candidates(settings: &Settings) -> Vec<Who> {
 }
 
 /// fio itself on the file, which no server can beat.
-const FIO: &str = "fio on the file";
+pub const FIO: &str = "fio on the file";
 
 /// Measures.
 pub fn run(settings: &Settings, document: &mut Document) -> Result<()> {
+    with_files(settings, |files| {
+        loads(settings.quick)
+            .iter()
+            .filter(|load| settings.wants(LANE, &load.title(), &load.words()))
+            .try_for_each(|load| {
+                let candidates = candidates(settings);
+                let measured = measure(settings, files, &candidates, load)
+                    .with_context(|| format!("{}, {}", load.title(), load.words()))?;
+                document.keep(measured);
+                Ok(())
+            })
+    })
+}
+
+/// Does something with files behind disks, and removes them.
+pub fn with_files(settings: &Settings, measure: impl FnOnce(&Files) -> Result<()>) -> Result<()> {
     let files = make_files(settings)?;
-    let result = loads(settings.quick)
-        .iter()
-        .filter(|load| settings.wants(LANE, &load.title(), &load.words()))
-        .try_for_each(|load| {
-            let candidates = candidates(settings);
-            let measured = measure(settings, &files, &candidates, load)
-                .with_context(|| format!("{}, {}", load.title(), load.words()))?;
-            document.keep(measured);
-            anyhow::Ok(())
-        });
+    let result = measure(&files);
     for file in [&files.direct, &files.tmpfs] {
         fs::remove_file(file).with_context(|| format!("cannot remove {}", file.display()))?;
     }
@@ -172,7 +180,7 @@ fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) 
             .with_context(|| who.name().to_owned())
             .map(Some),
         None => Ok(Some(Answer {
-            iops: fio_on_file(settings, files, load)?,
+            iops: fio_on_file(settings, files, load)?.run()?.iops(),
             ..Answer::default()
         })),
     })?;
@@ -199,6 +207,7 @@ fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) 
             waits_per_io: per_io(|used| used.waits as f64),
             syscalls_per_io: counts.syscalls,
             instructions_per_io: counts.instructions,
+            latency_us: None,
         });
     }
     let fio = found.get(candidates.len());
@@ -212,7 +221,7 @@ fn measure(settings: &Settings, files: &Files, candidates: &[Who], load: &Load) 
 }
 
 /// A server, a connection, a load.
-fn once(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<Answer> {
+pub fn once(settings: &Settings, files: &Files, who: &Who, load: &Load) -> Result<Answer> {
     let socket = files.scratch.join("bench.sock");
     let server = servers::start(who, load.backend, files, &socket, settings.server_cpu)?;
     let answer = attach(
@@ -249,8 +258,8 @@ fn attach(
     Client::start(&order)?.finish()
 }
 
-/// The same load by fio on the file, with no server between.
-fn fio_on_file(settings: &Settings, files: &Files, load: &Load) -> Result<f64> {
+/// The same load by fio on the file, with no server between. What [`Op::Mixed`] does is still to be said.
+pub fn fio_on_file(settings: &Settings, files: &Files, load: &Load) -> Result<Fio> {
     let (file, direct) = match load.backend {
         Backend::Direct => (&files.direct, 1),
         _ => (&files.tmpfs, 0),
@@ -259,10 +268,11 @@ fn fio_on_file(settings: &Settings, files: &Files, load: &Load) -> Result<f64> {
         Op::RandRead => "randread",
         Op::RandWrite => "randwrite",
         Op::Read => "read",
+        Op::Mixed => "randrw",
     };
     let ms = settings.window_ms;
     let batch = u32::try_from(load.depth)?;
-    let report = Fio::new(file)
+    Ok(Fio::new(file)
         .option("direct", direct)
         .option("rw", rw)
         .option("bs", load.block_bytes())
@@ -272,7 +282,5 @@ fn fio_on_file(settings: &Settings, files: &Files, load: &Load) -> Result<f64> {
         .option("ramp_time", format!("{}ms", (ms / 5).max(50)))
         .option("runtime", format!("{ms}ms"))
         .option("cpus_allowed", settings.client_cpu)
-        .depth(batch)
-        .run()?;
-    Ok(report.iops())
+        .depth(batch))
 }
