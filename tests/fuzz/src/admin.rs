@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use ublkup::engine::{SnapshotProgress, SnapshotStep};
 use ublkup::export::admin::testing::{answer, resize, stat};
 use ublkup::export::admin::{Command, ExportStatus, Request, Resized, Service};
 
@@ -43,6 +44,11 @@ impl Service for Export {
     fn resize(&self, size_bytes: Option<u64>, shrink: bool) -> anyhow::Result<Resized> {
         self.note(Command::Resize { size_bytes, shrink });
         anyhow::bail!("the size stays")
+    }
+
+    fn snapshot(&self, step: SnapshotStep) -> anyhow::Result<SnapshotProgress> {
+        self.note(Command::Snapshot { step });
+        anyhow::bail!("no snapshot")
     }
 
     fn stop(&self, force: bool, openers: Option<String>) -> anyhow::Result<()> {
