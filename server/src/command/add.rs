@@ -69,7 +69,10 @@ pub(super) fn find(dir: &RuntimeDir, name: Option<&str>) -> Result<ServerStatus>
     let name = match (name, &servers[..]) {
         (Some(name), _) if servers.iter().any(|server| server == name) => name,
         (None, [only]) => only,
-        (_, []) => bail!("no server runs under {}", dir.path().display()),
+        (_, []) => bail!(
+            "no server runs under {}: 'ublkup serve' starts one",
+            dir.path().display()
+        ),
         (Some(name), _) => bail!(
             "no server called '{name}' runs; there are: {}",
             servers.join(", ")

@@ -167,6 +167,10 @@ pub enum Command {
         json: bool,
     },
     /// Show what all exports do, every second, until interrupted: rates, latencies, and who has which disk
+    ///
+    /// Reads and writes are those that were completed in the last second. Half of them took no longer than P50, and 99 of 100
+    /// no longer than P99. IN FLIGHT: requests that were taken and have no answer yet; HELD/s: requests that limits have
+    /// delayed. A dash is a value that is not there yet.
     Top,
     /// Print the measurements of all exports in the text format of Prometheus
     ///
@@ -245,6 +249,9 @@ pub enum Command {
     },
     /// Serve an export again as it was last served, with the block device and the clients that its server left when
     /// it died
+    ///
+    /// What is the server's own is not kept: --metrics, --server-name, --room, --log. 'ublkup serve' with the same exports keeps
+    /// it, and recovers them as well.
     Recover {
         /// The export
         #[arg(value_parser = export_name, add = ArgValueCandidates::new(export_names))]

@@ -52,6 +52,20 @@ fn entries() -> Vec<Entry> {
     command.get_arguments().map(Entry::of).collect()
 }
 
+/// A file for ublkup.toml(5).
+const EXAMPLE: &str = "\
+[defaults]
+vhost-socket-group = \"kvm\"
+
+[[export]]
+spec = \"vm7=file:/srv/vm7.img\"
+iops-total = 2000
+
+[[export]]
+spec = \"vm8=qcow2:/srv/vm8.qcow2\"
+ublk = \"no\"
+";
+
 /// ublkup.toml(5).
 pub fn man_page() -> Vec<u8> {
     let command = Command::new("ublkup.toml")
@@ -67,10 +81,16 @@ pub fn man_page() -> Vec<u8> {
         roman(
             " with one [[export]] table for each export. Its key spec is KIND:ARG as on the command line, and \
              required; its other keys are below. Those in [defaults] are for all exports. Relative paths are relative \
-             to the folder of the file. A key of the SPEC has precedence over one of the [[export]] table, that over \
-             [defaults], and those over the command line.",
+             to the folder of the file. What is nearer to the export wins: a key of the SPEC over one of the [[export]] table, \
+             that over [defaults], and those over the command line.",
         ),
     ]);
+    roff.control("SH", ["EXAMPLE"]);
+    roff.control("EX", []);
+    for line in EXAMPLE.lines() {
+        roff.text([roman(format!("    {line}"))]);
+    }
+    roff.control("EE", []);
     roff.control("SH", ["KEYS"]);
     for entry in entries() {
         roff.control("TP", []);
@@ -81,6 +101,18 @@ pub fn man_page() -> Vec<u8> {
             roff.text([italic(name), roman(format!(": {help}"))]);
         }
     }
+    roff.control("SH", ["FILES"]);
+    roff.text([roman(
+        "/etc/ublkup/ublkup.toml and, beside it, exports.d/*.toml: what ublkup.service serves; /etc/ublkup/NAME.toml: what \
+         ublkup@NAME.service serves",
+    )]);
+    roff.control("SH", ["SEE ALSO"]);
+    roff.text([
+        bold("ublkup-serve"),
+        roman("(1), "),
+        bold("ublkup-reload"),
+        roman("(1)"),
+    ]);
     // Writing to memory does not fail.
     let _ = man.render_title(&mut page);
     let _ = man.render_name_section(&mut page);

@@ -73,7 +73,10 @@ fn watches(
     match server {
         _ if !servers.is_empty() => {}
         Some(name) if !all.is_empty() => bail!("no server called '{name}' runs; there are: {all}"),
-        _ => bail!("no server runs under {}", dir.path().display()),
+        _ => bail!(
+            "no server runs under {}: 'ublkup serve' starts one",
+            dir.path().display()
+        ),
     }
     let watch = |server: &String| {
         server_socket(dir, server)

@@ -315,8 +315,8 @@ impl Spec {
         match &self.storage {
             StorageSpec::File { path, .. } if self.is_bare_path && !folder.join(path).exists() => {
                 Err(ConfigError::new(format!(
-                    "'{}': there is no file called {}: write the path of an image, or null:SIZE or mem:SIZE (for an \
-                     empty image: truncate -s 10G {})",
+                    "'{}': there is no file called {}: write the path of an image, qcow2:PATH, null:SIZE or mem:SIZE \
+                     (for an empty image: truncate -s 10G {})",
                     self.text,
                     path.display(),
                     path.display()

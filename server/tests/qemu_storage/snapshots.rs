@@ -364,7 +364,10 @@ fn files_that_would_be_lost_or_found_elsewhere_are_refused() {
     let elsewhere = there.join("s.qcow2");
     disk.snapshot(&["create", "d", text(&elsewhere)]);
     check(&mut client, 1);
-    disk.snapshot(&["commit", "d", text(&elsewhere)]);
+    let to_it = disk.lab.path("to-it");
+    symlink(&elsewhere, &to_it).unwrap();
+    disk.snapshot(&["commit", "d", text(&to_it)]);
+    assert!(!elsewhere.exists() && !disk.path.is_symlink());
     check(&mut client, 1);
     let odd = std::ffi::OsStr::from_bytes(b"odd\xff");
     let output = disk

@@ -238,6 +238,9 @@ impl Disk {
 
     /// Has the image written into the snapshot that it lies over, which takes its place.
     fn commit(&self, snapshot: &Path) -> Result<()> {
+        // It is renamed itself, and not a link to it.
+        let snapshot =
+            &fs::canonicalize(snapshot).with_context(|| snapshot.display().to_string())?;
         let _alone = self.alone()?;
         self.check_name(snapshot)?;
         let info = qemu_img::info(&self.image)?;

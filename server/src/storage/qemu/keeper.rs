@@ -81,7 +81,7 @@ enum Then {
 }
 
 /// Starts and watches a daemon until the other end of standard input, a socket, is closed. What happens is told there, and
-/// an [`Order`] done when it comes: it is all that the server, which may be a guest's, can have done.
+/// an order done when it comes: it is all that the server, which may be a guest's, can have done.
 ///
 /// # Errors
 ///
