@@ -108,7 +108,7 @@ fn what_a_reload_cannot_do_is_told_and_keeps_nothing_else_from_it() {
     assert_eq!(finished.stdout, "a: iops-read=9\nd: added\n");
     for words in [
         "b is not removed: in use",
-        "a: cannot be changed while it is served: spec, queues: restart",
+        "a: cannot be changed while it is served: spec, queues: that takes a new server",
         "c is not added: cannot open /nowhere/c.img",
     ] {
         assert!(finished.stderr.contains(words), "{words}: {finished:?}");

@@ -27,6 +27,7 @@ pub use disk::{HELD_LIMIT, Locked, NEW_IMAGE, QemuDisk, image_of, lock_image};
 pub use keeper::keep;
 
 use super::vhost_user::{VhostUser, VhostUserError, VhostUserOptions, VhostUserQueue};
+use crate::engine::wait::repeat_while;
 use crate::engine::{Changed, Sharing, SnapshotProgress, SnapshotStep, Storage, StorageControl};
 use crate::io::Ring;
 use crate::request::{Limits, format_size};
@@ -38,6 +39,10 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long it may take to do what it is asked for. It limits its steps itself.
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long it may take until a daemon that was started again has the requests.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+const CONNECT_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Virtqueues at most, as many as the storage uses.
 const MAX_QUEUES: u16 = super::vhost_user::MAX_QUEUES;
@@ -261,15 +266,25 @@ impl StorageControl for Qemu {
 
     fn snapshot(&self, step: SnapshotStep) -> io::Result<SnapshotProgress> {
         let ends = matches!(step, SnapshotStep::Begin | SnapshotStep::Finish);
-        if ends && !self.vhost.pause() {
-            let why = "requests wait for a snapshot already";
-            return Err(io::Error::other(format!("{}: {why}", self.name)));
+        let failed = |why: String| io::Error::other(format!("{}: {why}", self.name));
+        // That of a snapshot before ends with a connection.
+        let begin = || self.vhost.pause();
+        if ends && !repeat_while(CONNECT_LIMIT, CONNECT_INTERVAL, begin, |is_new| !is_new) {
+            return Err(failed("requests wait for a snapshot already".into()));
         }
         let done = self.ask(Order::Snapshot(step));
         if ends {
             self.vhost.settle(done.is_ok());
         }
-        done
+        let done = done?;
+        if step == SnapshotStep::Resume && done.failed.is_none() {
+            let waits = || self.vhost.is_paused();
+            if repeat_while(CONNECT_LIMIT, CONNECT_INTERVAL, waits, |waits| *waits) {
+                let why = self.vhost.waits_for().unwrap_or_default();
+                return Err(failed(format!("requests wait: {why}")));
+            }
+        }
+        Ok(done)
     }
 
     fn end(&self) {

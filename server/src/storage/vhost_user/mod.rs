@@ -218,6 +218,11 @@ impl VhostUser {
         self.shared.pause()
     }
 
+    /// Whether requests wait for the end of what [`pause`](Self::pause) has begun.
+    pub(super) fn is_paused(&self) -> bool {
+        self.shared.is_paused()
+    }
+
     /// Whether the server has flushed all that it had answered before it ended. If not, the next flush fails.
     pub(super) fn settle(&self, is_flushed: bool) {
         self.shared.settle(is_flushed);
