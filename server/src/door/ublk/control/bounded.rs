@@ -15,9 +15,12 @@ const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
 /// can be made, for want of descriptors or by `kernel.io_uring_disabled`.
 static SPARE: Mutex<Option<IoUring<squeue::Entry128>>> = Mutex::new(None);
 
-/// When an operation was answered last. The driver does one after the other, more or less: a thousand devices that are removed
-/// at once take more than the limit of one.
+/// When an operation was answered last that had to be [waited](QUEUED) for. The driver does one after the other, more or less: a
+/// thousand devices that are removed at once take more than the limit of one.
 static LAST_ANSWER: Mutex<Option<Instant>> = Mutex::new(None);
+
+/// What is answered sooner has not waited for others: questions, which say nothing about the rest.
+const QUEUED: Duration = Duration::from_millis(5);
 
 /// How many limits an operation may take while others are answered.
 const PATIENCE: u32 = 20;
@@ -65,10 +68,13 @@ pub(super) unsafe fn run_bounded(
         Ok(ring) => ring,
         Err(error) => return End::NoRing(error),
     };
+    let begun = Instant::now();
     // SAFETY: as for this function.
     let end = unsafe { run_on(&mut ring, sqe, limit, cancel) };
     if let End::Result(_) = end {
-        *last_answer() = Some(Instant::now());
+        if begun.elapsed() >= QUEUED {
+            *last_answer() = Some(Instant::now());
+        }
         *spare_slot() = Some(ring);
     }
     end
@@ -157,12 +163,12 @@ mod tests {
             assert!(matches!(end, End::NoAnswer), "{end:?}");
             begin.elapsed()
         });
-        let nothing = opcode::Nop::new().build().into();
+        let time = types::Timespec::from(2 * QUEUED);
+        let slow = opcode::Timeout::new(&raw const time).build().into();
         while !waits.is_finished() {
-            // SAFETY: it points to nothing.
-            let end = unsafe { run_bounded(&nothing, Duration::from_secs(60), None) };
-            assert!(matches!(end, End::Result(0)), "{end:?}");
-            std::thread::sleep(LIMIT / 10);
+            // SAFETY: the time lives on.
+            let end = unsafe { run_bounded(&slow, Duration::from_secs(60), None) };
+            assert!(matches!(end, End::Result(_)), "{end:?}");
         }
         let waited = waits.join().unwrap();
         assert!(waited >= 2 * LIMIT, "{waited:?}");
