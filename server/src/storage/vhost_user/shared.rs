@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::disk::Disk;
-use super::flushes::Flushes;
+use super::flushes::{Flushes, Known, Pause};
 use super::memory::{BounceMemory, Regions};
 use super::virtqueue::Virtqueue;
 use super::vring::Violation;
@@ -33,24 +33,11 @@ pub(super) enum Order {
     End,
 }
 
-/// What is known of the next end of the connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pause {
-    /// Nothing: what was answered and not flushed may be lost with it.
-    None,
-    /// The server is being ended. Whether it has flushed all that it had answered is said later.
-    Begun,
-    /// It has, and has taken no request since.
-    Flushed,
-}
-
 /// The connection as others see it.
 #[derive(Debug)]
 struct Connection {
     epoch: u64,
     pause: Pause,
-    /// The connection has ended in a pause, and whether that has lost something is not settled.
-    is_unsettled: bool,
     /// To end it.
     stream: Option<UnixStream>,
     /// Since when there is none, and why.
@@ -112,8 +99,7 @@ impl Shared {
             bell,
             connection: Mutex::new(Connection {
                 epoch: 0,
-                pause: Pause::None,
-                is_unsettled: false,
+                pause: Pause::default(),
                 stream: None,
                 away: None,
                 violation: None,
@@ -214,7 +200,7 @@ impl Shared {
 
     /// The server is gone, and no virtqueue has it any more. Flushes fail if it may have lost what it had answered; returns
     /// how many writes these are.
-    pub(super) fn fail_flushes(&self) -> u64 {
+    fn fail_flushes(&self) -> u64 {
         let Some(flushes) = &self.flushes else {
             return 0;
         };
@@ -231,60 +217,40 @@ impl Shared {
     /// The server is about to be ended by who started it, who says [`settle`](Self::settle) with what came of it. False if that
     /// is so already.
     pub(super) fn pause(&self) -> bool {
-        let mut connection = self.connection();
-        let is_new = connection.pause == Pause::None;
-        if is_new {
-            connection.pause = Pause::Begun;
-        }
-        is_new
-    }
-
-    /// The server has flushed all that it had answered before it ended, or that is not known.
-    pub(super) fn settle(&self, is_flushed: bool) {
-        let mut connection = self.connection();
-        if connection.pause != Pause::Begun {
-            // There was another connection meanwhile, which has seen to it.
-            return;
-        }
-        connection.pause = match is_flushed {
-            true => Pause::Flushed,
-            false => Pause::None,
-        };
-        let is_lost = !is_flushed && std::mem::take(&mut connection.is_unsettled);
-        drop(connection);
-        if is_lost {
-            self.fail_flushes();
-        }
+        self.connection().pause.begin()
     }
 
     /// Whether the connection ends because the server is being ended on purpose.
     pub(super) fn is_paused(&self) -> bool {
-        self.connection().pause != Pause::None
+        self.connection().pause.is_begun()
     }
 
-    /// No virtqueue has the server any more. Returns how many answered writes it may have lost, if that is settled now.
+    /// The server has flushed all that it had answered before it ended, or that is not known.
+    pub(super) fn settle(&self, is_flushed: bool) {
+        let known = self.connection().pause.settle(is_flushed);
+        self.learn(known);
+    }
+
+    /// No virtqueue has the server any more. Returns how many answered writes it may have lost, if that is known.
     pub(super) fn forgotten(&self) -> u64 {
-        let mut connection = self.connection();
-        if connection.pause != Pause::None {
-            connection.is_unsettled = true;
-            return 0;
-        }
-        drop(connection);
-        self.fail_flushes()
+        let known = self.connection().pause.disconnected();
+        self.learn(known)
     }
 
     /// No server has requests, and one is about to get them: what the one before may have lost is settled now.
     pub(super) fn end_pause(&self) {
-        let mut connection = self.connection();
-        let pause = std::mem::replace(&mut connection.pause, Pause::None);
-        let is_unsettled = std::mem::take(&mut connection.is_unsettled);
-        drop(connection);
-        match (pause, &self.flushes) {
-            (Pause::Begun, _) if is_unsettled => {
-                self.fail_flushes();
+        let known = self.connection().pause.end();
+        self.learn(known);
+    }
+
+    fn learn(&self, known: Known) -> u64 {
+        match (known, &self.flushes) {
+            (Known::Lost, _) => self.fail_flushes(),
+            (Known::Flushed, Some(flushes)) => {
+                flushes.all_flushed();
+                0
             }
-            (Pause::Flushed, Some(flushes)) => flushes.all_flushed(),
-            _ => {}
+            _ => 0,
         }
     }
 
