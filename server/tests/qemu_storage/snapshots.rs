@@ -48,8 +48,13 @@ impl Disk {
         files
     }
 
-    /// A disk of which a daemon is started by a script.
-    fn serve_by(&self, script: &str) -> (Server, Client) {
+    /// Its server, whose daemon does not start at one of the attempts, counted from 1, and a client.
+    fn serve_failing(&self, attempt: u32) -> (Server, Client) {
+        let script = format!(
+            "echo >>starts
+            [ $(wc -l <starts) = {attempt} ] && {{ echo 'qemu-storage-daemon: it cannot be' >&2; exit 1; }}
+            exec -a qemu-storage-daemon /usr/bin/qemu-storage-daemon \"$@\""
+        );
         let folder = self.lab.path("bin");
         fs::create_dir(&folder).unwrap();
         let program = folder.join("qemu-storage-daemon");
@@ -256,13 +261,18 @@ fn merging_takes_the_right_to_write_what_is_merged_into() {
         assert!(why.contains("takes a lock on"), "{why}");
     };
     refused();
-    let other = lock_qemu_image(&disk.path, LockedOfImage::Merge).unwrap();
+    let inode = disk.path.metadata().unwrap().ino();
+    let other = lock_qemu_image(&disk.path, LockedOfImage::Merge(inode)).unwrap();
     refused();
+    // For another image over the same one.
+    let another = lock_qemu_image(&snapshot, LockedOfImage::Merge(inode + 1)).unwrap();
+    refused();
+    drop((other, another));
     // Who can only read it has no such lock: this one is for reading.
     let reader = File::open(&snapshot).unwrap();
     lock_for_reading(&reader);
     refused();
-    drop((other, reader));
+    drop(reader);
     for step in [SnapshotStep::Finish, SnapshotStep::Resume] {
         disk.step(step).unwrap_err();
     }
@@ -299,7 +309,8 @@ fn a_command_that_dies_leaves_a_disk_that_is_served_again() {
     let snapshot = disk.lab.path("s.qcow2");
     disk.snapshot(&["create", "d", text(&snapshot)]);
     // Of a daemon that dies while it merges.
-    let lock = lock_qemu_image(&snapshot, LockedOfImage::Merge).unwrap();
+    let inode = disk.path.metadata().unwrap().ino();
+    let lock = lock_qemu_image(&snapshot, LockedOfImage::Merge(inode)).unwrap();
     disk.step(SnapshotStep::Merge).unwrap();
     kill(disk.daemon());
     check(&mut client, 16);
@@ -316,11 +327,7 @@ fn a_command_that_dies_leaves_a_disk_that_is_served_again() {
 #[test]
 fn a_new_image_that_cannot_be_served_is_taken_back() {
     let Some(disk) = Disk::new() else { return };
-    // The second start fails.
-    let script = "echo >>starts
-        [ $(wc -l <starts) = 2 ] && { echo 'qemu-storage-daemon: it cannot be' >&2; exit 1; }
-        exec -a qemu-storage-daemon /usr/bin/qemu-storage-daemon \"$@\"";
-    let (server, mut client) = disk.serve_by(script);
+    let (server, mut client) = disk.serve_failing(2);
     write_all(&mut client, 1);
     let snapshot = disk.lab.path("s.qcow2");
     disk.snapshot_fails(
@@ -433,11 +440,8 @@ fn a_template_that_would_find_another_file_is_not_moved() {
 #[test]
 fn a_merged_image_that_cannot_be_served_is_taken_back() {
     let Some(disk) = Disk::new() else { return };
-    // The third start fails: that after the merge.
-    let script = "echo >>starts
-        [ $(wc -l <starts) = 3 ] && { echo 'qemu-storage-daemon: it cannot be' >&2; exit 1; }
-        exec -a qemu-storage-daemon /usr/bin/qemu-storage-daemon \"$@\"";
-    let (server, mut client) = disk.serve_by(script);
+    // That after the merge.
+    let (server, mut client) = disk.serve_failing(3);
     let snapshot = disk.lab.path("s.qcow2");
     disk.snapshot(&["create", "d", text(&snapshot)]);
     write_all(&mut client, 1);

@@ -249,8 +249,8 @@ impl Disk {
             .with_context(|| format!("{image} lies over no snapshot"))?;
         let shown = snapshot.display();
         // Without it the keeper does not merge: who has it may write to the file. It is not handed to the server.
-        let lock =
-            lock_qemu_image(snapshot, LockedOfImage::Merge).with_context(|| shown.to_string())?;
+        let merge = LockedOfImage::Merge(fs::metadata(&self.image)?.ino());
+        let lock = lock_qemu_image(snapshot, merge).with_context(|| shown.to_string())?;
         let there = lock.metadata()?;
         let is_there = |path: &Path| {
             fs::metadata(path)

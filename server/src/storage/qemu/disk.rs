@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::RawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -211,8 +212,9 @@ pub fn image_of(arguments: &[OsString]) -> Option<String> {
 pub enum Locked {
     /// What QEMU locks: none opens it as long as the lock is there.
     Qemu,
-    /// That something may be merged into it. A process that cannot write to it cannot have this lock.
-    Merge,
+    /// That an image, which is told by its inode, may be merged into it. A process that cannot write to it cannot have this
+    /// lock.
+    Merge(u64),
     /// That names are exchanged for it: one program does that at a time.
     Names,
 }
@@ -224,8 +226,8 @@ impl Locked {
             // docs/system/qemu-block-drivers.rst.inc, "Disk image file locking".
             Self::Qemu => (100, 200),
             // Behind those that servers of plain files lock.
-            Self::Merge => ((1 << 62) + 16, 1),
-            Self::Names => ((1 << 62) + 17, 1),
+            Self::Names => ((1 << 62) + 16, 1),
+            Self::Merge(inode) => ((1 << 62) + (1 << 40) + (inode % (1 << 40)).cast_signed(), 1),
         }
     }
 }
@@ -241,9 +243,10 @@ pub fn lock_image(image: &Path, what: Locked) -> io::Result<File> {
     Ok(file)
 }
 
-/// Whether a program has the lock [`Locked::Merge`] of an image.
-pub(super) fn is_locked_for_merge(image: &Path) -> io::Result<bool> {
-    range_lock::is_locked_for_writing(&File::open(image)?, Locked::Merge.range())
+/// Whether a program has locked a backing file so that an image may be merged into it.
+pub(super) fn is_locked_for_merge(backing: &Path, image: &Path) -> io::Result<bool> {
+    let merge = Locked::Merge(fs::metadata(image)?.ino());
+    range_lock::is_locked_for_writing(&File::open(backing)?, merge.range())
 }
 
 /// Commas in values are written twice, by QEMU as by SPECs.

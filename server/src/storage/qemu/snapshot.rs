@@ -58,7 +58,7 @@ impl Snapshot<'_> {
 
     /// Has all flushed. The outer error is that of a daemon that serves as before.
     fn begin(&mut self) -> Result<Result<(), String>, String> {
-        let image = image_of(self.arguments).ok_or("it is no qcow2 image in a file of its own")?;
+        let image = self.image()?;
         // The command follows links, too.
         let image = fs::canonicalize(&image).map_err(|error| format!("{image}: {error}"))?;
         let new = format!("{}{NEW_IMAGE}", image.display());
@@ -88,6 +88,10 @@ impl Snapshot<'_> {
         // It flushes the image, and fails if that fails.
         let switched = self.command("blockdev-snapshot", json!({"node": NODE, "overlay": "new"}));
         Ok(switched.map(drop))
+    }
+
+    fn image(&self) -> Result<String, &'static str> {
+        image_of(self.arguments).ok_or("it is no qcow2 image in a file of its own")
     }
 
     fn merge(&mut self) -> Result<SnapshotProgress, String> {
@@ -123,7 +127,8 @@ impl Snapshot<'_> {
         let base = find("file", backing).ok_or("the image has no backing file")?;
         let path = backing.as_str().unwrap_or_default();
         // The server may be a guest's: what it cannot open it cannot lock, and not have written to.
-        if !is_locked_for_merge(Path::new(path)).unwrap_or(false) {
+        let image = self.image()?;
+        if !is_locked_for_merge(Path::new(path), Path::new(&image)).unwrap_or(false) {
             return Err(format!(
                 "that takes a lock on {path} (ublkup snapshot commit has it)"
             ));
